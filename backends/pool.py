@@ -1,0 +1,217 @@
+"""The llama-server processes of the proxy, as requests and operators see them. `backends.scheduler` decides."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+import psutil
+
+from backends.instance import Instance, State
+from backends.orphans import kill_orphans
+from backends.scheduler import Scheduler
+from backends.seats import Line, Seat
+from backends.threads import in_thread
+from proxy.config import Config, ModelConfig
+from proxy.errors import Overloaded, ProxyError
+
+logger = logging.getLogger(__name__)
+
+LOST_S = 5.0
+"""Seconds after its SIGKILL in which a process must be gone; then the kernel cannot end it, and we go without it."""
+
+
+class Pool:
+    """At most `server_pool.size` llama-server processes, one for a model, started on demand and evicted when idle.
+
+    Requests for a model are served in the order they came; a model that is loading or busy delays no other. Use it from
+    the event loop of the main thread.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._scheduler = Scheduler(config)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closer: asyncio.Task[None] | None = None
+
+    # -- for requests ----------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def lease(self, name: str, model: ModelConfig, *, slot: bool = True) -> AsyncIterator[Instance]:
+        """Hold the instance that serves `name`, which is not stopped while held. Waits until it is loaded and has room.
+
+        With `slot` the holder occupies one of the server's parallel slots; without, it only asks a question. Leaving,
+        also by cancellation, gives all back at once; a load that was begun goes on.
+
+        Raises: `Overloaded` (codes `overloaded`, `queue_timeout`, `shutting_down`, `unloaded`), `StartFailed`.
+        """
+        if self._scheduler.closing:
+            raise _shutting_down()
+        line = self._scheduler.line(name, model)
+        seat = line.seat
+        if seat is not None and seat.has_room(slot) and not (slot and line.waiting):
+            seat.take(slot)
+        else:
+            if self._scheduler.queued >= self._config.server_pool.queue_limit:
+                raise Overloaded("Too many requests are waiting for a model; try again later.")
+            seat = await self._wait(line, slot)
+        try:
+            yield seat.instance
+        finally:
+            self._scheduler.release(seat, slot)
+
+    async def _wait(self, line: Line, slot: bool) -> Seat:
+        """Stand in line; return with the lease taken."""
+        waiter = self._scheduler.enqueue(line, slot)
+        try:
+            return await waiter.future
+        except asyncio.CancelledError:
+            if waiter.granted:  # in the very moment it was cancelled
+                self._scheduler.release(waiter.future.result(), slot)
+            raise
+        finally:
+            self._scheduler.leave(line, waiter)
+
+    # -- for operators ---------------------------------------------------------------------------------------------
+
+    async def load(self, name: str, model: ModelConfig) -> None:
+        """Return once `name` is loaded; `queue_limit` does not apply.
+
+        Raises: as `lease`.
+        """
+        if self._scheduler.closing:
+            raise _shutting_down()
+        line = self._scheduler.line(name, model)
+        if line.seat is None or not line.seat.admits:
+            self._scheduler.release(await self._wait(line, False), False)
+
+    def begin_load(self, name: str, model: ModelConfig) -> None:
+        """Have `name` loaded in the background. What goes wrong is logged, and told by `failed()`."""
+        task = asyncio.get_running_loop().create_task(self._load_quietly(name, model), name=f"load {name}")
+        self._tasks.add(task)
+        task.add_done_callback(self._forget)
+
+    async def unload(self, name: str) -> None:
+        """Free the place of `name`; nothing if it has none.
+
+        One in use admits nobody from now on and is stopped after its last answer, which this does not wait for; an
+        idle one has stopped when this returns. A load under way is broken off, and who waits for it is told so
+        (`Overloaded`, code `unloaded`).
+        """
+        line = self._scheduler.lines.get(name)
+        seat = line.seat if line is not None else None
+        if line is None or seat is None:
+            return
+        if seat.state is State.STARTING:
+            message = f"Model '{name}' was unloaded while it was loading."
+            line.fail_all(lambda: Overloaded(message, code="unloaded"))
+        seat.leaving = True
+        self._scheduler.rest(seat)
+        if seat.leases == 0:
+            await seat.instance.wait_stopped()
+
+    def state(self, name: str) -> str:
+        """`loaded`, `loading` or `unloaded`. One that is stopping counts as unloaded."""
+        line = self._scheduler.lines.get(name)
+        if line is None or line.seat is None:
+            return "unloaded"
+        return {State.READY: "loaded", State.STARTING: "loading"}.get(line.seat.state, "unloaded")
+
+    def failed(self, name: str) -> str | None:
+        """Why the last process of `name` could not start or crashed; None when it did not."""
+        line = self._scheduler.lines.get(name)
+        return line.error.message if line is not None and line.error is not None else None
+
+    def status(self) -> list[dict[str, object]]:
+        """One entry for each model that has a process, has waiters, or failed last time."""
+        lines = self._scheduler.lines.values()
+        return [_describe(line) for line in lines if line.seat is not None or line.queued or line.error is not None]
+
+    # -- life ------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Clear away what an earlier run left behind, and begin to load the models marked `preload`, pinned first."""
+        await in_thread(kill_orphans)
+        wanted = [(name, model) for name, model in self._config.models.items() if model.preload]
+        for name, model in sorted(wanted, key=lambda item: not item[1].pinned)[: self._config.server_pool.size]:
+            self.begin_load(name, model)
+
+    async def close(self, *, drain_s: float) -> None:
+        """Admit nobody, let those inside finish for up to `drain_s` seconds, then stop every process and wait for that.
+
+        May be called again, with 0 to cut the drain short; every call returns when all is done.
+        """
+        self._scheduler.closing = True
+        if drain_s <= 0:
+            self._scheduler.quiet.set()
+        if self._closer is None:
+            self._closer = asyncio.get_running_loop().create_task(self._close(drain_s), name="close pool")
+            self._scheduler.schedule()
+        await asyncio.shield(self._closer)
+
+    async def _close(self, drain_s: float) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(drain_s):
+                await self._scheduler.quiet.wait()
+        self._scheduler.halt()
+        for line in self._scheduler.lines.values():
+            line.fail_all(_shutting_down)
+        for task in self._tasks:
+            task.cancel()
+        seats = list(self._scheduler.seats)
+        for seat in seats:
+            seat.stop("the proxy is shutting down")
+        patience_s = self._config.server_pool.stop_timeout_s + LOST_S
+        stopped = await asyncio.gather(*(seat.instance.wait_stopped(patience_s) for seat in seats))
+        for seat, gone in zip(seats, stopped, strict=True):
+            if not gone:
+                logger.error("%s: process %d does not end", seat.line.name, seat.instance.pid)
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    async def _load_quietly(self, name: str, model: ModelConfig) -> None:
+        try:
+            await self.load(name, model)
+        except ProxyError as exc:
+            logger.warning("%s was not loaded: %s", name, exc.message.partition("\n")[0])
+
+    def _forget(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("%s failed", task.get_name(), exc_info=error)
+
+
+def _describe(line: Line) -> dict[str, object]:
+    entry: dict[str, object] = {"model": line.name, "state": "unloaded", "queue": line.queued}
+    entry["restarts"] = line.restarts
+    if line.error is not None:
+        entry["error"] = line.error.message
+    seat = line.seat
+    if seat is None:
+        return entry
+    instance = seat.instance
+    idle_s = asyncio.get_running_loop().time() - seat.released_at
+    return entry | {
+        "state": str(instance.state),
+        "pid": instance.pid or None,
+        "port": instance.port or None,
+        "leases": seat.leases,
+        "last_used": round(time.time() - idle_s, 3) if math.isfinite(idle_s) else None,
+        "rss_bytes": _rss_bytes(instance.pid),
+        "ready_s": round(instance.load_s, 3) if instance.load_s is not None else None,
+    }
+
+
+def _shutting_down() -> Overloaded:
+    return Overloaded("The proxy is shutting down.", code="shutting_down")
+
+
+def _rss_bytes(pid: int) -> int | None:
+    try:
+        return int(psutil.Process(pid).memory_info().rss) if pid else None
+    except psutil.Error:
+        return None

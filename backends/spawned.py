@@ -1,0 +1,35 @@
+"""A model in a llama-server of our own: lease an instance, send the call to it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from backends import Call
+from backends.exchange import Response
+from backends.pool import Pool
+from proxy.config import ModelConfig
+from proxy.errors import UpstreamFailed
+
+DYING_S = 0.25
+"""A broken connection is often the first sign of a crash; the exit is noticed within this many seconds of it."""
+
+
+class SpawnedModel:
+    """`Backend` for one configured model. Its process is started when first asked for, and is shared."""
+
+    def __init__(self, pool: Pool, name: str, model: ModelConfig) -> None:
+        self.pool = pool
+        self.name = name
+        self.model = model
+
+    @asynccontextmanager
+    async def open(self, call: Call) -> AsyncIterator[Response]:
+        async with self.pool.lease(self.name, self.model, slot=call.slot) as instance:
+            try:
+                async with instance.connections.request(call) as response:
+                    yield response
+            except UpstreamFailed as exc:
+                if exc.status == 502:
+                    await instance.wait_stopped(DYING_S)  # so that a second try meets a fresh instance, not this one
+                raise

@@ -1,0 +1,33 @@
+"""What we tell people about a process: how it ended, and what it said, without secrets."""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Mapping
+
+SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASS|CREDENTIAL|AUTH", re.IGNORECASE)
+
+
+def describe_exit(returncode: int) -> str:
+    """`exited with code 3`, `was killed by SIGSEGV`. A shell in between turns signal n into code 128 + n."""
+    if returncode < 0:
+        hint = " (out of memory?)" if -returncode == signal.SIGKILL else ""
+        return f"was killed by {_signal_name(-returncode)}{hint}"
+    hint = f" ({_signal_name(returncode - 128)})" if 128 < returncode < 128 + 32 else ""
+    return f"exited with code {returncode}{hint}"
+
+
+def without_secrets(text: str, env: Mapping[str, str], *secrets: str) -> str:
+    """`text` with `secrets`, and every value of `env` whose name sounds like one, replaced by `***`."""
+    named = [value for name, value in env.items() if SECRET_NAME.search(name) and len(value) >= 4]
+    for secret in (*secrets, *named):
+        text = text.replace(secret, "***")
+    return text
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

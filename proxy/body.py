@@ -1,0 +1,98 @@
+"""The client's JSON, parsed once and strictly.
+
+What we check must be what the model server parses. Python takes duplicate keys, `NaN` and lone surrogates; Go matches
+keys in any case; C++ libraries differ again. So a body that two parsers could read differently is refused, and what
+goes upstream is serialised anew from what was checked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from typing import Any
+
+import orjson
+from aiohttp import web
+
+from proxy.errors import BadRequest
+
+OFF_LOOP_BYTES = 1024 * 1024
+"""Larger bodies are parsed in a thread, so that other streams go on."""
+
+
+async def read_json(http: web.Request, max_bytes: int) -> dict[str, Any]:
+    """The request's JSON object.
+
+    Raises: BadRequest 413 over `max_bytes`, 415 for a content encoding, 400 for anything that is not one JSON object.
+    """
+    if http.headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise BadRequest("compressed request bodies are not accepted", status=415, code="unsupported_media_type")
+    too_large = BadRequest(
+        f"the request body is larger than {max_bytes // 2**20} MiB", status=413, code="request_too_large"
+    )
+    if (http.content_length or 0) > max_bytes:
+        raise too_large
+    try:
+        raw = await http.read()
+    except web.HTTPRequestEntityTooLarge:
+        raise too_large from None
+    if len(raw) > OFF_LOOP_BYTES:
+        return await asyncio.get_running_loop().run_in_executor(None, parse_object, raw)
+    return parse_object(raw)
+
+
+def parse_object(raw: bytes) -> dict[str, Any]:
+    """Parse one JSON object; same result in every JSON parser, or BadRequest."""
+    if not raw.strip():
+        raise BadRequest("missing request body", code="missing_body")
+    try:
+        value = _decoder.decode(raw.decode())
+    except UnicodeDecodeError:
+        raise BadRequest("the request body is not valid UTF-8", code="invalid_json") from None
+    except RecursionError:
+        raise BadRequest("the request body is nested too deeply", code="invalid_json") from None
+    except json.JSONDecodeError as exc:
+        raise BadRequest(
+            f"the request body is not valid JSON: {exc.msg} at line {exc.lineno}, column {exc.colno}",
+            code="invalid_json",
+        ) from None
+    except ValueError as exc:
+        raise BadRequest(f"the request body is not valid JSON: {exc}", code="invalid_json") from None
+    if not isinstance(value, dict):
+        raise BadRequest("the request body must be a JSON object", code="invalid_json")
+    if len({key.lower() for key in value}) != len(value):
+        raise BadRequest("the request body has keys that differ only in case", code="invalid_json")
+    return value
+
+
+def serialise(value: dict[str, Any]) -> bytes:
+    """The JSON bytes to send upstream.
+
+    Raises: BadRequest for what JSON cannot carry faithfully: lone surrogates, integers past 64 bits, deep nesting.
+    """
+    try:
+        return orjson.dumps(value)
+    except TypeError as exc:  # orjson.JSONEncodeError
+        raise BadRequest(f"the request body cannot be passed on: {exc}", code="invalid_json") from None
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key appears twice in one object")
+    return result
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError("a number is out of range")
+    return number
+
+
+def _no_constant(text: str) -> float:
+    raise ValueError(f"{text} is not JSON")
+
+
+_decoder = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_float=_finite, parse_constant=_no_constant)

@@ -1,0 +1,36 @@
+"""`llama-smart-proxy check` and `llama-smart-proxy schema`: what an operator asks about a configuration file."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from proxy.config import read_config, schema_json
+
+
+def check_command(path: Path | None, env: Mapping[str, str]) -> int:
+    """Reports every problem and remark on stderr, one a line; `OK: ...` on stdout if there is no problem.
+
+    Returns the exit status: 0, or 2 if the proxy would refuse to start.
+    """
+    reading = read_config(path, env=env)
+    for line in reading.problems:
+        print(line, file=sys.stderr)
+    for line in reading.warnings:
+        print(f"warning: {line}", file=sys.stderr)
+    if reading.config is None:
+        return 2
+    counts = f"{_count(reading.config.models, 'model')}, {_count(reading.config.remotes, 'remote')}"
+    print(f"OK: {path or 'defaults'} ({counts})")
+    return 0
+
+
+def schema_command() -> int:
+    """Prints the JSON schema of the file. Returns 0."""
+    print(schema_json())
+    return 0
+
+
+def _count(things: Mapping[str, object], noun: str) -> str:
+    return f"{len(things)} {noun}{'' if len(things) == 1 else 's'}"

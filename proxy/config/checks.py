@@ -1,0 +1,118 @@
+"""What no single field can tell: sources, names, ports, flags, seen together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from proxy.config.problems import Loc, Problem, dotted
+from proxy.config.schema import Config, ModelConfig
+
+Clean = Callable[[Loc], bool]
+"""Tells whether nothing at or below a path is known to be wrong, so that looking at it makes sense."""
+
+_REASONS = {
+    ("--host",): "set server_pool.host instead",
+    ("--port",): "set server_pool.port_start and port_end instead",
+    ("--api-key", "--api-key-file"): "the proxy gives every process a key of its own",
+    ("-a", "--alias"): "use the model's name and aliases instead",
+    ("-m", "--model"): "use path instead",
+    ("-mu", "--model-url"): "use path or repo instead",
+    ("-hf", "-hfr", "--hf-repo", "-hff", "--hf-file"): "use repo and variant instead",
+}
+OWNED_FLAGS = {flag: reason for flags, reason in _REASONS.items() for flag in flags}
+
+
+def cross_checks(config: Config, clean: Clean) -> Iterator[Problem]:
+    """Every problem between fields of `config`, skipping those where a part is already known to be wrong."""
+    yield from _twice_declared(config)
+    yield from _name_clashes(config)
+    for name, model in config.models.items():
+        loc = model_loc(config, name)
+        if all(clean((*loc, field)) for field in ("backend", "path", "package", "file", "repo", "variant")):
+            yield from (Problem(loc, message) for message in _source_problems(config, name, model))
+        yield from _owned_flags((*loc, "args"), model.args)
+    yield from _owned_flags(("llama_cpp", "args"), config.llama_cpp.args)
+    if clean(("server_pool",)):
+        yield from _port_problems(config)
+        if all(clean((*model_loc(config, name), "pinned")) for name in config.models):
+            yield from _pin_problems(config)
+
+
+def model_loc(config: Config, name: str) -> Loc:
+    """Where in the file the model stands: in one of two sections."""
+    return ("llama_cpp", "models", name) if name in config.llama_cpp.models else ("models", name)
+
+
+def _twice_declared(config: Config) -> Iterator[Problem]:
+    for name, model in config.llama_cpp.models.items():
+        if config.models[name] is not model:
+            yield Problem(("models", name), f"is also given as {dotted(('llama_cpp', 'models', name))}")
+
+
+def _name_clashes(config: Config) -> Iterator[Problem]:
+    """Names that clients may send must mean one thing, whatever their case."""
+    owner: dict[str, str] = {}
+    for name in config.models:
+        other = owner.setdefault(name.lower(), name)
+        if other != name:
+            yield Problem(model_loc(config, name), f"differs only in case from the model {other}")
+    remote_names = {
+        model.lower(): f"a model of the remote {remote}"
+        for remote, settings in config.remotes.items()
+        for model in settings.models or ()
+    }
+    for name in config.models:
+        if name.lower() in remote_names:
+            yield Problem(model_loc(config, name), f"is also {remote_names[name.lower()]}")
+    taken = {key: f"the name of the model {name}" for key, name in owner.items()} | remote_names
+    for name, model in config.models.items():
+        for alias in model.aliases:
+            if alias.lower() in taken:
+                message = f"the alias {alias} is also {taken[alias.lower()]}"
+                yield Problem((*model_loc(config, name), "aliases"), message)
+            taken.setdefault(alias.lower(), f"an alias of the model {name}")
+
+
+def _source_problems(config: Config, name: str, model: ModelConfig) -> Iterator[str]:
+    given = [field for field in ("path", "package", "repo") if getattr(model, field) is not None]
+    if config.backend_of(name) == "ollama":
+        if model.has_source:
+            yield "a model of backend ollama has no path, package or repo: Ollama knows it by its name"
+        return
+    if model.file is not None and model.package is None:
+        yield "file needs package, the installed package that holds it"
+    if model.package is not None and model.file is None:
+        yield "package needs file, the name of the GGUF in it"
+    if model.variant is not None and model.repo is None:
+        yield "variant needs repo, the Hugging Face repository that holds it"
+    if len(given) > 1:
+        yield f"has more than one source ({', '.join(given)}); keep one"
+    if not model.has_source:
+        yield "has no source; give one of: path, package and file, repo (and variant)"
+
+
+def _owned_flags(loc: Loc, args: list[str]) -> Iterator[Problem]:
+    for flag in args:
+        reason = OWNED_FLAGS.get(flag.split("=", 1)[0])
+        if reason is not None:
+            yield Problem(loc, f"must not hold {flag.split('=', 1)[0]}: {reason}")
+
+
+def _port_problems(config: Config) -> Iterator[Problem]:
+    pool = config.server_pool
+    if pool.port_end is not None and pool.port_end < pool.port_start:
+        yield Problem(("server_pool", "port_end"), f"is less than port_start ({pool.port_start})")
+    elif len(pool.ports) < pool.size:
+        message = f"{len(pool.ports)} ports ({pool.port_start}-{pool.port_end}) are too few for {pool.size} processes"
+        yield Problem(("server_pool",), message)
+
+
+def _pin_problems(config: Config) -> Iterator[Problem]:
+    """Pinned models must leave a process for the others."""
+    local = [model for name, model in config.models.items() if config.backend_of(name) == "llama.cpp"]
+    pinned = sum(model.pinned for model in local)
+    others = len(local) > pinned or config.llama_cpp.models_dir is not None
+    size = config.server_pool.size
+    if pinned > size or (pinned == size and others):
+        room = " and leave no room for the models that are not" if pinned == size else ""
+        yield Problem(("server_pool", "size"), f"{pinned} pinned models take all {size} processes{room}")

@@ -1,0 +1,85 @@
+"""The keys of llama-smart-proxy's and ollama-smart-proxy's own config.json, moved to their place here or set aside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from proxy.config.problems import Loc, Problem, dotted
+
+MOVED: dict[Loc, tuple[Loc, ...]] = {
+    ("server_host",): (("server", "host"),),
+    ("server_port",): (("server", "port"),),
+    ("ollama_host",): (("ollama", "host"),),
+    ("ollama_port",): (("ollama", "port"),),
+    ("plugins_dir",): (("agents_dirs",),),
+    ("server_pool", "request_timeout"): (("server_pool", "idle_timeout_s"),),
+    ("ollama", "timeout"): (("ollama", "idle_timeout_s"), ("ollama", "first_byte_timeout_s")),
+    ("remotes", "*", "timeout"): (("remotes", "*", "idle_timeout_s"), ("remotes", "*", "first_byte_timeout_s")),
+}
+IGNORED: tuple[Loc, ...] = (
+    ("gpu",),
+    ("simulation",),
+    ("server_pool", "health_timeout"),
+    ("model_cache_ttl",),
+    ("agent_command_pattern",),
+    ("database_type",),
+    ("database_path",),
+    ("postgres_connection_string",),
+    ("library_log_levels",),
+    ("proxy_host_url",),
+)
+
+
+def translate(data: dict[str, Any], moved: Callable[[Loc, Loc], None]) -> list[Problem]:
+    """Rewrites `data` in place; `moved(new, old)` is told of every move. Returns remarks, none of them an error.
+
+    A value that also stands at its new place loses to it.
+    """
+    remarks: list[Problem] = []
+    for pattern in IGNORED:
+        for old in _matches(data, pattern):
+            _take(data, old)
+            remarks.append(Problem(old, "has no effect here and can be removed"))
+    for pattern, targets in MOVED.items():
+        for old in _matches(data, pattern):
+            value = _take(data, old)
+            news = [(*old[: len(target) - 1], target[-1]) if "*" in target else target for target in targets]
+            for new in news:
+                if _put(data, new, [value] if new == ("agents_dirs",) else value):
+                    moved(new, old)
+            remarks.append(Problem(old, f"is now called {' and '.join(map(dotted, news))}"))
+    return remarks
+
+
+def _matches(data: Any, pattern: Loc) -> list[Loc]:
+    """Every path in `data` that fits `pattern`, where `*` is any key."""
+    if not pattern:
+        return [()]
+    if not isinstance(data, dict):
+        return []
+    keys = list(data) if pattern[0] == "*" else [pattern[0]]
+    return [(key, *rest) for key in keys if key in data for rest in _matches(data[key], pattern[1:])]
+
+
+def _take(data: Any, loc: Loc) -> Any:
+    for part in loc[:-1]:
+        data = data[part]
+    return data.pop(loc[-1])
+
+
+def _put(data: dict[str, Any], loc: Loc, value: Any) -> bool:
+    for part in loc[:-1]:
+        if data.get(str(part)) is None:
+            data[str(part)] = {}
+        data = data[str(part)]
+        if not isinstance(data, dict):
+            return False
+    key = str(loc[-1])
+    if isinstance(value, list) and isinstance(data.get(key), list):
+        data[key] = [*data[key], *value]
+        return False
+    if data.get(key) is not None:
+        return False
+    data[key] = value
+    return True

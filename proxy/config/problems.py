@@ -1,0 +1,22 @@
+"""Where in the configuration something is, and what is wrong there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+Loc = tuple[str | int, ...]
+"""A path through mappings (by key) and lists (by position, from 0)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One complaint, in the reader's words; it never repeats a value, which may be a secret."""
+
+    loc: Loc
+    message: str
+
+
+def dotted(loc: Iterable[str | int]) -> str:
+    """`("models", "a", "args", 0)` as `models.a.args.0`."""
+    return ".".join(str(part) for part in loc)

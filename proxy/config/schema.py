@@ -1,0 +1,281 @@
+"""Every field of the configuration, with its default, its unit and what it is for.
+
+The classes hold values that passed on their own; `proxy.config.checks` looks at them together.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, field_validator, model_validator
+
+from proxy.config import shapes
+from proxy.config.duration import Duration, Seconds
+
+BackendName = Literal["llama.cpp", "ollama"]
+Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+class Section(BaseModel):
+    """A mapping in the file. Unknown keys are errors; null and the empty text mean the default."""
+
+    model_config = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unset_means_default(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return {key: value for key, value in data.items() if key not in cls.model_fields or value not in (None, "")}
+
+
+class ServerConfig(Section):
+    """The socket that clients talk to, and what one client may cost."""
+
+    host: str = Field(default="127.0.0.1", description="Address to listen on; 0.0.0.0 is every IPv4 interface.")
+    port: int = Field(default=11555, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    max_body_mib: int = Field(default=64, ge=1, description="Largest request body, in MiB; larger ones get status 413.")
+    drain_s: Seconds = Field(
+        default=30.0, description="Seconds that requests in flight may take to finish at shutdown."
+    )
+    head_timeout_s: Seconds = Field(
+        default=10.0, gt=0, description="Seconds a client may take to send a request's headers."
+    )
+    send_stall_s: Seconds = Field(
+        default=60.0, gt=0, description="Seconds a client may go without reading its answer before it is dropped."
+    )
+    keepalive_timeout_s: Seconds = Field(
+        default=75.0, gt=0, description="Seconds an idle client connection stays open between requests."
+    )
+
+
+class PoolConfig(Section):
+    """The llama-server processes: how many, on which ports, and how long each may take for what."""
+
+    size: int = Field(default=2, ge=1, description="Most llama-server processes that live at one time.")
+    host: str = Field(default="127.0.0.1", description="Loopback address the processes listen on.")
+    port_start: Port = Field(default=11600, description="First port given to a process.")
+    port_end: Port | None = Field(default=None, description="Last port given to a process; by default port_start + 99.")
+    queue_limit: int = Field(
+        default=512, ge=0, description="Most requests that wait for a model; beyond it, status 503."
+    )
+    queue_timeout_s: Seconds = Field(
+        default=600.0, gt=0, description="Seconds a request may wait for a model before status 503."
+    )
+    load_timeout_s: Seconds = Field(
+        default=600.0,
+        gt=0,
+        description="Seconds a starting process may be silent; any line it logs starts the count anew.",
+    )
+    stop_timeout_s: Seconds = Field(default=5.0, description="Seconds between asking a process to stop and killing it.")
+    swap_after_s: Seconds = Field(
+        default=1.0,
+        description="Seconds a request waits for a busy process of another model before that one is drained.",
+    )
+    keep_alive: Duration = Field(
+        default=300.0, description="Seconds an idle model stays loaded; negative is for ever, 0 unloads at once."
+    )
+    first_byte_timeout_s: Seconds = Field(
+        default=600.0, gt=0, description="Seconds a process may take to send the first byte of its answer."
+    )
+    idle_timeout_s: Seconds = Field(
+        default=120.0, gt=0, description="Seconds a process may be silent in the middle of its answer."
+    )
+    gpu_layers: int | None = Field(
+        default=None, description="Layers to put on the GPU for every model (-ngl); negative leaves it to llama-server."
+    )
+
+    @field_validator("host")
+    @classmethod
+    def _loopback_only(cls, host: str) -> str:
+        return shapes.loopback(host)
+
+    @model_validator(mode="after")
+    def _fill_port_end(self) -> Self:
+        if self.port_end is None:
+            self.port_end = min(self.port_start + 99, 65535)
+        return self
+
+    @property
+    def ports(self) -> range:
+        """Every port a process may be given."""
+        return range(self.port_start, (self.port_end or self.port_start) + 1)
+
+
+class ModelConfig(Section):
+    """One model that the proxy offers by name. Its weights are one of: path, package and file, repo."""
+
+    path: Path | None = Field(default=None, description="GGUF file on disk.")
+    package: str | None = Field(
+        default=None, description="Installed Python package that carries the GGUF named by `file`."
+    )
+    file: str | None = Field(default=None, description="File name of the GGUF inside `package`.")
+    repo: str | None = Field(default=None, description="Hugging Face repository, such as org/name-GGUF.")
+    variant: str | None = Field(
+        default=None, description="Which file of `repo`: a quantisation such as Q4_K_M, a file name, or a pattern."
+    )
+    aliases: Annotated[list[shapes.Name], BeforeValidator(shapes.comma_list)] = Field(
+        default_factory=list, description="Other names that clients may use for this model."
+    )
+    args: shapes.Args = Field(default_factory=list, description="Extra llama-server flags, added last.")
+    env: dict[str, str] = Field(default_factory=dict, description="Environment variables for its process.")
+    ctx: int | None = Field(
+        default=None,
+        ge=0,
+        description="Context size in tokens over all slots (-c); 0 is what the model was trained with.",
+    )
+    parallel: int | None = Field(default=None, ge=1, description="Requests answered at the same time (-np).")
+    keep_alive: Duration | None = Field(
+        default=None, description="Seconds it stays loaded when idle, in place of server_pool.keep_alive."
+    )
+    preload: bool = Field(default=False, description="Load it when the proxy starts.")
+    pinned: bool = Field(default=False, description="Never evict it to make room for another model.")
+    backend: BackendName | None = Field(
+        default=None, description="Who runs it; by default llama.cpp if it has a source, else the top-level backend."
+    )
+
+    @property
+    def has_source(self) -> bool:
+        """Whether any field that names weights is set."""
+        return any((self.path, self.package, self.file, self.repo, self.variant))
+
+
+class LlamaCppConfig(Section):
+    """The program that runs GGUF models, and the models it runs."""
+
+    server: str | None = Field(
+        default=None,
+        description="Path or name of llama-server, or `embedded` for the built-in one; by default llama-server "
+        "if it is on PATH, else embedded.",
+    )
+    args: shapes.Args = Field(default_factory=list, description="llama-server flags for every model.")
+    models: dict[shapes.Name, ModelConfig] = Field(
+        default_factory=dict, description="Models by name; the same as the top-level models."
+    )
+    models_dir: Path | None = Field(
+        default=None, description="Folder whose *.gguf files are offered, each by its name without the ending."
+    )
+
+
+class RemoteConfig(Section):
+    """An OpenAI-compatible server somewhere else that requests are forwarded to."""
+
+    url: str = Field(description="Its base URL, http or https, with or without the final /v1.")
+    api_key: SecretStr | None = Field(default=None, description="Key sent to it as `Authorization: Bearer`.")
+    models: Annotated[list[str], BeforeValidator(shapes.comma_list)] | None = Field(
+        default=None, description="Model names it serves; by default what its /v1/models lists."
+    )
+    connect_timeout_s: Seconds = Field(default=5.0, gt=0, description="Seconds to wait for a connection.")
+    first_byte_timeout_s: Seconds = Field(
+        default=600.0, gt=0, description="Seconds it may take to send the first byte of its answer."
+    )
+    idle_timeout_s: Seconds = Field(
+        default=120.0, gt=0, description="Seconds it may be silent in the middle of its answer."
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _http_url(cls, url: str) -> str:
+        return re.sub(r"/v1$", "", shapes.http_url(url))
+
+    @field_validator("api_key", mode="before")
+    @classmethod
+    def _text_only(cls, key: object) -> object:
+        return shapes.quoted(key)
+
+
+class OllamaConfig(Section):
+    """The Ollama server that models of backend `ollama` are asked from."""
+
+    host: str = Field(default="127.0.0.1", description="Its host name or URL, with or without the port.")
+    port: Port | None = Field(default=None, description="Its port, in place of the one in `host`; by default 11434.")
+    models: Annotated[list[str], BeforeValidator(shapes.comma_list)] | None = Field(
+        default=None, description="Model names it serves; by default all that it lists."
+    )
+    connect_timeout_s: Seconds = Field(default=5.0, gt=0, description="Seconds to wait for a connection.")
+    first_byte_timeout_s: Seconds = Field(
+        default=600.0, gt=0, description="Seconds it may take to send the first byte of its answer."
+    )
+    idle_timeout_s: Seconds = Field(
+        default=120.0, gt=0, description="Seconds it may be silent in the middle of its answer."
+    )
+
+    @field_validator("host")
+    @classmethod
+    def _usable_host(cls, host: str) -> str:
+        shapes.http_url(shapes.with_scheme(host))
+        return host
+
+    @property
+    def url(self) -> str:
+        """Its base URL with scheme and port, without a trailing slash."""
+        parts = urlsplit(shapes.http_url(shapes.with_scheme(self.host)))
+        default = 443 if parts.scheme == "https" else 11434
+        name = parts.hostname or ""
+        return f"{parts.scheme}://{shapes.bracketed(name)}:{self.port or parts.port or default}{parts.path}"
+
+
+class AgentConfig(Section):
+    """One agent that takes part in chats. In the file: its name, or `{name: {option: value}}`."""
+
+    name: str = Field(description="Name of the agent.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Its own settings, checked by the agent.")
+
+
+class Config(Section):
+    """The whole configuration. After loading, `models` also holds those of `llama_cpp.models`."""
+
+    backend: BackendName = Field(
+        default="llama.cpp", description="Who runs the models that do not say: llama.cpp or ollama."
+    )
+    server: ServerConfig = Field(default_factory=ServerConfig, description="Where and how the proxy listens.")
+    server_pool: PoolConfig = Field(default_factory=PoolConfig, description="The llama-server processes.")
+    llama_cpp: LlamaCppConfig = Field(default_factory=LlamaCppConfig, description="How GGUF models are run.")
+    models: dict[shapes.Name, ModelConfig] = Field(default_factory=dict, description="Models by name.")
+    remotes: dict[shapes.Name, RemoteConfig] = Field(
+        default_factory=dict, description="OpenAI-compatible servers to forward to, by a name of your choice."
+    )
+    ollama: OllamaConfig = Field(default_factory=OllamaConfig, description="The Ollama server to forward to.")
+    agents: shapes.Entries[AgentConfig] = Field(
+        default_factory=list, description="Agents in the order in which they see a request."
+    )
+    agents_dirs: Annotated[list[Path], BeforeValidator(shapes.comma_list)] = Field(
+        default_factory=list, description="Folders with further agents."
+    )
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(shapes.lower)] = Field(
+        default="info", description="Least important messages to log."
+    )
+
+    _warnings: list[str] = []
+
+    @model_validator(mode="after")
+    def _merge_models(self) -> Self:
+        self.models = {**self.llama_cpp.models, **self.models}
+        return self
+
+    @property
+    def warnings(self) -> list[str]:
+        """What loaded but deserves a word, as `file: path: remark`."""
+        return self._warnings
+
+    def default_args(self) -> list[str]:
+        """The llama-server flags that every model gets, before its own."""
+        layers = self.server_pool.gpu_layers
+        return [*(["-ngl", str(layers)] if layers is not None and layers >= 0 else []), *self.llama_cpp.args]
+
+    def backend_of(self, name: str) -> BackendName:
+        """Who runs the model `name`. Raises `KeyError` if it is not configured."""
+        model = self.models[name]
+        if model.backend is not None:
+            return model.backend
+        return "llama.cpp" if model.has_source or name in self.llama_cpp.models else self.backend
+
+
+def schema_json() -> str:
+    """The JSON schema of the configuration file, for editors."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}
+    return json.dumps(schema | {"title": "llama-smart-proxy configuration"}, indent=2, ensure_ascii=False)

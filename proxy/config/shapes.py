@@ -1,0 +1,121 @@
+"""The small shapes that fields share: names, flags, lists written as text, addresses.
+
+Functions that check return the value, perhaps in its one normal form, or raise `ValueError`.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import shlex
+from typing import Annotated, Any, TypeVar
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BeforeValidator, WithJsonSchema
+
+_NAME = re.compile(r"[A-Za-z0-9._:/@+-]{1,255}")
+_ITEM = TypeVar("_ITEM")
+
+
+def checked_name(name: str) -> str:
+    """A name that is safe in a URL, a log line and a command line."""
+    if not _NAME.fullmatch(name):
+        raise ValueError("a name is 1 to 255 of the characters A-Z a-z 0-9 . _ : / @ + -")
+    if ".." in name or name.startswith("/"):
+        raise ValueError("a name has no '..' in it and does not begin with '/'")
+    return name
+
+
+def quoted(value: object) -> object:
+    """Refuses numbers and booleans where the exact text matters: YAML reads 1.10 as 1.1."""
+    if isinstance(value, int | float):
+        raise ValueError("reads as a number or a boolean; put it in quotes")
+    return value
+
+
+def comma_list(value: object) -> object:
+    """`"a, b"` as `["a", "b"]`: lists are often one text in an environment variable."""
+    if isinstance(value, str):
+        return [item.strip() for item in value.split(",") if item.strip()]
+    return list(value) if isinstance(value, dict) else value
+
+
+def split_args(value: object) -> object:
+    """`"--temp 0.7"` as `["--temp", "0.7"]`, with a shell's rules for quotes."""
+    return shlex.split(value) if isinstance(value, str) else value
+
+
+def lower(value: object) -> object:
+    return value.lower() if isinstance(value, str) else value
+
+
+def named_entries(value: object) -> object:
+    """Agents as `{name, options}`, from names and one-key mappings, or from one mapping of all."""
+    if isinstance(value, str):
+        value = comma_list(value)
+    entries: Any = [{name: options} for name, options in value.items()] if isinstance(value, dict) else value
+    return [_named_entry(entry) for entry in entries] if isinstance(entries, list) else entries
+
+
+def _named_entry(entry: object) -> object:
+    if isinstance(entry, str):
+        return {"name": entry}
+    if isinstance(entry, dict) and len(entry) == 1 and "name" not in entry:
+        [(name, options)] = entry.items()
+        return {"name": name, "options": options}
+    return entry
+
+
+def loopback(host: str) -> str:
+    """A loopback IP address; `localhost` is 127.0.0.1, so that both sides mean the same one."""
+    address = "127.0.0.1" if host.lower() == "localhost" else host.strip("[]")
+    try:
+        if ipaddress.ip_address(address).is_loopback:
+            return address
+    except ValueError:
+        pass
+    raise ValueError("must be a loopback address (127.0.0.1 or ::1): only the proxy talks to these processes")
+
+
+def with_scheme(host: str) -> str:
+    """`host` as a URL: plain names and addresses are taken as http."""
+    if "://" in host:
+        return host
+    try:
+        return f"http://{bracketed(str(ipaddress.ip_address(host)))}"
+    except ValueError:
+        return f"http://{host}"
+
+
+def bracketed(host: str) -> str:
+    """`host` as it stands in a URL: IPv6 addresses in brackets."""
+    return f"[{host}]" if ":" in host else host
+
+
+def http_url(url: str) -> str:
+    """An http or https URL of a server, without a trailing slash."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        raise ValueError("is not a valid URL") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+        raise ValueError("must be an http:// or https:// URL with a host")
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("must not hold a user name or password")
+    if parts.query or parts.fragment or re.search(r"\s", url):
+        raise ValueError("must not hold '?', '#' or white space")
+    return url.rstrip("/")
+
+
+Name = Annotated[str, BeforeValidator(quoted), AfterValidator(checked_name)]
+Args = Annotated[
+    list[str],
+    BeforeValidator(split_args),
+    WithJsonSchema({"type": "array", "items": {"type": ["string", "number"]}}),
+]
+Entries = Annotated[
+    list[_ITEM],
+    BeforeValidator(named_entries),
+    WithJsonSchema({"type": "array", "items": {"anyOf": [{"type": "string"}, {"type": "object"}]}}),
+]

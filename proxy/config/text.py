@@ -1,0 +1,144 @@
+"""YAML, and JSON with comments, as plain dicts and lists; keys given twice and syntax errors with their lines.
+
+YAML is read by the rules of YAML 1.2: only `true` and `false` are booleans, so `--flash-attn on` stays text, and
+`12:30` and `010` are no numbers. Keys are always text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from proxy.config.problems import Loc, Problem
+
+_NULL = re.compile(r"(?:~|null|Null|NULL)?")
+_BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
+_INT = re.compile(r"[-+]?(?:0|[1-9][0-9]*)")
+_FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|(?:0|[1-9][0-9]*)(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
+_PLAIN_TAGS = {"tag:yaml.org,2002:" + kind for kind in ("null", "bool", "int", "float", "timestamp", "merge", "value")}
+_JSON_TOKEN = re.compile(r'("(?:\\.|[^"\\\n])*")|//[^\n]*|/\*.*?\*/|,(?=(?:\s|//[^\n]*|/\*.*?\*/)*+[}\]])', re.DOTALL)
+
+
+@dataclass
+class Parsed:
+    """What a text says, and what is wrong with how it says it."""
+
+    data: Any = None
+    problems: list[Problem] = field(default_factory=list)
+
+
+def parse(text: str, *, json_only: bool = False) -> Parsed:
+    """Reads `text`; a syntax error is a problem at the root and leaves `data` None.
+
+    A text that begins with `{` is tried as JSON with comments first: YAML would take `// why` for part of a key.
+    """
+    if json_only or text.lstrip().startswith("{"):
+        parsed = _parse_json(text)
+        if json_only or not any(problem.loc == () for problem in parsed.problems):
+            return parsed
+    return _parse_yaml(text)
+
+
+def _parse_yaml(text: str) -> Parsed:
+    parsed = Parsed()
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        parsed.data = None if node is None else _build(node, (), parsed.problems)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        unquoted = mark is not None and "${" in text.split("\n")[mark.line]
+        hint = "; put a text with ${...} in quotes" if unquoted else ""
+        parsed.problems.append(Problem((), f"{where}{error.problem or error.context}{hint}"))
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        parsed.problems.append(Problem((), f"line {line}: a character that YAML does not allow ({error.reason})"))
+    except RecursionError:
+        parsed.problems.append(Problem((), "is nested too deeply"))
+    return parsed
+
+
+def _build(node: yaml.Node, loc: Loc, problems: list[Problem]) -> Any:
+    if not node.tag.startswith("tag:yaml.org,2002:"):
+        problems.append(Problem(loc, f"the tag {node.tag} has no meaning here"))
+    if isinstance(node, yaml.MappingNode):
+        return _build_mapping(node, loc, problems)
+    if isinstance(node, yaml.SequenceNode):
+        return [_build(item, (*loc, index), problems) for index, item in enumerate(node.value)]
+    plain = isinstance(node, yaml.ScalarNode) and node.style is None and node.tag in _PLAIN_TAGS
+    return _scalar(node.value) if plain else node.value
+
+
+def _build_mapping(node: yaml.MappingNode, loc: Loc, problems: list[Problem]) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    own: dict[str, Any] = {}
+    lines: dict[str, int] = {}
+    for key_node, value_node in node.value:
+        if not isinstance(key_node, yaml.ScalarNode):
+            problems.append(Problem(loc, f"line {key_node.start_mark.line + 1}: a key must be text"))
+            continue
+        key, line = key_node.value, key_node.start_mark.line + 1
+        value = _build(value_node, loc if key == "<<" else (*loc, key), problems)
+        if key == "<<":
+            for source in value if isinstance(value, list) else [value]:
+                merged = {**(source if isinstance(source, dict) else {}), **merged}
+        elif key in own:
+            problems.append(Problem((*loc, key), f"given twice (lines {lines[key]} and {line})"))
+        else:
+            own[key], lines[key] = value, line
+    return {**merged, **own}
+
+
+def _scalar(text: str) -> Any:
+    if _NULL.fullmatch(text):
+        return None
+    if _BOOL.fullmatch(text):
+        return text.lower() == "true"
+    if _INT.fullmatch(text):
+        return int(text) if len(text) < 20 else text
+    return float(text) if _FLOAT.fullmatch(text) else text
+
+
+class _Pairs(list[tuple[str, Any]]):
+    """A JSON object before its keys are known to be distinct."""
+
+
+def _parse_json(text: str) -> Parsed:
+    parsed = Parsed()
+    try:
+        raw = json.loads(_JSON_TOKEN.sub(_blank, text), object_pairs_hook=_Pairs, parse_constant=_no_constant)
+        parsed.data = _unpaired(raw, (), parsed.problems)
+    except json.JSONDecodeError as error:
+        parsed.problems.append(Problem((), f"line {error.lineno}, column {error.colno}: {error.msg}"))
+    except ValueError as error:
+        parsed.problems.append(Problem((), str(error)))
+    except RecursionError:
+        parsed.problems.append(Problem((), "is nested too deeply"))
+    return parsed
+
+
+def _blank(token: re.Match[str]) -> str:
+    """Strings stay; comments and trailing commas become spaces, so that lines and columns stay true."""
+    return token.group(1) or re.sub(r"[^\n]", " ", token.group())
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON value")
+
+
+def _unpaired(value: Any, loc: Loc, problems: list[Problem]) -> Any:
+    if isinstance(value, _Pairs):
+        result: dict[str, Any] = {}
+        for key, item in value:
+            if key in result:
+                problems.append(Problem((*loc, key), "given twice"))
+            else:
+                result[key] = _unpaired(item, (*loc, key), problems)
+        return result
+    if isinstance(value, list):
+        return [_unpaired(item, (*loc, index), problems) for index, item in enumerate(value)]
+    return value

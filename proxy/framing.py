@@ -1,0 +1,62 @@
+"""Bytes in, whole frames out. No I/O.
+
+Frames are cut on bytes: `str.splitlines` would also cut at U+2028, which is legal inside JSON.
+"""
+
+from __future__ import annotations
+
+MAX_FRAME = 8 * 1024 * 1024
+"""Longest frame that is passed on. Ollama's own Go client gives up at 8 MB a line; no real answer comes near."""
+
+
+class FrameTooLong(Exception):
+    """A frame grew past `MAX_FRAME` without ending."""
+
+
+class EventSplitter:
+    """Passes on whole server-sent events and holds back the one that is still incomplete.
+
+    Lines end in LF, CRLF or CR, an event ends with a blank line (WHATWG HTML, "Event stream interpretation"). The bytes
+    themselves are never changed: what `push` returned, joined with `rest`, is what went in.
+    """
+
+    __slots__ = ("_held",)
+
+    def __init__(self) -> None:
+        self._held = bytearray()
+
+    @property
+    def rest(self) -> bytes:
+        """The bytes of the event that has not ended yet."""
+        return bytes(self._held)
+
+    def push(self, data: bytes) -> bytes:
+        """All events that are complete once `data` has arrived (empty: none).
+
+        Raises: FrameTooLong.
+        """
+        if not self._held and data.endswith((b"\n\n", b"\n\r\n")):
+            return data  # the way servers send: each write is whole events
+        start = max(0, len(self._held) - 2)  # a blank line may straddle two pieces
+        self._held += data
+        end = _after_last_blank_line(self._held, start)
+        if len(self._held) - end > MAX_FRAME:
+            raise FrameTooLong
+        if not end:
+            return b""
+        whole = bytes(self._held[:end])
+        del self._held[:end]
+        return whole
+
+
+def _after_last_blank_line(data: bytearray, start: int) -> int:
+    """The index behind the last blank line that ends at or after `start`; 0 if there is none.
+
+    A CR at the very end is not taken for a line of its own: the LF that makes it a CRLF may be on its way.
+    """
+    end = 0
+    for blank in (b"\n\n", b"\n\r\n", b"\r\r"):
+        found = data.rfind(blank, start)
+        if found >= 0 and not (blank == b"\r\r" and found + 2 == len(data)):
+            end = max(end, found + len(blank))
+    return end

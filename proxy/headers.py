@@ -1,0 +1,85 @@
+"""Which headers cross the proxy. One place, both directions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from multidict import CIMultiDict
+
+HOP_BY_HOP = frozenset(
+    {
+        "connection",
+        "keep-alive",
+        "proxy-authenticate",
+        "proxy-authorization",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    }
+)
+"""RFC 9110 7.6.1: meant for the next hop alone."""
+
+_NOT_UPSTREAM = HOP_BY_HOP | {
+    "host",
+    "content-length",
+    "content-type",  # the body is serialised anew, as JSON
+    "content-encoding",
+    "accept-encoding",
+    "expect",
+    "authorization",  # the client's credentials are for us; the model server has its own
+    "x-api-key",
+    "cookie",
+    "cookie2",
+    "origin",
+    "referer",
+    "forwarded",  # nothing a client says about its own address is believed or passed on
+    "via",
+    "x-real-ip",
+}
+_NOT_UPSTREAM_PREFIXES = ("x-forwarded-", "proxy-", "sec-", "access-control-")
+
+_NOT_DOWNSTREAM = HOP_BY_HOP | {
+    "content-length",
+    "date",
+    "server",
+    "set-cookie",
+    "set-cookie2",
+    "alt-svc",
+    "strict-transport-security",
+    "www-authenticate",
+}
+_NOT_DOWNSTREAM_PREFIXES = ("access-control-", "proxy-")
+
+
+def upstream_headers(client: Mapping[str, str], *, has_body: bool) -> list[tuple[str, str]]:
+    """The client's headers that a model server gets to see."""
+    banned = _named_by_connection(client.get("Connection", ""))
+    kept = [("Content-Type", "application/json")] if has_body else []
+    for name, value in client.items():
+        key = name.lower()
+        if key not in _NOT_UPSTREAM and key not in banned and not key.startswith(_NOT_UPSTREAM_PREFIXES):
+            kept.append((name, value))
+    return kept
+
+
+def downstream_headers(upstream: Iterable[tuple[str, str]]) -> CIMultiDict[str]:
+    """A model server's headers (names in lower case) that the client gets to see."""
+    kept: CIMultiDict[str] = CIMultiDict()
+    banned: frozenset[str] = frozenset()
+    for key, value in upstream:
+        if key == "connection":
+            banned |= _named_by_connection(value)
+        elif key not in _NOT_DOWNSTREAM and not key.startswith(_NOT_DOWNSTREAM_PREFIXES):
+            kept.add(key, value)
+    for key in banned:
+        kept.popall(key, None)
+    return kept
+
+
+def _named_by_connection(value: str) -> frozenset[str]:
+    """`Connection: close, X-Secret` makes `X-Secret` hop-by-hop too."""
+    if not value or value.lower() in ("keep-alive", "close"):
+        return frozenset()
+    return frozenset(name.strip().lower() for name in value.split(","))

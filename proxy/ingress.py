@@ -1,0 +1,170 @@
+"""The listening side: aiohttp's HTTP server with the gaps closed that a long-running, exposed process cannot have.
+
+aiohttp 3.14 waits for a request head without limit, and repeats the offending bytes (an API key, say) in the body of a
+400. `FrontServer` and `FrontConnection` mend both through the class's public methods. `check_request` refuses what
+aiohttp lets through but the next HTTP parser might read differently.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from typing import Any
+
+from aiohttp import HttpVersion10, HttpVersion11, web
+
+from proxy.dialects import OPENAI
+from proxy.errors import BadRequest, ProxyError
+
+logger = logging.getLogger(__name__)
+
+_HOST = re.compile(r"(?:[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\])(?::(\d{1,5}))?")
+REQUEST_ID = web.RequestKey("request_id", str)
+MAX_HEADER_LINE = 8190
+MAX_HEADERS = 100
+MAX_HEAD_BYTES = 64 * 1024
+
+
+class FrontConnection(web.RequestHandler):
+    """One client connection. A head that is not complete in `head_timeout_s` seconds ends it (slowloris)."""
+
+    def __init__(self, front: FrontServer, *, head_timeout_s: float, **options: Any) -> None:
+        super().__init__(front, **options)
+        self._front = front
+        self._head_timeout_s = head_timeout_s
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._serving = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._front.came(self)
+        self._await_head()
+
+    def data_received(self, data: bytes) -> None:
+        if not self._serving and self._head_timer is None:
+            self._await_head()
+        super().data_received(data)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._stop_timer()
+        self._front.left(self)
+        super().connection_lost(exc)
+
+    def head_complete(self) -> None:
+        """The handler calls this first."""
+        self._serving = True
+        self._stop_timer()
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        result = await super().finish_response(request, resp, start_time)
+        self._serving = False
+        return result
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """The answer to what could not be parsed: says so, and repeats none of it."""
+        self._stop_timer()
+        if request.writer.output_size > 0:
+            raise ConnectionError("an answer is already under way")
+        if status < 500:
+            error = ProxyError("the request is not valid HTTP", code="invalid_http")
+            error.kind = "invalid_request_error"
+        else:
+            logger.error("unhandled error", exc_info=exc)
+            error = ProxyError("internal error; the proxy's log has the details")
+        response = web.Response(status=status, body=OPENAI.error_body(error), content_type="application/json")
+        response.force_close()
+        return response
+
+    def _await_head(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._head_timer = loop.call_later(self._head_timeout_s, self._too_slow)
+
+    def _too_slow(self) -> None:
+        if self.transport is not None:
+            self.transport.abort()
+
+    def _stop_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+
+class FrontServer(web.Server):
+    """Makes a `FrontConnection` for each client of `app`."""
+
+    def __init__(self, runner: web.AppRunner, *, head_timeout_s: float, keepalive_timeout_s: float) -> None:
+        assert runner.server is not None, "call runner.setup() first"
+        super().__init__(
+            runner.server.request_handler, request_factory=runner.server.request_factory, handler_cancellation=True
+        )
+        self._options: dict[str, Any] = {
+            "head_timeout_s": head_timeout_s,
+            "keepalive_timeout": keepalive_timeout_s,
+            "max_line_size": MAX_HEADER_LINE,
+            "max_field_size": MAX_HEADER_LINE,
+            "max_headers": MAX_HEADERS,
+            "auto_decompress": False,  # compressed bodies are refused; unpacking first would be the attack
+            "lingering_time": 0,  # a refused upload is not read to its end
+            "access_log": None,  # one line a request is written by the handler, which knows model and duration
+        }
+
+        self.clients: set[FrontConnection] = set()
+        self.empty = asyncio.Event()
+        """Set while no client is connected."""
+        self.empty.set()
+
+    def came(self, client: FrontConnection) -> None:
+        self.clients.add(client)
+        self.empty.clear()
+
+    def left(self, client: FrontConnection) -> None:
+        self.clients.discard(client)
+        if not self.clients:
+            self.empty.set()
+
+    def __call__(self) -> web.RequestHandler:
+        return FrontConnection(self, loop=asyncio.get_running_loop(), **self._options)
+
+
+def check_request(http: web.Request) -> None:
+    """Refuse a head that two HTTP parsers could understand differently.
+
+    Raises: BadRequest 400, 431, 501 or 505; the caller closes the connection, as what follows on it is in doubt.
+    """
+    headers = http.headers
+    if http.version not in (HttpVersion10, HttpVersion11):
+        raise BadRequest("this HTTP version is not supported", status=505)
+    if sum(len(name) + len(value) for name, value in http.raw_headers) > MAX_HEAD_BYTES:
+        raise BadRequest("the request headers are too large", status=431)
+    coding = headers.get("Transfer-Encoding")
+    if coding is not None:
+        if http.version == HttpVersion10 or "Content-Length" in headers:
+            raise BadRequest("Transfer-Encoding is not allowed here")
+        if coding.strip().lower() != "chunked":
+            raise BadRequest("this transfer coding is not supported", status=501)
+    _check_host(http)
+    if "Upgrade" in headers and "upgrade" in headers.get("Connection", "").lower():
+        raise BadRequest("protocol upgrades are not supported")
+
+
+def _check_host(http: web.Request) -> None:
+    hosts = http.headers.getall("Host", [])
+    if len(hosts) != 1:
+        if not hosts and http.version == HttpVersion10:
+            return
+        raise BadRequest("exactly one Host header is needed")
+    match = _HOST.fullmatch(hosts[0])
+    if match is None or (match[1] and int(match[1]) > 65535):
+        raise BadRequest("the Host header is not valid")
+    target = http.raw_path
+    if not target.startswith("/") and target != "*":
+        raise BadRequest("the request target must be a path")

@@ -1,0 +1,175 @@
+"""The hot path: an upstream answer to the client, byte for byte.
+
+A streamed answer is written to the client's transport inside the very callback that received it; no task wakes for a
+token. When the client reads slower than the model writes, the upstream socket is left unread until the client caught
+up, so memory for one slow reader stays near one socket buffer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import struct
+import termios
+from contextlib import suppress
+
+from aiohttp import HttpVersion11, web
+
+from backends.exchange import BUFFER_LIMIT, Response
+from proxy.dialects import Dialect
+from proxy.errors import ProxyError, UpstreamFailed
+from proxy.framing import EventSplitter, FrameTooLong
+from proxy.headers import downstream_headers
+from proxy.ingress import REQUEST_ID
+
+logger = logging.getLogger(__name__)
+
+PLAIN_LIMIT = 1024 * 1024
+"""Answers up to this size are read whole before the first byte leaves, so that one cut short is still a true 502."""
+
+
+async def relay(http: web.Request, upstream: Response, dialect: Dialect, *, stall_s: float) -> web.StreamResponse:
+    """Answer `http` with `upstream`.
+
+    A failure before the client got a byte is raised (`UpstreamFailed`), so the caller may try again; a later one is
+    told in-stream in `dialect`, or, where the body has no form for that, by cutting the connection. A client that takes
+    no byte for `stall_s` seconds is disconnected.
+    """
+    if upstream.header("content-type").startswith("text/event-stream"):
+        await upstream.first_piece()  # headers leave with the first byte: until then a failure is a true status code
+        return await _relay_events(http, upstream, dialect, stall_s)
+    body = await upstream.read(PLAIN_LIMIT)
+    if body is None:
+        return await _relay_large(http, upstream, stall_s)
+    return web.Response(status=upstream.status, headers=downstream_headers(upstream.headers), body=body)
+
+
+async def _relay_events(http: web.Request, upstream: Response, dialect: Dialect, stall_s: float) -> web.StreamResponse:
+    answer = await _begin(http, upstream)
+    sink = _EventSink(http, stall_s)
+    failure: ProxyError | None = None
+    try:
+        await upstream.pipe(sink)
+    except UpstreamFailed as exc:
+        failure = exc
+    sink.end(dialect, failure)
+    await answer.write_eof()
+    return answer
+
+
+async def _relay_large(http: web.Request, upstream: Response, stall_s: float) -> web.StreamResponse:
+    answer = await _begin(http, upstream)
+    try:
+        await upstream.pipe(_Sink(http, stall_s))
+    except UpstreamFailed as exc:
+        logger.warning("a large answer was cut short: %s", exc)
+        _abort(http)
+    await answer.write_eof()
+    return answer
+
+
+async def _begin(http: web.Request, upstream: Response) -> web.StreamResponse:
+    answer = web.StreamResponse(status=upstream.status, headers=downstream_headers(upstream.headers))
+    answer.headers["X-Request-Id"] = http[REQUEST_ID]
+    answer.headers["X-Accel-Buffering"] = "no"  # nginx in front of us must not hold tokens back
+    if http.version >= HttpVersion11:
+        answer.enable_chunked_encoding()
+    else:
+        answer.force_close()  # HTTP/1.0 marks the end of such a body by closing
+    await answer.prepare(http)
+    return answer
+
+
+class _Sink:
+    """Writes pieces to the client's transport, framed as HTTP/1.1 chunks."""
+
+    __slots__ = ("_chunked", "_http", "_stall_s", "_transport")
+
+    def __init__(self, http: web.Request, stall_s: float) -> None:
+        transport = http.transport
+        if transport is None:
+            raise ConnectionResetError("the client has left")
+        self._http = http
+        self._transport = transport
+        self._chunked = http.version >= HttpVersion11
+        self._stall_s = stall_s
+
+    def feed(self, data: bytes) -> bool:
+        self._transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+        return self._transport.get_write_buffer_size() <= BUFFER_LIMIT
+
+    async def drained(self) -> None:
+        """Wait until the client has caught up; cut it off when it takes nothing for `stall_s` seconds."""
+        drain = asyncio.ensure_future(self._http.writer.drain())
+        try:
+            left = self._unsent()
+            while not (await asyncio.wait({drain}, timeout=self._stall_s))[0]:
+                left, before = self._unsent(), left
+                if left >= before:
+                    logger.info("a client took no byte for %g s: disconnected", self._stall_s)
+                    self._transport.abort()
+                    raise ConnectionResetError("the client stopped reading")
+            drain.result()
+        finally:
+            drain.cancel()
+
+    def _unsent(self) -> int:
+        """Bytes the client has not acknowledged: ours, and the kernel's. Ours alone stand still for minutes while a
+        slow reader works through a socket buffer of megabytes."""
+        waiting = self._transport.get_write_buffer_size()
+        sock = self._transport.get_extra_info("socket")
+        with suppress(OSError, ValueError, AttributeError):
+            (queued,) = struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0" * 4))
+            waiting += queued
+        return waiting
+
+
+class _EventSink(_Sink):
+    """Passes on whole events only, so that an error can be told in-stream at any moment."""
+
+    __slots__ = ("_failure", "_last", "_splitter")
+
+    def __init__(self, http: web.Request, stall_s: float) -> None:
+        super().__init__(http, stall_s)
+        self._splitter = EventSplitter()
+        self._last = b""
+        self._failure: UpstreamFailed | None = None
+
+    def feed(self, data: bytes) -> bool:
+        try:
+            whole = self._splitter.push(data)
+        except FrameTooLong:
+            self._failure = UpstreamFailed("the model server sent an event over 8 MiB", code="upstream_frame_too_long")
+            return False
+        if not whole:
+            return True
+        self._last = whole
+        return super().feed(whole)
+
+    async def drained(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        await super().drained()
+
+    def end(self, dialect: Dialect, failure: ProxyError | None) -> None:
+        """Write what the client still has to be told after the last event: nothing, after a proper ending."""
+        if failure is None and dialect.is_end(self._splitter.rest):
+            self._last = self._splitter.rest  # a clean end, the last blank line spared
+            super().feed(self._last)
+        if dialect.is_end(self._last):
+            return
+        closing = dialect.ending
+        if not dialect.is_error(self._last):
+            failure = failure or UpstreamFailed(
+                "the model server ended its answer before it was complete", code="upstream_incomplete"
+            )
+            logger.warning("stream broken off: %s", failure)
+            closing = dialect.error_event(failure) + closing
+        if closing:
+            super().feed(closing)
+
+
+def _abort(http: web.Request) -> None:
+    if http.transport is not None:
+        http.transport.abort()

@@ -1,0 +1,152 @@
+"""From the model name in a request to the backend that holds the model; and the catalogue of all there are."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from backends.pool import Pool
+
+from backends import Backend
+from backends.models import scan_models_dir
+from backends.remote import Remote
+from backends.spawned import SpawnedModel
+from proxy.config import Config
+from proxy.errors import BadRequest, ModelNotFound
+
+logger = logging.getLogger(__name__)
+
+SHOWN_NAMES = 20
+"""Most names listed in an error message."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a request goes: `backend`, and the id by which it knows the model."""
+
+    backend: Backend
+    model: str
+
+
+@dataclass(slots=True)
+class Entry:
+    """One line of a model list."""
+
+    id: str
+    owner: str
+    state: str
+    aliases: list[str] = field(default_factory=list)
+    error: str | None = None
+
+    def as_openai(self, created: int) -> dict[str, Any]:
+        """The item of `/v1/models`, with `status` as llama-server's router mode writes it (Open WebUI reads it)."""
+        status: dict[str, Any] = {"value": self.state}
+        if self.error:
+            status |= {"failed": True, "error": self.error}
+        return {
+            "id": self.id,
+            "object": "model",
+            "created": created,
+            "owned_by": self.owner,
+            "aliases": self.aliases,
+            "status": status,
+        }
+
+
+class Router:
+    """Knows every model. Lookup order: configured models, their aliases, `models_dir`, remotes in config order."""
+
+    def __init__(self, config: Config, pool: Pool) -> None:
+        self.pool = pool
+        self.remotes = [Remote(name, remote) for name, remote in config.remotes.items()]
+        self.created = int(time.time())
+        self._models_dir = config.llama_cpp.models_dir
+        self._scanned_ns = -1
+        self._configured = {name: SpawnedModel(pool, name, model) for name, model in config.models.items()}
+        self._found: dict[str, SpawnedModel] = {}
+        self._by_key: dict[str, SpawnedModel] = {}
+        for name, spawned in self._configured.items():
+            for key in (name, *spawned.model.aliases):
+                self._by_key[key.lower()] = spawned
+
+    async def resolve(self, name: object) -> Target:
+        """The target for the `model` of a request; with one local model in all, none need be named.
+
+        Raises: BadRequest for a name that is no text, ModelNotFound.
+        """
+        if name is None or name == "":
+            local = [*self._configured.values(), *self._scan().values()]
+            if len(local) == 1 and not self.remotes:
+                return Target(local[0], local[0].name)
+            raise BadRequest("model is required", param="model")
+        if not isinstance(name, str):
+            raise BadRequest("model must be a string", param="model")
+        spawned = self.local(name)
+        if spawned is not None:
+            return Target(spawned, spawned.name)
+        for remote in self.remotes:
+            if name in remote.models:
+                return Target(remote, name)
+        for remote in self.remotes:
+            own = name.removeprefix(f"{remote.name}/")
+            if await remote.find(own):
+                return Target(remote, own)
+        known = sorted(entry.id for entry in self.catalogue())
+        more = f" and {len(known) - SHOWN_NAMES} more" if len(known) > SHOWN_NAMES else ""
+        listing = f"known models: {', '.join(known[:SHOWN_NAMES])}{more}" if known else "no model is configured"
+        raise ModelNotFound(f"model {name[:100]!r} not found; {listing}", param="model")
+
+    def local(self, name: str) -> SpawnedModel | None:
+        """The model we would run ourselves under this name. Case is ignored, and a `:latest` that is not configured."""
+        key = name.lower()
+        found = self._by_key.get(key) or self._by_key.get(key.removesuffix(":latest"))
+        if found is None:
+            files = self._scan()
+            found = files.get(key) or files.get(key.removesuffix(":latest"))
+        return found
+
+    def catalogue(self) -> list[Entry]:
+        """Every model, from memory: no server is asked, so a dead one delays nobody."""
+        entries = [self._local_entry(spawned) for spawned in (*self._configured.values(), *self._scan().values())]
+        seen = {entry.id for entry in entries}
+        for remote in self.remotes:
+            for model in remote.models:
+                if model not in seen:
+                    seen.add(model)
+                    entries.append(Entry(model, remote.name, "loaded"))
+        return entries
+
+    async def close(self) -> None:
+        for remote in self.remotes:
+            await remote.close()
+
+    def _local_entry(self, spawned: SpawnedModel) -> Entry:
+        state = self.pool.state(spawned.name)
+        error = self.pool.failed(spawned.name) if state == "unloaded" else None
+        return Entry(spawned.name, "llama.cpp", state, list(spawned.model.aliases), error)
+
+    def _scan(self) -> dict[str, SpawnedModel]:
+        """Models of `models_dir` by lower-case name; the folder is read again only when it has changed."""
+        if self._models_dir is None:
+            return {}
+        changed_ns = _mtime_ns(self._models_dir)
+        if changed_ns != self._scanned_ns:
+            self._scanned_ns = changed_ns
+            files = scan_models_dir(self._models_dir)
+            self._found = {
+                name.lower(): self._found.get(name.lower()) or SpawnedModel(self.pool, name, model)
+                for name, model in files.items()
+                if name.lower() not in self._by_key
+            }
+        return self._found
+
+
+def _mtime_ns(folder: Path) -> int:
+    try:
+        return folder.stat().st_mtime_ns
+    except OSError:
+        logger.warning("models_dir %s cannot be read", folder)
+        return -2

@@ -1,0 +1,81 @@
+"""One run of the server: listen, serve, drain, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+
+import uvloop
+from aiohttp import web
+
+from proxy import __version__
+from proxy.admin import DRAINING
+from proxy.app import build_app
+from proxy.config import Config
+from proxy.handlers import PROXY
+from proxy.ingress import FrontServer
+
+logger = logging.getLogger(__name__)
+
+LAST_WORDS_S = 2.0
+"""Time for the error frames of broken-off streams to reach their clients."""
+
+
+def run(config: Config) -> int:
+    """Serve until SIGTERM or SIGINT; returns the process's exit status."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_serve(config))
+
+
+async def _serve(config: Config) -> int:
+    signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, signals.put_nowait, number)
+    app = build_app(config)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    try:
+        front = FrontServer(
+            runner,
+            head_timeout_s=config.server.head_timeout_s,
+            keepalive_timeout_s=config.server.keepalive_timeout_s,
+        )
+        try:
+            listener = await loop.create_server(front, config.server.host, config.server.port, backlog=1024)
+        except OSError as exc:
+            logger.error("cannot listen on %s port %d: %s", config.server.host, config.server.port, exc.strerror or exc)
+            return 1
+        for sock in listener.sockets:
+            host, port = sock.getsockname()[:2]
+            logger.info("llama-smart-proxy %s listening on http://%s:%d", __version__, host, port)
+        number = await signals.get()
+        logger.info("%s: draining for up to %g s", number.name, config.server.drain_s)
+        await _drain(app, front, listener, signals, config.server.drain_s)
+        return 0
+    finally:
+        await runner.cleanup()
+        logger.info("stopped")
+
+
+async def _drain(
+    app: web.Application,
+    front: FrontServer,
+    listener: asyncio.Server,
+    signals: asyncio.Queue[signal.Signals],
+    drain_s: float,
+) -> None:
+    """Accept nothing more, let answers under way finish for `drain_s` seconds or until a second signal, then stop the
+    model servers: whoever still streams is told so in-stream."""
+    app[DRAINING][0] = True
+    listener.close()
+    for client in list(front.clients):
+        client.close()
+    waits = {asyncio.ensure_future(front.empty.wait()), asyncio.ensure_future(signals.get())}
+    await asyncio.wait(waits, timeout=drain_s, return_when=asyncio.FIRST_COMPLETED)
+    for wait in waits:
+        wait.cancel()
+    await app[PROXY].router.pool.close(drain_s=0)
+    await app[PROXY].router.close()
+    await front.shutdown(LAST_WORDS_S)

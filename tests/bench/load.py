@@ -1,0 +1,204 @@
+"""The load generator: `python -m tests.bench.load KIND JSON` drives one target once and prints one JSON object.
+
+It reads the clocks of the measured processes itself, at the edges of a window in which every connection is up and
+busy, so that neither its own start nor the first and last requests count. Every byte that arrives is kept and
+compared with what the stub sent. On a broken run it prints the reason to standard error and ends with code 1.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import TypeVar, cast
+
+import uvloop
+
+from tests.bench import wire
+from tests.bench.firsts import first_tokens
+from tests.bench.job import Job, Window
+
+
+class Client(asyncio.Protocol):
+    """One connection. `finished` is done when it has had all it waits for, failed when the target hung up or lied."""
+
+    def __init__(self) -> None:
+        self.finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.fail(wire.BrokenRun(f"the target closed a connection early ({exc})"))
+
+    def succeed(self) -> None:
+        if not self.finished.done():
+            self.finished.set_result(None)
+
+    def fail(self, error: wire.BrokenRun) -> None:
+        if not self.finished.done():
+            self.finished.set_exception(error)
+
+
+class StreamClient(Client):
+    """Takes one streamed answer; counting frames is all it does while the window is open."""
+
+    def __init__(self, run: StreamRun) -> None:
+        super().__init__()
+        self.run = run
+        self.parts: list[bytes] = []
+        self.last = b""
+
+    def data_received(self, data: bytes) -> None:
+        if not self.parts and not data.startswith(wire.OK):
+            self.fail(wire.BrokenRun(f"expected status 200, got {data[:400]!r}"))
+        split_frame = self.last == b"\n" and data.startswith(b"\n")
+        self.run.arrived(data.count(b"\n\n") + split_frame, is_first=not self.parts)
+        self.last = data[-1:]
+        self.parts.append(data)
+        if self._ends(data):
+            self.run.one_ended()
+            self.succeed()
+
+    def _ends(self, data: bytes) -> bool:
+        size = len(wire.LAST_CHUNK)
+        return (data if len(data) >= size else b"".join(self.parts[-size:])).endswith(wire.LAST_CHUNK)
+
+
+class StreamRun:
+    """`count` streams at once; the window is open from when all have begun until the first one ends."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.window = Window(job.pids)
+        self.frames = self.begun = 0
+
+    def arrived(self, frames: int, *, is_first: bool) -> None:
+        self.frames += frames
+        self.begun += is_first
+        if is_first and self.begun == self.job.count:
+            self.window.open(self.frames)
+
+    def one_ended(self) -> None:
+        self.window.close(self.frames)
+
+    async def __call__(self) -> dict[str, float]:
+        clients = await connect(self.job.port, [StreamClient(self) for _ in range(self.job.count)])
+        loop, request = asyncio.get_running_loop(), self.job.request(tokens=self.job.each)
+        for index, client in enumerate(clients):
+            loop.call_later(index / len(clients) * self.job.interval_ms / 1000, client.transport.write, request)
+        await all_finished(clients, self.job.timeout_s, lambda: f"{self.frames} frames arrived")
+        for client in clients:
+            wire.check_body(b"".join(client.parts), wire.stream_body(self.job.each))
+        return self.window.result()
+
+
+class PlainClient(Client):
+    """Posts, checks the answer, posts again, as long as the run wants more."""
+
+    def __init__(self, run: PlainRun) -> None:
+        super().__init__()
+        self.run = run
+        self.pending = b""
+
+    def data_received(self, data: bytes) -> None:
+        data = self.pending + data
+        end = data.find(b"\r\n\r\n")
+        length = wire.content_length(data[:end])
+        whole = data.endswith(wire.LAST_CHUNK) if length is None else len(data) >= end + 4 + length
+        self.pending = b"" if whole else data
+        if not whole:
+            return
+        try:
+            wire.check_body(data, wire.plain_body())
+        except wire.BrokenRun as broken:
+            self.fail(broken)
+        else:
+            self.run.arrived()
+            self.next()
+
+    def next(self) -> None:
+        if self.run.takes_one():
+            self.transport.write(self.run.request)
+        else:
+            self.succeed()
+
+
+class PlainRun:
+    """`each` requests over `count` connections; the window leaves out the first and the last tenth."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.request = job.request()
+        self.window = Window(job.pids)
+        self.edge = job.each // 10
+        self.taken = self.answered = 0
+
+    def takes_one(self) -> bool:
+        if self.taken == self.job.each:
+            return False
+        self.taken += 1
+        return True
+
+    def arrived(self) -> None:
+        self.answered += 1
+        if self.answered == self.edge:
+            self.window.open(self.answered)
+        elif self.answered == self.job.each - self.edge:
+            self.window.close(self.answered)
+
+    async def __call__(self) -> dict[str, float]:
+        clients = await connect(self.job.port, [PlainClient(self) for _ in range(self.job.count)])
+        for client in clients:
+            client.next()
+        await all_finished(clients, self.job.timeout_s, lambda: f"{self.answered} of {self.job.each} answers arrived")
+        return self.window.result()
+
+
+AnyClient = TypeVar("AnyClient", bound=Client)
+
+
+async def connect(port: int, clients: Sequence[AnyClient]) -> Sequence[AnyClient]:
+    """Connect all clients, one after the other (a burst would measure the backlog), and return them."""
+    loop = asyncio.get_running_loop()
+    unconnected = iter(clients)
+    for _ in clients:
+        await loop.create_connection(lambda: next(unconnected), "127.0.0.1", port)
+    return clients
+
+
+async def all_finished(clients: Sequence[Client], timeout_s: float, progress: Callable[[], str]) -> None:
+    """Wait until all have what they wait for.
+
+    Raises: `BrokenRun` as soon as one fails, or at the deadline.
+    """
+    try:
+        async with asyncio.timeout(timeout_s):
+            await asyncio.gather(*(client.finished for client in clients))
+    except TimeoutError:
+        raise wire.BrokenRun(f"not finished after {timeout_s:.0f} s: {progress()}") from None
+    finally:
+        for client in clients:
+            client.finished.cancel()
+            client.transport.abort()
+
+
+KINDS: dict[str, Callable[[Job], dict[str, float]]] = {
+    "stream": lambda job: uvloop.run(StreamRun(job)()),
+    "plain": lambda job: uvloop.run(PlainRun(job)()),
+    "first": first_tokens,
+}
+
+
+def main() -> None:
+    kind, job = sys.argv[1], Job(**json.loads(sys.argv[2]))
+    try:
+        result = KINDS[kind](job)
+    except (wire.BrokenRun, OSError) as broken:
+        sys.exit(f"{kind}: {broken}")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""What the bench prints, and what it writes as JSON."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+
+from tests.bench.measure import Measured, Sizes
+from tests.bench.process import Cores
+from tests.bench.summary import METRICS, Summary, Verdict, judge, ratio, summarise
+
+
+def document(measured: Mapping[str, Measured], sizes: Sizes, cores: Cores) -> dict[str, object]:
+    """Every figure of every round, with what it takes to read them."""
+    summaries = summarise(measured)
+    return {
+        "versions": versions(),
+        "cpu_count": os.cpu_count(),
+        "pinned": str(cores),
+        "sizes": asdict(sizes),
+        "targets": {name: asdict(one) for name, one in measured.items()},
+        "medians": summaries,
+        "goals": [asdict(verdict) for verdict in judge(summaries)],
+    }
+
+
+def text(measured: Mapping[str, Measured], sizes: Sizes, cores: Cores) -> str:
+    """Conditions, table and goals, as Markdown."""
+    summaries = summarise(measured)
+    using = ", ".join(f"{name} {number}" for name, number in versions().items() if number)
+    conditions = (
+        f"{using}; {os.cpu_count()} cores; {cores}.\n"
+        f"Medians over rounds: {sizes.rounds}; in each {sizes.streams} streams of {sizes.tokens} tokens, one every "
+        f"{sizes.interval_ms:g} ms; {sizes.requests} plain requests on {sizes.connections} connections; "
+        f"{sizes.firsts} streamed requests one by one. Starts: {sizes.starts}. A proxy that does not use all of its "
+        f"core is not what bounds requests/s."
+    )
+    return "\n\n".join([conditions, table(summaries), goals(judge(summaries))])
+
+
+def table(summaries: Mapping[str, Summary]) -> str:
+    """A column for each target, then one for each ratio to nginx and to direct."""
+    pairs = [(name, to) for to in ("nginx", "direct") for name in summaries if to in summaries and name != to]
+    pairs.sort(key=lambda pair: pair[0] in ("nginx", "direct"))
+    pairs = [pair for pair in pairs if pair != ("direct", "nginx")]
+    rows = [["", *summaries, *(f"{name} / {to}" for name, to in pairs)]]
+    for metric in METRICS:
+        figures = [_number(summary[metric.name], metric.digits) for summary in summaries.values()]
+        ratios = [_number(ratio(summaries, metric.name, *pair), 2) for pair in pairs]
+        rows.append([metric.title, *figures, *ratios])
+    return _markdown(rows)
+
+
+def goals(verdicts: Sequence[Verdict]) -> str:
+    """What the relay is to reach, and whether it does."""
+    titles = {metric.name: metric.title for metric in METRICS}
+    words = {True: "met", False: "not met", None: "not measured"}
+    rows = [["goal of the relay", "at most", "measured", ""]]
+    for verdict in verdicts:
+        unit = f" x {verdict.times}" if verdict.times else ""
+        rows.append([titles[verdict.metric], f"{verdict.limit:g}{unit}", _number(verdict.value, 2), words[verdict.met]])
+    return _markdown(rows)
+
+
+def versions() -> dict[str, str | None]:
+    """Of everything whose speed shows in the figures; None for what is not installed."""
+    packages = {name: version(name) for name in ("aiohttp", "uvloop", "httptools")}
+    return {"python": platform.python_version(), "nginx": _nginx_version(), **packages}
+
+
+def _nginx_version() -> str | None:
+    if not shutil.which("nginx"):
+        return None
+    said = subprocess.run(["nginx", "-v"], capture_output=True, text=True, check=False).stderr
+    return said.strip().rpartition("/")[2]
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [_line([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+    lines.insert(1, _line(["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]))
+    return "\n".join(lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

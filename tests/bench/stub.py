@@ -1,0 +1,108 @@
+"""The upstream: `python -m tests.bench.stub`, an HTTP/1.1 server that does as little as it can for each answer.
+
+It prints its port on the first line of standard output, serves until it is told to stop, and answers a chat request
+with canned bytes: a stream of `max_tokens` frames, one chunk and one write each, when the body says `stream`, else
+one JSON object at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+from typing import cast
+
+import uvloop
+
+from tests.bench import wire
+
+STREAM_HEAD = (
+    b"HTTP/1.1 200 OK\r\nServer: llama.cpp\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n"
+    b"Access-Control-Allow-Origin: \r\n\r\n"
+)
+
+
+def _whole(status: bytes, body: bytes) -> bytes:
+    head = b"HTTP/1.1 %b\r\nServer: llama.cpp\r\nContent-Type: application/json; charset=utf-8\r\n" % status
+    return head + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
+PLAIN = _whole(b"200 OK", wire.plain_body())
+MODELS = _whole(b"200 OK", json.dumps({"object": "list", "data": [{"id": wire.MODEL, "object": "model"}]}).encode())
+UNKNOWN = _whole(b"404 Not Found", b'{"error":{"message":"no such path","code":404}}')
+
+
+class Stream:
+    """One streamed answer, on an absolute schedule: a late write is not followed by later ones."""
+
+    def __init__(self, transport: asyncio.Transport, tokens: int, interval_s: float) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._transport = transport
+        self._tokens = tokens
+        self._interval_s = interval_s
+        self._began = self._loop.time()
+        self._next = 1
+        transport.write(STREAM_HEAD + wire.chunk(wire.token(0)))
+        self._arm()
+
+    def _arm(self) -> None:
+        self._loop.call_at(self._began + self._next * self._interval_s, self._tick)
+
+    def _tick(self) -> None:
+        if self._transport.is_closing():
+            return
+        if self._next == self._tokens:
+            self._transport.write(wire.chunk(wire.DONE) + wire.LAST_CHUNK)
+            return
+        self._transport.write(wire.chunk(wire.token(self._next)))
+        self._next += 1
+        self._arm()
+
+
+class Stub(asyncio.Protocol):
+    """One connection: whole requests in, canned answers out. A proxy never pipelines, so nor does this expect it."""
+
+    def __init__(self) -> None:
+        self._pending = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        data = self._pending + data
+        end = data.find(b"\r\n\r\n")
+        size = end + 4 + (wire.content_length(data[:end]) or 0)
+        if end < 0 or len(data) < size:
+            self._pending = data
+            return
+        self._pending = data[size:]
+        self._answer(data[:end], data[end + 4 : size])
+
+    def _answer(self, head: bytes, body: bytes) -> None:
+        if head.startswith(b"POST "):
+            self._chat(json.loads(body))
+        elif head.startswith((b"GET /v1/models ", b"GET /models ", b"GET /health ")):
+            self._transport.write(MODELS)
+        else:
+            self._transport.write(UNKNOWN)
+
+    def _chat(self, request: dict[str, object]) -> None:
+        if request.get("stream"):
+            tokens = int(str(request["max_tokens"]))
+            Stream(self._transport, tokens, float(str(request["bench_interval_ms"])) / 1000)
+        else:
+            self._transport.write(PLAIN)
+
+
+async def main() -> None:
+    loop = asyncio.get_running_loop()
+    stopped = asyncio.Event()
+    loop.add_signal_handler(signal.SIGTERM, stopped.set)
+    server = await loop.create_server(Stub, "127.0.0.1", 0, backlog=512)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await stopped.wait()
+    server.close()
+
+
+if __name__ == "__main__":
+    uvloop.run(main())

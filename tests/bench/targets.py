@@ -1,0 +1,159 @@
+"""What is measured: each row of the table is one `Target`."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.bench import process, wire
+
+LISTEN_TIMEOUT_S = 20.0
+
+Command = Callable[[Path, int, int], list[str]]
+"""(directory for its files, port to listen on, port of the stub) -> command line."""
+
+
+@dataclass
+class Target:
+    """A way from the client to the stub. `command` is None for the way without anything between.
+
+    `path` and `model` are what clients ask for, so that one program can be several rows (another dialect, a model
+    with agents); its answer must still be the stub's, byte for byte.
+    """
+
+    name: str
+    command: Command | None
+    path: str = wire.CHAT_PATH
+    model: str = wire.MODEL
+    port: int = 0
+    _process: subprocess.Popen[str] | None = field(default=None, repr=False)
+    _directory: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}{self.path}"
+
+    @property
+    def pids(self) -> list[int]:
+        """The measured processes, descendants included."""
+        return [p.pid for p in process.tree(self._process.pid)] if self._process else []
+
+    def start(self, stub_port: int, cores: process.Cores) -> float:
+        """Start the program and return the seconds from exec until its port accepts.
+
+        Raises: `wire.BrokenRun` with what it wrote when it ends or does not listen within `LISTEN_TIMEOUT_S`.
+        """
+        if self.command is None:
+            self.port = stub_port
+            return 0.0
+        self._directory = tempfile.TemporaryDirectory(prefix=f"bench-{self.name}-")
+        self.port = _free_port()
+        directory = Path(self._directory.name)
+        argv = self.command(directory, self.port, stub_port)
+        began = time.perf_counter()
+        self._process = process.spawn(argv, cores.target, directory / "log")
+        while not _accepts(self.port):
+            if self._process.poll() is not None or time.perf_counter() - began > LISTEN_TIMEOUT_S:
+                raise wire.BrokenRun(f"{self.name} does not listen; it said: {self.log()[-2000:]}")
+            time.sleep(0.002)
+        return time.perf_counter() - began
+
+    def log(self) -> str:
+        """What the program wrote so far."""
+        return (Path(self._directory.name) / "log").read_text() if self._directory else ""
+
+    def check_alive(self) -> None:
+        """Raise `wire.BrokenRun` when the program has ended by itself."""
+        if self._process and self._process.poll() is not None:
+            raise wire.BrokenRun(f"{self.name} ended with code {self._process.returncode}: {self.log()[-2000:]}")
+
+    def stop(self) -> None:
+        """End the program, if it runs, and remove its files."""
+        if self._process:
+            process.stop(self._process)
+            self._process = None
+        if self._directory:
+            self._directory.cleanup()
+            self._directory = None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _accepts(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+NGINX_CONF = """
+daemon off;
+master_process off;
+pid {directory}/pid;
+events {{ worker_connections 1024; }}
+http {{
+  access_log off;
+  client_body_temp_path {directory}/a; proxy_temp_path {directory}/b; fastcgi_temp_path {directory}/c;
+  uwsgi_temp_path {directory}/d; scgi_temp_path {directory}/e;
+  upstream stub {{ server 127.0.0.1:{stub_port}; keepalive 128; keepalive_requests 10000000; }}
+  server {{
+    listen 127.0.0.1:{port};
+    keepalive_requests 10000000;
+    location / {{
+      proxy_pass http://stub;
+      proxy_http_version 1.1;
+      proxy_set_header Connection "";
+      proxy_buffering off;
+    }}
+  }}
+}}
+"""
+"""One process: without a master, nginx is its own only worker and keeps the user it was started as."""
+
+
+def nginx_command(directory: Path, port: int, stub_port: int) -> list[str]:
+    conf = directory / "nginx.conf"
+    conf.write_text(NGINX_CONF.format(directory=directory, port=port, stub_port=stub_port))
+    return ["nginx", "-e", "stderr", "-p", str(directory), "-c", str(conf)]
+
+
+RELAY_CONFIG = """
+remotes:
+  stub:
+    url: http://127.0.0.1:{stub_port}
+    models: [{model}]
+"""
+
+
+def relay_command(directory: Path, port: int, stub_port: int) -> list[str]:
+    config = directory / "config.yaml"
+    config.write_text(RELAY_CONFIG.format(stub_port=stub_port, model=wire.MODEL))
+    options = ["--config", str(config), "--host", "127.0.0.1", "--port", str(port), "--log-level", "warning"]
+    return [sys.executable, "-m", "proxy", "serve", *options]
+
+
+def reference_command(directory: Path, port: int, stub_port: int) -> list[str]:
+    return [sys.executable, "-m", "tests.bench.reference", str(port), str(stub_port)]
+
+
+def all_targets(*, reference: bool) -> list[Target]:
+    """Every target that can run here, in the order of the table; nginx only when it is on PATH."""
+    targets = [Target("direct", None)]
+    if shutil.which("nginx"):
+        targets.append(Target("nginx", nginx_command))
+    targets.append(Target("relay", relay_command))
+    if reference:
+        targets.append(Target("reference", reference_command))
+    return targets

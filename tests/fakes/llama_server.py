@@ -1,0 +1,445 @@
+"""A stand-in for llama-server: its command line, its wire format, and every bad manner we want to survive.
+
+It is a program, not a mock: tests point `llama_cpp.server` at the script that `install()` writes, and the proxy spawns
+it as it would spawn the real one. It imports little, so that it is up in about 30 ms.
+
+From the command line it uses `-m/--model`, `-a/--alias`, `--host`, `--port`, `-np/--parallel`; it ignores the rest.
+Like llama-server it binds first, answers 503 while loading, then serves `-np` requests at a time while others wait;
+all but `/health` want `Authorization: Bearer $LLAMA_API_KEY`; with a stream under way the first SIGTERM only stops it
+once the stream ends, and a second one makes it exit with code 1.
+
+A request body may carry `"fake": {...}` with `tokens`, `token_ms`, `stall_after` (n tokens, then silence), `die_after`.
+The environment switches manners on, most easily through a model's `env:`:
+
+    FAKE_LOAD_S=1.5          loading takes so long          FAKE_LOG_LOAD=1    and prints a line each 100 ms
+    FAKE_EXIT=3 | SIGSEGV    ends so at start; `3@loaded`: once ready instead
+    FAKE_NEVER=nobind|mute|503   never becomes healthy: does not listen | accepts and stays silent | loads for ever
+    FAKE_TOKENS=8 FAKE_TOKEN_MS=0    tokens of an answer, and the pause before each
+    FAKE_DIE_AFTER=n         SIGKILLs itself after n tokens of an answer
+    FAKE_RST=before_headers|after_headers    resets the connection of a generating request
+    FAKE_CUT=short_cl|chunked_no_end|rst|fin_mid_event|no_done    how an answer is truncated, after all its tokens
+    FAKE_INBAND_ERROR=n      after n tokens an error event, and a clean end without [DONE]
+    FAKE_TIMES=n FAKE_COUNTER=file   FAKE_EXIT, _DIE_AFTER, _RST, _CUT, _INBAND_ERROR act only the first n times
+                                     in all, counted in that file over all processes
+    FAKE_IGNORE_TERM=1       ignores SIGTERM                FAKE_FORK=1|setsid   forks a grandchild that holds stdout
+    FAKE_SPAM=max|n          prints without a newline, as fast as it can or n MB/s
+    FAKE_LOG=file            appends a JSON object a line for each event, with pid and monotonic time: start, loaded,
+                             request (method, path, headers, body), done, closed (the client left first), fork, stop
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pathlib import Path
+    from typing import Any
+
+ENV = os.environ
+KEY = ENV.get("LLAMA_API_KEY", "")
+RESET = b"\x01\0\0\0\0\0\0\0"  # struct linger {on, 0 s}: close() sends RST
+REASONS = {200: "OK", 401: "Unauthorized", 404: "Not Found", 503: "Service Unavailable"}
+GENERATING = ("/v1/chat/completions", "/v1/completions", "/completion", "/v1/embeddings", "/v1/rerank", "/infill")
+
+
+def install(directory: Path) -> Path:
+    """Write an executable `llama-server` into `directory` that runs this program; return its path."""
+    script = directory / "llama-server"
+    script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "{os.path.abspath(__file__)}" "$@"\n')
+    script.chmod(0o755)
+    return script
+
+
+def log(event: str, **fields: object) -> None:
+    if path := ENV.get("FAKE_LOG"):
+        line = json.dumps({"event": event, "pid": os.getpid(), "time": time.monotonic(), **fields}) + "\n"
+        append(path, line.encode())
+
+
+def append(path: str, data: bytes) -> int:
+    """Append in one write, so that lines of several processes stay whole; return the size after it."""
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(fd, data)
+        return os.fstat(fd).st_size
+    finally:
+        os.close(fd)
+
+
+def manner(name: str) -> str:
+    """The value of FAKE_<name>, or "" when it is not set or has acted FAKE_TIMES times already."""
+    value = ENV.get(f"FAKE_{name}", "")
+    if value and "FAKE_TIMES" in ENV and append(ENV["FAKE_COUNTER"], b".") > int(ENV["FAKE_TIMES"]):
+        return ""
+    return value
+
+
+def say(text: str) -> None:
+    os.write(2, f"{text}\n".encode())
+
+
+def die(how: str) -> None:
+    """End with this exit code, or by this signal."""
+    say(f"fake: about to end by {how}")
+    if how.isdigit():
+        os._exit(int(how))
+    number = signal.Signals[how]
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
+    os.kill(os.getpid(), number)
+    signal.pause()
+
+
+class Gone(Exception):
+    """The client closed its connection, or we broke it off on purpose."""
+
+
+class Server:
+    def __init__(self, options: dict[str, str]) -> None:
+        self.model = options.get("model", "")
+        self.alias = options.get("alias", "fake")
+        self.slots = int(options.get("parallel", 4))
+        self.loaded = False
+        self.streams = 0
+        self.free = threading.Semaphore(self.slots)
+        self.listener: socket.socket | None = None
+
+    def listen(self, host: str, port: int) -> None:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.listener = socket.socket(family)
+        self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            self.listener.bind((host, port))
+            self.listener.listen(512)
+        except OSError as exc:
+            say(f"couldn't bind HTTP server socket, hostname: {host}, port: {port}: {exc.strerror}")
+            os._exit(1)
+        threading.Thread(target=self.accept, args=(self.listener,), daemon=True).start()
+
+    def accept(self, listener: socket.socket) -> None:
+        while True:
+            sock, _ = listener.accept()
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            threading.Thread(target=Connection(self, sock).serve, daemon=True).start()
+
+    def load(self) -> None:
+        until = time.monotonic() + float(ENV.get("FAKE_LOAD_S", 0))
+        say(f"load_model: loading model '{self.model}'")
+        while (left := until - time.monotonic()) > 0:
+            if "FAKE_LOG_LOAD" in ENV:
+                say(f"load_model: {left:.1f} s to go")
+            time.sleep(min(left, 0.1))
+        if ENV.get("FAKE_NEVER") == "503":
+            return
+        if (how := ENV.get("FAKE_EXIT", "")).endswith("@loaded") and manner("EXIT"):
+            die(how.removesuffix("@loaded"))
+        log("loaded")
+        self.loaded = True
+        say("main: model loaded")
+
+
+class Connection:
+    """One client connection, on a thread of its own."""
+
+    def __init__(self, server: Server, sock: socket.socket) -> None:
+        self.server = server
+        self.sock = sock
+        self.buffer = b""
+        self.keep = True
+
+    def serve(self) -> None:
+        try:
+            if ENV.get("FAKE_NEVER") == "mute":
+                self.pause(1e6)
+            while self.keep:
+                self.one()
+        except (Gone, OSError):
+            pass
+        finally:
+            self.sock.close()
+
+    def read_until(self, done: Any) -> None:
+        while not done():
+            data = self.sock.recv(65536)
+            if not data:
+                raise Gone
+            self.buffer += data
+
+    def one(self) -> None:
+        """Read one request and answer it."""
+        self.read_until(lambda: b"\r\n\r\n" in self.buffer)
+        head, _, self.buffer = self.buffer.partition(b"\r\n\r\n")
+        first, *lines = head.decode("latin-1").split("\r\n")
+        method, target, _ = first.split(" ", 2)
+        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        length = int(headers.get("content-length", 0))
+        self.read_until(lambda: len(self.buffer) >= length)
+        body, self.buffer = self.buffer[:length], self.buffer[length:]
+        path = target.partition("?")[0]
+        if path == "/health":
+            return self.health()
+        log("request", method=method, path=target, headers=headers, body=body.decode("utf-8", "replace"))
+        try:
+            self.route(path, headers, body)
+        except (Gone, OSError):
+            log("closed", path=target)
+            raise
+        log("done", path=target)
+
+    def health(self) -> None:
+        if self.server.loaded:
+            self.reply(200, {"status": "ok"})
+        else:
+            self.refuse(503, "Loading model", "unavailable_error")
+
+    def route(self, path: str, headers: dict[str, str], body: bytes) -> None:
+        if not self.server.loaded:
+            return self.refuse(503, "Loading model", "unavailable_error")
+        if KEY and headers.get("authorization") != f"Bearer {KEY}":
+            self.keep = False
+            return self.refuse(401, "Invalid API Key", "authentication_error")
+        if not path.startswith("/v1/") and f"/v1{path}" in GENERATING:
+            path = f"/v1{path}"
+        if path in GENERATING:
+            return self.generate(path, json.loads(body or b"{}"))
+        self.reply(*self.question(path, body))
+
+    def question(self, path: str, body: bytes) -> tuple[int, object]:
+        server = self.server
+        if path == "/props":
+            return 200, {"total_slots": server.slots, "model_path": server.model, "model_alias": server.alias}
+        if path == "/slots":
+            busy = server.streams
+            return 200, [{"id": n, "n_ctx": 512, "is_processing": n < busy} for n in range(server.slots)]
+        if path == "/v1/models":
+            entry = {"id": server.alias, "object": "model", "created": 0, "owned_by": "llamacpp"}
+            return 200, {"object": "list", "data": [entry]}
+        if path == "/tokenize":
+            return 200, {"tokens": [len(word) for word in json.loads(body).get("content", "").split()]}
+        return 200, {"path": path, "echo": body.decode("utf-8", "replace")}
+
+    # -- generating ------------------------------------------------------------------------------------------------
+
+    def generate(self, path: str, body: dict[str, Any]) -> None:
+        self.take_slot()
+        try:
+            self.server.streams += 1
+            answer = Answer(self, path, body)
+            if (rst := manner("RST")) == "before_headers":
+                self.reset()
+            answer.send(reset_after_headers=rst == "after_headers")
+        finally:
+            self.server.streams -= 1
+            self.server.free.release()
+
+    def take_slot(self) -> None:
+        while not self.server.free.acquire(timeout=0.01):
+            self.pause(0)
+
+    def pause(self, seconds: float) -> None:
+        """Wait so long; raise `Gone` as soon as the client closes its side."""
+        poll = select.poll()
+        poll.register(self.sock, select.POLLIN)
+        if poll.poll(min(seconds, 1e6) * 1000) and not self.sock.recv(1, socket.MSG_PEEK):
+            raise Gone
+
+    def reset(self) -> None:
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        raise Gone
+
+    # -- writing ---------------------------------------------------------------------------------------------------
+
+    def head(self, status: int, *headers: str) -> None:
+        lines = [f"HTTP/1.1 {status} {REASONS[status]}", "Server: llama.cpp", *headers]
+        lines.append("Keep-Alive: timeout=5, max=100" if self.keep else "Connection: close")
+        self.sock.sendall("\r\n".join([*lines, "\r\n"]).encode())
+
+    def reply(self, status: int, value: object, missing: int = 0) -> None:
+        data = json.dumps(value).encode()
+        self.head(status, "Content-Type: application/json; charset=utf-8", f"Content-Length: {len(data) + missing}")
+        self.sock.sendall(data)
+
+    def refuse(self, status: int, message: str, kind: str) -> None:
+        self.reply(status, {"error": {"message": message, "type": kind, "code": status}})
+
+
+class Answer:
+    """One generated answer, streamed or whole, and what goes wrong with it."""
+
+    def __init__(self, connection: Connection, path: str, body: dict[str, Any]) -> None:
+        steer = body.get("fake", {})
+        self.connection = connection
+        self.chat, self.path = path == "/v1/chat/completions", path
+        self.stream = bool(body.get("stream"))
+        self.usage = bool(body.get("stream_options", {}).get("include_usage"))
+        self.tokens = int(steer.get("tokens", min(int(ENV.get("FAKE_TOKENS", 8)), body.get("max_tokens") or 1 << 30)))
+        self.token_s = float(steer.get("token_ms", ENV.get("FAKE_TOKEN_MS", 0))) / 1000
+        self.stall_after = int(steer.get("stall_after", -1))
+        self.die_after = int(steer.get("die_after", -1 if self.embedding else manner("DIE_AFTER") or -1))
+        self.cut = manner("CUT")
+        self.error_after = int(manner("INBAND_ERROR") or -1)
+        self.begun = time.monotonic()
+
+    @property
+    def embedding(self) -> bool:
+        return self.path == "/v1/embeddings"
+
+    def send(self, *, reset_after_headers: bool) -> None:
+        if self.stream:
+            self.send_stream(reset_after_headers)
+        else:
+            self.send_whole(reset_after_headers)
+
+    def token(self, index: int) -> None:
+        """Let the time of one token pass, and die or stall in front of it if so told."""
+        if index == self.die_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.connection.pause(1e6 if index == self.stall_after else self.token_s)
+
+    def send_whole(self, reset_after_headers: bool) -> None:
+        connection = self.connection
+        for index in range(self.tokens + 1):
+            if index < self.tokens or index == self.die_after:
+                self.token(index)
+        text = "".join(f"t{n} " for n in range(self.tokens))
+        if self.embedding:
+            data = [{"object": "embedding", "index": 0, "embedding": [0.6, 0.8]}]
+            return connection.reply(200, {"object": "list", "model": connection.server.alias, "data": data})
+        choice = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
+        value = self.envelope({"index": 0, "finish_reason": "stop", **choice}) | self.figures()
+        if reset_after_headers:
+            connection.head(200, "Content-Type: application/json", "Content-Length: 1000")
+            connection.reset()
+        if self.cut in ("", "no_done"):
+            return connection.reply(200, value)
+        connection.reply(200, value, missing=100)
+        if self.cut == "rst":
+            connection.reset()
+        raise Gone
+
+    def send_stream(self, reset_after_headers: bool) -> None:
+        connection = self.connection
+        framing = "Content-Length: 9999999" if self.cut == "short_cl" else "Transfer-Encoding: chunked"
+        connection.head(200, "X-Accel-Buffering: no", "Content-Type: text/event-stream", framing)
+        if reset_after_headers:
+            connection.reset()
+        if self.chat:
+            self.event(self.piece({"role": "assistant", "content": None}))
+        for index in range(self.tokens):
+            if index == self.error_after:
+                self.event({"error": {"code": 500, "message": "fake failure", "type": "server_error"}})
+                return self.chunk(b"")
+            self.token(index)
+            self.event(self.piece({"content": f"t{index} "}))
+        if self.die_after == self.tokens:
+            self.token(self.tokens)
+        self.finish()
+
+    def finish(self) -> None:
+        """The end of a stream: finish chunk, usage, [DONE], and the end of the body; or one of the truncations."""
+        connection = self.connection
+        if self.cut == "rst":
+            connection.reset()
+        last = self.piece({}, "stop")
+        if self.cut == "fin_mid_event":
+            self.chunk(b"data: " + json.dumps(last).encode()[:20])
+        elif self.cut not in ("chunked_no_end", "short_cl"):
+            self.event(last if self.usage else last | self.figures())
+            if self.usage:
+                self.event({**self.envelope(), "choices": [], **self.figures()})
+            if self.cut != "no_done":
+                self.chunk(b"data: [DONE]\n\n")
+            return self.chunk(b"")
+        raise Gone
+
+    def envelope(self, *choices: dict[str, object]) -> dict[str, Any]:
+        kind = ("chat.completion" if self.chat else "text_completion") + (".chunk" if self.stream and self.chat else "")
+        fixed = {"created": 0, "id": f"fake-{os.getpid()}", "model": self.connection.server.alias, "object": kind}
+        return {"choices": list(choices), **fixed}
+
+    def piece(self, delta: dict[str, object], finish: str | None = None) -> dict[str, Any]:
+        content = {"delta": delta} if self.chat else {"text": delta.get("content", "")}
+        return self.envelope({"finish_reason": finish, "index": 0, **content})
+
+    def figures(self) -> dict[str, Any]:
+        took_ms = (time.monotonic() - self.begun) * 1000
+        usage = {"completion_tokens": self.tokens, "prompt_tokens": 1, "total_tokens": self.tokens + 1}
+        return {"usage": usage, "timings": {"prompt_n": 1, "predicted_n": self.tokens, "predicted_ms": took_ms}}
+
+    def event(self, value: dict[str, Any]) -> None:
+        self.chunk(b"data: " + json.dumps(value).encode() + b"\n\n")
+
+    def chunk(self, data: bytes) -> None:
+        framed = data if self.cut == "short_cl" else b"%x\r\n%b\r\n" % (len(data), data)
+        self.connection.sock.sendall(framed)
+
+
+def parse(argv: list[str]) -> dict[str, str]:
+    names = {"-m": "model", "-a": "alias", "-np": "parallel"}
+    options: dict[str, str] = {}
+    for flag, value in zip(argv, argv[1:], strict=False):
+        if flag in names or flag.startswith("--"):
+            options[names.get(flag, flag[2:])] = value
+    return options
+
+
+def spam(rate: str) -> None:
+    block = b"x" * 65536
+    pause_s = 0.0 if rate == "max" else len(block) / (float(rate) * 1e6)
+    due = time.monotonic()
+    while True:
+        os.write(1, block)
+        due += pause_s
+        if (early := due - time.monotonic()) > 0:
+            time.sleep(early)
+
+
+def fork_grandchild(how: str) -> None:
+    if os.fork() == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if how == "setsid":
+            os.setsid()
+        log("fork")
+        while True:
+            time.sleep(1e6)
+
+
+def wait_for_term(server: Server) -> None:
+    """Return at the signal that ends the process."""
+    asked = 0
+    while True:
+        if signal.sigtimedwait([signal.SIGTERM, signal.SIGINT], 0.01 if asked else 1e6) is not None:
+            log("stop", ignored="FAKE_IGNORE_TERM" in ENV)
+            asked += "FAKE_IGNORE_TERM" not in ENV
+        if asked > 1:
+            os._exit(1)
+        if asked and not server.streams:
+            os._exit(0)
+
+
+def main() -> None:
+    options = parse(sys.argv[1:])
+    log("start", argv=sys.argv[1:], owner=ENV.get("LSP_OWNER"))
+    if how := ENV.get("FAKE_FORK"):
+        fork_grandchild(how)
+    if (how := ENV.get("FAKE_EXIT", "")) and "@" not in how and manner("EXIT"):
+        die(how)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT])
+    if rate := ENV.get("FAKE_SPAM"):
+        threading.Thread(target=spam, args=(rate,), daemon=True).start()
+    server = Server(options)
+    if ENV.get("FAKE_NEVER") != "nobind":
+        server.listen(options.get("host", "127.0.0.1"), int(options.get("port", 8080)))
+        threading.Thread(target=server.load, daemon=True).start()
+    wait_for_term(server)
+
+
+if __name__ == "__main__":
+    main()
