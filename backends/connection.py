@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import re
 import ssl
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from functools import lru_cache
 
 from backends import Call
 from backends.exchange import Connection, Response, Timeouts
+from backends.sweep import Sweeper
 from proxy.errors import UpstreamFailed
 
 IDLE_KEEP_S = 4.0
@@ -47,13 +49,14 @@ class ConnectionPool:
         self._idle: list[Connection] = []
         self._active: set[Connection] = set()
         self._closed = False
+        limits = self._timeouts
+        self._sweeper = Sweeper(min(1.0, limits.first_byte_s / 4, limits.idle_s / 4), self._sweep)
         host = str(Endpoint(endpoint.host, endpoint.port)).removeprefix("http://")
         fixed = [("Host", host), ("Accept-Encoding", "identity"), *headers]
         self._fixed = "".join(f"{name}: {value}\r\n" for name, value in fixed)
 
-    @asynccontextmanager
-    async def request(self, call: Call, *, timeouts: Timeouts | None = None) -> AsyncIterator[Response]:
-        """Send `call`; yield its response once the headers are in.
+    def request(self, call: Call) -> AbstractAsyncContextManager[Response]:
+        """Send `call`; the context yields its response once the headers are in.
 
         A pooled connection may have been closed by the server in the very moment we used it; the call then goes out
         once more, on a new connection. Leaving the context puts the connection back if the answer was read to its end,
@@ -61,28 +64,7 @@ class ConnectionPool:
 
         Raises: UpstreamFailed.
         """
-        head = self._head(call)
-        limits = timeouts or self._timeouts
-        response: Response | None = None
-        while response is None:
-            connection = self._pop_idle() or await self._connect(limits)
-            self._active.add(connection)
-            try:
-                response = await self._exchange(connection, call.method, head + call.body, limits)
-            except UpstreamFailed as exc:
-                stale = connection.used and not exc.answered and exc.status == 502
-                self._release(connection, reusable=False)
-                if not stale:
-                    raise
-                self._drop_idle()
-            except BaseException:
-                self._release(connection, reusable=False)
-                raise
-        try:
-            yield response
-        finally:
-            connection.response = None
-            self._release(connection, reusable=response.reusable, response=response)
+        return _Exchange(self, call)
 
     async def fetch(self, call: Call, *, timeout_s: float, limit: int = 16 * 1024 * 1024) -> tuple[int, bytes]:
         """The status and whole body of a small answer.
@@ -103,6 +85,7 @@ class ConnectionPool:
     def close(self) -> None:
         """Close every connection now, with or without an answer under way. Later requests fail."""
         self._closed = True
+        self._sweeper.stop()
         self._drop_idle()
         for connection in list(self._active):
             connection.abort()
@@ -113,38 +96,42 @@ class ConnectionPool:
         text = f"{call.method} {self.endpoint.prefix}{call.path} HTTP/1.1\r\n{self._fixed}{lines}{length}\r\n"
         return text.encode("latin-1", "replace")
 
-    async def _connect(self, limits: Timeouts) -> Connection:
+    async def _open(self, call: Call) -> tuple[Connection, Response]:
+        data = self._head(call) + call.body
+        while True:
+            connection = self._pop_idle() or await self._connect()
+            self._active.add(connection)
+            self._sweeper.wake()
+            response = Response(connection, call.method, self._timeouts)
+            try:
+                connection.send(response, data)
+                await response.head()
+                return connection, response
+            except UpstreamFailed as exc:
+                self._release(connection, None)
+                if not connection.used or exc.answered or exc.status != 502:
+                    raise
+                self._drop_idle()  # closed while at rest, and so are the others: next comes a new one
+            except BaseException:
+                self._release(connection, None)
+                raise
+
+    async def _connect(self) -> Connection:
         if self._closed:
             raise UpstreamFailed(f"{self.endpoint} is being stopped")
         context = ssl.create_default_context() if self.endpoint.tls else None
+        limit_s = self._timeouts.connect_s
         try:
-            async with asyncio.timeout(limits.connect_s):
+            async with asyncio.timeout(limit_s):
                 _, connection = await asyncio.get_running_loop().create_connection(
                     Connection, self.endpoint.host, self.endpoint.port, ssl=context
                 )
         except TimeoutError:
-            raise UpstreamFailed(
-                f"no connection to {self.endpoint} within {limits.connect_s:g} s", status=504, code="upstream_timeout"
-            ) from None
+            message = f"no connection to {self.endpoint} within {limit_s:g} s"
+            raise UpstreamFailed(message, status=504, code="upstream_timeout") from None
         except OSError as exc:
             raise UpstreamFailed(f"cannot connect to {self.endpoint}: {exc.strerror or exc}") from exc
         return connection
-
-    async def _exchange(self, connection: Connection, method: str, data: bytes, limits: Timeouts) -> Response:
-        response = Response(connection, method, limits)
-        connection.response = response
-        if not connection.open:
-            response._at_loss(None)
-        else:
-            assert connection.transport is not None
-            connection.transport.write(data)
-        try:
-            while not response._head_done and not response._settled():
-                await response._event(limits.first_byte_s)
-        except BaseException:
-            connection.response = None
-            raise
-        return response
 
     def _pop_idle(self) -> Connection | None:
         now = asyncio.get_running_loop().time()
@@ -160,21 +147,49 @@ class ConnectionPool:
             connection.abort()
         self._idle.clear()
 
-    def _release(self, connection: Connection, *, reusable: bool, response: Response | None = None) -> None:
+    def _sweep(self) -> bool:
+        now = asyncio.get_running_loop().time()
+        for connection in list(self._active):
+            if connection.response is not None:
+                connection.response.check_quiet(now)
+        return bool(self._active)
+
+    def _release(self, connection: Connection, response: Response | None) -> None:
+        """Take the connection back; without a `response` that left it in order, it is closed."""
+        connection.response = None
         self._active.discard(connection)
-        if not (reusable and response is not None and connection.open and not self._closed):
+        if response is None or not response.reusable or not connection.open or self._closed:
             connection.abort()
             return
-        response._resume()
+        response.resume()
         now = asyncio.get_running_loop().time()
         connection.used = True
-        connection.idle_until = now + _keep_s(response)
+        connection.idle_until = now + _keep_s(response.header("keep-alive"))
         self._idle.append(connection)
         while not self._idle[0].open or self._idle[0].idle_until <= now:  # the longest at rest go first
             self._idle.pop(0).abort()
 
 
-def _keep_s(response: Response) -> float:
-    """How long the server lets this connection rest, with a second's margin, at most `IDLE_KEEP_S`."""
-    promised = re.search(r"timeout=(\d{1,9})", response.header("keep-alive"))
+class _Exchange(AbstractAsyncContextManager[Response]):
+    """One call on one connection. A class rather than a generator: this runs for every request."""
+
+    __slots__ = ("_call", "_connection", "_pool", "_response")
+
+    def __init__(self, pool: ConnectionPool, call: Call) -> None:
+        self._pool = pool
+        self._call = call
+
+    async def __aenter__(self) -> Response:
+        self._connection, self._response = await self._pool._open(self._call)
+        return self._response
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self._pool._release(self._connection, self._response)
+
+
+@lru_cache(maxsize=64)
+def _keep_s(header: str) -> float:
+    """How long a server that sent this `Keep-Alive` header lets a connection rest, with a second's margin, at most
+    `IDLE_KEEP_S`."""
+    promised = re.search(r"timeout=(\d{1,9})", header)
     return min(IDLE_KEEP_S, int(promised[1]) - 1) if promised else IDLE_KEEP_S

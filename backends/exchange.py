@@ -52,6 +52,20 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)  # uvloop's transports do not inherit from asyncio's
 
+    def send(self, response: Response, data: bytes) -> None:
+        """Begin an exchange: `data` goes out, and what comes back goes to `response`."""
+        self.response = response
+        if self.transport is None:
+            response._at_loss(None)
+        else:
+            # At the end of this turn of the loop: requests that came together leave together, and the server is woken
+            # up once for all of them.
+            response._loop.call_soon(self._write, data)
+
+    def _write(self, data: bytes) -> None:
+        if self.transport is not None:
+            self.transport.write(data)
+
     def data_received(self, data: bytes) -> None:
         if self.response is None:
             self.abort()  # bytes nobody asked for: the next answer on this connection could not be trusted
@@ -110,21 +124,28 @@ class Response:
 
     def header(self, name: str, default: str = "") -> str:
         """The first header called `name` (given in lower case)."""
-        return next((value for key, value in self.headers if key == name), default)
+        for key, value in self.headers:
+            if key == name:
+                return value
+        return default
+
+    async def head(self) -> None:
+        """Return when status and headers are in."""
+        while not self._head_done and not self._settled():
+            await self._event()
 
     async def first_piece(self) -> None:
         """Return when a body byte is there to be read, or the body ended without one."""
         while not self._pieces and not self._settled():
-            await self._event(self._timeouts.idle_s)
+            await self._event()
 
     async def read(self, limit: int) -> bytes | None:
         """The whole body; None when it grew past `limit` bytes (then what came so far awaits `pipe`)."""
         while not self._settled():
             if self._held > limit:
                 return None
-            if self._paused:
-                self._resume()
-            await self._event(self._timeouts.idle_s)
+            self.resume()
+            await self._event()
         body = b"".join(self._pieces)
         self._pieces.clear()
         return body
@@ -140,11 +161,9 @@ class Response:
                 self._pause()
                 await sink.drained()
                 self._choked = False
-                self._last_rx = self._loop.time()
                 continue
-            if self._paused:
-                self._resume()
-            await self._event(self._timeouts.idle_s)
+            self.resume()
+            await self._event()
 
     # -- waiting ---------------------------------------------------------------------------------------------------
 
@@ -153,22 +172,20 @@ class Response:
             raise self._error
         return self.complete
 
-    async def _event(self, quiet_s: float) -> None:
-        """Wait for the next change worth a task switch; fail the exchange after `quiet_s` seconds without a byte."""
+    async def _event(self) -> None:
+        """Wait for the next change worth a task switch."""
         self._waiter = self._loop.create_future()
-        timer = self._loop.call_at(self._last_rx + quiet_s, self._check_quiet, quiet_s)
         try:
             await self._waiter
         finally:
             self._waiter = None
-            timer.cancel()
 
-    def _check_quiet(self, quiet_s: float) -> None:
-        """Runs at most once per `quiet_s`, so a token costs no timer; wakes the waiter to set the next check."""
-        if self._loop.time() - self._last_rx >= quiet_s * 0.999:
-            self._fail(f"the model server sent nothing for {quiet_s:g} s", status=504, code="upstream_timeout")
-        else:
-            self._wake()
+    def check_quiet(self, now: float) -> None:
+        """Fail if the server has been silent for too long, and it was not we who did not listen. Called now and then,
+        so that a token costs no timer."""
+        limit_s = self._timeouts.idle_s if self._head_done else self._timeouts.first_byte_s
+        if now - self._last_rx >= limit_s and not self._paused:
+            self._fail(f"the model server sent nothing for {limit_s:g} s", status=504, code="upstream_timeout")
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -186,10 +203,12 @@ class Response:
             self._connection.transport.pause_reading()
             self._paused = True
 
-    def _resume(self) -> None:
+    def resume(self) -> None:
+        """Read from the socket again."""
         if self._paused and self._connection.open:
             assert self._connection.transport is not None
             self._connection.transport.resume_reading()
+            self._last_rx = self._loop.time()
             self._paused = False
 
     # -- what the connection calls ---------------------------------------------------------------------------------

@@ -46,7 +46,8 @@ def be_modest() -> None:
 def main() -> None:
     tie_to(int(sys.argv[1]))
     be_modest()
-    _signal.signal(_signal.SIGPIPE, _signal.SIG_DFL)  # Python ignores it, and exec would pass that on
+    for number in (_signal.SIGPIPE, _signal.SIGXFSZ):  # Python ignores them, and exec would pass that on
+        _signal.signal(number, _signal.SIG_DFL)
     argv = sys.argv[3:]
     try:
         os.execvpe(argv[0], argv, os.environ)

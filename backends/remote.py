@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from urllib.parse import urlsplit
 
 import orjson
@@ -54,9 +53,13 @@ class Remote:
     @property
     def models(self) -> tuple[str, ...]:
         """The model ids known now; asks the server again in the background when they are old."""
+        self.begin_listing()
+        return self._models
+
+    def begin_listing(self) -> None:
+        """Have the list of models fetched if it is old and not given by the configuration."""
         if not self._fixed and asyncio.get_running_loop().time() - self._listed_at > LISTING_FRESH_S:
             self._refresh()
-        return self._models
 
     async def find(self, model: str) -> bool:
         """Whether the server has `model`, asking it if memory says no and was not refreshed just now."""
@@ -65,10 +68,8 @@ class Remote:
             await asyncio.shield(self._refresh())
         return model in self._models
 
-    @asynccontextmanager
-    async def open(self, call: Call) -> AsyncIterator[Response]:
-        async with self.connections.request(call) as response:
-            yield response
+    def open(self, call: Call) -> AbstractAsyncContextManager[Response]:
+        return self.connections.request(call)
 
     async def close(self) -> None:
         self.connections.close()

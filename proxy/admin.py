@@ -10,8 +10,6 @@ from proxy import __version__
 from proxy.handlers import PROXY
 
 STARTED = time.monotonic()
-DRAINING = web.AppKey("draining", list[bool])
-"""Holds one flag, True from the moment the proxy was asked to stop."""
 
 
 async def health(http: web.Request) -> web.Response:
@@ -21,7 +19,7 @@ async def health(http: web.Request) -> web.Response:
     projects answered here; `servers` is what the other did.
     """
     proxy = http.app[PROXY]
-    draining = http.app[DRAINING][0]
+    draining = proxy.draining.is_set()
     instances = proxy.router.pool.status()
     remotes = [
         {"name": remote.name, "url": str(remote.connections.endpoint), "models": len(remote.models)}

@@ -28,15 +28,15 @@ async def read_json(http: web.Request, max_bytes: int) -> dict[str, Any]:
     """
     if http.headers.get("Content-Encoding", "identity").lower() != "identity":
         raise BadRequest("compressed request bodies are not accepted", status=415, code="unsupported_media_type")
-    too_large = BadRequest(
-        f"the request body is larger than {max_bytes // 2**20} MiB", status=413, code="request_too_large"
-    )
     if (http.content_length or 0) > max_bytes:
-        raise too_large
-    try:
-        raw = await http.read()
-    except web.HTTPRequestEntityTooLarge:
-        raise too_large from None
+        raise _too_large(max_bytes)
+    if http.content.is_eof():
+        raw = http.content.read_nowait()  # small bodies are there already
+    else:
+        try:
+            raw = await http.read()
+        except web.HTTPRequestEntityTooLarge:
+            raise _too_large(max_bytes) from None
     if len(raw) > OFF_LOOP_BYTES:
         return await asyncio.get_running_loop().run_in_executor(None, parse_object, raw)
     return parse_object(raw)
@@ -64,6 +64,11 @@ def parse_object(raw: bytes) -> dict[str, Any]:
     if len({key.lower() for key in value}) != len(value):
         raise BadRequest("the request body has keys that differ only in case", code="invalid_json")
     return value
+
+
+def _too_large(max_bytes: int) -> BadRequest:
+    message = f"the request body is larger than {max_bytes // 2**20} MiB"
+    return BadRequest(message, status=413, code="request_too_large")
 
 
 def serialise(value: dict[str, Any]) -> bytes:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 from aiohttp import web
 
@@ -26,7 +26,7 @@ class Api:
     """What the proxy knows of an endpoint: its dialect, its methods, and whether a call occupies a slot."""
 
     dialect: Dialect = OPENAI
-    methods: tuple[str, ...] = ("POST",)
+    methods: frozenset[str] = frozenset({"POST"})
     slot: bool = True
 
 
@@ -54,20 +54,23 @@ APIS: dict[str, Api] = {
     "/tokenize": QUESTION,
     "/detokenize": QUESTION,
     "/apply-template": QUESTION,
-    "/props": Api(methods=("GET", "POST"), slot=False),
-    "/slots": Api(methods=("GET",), slot=False),
-    "/slots/{id}": Api(slot=False),
-    "/lora-adapters": Api(methods=("GET", "POST"), slot=False),
+    "/props": Api(methods=frozenset({"GET", "HEAD", "POST"}), slot=False),
+    "/slots": Api(methods=frozenset({"GET", "HEAD"}), slot=False),
+    "/lora-adapters": Api(methods=frozenset({"GET", "HEAD", "POST"}), slot=False),
 }
 """Every endpoint that is relayed. Source: llama.cpp tools/server, b11434; the OpenAI and Anthropic API references."""
+
+SLOT_ACTION = QUESTION
+"""`POST /slots/{id}?action=save|restore|erase`, the one relayed endpoint whose path varies."""
 
 
 @dataclass(frozen=True, slots=True)
 class Proxy:
-    """What the handlers share."""
+    """What the handlers share. `draining` is set from the moment the proxy was asked to stop."""
 
     config: Config
     router: Router
+    draining: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 PROXY = web.AppKey("proxy", Proxy)
@@ -78,33 +81,31 @@ MODEL = web.RequestKey("model", str)
 class RelayHandler:
     """Serves one endpoint of `APIS`."""
 
-    def __init__(self, api: Api) -> None:
+    def __init__(self, api: Api, proxy: Proxy) -> None:
         self.api = api
+        self._proxy = proxy
+        self._max_bytes = proxy.config.server.max_body_mib * 2**20
 
     async def handle(self, http: web.Request) -> web.StreamResponse:
-        proxy = http.app[PROXY]
-        body = await self._body(http, proxy)
-        target = await proxy.router.resolve(body.get("model") or http.query.get("model"))
+        has_body = http.method == "POST"
+        body = await read_json(http, self._max_bytes) if has_body else {}
+        target = await self._proxy.router.resolve(body.get("model") or http.query.get("model"))
         http[MODEL] = target.model
         if "model" in body:
             body["model"] = target.model
         call = Call(
             method=http.method,
             path=_upstream_path(http),
-            body=serialise(body) if http.method == "POST" else b"",
-            headers=upstream_headers(http.headers, has_body=http.method == "POST"),
+            body=serialise(body) if has_body else b"",
+            headers=upstream_headers(http.headers, has_body=has_body),
             slot=self.api.slot,
         )
-        return await self._answer(http, target.backend, call, stall_s=proxy.config.server.send_stall_s)
+        return await self._answer(http, target.backend, call)
 
-    async def _body(self, http: web.Request, proxy: Proxy) -> dict[str, Any]:
-        if http.method != "POST":
-            return {}
-        return await read_json(http, proxy.config.server.max_body_mib * 2**20)
-
-    async def _answer(self, http: web.Request, backend: Backend, call: Call, *, stall_s: float) -> web.StreamResponse:
+    async def _answer(self, http: web.Request, backend: Backend, call: Call) -> web.StreamResponse:
         """Relay the call. While the client has no byte yet, a server that broke off gets one more chance: by then its
         instance is gone, and the second try meets a fresh one."""
+        stall_s = self._proxy.config.server.send_stall_s
         try:
             async with backend.open(call) as upstream:
                 return await relay(http, upstream, self.api.dialect, stall_s=stall_s)

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
+from email.utils import formatdate
+from functools import lru_cache
 
-from multidict import CIMultiDict
+from aiohttp import web
+
+from proxy import __version__
+
+REQUEST_ID = web.RequestKey("request_id", str)
+SERVER = f"llama-smart-proxy/{__version__}"
 
 HOP_BY_HOP = frozenset(
     {
@@ -64,18 +72,26 @@ def upstream_headers(client: Mapping[str, str], *, has_body: bool) -> list[tuple
     return kept
 
 
-def downstream_headers(upstream: Iterable[tuple[str, str]]) -> CIMultiDict[str]:
+def downstream_headers(upstream: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     """A model server's headers (names in lower case) that the client gets to see."""
-    kept: CIMultiDict[str] = CIMultiDict()
+    kept = []
     banned: frozenset[str] = frozenset()
     for key, value in upstream:
         if key == "connection":
             banned |= _named_by_connection(value)
         elif key not in _NOT_DOWNSTREAM and not key.startswith(_NOT_DOWNSTREAM_PREFIXES):
-            kept.add(key, value)
-    for key in banned:
-        kept.popall(key, None)
-    return kept
+            kept.append((key, value))
+    return [pair for pair in kept if pair[0] not in banned] if banned else kept
+
+
+def own_headers(http: web.BaseRequest) -> list[tuple[str, str]]:
+    """What every answer of ours carries."""
+    return [("server", SERVER), ("x-request-id", http[REQUEST_ID]), ("date", _date(int(time.time())))]
+
+
+@lru_cache(maxsize=1)
+def _date(seconds: int) -> str:
+    return formatdate(seconds, usegmt=True)
 
 
 def _named_by_connection(value: str) -> frozenset[str]:

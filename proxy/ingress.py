@@ -10,51 +10,50 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+from collections.abc import Awaitable, Callable
+from functools import lru_cache
 from typing import Any
 
 from aiohttp import HttpVersion10, HttpVersion11, web
 
+from backends.sweep import Sweeper
 from proxy.dialects import OPENAI
 from proxy.errors import BadRequest, ProxyError
 
 logger = logging.getLogger(__name__)
 
 _HOST = re.compile(r"(?:[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\])(?::(\d{1,5}))?")
-REQUEST_ID = web.RequestKey("request_id", str)
 MAX_HEADER_LINE = 8190
 MAX_HEADERS = 100
 MAX_HEAD_BYTES = 64 * 1024
 
 
 class FrontConnection(web.RequestHandler):
-    """One client connection. A head that is not complete in `head_timeout_s` seconds ends it (slowloris)."""
+    """One client connection. `head_since` is when the head of a request began to be waited for, None outside that."""
 
-    def __init__(self, front: FrontServer, *, head_timeout_s: float, **options: Any) -> None:
+    def __init__(self, front: FrontServer, **options: Any) -> None:
         super().__init__(front, **options)
+        self.head_since: float | None = None
         self._front = front
-        self._head_timeout_s = head_timeout_s
-        self._head_timer: asyncio.TimerHandle | None = None
         self._serving = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        self._front.came(self)
-        self._await_head()
+        self.head_since = self._front.came(self)
 
     def data_received(self, data: bytes) -> None:
-        if not self._serving and self._head_timer is None:
-            self._await_head()
+        if self.head_since is None and not self._serving:
+            self.head_since = asyncio.get_running_loop().time()
         super().data_received(data)
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        self._stop_timer()
         self._front.left(self)
         super().connection_lost(exc)
 
     def head_complete(self) -> None:
         """The handler calls this first."""
         self._serving = True
-        self._stop_timer()
+        self.head_since = None
 
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
@@ -71,7 +70,7 @@ class FrontConnection(web.RequestHandler):
         message: str | None = None,
     ) -> web.StreamResponse:
         """The answer to what could not be parsed: says so, and repeats none of it."""
-        self._stop_timer()
+        self.head_since = None
         if request.writer.output_size > 0:
             raise ConnectionError("an answer is already under way")
         if status < 500:
@@ -84,30 +83,24 @@ class FrontConnection(web.RequestHandler):
         response.force_close()
         return response
 
-    def _await_head(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._head_timer = loop.call_later(self._head_timeout_s, self._too_slow)
-
-    def _too_slow(self) -> None:
-        if self.transport is not None:
-            self.transport.abort()
-
-    def _stop_timer(self) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
-
 
 class FrontServer(web.Server):
-    """Makes a `FrontConnection` for each client of `app`."""
+    """Makes a `FrontConnection` for each client; its requests, as `request_factory` makes them, go to `handler`.
 
-    def __init__(self, runner: web.AppRunner, *, head_timeout_s: float, keepalive_timeout_s: float) -> None:
-        assert runner.server is not None, "call runner.setup() first"
-        super().__init__(
-            runner.server.request_handler, request_factory=runner.server.request_factory, handler_cancellation=True
-        )
+    A handler is cancelled at once when its client leaves. A client that needs over `head_timeout_s` seconds for the
+    head of a request is disconnected (slowloris).
+    """
+
+    def __init__(
+        self,
+        handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]],
+        *,
+        request_factory: Callable[..., web.BaseRequest],
+        head_timeout_s: float,
+        keepalive_timeout_s: float,
+    ) -> None:
+        super().__init__(handler, request_factory=request_factory, handler_cancellation=True)
         self._options: dict[str, Any] = {
-            "head_timeout_s": head_timeout_s,
             "keepalive_timeout": keepalive_timeout_s,
             "max_line_size": MAX_HEADER_LINE,
             "max_field_size": MAX_HEADER_LINE,
@@ -116,15 +109,26 @@ class FrontServer(web.Server):
             "lingering_time": 0,  # a refused upload is not read to its end
             "access_log": None,  # one line a request is written by the handler, which knows model and duration
         }
-
         self.clients: set[FrontConnection] = set()
         self.empty = asyncio.Event()
         """Set while no client is connected."""
         self.empty.set()
+        self._head_timeout_s = head_timeout_s
+        self._sweeper = Sweeper(min(1.0, head_timeout_s / 4), self._sweep)
 
-    def came(self, client: FrontConnection) -> None:
+    def came(self, client: FrontConnection) -> float:
+        """A client has connected; returns the time."""
         self.clients.add(client)
         self.empty.clear()
+        self._sweeper.wake()
+        return asyncio.get_running_loop().time()
+
+    def _sweep(self) -> bool:
+        overdue = asyncio.get_running_loop().time() - self._head_timeout_s
+        for client in list(self.clients):
+            if client.head_since is not None and client.head_since <= overdue and client.transport is not None:
+                client.transport.abort()
+        return bool(self.clients)
 
     def left(self, client: FrontConnection) -> None:
         self.clients.discard(client)
@@ -135,7 +139,7 @@ class FrontServer(web.Server):
         return FrontConnection(self, loop=asyncio.get_running_loop(), **self._options)
 
 
-def check_request(http: web.Request) -> None:
+def check_request(http: web.BaseRequest) -> None:
     """Refuse a head that two HTTP parsers could understand differently.
 
     Raises: BadRequest 400, 431, 501 or 505; the caller closes the connection, as what follows on it is in doubt.
@@ -143,7 +147,11 @@ def check_request(http: web.Request) -> None:
     headers = http.headers
     if http.version not in (HttpVersion10, HttpVersion11):
         raise BadRequest("this HTTP version is not supported", status=505)
-    if sum(len(name) + len(value) for name, value in http.raw_headers) > MAX_HEAD_BYTES:
+    raw = http.raw_headers
+    if (
+        len(raw) * MAX_HEADER_LINE > MAX_HEAD_BYTES
+        and sum(len(name) + len(value) for name, value in raw) > MAX_HEAD_BYTES
+    ):
         raise BadRequest("the request headers are too large", status=431)
     coding = headers.get("Transfer-Encoding")
     if coding is not None:
@@ -156,15 +164,19 @@ def check_request(http: web.Request) -> None:
         raise BadRequest("protocol upgrades are not supported")
 
 
-def _check_host(http: web.Request) -> None:
+def _check_host(http: web.BaseRequest) -> None:
     hosts = http.headers.getall("Host", [])
     if len(hosts) != 1:
         if not hosts and http.version == HttpVersion10:
             return
         raise BadRequest("exactly one Host header is needed")
-    match = _HOST.fullmatch(hosts[0])
-    if match is None or (match[1] and int(match[1]) > 65535):
+    if not _is_host(hosts[0]):
         raise BadRequest("the Host header is not valid")
-    target = http.raw_path
-    if not target.startswith("/") and target != "*":
+    if not http.raw_path.startswith("/"):
         raise BadRequest("the request target must be a path")
+
+
+@lru_cache(maxsize=256)
+def _is_host(text: str) -> bool:
+    match = _HOST.fullmatch(text)
+    return match is not None and (match[1] is None or int(match[1]) <= 65535)

