@@ -91,9 +91,10 @@ class ConnectionPool:
             connection.abort()
 
     def _head(self, call: Call) -> bytes:
-        lines = "".join(f"{name}: {value}\r\n" for name, value in call.headers)
-        length = f"Content-Length: {len(call.body)}\r\n" if call.body or call.method in ("POST", "PUT", "PATCH") else ""
-        text = f"{call.method} {self.endpoint.prefix}{call.path} HTTP/1.1\r\n{self._fixed}{lines}{length}\r\n"
+        lines = "".join([f"{name}: {value}\r\n" for name, value in call.headers])
+        if call.body or call.method == "POST":
+            lines += f"Content-Length: {len(call.body)}\r\n"
+        text = f"{call.method} {self.endpoint.prefix}{call.path} HTTP/1.1\r\n{self._fixed}{lines}\r\n"
         return text.encode("latin-1", "replace")
 
     async def _open(self, call: Call) -> tuple[Connection, Response]:

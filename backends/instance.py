@@ -79,6 +79,7 @@ class Instance:
         loop = asyncio.get_running_loop()
         self._starting = loop.create_task(self._start(), name=f"start {self.name}")
         self._life = loop.create_task(self._live(), name=f"life of {self.name}")
+        self._life.add_done_callback(_report)
 
     def stop(self, cause: str) -> None:
         """Begin to stop: cut every connection, then SIGTERM, SIGTERM once more, SIGKILL within `stop_timeout_s`.
@@ -272,3 +273,9 @@ class Instance:
     def _last_words(self) -> str:
         lines = self.log_tail(LAST_WORDS)
         return "".join(["\n", "\n".join(lines)]) if lines else " It printed nothing."
+
+
+def _report(life: asyncio.Task[None]) -> None:
+    """A life that ends by an exception is a bug of ours; say so at once."""
+    if not life.cancelled() and (error := life.exception()) is not None:
+        logger.error("%s failed", life.get_name(), exc_info=error)

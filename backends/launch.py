@@ -8,7 +8,7 @@ It is a program of its own, not a `preexec_fn`, because code between fork and ex
 deadlock. It imports as little as it can: it costs about 12 ms.
 """
 
-import _signal  # `signal` itself would cost as much as all the rest
+import _signal  # type: ignore[import-not-found]  # `signal` itself would cost as much as all the rest
 import os
 import sys
 

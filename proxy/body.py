@@ -33,13 +33,26 @@ async def read_json(http: web.Request, max_bytes: int) -> dict[str, Any]:
     if http.content.is_eof():
         raw = http.content.read_nowait()  # small bodies are there already
     else:
-        try:
-            raw = await http.read()
-        except web.HTTPRequestEntityTooLarge:
-            raise _too_large(max_bytes) from None
+        raw = await _upload(http, max_bytes)
     if len(raw) > OFF_LOOP_BYTES:
         return await asyncio.get_running_loop().run_in_executor(None, parse_object, raw)
     return parse_object(raw)
+
+
+async def to_bytes(http: web.Request, value: dict[str, Any]) -> bytes:
+    """`serialise(value)`, the body of `http`; in a thread if it is large."""
+    if http.content_length is not None and http.content_length <= OFF_LOOP_BYTES:
+        return serialise(value)
+    return await asyncio.get_running_loop().run_in_executor(None, serialise, value)
+
+
+async def _upload(http: web.Request, max_bytes: int) -> bytes:
+    if http.headers.get("Expect", "").lower() == "100-continue" and http.transport is not None:
+        http.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")  # curl waits for it before it sends a large body
+    try:
+        return await http.read()
+    except web.HTTPRequestEntityTooLarge:
+        raise _too_large(max_bytes) from None
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from aiohttp import web
 
 from backends import Backend, Call
 from backends.spawned import SpawnedModel
-from proxy.body import read_json, serialise
+from proxy.body import read_json, to_bytes
 from proxy.config import Config
 from proxy.dialects import ANTHROPIC, NATIVE, OPENAI, RESPONSES, Dialect
 from proxy.errors import BadRequest, ModelNotFound, UpstreamFailed
@@ -96,7 +96,7 @@ class RelayHandler:
         call = Call(
             method=http.method,
             path=_upstream_path(http),
-            body=serialise(body) if has_body else b"",
+            body=await to_bytes(http, body) if has_body else b"",
             headers=upstream_headers(http.headers, has_body=has_body),
             slot=self.api.slot,
         )
@@ -119,8 +119,8 @@ class RelayHandler:
 
 def _upstream_path(http: web.Request) -> str:
     """The matched path, without the trailing slash some clients add, and the query as it came."""
-    query = http.raw_path.partition("?")[2]
-    return http.path.rstrip("/") + (f"?{query}" if query else "")
+    path, mark, query = http.raw_path.partition("?")
+    return (http.path.rstrip("/") if path[-1] == "/" or "%" in path else path) + mark + query
 
 
 async def list_models(http: web.Request) -> web.Response:

@@ -73,18 +73,17 @@ class WholeAnswer(web.StreamResponse):
             transport.write(data)  # it is closed next
 
     def _head(self) -> bytes:
-        lines = [f"HTTP/1.1 {self.status} {self.reason}"]
         headers = downstream_headers(self._upstream.headers) + own_headers(self._http)
-        lines += [f"{name}: {value}" for name, value in headers]
         if self._http.method == "HEAD":
-            lines.append(f"content-length: {self._upstream.header('content-length', '0')}")
+            headers.append(("content-length", self._upstream.header("content-length", "0")))
         elif self.status not in (204, 304):
-            lines.append(f"content-length: {len(self._bytes)}")
+            headers.append(("content-length", str(len(self._bytes))))
         if not self.keep_alive:
-            lines.append("connection: close")
+            headers.append(("connection", "close"))
         elif self._http.version == HttpVersion10:
-            lines.append("connection: keep-alive")
-        return "\r\n".join([*lines, "\r\n"]).encode("latin-1", "replace")
+            headers.append(("connection", "keep-alive"))
+        lines = "".join([f"{name}: {value}\r\n" for name, value in headers])
+        return f"HTTP/1.1 {self.status} {self.reason}\r\n{lines}\r\n".encode("latin-1", "replace")
 
 
 def _write(transport: asyncio.Transport, data: bytes) -> None:
@@ -131,7 +130,7 @@ async def _begin(http: web.Request, upstream: Response) -> web.StreamResponse:
 class _Sink:
     """Writes pieces to the client's transport, framed as HTTP/1.1 chunks."""
 
-    __slots__ = ("_chunked", "_http", "_stall_s", "_transport")
+    __slots__ = ("_chunked", "_http", "_stall_s", "_transport", "_unsent", "_write")
 
     def __init__(self, http: web.Request, stall_s: float) -> None:
         transport = http.transport
@@ -141,18 +140,20 @@ class _Sink:
         self._transport = transport
         self._chunked = http.version >= HttpVersion11
         self._stall_s = stall_s
+        self._write = transport.write
+        self._unsent = transport.get_write_buffer_size
 
     def feed(self, data: bytes) -> bool:
-        self._transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
-        return self._transport.get_write_buffer_size() <= BUFFER_LIMIT
+        self._write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+        return self._unsent() <= BUFFER_LIMIT
 
     async def drained(self) -> None:
         """Wait until the client has caught up; cut it off when it takes nothing for `stall_s` seconds."""
         drain = asyncio.ensure_future(self._http.writer.drain())
         try:
-            left = self._unsent()
+            left = self._untaken()
             while not (await asyncio.wait({drain}, timeout=self._stall_s))[0]:
-                left, before = self._unsent(), left
+                left, before = self._untaken(), left
                 if left >= before:
                     logger.info("a client took no byte for %g s: disconnected", self._stall_s)
                     self._transport.abort()
@@ -161,10 +162,10 @@ class _Sink:
         finally:
             drain.cancel()
 
-    def _unsent(self) -> int:
+    def _untaken(self) -> int:
         """Bytes the client has not acknowledged: ours, and the kernel's. Ours alone stand still for minutes while a
         slow reader works through a socket buffer of megabytes."""
-        waiting = self._transport.get_write_buffer_size()
+        waiting = self._unsent()
         sock = self._transport.get_extra_info("socket")
         with suppress(OSError, ValueError, AttributeError):
             (queued,) = struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0" * 4))
@@ -189,10 +190,10 @@ class _EventSink(_Sink):
         except FrameTooLong:
             self._failure = UpstreamFailed("the model server sent an event over 8 MiB", code="upstream_frame_too_long")
             return False
-        if not whole:
-            return True
-        self._last = whole
-        return super().feed(whole)
+        if whole:
+            self._last = whole
+            self._write(b"%x\r\n%b\r\n" % (len(whole), whole) if self._chunked else whole)
+        return self._unsent() <= BUFFER_LIMIT
 
     async def drained(self) -> None:
         if self._failure is not None:

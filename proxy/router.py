@@ -13,7 +13,7 @@ from backends.models import scan_models_dir
 from backends.pool import Pool
 from backends.remote import Remote
 from backends.spawned import SpawnedModel
-from proxy.config import Config
+from proxy.config import Config, OllamaConfig, RemoteConfig
 from proxy.errors import BadRequest, ModelNotFound
 
 logger = logging.getLogger(__name__)
@@ -61,10 +61,15 @@ class Router:
     def __init__(self, config: Config, pool: Pool) -> None:
         self.pool = pool
         self.remotes = [Remote(name, remote) for name, remote in config.remotes.items()]
+        by_ollama = [name for name in config.models if config.backend_of(name) == "ollama"]
+        if by_ollama or config.backend == "ollama" or "ollama" in config.model_fields_set:
+            self.remotes.append(Remote("ollama", _ollama(config.ollama)))
         self.created = int(time.time())
         self._models_dir = config.llama_cpp.models_dir
         self._scanned_ns = -1
-        self._configured = {name: SpawnedModel(pool, name, model) for name, model in config.models.items()}
+        self._configured = {
+            name: SpawnedModel(pool, name, model) for name, model in config.models.items() if name not in by_ollama
+        }
         self._found: dict[str, SpawnedModel] = {}
         self._by_key: dict[str, SpawnedModel] = {}
         for name, spawned in self._configured.items():
@@ -146,6 +151,17 @@ class Router:
                 if name.lower() not in self._by_key
             }
         return self._found
+
+
+def _ollama(config: OllamaConfig) -> RemoteConfig:
+    """An Ollama is reached through its OpenAI-compatible API."""
+    return RemoteConfig(
+        url=config.url,
+        models=config.models,
+        connect_timeout_s=config.connect_timeout_s,
+        first_byte_timeout_s=config.first_byte_timeout_s,
+        idle_timeout_s=config.idle_timeout_s,
+    )
 
 
 def _mtime_ns(folder: Path) -> int:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import shlex
 import signal
 
 import uvloop
 from aiohttp import web
 
+from backends.llamacpp import server_command
 from proxy import __version__
 from proxy.app import build_app
 from proxy.config import Config
@@ -24,7 +26,11 @@ LAST_WORDS_S = 2.0
 
 
 def run(config: Config) -> int:
-    """Serve until SIGTERM or SIGINT; returns the process's exit status."""
+    """Serve until SIGTERM or SIGINT; returns the process's exit status.
+
+    Raises: ConfigError when the program that is to run the models is missing.
+    """
+    server_command(config.llama_cpp.server)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_serve(config))
 
@@ -54,6 +60,7 @@ async def _serve(config: Config) -> int:
         for sock in listener.sockets:
             host, port = sock.getsockname()[:2]
             logger.info("llama-smart-proxy %s listening on http://%s:%d", __version__, host, port)
+        _announce(config)
         number = await signals.get()
         logger.info("%s: draining for up to %g s", number.name, config.server.drain_s)
         await _drain(app, front, listener, signals, config.server.drain_s)
@@ -83,6 +90,19 @@ async def _drain(
     await app[PROXY].router.pool.close(drain_s=0)
     await app[PROXY].router.close()
     await front.shutdown(LAST_WORDS_S)
+
+
+def _announce(config: Config) -> None:
+    """What an operator should know of this run."""
+    if config.models or config.llama_cpp.models_dir:
+        logger.info("models run in: %s", shlex.join(server_command(config.llama_cpp.server)))
+    if config.agents:
+        names = ", ".join(agent.name for agent in config.agents)
+        logger.warning("this version has no agents; these are ignored: %s", names)
+    if config.server.host not in ("127.0.0.1", "::1", "localhost"):
+        logger.warning(
+            "listening on %s: whoever reaches this address may use it, there are no API keys yet", config.server.host
+        )
 
 
 def _calm_garbage_collector() -> None:

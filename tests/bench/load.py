@@ -85,9 +85,9 @@ class StreamRun:
 
     async def __call__(self) -> dict[str, float]:
         clients = await connect(self.job.port, [StreamClient(self) for _ in range(self.job.count)])
-        loop, request = asyncio.get_running_loop(), self.job.request(tokens=self.job.each)
-        for index, client in enumerate(clients):
-            loop.call_later(index / len(clients) * self.job.interval_ms / 1000, client.transport.write, request)
+        request = self.job.request(tokens=self.job.each)
+        for client in clients:
+            client.transport.write(request)
         await all_finished(clients, self.job.timeout_s, lambda: f"{self.frames} frames arrived")
         for client in clients:
             wire.check_body(b"".join(client.parts), wire.stream_body(self.job.each))

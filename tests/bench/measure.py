@@ -24,9 +24,9 @@ SETTLE_S = 0.5
 class Sizes:
     """How much of everything; `tokens` at one each `interval_ms` bounds the time of a streaming round."""
 
-    rounds: int = 5
+    rounds: int = 8
     streams: int = 64
-    tokens: int = 600
+    tokens: int = 400
     interval_ms: float = 10
     connections: int = 32
     requests: int = 4000

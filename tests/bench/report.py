@@ -12,46 +12,47 @@ from importlib.metadata import version
 
 from tests.bench.measure import Measured, Sizes
 from tests.bench.process import Cores
-from tests.bench.summary import METRICS, Summary, Verdict, judge, ratio, summarise
+from tests.bench.summary import METRICS, Summary, Verdict
+
+COMPARED_TO = ("nginx", "direct")
 
 
 def document(measured: Mapping[str, Measured], sizes: Sizes, cores: Cores) -> dict[str, object]:
     """Every figure of every round, with what it takes to read them."""
-    summaries = summarise(measured)
+    summary = Summary(measured)
     return {
         "versions": versions(),
         "cpu_count": os.cpu_count(),
         "pinned": str(cores),
         "sizes": asdict(sizes),
         "targets": {name: asdict(one) for name, one in measured.items()},
-        "medians": summaries,
-        "goals": [asdict(verdict) for verdict in judge(summaries)],
+        "medians": summary.medians(),
+        "ratios": {to: summary.ratios(to) for to in COMPARED_TO if to in measured},
+        "goals": [asdict(verdict) for verdict in summary.verdicts()],
     }
 
 
 def text(measured: Mapping[str, Measured], sizes: Sizes, cores: Cores) -> str:
     """Conditions, table and goals, as Markdown."""
-    summaries = summarise(measured)
+    summary = Summary(measured)
     using = ", ".join(f"{name} {number}" for name, number in versions().items() if number)
     conditions = (
         f"{using}; {os.cpu_count()} cores; {cores}.\n"
         f"Medians over rounds: {sizes.rounds}; in each {sizes.streams} streams of {sizes.tokens} tokens, one every "
         f"{sizes.interval_ms:g} ms; {sizes.requests} plain requests on {sizes.connections} connections; "
-        f"{sizes.firsts} streamed requests one by one. Starts: {sizes.starts}. A proxy that does not use all of its "
-        f"core is not what bounds requests/s."
+        f"{sizes.firsts} streamed requests one by one. Starts: {sizes.starts}. Ratios are medians of each round's. "
+        f"A proxy that does not use all of its core is not what bounds requests/s."
     )
-    return "\n\n".join([conditions, table(summaries), goals(judge(summaries))])
+    return "\n\n".join([conditions, table(summary), goals(summary.verdicts())])
 
 
-def table(summaries: Mapping[str, Summary]) -> str:
-    """A column for each target, then one for each ratio to nginx and to direct."""
-    pairs = [(name, to) for to in ("nginx", "direct") for name in summaries if to in summaries and name != to]
-    pairs.sort(key=lambda pair: pair[0] in ("nginx", "direct"))
-    pairs = [pair for pair in pairs if pair != ("direct", "nginx")]
-    rows = [["", *summaries, *(f"{name} / {to}" for name, to in pairs)]]
+def table(summary: Summary) -> str:
+    """A column for each target, then one for each ratio."""
+    pairs = [(name, to) for to in COMPARED_TO if to in summary.targets for name in summary.ratios(to)]
+    rows = [["", *summary.targets, *(f"{name} / {to}" for name, to in pairs)]]
     for metric in METRICS:
-        figures = [_number(summary[metric.name], metric.digits) for summary in summaries.values()]
-        ratios = [_number(ratio(summaries, metric.name, *pair), 2) for pair in pairs]
+        figures = [_number(summary.value(metric.name, name), metric.digits) for name in summary.targets]
+        ratios = [_number(summary.ratio(metric.name, *pair), 2) for pair in pairs]
         rows.append([metric.title, *figures, *ratios])
     return _markdown(rows)
 

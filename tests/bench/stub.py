@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import signal
 from typing import cast
 
@@ -32,15 +33,27 @@ MODELS = _whole(b"200 OK", json.dumps({"object": "list", "data": [{"id": wire.MO
 UNKNOWN = _whole(b"404 Not Found", b'{"error":{"message":"no such path","code":404}}')
 
 
+STEP_S = 0.001
+"""The event loop's clock ticks in milliseconds; streams take turns to start at each tick of an interval."""
+
+
 class Stream:
-    """One streamed answer, on an absolute schedule: a late write is not followed by later ones."""
+    """One streamed answer, on an absolute schedule: a late write is not followed by later ones.
+
+    How many streams write in the same millisecond decides how often a proxy wakes for a token, and so its cost; so the
+    schedule is the same for every target, whatever the moment at which its requests arrived.
+    """
+
+    _opened = 0
 
     def __init__(self, transport: asyncio.Transport, tokens: int, interval_s: float) -> None:
         self._loop = asyncio.get_running_loop()
         self._transport = transport
         self._tokens = tokens
         self._interval_s = interval_s
-        self._began = self._loop.time()
+        turn = Stream._opened % round(interval_s / STEP_S)
+        Stream._opened += 1
+        self._began = math.ceil(self._loop.time() / interval_s) * interval_s + turn * STEP_S
         self._next = 1
         transport.write(STREAM_HEAD + wire.chunk(wire.token(0)))
         self._arm()

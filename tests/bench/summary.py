@@ -1,38 +1,51 @@
-"""From the figures of all rounds to one figure a metric, ratios between targets, and goals met or not."""
+"""From the figures of all rounds to one figure a metric, ratios between targets, and goals met or not.
+
+The machine's own speed drifts from round to round, and takes all targets with it: so ratios and differences are taken
+within each round, and the median of those is what counts.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from statistics import median
 
 from tests.bench.measure import Measured
 
-Summary = dict[str, float | None]
-"""Metric name to the median over the rounds; None where the target has no such figure."""
+BASE = "direct"
+"""The target without a process: it has no CPU time, and nothing is added to it."""
+
+Series = Callable[[Measured], list[float]]
+
+
+def _rounds(kind: str, key: str) -> Series:
+    return lambda one: [result[key] for result in one.rounds[kind]]
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One row of the table."""
+    """One row of the table. `series` finds its figure of every round; `of_base` says whether the base has it too."""
 
     name: str
     title: str
     digits: int
+    series: Series
+    of_base: bool = False
+    minus_base: bool = False
 
 
 METRICS = (
-    Metric("cpu_us_per_token", "CPU per token, µs", 1),
-    Metric("cpu_us_per_request", "CPU per plain request, µs", 1),
-    Metric("requests_per_s", "plain requests/s", 0),
-    Metric("request_core_share", "core in use meanwhile", 2),
-    Metric("first_token_p50_ms", "first token p50, ms", 3),
-    Metric("first_token_p99_ms", "first token p99, ms", 3),
-    Metric("added_p50_ms", "added to first token p50, ms", 3),
-    Metric("added_p99_ms", "added to first token p99, ms", 3),
-    Metric("rss_idle_mib", "RSS idle, MiB", 1),
-    Metric("rss_loaded_mib", "RSS after load, MiB", 1),
-    Metric("start_s", "start to listening, s", 3),
+    Metric("cpu_us_per_token", "CPU per token, µs", 1, _rounds("stream", "cpu_us_per_unit")),
+    Metric("cpu_us_per_request", "CPU per plain request, µs", 1, _rounds("plain", "cpu_us_per_unit")),
+    Metric("requests_per_s", "plain requests/s", 0, _rounds("plain", "units_per_s"), of_base=True),
+    Metric("request_core_share", "core in use meanwhile", 2, _rounds("plain", "core_share")),
+    Metric("first_token_p50_ms", "first token p50, ms", 3, _rounds("first", "p50_ms"), of_base=True),
+    Metric("first_token_p99_ms", "first token p99, ms", 3, _rounds("first", "p99_ms"), of_base=True),
+    Metric("added_p50_ms", "added to first token p50, ms", 3, _rounds("first", "p50_ms"), minus_base=True),
+    Metric("added_p99_ms", "added to first token p99, ms", 3, _rounds("first", "p99_ms"), minus_base=True),
+    Metric("rss_idle_mib", "RSS idle, MiB", 1, lambda one: [one.rss_idle_mib]),
+    Metric("rss_loaded_mib", "RSS after load, MiB", 1, lambda one: [one.rss_loaded_mib]),
+    Metric("start_s", "start to listening, s", 3, lambda one: one.start_s),
 )
 
 
@@ -54,46 +67,6 @@ GOALS = (
 )
 
 
-def summarise(measured: Mapping[str, Measured]) -> dict[str, Summary]:
-    """Medians by target; times added to the first token are differences to `direct` within the same round."""
-    direct = measured.get("direct")
-    return {name: _summary(one, direct, has_process=name != "direct") for name, one in measured.items()}
-
-
-def _summary(one: Measured, direct: Measured | None, *, has_process: bool) -> Summary:
-    def middle(kind: str, key: str) -> float:
-        return median(result[key] for result in one.rounds[kind])
-
-    def added(key: str) -> float | None:
-        if not direct or not has_process:
-            return None
-        pairs = zip(one.rounds["first"], direct.rounds["first"], strict=True)
-        return median(through[key] - without[key] for through, without in pairs)
-
-    own: Summary = {
-        "cpu_us_per_token": middle("stream", "cpu_us_per_unit"),
-        "cpu_us_per_request": middle("plain", "cpu_us_per_unit"),
-        "request_core_share": middle("plain", "core_share"),
-        "rss_idle_mib": one.rss_idle_mib,
-        "rss_loaded_mib": one.rss_loaded_mib,
-        "start_s": median(one.start_s),
-    }
-    return {
-        **(own if has_process else dict.fromkeys(own)),
-        "requests_per_s": middle("plain", "units_per_s"),
-        "first_token_p50_ms": middle("first", "p50_ms"),
-        "first_token_p99_ms": middle("first", "p99_ms"),
-        "added_p50_ms": added("p50_ms"),
-        "added_p99_ms": added("p99_ms"),
-    }
-
-
-def ratio(summaries: Mapping[str, Summary], metric: str, target: str, to: str) -> float | None:
-    """`metric` of one target over that of another; None when either is missing or there is nothing to divide by."""
-    above, below = (summaries.get(name, {}).get(metric) for name in (target, to))
-    return above / below if above is not None and below else None
-
-
 @dataclass(frozen=True)
 class Verdict(Goal):
     """A goal with the relay's figure; `value` and `met` are None when it could not be measured."""
@@ -102,13 +75,45 @@ class Verdict(Goal):
     met: bool | None = None
 
 
-def judge(summaries: Mapping[str, Summary]) -> list[Verdict]:
-    """Every goal, held against the relay."""
-    verdicts = []
-    for goal in GOALS:
-        if goal.times:
-            value = ratio(summaries, goal.metric, "relay", goal.times)
-        else:
-            value = summaries.get("relay", {}).get(goal.metric)
-        verdicts.append(Verdict(**asdict(goal), value=value, met=None if value is None else value <= goal.limit))
-    return verdicts
+class Summary:
+    """The figures of all targets, by metric and target; None where there is none."""
+
+    def __init__(self, measured: Mapping[str, Measured]) -> None:
+        self.targets = list(measured)
+        self._series = {(metric.name, name): _of(metric, name, measured) for metric in METRICS for name in measured}
+
+    def value(self, metric: str, target: str) -> float | None:
+        """The median."""
+        series = self._series.get((metric, target))
+        return median(series) if series else None
+
+    def ratio(self, metric: str, target: str, to: str) -> float | None:
+        """The median of what `target` has for each of what `to` has in the same round."""
+        above, below = self._series.get((metric, target)), self._series.get((metric, to))
+        if not above or not below or 0 in below:
+            return None
+        return median(one / other for one, other in zip(above, below, strict=True))
+
+    def medians(self) -> dict[str, dict[str, float | None]]:
+        return {name: {metric.name: self.value(metric.name, name) for metric in METRICS} for name in self.targets}
+
+    def ratios(self, to: str) -> dict[str, dict[str, float | None]]:
+        others = [name for name in self.targets if name not in (to, BASE)]
+        return {name: {metric.name: self.ratio(metric.name, name, to) for metric in METRICS} for name in others}
+
+    def verdicts(self) -> list[Verdict]:
+        """Every goal, held against the relay."""
+        judged = []
+        for goal in GOALS:
+            value = self.ratio(goal.metric, "relay", goal.times) if goal.times else self.value(goal.metric, "relay")
+            judged.append(Verdict(**asdict(goal), value=value, met=None if value is None else value <= goal.limit))
+        return judged
+
+
+def _of(metric: Metric, name: str, measured: Mapping[str, Measured]) -> list[float]:
+    if name == BASE and not metric.of_base:
+        return []
+    series = metric.series(measured[name])
+    if not metric.minus_base:
+        return series
+    return [own - base for own, base in zip(series, metric.series(measured[BASE]), strict=True)]

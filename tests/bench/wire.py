@@ -66,7 +66,7 @@ def plain_body() -> bytes:
 def chat_request(*, path: str, model: str, tokens: int = 0, interval_ms: float = 0) -> bytes:
     """A chat request, head and body; streamed when `tokens` is not 0.
 
-    The stub sends the first token at once and each later one `interval_ms` after the one before.
+    The stub sends the first token at once, the others on a clock of its own, one every `interval_ms`.
     """
     body: dict[str, object] = {
         "model": model,

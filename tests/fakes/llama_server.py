@@ -1,8 +1,6 @@
 """A stand-in for llama-server: its command line, its wire format, and every bad manner we want to survive.
 
-It is a program, not a mock: tests point `llama_cpp.server` at the script that `install()` writes, and the proxy spawns
-it as it would spawn the real one. It imports little, so that it is up in about 30 ms.
-
+Tests point `llama_cpp.server` at the script that `install()` writes; the proxy spawns that as it would the real one.
 From the command line it uses `-m/--model`, `-a/--alias`, `--host`, `--port`, `-np/--parallel`; it ignores the rest.
 Like llama-server it binds first, answers 503 while loading, then serves `-np` requests at a time while others wait;
 all but `/health` want `Authorization: Bearer $LLAMA_API_KEY`; with a stream under way the first SIGTERM only stops it
@@ -45,7 +43,6 @@ if TYPE_CHECKING:
 
 ENV = os.environ
 KEY = ENV.get("LLAMA_API_KEY", "")
-RESET = b"\x01\0\0\0\0\0\0\0"  # struct linger {on, 0 s}: close() sends RST
 REASONS = {200: "OK", 401: "Unauthorized", 404: "Not Found", 503: "Service Unavailable"}
 GENERATING = ("/v1/chat/completions", "/v1/completions", "/completion", "/v1/embeddings", "/v1/rerank", "/infill")
 
@@ -59,19 +56,16 @@ def install(directory: Path) -> Path:
 
 
 def log(event: str, **fields: object) -> None:
-    if path := ENV.get("FAKE_LOG"):
+    if (path := ENV.get("FAKE_LOG")) and fields.get("path") != "/health":
         line = json.dumps({"event": event, "pid": os.getpid(), "time": time.monotonic(), **fields}) + "\n"
         append(path, line.encode())
 
 
 def append(path: str, data: bytes) -> int:
     """Append in one write, so that lines of several processes stay whole; return the size after it."""
-    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(fd, data)
-        return os.fstat(fd).st_size
-    finally:
-        os.close(fd)
+    with open(path, "ab", buffering=0) as file:
+        file.write(data)
+        return file.tell()
 
 
 def manner(name: str) -> str:
@@ -102,26 +96,21 @@ class Gone(Exception):
 
 
 class Server:
-    def __init__(self, options: dict[str, str]) -> None:
-        self.model = options.get("model", "")
-        self.alias = options.get("alias", "fake")
-        self.slots = int(options.get("parallel", 4))
-        self.loaded = False
-        self.streams = 0
+    def __init__(self) -> None:
+        self.model = option("--model", "-m", "")
+        self.alias = option("--alias", "-a", "fake")
+        self.slots = int(option("--parallel", "-np", "4"))
+        self.loaded, self.streams = False, 0
         self.free = threading.Semaphore(self.slots)
-        self.listener: socket.socket | None = None
 
     def listen(self, host: str, port: int) -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self.listener = socket.socket(family)
-        self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            self.listener.bind((host, port))
-            self.listener.listen(512)
+            listener = socket.create_server((host, port), family=family, backlog=512)
         except OSError as exc:
             say(f"couldn't bind HTTP server socket, hostname: {host}, port: {port}: {exc.strerror}")
             os._exit(1)
-        threading.Thread(target=self.accept, args=(self.listener,), daemon=True).start()
+        threading.Thread(target=self.accept, args=(listener,), daemon=True).start()
 
     def accept(self, listener: socket.socket) -> None:
         while True:
@@ -157,7 +146,7 @@ class Connection:
     def serve(self) -> None:
         try:
             if ENV.get("FAKE_NEVER") == "mute":
-                self.pause(1e6)
+                self.read_until(lambda: False)
             while self.keep:
                 self.one()
         except (Gone, OSError):
@@ -182,26 +171,19 @@ class Connection:
         length = int(headers.get("content-length", 0))
         self.read_until(lambda: len(self.buffer) >= length)
         body, self.buffer = self.buffer[:length], self.buffer[length:]
-        path = target.partition("?")[0]
-        if path == "/health":
-            return self.health()
         log("request", method=method, path=target, headers=headers, body=body.decode("utf-8", "replace"))
         try:
-            self.route(path, headers, body)
+            self.route(target.partition("?")[0], headers, body)
         except (Gone, OSError):
             log("closed", path=target)
             raise
         log("done", path=target)
 
-    def health(self) -> None:
-        if self.server.loaded:
-            self.reply(200, {"status": "ok"})
-        else:
-            self.refuse(503, "Loading model", "unavailable_error")
-
     def route(self, path: str, headers: dict[str, str], body: bytes) -> None:
         if not self.server.loaded:
             return self.refuse(503, "Loading model", "unavailable_error")
+        if path == "/health":
+            return self.reply(200, {"status": "ok"})
         if KEY and headers.get("authorization") != f"Bearer {KEY}":
             self.keep = False
             return self.refuse(401, "Invalid API Key", "authentication_error")
@@ -216,32 +198,25 @@ class Connection:
         if path == "/props":
             return 200, {"total_slots": server.slots, "model_path": server.model, "model_alias": server.alias}
         if path == "/slots":
-            busy = server.streams
-            return 200, [{"id": n, "n_ctx": 512, "is_processing": n < busy} for n in range(server.slots)]
+            return 200, [{"id": n, "is_processing": n < server.streams} for n in range(server.slots)]
         if path == "/v1/models":
-            entry = {"id": server.alias, "object": "model", "created": 0, "owned_by": "llamacpp"}
-            return 200, {"object": "list", "data": [entry]}
+            return 200, {"object": "list", "data": [{"id": server.alias, "object": "model", "owned_by": "llamacpp"}]}
         if path == "/tokenize":
             return 200, {"tokens": [len(word) for word in json.loads(body).get("content", "").split()]}
         return 200, {"path": path, "echo": body.decode("utf-8", "replace")}
 
-    # -- generating ------------------------------------------------------------------------------------------------
-
     def generate(self, path: str, body: dict[str, Any]) -> None:
-        self.take_slot()
+        while not self.server.free.acquire(timeout=0.01):
+            self.pause(0)
         try:
             self.server.streams += 1
             answer = Answer(self, path, body)
             if (rst := manner("RST")) == "before_headers":
                 self.reset()
-            answer.send(reset_after_headers=rst == "after_headers")
+            (answer.send_stream if answer.stream else answer.send_whole)(reset_after_headers=rst == "after_headers")
         finally:
             self.server.streams -= 1
             self.server.free.release()
-
-    def take_slot(self) -> None:
-        while not self.server.free.acquire(timeout=0.01):
-            self.pause(0)
 
     def pause(self, seconds: float) -> None:
         """Wait so long; raise `Gone` as soon as the client closes its side."""
@@ -251,15 +226,13 @@ class Connection:
             raise Gone
 
     def reset(self) -> None:
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")  # on, 0 s: close sends RST
         raise Gone
 
-    # -- writing ---------------------------------------------------------------------------------------------------
-
     def head(self, status: int, *headers: str) -> None:
-        lines = [f"HTTP/1.1 {status} {REASONS[status]}", "Server: llama.cpp", *headers]
-        lines.append("Keep-Alive: timeout=5, max=100" if self.keep else "Connection: close")
-        self.sock.sendall("\r\n".join([*lines, "\r\n"]).encode())
+        after = "Keep-Alive: timeout=5, max=100" if self.keep else "Connection: close"
+        lines = [f"HTTP/1.1 {status} {REASONS[status]}", "Server: llama.cpp", *headers, after, "\r\n"]
+        self.sock.sendall("\r\n".join(lines).encode())
 
     def reply(self, status: int, value: object, missing: int = 0) -> None:
         data = json.dumps(value).encode()
@@ -276,7 +249,7 @@ class Answer:
     def __init__(self, connection: Connection, path: str, body: dict[str, Any]) -> None:
         steer = body.get("fake", {})
         self.connection = connection
-        self.chat, self.path = path == "/v1/chat/completions", path
+        self.chat, self.embedding = path == "/v1/chat/completions", path == "/v1/embeddings"
         self.stream = bool(body.get("stream"))
         self.usage = bool(body.get("stream_options", {}).get("include_usage"))
         self.tokens = int(steer.get("tokens", min(int(ENV.get("FAKE_TOKENS", 8)), body.get("max_tokens") or 1 << 30)))
@@ -287,28 +260,16 @@ class Answer:
         self.error_after = int(manner("INBAND_ERROR") or -1)
         self.begun = time.monotonic()
 
-    @property
-    def embedding(self) -> bool:
-        return self.path == "/v1/embeddings"
-
-    def send(self, *, reset_after_headers: bool) -> None:
-        if self.stream:
-            self.send_stream(reset_after_headers)
-        else:
-            self.send_whole(reset_after_headers)
-
     def token(self, index: int) -> None:
         """Let the time of one token pass, and die or stall in front of it if so told."""
         if index == self.die_after:
             os.kill(os.getpid(), signal.SIGKILL)
         self.connection.pause(1e6 if index == self.stall_after else self.token_s)
 
-    def send_whole(self, reset_after_headers: bool) -> None:
-        connection = self.connection
-        for index in range(self.tokens + 1):
-            if index < self.tokens or index == self.die_after:
-                self.token(index)
-        text = "".join(f"t{n} " for n in range(self.tokens))
+    def send_whole(self, *, reset_after_headers: bool) -> None:
+        for index in range(self.tokens + (self.die_after == self.tokens)):
+            self.token(index)
+        connection, text = self.connection, "".join(f"t{n} " for n in range(self.tokens))
         if self.embedding:
             data = [{"object": "embedding", "index": 0, "embedding": [0.6, 0.8]}]
             return connection.reply(200, {"object": "list", "model": connection.server.alias, "data": data})
@@ -324,7 +285,7 @@ class Answer:
             connection.reset()
         raise Gone
 
-    def send_stream(self, reset_after_headers: bool) -> None:
+    def send_stream(self, *, reset_after_headers: bool) -> None:
         connection = self.connection
         framing = "Content-Length: 9999999" if self.cut == "short_cl" else "Transfer-Encoding: chunked"
         connection.head(200, "X-Accel-Buffering: no", "Content-Type: text/event-stream", framing)
@@ -377,38 +338,33 @@ class Answer:
         self.chunk(b"data: " + json.dumps(value).encode() + b"\n\n")
 
     def chunk(self, data: bytes) -> None:
-        framed = data if self.cut == "short_cl" else b"%x\r\n%b\r\n" % (len(data), data)
-        self.connection.sock.sendall(framed)
+        self.connection.sock.sendall(data if self.cut == "short_cl" else b"%x\r\n%b\r\n" % (len(data), data))
 
 
-def parse(argv: list[str]) -> dict[str, str]:
-    names = {"-m": "model", "-a": "alias", "-np": "parallel"}
-    options: dict[str, str] = {}
-    for flag, value in zip(argv, argv[1:], strict=False):
-        if flag in names or flag.startswith("--"):
-            options[names.get(flag, flag[2:])] = value
-    return options
+def option(long: str, short: str, default: str) -> str:
+    """The value of the last of these flags on the command line."""
+    places = [index for index, word in enumerate(sys.argv) if word in (long, short)]
+    return sys.argv[places[-1] + 1] if places else default
 
 
 def spam(rate: str) -> None:
-    block = b"x" * 65536
-    pause_s = 0.0 if rate == "max" else len(block) / (float(rate) * 1e6)
-    due = time.monotonic()
+    begun, sent = time.monotonic(), 0
     while True:
-        os.write(1, block)
-        due += pause_s
-        if (early := due - time.monotonic()) > 0:
-            time.sleep(early)
+        sent += os.write(1, b"x" * 65536)
+        if rate != "max" and (early_s := begun + sent / (float(rate) * 1e6) - time.monotonic()) > 0:
+            time.sleep(early_s)
 
 
 def fork_grandchild(how: str) -> None:
+    settled, settle = os.pipe()
     if os.fork() == 0:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if how == "setsid":
             os.setsid()
         log("fork")
-        while True:
-            time.sleep(1e6)
+        os.write(settle, b".")
+        signal.pause()
+    os.read(settled, 1)
 
 
 def wait_for_term(server: Server) -> None:
@@ -425,7 +381,6 @@ def wait_for_term(server: Server) -> None:
 
 
 def main() -> None:
-    options = parse(sys.argv[1:])
     log("start", argv=sys.argv[1:], owner=ENV.get("LSP_OWNER"))
     if how := ENV.get("FAKE_FORK"):
         fork_grandchild(how)
@@ -434,9 +389,9 @@ def main() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT])
     if rate := ENV.get("FAKE_SPAM"):
         threading.Thread(target=spam, args=(rate,), daemon=True).start()
-    server = Server(options)
+    server = Server()
     if ENV.get("FAKE_NEVER") != "nobind":
-        server.listen(options.get("host", "127.0.0.1"), int(options.get("port", 8080)))
+        server.listen(option("--host", "", "127.0.0.1"), int(option("--port", "", "8080")))
         threading.Thread(target=server.load, daemon=True).start()
     wait_for_term(server)
 

@@ -1,0 +1,225 @@
+"""The end of the proxy, by SIGTERM or by SIGKILL: what clients see of it, and that no server outlives it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from tests import raw_client
+from tests.e2e_support import (
+    DONE,
+    Fakes,
+    asking,
+    chat,
+    embedded,
+    fakes,
+    instance,
+    live_children,
+    needs_llama_cpp,
+    owned_by,
+    queued,
+    streaming,
+    text_of,
+    tiny,
+)
+from tests.gguf_fixture import tiny_models
+from tests.harness import START_S, Proxy, launch, running_proxy, until
+from tests.raw_client import BrokenAnswer
+
+__all__ = ["fakes", "tiny_models"]  # fixtures
+
+
+async def refuses(proxy: Proxy) -> bool:
+    """Whether nothing listens on the proxy's port any more."""
+    try:
+        async with raw_client.connected(proxy.port):
+            return False
+    except ConnectionRefusedError:
+        return True
+
+
+# -- SIGTERM -----------------------------------------------------------------------------------------------------------
+
+
+async def test_sigterm_lets_a_stream_run_to_its_end(fakes: Fakes) -> None:
+    async with running_proxy(fakes.config({"m": fakes.model(TOKENS=30, TOKEN_MS=25)})) as proxy:
+        async with streaming(proxy, "m") as stream:
+            await stream.until_text()
+            proxy.send(signal.SIGTERM)
+            await until(lambda: refuses(proxy), what="the end of listening")
+            events = await stream.rest()
+        assert events[-1] == DONE and len(text_of(events).split()) == 30
+        assert await proxy.ended() == 0
+        assert owned_by(proxy.pid) == []
+
+
+@needs_llama_cpp
+async def test_sigterm_lets_a_stream_of_llama_cpp_run_to_its_end(tiny_models: dict[str, Path]) -> None:
+    async with running_proxy(embedded({"tiny": tiny(tiny_models["tiny-a"])})) as proxy:
+        async with streaming(proxy, "tiny", ignore_eos=True, max_tokens=1000) as stream:
+            await stream.until_text()
+            proxy.send(signal.SIGTERM)
+            events = await stream.rest()
+        assert events[-1] == DONE and json.loads(events[-2])["timings"]["predicted_n"] == 1000
+        assert await proxy.ended() == 0
+        assert owned_by(proxy.pid) == []
+
+
+async def test_sigterm_ends_an_idle_proxy_at_once_even_with_idle_connections(fakes: Fakes) -> None:
+    async with running_proxy(fakes.config({"m": fakes.model()})) as proxy:
+        await chat(proxy, "m")
+        async with raw_client.connected(proxy.port) as silent, raw_client.connected(proxy.port) as kept:
+            await kept.send(raw_client.request("GET", "/health"))
+            await kept.answer(method="GET")
+            proxy.send(signal.SIGTERM)
+            started = time.monotonic()
+            assert await proxy.ended() == 0
+            assert time.monotonic() - started < 3.0
+            assert await silent.rest() == b"" == await kept.rest()
+
+
+async def test_when_the_time_to_drain_is_over_a_stream_is_told_in_band(fakes: Fakes) -> None:
+    config = fakes.config({"m": fakes.model(TOKENS=1000, TOKEN_MS=25)}) | {"server": {"drain_s": 0.5}}
+    async with running_proxy(config) as proxy:
+        async with streaming(proxy, "m") as stream:
+            await stream.until_text()
+            proxy.send(signal.SIGTERM)
+            started = time.monotonic()
+            events = await stream.rest()
+            assert 0.4 < time.monotonic() - started < 3.0
+        assert events[-1] == DONE
+        error = json.loads(events[-2])["error"]
+        assert error["type"] in ("server_error", "unavailable_error") and error["message"]
+        assert await proxy.ended() == 0
+        assert owned_by(proxy.pid) == []
+
+
+async def test_who_waits_for_a_model_at_the_end_is_told_so(fakes: Fakes) -> None:
+    config = fakes.config({"m": fakes.model(LOAD_S=60)}) | {"server": {"drain_s": 0.3}}
+    async with running_proxy(config) as proxy:
+        async with asking(proxy, "m") as client:
+            await until(lambda: fakes.events("start"))
+            proxy.send(signal.SIGTERM)
+            answer = await client.answer()
+        assert answer.status == 503 and answer.error["code"] == "shutting_down"
+        assert answer.header("retry-after")
+        assert await proxy.ended() == 0
+
+
+async def test_who_waits_for_a_model_at_sigterm_is_served_if_there_is_time(fakes: Fakes) -> None:
+    async with running_proxy(fakes.config({"m": fakes.model(LOAD_S=0.5)})) as proxy:
+        async with asking(proxy, "m") as client:
+            await until(lambda: fakes.events("start"))
+            proxy.send(signal.SIGTERM)
+            assert (await client.answer()).status == 200
+        assert await proxy.ended() == 0
+
+
+async def test_a_second_sigterm_ends_it_at_once(fakes: Fakes) -> None:
+    async with running_proxy(fakes.config({"m": fakes.model(TOKENS=10_000, TOKEN_MS=25)})) as proxy:
+        async with streaming(proxy, "m") as stream:
+            await stream.until_text()
+            proxy.send(signal.SIGTERM)
+            await until(lambda: "draining" in proxy.log)
+            await stream.event()
+            proxy.send(signal.SIGTERM)
+            started = time.monotonic()
+            assert (await stream.rest())[-1] == DONE
+            assert await proxy.ended() == 0
+            assert time.monotonic() - started < 4.0
+        assert owned_by(proxy.pid) == []
+
+
+async def test_sigint_is_sigterm(fakes: Fakes) -> None:
+    async with running_proxy(fakes.config({"m": fakes.model()})) as proxy:
+        await chat(proxy, "m")
+        proxy.send(signal.SIGINT)
+        assert await proxy.ended() == 0
+        assert owned_by(proxy.pid) == []
+
+
+# -- K3: SIGKILL -------------------------------------------------------------------------------------------------------
+
+
+async def loaded_clients(proxy: Proxy, models: str) -> None:
+    """Three clients of each model that ask until the connection breaks."""
+
+    async def client(model: str, stream: bool) -> None:
+        with suppress(OSError, BrokenAnswer):
+            while True:
+                await chat(proxy, model, stream=stream, ignore_eos=True, max_tokens=300)
+
+    async with asyncio.TaskGroup() as clients:
+        for model in models:
+            for stream in (True, True, False):
+                clients.create_task(client(model, stream))
+
+
+async def kill_under_load(tiny_models: dict[str, Path]) -> None:
+    """One round of K3."""
+    models = {name: tiny(tiny_models[f"tiny-{name}"]) for name in "ab"}
+    with tempfile.TemporaryDirectory() as folder:
+        proxy = launch(embedded(models, size=2), Path(folder), env=None, args=())
+        try:
+            await until(proxy.started, START_S)
+            load = asyncio.get_running_loop().create_task(loaded_clients(proxy, "ab"))
+            for name in models:
+                await until(lambda name=name: serving(proxy, name), 10)  # type: ignore[misc]
+            servers = owned_by(proxy.pid)
+            assert len(servers) == 2
+            proxy.send(signal.SIGKILL)
+            killed = time.monotonic()
+            await until(lambda: owned_by(proxy.pid) == [], 1.0, what="the end of the servers")
+            assert time.monotonic() - killed < 1.5
+            await load
+        finally:
+            proxy.stop()
+
+
+async def serving(proxy: Proxy, model: str) -> bool:
+    return bool((await instance(proxy, model)).get("leases"))
+
+
+@needs_llama_cpp
+async def test_k3_no_server_outlives_a_proxy_that_is_killed_under_load(tiny_models: dict[str, Path]) -> None:
+    for _ in range(3):
+        await kill_under_load(tiny_models)
+
+
+@pytest.mark.full
+@needs_llama_cpp
+async def test_k3_no_server_outlives_any_of_twenty_killed_proxies(tiny_models: dict[str, Path]) -> None:
+    for _ in range(20):
+        await kill_under_load(tiny_models)
+
+
+async def test_k3_a_proxy_killed_while_it_loads_leaves_no_server(fakes: Fakes) -> None:
+    async with running_proxy(fakes.config({"m": fakes.model(LOAD_S=60)})) as proxy, asking(proxy, "m"):
+        await until(lambda: fakes.events("start"))
+        assert await queued(proxy, "m") == 1 and live_children(proxy.pid) == 1
+        proxy.send(signal.SIGKILL)
+        assert await proxy.ended() == -signal.SIGKILL
+        await until(lambda: owned_by(proxy.pid) == [], 1.0, what="the end of the servers")
+
+
+async def test_l13_the_next_proxy_ends_what_a_killed_one_could_not_take_along(fakes: Fakes) -> None:
+    config = fakes.config({"m": fakes.model(FORK=1)})
+    async with running_proxy(config) as proxy:
+        await chat(proxy, "m")
+        (grandchild,) = (event["pid"] for event in fakes.events("fork"))
+        proxy.send(signal.SIGKILL)
+        assert await proxy.ended() == -signal.SIGKILL
+        await until(lambda: owned_by(proxy.pid) == [grandchild], what="the end of the server itself")
+    async with running_proxy(config) as successor:
+        await until(lambda: owned_by(proxy.pid) == [], 2.0, what="the end of the leftover")
+        assert (await chat(successor, "m")).status == 200
+        assert len(owned_by(successor.pid)) == 2  # its own server, and what that forked
+        await raw_client.post(successor.port, "/models/unload", {"model": "m"})
+        await until(lambda: owned_by(successor.pid) == [], what="the end of both")
