@@ -95,11 +95,13 @@ class ConnectionPool:
         if call.body or call.method == "POST":
             lines += f"Content-Length: {len(call.body)}\r\n"
         text = f"{call.method} {self.endpoint.prefix}{call.path} HTTP/1.1\r\n{self._fixed}{lines}\r\n"
-        return text.encode("latin-1", "replace")
+        return text.encode("utf-8", "surrogateescape")  # as aiohttp decoded them
 
     async def _open(self, call: Call) -> tuple[Connection, Response]:
         data = self._head(call) + call.body
+        sent = 0
         while True:
+            sent += 1
             connection = self._pop_idle() or await self._connect()
             self._active.add(connection)
             self._sweeper.wake()
@@ -109,10 +111,11 @@ class ConnectionPool:
                 await response.head()
                 return connection, response
             except UpstreamFailed as exc:
+                exc.sent = sent
                 self._release(connection, None)
+                self._drop_idle()  # the others are no better: next comes a new one
                 if not connection.used or exc.answered or exc.status != 502:
                     raise
-                self._drop_idle()  # closed while at rest, and so are the others: next comes a new one
             except BaseException:
                 self._release(connection, None)
                 raise
@@ -167,7 +170,7 @@ class ConnectionPool:
         connection.used = True
         connection.idle_until = now + _keep_s(response.header("keep-alive"))
         self._idle.append(connection)
-        while not self._idle[0].open or self._idle[0].idle_until <= now:  # the longest at rest go first
+        while self._idle and not (self._idle[0].open and now < self._idle[0].idle_until):  # the longest at rest first
             self._idle.pop(0).abort()
 
 

@@ -183,7 +183,7 @@ class Response:
     def check_quiet(self, now: float) -> None:
         """Fail if the server has been silent for too long, and it was not we who did not listen. Called now and then,
         so that a token costs no timer."""
-        limit_s = self._timeouts.idle_s if self._head_done else self._timeouts.first_byte_s
+        limit_s = self._timeouts.idle_s if self.answered else self._timeouts.first_byte_s
         if now - self._last_rx >= limit_s and not self._paused:
             self._fail(f"the model server sent nothing for {limit_s:g} s", status=504, code="upstream_timeout")
 
@@ -245,13 +245,21 @@ class Response:
 
     # -- what httptools calls --------------------------------------------------------------------------------------
 
+    def on_message_begin(self) -> None:
+        if self.complete:
+            self.reusable = False  # an answer to no question
+
     def on_header(self, name: bytes, value: bytes) -> None:
+        if self.complete:
+            return
         key = name.decode("latin-1").lower()
         if key in ("content-length", "transfer-encoding"):
             self._framed = True
-        self.headers.append((key, value.decode("latin-1")))
+        self.headers.append((key, value.decode("utf-8", "replace")))
 
     def on_headers_complete(self) -> None:
+        if self.complete:
+            return
         self.status = self._parser.get_status_code()
         if 100 <= self.status < 200:
             self.headers.clear()

@@ -49,3 +49,5 @@ def _add(app: web.Application, method: str, path: str, handler: Handler) -> None
     """With and without a trailing slash: both were documented, and a redirect would turn a POST into a GET."""
     for variant in (path, f"{path}/"):
         app.router.add_route(method, variant, handler)
+        if method == "GET":
+            app.router.add_route("HEAD", variant, handler)

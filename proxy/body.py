@@ -17,6 +17,9 @@ from aiohttp import web
 
 from proxy.errors import BadRequest
 
+MAX_VALUES = 1_000_000
+"""Most commas in a body. Parsing holds the interpreter's lock, so millions of numbers would stop every stream for
+seconds; long texts and images, which are what makes bodies large, are no trouble."""
 OFF_LOOP_BYTES = 1024 * 1024
 """Larger bodies are parsed in a thread, so that other streams go on."""
 
@@ -59,6 +62,8 @@ def parse_object(raw: bytes) -> dict[str, Any]:
     """Parse one JSON object; same result in every JSON parser, or BadRequest."""
     if not raw.strip():
         raise BadRequest("missing request body", code="missing_body")
+    if raw.count(b",") > MAX_VALUES:
+        raise BadRequest("the request body holds too many values", status=413, code="request_too_large")
     try:
         value = _decoder.decode(raw.decode())
     except UnicodeDecodeError:

@@ -79,7 +79,7 @@ class StartFailed(ProxyError):
 class UpstreamFailed(ProxyError):
     """The server that holds the model broke off, refused the connection, or went silent (then 504).
 
-    `answered` is True once a byte of its response arrived; only before that may a request be sent again.
+    `answered` is True once a byte of its response's body arrived, `sent` is how often the request has gone out.
     """
 
     status = 502
@@ -89,6 +89,7 @@ class UpstreamFailed(ProxyError):
         super().__init__(message, code=code)
         self.status = status
         self.answered = answered
+        self.sent = 0
 
 
 class ConfigError(Exception):

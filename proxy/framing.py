@@ -55,8 +55,8 @@ def _after_last_blank_line(data: bytearray, start: int) -> int:
     A CR at the very end is not taken for a line of its own: the LF that makes it a CRLF may be on its way.
     """
     end = 0
-    for blank in (b"\n\n", b"\n\r\n", b"\r\r"):
-        found = data.rfind(blank, start)
-        if found >= 0 and not (blank == b"\r\r" and found + 2 == len(data)):
+    for blank, stop in ((b"\n\n", len(data)), (b"\n\r\n", len(data)), (b"\r\r", len(data) - 1)):
+        found = data.rfind(blank, start, stop)
+        if found >= 0:
             end = max(end, found + len(blank))
     return end

@@ -51,10 +51,9 @@ class Frontier:
             response = _failed(http, exc)
         if access.isEnabledFor(logging.INFO):
             spent_ms = (time.monotonic() - started) * 1000
-            access.info(
-                "%s %s %d model=%s %.0f ms %s",
-                *(http.method, http.path, response.status, http.get(MODEL, "-"), spent_ms, http[REQUEST_ID]),
-            )
+            path = http.raw_path.partition("?")[0]  # as it came: a decoded line break would forge log lines
+            model, request_id = http.get(MODEL, "-"), http[REQUEST_ID]
+            access.info("%s %s %d model=%s %.0f ms %s", http.method, path, response.status, model, spent_ms, request_id)
         return response
 
     async def _handle(self, http: web.Request) -> web.StreamResponse:

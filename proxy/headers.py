@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from email.utils import formatdate
 from functools import lru_cache
 
 from aiohttp import web
+from multidict import MultiMapping
 
 from proxy import __version__
 
@@ -57,13 +58,14 @@ _NOT_DOWNSTREAM = HOP_BY_HOP | {
     "alt-svc",
     "strict-transport-security",
     "www-authenticate",
+    "x-request-id",
 }
 _NOT_DOWNSTREAM_PREFIXES = ("access-control-", "proxy-")
 
 
-def upstream_headers(client: Mapping[str, str], *, has_body: bool) -> list[tuple[str, str]]:
+def upstream_headers(client: MultiMapping[str], *, has_body: bool) -> list[tuple[str, str]]:
     """The client's headers that a model server gets to see."""
-    banned = _named_by_connection(client.get("Connection", ""))
+    banned = _named_by_connection(",".join(client.getall("Connection", ())))
     kept = [("Content-Type", "application/json")] if has_body else []
     for name, value in client.items():
         key = name.lower()

@@ -19,6 +19,7 @@ from aiohttp import HttpVersion10, HttpVersion11, web
 from backends.sweep import Sweeper
 from proxy.dialects import OPENAI
 from proxy.errors import BadRequest, ProxyError
+from proxy.headers import SERVER
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ class FrontConnection(web.RequestHandler):
             logger.error("unhandled error", exc_info=exc)
             error = ProxyError("internal error; the proxy's log has the details")
         response = web.Response(status=status, body=OPENAI.error_body(error), content_type="application/json")
+        response.headers["Server"] = SERVER
         response.force_close()
         return response
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import logging
+import socket
 import struct
 import termios
 from contextlib import suppress
@@ -83,7 +84,7 @@ class WholeAnswer(web.StreamResponse):
         elif self._http.version == HttpVersion10:
             headers.append(("connection", "keep-alive"))
         lines = "".join([f"{name}: {value}\r\n" for name, value in headers])
-        return f"HTTP/1.1 {self.status} {self.reason}\r\n{lines}\r\n".encode("latin-1", "replace")
+        return f"HTTP/1.1 {self.status} {self.reason}\r\n{lines}\r\n".encode()
 
 
 def _write(transport: asyncio.Transport, data: bytes) -> None:
@@ -93,7 +94,7 @@ def _write(transport: asyncio.Transport, data: bytes) -> None:
 
 async def _relay_events(http: web.Request, upstream: Response, dialect: Dialect, stall_s: float) -> web.StreamResponse:
     answer = await _begin(http, upstream)
-    sink = _EventSink(http, stall_s)
+    sink = _EventSink(http, stall_s, chunked=answer.chunked)
     failure: ProxyError | None = None
     try:
         await upstream.pipe(sink)
@@ -105,21 +106,23 @@ async def _relay_events(http: web.Request, upstream: Response, dialect: Dialect,
 
 
 async def _relay_large(http: web.Request, upstream: Response, stall_s: float) -> web.StreamResponse:
-    answer = await _begin(http, upstream)
+    answer = await _begin(http, upstream, length=upstream.header("content-length"))
     try:
-        await upstream.pipe(_Sink(http, stall_s))
+        await upstream.pipe(_Sink(http, stall_s, chunked=answer.chunked))
     except UpstreamFailed as exc:
         logger.warning("a large answer was cut short: %s", exc)
-        _abort(http)
+        _reset(http)
     await answer.write_eof()
     return answer
 
 
-async def _begin(http: web.Request, upstream: Response) -> web.StreamResponse:
+async def _begin(http: web.Request, upstream: Response, *, length: str = "") -> web.StreamResponse:
     answer = web.StreamResponse(status=upstream.status, headers=downstream_headers(upstream.headers))
     answer.headers.extend(own_headers(http))
     answer.headers["X-Accel-Buffering"] = "no"  # nginx in front of us must not hold tokens back
-    if http.version >= HttpVersion11:
+    if length:
+        answer.content_length = int(length)
+    elif http.version >= HttpVersion11:
         answer.enable_chunked_encoding()
     else:
         answer.force_close()  # HTTP/1.0 marks the end of such a body by closing
@@ -128,17 +131,17 @@ async def _begin(http: web.Request, upstream: Response) -> web.StreamResponse:
 
 
 class _Sink:
-    """Writes pieces to the client's transport, framed as HTTP/1.1 chunks."""
+    """Writes pieces to the client's transport; `chunked`: framed as HTTP/1.1 chunks."""
 
     __slots__ = ("_chunked", "_http", "_stall_s", "_transport", "_unsent", "_write")
 
-    def __init__(self, http: web.Request, stall_s: float) -> None:
+    def __init__(self, http: web.Request, stall_s: float, *, chunked: bool) -> None:
         transport = http.transport
         if transport is None:
             raise ConnectionResetError("the client has left")
         self._http = http
         self._transport = transport
-        self._chunked = http.version >= HttpVersion11
+        self._chunked = chunked
         self._stall_s = stall_s
         self._write = transport.write
         self._unsent = transport.get_write_buffer_size
@@ -178,8 +181,8 @@ class _EventSink(_Sink):
 
     __slots__ = ("_failure", "_last", "_splitter")
 
-    def __init__(self, http: web.Request, stall_s: float) -> None:
-        super().__init__(http, stall_s)
+    def __init__(self, http: web.Request, stall_s: float, *, chunked: bool) -> None:
+        super().__init__(http, stall_s, chunked=chunked)
         self._splitter = EventSplitter()
         self._last = b""
         self._failure: UpstreamFailed | None = None
@@ -191,7 +194,8 @@ class _EventSink(_Sink):
             self._failure = UpstreamFailed("the model server sent an event over 8 MiB", code="upstream_frame_too_long")
             return False
         if whole:
-            self._last = whole
+            if b"data:" in whole:
+                self._last = whole  # a comment or a blank line is no event
             self._write(b"%x\r\n%b\r\n" % (len(whole), whole) if self._chunked else whole)
         return self._unsent() <= BUFFER_LIMIT
 
@@ -218,6 +222,11 @@ class _EventSink(_Sink):
             super().feed(closing)
 
 
-def _abort(http: web.Request) -> None:
-    if http.transport is not None:
-        http.transport.abort()
+def _reset(http: web.Request) -> None:
+    """Cut the connection so that no client takes it for the end of the answer, as HTTP/1.0 takes a mere close."""
+    transport = http.transport
+    if transport is not None:
+        sock = transport.get_extra_info("socket")
+        with suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        transport.abort()

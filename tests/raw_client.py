@@ -99,6 +99,11 @@ class RawClient:
             raise BrokenAnswer("a chunk has the wrong length")
         return data[:-2]
 
+    async def some(self) -> bytes:
+        """Body bytes of an answer that is not chunked, as many as there are; empty at its end."""
+        async with asyncio.timeout(DEADLINE_S):
+            return await self.reader.read(65536)
+
     async def answer(self, *, method: str = "POST") -> Answer:
         """The next whole answer.
 

@@ -13,6 +13,7 @@ from contextlib import suppress
 
 import pytest
 
+from tests import raw_client
 from tests.e2e_support import DONE, Fakes, chat, events_of, fakes, idle
 from tests.harness import Proxy, running_proxy, until
 
@@ -44,14 +45,12 @@ async def one_chat(proxy: Proxy, model: str, stream: bool, outcomes: Counter[str
         outcomes["stream told of a failure" if error else "whole stream"] += 1
 
 
-async def chaos(fakes: Fakes, seconds: float, clients: int) -> Counter[str]:
-    """Clients that ask without a pause while every quarter of a second a server is killed."""
+async def chaos(fakes: Fakes, *, seconds: float, clients: int, kill_each_s: float) -> Counter[str]:
+    """Clients that ask without a pause while one server after the other is killed."""
     models = {name: fakes.model(TOKENS=20, TOKEN_MS=10, fields={"args": ["--parallel", "8"]}) for name in "abc"}
     outcomes: Counter[str] = Counter()
     chance = random.Random(1)
     async with running_proxy(fakes.config(models, size=2, swap_after_s=0.2)) as proxy:
-        for name in models:
-            await chat(proxy, name)
         fds, ends = proxy.fds(), time.monotonic() + seconds
 
         async def client() -> None:
@@ -62,23 +61,33 @@ async def chaos(fakes: Fakes, seconds: float, clients: int) -> Counter[str]:
             for _ in range(clients):
                 group.create_task(client())
             while time.monotonic() < ends:
-                await asyncio.sleep(0.25)  # the rhythm of the killing
+                await asyncio.sleep(kill_each_s)  # the rhythm of the killing
                 for victim in proxy.children()[:1]:
                     with suppress(ProcessLookupError):
                         os.kill(victim.pid, signal.SIGKILL)
                         outcomes["killed"] += 1
         await until(lambda: idle(proxy))
+        for name in models:
+            await raw_client.post(proxy.port, "/models/unload", {"model": name})
         await until(lambda: proxy.fds() <= fds + 5, what="the return of the file descriptors")
+        assert proxy.children() == []
     return outcomes
 
 
 async def test_k1_servers_that_are_killed_under_load_cost_only_streams_that_had_begun(fakes: Fakes) -> None:
-    outcomes = await chaos(fakes, 3.0, 20)
-    assert outcomes["whole"] and outcomes["whole stream"] and outcomes["stream told of a failure"], outcomes
+    outcomes = await chaos(fakes, seconds=5.0, clients=20, kill_each_s=1.0)
+    assert outcomes["killed"] and outcomes["whole"] and outcomes["whole stream"]
+    assert outcomes.keys() <= {"killed", "whole", "whole stream", "stream told of a failure"}, outcomes
 
 
 @pytest.mark.full
 async def test_k1_half_a_minute_of_killing(fakes: Fakes) -> None:
-    outcomes = await chaos(fakes, 30.0, 100)
+    outcomes = await chaos(fakes, seconds=30.0, clients=50, kill_each_s=2.5)
+    assert outcomes["whole"] and outcomes["whole stream"] and outcomes["stream told of a failure"]
+    assert outcomes.keys() <= {"killed", "whole", "whole stream", "stream told of a failure"}, outcomes
+
+
+@pytest.mark.full
+async def test_k1_killing_faster_than_servers_can_work(fakes: Fakes) -> None:
+    outcomes = await chaos(fakes, seconds=15.0, clients=50, kill_each_s=0.2)
     assert outcomes["whole"] and outcomes["whole stream"] and outcomes["stream told of a failure"], outcomes
-    print(outcomes)

@@ -338,9 +338,7 @@ async def test_a_start_can_be_broken_off_at_any_time(fakes: Fakes, start: Start,
         assert instance.error is None
 
 
-async def test_a_download_does_not_delay_the_end(
-    fakes: Fakes, start: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_download_does_not_delay_the_end(fakes: Fakes, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     fifo = fakes.folder / "slow.gguf"  # opening it blocks, as a download does
     os.mkfifo(fifo)
     release = asyncio.Event()

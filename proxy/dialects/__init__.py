@@ -41,7 +41,7 @@ def _openai_event(exc: ProxyError) -> bytes:
 
 def _has_line(events: bytes, *starts: bytes) -> bool:
     """Whether a line begins with one of `starts`. Text of an answer cannot: its line ends are escaped in the JSON."""
-    return events.startswith(starts) or any(b"\n" + start in events for start in starts)
+    return events.startswith(starts) or any(end + start in events for start in starts for end in (b"\n", b"\r"))
 
 
 def _has_error_event(events: bytes) -> bool:
@@ -53,7 +53,7 @@ OPENAI = Dialect(
     name="openai",
     error_body=_openai_error,
     error_event=_openai_event,
-    is_end=lambda events: _has_line(events[-64:], b"data: [DONE]", b"data:[DONE]"),
+    is_end=lambda events: _has_line(events, b"data: [DONE]", b"data:[DONE]"),
     is_error=_has_error_event,
     ending=b"data: [DONE]\n\n",
 )
