@@ -156,7 +156,8 @@ class ConnectionPool:
         for connection in list(self._active):
             if connection.response is not None:
                 connection.response.check_quiet(now)
-        return bool(self._active)
+        self._drop_rested(now)
+        return bool(self._active or self._idle)
 
     def _release(self, connection: Connection, response: Response | None) -> None:
         """Take the connection back; without a `response` that left it in order, it is closed."""
@@ -170,7 +171,11 @@ class ConnectionPool:
         connection.used = True
         connection.idle_until = now + _keep_s(response.header("keep-alive"))
         self._idle.append(connection)
-        while self._idle and not (self._idle[0].open and now < self._idle[0].idle_until):  # the longest at rest first
+        self._drop_rested(now)
+
+    def _drop_rested(self, now: float) -> None:
+        """Close what has rested for too long; the longest at rest come first."""
+        while self._idle and not (self._idle[0].open and now < self._idle[0].idle_until):
             self._idle.pop(0).abort()
 
 

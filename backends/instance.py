@@ -31,6 +31,8 @@ LAST_WORDS = 10
 
 
 class State(StrEnum):
+    """Where in its one life a process is."""
+
     STARTING = "starting"
     READY = "ready"
     STOPPING = "stopping"

@@ -44,6 +44,7 @@ def be_modest() -> None:
 
 
 def main() -> None:
+    """Bind this process to the proxy, limit it, and become the command behind `--`; exit status 127 if that fails."""
     tie_to(int(sys.argv[1]))
     be_modest()
     for number in (_signal.SIGPIPE, _signal.SIGXFSZ):  # Python ignores them, and exec would pass that on

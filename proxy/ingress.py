@@ -51,6 +51,12 @@ class FrontConnection(web.RequestHandler):
         self._front.left(self)
         super().connection_lost(exc)
 
+    def close(self) -> None:
+        """Take no more requests: end now if none is being answered, else behind that answer."""
+        super().close()
+        if not self._serving and self.transport is not None:
+            self.transport.close()
+
     def head_complete(self) -> None:
         """The handler calls this first."""
         self._serving = True

@@ -92,9 +92,10 @@ class Router:
         if spawned is not None:
             return Target(spawned, spawned.name)
         for remote in self.remotes:
-            if name in remote.models:
-                return Target(remote, name)
-        for remote in self.remotes:
+            own = name.removeprefix(f"{remote.name}/")
+            if own in remote.models:
+                return Target(remote, own)
+        for remote in self.remotes:  # nobody in memory has it: ask them
             own = name.removeprefix(f"{remote.name}/")
             if await remote.find(own):
                 return Target(remote, own)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import resource
 import shlex
 import signal
+from contextlib import suppress
 
 import uvloop
 from aiohttp import web
@@ -31,6 +33,7 @@ def run(config: Config) -> int:
     Raises: ConfigError when the program that is to run the models is missing.
     """
     server_command(config.llama_cpp.server)
+    _raise_fd_limit()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_serve(config))
 
@@ -103,6 +106,13 @@ def _announce(config: Config) -> None:
         logger.warning(
             "listening on %s: whoever reaches this address may use it, there are no API keys yet", config.server.host
         )
+
+
+def _raise_fd_limit() -> None:
+    """Two sockets for each stream: the usual soft limit of 1024 is soon reached, and the hard one is ours to use."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # macOS refuses some values
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _calm_garbage_collector() -> None:

@@ -168,6 +168,8 @@ class Proxy:
                 self.process.wait()
         _, left = psutil.wait_procs(children, ORPHAN_S)
         for child in left:
+            if _is_zombie(child):
+                continue  # dead, but nobody has reaped it: not every container has an init that does
             wrong.append(f"child {child.pid} outlived the proxy")
             with suppress(psutil.NoSuchProcess):
                 child.kill()
@@ -180,6 +182,13 @@ class Proxy:
             while data := os.read(pipe.fileno(), 65536):
                 self._log += data
                 del self._log[:-LOG_BYTES]
+
+
+def _is_zombie(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
 
 
 def launch(config: Mapping[str, Any], folder: Path, *, env: Mapping[str, str] | None, args: Sequence[str]) -> Proxy:

@@ -15,9 +15,7 @@ from proxy.config.text import parse
 from proxy.errors import ConfigError
 from tests.config_files import load, model, problems
 
-
-def test_all_problems_come_at_once(tmp_path: Path) -> None:
-    text = """
+MANY_PROBLEMS = """
         sever: {port: 1}
         server: {port: 1, prot: 1, max_body_mib: 0, port: 2}
         server_pool: {keep_alive: soon, size: 0, port_start: 65530}
@@ -32,29 +30,32 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
         agents: [5]
         log_level: "${LEVEL}"
     """
-    found = problems(tmp_path, text, {"LSP_SERVER__HSOT": "x"})
-    expected = [
-        "server.port: given twice (lines 3 and 3)",
-        "sever: unknown field; did you mean server?",
-        "server.max_body_mib: should be greater than or equal to 1",
-        "server.prot: unknown field; did you mean port?",
-        "server_pool.keep_alive: not a time",
-        "server_pool.size: should be greater than or equal to 1",
-        "backend: should be 'llama.cpp' or 'ollama'",
-        "models.a: has more than one source (path, repo); keep one",
-        "models.a.ctx: should be greater than or equal to 0",
-        "models.b.aliases: the alias A is also the name of the model a",
-        "models.b.args: must not hold --port: set server_pool.port_start and port_end instead",
-        "models.b.pined: unknown field; did you mean pinned?",
-        "models.b c: a name is 1 to 255",
-        "models.d: variant needs repo",
-        "models.e: should be a mapping of fields to values",
-        "remotes.r.url: must be an http:// or https:// URL with a host",
-        "remotes.s.url: is required",
-        "agents.0: should be a mapping of fields to values",
-        "log_level: the environment variable LEVEL is not set",
-    ]
-    expected = [f"config.yaml: {line}" for line in expected]
+THEIR_REPORT = [
+    "server.port: given twice (lines 3 and 3)",
+    "sever: unknown field; did you mean server?",
+    "server.max_body_mib: should be greater than or equal to 1",
+    "server.prot: unknown field; did you mean port?",
+    "server_pool.keep_alive: not a time",
+    "server_pool.size: should be greater than or equal to 1",
+    "backend: should be 'llama.cpp' or 'ollama'",
+    "models.a: has more than one source (path, repo); keep one",
+    "models.a.ctx: should be greater than or equal to 0",
+    "models.b.aliases: the alias A is also the name of the model a",
+    "models.b.args: must not hold --port: set server_pool.port_start and port_end instead",
+    "models.b.pined: unknown field; did you mean pinned?",
+    "models.b c: a name is 1 to 255",
+    "models.d: variant needs repo",
+    "models.e: should be a mapping of fields to values",
+    "remotes.r.url: must be an http:// or https:// URL with a host",
+    "remotes.s.url: is required",
+    "agents.0: should be a mapping of fields to values",
+    "log_level: the environment variable LEVEL is not set",
+]
+
+
+def test_all_problems_come_at_once(tmp_path: Path) -> None:
+    found = problems(tmp_path, MANY_PROBLEMS, {"LSP_SERVER__HSOT": "x"})
+    expected = [f"config.yaml: {line}" for line in THEIR_REPORT]
     expected.append("environment: LSP_SERVER__HSOT: unknown field; did you mean host?")
     assert [line for line in expected if not any(problem.startswith(line) for problem in found)] == []
     assert len(found) == len(expected)

@@ -223,3 +223,23 @@ async def test_l13_the_next_proxy_ends_what_a_killed_one_could_not_take_along(fa
         assert len(owned_by(successor.pid)) == 2  # its own server, and what that forked
         await raw_client.post(successor.port, "/models/unload", {"model": "m"})
         await until(lambda: owned_by(successor.pid) == [], what="the end of both")
+
+
+async def test_a_download_that_hangs_does_not_delay_the_end(fakes: Fakes) -> None:
+    """The hub takes the connection and says nothing, which is how a download over a bad line looks."""
+    called = asyncio.Event()
+
+    async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        called.set()
+        await reader.read()
+        writer.close()
+
+    silent = await asyncio.start_server(listen, "127.0.0.1", 0)
+    port = silent.sockets[0].getsockname()[1]
+    env = {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(fakes.folder), "HF_HUB_DOWNLOAD_TIMEOUT": "60"}
+    config = fakes.config({"m": {"repo": "org/model-GGUF", "variant": "Q4_K_M"}}) | {"server": {"drain_s": 0.2}}
+    async with running_proxy(config, env=env) as proxy, asking(proxy, "m"):
+        await until(lambda: called.is_set(), what="the call to the hub")
+        proxy.send(signal.SIGTERM)
+        assert await proxy.ended() == 0
+    silent.close()

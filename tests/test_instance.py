@@ -336,22 +336,3 @@ async def test_a_start_can_be_broken_off_at_any_time(fakes: Fakes, start: Start,
         instance.stop("really")
         assert await instance.wait_stopped(2)
         assert instance.error is None
-
-
-async def test_a_download_does_not_delay_the_end(fakes: Fakes, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    fifo = fakes.folder / "slow.gguf"  # opening it blocks, as a download does
-    os.mkfifo(fifo)
-    release = asyncio.Event()
-
-    def slow(name: str, model: ModelConfig) -> Path:
-        with fifo.open():
-            release.set()
-        return fakes.gguf
-
-    monkeypatch.setattr("backends.instance.resolve", slow)
-    instance = start(fakes.model(), fakes.config())
-    await asyncio.sleep(0)
-    instance.stop("not needed any more")
-    assert await instance.wait_stopped(1)
-    fifo.write_text("")
-    assert fakes.spawns == 0

@@ -46,6 +46,7 @@ def split_args(value: object) -> object:
 
 
 def lower(value: object) -> object:
+    """Text in lower case; anything else is left to the validation that follows."""
     return value.lower() if isinstance(value, str) else value
 
 
