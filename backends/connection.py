@@ -58,11 +58,11 @@ class ConnectionPool:
     def request(self, call: Call) -> AbstractAsyncContextManager[Response]:
         """Send `call`; the context yields its response once the headers are in.
 
-        A pooled connection may have been closed by the server in the very moment we used it; the call then goes out
-        once more, on a new connection. Leaving the context puts the connection back if the answer was read to its end,
-        and closes it at once otherwise, which is how llama.cpp learns that nobody listens any more.
+        Leaving the context puts the connection back if the answer was read to its end, and closes it at once otherwise,
+        which is how llama.cpp learns that nobody listens any more.
 
-        Raises: UpstreamFailed.
+        Raises: UpstreamFailed, also when the server closed a resting connection in the very moment it was used again;
+        a second request then goes out on a new one.
         """
         return _Exchange(self, call)
 
@@ -98,27 +98,19 @@ class ConnectionPool:
         return text.encode("utf-8", "surrogateescape")  # as aiohttp decoded them
 
     async def _open(self, call: Call) -> tuple[Connection, Response]:
-        data = self._head(call) + call.body
-        sent = 0
-        while True:
-            sent += 1
-            connection = self._pop_idle() or await self._connect()
-            self._active.add(connection)
-            self._sweeper.wake()
-            response = Response(connection, call.method, self._timeouts)
-            try:
-                connection.send(response, data)
-                await response.head()
-                return connection, response
-            except UpstreamFailed as exc:
-                exc.sent = sent
-                self._release(connection, None)
-                self._drop_idle()  # the others are no better: next comes a new one
-                if not connection.used or exc.answered or exc.status != 502:
-                    raise
-            except BaseException:
-                self._release(connection, None)
-                raise
+        connection = self._pop_idle() or await self._connect()
+        self._active.add(connection)
+        self._sweeper.wake()
+        response = Response(connection, call.method, self._timeouts)
+        try:
+            connection.send(response, self._head(call) + call.body)
+            await response.head()
+        except BaseException as exc:
+            self._release(connection, None)
+            if isinstance(exc, UpstreamFailed):
+                self._drop_idle()  # the others are no better: what comes next gets a new one
+            raise
+        return connection, response
 
     async def _connect(self) -> Connection:
         if self._closed:
@@ -168,7 +160,6 @@ class ConnectionPool:
             return
         response.resume()
         now = asyncio.get_running_loop().time()
-        connection.used = True
         connection.idle_until = now + _keep_s(response.header("keep-alive"))
         self._idle.append(connection)
         self._drop_rested(now)

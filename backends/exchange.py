@@ -46,7 +46,6 @@ class Connection(asyncio.Protocol):
     def __init__(self) -> None:
         self.transport: asyncio.Transport | None = None
         self.response: Response | None = None
-        self.used = False
         self.idle_until = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -193,7 +192,7 @@ class Response:
 
     def _fail(self, message: str, *, status: int = 502, code: str = "upstream_disconnected") -> None:
         if self._error is None and not self.complete:
-            self._error = UpstreamFailed(message, status=status, code=code, answered=self.answered)
+            self._error = UpstreamFailed(message, status=status, code=code)
             self._connection.abort()
             self._wake()
 

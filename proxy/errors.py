@@ -77,19 +77,14 @@ class StartFailed(ProxyError):
 
 
 class UpstreamFailed(ProxyError):
-    """The server that holds the model broke off, refused the connection, or went silent (then 504).
-
-    `answered` is True once a byte of its response's body arrived, `sent` is how often the request has gone out.
-    """
+    """The server that holds the model broke off, refused the connection, or went silent (then 504)."""
 
     status = 502
     code = "upstream_disconnected"
 
-    def __init__(self, message: str, *, status: int = 502, code: str | None = None, answered: bool = False) -> None:
+    def __init__(self, message: str, *, status: int = 502, code: str | None = None) -> None:
         super().__init__(message, code=code)
         self.status = status
-        self.answered = answered
-        self.sent = 0
 
 
 class ConfigError(Exception):

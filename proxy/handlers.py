@@ -110,7 +110,7 @@ class RelayHandler:
             async with backend.open(call) as upstream:
                 return await relay(http, upstream, self.api.dialect, stall_s=stall_s)
         except UpstreamFailed as exc:
-            if exc.status != 502 or exc.sent > 1:
+            if exc.status != 502:
                 raise
             logger.warning("%s before the first byte: %s; trying once more", http.raw_path.partition("?")[0], exc)
         async with backend.open(call) as upstream:

@@ -17,6 +17,7 @@ from backends import Call
 from backends.instance import Instance
 from backends.pool import Pool
 from proxy.config import Config, ModelConfig
+from tests import harness
 from tests.fakes.llama_server import install
 from tests.harness import free_port, until
 
@@ -61,8 +62,12 @@ class Fakes:
 
 
 def children() -> list[psutil.Process]:
-    """Living children of this process, zombies too."""
-    return psutil.Process().children(recursive=True)
+    """Living children of this process, zombies too; not the proxies that other tests share, and theirs."""
+    shared = set()
+    for proxy in harness.proxies:
+        with suppress(psutil.NoSuchProcess):
+            shared |= {proxy.pid, *(child.pid for child in psutil.Process(proxy.pid).children(recursive=True))}
+    return [child for child in psutil.Process().children(recursive=True) if child.pid not in shared]
 
 
 def own_tasks() -> set[asyncio.Task[Any]]:
@@ -118,8 +123,10 @@ async def elapse(seconds: float) -> None:
 
 
 def live_children() -> int:
-    """How many direct children this process has, zombies too; cheap enough to be asked every few milliseconds."""
-    return len(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
+    """How many direct children this process has, zombies too, but for the proxies that other tests share; cheap enough
+    to be asked every few milliseconds."""
+    direct = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    return len({int(pid) for pid in direct} - {proxy.pid for proxy in harness.proxies})
 
 
 class Census:

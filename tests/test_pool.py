@@ -10,7 +10,6 @@ from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from backends.pool import Pool
@@ -355,7 +354,7 @@ async def test_who_waits_for_a_crashed_server_gets_a_new_one(fakes: Fakes) -> No
         await until(lambda: leases(pool, "a") == 1)
         waiter = asyncio.ensure_future(ask(pool, "a", model))
         await until(lambda: queue(pool, "a") == 1)
-        [child] = psutil.Process().children()
+        [child] = children()
         child.send_signal(signal.SIGKILL)
         async with asyncio.timeout(5):
             await waiter
