@@ -1,7 +1,7 @@
 # Everything runs in .venv, which the first target that needs it makes. `make` alone lists the targets.
 PYTHON ?= python3
-HOST ?= 127.0.0.1
-PORT ?= 11555
+HOST ?=
+PORT ?=
 CONFIG ?= config.yaml
 
 bin := .venv/bin
@@ -12,8 +12,11 @@ bin := .venv/bin
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-run: .venv/run ## serve on HOST:PORT with CONFIG (127.0.0.1:11555, config.yaml)
-	@exec $(bin)/llama-smart-proxy serve --config $(CONFIG) --host $(HOST) --port $(PORT)
+# Without HOST= and PORT= the configuration decides. (Conda exports a HOST of its own, the machine's type.)
+listen = $(if $(findstring -conda-,$(HOST)),,$(if $(HOST),--host $(HOST))) $(if $(PORT),--port $(PORT))
+
+run: .venv/run ## serve with CONFIG= (config.yaml) on HOST= and PORT= (127.0.0.1, 11555)
+	@exec $(bin)/llama-smart-proxy serve --config $(CONFIG) $(listen)
 
 test: .venv/dev ## all quick tests (under 5 minutes)
 	$(bin)/python -m pytest -m "not full"

@@ -33,9 +33,13 @@ class Endpoint:
     tls: bool = False
     prefix: str = ""
 
+    @property
+    def authority(self) -> str:
+        """Host and port as a URL and the Host header write them."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
     def __str__(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{'https' if self.tls else 'http'}://{host}:{self.port}{self.prefix}"
+        return f"{'https' if self.tls else 'http'}://{self.authority}{self.prefix}"
 
 
 class ConnectionPool:
@@ -51,8 +55,8 @@ class ConnectionPool:
         self._closed = False
         limits = self._timeouts
         self._sweeper = Sweeper(min(1.0, limits.first_byte_s / 4, limits.idle_s / 4), self._sweep)
-        host = str(Endpoint(endpoint.host, endpoint.port)).removeprefix("http://")
-        fixed = [("Host", host), ("Accept-Encoding", "identity"), *headers]
+        self._tls = ssl.create_default_context() if endpoint.tls else None
+        fixed = [("Host", endpoint.authority), ("Accept-Encoding", "identity"), *headers]
         self._fixed = "".join(f"{name}: {value}\r\n" for name, value in fixed)
 
     def request(self, call: Call) -> AbstractAsyncContextManager[Response]:
@@ -82,12 +86,14 @@ class ConnectionPool:
             raise UpstreamFailed(f"the answer of {self.endpoint} is too large")
         return response.status, body
 
-    def close(self) -> None:
-        """Close every connection now, with or without an answer under way. Later requests fail."""
+    def close(self, why: str = "it is being stopped") -> None:
+        """Close every connection now; an answer under way fails, and is told `why`. Later requests fail too."""
         self._closed = True
         self._sweeper.stop()
         self._drop_idle()
         for connection in list(self._active):
+            if connection.response is not None:
+                connection.response.fail(f"the model server breaks off: {why}", code="shutting_down")
             connection.abort()
 
     def _head(self, call: Call) -> bytes:
@@ -115,18 +121,18 @@ class ConnectionPool:
     async def _connect(self) -> Connection:
         if self._closed:
             raise UpstreamFailed(f"{self.endpoint} is being stopped")
-        context = ssl.create_default_context() if self.endpoint.tls else None
         limit_s = self._timeouts.connect_s
         try:
             async with asyncio.timeout(limit_s):
                 _, connection = await asyncio.get_running_loop().create_connection(
-                    Connection, self.endpoint.host, self.endpoint.port, ssl=context
+                    Connection, self.endpoint.host, self.endpoint.port, ssl=self._tls
                 )
         except TimeoutError:
             message = f"no connection to {self.endpoint} within {limit_s:g} s"
             raise UpstreamFailed(message, status=504, code="upstream_timeout") from None
-        except OSError as exc:
-            raise UpstreamFailed(f"cannot connect to {self.endpoint}: {exc.strerror or exc}") from exc
+        except (OSError, UnicodeError) as exc:  # UnicodeError: the host's name cannot be one
+            reason = getattr(exc, "strerror", None) or exc
+            raise UpstreamFailed(f"cannot connect to {self.endpoint}: {reason}") from exc
         return connection
 
     def _pop_idle(self) -> Connection | None:

@@ -184,13 +184,14 @@ class Response:
         so that a token costs no timer."""
         limit_s = self._timeouts.idle_s if self.answered else self._timeouts.first_byte_s
         if now - self._last_rx >= limit_s and not self._paused:
-            self._fail(f"the model server sent nothing for {limit_s:g} s", status=504, code="upstream_timeout")
+            self.fail(f"the model server sent nothing for {limit_s:g} s", status=504, code="upstream_timeout")
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    def _fail(self, message: str, *, status: int = 502, code: str = "upstream_disconnected") -> None:
+    def fail(self, message: str, *, status: int = 502, code: str = "upstream_disconnected") -> None:
+        """Break off: whoever reads gets an `UpstreamFailed`. Nothing if the answer is complete."""
         if self._error is None and not self.complete:
             self._error = UpstreamFailed(message, status=status, code=code)
             self._connection.abort()
@@ -225,22 +226,22 @@ class Response:
             if self.complete:
                 self.reusable = False
             else:
-                self._fail(f"the model server's answer is not HTTP: {type(exc).__name__}")
+                self.fail(f"the model server's answer is not HTTP: {type(exc).__name__}")
             return
         if not self._head_done and self._head_bytes > HEAD_LIMIT:
-            self._fail("the model server's headers are too large")
+            self.fail("the model server's headers are too large")
 
     def _at_eof(self) -> None:
         """The server will send no more: the proper end of a body that has no length and no chunks."""
         if self._head_done and not self._framed:
             self._finish(reusable=False)
         else:
-            self._fail("the model server closed the connection before its answer was complete")
+            self.fail("the model server closed the connection before its answer was complete")
 
     def _at_loss(self, exc: Exception | None) -> None:
         self.reusable = False
         reason = "was reset" if exc is not None else "was closed before its answer was complete"
-        self._fail(f"the connection to the model server {reason}")
+        self.fail(f"the connection to the model server {reason}")
 
     # -- what httptools calls --------------------------------------------------------------------------------------
 
@@ -290,7 +291,13 @@ class Response:
 
     def on_message_complete(self) -> None:
         if self._head_done and not self.complete:
-            self._finish(reusable=self._framed and self._parser.should_keep_alive())
+            self._finish(reusable=self._framed and self._parser.should_keep_alive() and not self._closes_unsaid())
+
+    def _closes_unsaid(self) -> bool:
+        """llama-server closes the connection behind every streamed answer, a moment after its end and without having
+        said so: whoever sends the next request on it may lose that. Source: cpp-httplib's `write_content_chunked`
+        reports failure when the content provider returns false, which llama.cpp's (b11434) does at the end."""
+        return self.header("server") == "llama.cpp" and self.header("content-type").startswith("text/event-stream")
 
     def _finish(self, *, reusable: bool) -> None:
         self.complete, self.reusable = True, reusable

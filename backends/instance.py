@@ -158,7 +158,7 @@ class Instance:
         if state is not State.READY:
             self._over.set()
             if hasattr(self, "connections"):
-                self.connections.close()
+                self.connections.close(cause)
         if state is State.STOPPED:
             self._give_port_back()
 
@@ -274,7 +274,7 @@ class Instance:
 
     def _last_words(self) -> str:
         lines = self.log_tail(LAST_WORDS)
-        return "".join(["\n", "\n".join(lines)]) if lines else " It printed nothing."
+        return "\n" + "\n".join(lines) if lines else " It printed nothing."
 
 
 def _report(life: asyncio.Task[None]) -> None:

@@ -34,9 +34,7 @@ class Remote:
     def __init__(self, name: str, config: RemoteConfig) -> None:
         parts = urlsplit(config.url)
         tls = parts.scheme == "https"
-        # clients and we say `/v1/...`; people write the base URL with or without it
-        prefix = parts.path.rstrip("/").removesuffix("/v1")
-        endpoint = Endpoint(parts.hostname or "", parts.port or (443 if tls else 80), tls, prefix)
+        endpoint = Endpoint(parts.hostname or "", parts.port or (443 if tls else 80), tls, parts.path)
         key = config.api_key.get_secret_value() if config.api_key else ""
         self.name = name
         self.connections = ConnectionPool(
@@ -72,7 +70,7 @@ class Remote:
         return self.connections.request(call)
 
     async def close(self) -> None:
-        self.connections.close()
+        self.connections.close("the proxy is shutting down")
         if self._listing is not None:
             self._listing.cancel()
             await asyncio.wait([self._listing])

@@ -11,8 +11,6 @@ from proxy import __version__
 from proxy.errors import ConfigError
 from proxy.log import LEVELS
 
-COMMANDS = ("serve", "check", "schema", "simulate")
-
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status (2: the configuration or the command line is wrong)."""
@@ -34,6 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as exc:
         print(exc, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before the server has handlers of its own
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -64,11 +64,14 @@ def _config_path(given: str | None) -> Path | None:
 
 def _serve(args: argparse.Namespace, path: Path | None) -> int:
     from proxy import log, serve
+    from proxy.cli_config import machine_problems
     from proxy.config import load_config
 
     flags = {"server.host": args.host, "server.port": args.port, "log_level": args.log_level}
     overrides = {name: value for name, value in flags.items() if value is not None}
     config = load_config(path, env=os.environ, overrides=overrides)
+    if missing := machine_problems(config):
+        raise ConfigError([f"{path or 'defaults'}: {line}" for line in missing])
     log.configure(config.log_level)
     for warning in config.warnings:
         print(f"warning: {warning}", file=sys.stderr)

@@ -15,8 +15,8 @@ STARTED = time.monotonic()
 async def health(http: web.Request) -> web.Response:
     """`GET /health`: 200 while requests are served, 503 once the proxy is stopping.
 
-    `instances` has one object for each llama-server process. `proxy` and `upstream` are what one of the replaced
-    projects answered here; `servers` is what the other did.
+    `instances` has one object for each model that has a process or waiters, or whose last start failed. `proxy` and
+    `upstream` are what one of the replaced projects answered here.
     """
     proxy = http.app[PROXY]
     draining = proxy.draining.is_set()

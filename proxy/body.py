@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import orjson
 from aiohttp import web
 
 from proxy.errors import BadRequest
+from proxy.ingress import FrontConnection
 
 MAX_VALUES = 1_000_000
 """Most commas in a body. Parsing holds the interpreter's lock, so millions of numbers would stop every stream for
@@ -52,8 +54,10 @@ async def to_bytes(http: web.Request, value: dict[str, Any]) -> bytes:
 async def _upload(http: web.Request, max_bytes: int) -> bytes:
     if http.headers.get("Expect", "").lower() == "100-continue" and http.transport is not None:
         http.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")  # curl waits for it before it sends a large body
+    connection = http.protocol
     try:
-        return await http.read()
+        with connection.receiving_body() if isinstance(connection, FrontConnection) else nullcontext():
+            return await http.read()
     except web.HTTPRequestEntityTooLarge:
         raise _too_large(max_bytes) from None
 

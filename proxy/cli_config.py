@@ -6,7 +6,9 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from proxy.config import read_config, schema_json
+from backends.llamacpp import server_command
+from proxy.config import Config, read_config, schema_json
+from proxy.errors import ConfigError
 
 
 def check_command(path: Path | None, env: Mapping[str, str]) -> int:
@@ -19,11 +21,27 @@ def check_command(path: Path | None, env: Mapping[str, str]) -> int:
         print(line, file=sys.stderr)
     for line in reading.warnings:
         print(f"warning: {line}", file=sys.stderr)
-    if reading.config is None:
+    missing = machine_problems(reading.config) if reading.config is not None else []
+    for line in missing:
+        print(f"{path or 'defaults'}: {line}", file=sys.stderr)
+    if reading.config is None or missing:
         return 2
     counts = f"{_count(reading.config.models, 'model')}, {_count(reading.config.remotes, 'remote')}"
     print(f"OK: {path or 'defaults'} ({counts})")
     return 0
+
+
+def machine_problems(config: Config) -> list[str]:
+    """What the configuration names and this machine does not have, each as `path: problem`."""
+    found = []
+    try:
+        server_command(config.llama_cpp.server)
+    except ConfigError as exc:
+        found += exc.problems
+    folder = config.llama_cpp.models_dir
+    if folder is not None and not folder.is_dir():
+        found.append(f"llama_cpp.models_dir: {folder}: no such folder")
+    return found
 
 
 def schema_command() -> int:

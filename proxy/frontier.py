@@ -15,7 +15,7 @@ from proxy.dialects import OPENAI, Dialect
 from proxy.errors import BadRequest, Overloaded, ProxyError
 from proxy.handlers import APIS, MODEL, Proxy, RelayHandler
 from proxy.headers import REQUEST_ID, own_headers
-from proxy.ingress import FrontConnection, check_request
+from proxy.ingress import AMBIGUOUS, FrontConnection, check_request
 
 logger = logging.getLogger(__name__)
 access = logging.getLogger("proxy.access")
@@ -42,19 +42,22 @@ class Frontier:
         if isinstance(http.protocol, FrontConnection):
             http.protocol.head_complete()
         http[REQUEST_ID] = f"{self._run}-{next(self._serial):x}"
+        response: web.StreamResponse | None = None
+        try:
+            response = await self._answer(http)
+            return response
+        finally:
+            if access.isEnabledFor(logging.INFO):
+                _log(http, response, time.monotonic() - started)
+
+    async def _answer(self, http: web.Request) -> web.StreamResponse:
         try:
             check_request(http)
             if self._proxy.draining.is_set() and http.path != "/health":
                 raise Overloaded("the proxy is shutting down", code="shutting_down", retry_after_s=5)
-            response = await self._handle(http)
+            return await self._handle(http)
         except BaseException as exc:
-            response = _failed(http, exc)
-        if access.isEnabledFor(logging.INFO):
-            spent_ms = (time.monotonic() - started) * 1000
-            path = http.raw_path.partition("?")[0]  # as it came: a decoded line break would forge log lines
-            model, request_id = http.get(MODEL, "-"), http[REQUEST_ID]
-            access.info("%s %s %d model=%s %.0f ms %s", http.method, path, response.status, model, spent_ms, request_id)
-        return response
+            return _failed(http, exc)
 
     async def _handle(self, http: web.Request) -> web.StreamResponse:
         relay = self._relays.get(http.path)
@@ -68,26 +71,34 @@ class Frontier:
         return response
 
 
+def _log(http: web.Request, response: web.StreamResponse | None, spent_s: float) -> None:
+    """The access line. 499: the client left before its answer was complete."""
+    path = http.raw_path.partition("?")[0]  # as it came: a decoded line break would forge log lines
+    status = response.status if response is not None else 499
+    model, request_id = http.get(MODEL, "-"), http[REQUEST_ID]
+    access.info("%s %s %d model=%s %.0f ms %s", http.method, path, status, model, spent_s * 1000, request_id)
+
+
 def _failed(http: web.Request, exc: BaseException) -> web.StreamResponse:
     """The answer to a request that raised, or the exception again where there is nobody to answer."""
     if not isinstance(exc, Exception) or isinstance(exc, ConnectionError) or http.writer.output_size > 0:
         raise exc
-    close = False
+    allow = ""
     if isinstance(exc, web.HTTPException):
-        close = True
+        allow = exc.headers.get("Allow", "")
         exc = BadRequest(_http_error_text(exc), status=exc.status, code="not_found" if exc.status == 404 else None)
     elif not isinstance(exc, ProxyError):
-        logger.exception("unhandled error in %s %s", http.method, http.path, exc_info=exc)
+        logger.error("unhandled error in %s %s", http.method, http.raw_path.partition("?")[0], exc_info=exc)
         exc = ProxyError("internal error; the proxy's log has the details")
-    elif isinstance(exc, BadRequest):
-        close = not http.content.at_eof() or exc.status in (400, 431, 501, 505)
     dialect = _dialect_of(http)
     response = web.Response(status=exc.status, body=dialect.error_body(exc), content_type="application/json")
     response.headers.extend(own_headers(http))
     if exc.retry_after_s is not None:
         response.headers["Retry-After"] = str(exc.retry_after_s)
-    if close:
-        response.force_close()
+    if allow:
+        response.headers["Allow"] = allow
+    if exc.code == AMBIGUOUS or exc.code == "shutting_down" or not http.content.is_eof():
+        response.force_close()  # what follows on this connection is in doubt, not wanted, or the rest of a large body
     return response
 
 

@@ -89,13 +89,14 @@ class RelayHandler:
     async def handle(self, http: web.Request) -> web.StreamResponse:
         has_body = http.method == "POST"
         body = await read_json(http, self._max_bytes) if has_body else {}
-        target = await self._proxy.router.resolve(body.get("model") or http.query.get("model"))
+        named = body.get("model")
+        target = await self._proxy.router.resolve(http.query.get("model") if named in (None, "") else named)
         http[MODEL] = target.model
-        if "model" in body:
+        if has_body:
             body["model"] = target.model
         call = Call(
             method=http.method,
-            path=_upstream_path(http),
+            path=_upstream_path(http, target.model),
             body=await to_bytes(http, body) if has_body else b"",
             headers=upstream_headers(http.headers, has_body=has_body),
             slot=self.api.slot,
@@ -117,9 +118,12 @@ class RelayHandler:
             return await relay(http, upstream, self.api.dialect, stall_s=stall_s)
 
 
-def _upstream_path(http: web.Request) -> str:
-    """The matched path, without the trailing slash some clients add, and the query as it came."""
+def _upstream_path(http: web.Request, model: str) -> str:
+    """The matched path, without the trailing slash some clients add, and the query as it came; but a model named there
+    by the name the server knows."""
     path, mark, query = http.raw_path.partition("?")
+    if mark and http.query.get("model", model) != model:
+        query = http.rel_url.update_query(model=model).raw_query_string
     return (http.path.rstrip("/") if path[-1] == "/" or "%" in path else path) + mark + query
 
 
@@ -134,12 +138,9 @@ async def show_model(http: web.Request) -> web.Response:
     """`GET /v1/models/{id}`; ids may hold slashes."""
     router = http.app[PROXY].router
     wanted = http.match_info["id"].rstrip("/")
-    spawned = router.local(wanted)
-    wanted = spawned.name if spawned is not None else wanted
-    for entry in router.catalogue():
-        if entry.id == wanted:
-            return web.json_response(entry.as_openai(router.created))
-    raise ModelNotFound(f"model {wanted[:100]!r} not found", param="model")
+    target = await router.resolve(wanted)
+    entry = next(entry for entry in router.catalogue() if entry.id == target.model)
+    return web.json_response(entry.as_openai(router.created))
 
 
 async def load_model(http: web.Request) -> web.Response:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -27,14 +28,25 @@ _HOST = re.compile(r"(?:[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\])(?::(\d{1,5}))?")
 MAX_HEADER_LINE = 8190
 MAX_HEADERS = 100
 MAX_HEAD_BYTES = 64 * 1024
+AMBIGUOUS = "invalid_http"
+"""Error code of what is not HTTP, or not clearly."""
+MIN_BODY_RATE = 1024
+BODY_GRACE_S = 10.0
+"""A body that comes at fewer bytes a second than `MIN_BODY_RATE` is given up after so many seconds."""
 
 
 class FrontConnection(web.RequestHandler):
-    """One client connection. `head_since` is when the head of a request began to be waited for, None outside that."""
+    """One client connection.
+
+    `head_since` is when the head of a request began to be waited for, `body_since` when its body did, None outside
+    that; `body_bytes` is how much of the body has come since.
+    """
 
     def __init__(self, front: FrontServer, **options: Any) -> None:
         super().__init__(front, **options)
         self.head_since: float | None = None
+        self.body_since: float | None = None
+        self.body_bytes = 0
         self._front = front
         self._serving = False
 
@@ -45,6 +57,7 @@ class FrontConnection(web.RequestHandler):
     def data_received(self, data: bytes) -> None:
         if self.head_since is None and not self._serving:
             self.head_since = asyncio.get_running_loop().time()
+        self.body_bytes += len(data)
         super().data_received(data)
 
     def connection_lost(self, exc: BaseException | None) -> None:
@@ -61,12 +74,23 @@ class FrontConnection(web.RequestHandler):
         """The handler calls this first."""
         self._serving = True
         self.head_since = None
+        self._front.begins(self)
+
+    @contextmanager
+    def receiving_body(self) -> Iterator[None]:
+        """While entered, a body is waited for."""
+        self.body_since, self.body_bytes = asyncio.get_running_loop().time(), 0
+        try:
+            yield
+        finally:
+            self.body_since = None
 
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
         result = await super().finish_response(request, resp, start_time)
         self._serving = False
+        self._front.ends(self)
         return result
 
     def handle_error(
@@ -81,8 +105,7 @@ class FrontConnection(web.RequestHandler):
         if request.writer.output_size > 0:
             raise ConnectionError("an answer is already under way")
         if status < 500:
-            error = ProxyError("the request is not valid HTTP", code="invalid_http")
-            error.kind = "invalid_request_error"
+            error: ProxyError = BadRequest("the request is not valid HTTP", status=status, code=AMBIGUOUS)
         else:
             logger.error("unhandled error", exc_info=exc)
             error = ProxyError("internal error; the proxy's log has the details")
@@ -96,7 +119,7 @@ class FrontServer(web.Server):
     """Makes a `FrontConnection` for each client; its requests, as `request_factory` makes them, go to `handler`.
 
     A handler is cancelled at once when its client leaves. A client that needs over `head_timeout_s` seconds for the
-    head of a request is disconnected (slowloris).
+    head of a request, or sends its body by drops, is disconnected (slowloris).
     """
 
     def __init__(
@@ -118,30 +141,48 @@ class FrontServer(web.Server):
             "access_log": None,  # one line a request is written by the handler, which knows model and duration
         }
         self.clients: set[FrontConnection] = set()
-        self.empty = asyncio.Event()
-        """Set while no client is connected."""
-        self.empty.set()
+        self.quiet = asyncio.Event()
+        """Set while no request is being answered."""
+        self.quiet.set()
+        self._busy: set[FrontConnection] = set()
         self._head_timeout_s = head_timeout_s
         self._sweeper = Sweeper(min(1.0, head_timeout_s / 4), self._sweep)
 
     def came(self, client: FrontConnection) -> float:
         """A client has connected; returns the time."""
         self.clients.add(client)
-        self.empty.clear()
         self._sweeper.wake()
         return asyncio.get_running_loop().time()
 
     def _sweep(self) -> bool:
-        overdue = asyncio.get_running_loop().time() - self._head_timeout_s
+        now = asyncio.get_running_loop().time()
         for client in list(self.clients):
-            if client.head_since is not None and client.head_since <= overdue and client.transport is not None:
+            if self._too_slow(client, now) and client.transport is not None:
                 client.transport.abort()
         return bool(self.clients)
 
+    def _too_slow(self, client: FrontConnection, now: float) -> bool:
+        if client.head_since is not None:
+            return now - client.head_since >= self._head_timeout_s
+        if client.body_since is None:
+            return False
+        spent_s = now - client.body_since
+        return spent_s >= BODY_GRACE_S and client.body_bytes < spent_s * MIN_BODY_RATE
+
     def left(self, client: FrontConnection) -> None:
         self.clients.discard(client)
-        if not self.clients:
-            self.empty.set()
+        self.ends(client)
+
+    def begins(self, client: FrontConnection) -> None:
+        """A request of `client` is being answered."""
+        self._busy.add(client)
+        self.quiet.clear()
+
+    def ends(self, client: FrontConnection) -> None:
+        """None of `client` is, any more."""
+        self._busy.discard(client)
+        if not self._busy:
+            self.quiet.set()
 
     def __call__(self) -> web.RequestHandler:
         return FrontConnection(self, loop=asyncio.get_running_loop(), **self._options)
@@ -154,22 +195,22 @@ def check_request(http: web.BaseRequest) -> None:
     """
     headers = http.headers
     if http.version not in (HttpVersion10, HttpVersion11):
-        raise BadRequest("this HTTP version is not supported", status=505)
+        raise BadRequest("this HTTP version is not supported", status=505, code=AMBIGUOUS)
     raw = http.raw_headers
     if (
         len(raw) * MAX_HEADER_LINE > MAX_HEAD_BYTES
         and sum(len(name) + len(value) for name, value in raw) > MAX_HEAD_BYTES
     ):
-        raise BadRequest("the request headers are too large", status=431)
+        raise BadRequest("the request headers are too large", status=431, code=AMBIGUOUS)
     coding = headers.get("Transfer-Encoding")
     if coding is not None:
         if http.version == HttpVersion10 or "Content-Length" in headers:
-            raise BadRequest("Transfer-Encoding is not allowed here")
+            raise BadRequest("Transfer-Encoding is not allowed here", code=AMBIGUOUS)
         if coding.strip().lower() != "chunked":
-            raise BadRequest("this transfer coding is not supported", status=501)
+            raise BadRequest("this transfer coding is not supported", status=501, code=AMBIGUOUS)
     _check_host(http)
     if "Upgrade" in headers and "upgrade" in headers.get("Connection", "").lower():
-        raise BadRequest("protocol upgrades are not supported")
+        raise BadRequest("protocol upgrades are not supported", code=AMBIGUOUS)
 
 
 def _check_host(http: web.BaseRequest) -> None:
@@ -177,11 +218,11 @@ def _check_host(http: web.BaseRequest) -> None:
     if len(hosts) != 1:
         if not hosts and http.version == HttpVersion10:
             return
-        raise BadRequest("exactly one Host header is needed")
+        raise BadRequest("exactly one Host header is needed", code=AMBIGUOUS)
     if not _is_host(hosts[0]):
-        raise BadRequest("the Host header is not valid")
+        raise BadRequest("the Host header is not valid", code=AMBIGUOUS)
     if not http.raw_path.startswith("/"):
-        raise BadRequest("the request target must be a path")
+        raise BadRequest("the request target must be a path", code=AMBIGUOUS)
 
 
 @lru_cache(maxsize=256)

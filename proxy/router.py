@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from backends import Backend
@@ -14,7 +13,7 @@ from backends.pool import Pool
 from backends.remote import Remote
 from backends.spawned import SpawnedModel
 from proxy.config import Config, OllamaConfig, RemoteConfig
-from proxy.errors import BadRequest, ModelNotFound
+from proxy.errors import BadRequest, ConfigError, ModelNotFound
 
 logger = logging.getLogger(__name__)
 
@@ -91,14 +90,18 @@ class Router:
         spawned = self.local(name)
         if spawned is not None:
             return Target(spawned, spawned.name)
-        for remote in self.remotes:
-            own = name.removeprefix(f"{remote.name}/")
-            if own in remote.models:
-                return Target(remote, own)
-        for remote in self.remotes:  # nobody in memory has it: ask them
-            own = name.removeprefix(f"{remote.name}/")
-            if await remote.find(own):
-                return Target(remote, own)
+        readings = [(remote, name) for remote in self.remotes]
+        readings += [
+            (remote, name.removeprefix(f"{remote.name}/"))
+            for remote in self.remotes
+            if name.startswith(f"{remote.name}/")
+        ]
+        for remote, model in readings:
+            if model in remote.models:
+                return Target(remote, model)
+        for remote, model in reversed(readings):  # nobody is known to have it: ask them, first whom the name names
+            if await remote.find(model):
+                return Target(remote, model)
         known = sorted(entry.id for entry in self.catalogue())
         more = f" and {len(known) - SHOWN_NAMES} more" if len(known) > SHOWN_NAMES else ""
         listing = f"known models: {', '.join(known[:SHOWN_NAMES])}{more}" if known else "no model is configured"
@@ -142,10 +145,15 @@ class Router:
         """Models of `models_dir` by lower-case name; the folder is read again only when it has changed."""
         if self._models_dir is None:
             return {}
-        changed_ns = _mtime_ns(self._models_dir)
-        if changed_ns != self._scanned_ns:
-            self._scanned_ns = changed_ns
-            files = scan_models_dir(self._models_dir)
+        try:
+            changed_ns = self._models_dir.stat().st_mtime_ns
+            files = scan_models_dir(self._models_dir) if changed_ns != self._scanned_ns else None
+        except (OSError, ConfigError) as exc:
+            changed_ns, files = -2, {}
+            if self._scanned_ns != changed_ns:
+                logger.warning("models_dir cannot be read, its models are not offered: %s", exc)
+        self._scanned_ns = changed_ns
+        if files is not None:
             self._found = {
                 name.lower(): self._found.get(name.lower()) or SpawnedModel(self.pool, name, model)
                 for name, model in files.items()
@@ -163,11 +171,3 @@ def _ollama(config: OllamaConfig) -> RemoteConfig:
         first_byte_timeout_s=config.first_byte_timeout_s,
         idle_timeout_s=config.idle_timeout_s,
     )
-
-
-def _mtime_ns(folder: Path) -> int:
-    try:
-        return folder.stat().st_mtime_ns
-    except OSError:
-        logger.warning("models_dir %s cannot be read", folder)
-        return -2

@@ -28,11 +28,7 @@ LAST_WORDS_S = 2.0
 
 
 def run(config: Config) -> int:
-    """Serve until SIGTERM or SIGINT; returns the process's exit status.
-
-    Raises: ConfigError when the program that is to run the models is missing.
-    """
-    server_command(config.llama_cpp.server)
+    """Serve until SIGTERM or SIGINT; returns the process's exit status."""
     _raise_fd_limit()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_serve(config))
@@ -80,16 +76,16 @@ async def _drain(
     signals: asyncio.Queue[signal.Signals],
     drain_s: float,
 ) -> None:
-    """Accept nothing more, let answers under way finish for `drain_s` seconds or until a second signal, then stop the
-    model servers: whoever still streams is told so in-stream."""
+    """Let answers under way finish for `drain_s` seconds or until a second signal; meanwhile new requests are refused,
+    and /health says 503. Then stop the model servers: whoever still streams is told so in-stream."""
     app[PROXY].draining.set()
-    listener.close()
     for client in list(front.clients):
         client.close()
-    waits = {asyncio.ensure_future(front.empty.wait()), asyncio.ensure_future(signals.get())}
+    waits = {asyncio.ensure_future(front.quiet.wait()), asyncio.ensure_future(signals.get())}
     await asyncio.wait(waits, timeout=drain_s, return_when=asyncio.FIRST_COMPLETED)
     for wait in waits:
         wait.cancel()
+    listener.close()
     await app[PROXY].router.pool.close(drain_s=0)
     await app[PROXY].router.close()
     await front.shutdown(LAST_WORDS_S)

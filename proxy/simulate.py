@@ -29,6 +29,15 @@ def run(path: Path | None) -> int:
     return asyncio.run(_simulate(config, path))
 
 
+class StepFailed(Exception):
+    """A step did not give what it should."""
+
+
+def _expect(ok: object, message: str) -> None:
+    if not ok:
+        raise StepFailed(message)
+
+
 async def _simulate(config: Config, path: Path | None) -> int:
     port = _free_port()
     words = [sys.executable, "-m", "proxy", "serve", "--host", "127.0.0.1", "--port", str(port)]
@@ -53,7 +62,7 @@ async def _steps(session: aiohttp.ClientSession, config: Config, process: asynci
         started = time.monotonic()
         try:
             detail, verdict = await work(), "pass"
-        except (aiohttp.ClientError, TimeoutError, AssertionError, KeyError, ValueError) as exc:
+        except (aiohttp.ClientError, TimeoutError, StepFailed, KeyError, ValueError) as exc:
             detail, verdict = f"{type(exc).__name__}: {exc}", "FAIL"
         rows.append((name, verdict, time.monotonic() - started, detail))
         return verdict == "pass"
@@ -88,7 +97,7 @@ def _models(config: Config) -> tuple[list[str], str | None]:
 async def _ready(session: aiohttp.ClientSession, process: asyncio.subprocess.Process) -> str:
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline:
-        assert process.returncode is None, f"the proxy exited with status {process.returncode}"
+        _expect(process.returncode is None, f"the proxy exited with status {process.returncode}")
         try:
             async with session.get("/health") as response:
                 return str((await response.json())["version"])
@@ -100,21 +109,21 @@ async def _ready(session: aiohttp.ClientSession, process: asyncio.subprocess.Pro
 async def _json(session: aiohttp.ClientSession, path: str, body: dict[str, Any]) -> dict[str, Any]:
     async with session.post(path, json=body) as response:
         answer: dict[str, Any] = await response.json()
-        assert response.status == 200, f"{response.status} {answer}"
+        _expect(response.status == 200, f"{response.status} {answer}")
         return answer
 
 
 async def _list(session: aiohttp.ClientSession) -> str:
     async with session.get("/v1/models") as response:
         names = [item["id"] for item in (await response.json())["data"]]
-    assert names, "no model is offered"
+    _expect(names, "no model is offered")
     return ", ".join(names)
 
 
 async def _chat(session: aiohttp.ClientSession, model: str) -> str:
     answer = await _json(session, "/v1/chat/completions", {"model": model, "messages": MESSAGES, "max_tokens": 16})
     text = answer["choices"][0]["message"]["content"]
-    assert text, "the answer is empty"
+    _expect(text, "the answer is empty")
     return f"{model}: {text!r}"
 
 
@@ -122,12 +131,14 @@ async def _stream(session: aiohttp.ClientSession, model: str) -> str:
     body = {"model": model, "messages": MESSAGES, "max_tokens": 16, "stream": True}
     events = []
     async with session.post("/v1/chat/completions", json=body) as response:
-        assert response.status == 200, f"{response.status} {await response.text()}"
+        if response.status != 200:
+            raise StepFailed(f"{response.status} {await response.text()}")
         async for line in response.content:
             if line.startswith(b"data: "):
                 events.append(line[6:].strip())
-    assert events and events[-1] == b"[DONE]", "the stream did not end with [DONE]"
-    assert not any(event.startswith(b'{"error"') for event in events), events[-2].decode()
+    _expect(events and events[-1] == b"[DONE]", "the stream did not end with [DONE]")
+    for event in events:
+        _expect(not event.startswith(b'{"error"'), event.decode())
     return f"{model}: {len(events) - 1} events, then [DONE]"
 
 
@@ -144,10 +155,10 @@ async def _swap(session: aiohttp.ClientSession, chats: list[str], embedder: str 
         await _chat(session, chats[1])
     second = embedder or chats[1]
     held = await _loaded(session)
-    assert held == {second}, f"{second} was asked, but {', '.join(held) or 'nothing'} is loaded"
+    _expect(held == {second}, f"{second} was asked, but {', '.join(held) or 'nothing'} is loaded")
     await _chat(session, chats[0])
     held = await _loaded(session)
-    assert held == {chats[0]}, f"{chats[0]} was asked, but {', '.join(held) or 'nothing'} is loaded"
+    _expect(held == {chats[0]}, f"{chats[0]} was asked, but {', '.join(held) or 'nothing'} is loaded")
     return f"{chats[0]} -> {second} -> {chats[0]}"
 
 
@@ -159,7 +170,7 @@ async def _loaded(session: aiohttp.ClientSession) -> set[str]:
 async def _healthy(session: aiohttp.ClientSession) -> str:
     async with session.get("/health") as response:
         health = await response.json()
-    assert response.status == 200 and health["status"] == "healthy", health["status"]
+    _expect(response.status == 200 and health["status"] == "healthy", health["status"])
     return ", ".join(f"{item['model']} {item['state']}" for item in health["instances"])
 
 

@@ -19,9 +19,9 @@ MAX_FILE, MAX_FUNCTION = 400, 40
 
 LAYERS: list[set[str]] = [
     {"proxy", "proxy.errors", "proxy.framing", "proxy.chat", "proxy.log"},
-    {"proxy.config", "proxy.dialects", "proxy.body", "proxy.headers"},
+    {"proxy.config", "proxy.dialects", "proxy.headers"},
     {"backends", "agents"},
-    {"proxy.ingress", "proxy.chain", "proxy.router"},
+    {"proxy.ingress", "proxy.body", "proxy.chain", "proxy.router"},
     {"proxy.relay", "proxy.handlers", "proxy.admin", "proxy.frontier"},
     {"proxy.app", "proxy.serve"},
     {"proxy.cli_config", "proxy.simulate"},

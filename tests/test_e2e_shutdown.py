@@ -37,12 +37,10 @@ __all__ = ["fakes", "tiny_models"]  # fixtures
 
 
 async def refuses(proxy: Proxy) -> bool:
-    """Whether nothing listens on the proxy's port any more."""
-    try:
-        async with raw_client.connected(proxy.port):
-            return False
-    except ConnectionRefusedError:
-        return True
+    """Whether the proxy takes no new work: it says so itself while it drains."""
+    health = await raw_client.get(proxy.port, "/health")
+    chat = await raw_client.post(proxy.port, "/v1/chat/completions", {"model": "m"})
+    return health.status == 503 and chat.status == 503 and chat.json()["error"]["code"] == "shutting_down"
 
 
 # -- SIGTERM -----------------------------------------------------------------------------------------------------------
@@ -53,7 +51,7 @@ async def test_sigterm_lets_a_stream_run_to_its_end(fakes: Fakes) -> None:
         async with streaming(proxy, "m") as stream:
             await stream.until_text()
             proxy.send(signal.SIGTERM)
-            await until(lambda: refuses(proxy), what="the end of listening")
+            await until(lambda: refuses(proxy), what="its refusal of new work")
             events = await stream.rest()
         assert events[-1] == DONE and len(text_of(events).split()) == 30
         assert await proxy.ended() == 0

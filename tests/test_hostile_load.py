@@ -99,3 +99,16 @@ async def test_k6_health_is_quick_beside_200_streams() -> None:
         for client in clients:
             client.leave()
         await until(lambda: proxy.fds() <= fds + 5 + upstream.open_links, what="the freed file descriptors")
+
+
+async def test_p5_a_body_that_comes_by_drops_is_given_up() -> None:
+    async with own_proxy() as (proxy, upstream), connected(proxy.port) as client:
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: test\r\nContent-Length: 1000\r\n\r\n"
+        await client.send(head.encode())
+        began = time.monotonic()
+        with pytest.raises(ConnectionError):
+            while time.monotonic() - began < 20:
+                await client.send(b" ")
+                await asyncio.sleep(0.25)
+        assert time.monotonic() - began > 9, "a slow start is no reason"
+        assert upstream.requests == []

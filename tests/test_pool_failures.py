@@ -168,7 +168,7 @@ async def test_a_request_that_broke_can_be_sent_again_at_once(fakes: Fakes) -> N
     """As `backends.spawned` does it: the lease is left only when the crash has been noticed."""
     async with open_pool(fakes.config()) as pool:
         model = fakes.model(fake={"DIE_AFTER": 0, "TIMES": 1, "COUNTER": fakes.folder / "counter"})
-        with pytest.raises(UpstreamFailed) as caught:
+        with pytest.raises(UpstreamFailed):
             async with pool.lease("a", model) as instance:
                 try:
                     await chat(instance)

@@ -92,10 +92,11 @@ def _source_problems(config: Config, name: str, model: ModelConfig) -> Iterator[
 
 
 def _owned_flags(loc: Loc, args: list[str]) -> Iterator[Problem]:
-    for flag in args:
-        reason = OWNED_FLAGS.get(flag.split("=", 1)[0])
-        if reason is not None:
-            yield Problem(loc, f"must not hold {flag.split('=', 1)[0]}: {reason}")
+    for arg in args:
+        flag = arg.split("=", 1)[0]
+        name = flag.replace("_", "-") if flag.startswith("--") else flag  # llama-server takes both spellings
+        if name in OWNED_FLAGS:
+            yield Problem(loc, f"must not hold {flag}: {OWNED_FLAGS[name]}")
 
 
 def _port_problems(config: Config) -> Iterator[Problem]:
