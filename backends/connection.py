@@ -86,14 +86,14 @@ class ConnectionPool:
             raise UpstreamFailed(f"the answer of {self.endpoint} is too large")
         return response.status, body
 
-    def close(self, why: str = "it is being stopped") -> None:
-        """Close every connection now; an answer under way fails, and is told `why`. Later requests fail too."""
+    def close(self, why: str, *, code: str = "upstream_disconnected") -> None:
+        """Close every connection now. An answer under way fails with `why` and `code`. Later requests fail too."""
         self._closed = True
         self._sweeper.stop()
         self._drop_idle()
         for connection in list(self._active):
             if connection.response is not None:
-                connection.response.fail(f"the model server breaks off: {why}", code="shutting_down")
+                connection.response.fail(f"the model server broke off: {why}", code=code)
             connection.abort()
 
     def _head(self, call: Call) -> bytes:
@@ -159,9 +159,11 @@ class ConnectionPool:
 
     def _release(self, connection: Connection, response: Response | None) -> None:
         """Take the connection back; without a `response` that left it in order, it is closed."""
+        if connection.response is not None:
+            connection.response.let_go()
         connection.response = None
         self._active.discard(connection)
-        if response is None or not response.reusable or not connection.open or self._closed:
+        if response is None or not response.reusable or not connection.idle or self._closed:
             connection.abort()
             return
         response.resume()

@@ -84,6 +84,12 @@ class Connection(asyncio.Protocol):
     def open(self) -> bool:
         return self.transport is not None and not self.transport.is_closing()
 
+    @property
+    def idle(self) -> bool:
+        """Whether it could carry another request: open, and the last one has left entirely. (A server may answer before
+        it has read all, and read no more.)"""
+        return self.open and self.transport is not None and self.transport.get_write_buffer_size() == 0
+
     def abort(self) -> None:
         if self.transport is not None:
             self.transport.abort()
@@ -163,6 +169,18 @@ class Response:
                 continue
             self.resume()
             await self._event()
+
+    @property
+    def broken(self) -> bool:
+        """Whether the server broke off."""
+        return self._error is not None
+
+    def let_go(self) -> None:
+        """Nobody reads any more. Parser and response refer to each other, and the sink to the client's request: left to
+        the garbage collector, megabytes would wait for its next round."""
+        del self._parser
+        self._sink = None
+        self._pieces.clear()
 
     # -- waiting ---------------------------------------------------------------------------------------------------
 
@@ -250,8 +268,8 @@ class Response:
             self.reusable = False  # an answer to no question
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self.complete:
-            return
+        if self._head_done:
+            return  # a trailer, or the head of an answer to no question
         key = name.decode("latin-1").lower()
         if key in ("content-length", "transfer-encoding"):
             self._framed = True

@@ -46,8 +46,9 @@ class Instance:
     or crashed (`error` says why), it has stopped. Once STOPPED its process is reaped and its port given back. `start()`
     is called once; `stop()` at any time, as often as one likes.
 
-    `pid` and `port` are 0 until there is a process, `slots` (how many requests it generates for at a time) and
-    `connections` are valid once it was READY, `load_s` is how long that took.
+    `worked` is set by whoever got a whole answer from it. `pid` and `port` are 0 until there is a process, `slots` (how
+    many requests it generates for at a time) and `connections` are valid once it was READY, `load_s` is how long that
+    took.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Instance:
         self.model = model
         self.state = State.STARTING
         self.error: StartFailed | None = None
+        self.worked = False
         self.pid = 0
         self.port = 0
         self.slots = 1
@@ -158,7 +160,8 @@ class Instance:
         if state is not State.READY:
             self._over.set()
             if hasattr(self, "connections"):
-                self.connections.close(cause)
+                code = "shutting_down" if state is State.STOPPING else "upstream_disconnected"
+                self.connections.close(cause, code=code)
         if state is State.STOPPED:
             self._give_port_back()
 
@@ -224,12 +227,12 @@ class Instance:
             await asyncio.wait({proving})
         verdict = None if proving.cancelled() else proving.exception()
         if child.returncode is not None:
-            self.connections.close()
+            self.connections.close("it ended")
             if not is_free(self._ports.host, self.port):
                 raise NotOurs("another process listens there")
             raise self._exited_error()
         if verdict is not None:
-            self.connections.close()
+            self.connections.close("it is not ours, or does not answer")
             raise verdict
 
     def _connections(self) -> ConnectionPool:

@@ -110,6 +110,7 @@ class Pool:
             message = f"Model '{name}' was unloaded while it was loading."
             line.fail_all(lambda: Overloaded(message, code="unloaded"))
         seat.leaving = True
+        seat.admits_nobody_since = asyncio.get_running_loop().time()
         self._scheduler.rest(seat)
         if seat.leases == 0:
             await seat.instance.wait_stopped()

@@ -42,7 +42,7 @@ async def prove_ours(connections: ConnectionPool, patience_s: Callable[[], float
                 return slots
             await asyncio.sleep(min(POLL_S, left_s))
     finally:
-        stranger.close()
+        stranger.close("done")
 
 
 async def _ask(stranger: ConnectionPool, connections: ConnectionPool, timeout_s: float) -> int | None:

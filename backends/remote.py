@@ -70,7 +70,7 @@ class Remote:
         return self.connections.request(call)
 
     async def close(self) -> None:
-        self.connections.close("the proxy is shutting down")
+        self.connections.close("the proxy is shutting down", code="shutting_down")
         if self._listing is not None:
             self._listing.cancel()
             await asyncio.wait([self._listing])

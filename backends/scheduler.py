@@ -188,11 +188,16 @@ class Scheduler:
         needed = sum(at <= now for at in due)
         later = next((at for at in due if at > now), math.inf)
         drained = [seat for seat in self.seats if seat.state is State.READY and (seat.draining or seat.leaving)]
-        for seat in [seat for seat in reversed(drained) if seat.draining][: max(0, len(drained) - needed)]:
+        # One whose last answer takes longer than that is no help any more: the next one is drained as well, and
+        # whichever is empty first makes room.
+        helpful = [seat for seat in drained if now < seat.admits_nobody_since + self._pool.swap_after_s]
+        later = min([later, *(seat.admits_nobody_since + self._pool.swap_after_s for seat in helpful)])
+        surplus = len(drained) if not needed else max(0, len(helpful) - needed)
+        for seat in [seat for seat in reversed(drained) if seat.draining][:surplus]:
             seat.draining = False
             logger.info("%s: admits requests again: nobody waits for its place any more", seat.line.name)
             self._admit(seat.line)
-        for _ in range(needed - len(drained)):
+        for _ in range(needed - len(helpful)):
             rested = [seat for seat in self.seats if now >= seat.ready_at + self._pool.swap_after_s]
             chosen = choose_to_drain(seat for seat in rested if not seat.leaving)
             if chosen is None:
@@ -200,6 +205,8 @@ class Scheduler:
                 later = min(later, min(resting, default=math.inf) + self._pool.swap_after_s)
                 break
             chosen.draining = True
+            chosen.admits_nobody_since = now
+            later = min(later, now + self._pool.swap_after_s)
             logger.info("%s: admits no more requests: another model waits for its place", chosen.line.name)
         self._set_swap_timer(later)
 

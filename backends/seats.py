@@ -133,6 +133,7 @@ class Seat:
     released_at: float = math.inf
     draining: bool = False  # admits nobody, to make room for another model
     leaving: bool = False  # admits nobody, because it was told to unload
+    admits_nobody_since: float = math.inf
     served: bool = False
     idle_timer: asyncio.TimerHandle | None = None
 
@@ -169,7 +170,7 @@ class Seat:
         self.leases -= 1
         self.generating -= slot
         self.released_at = now
-        if slot and not self.served and self.state is State.READY:
+        if self.instance.worked and not self.served:
             self.served = True
             self.line.backoff.worked()
 

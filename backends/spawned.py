@@ -29,7 +29,10 @@ class SpawnedModel:
             try:
                 async with instance.connections.request(call) as response:
                     yield response
+                    if response.broken:  # told in-stream
+                        await instance.wait_stopped(DYING_S)
+                    instance.worked |= response.complete
             except UpstreamFailed as exc:
                 if exc.status == 502:
-                    await instance.wait_stopped(DYING_S)  # so that a second try meets a fresh instance, not this one
+                    await instance.wait_stopped(DYING_S)  # so that whoever comes next meets a fresh instance
                 raise

@@ -55,11 +55,13 @@ async def _upload(http: web.Request, max_bytes: int) -> bytes:
     if http.headers.get("Expect", "").lower() == "100-continue" and http.transport is not None:
         http.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")  # curl waits for it before it sends a large body
     connection = http.protocol
-    try:
-        with connection.receiving_body() if isinstance(connection, FrontConnection) else nullcontext():
-            return await http.read()
-    except web.HTTPRequestEntityTooLarge:
-        raise _too_large(max_bytes) from None
+    raw = bytearray()
+    with connection.receiving_body() if isinstance(connection, FrontConnection) else nullcontext():
+        async for piece in http.content.iter_any():  # http.read() would keep a copy as long as the request lives
+            raw += piece
+            if len(raw) > max_bytes:
+                raise _too_large(max_bytes)
+    return bytes(raw)
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:

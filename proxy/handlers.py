@@ -87,6 +87,10 @@ class RelayHandler:
         self._max_bytes = proxy.config.server.max_body_mib * 2**20
 
     async def handle(self, http: web.Request) -> web.StreamResponse:
+        """Answer `http`; its parsed body is let go before the answer begins."""
+        return await self._answer(http, *await self._understand(http))
+
+    async def _understand(self, http: web.Request) -> tuple[Backend, Call]:
         has_body = http.method == "POST"
         body = await read_json(http, self._max_bytes) if has_body else {}
         named = body.get("model")
@@ -101,7 +105,7 @@ class RelayHandler:
             headers=upstream_headers(http.headers, has_body=has_body),
             slot=self.api.slot,
         )
-        return await self._answer(http, target.backend, call)
+        return target.backend, call
 
     async def _answer(self, http: web.Request, backend: Backend, call: Call) -> web.StreamResponse:
         """Relay the call. While the client has no byte yet, a server that broke off gets one more chance: by then its

@@ -39,7 +39,8 @@ class FrontConnection(web.RequestHandler):
     """One client connection.
 
     `head_since` is when the head of a request began to be waited for, `body_since` when its body did, None outside
-    that; `body_bytes` is how much of the body has come since.
+    that; `body_bytes` is how much of the body has come since. `closing_since` is when we began to close it, which
+    lasts until the client has taken all that is left for it.
     """
 
     def __init__(self, front: FrontServer, **options: Any) -> None:
@@ -47,7 +48,9 @@ class FrontConnection(web.RequestHandler):
         self.head_since: float | None = None
         self.body_since: float | None = None
         self.body_bytes = 0
+        self.closing_since: float | None = None
         self._front = front
+        self._last_request = False
         self._serving = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -66,9 +69,11 @@ class FrontConnection(web.RequestHandler):
 
     def close(self) -> None:
         """Take no more requests: end now if none is being answered, else behind that answer."""
-        super().close()
-        if not self._serving and self.transport is not None:
-            self.transport.close()
+        self._last_request = True
+        if not self._serving:  # aiohttp would also drop the rest of a body that is being received
+            super().close()
+            if self.transport is not None:
+                self.transport.close()
 
     def head_complete(self) -> None:
         """The handler calls this first."""
@@ -91,6 +96,8 @@ class FrontConnection(web.RequestHandler):
         result = await super().finish_response(request, resp, start_time)
         self._serving = False
         self._front.ends(self)
+        if self._last_request:
+            super().close()
         return result
 
     def handle_error(
@@ -119,7 +126,8 @@ class FrontServer(web.Server):
     """Makes a `FrontConnection` for each client; its requests, as `request_factory` makes them, go to `handler`.
 
     A handler is cancelled at once when its client leaves. A client that needs over `head_timeout_s` seconds for the
-    head of a request, or sends its body by drops, is disconnected (slowloris).
+    head of a request, or sends its body by drops, is disconnected (slowloris), and so is one that has not taken the
+    rest of its answer `send_stall_s` seconds after we closed.
     """
 
     def __init__(
@@ -129,6 +137,7 @@ class FrontServer(web.Server):
         request_factory: Callable[..., web.BaseRequest],
         head_timeout_s: float,
         keepalive_timeout_s: float,
+        send_stall_s: float,
     ) -> None:
         super().__init__(handler, request_factory=request_factory, handler_cancellation=True)
         self._options: dict[str, Any] = {
@@ -144,13 +153,18 @@ class FrontServer(web.Server):
         self.quiet = asyncio.Event()
         """Set while no request is being answered."""
         self.quiet.set()
+        self.empty = asyncio.Event()
+        """Set while no client is connected."""
+        self.empty.set()
         self._busy: set[FrontConnection] = set()
         self._head_timeout_s = head_timeout_s
+        self._send_stall_s = send_stall_s
         self._sweeper = Sweeper(min(1.0, head_timeout_s / 4), self._sweep)
 
     def came(self, client: FrontConnection) -> float:
         """A client has connected; returns the time."""
         self.clients.add(client)
+        self.empty.clear()
         self._sweeper.wake()
         return asyncio.get_running_loop().time()
 
@@ -162,6 +176,9 @@ class FrontServer(web.Server):
         return bool(self.clients)
 
     def _too_slow(self, client: FrontConnection, now: float) -> bool:
+        if client.transport is not None and client.transport.is_closing():
+            client.closing_since = client.closing_since or now
+            return now - client.closing_since >= self._send_stall_s
         if client.head_since is not None:
             return now - client.head_since >= self._head_timeout_s
         if client.body_since is None:
@@ -172,6 +189,8 @@ class FrontServer(web.Server):
     def left(self, client: FrontConnection) -> None:
         self.clients.discard(client)
         self.ends(client)
+        if not self.clients:
+            self.empty.set()
 
     def begins(self, client: FrontConnection) -> None:
         """A request of `client` is being answered."""

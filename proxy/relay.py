@@ -13,7 +13,9 @@ import logging
 import socket
 import struct
 import termios
+from collections.abc import Coroutine
 from contextlib import suppress
+from typing import Any
 
 from aiohttp import HttpVersion10, HttpVersion11, web
 
@@ -36,24 +38,26 @@ async def relay(http: web.Request, upstream: Response, dialect: Dialect, *, stal
     told in-stream in `dialect`, or, where the body has no form for that, by cutting the connection. A client that takes
     no byte for `stall_s` seconds is disconnected.
     """
-    if upstream.header("content-type").startswith("text/event-stream"):
+    bodiless = upstream.status in (204, 304) or http.method == "HEAD"
+    if upstream.header("content-type").startswith("text/event-stream") and not bodiless:
         await upstream.first_piece()  # headers leave with the first byte: until then a failure is a true status code
         return await _relay_events(http, upstream, dialect, stall_s)
     body = await upstream.read(PLAIN_LIMIT)
     if body is None:
         return await _relay_large(http, upstream, stall_s)
-    return WholeAnswer(http, upstream, body)
+    return WholeAnswer(http, upstream, body, stall_s)
 
 
 class WholeAnswer(web.StreamResponse):
     """An upstream answer that is there as a whole. It leaves in one write, which takes a quarter of the CPU time of
     aiohttp's own response class."""
 
-    def __init__(self, http: web.BaseRequest, upstream: Response, body: bytes) -> None:
+    def __init__(self, http: web.Request, upstream: Response, body: bytes, stall_s: float) -> None:
         super().__init__(status=upstream.status)
         self._http = http
         self._upstream = upstream
         self._bytes = body
+        self._stall_s = stall_s
 
     @property
     def keep_alive(self) -> bool:
@@ -67,11 +71,12 @@ class WholeAnswer(web.StreamResponse):
         if transport is None:
             raise ConnectionResetError("the client has left")
         data = self._head() + self._bytes
-        if self.keep_alive:
+        if self.keep_alive and len(data) + transport.get_write_buffer_size() <= BUFFER_LIMIT:
             # at the end of this turn of the loop: answers that came together leave together
             asyncio.get_running_loop().call_soon(_write, transport, data)
-        else:
-            transport.write(data)  # it is closed next
+            return
+        transport.write(data)
+        await patiently(self._http, self._http.writer.drain(), self._stall_s)
 
     def _head(self) -> bytes:
         headers = downstream_headers(self._upstream.headers) + own_headers(self._http)
@@ -101,7 +106,7 @@ async def _relay_events(http: web.Request, upstream: Response, dialect: Dialect,
     except UpstreamFailed as exc:
         failure = exc
     sink.end(dialect, failure)
-    await answer.write_eof()
+    await patiently(http, answer.write_eof(), stall_s)
     return answer
 
 
@@ -112,7 +117,7 @@ async def _relay_large(http: web.Request, upstream: Response, stall_s: float) ->
     except UpstreamFailed as exc:
         logger.warning("a large answer was cut short: %s", exc)
         _reset(http)
-    await answer.write_eof()
+    await patiently(http, answer.write_eof(), stall_s)
     return answer
 
 
@@ -152,28 +157,7 @@ class _Sink:
 
     async def drained(self) -> None:
         """Wait until the client has caught up; cut it off when it takes nothing for `stall_s` seconds."""
-        drain = asyncio.ensure_future(self._http.writer.drain())
-        try:
-            left = self._untaken()
-            while not (await asyncio.wait({drain}, timeout=self._stall_s))[0]:
-                left, before = self._untaken(), left
-                if left >= before:
-                    logger.info("a client took no byte for %g s: disconnected", self._stall_s)
-                    self._transport.abort()
-                    raise ConnectionResetError("the client stopped reading")
-            drain.result()
-        finally:
-            drain.cancel()
-
-    def _untaken(self) -> int:
-        """Bytes the client has not acknowledged: ours, and the kernel's. Ours alone stand still for minutes while a
-        slow reader works through a socket buffer of megabytes."""
-        waiting = self._unsent()
-        sock = self._transport.get_extra_info("socket")
-        with suppress(OSError, ValueError, AttributeError):
-            (queued,) = struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0" * 4))
-            waiting += queued
-        return waiting
+        await patiently(self._http, self._http.writer.drain(), self._stall_s)
 
 
 class _EventSink(_Sink):
@@ -220,6 +204,40 @@ class _EventSink(_Sink):
             closing = dialect.error_event(failure) + closing
         if closing:
             super().feed(closing)
+
+
+async def patiently(http: web.Request, flushing: Coroutine[Any, Any, None], stall_s: float) -> None:
+    """Await `flushing`, which waits for the client of `http` to read, for as long as it does read.
+
+    Raises: ConnectionResetError, having disconnected a client that took no byte for `stall_s` seconds.
+    """
+    transport = http.transport
+    flushed = asyncio.ensure_future(flushing)
+    try:
+        left = _untaken(transport)
+        while not (await asyncio.wait({flushed}, timeout=stall_s))[0]:
+            left, before = _untaken(transport), left
+            if left >= before:
+                logger.info("a client took no byte for %g s: disconnected", stall_s)
+                if transport is not None:
+                    transport.abort()
+                raise ConnectionResetError("the client stopped reading")
+        flushed.result()
+    finally:
+        flushed.cancel()
+
+
+def _untaken(transport: asyncio.Transport | None) -> int:
+    """Bytes the client has not acknowledged: ours, and the kernel's. Ours alone stand still for minutes while a slow
+    reader works through a socket buffer of megabytes."""
+    if transport is None:
+        return 0
+    waiting = transport.get_write_buffer_size()
+    sock = transport.get_extra_info("socket")
+    with suppress(OSError, ValueError, AttributeError):
+        (queued,) = struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0" * 4))
+        waiting += queued
+    return waiting
 
 
 def _reset(http: web.Request) -> None:

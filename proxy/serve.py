@@ -49,6 +49,7 @@ async def _serve(config: Config) -> int:
             request_factory=runner.server.request_factory,
             head_timeout_s=config.server.head_timeout_s,
             keepalive_timeout_s=config.server.keepalive_timeout_s,
+            send_stall_s=config.server.send_stall_s,
         )
         _calm_garbage_collector()
         try:
@@ -79,13 +80,17 @@ async def _drain(
     """Let answers under way finish for `drain_s` seconds or until a second signal; meanwhile new requests are refused,
     and /health says 503. Then stop the model servers: whoever still streams is told so in-stream."""
     app[PROXY].draining.set()
-    for client in list(front.clients):
-        client.close()
-    waits = {asyncio.ensure_future(front.quiet.wait()), asyncio.ensure_future(signals.get())}
-    await asyncio.wait(waits, timeout=drain_s, return_when=asyncio.FIRST_COMPLETED)
-    for wait in waits:
-        wait.cancel()
-    listener.close()
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + drain_s
+    impatience = asyncio.ensure_future(signals.get())
+    for reached in (front.quiet, front.empty):  # no answer under way; and then, all have left
+        for client in list(front.clients):
+            client.close()
+        waiting = asyncio.ensure_future(reached.wait())
+        await asyncio.wait({waiting, impatience}, timeout=deadline - loop.time(), return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
+        listener.close()
+    impatience.cancel()
     await app[PROXY].router.pool.close(drain_s=0)
     await app[PROXY].router.close()
     await front.shutdown(LAST_WORDS_S)

@@ -106,6 +106,7 @@ async def chat(instance: Instance, **fake: object) -> bytes:
     call = Call("POST", "/v1/chat/completions", json.dumps({"fake": fake}).encode())
     status, body = await instance.connections.fetch(call, timeout_s=20)
     assert status == 200, body
+    instance.worked = True
     return body
 
 

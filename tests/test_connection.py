@@ -30,7 +30,7 @@ async def pooled(script: Script, timeouts: Timeouts | None = None) -> AsyncItera
         try:
             yield pool, upstream
         finally:
-            pool.close()
+            pool.close("the test is over")
 
 
 async def fetch(pool: ConnectionPool, call: Call = POST) -> tuple[int, bytes]:
@@ -286,7 +286,7 @@ async def test_close_fails_what_is_under_way_and_what_comes_later() -> None:
     async with pooled(script) as (pool, upstream):
         task = asyncio.create_task(fetch(pool))
         await until(lambda: upstream.requests)
-        pool.close()
+        pool.close("it is being stopped")
         with pytest.raises(UpstreamFailed):
             await task
         with pytest.raises(UpstreamFailed):
