@@ -176,9 +176,10 @@ class Response:
         return self._error is not None
 
     def let_go(self) -> None:
-        """Nobody reads any more. Parser and response refer to each other, and the sink to the client's request: left to
-        the garbage collector, megabytes would wait for its next round."""
+        """Nobody reads any more. Parser and response refer to each other, an error does by its traceback, and the sink
+        refers to the client's request: left to the garbage collector, megabytes would wait for its next round."""
         del self._parser
+        self._error = None
         self._sink = None
         self._pieces.clear()
 

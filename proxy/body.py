@@ -46,7 +46,7 @@ async def read_json(http: web.Request, max_bytes: int) -> dict[str, Any]:
 
 async def to_bytes(http: web.Request, value: dict[str, Any]) -> bytes:
     """`serialise(value)`, the body of `http`; in a thread if it is large."""
-    if http.content_length is not None and http.content_length <= OFF_LOOP_BYTES:
+    if http.content.total_bytes <= OFF_LOOP_BYTES:
         return serialise(value)
     return await asyncio.get_running_loop().run_in_executor(None, serialise, value)
 

@@ -55,20 +55,17 @@ class Frontier:
             check_request(http)
             if self._proxy.draining.is_set() and http.path != "/health":
                 raise Overloaded("the proxy is shutting down", code="shutting_down", retry_after_s=5)
-            return await self._handle(http)
-        except BaseException as exc:
-            return _failed(http, exc)
-
-    async def _handle(self, http: web.Request) -> web.StreamResponse:
-        relay = self._relays.get(http.path)
-        if relay is not None:
+            relay = self._relays.get(http.path)
+            if relay is None:
+                response = await self._other(http)
+                if not response.prepared:
+                    response.headers.extend(own_headers(http))
+                return response
             if http.method not in relay.api.methods:
                 raise web.HTTPMethodNotAllowed(http.method, relay.api.methods)
             return await relay.handle(http)
-        response = await self._other(http)
-        if not response.prepared:
-            response.headers.extend(own_headers(http))
-        return response
+        except BaseException as exc:
+            return _failed(http, exc)
 
 
 def _log(http: web.Request, response: web.StreamResponse | None, spent_s: float) -> None:

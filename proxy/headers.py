@@ -65,7 +65,8 @@ _NOT_DOWNSTREAM_PREFIXES = ("access-control-", "proxy-")
 
 def upstream_headers(client: MultiMapping[str], *, has_body: bool) -> list[tuple[str, str]]:
     """The client's headers that a model server gets to see."""
-    banned = _named_by_connection(",".join(client.getall("Connection", ())))
+    named = client.getall("Connection", ())
+    banned = _named_by_connection(",".join(named)) if named else frozenset()
     kept = [("Content-Type", "application/json")] if has_body else []
     for name, value in client.items():
         key = name.lower()

@@ -79,7 +79,8 @@ class WholeAnswer(web.StreamResponse):
         await patiently(self._http, self._http.writer.drain(), self._stall_s)
 
     def _head(self) -> bytes:
-        headers = downstream_headers(self._upstream.headers) + own_headers(self._http)
+        headers = downstream_headers(self._upstream.headers)
+        headers += own_headers(self._http)
         if self._http.method == "HEAD":
             headers.append(("content-length", self._upstream.header("content-length", "0")))
         elif self.status not in (204, 304):

@@ -80,40 +80,57 @@ class Router:
 
         Raises: BadRequest for a name that is no text, ModelNotFound.
         """
-        if name is None or name == "":
-            local = [*self._configured.values(), *self._scan().values()]
-            if len(local) == 1 and not self.remotes:
-                return Target(local[0], local[0].name)
-            raise BadRequest("model is required", param="model")
-        if not isinstance(name, str):
-            raise BadRequest("model must be a string", param="model")
+        if not isinstance(name, str) or not name:
+            return self._unnamed(name)
+        target = self._known(name) or await self._ask_around(name)
+        if target is None:
+            raise self._not_found(name)
+        return target
+
+    def _known(self, name: str) -> Target | None:
+        """The target of that name as far as memory goes: a model of ours, one of a remote, `remote/model`."""
         spawned = self.local(name)
         if spawned is not None:
             return Target(spawned, spawned.name)
-        readings = [(remote, name) for remote in self.remotes]
-        readings += [
-            (remote, name.removeprefix(f"{remote.name}/"))
-            for remote in self.remotes
-            if name.startswith(f"{remote.name}/")
-        ]
-        for remote, model in readings:
-            if model in remote.models:
-                return Target(remote, model)
-        for remote, model in reversed(readings):  # nobody is known to have it: ask them, first whom the name names
-            if await remote.find(model):
-                return Target(remote, model)
+        for remote in self.remotes:
+            if name in remote.models:
+                return Target(remote, name)
+        for remote in self.remotes:
+            own = name.removeprefix(f"{remote.name}/")
+            if own in remote.models:
+                return Target(remote, own)
+        return None
+
+    async def _ask_around(self, name: str) -> Target | None:
+        """The same after asking the remotes what they have now, first the one that the name begins with."""
+        for remote in sorted(self.remotes, key=lambda remote: not name.startswith(f"{remote.name}/")):
+            for model in dict.fromkeys((name.removeprefix(f"{remote.name}/"), name)):
+                if await remote.find(model):
+                    return Target(remote, model)
+        return None
+
+    def _unnamed(self, name: object) -> Target:
+        if name is not None and name != "":
+            raise BadRequest("model must be a string", param="model")
+        ours = [*self._configured.values(), *self._scan().values()]
+        if len(ours) != 1 or self.remotes:
+            raise BadRequest("model is required", param="model")
+        return Target(ours[0], ours[0].name)
+
+    def _not_found(self, name: str) -> ModelNotFound:
         known = sorted(entry.id for entry in self.catalogue())
         more = f" and {len(known) - SHOWN_NAMES} more" if len(known) > SHOWN_NAMES else ""
         listing = f"known models: {', '.join(known[:SHOWN_NAMES])}{more}" if known else "no model is configured"
-        raise ModelNotFound(f"model {name[:100]!r} not found; {listing}", param="model")
+        return ModelNotFound(f"model {name[:100]!r} not found; {listing}", param="model")
 
     def local(self, name: str) -> SpawnedModel | None:
         """The model we would run ourselves under this name. Case is ignored, and a `:latest` that is not configured."""
         key = name.lower()
-        found = self._by_key.get(key) or self._by_key.get(key.removesuffix(":latest"))
-        if found is None:
+        plain = key.removesuffix(":latest")
+        found = self._by_key.get(key) or self._by_key.get(plain)
+        if found is None and self._models_dir is not None:
             files = self._scan()
-            found = files.get(key) or files.get(key.removesuffix(":latest"))
+            found = files.get(key) or files.get(plain)
         return found
 
     def catalogue(self) -> list[Entry]:

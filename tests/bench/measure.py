@@ -24,12 +24,12 @@ SETTLE_S = 0.5
 class Sizes:
     """How much of everything; `tokens` at one each `interval_ms` bounds the time of a streaming round."""
 
-    rounds: int = 8
+    rounds: int = 16
     streams: int = 64
-    tokens: int = 400
+    tokens: int = 200
     interval_ms: float = 10
     connections: int = 32
-    requests: int = 4000
+    requests: int = 6000
     firsts: int = 300
     starts: int = 5
 
