@@ -3,6 +3,9 @@
 A class exists only because somebody handles it differently. Each knows the HTTP status it becomes, the OpenAI error
 `type` and a machine-readable `code`; the dialects turn it into their own envelope. Messages are written for the person
 reading a chat window: they never hold prompt text, keys or tracebacks.
+
+Source of the `type` names beyond OpenAI's own (`not_found_error`, `unavailable_error`): `format_error_response` in
+llama.cpp tools/server, b11434, so that a client sees the same ones whether an error is ours or the model server's.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import ipaddress
 import logging
 import resource
 import shlex
@@ -103,10 +104,17 @@ def _announce(config: Config) -> None:
     if config.agents:
         names = ", ".join(agent.name for agent in config.agents)
         logger.warning("this version has no agents; these are ignored: %s", names)
-    if config.server.host not in ("127.0.0.1", "::1", "localhost"):
+    if not _is_loopback(config.server.host):
         logger.warning(
             "listening on %s: whoever reaches this address may use it, there are no API keys yet", config.server.host
         )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _raise_fd_limit() -> None:

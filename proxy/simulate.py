@@ -77,9 +77,7 @@ async def _steps(session: aiohttp.ClientSession, config: Config, process: asynci
         if chats and (embedder or chats[1:]):
             await step("model swap", lambda: _swap(session, chats, embedder))
         await step("health", lambda: _healthy(session))
-    _print(
-        rows, skipped=[*([] if chats else ["chat"]), *([] if embedder else ["embedding (no model with --embeddings)"])]
-    )
+    _print(rows, skipped=[*([] if chats else ["chat"]), *([] if embedder else ["embedding"])])
     return 0 if all(verdict == "pass" for _, verdict, _, _ in rows) else 1
 
 
@@ -185,4 +183,4 @@ def _print(rows: list[tuple[str, str, float, str]], skipped: list[str]) -> None:
     for name, verdict, seconds, detail in rows:
         print(f"{name:<16} {verdict:<5} {seconds:7.2f} s  {detail[:160]}")
     for name in skipped:
-        print(f"{name:<16} skip            not configured")
+        print(f"{name:<16} skip             no such model is configured")

@@ -45,7 +45,7 @@ def _has_line(events: bytes, *starts: bytes) -> bool:
 
 
 def _has_error_event(events: bytes) -> bool:
-    """llama-server sends `data: {"error": ...}`; older builds `error: {...}`."""
+    """llama-server sends `data: {"error": ...}` (b11434). `error: {...}` is what some servers send instead."""
     return _has_line(events, b'data: {"error"', b'data:{"error"', b"error: ")
 
 
