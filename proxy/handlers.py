@@ -142,8 +142,7 @@ async def show_model(http: web.Request) -> web.Response:
     """`GET /v1/models/{id}`; ids may hold slashes."""
     router = http.app[PROXY].router
     wanted = http.match_info["id"].rstrip("/")
-    target = await router.resolve(wanted)
-    entry = next(entry for entry in router.catalogue() if entry.id == target.model)
+    entry = router.entry(await router.resolve(wanted))
     return web.json_response(entry.as_openai(router.created))
 
 

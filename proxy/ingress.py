@@ -13,7 +13,7 @@ import re
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 from aiohttp import HttpVersion10, HttpVersion11, web
 
@@ -49,12 +49,15 @@ class FrontConnection(web.RequestHandler):
         self.body_since: float | None = None
         self.body_bytes = 0
         self.closing_since: float | None = None
+        self.wire: asyncio.Transport
+        """The connection itself. `transport` is None from the moment that aiohttp begins to close it."""
         self._front = front
         self._last_request = False
         self._serving = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
+        self.wire = cast(asyncio.Transport, transport)
         self.head_since = self._front.came(self)
 
     def data_received(self, data: bytes) -> None:
@@ -72,8 +75,7 @@ class FrontConnection(web.RequestHandler):
         self._last_request = True
         if not self._serving:  # aiohttp would also drop the rest of a body that is being received
             super().close()
-            if self.transport is not None:
-                self.transport.close()
+            self.wire.close()
 
     def head_complete(self) -> None:
         """The handler calls this first."""
@@ -171,12 +173,12 @@ class FrontServer(web.Server):
     def _sweep(self) -> bool:
         now = asyncio.get_running_loop().time()
         for client in list(self.clients):
-            if self._too_slow(client, now) and client.transport is not None:
-                client.transport.abort()
+            if self._too_slow(client, now):
+                client.wire.abort()
         return bool(self.clients)
 
     def _too_slow(self, client: FrontConnection, now: float) -> bool:
-        if client.transport is not None and client.transport.is_closing():
+        if client.wire.is_closing():
             client.closing_since = client.closing_since or now
             return now - client.closing_since >= self._send_stall_s
         if client.head_since is not None:

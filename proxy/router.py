@@ -7,7 +7,6 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from backends import Backend
 from backends.models import scan_models_dir
 from backends.pool import Pool
 from backends.remote import Remote
@@ -25,7 +24,7 @@ SHOWN_NAMES = 20
 class Target:
     """Where a request goes: `backend`, and the id by which it knows the model."""
 
-    backend: Backend
+    backend: SpawnedModel | Remote
     model: str
 
 
@@ -141,8 +140,14 @@ class Router:
             for model in remote.models:
                 if model not in seen:
                     seen.add(model)
-                    entries.append(Entry(model, remote.name, "loaded"))
+                    entries.append(_remote_entry(remote, model))
         return entries
+
+    def entry(self, target: Target) -> Entry:
+        """The line of one model."""
+        if isinstance(target.backend, SpawnedModel):
+            return self._local_entry(target.backend)
+        return _remote_entry(target.backend, target.model)
 
     def start(self) -> None:
         """Begin to learn what the remotes offer."""
@@ -177,6 +182,10 @@ class Router:
                 if name.lower() not in self._by_key
             }
         return self._found
+
+
+def _remote_entry(remote: Remote, model: str) -> Entry:
+    return Entry(model, remote.name, "loaded")
 
 
 def _ollama(config: OllamaConfig) -> RemoteConfig:

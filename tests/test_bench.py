@@ -58,8 +58,11 @@ def test_interrupted_run_leaves_no_process_behind(tmp_path: Path) -> None:
             assert run.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
             time.sleep(0.02)
         started = tree(run.pid)[1:]
-        run.send_signal(signal.SIGINT)
-        assert run.wait(TIMEOUT_S) == 1
+        try:
+            run.send_signal(signal.SIGINT)
+            assert run.wait(TIMEOUT_S / 2) == 1
+        finally:
+            run.terminate()
     assert len(started) >= 2
     assert [process for process in started if process.is_running()] == []
 

@@ -47,6 +47,7 @@ def main() -> None:
     targets = chosen(options.only, reference=options.reference)
     cores = process.choose_cores()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
     try:
         measured = measure(targets, sizes, cores, lambda line: print(line, file=sys.stderr, flush=True))
     except wire.BrokenRun as broken:
