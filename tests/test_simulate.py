@@ -45,7 +45,7 @@ def test_two_chat_models_are_swapped_where_nothing_embeds(tmp_path: Path, tiny_m
     models = {name: tiny(tiny_models[name]) for name in ("tiny-a", "tiny-b")}
     status, verdicts, said = simulate(embedded(models), tmp_path)
     assert status == 0, said
-    assert verdicts["model swap"] == "pass" and verdicts["embedding (no model with --embeddings)"] == "skip"
+    assert verdicts["model swap"] == "pass" and verdicts["embedding"] == "skip"
 
 
 def test_a_model_that_cannot_load_fails_with_its_last_words(tmp_path: Path, fakes: Fakes) -> None:
