@@ -14,7 +14,7 @@ from aiohttp import web
 from proxy.dialects import OPENAI, Dialect
 from proxy.errors import BadRequest, Overloaded, ProxyError
 from proxy.handlers import APIS, MODEL, Proxy, RelayHandler
-from proxy.headers import REQUEST_ID, own_headers
+from proxy.headers import REQUEST_ID, own_headers, shown_path
 from proxy.ingress import AMBIGUOUS, FrontConnection, check_request
 
 logger = logging.getLogger(__name__)
@@ -70,10 +70,11 @@ class Frontier:
 
 def _log(http: web.Request, response: web.StreamResponse | None, spent_s: float) -> None:
     """The access line. 499: the client left before its answer was complete."""
-    path = http.raw_path.partition("?")[0]  # as it came: a decoded line break would forge log lines
     status = response.status if response is not None else 499
     model, request_id = http.get(MODEL, "-"), http[REQUEST_ID]
-    access.info("%s %s %d model=%s %.0f ms %s", http.method, path, status, model, spent_s * 1000, request_id)
+    access.info(
+        "%s %s %d model=%s %.0f ms %s", http.method, shown_path(http), status, model, spent_s * 1000, request_id
+    )
 
 
 def _failed(http: web.Request, exc: BaseException) -> web.StreamResponse:
@@ -85,7 +86,7 @@ def _failed(http: web.Request, exc: BaseException) -> web.StreamResponse:
         allow = exc.headers.get("Allow", "")
         exc = BadRequest(_http_error_text(exc), status=exc.status, code="not_found" if exc.status == 404 else None)
     elif not isinstance(exc, ProxyError):
-        logger.error("unhandled error in %s %s", http.method, http.raw_path.partition("?")[0], exc_info=exc)
+        logger.error("unhandled error in %s %s", http.method, shown_path(http), exc_info=exc)
         exc = ProxyError("internal error; the proxy's log has the details")
     dialect = _dialect_of(http)
     response = web.Response(status=exc.status, body=dialect.error_body(exc), content_type="application/json")

@@ -14,7 +14,7 @@ from proxy.body import read_json, to_bytes
 from proxy.config import Config
 from proxy.dialects import ANTHROPIC, NATIVE, OPENAI, RESPONSES, Dialect
 from proxy.errors import BadRequest, ModelNotFound, UpstreamFailed
-from proxy.headers import upstream_headers
+from proxy.headers import shown_path, upstream_headers
 from proxy.relay import relay
 from proxy.router import Router
 
@@ -117,7 +117,7 @@ class RelayHandler:
         except UpstreamFailed as exc:
             if exc.status != 502:
                 raise
-            logger.warning("%s before the first byte: %s; trying once more", http.raw_path.partition("?")[0], exc)
+            logger.warning("%s before the first byte: %s; trying once more", shown_path(http), exc)
         async with backend.open(call) as upstream:
             return await relay(http, upstream, self.api.dialect, stall_s=stall_s)
 

@@ -92,6 +92,11 @@ def own_headers(http: web.BaseRequest) -> list[tuple[str, str]]:
     return [("server", SERVER), ("x-request-id", http[REQUEST_ID]), ("date", _date(int(time.time())))]
 
 
+def shown_path(http: web.BaseRequest) -> str:
+    """The path for a log line: as it came, as a decoded line break would forge lines, and without the query."""
+    return http.raw_path.partition("?")[0]
+
+
 @lru_cache(maxsize=1)
 def _date(seconds: int) -> str:
     return formatdate(seconds, usegmt=True)

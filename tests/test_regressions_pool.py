@@ -230,6 +230,7 @@ async def test_models_dir_that_cannot_be_read_hides_its_models_and_nothing_else(
             assert await offered() == {"m"}
         assert (await chat(proxy, "m")).status == 200
         assert (await chat(proxy, "found")).status == 404
+        await until(lambda: "models_dir cannot be read" in proxy.log, what="the warning")
         assert proxy.log.count("models_dir cannot be read") == 1
         (fakes.folder / "away").rename(folder)
         assert await offered() == {"m", "found"}

@@ -32,6 +32,7 @@ from tests.toxic import (
     chunk,
     cut_short,
     head,
+    own_proxy,
     plain,
     raw_upstream,
     stream,
@@ -48,15 +49,6 @@ LONG_S = 30.0
 SMALL_BUFFER = 128 * 1024
 EVENTS = ("Content-Type", "text/event-stream")
 CHUNKED = ("Transfer-Encoding", "chunked")
-
-
-@asynccontextmanager
-async def own_proxy(**server: float) -> AsyncIterator[tuple[Proxy, RawUpstream]]:
-    """A proxy with `server` settings and model `m` at a scripted upstream."""
-    async with raw_upstream() as upstream:
-        remote = {"url": f"http://127.0.0.1:{upstream.port}", "models": ["m"]}
-        async with running_proxy({"server": server, "remotes": {"up": remote}}) as proxy:
-            yield proxy, upstream
 
 
 def forget(upstream: RawUpstream) -> None:

@@ -8,14 +8,13 @@ import random
 import statistics
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack
 from functools import partial
 
 import pytest
 
 from tests import raw_client, toxic
-from tests.harness import Proxy, running_proxy, until
+from tests.harness import Proxy, until
 from tests.raw_client import RawClient, connected, get, post, request
 from tests.toxic import (
     DONE,
@@ -26,8 +25,8 @@ from tests.toxic import (
     Request,
     chunk,
     head,
+    own_proxy,
     plain,
-    raw_upstream,
     token,
 )
 
@@ -39,15 +38,6 @@ SLOW_MACHINE_S = 3.0
 TRIES = 5
 SMALL_BUFFER = 128 * 1024
 """Smaller ones make loopback crawl: its segments have 64 KiB."""
-
-
-@asynccontextmanager
-async def own_proxy(**server: float) -> AsyncIterator[tuple[Proxy, RawUpstream]]:
-    """A proxy with `server` settings and model `m` at a scripted upstream."""
-    async with raw_upstream() as upstream:
-        remote = {"url": f"http://127.0.0.1:{upstream.port}", "models": ["m"]}
-        async with running_proxy({"server": server, "remotes": {"up": remote}}) as proxy:
-            yield proxy, upstream
 
 
 async def released_s(upstream: RawUpstream) -> float:
@@ -193,6 +183,7 @@ async def test_s8_reader_that_takes_nothing_is_cut_off_and_a_slow_one_is_not() -
         await until(lambda: len(upstream.requests) == 6)
         reading = asyncio.create_task(sip(slow, bytes_per_s=800_000, seconds=4.0))
         await until(lambda: upstream.open_links == 1, 20, what="the end of the stopped readers")
+        await until(lambda: proxy.log.count("took no byte for 1 s: disconnected") >= len(stopped), what="the log lines")
         assert proxy.log.count("took no byte for 1 s: disconnected") == len(stopped)
         assert proxy.rss_bytes() - before < 6 * MIB
         assert await reading > 0

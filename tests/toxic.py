@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+from tests.harness import Proxy, running_proxy
 from tests.raw_client import DEADLINE_S
 
 BUFFER = 64 * 1024
@@ -255,3 +256,12 @@ def token(text: str, index: int = 0) -> bytes:
 def stream(*pieces: bytes) -> bytes:
     """A whole event stream, each piece in a chunk of its own."""
     return EVENT_HEAD + b"".join(chunk(piece) for piece in pieces) + LAST_CHUNK
+
+
+@asynccontextmanager
+async def own_proxy(script: Script = b"", **server: float) -> AsyncIterator[tuple[Proxy, RawUpstream]]:
+    """A proxy with `server` settings, and the upstream, with this script, that holds its one model `m`."""
+    async with raw_upstream(script) as upstream:
+        remote = {"url": f"http://127.0.0.1:{upstream.port}", "models": ["m"]}
+        async with running_proxy({"server": server, "remotes": {"up": remote}}) as proxy:
+            yield proxy, upstream
