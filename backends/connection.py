@@ -107,7 +107,7 @@ class ConnectionPool:
         connection = self._pop_idle() or await self._connect()
         self._active.add(connection)
         self._sweeper.wake()
-        response = Response(connection, call.method, self._timeouts)
+        response = Response(self, connection, call.method, self._timeouts)
         try:
             connection.send(response, self._head(call) + call.body)
             await response.head()

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import httptools
 
 from proxy.errors import UpstreamFailed
+
+if TYPE_CHECKING:
+    from backends.connection import ConnectionPool
 
 HEAD_LIMIT = 64 * 1024
 """Most bytes of status line and headers accepted from a server."""
@@ -98,11 +101,13 @@ class Connection(asyncio.Protocol):
 class Response:
     """An answer under way. Its reader calls exactly one of `read` and `pipe`, after `first_piece` if it likes.
 
-    `status` and `headers` (in order, names lower-cased) are set once the connection pool hands it out. All reading
+    `status` and `headers` (in order, names lower-cased) are set once the connection pool hands it out; `sent_s` is when
+    the request left (loop time), and `pool` leads to the same server. All reading
     methods raise `UpstreamFailed` when the server breaks off, truncates, or falls silent.
     """
 
-    def __init__(self, connection: Connection, method: str, timeouts: Timeouts) -> None:
+    def __init__(self, pool: ConnectionPool, connection: Connection, method: str, timeouts: Timeouts) -> None:
+        self.pool = pool
         self.status = 0
         self.headers: list[tuple[str, str]] = []
         self.answered = False
@@ -122,7 +127,7 @@ class Response:
         self._sink: Sink | None = None
         self._choked = False
         self._paused = False
-        self._last_rx = self._loop.time()
+        self.sent_s = self._last_rx = self._loop.time()
         self._waiter: asyncio.Future[None] | None = None
 
     # -- what the reader calls -------------------------------------------------------------------------------------

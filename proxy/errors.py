@@ -90,6 +90,20 @@ class UpstreamFailed(ProxyError):
         self.status = status
 
 
+class UpstreamRefused(ProxyError):
+    """The server that holds the model answered with an error of its own; `status` and words are the server's."""
+
+    code = "upstream_error"
+
+    def __init__(self, message: str, *, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+        self.kind = _KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
+
+
+_KINDS = {404: "not_found_error", 501: "not_supported_error", 503: "unavailable_error"}
+
+
 class ConfigError(Exception):
     """The configuration cannot be used. `problems` lists every one as `file: path: problem`."""
 

@@ -5,12 +5,63 @@ Frames are cut on bytes: `str.splitlines` would also cut at U+2028, which is leg
 
 from __future__ import annotations
 
+import re
+from typing import Protocol
+
 MAX_FRAME = 8 * 1024 * 1024
 """Longest frame that is passed on. Ollama's own Go client gives up at 8 MB a line; no real answer comes near."""
 
 
 class FrameTooLong(Exception):
     """A frame grew past `MAX_FRAME` without ending."""
+
+
+class Splitter(Protocol):
+    """Cuts a stream of bytes where frames end. What `push` returned, joined with `rest`, is what went in."""
+
+    @property
+    def rest(self) -> bytes: ...
+    def push(self, data: bytes) -> bytes: ...
+    def says_something(self, whole: bytes) -> bool: ...
+    def frames(self, whole: bytes) -> list[bytes]: ...
+
+
+class LineSplitter:
+    """Passes on whole lines (NDJSON) and holds back the one that is still incomplete."""
+
+    __slots__ = ("_held",)
+
+    def __init__(self) -> None:
+        self._held = bytearray()
+
+    @property
+    def rest(self) -> bytes:
+        """The bytes of the line that has not ended yet."""
+        return bytes(self._held)
+
+    def push(self, data: bytes) -> bytes:
+        """All lines that are complete once `data` has arrived (empty: none).
+
+        Raises: FrameTooLong.
+        """
+        if not self._held and data.endswith(b"\n"):
+            return data
+        end = data.rfind(b"\n") + 1
+        whole = bytes(self._held) + data[:end] if end else b""
+        if end:
+            self._held.clear()
+        self._held += data[end:]
+        if len(self._held) > MAX_FRAME:
+            raise FrameTooLong
+        return whole
+
+    def says_something(self, whole: bytes) -> bool:
+        """Whether what `push` returned holds more than blank lines."""
+        return not whole.isspace()
+
+    def frames(self, whole: bytes) -> list[bytes]:
+        """What `push` returned, line by line, without line ends and blank lines."""
+        return [line for line in whole.split(b"\n") if line.strip()]
 
 
 class EventSplitter:
@@ -47,6 +98,26 @@ class EventSplitter:
         whole = bytes(self._held[:end])
         del self._held[:end]
         return whole
+
+    def says_something(self, whole: bytes) -> bool:
+        """Whether what `push` returned holds more than comments and blank lines."""
+        return b"data:" in whole
+
+    def frames(self, whole: bytes) -> list[bytes]:
+        """What `push` returned, event by event, without the blank lines between them."""
+        return [event for event in _BLANK_LINE.split(whole) if event.strip()]
+
+
+_LINE_END = re.compile(rb"\r\n|\n|\r")
+_BLANK_LINE = re.compile(rb"(?:\r\n|\n|\r(?!\n))(?:\r\n|\n|\r)+")
+
+
+def event_data(event: bytes) -> bytes | None:
+    """The data of one event, several `data:` lines joined by LF; None for a comment and the like."""
+    if event.startswith(b"data: ") and b"\n" not in event and b"\r" not in event:
+        return event[6:]
+    data = [line[5:].removeprefix(b" ") for line in _LINE_END.split(event) if line.startswith(b"data:")]
+    return b"\n".join(data) if data else None
 
 
 def _after_last_blank_line(data: bytearray, start: int) -> int:

@@ -13,22 +13,40 @@ import logging
 import socket
 import struct
 import termios
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from contextlib import suppress
 from typing import Any
 
 from aiohttp import HttpVersion10, HttpVersion11, web
+from multidict import CIMultiDict
 
+from backends import Backend, Call
 from backends.exchange import BUFFER_LIMIT, Response
 from proxy.dialects import Dialect
 from proxy.errors import ProxyError, UpstreamFailed
-from proxy.framing import EventSplitter, FrameTooLong
-from proxy.headers import downstream_headers, own_headers
+from proxy.framing import EventSplitter, FrameTooLong, LineSplitter, Splitter
+from proxy.headers import downstream_headers, own_headers, shown_path
 
 logger = logging.getLogger(__name__)
 
 PLAIN_LIMIT = 1024 * 1024
 """Answers up to this size are read whole before the first byte leaves, so that one cut short is still a true 502."""
+
+
+async def ask(
+    http: web.Request, backend: Backend, call: Call, answer: Callable[[Response], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """Open `call` and have `answer` pass on what comes. While the client has no byte yet, a server that broke off gets
+    one more chance: by then its instance is gone, and the second try meets a fresh one."""
+    try:
+        async with backend.open(call) as upstream:
+            return await answer(upstream)
+    except UpstreamFailed as exc:
+        if exc.status != 502 or http.writer.output_size > 0:
+            raise
+        logger.warning("%s before the first byte: %s; trying once more", shown_path(http), exc)
+    async with backend.open(call) as upstream:
+        return await answer(upstream)
 
 
 async def relay(http: web.Request, upstream: Response, dialect: Dialect, *, stall_s: float) -> web.StreamResponse:
@@ -39,13 +57,20 @@ async def relay(http: web.Request, upstream: Response, dialect: Dialect, *, stal
     no byte for `stall_s` seconds is disconnected.
     """
     bodiless = upstream.status in (204, 304) or http.method == "HEAD"
-    if upstream.header("content-type").startswith("text/event-stream") and not bodiless:
+    splitter = None if bodiless else _STREAMS.get(upstream.header("content-type").partition(";")[0].strip())
+    if splitter is not None:
         await upstream.first_piece()  # headers leave with the first byte: until then a failure is a true status code
-        return await _relay_events(http, upstream, dialect, stall_s)
+        return await _relay_frames(http, upstream, dialect, splitter(), stall_s)
     body = await upstream.read(PLAIN_LIMIT)
     if body is None:
         return await _relay_large(http, upstream, stall_s)
     return WholeAnswer(http, upstream, body, stall_s)
+
+
+_STREAMS: dict[str, Callable[[], Splitter]] = {
+    "text/event-stream": EventSplitter,
+    "application/x-ndjson": LineSplitter,
+}
 
 
 class WholeAnswer(web.StreamResponse):
@@ -98,23 +123,26 @@ def _write(transport: asyncio.Transport, data: bytes) -> None:
         transport.write(data)
 
 
-async def _relay_events(http: web.Request, upstream: Response, dialect: Dialect, stall_s: float) -> web.StreamResponse:
-    answer = await _begin(http, upstream)
-    sink = _EventSink(http, stall_s, chunked=answer.chunked)
+async def _relay_frames(
+    http: web.Request, upstream: Response, dialect: Dialect, splitter: Splitter, stall_s: float
+) -> web.StreamResponse:
+    answer = await begin_stream(http, upstream.status, downstream_headers(upstream.headers))
+    sink = _FrameSink(http, stall_s, splitter, chunked=answer.chunked)
     failure: ProxyError | None = None
     try:
         await upstream.pipe(sink)
     except UpstreamFailed as exc:
         failure = exc
-    sink.end(dialect, failure)
+    answer.cut = sink.end(dialect, failure) and dialect.cuts
     await patiently(http, answer.write_eof(), stall_s)
     return answer
 
 
 async def _relay_large(http: web.Request, upstream: Response, stall_s: float) -> web.StreamResponse:
-    answer = await _begin(http, upstream, length=upstream.header("content-length"))
+    length = upstream.header("content-length")
+    answer = await begin_stream(http, upstream.status, downstream_headers(upstream.headers), length=length)
     try:
-        await upstream.pipe(_Sink(http, stall_s, chunked=answer.chunked))
+        await upstream.pipe(Sink(http, stall_s, chunked=answer.chunked))
     except UpstreamFailed as exc:
         logger.warning("a large answer was cut short: %s", exc)
         _reset(http)
@@ -122,8 +150,27 @@ async def _relay_large(http: web.Request, upstream: Response, stall_s: float) ->
     return answer
 
 
-async def _begin(http: web.Request, upstream: Response, *, length: str = "") -> web.StreamResponse:
-    answer = web.StreamResponse(status=upstream.status, headers=downstream_headers(upstream.headers))
+class Stream(web.StreamResponse):
+    """An answer under way. One that is `cut` ends by closing the connection where the last chunk should be."""
+
+    def __init__(self, http: web.Request, status: int, headers: Iterable[tuple[str, str]]) -> None:
+        super().__init__(status=status, headers=CIMultiDict(headers))
+        self.cut = False
+        self._http = http
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        transport = self._http.transport
+        if self.cut and transport is not None:
+            transport.close()  # what was written still leaves
+        else:
+            await super().write_eof(data)
+
+
+async def begin_stream(
+    http: web.Request, status: int, headers: Iterable[tuple[str, str]], *, length: str = ""
+) -> Stream:
+    """Send the head of an answer to `http`, whose body follows piece by piece."""
+    answer = Stream(http, status, headers)
     answer.headers.extend(own_headers(http))
     answer.headers["X-Accel-Buffering"] = "no"  # nginx in front of us must not hold tokens back
     if length:
@@ -136,7 +183,7 @@ async def _begin(http: web.Request, upstream: Response, *, length: str = "") -> 
     return answer
 
 
-class _Sink:
+class Sink:
     """Writes pieces to the client's transport; `chunked`: framed as HTTP/1.1 chunks."""
 
     __slots__ = ("_chunked", "_http", "_stall_s", "_transport", "_unsent", "_write")
@@ -161,14 +208,14 @@ class _Sink:
         await patiently(self._http, self._http.writer.drain(), self._stall_s)
 
 
-class _EventSink(_Sink):
-    """Passes on whole events only, so that an error can be told in-stream at any moment."""
+class _FrameSink(Sink):
+    """Passes on whole frames only, so that an error can be told in-stream at any moment."""
 
     __slots__ = ("_failure", "_last", "_splitter")
 
-    def __init__(self, http: web.Request, stall_s: float, *, chunked: bool) -> None:
+    def __init__(self, http: web.Request, stall_s: float, splitter: Splitter, *, chunked: bool) -> None:
         super().__init__(http, stall_s, chunked=chunked)
-        self._splitter = EventSplitter()
+        self._splitter = splitter
         self._last = b""
         self._failure: UpstreamFailed | None = None
 
@@ -176,11 +223,11 @@ class _EventSink(_Sink):
         try:
             whole = self._splitter.push(data)
         except FrameTooLong:
-            self._failure = UpstreamFailed("the model server sent an event over 8 MiB", code="upstream_frame_too_long")
+            self._failure = frame_too_long()
             return False
         if whole:
-            if b"data:" in whole:
-                self._last = whole  # a comment or a blank line is no event
+            if self._splitter.says_something(whole):
+                self._last = whole
             self._write(b"%x\r\n%b\r\n" % (len(whole), whole) if self._chunked else whole)
         return self._unsent() <= BUFFER_LIMIT
 
@@ -189,22 +236,32 @@ class _EventSink(_Sink):
             raise self._failure
         await super().drained()
 
-    def end(self, dialect: Dialect, failure: ProxyError | None) -> None:
-        """Write what the client still has to be told after the last event: nothing, after a proper ending."""
+    def end(self, dialect: Dialect, failure: ProxyError | None) -> bool:
+        """Write what the client still has to be told after the last frame: nothing, after a proper ending. Whether the
+        answer failed."""
         if failure is None and dialect.is_end(self._splitter.rest):
-            self._last = self._splitter.rest  # a clean end, the last blank line spared
+            self._last = self._splitter.rest  # a clean end, the last line end spared
             super().feed(self._last)
         if dialect.is_end(self._last):
-            return
+            return False
         closing = dialect.ending
         if not dialect.is_error(self._last):
-            failure = failure or UpstreamFailed(
-                "the model server ended its answer before it was complete", code="upstream_incomplete"
-            )
+            failure = failure or incomplete()
             logger.warning("stream broken off: %s", failure)
             closing = dialect.error_event(failure) + closing
         if closing:
             super().feed(closing)
+        return True
+
+
+def frame_too_long() -> UpstreamFailed:
+    """The error for a frame that does not end."""
+    return UpstreamFailed("the model server sent an event over 8 MiB", code="upstream_frame_too_long")
+
+
+def incomplete() -> UpstreamFailed:
+    """The error for a stream that ends properly, but too early."""
+    return UpstreamFailed("the model server ended its answer before it was complete", code="upstream_incomplete")
 
 
 async def patiently(http: web.Request, flushing: Coroutine[Any, Any, None], stall_s: float) -> None:

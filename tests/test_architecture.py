@@ -22,7 +22,8 @@ LAYERS: list[set[str]] = [
     {"proxy.config", "proxy.dialects", "proxy.headers"},
     {"backends", "agents"},
     {"proxy.ingress", "proxy.body", "proxy.chain", "proxy.router"},
-    {"proxy.relay", "proxy.handlers", "proxy.admin", "proxy.frontier"},
+    {"proxy.relay", "proxy.shared", "proxy.translate", "proxy.embeddings"},
+    {"proxy.ollama_chat", "proxy.ollama_models", "proxy.handlers", "proxy.admin", "proxy.frontier"},
     {"proxy.app", "proxy.serve"},
     {"proxy.cli_config", "proxy.simulate"},
     {"proxy.__main__"},
@@ -33,7 +34,9 @@ for what is in that package, too, unless that is named itself."""
 BACKENDS_MAY_IMPORT = {"proxy.errors", "proxy.config"}
 AGENTS_MAY_IMPORT = {"proxy.chat", "proxy.errors"}
 TASK_MAKERS = {
+    "backends/downloads.py",  # one for all who wait
     "backends/instance.py",  # the life of a process
+    "backends/ollama.py",  # listings in the background
     "backends/pool.py",  # loads that nobody waits for, and the shutdown
     "backends/remote.py",  # listings in the background
     "proxy/relay.py",  # waiting for a slow client

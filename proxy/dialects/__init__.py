@@ -20,7 +20,8 @@ class Dialect:
 
     `error_body` is the JSON of a failed request. `error_event` is the in-stream form, once headers are out. `is_end`
     and `is_error` recognise the last event of a good and of a failed stream in the newest whole events. `ending` is
-    what a client waits for after either (empty: nothing).
+    what a client waits for after either (empty: nothing). `cuts` says that a failed stream is cut off behind the error,
+    because clients of this API take a stream that ends properly for a whole answer.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Dialect:
     is_end: Callable[[bytes], bool]
     is_error: Callable[[bytes], bool]
     ending: bytes = b""
+    cuts: bool = False
 
 
 def _openai_error(exc: ProxyError) -> bytes:
@@ -112,3 +114,20 @@ ANTHROPIC = Dialect(
     is_error=lambda events: _has_line(events, b"event: error"),
 )
 """Source: the Anthropic API reference, Messages streaming and errors."""
+
+
+def _ollama_error(exc: ProxyError) -> bytes:
+    return orjson.dumps({"error": exc.message})
+
+
+OLLAMA = Dialect(
+    name="ollama",
+    error_body=_ollama_error,
+    error_event=lambda exc: _ollama_error(exc) + b"\n",
+    is_end=lambda lines: b'"done":true' in lines or b'"done": true' in lines or b'"status":"success"' in lines,
+    is_error=lambda lines: _has_line(lines, b'{"error":', b'{"error" :'),
+    cuts=True,
+)
+"""Newline-delimited JSON. The error is a text, never an object (ollama-python reads it as one). Open WebUI shows an
+error line only if the connection breaks off behind it. Source: Ollama's server/routes.go; a quote inside generated text
+is escaped, so text cannot look like a field."""

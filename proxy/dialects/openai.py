@@ -1,0 +1,196 @@
+"""OpenAI's chat and text completions. Their JSON is the shape that everything is translated through, so there is little
+to translate; and llama-server's own stream of `/infill`.
+
+Source: the OpenAI API reference; llama.cpp tools/server, b11434, for `timings`, `reasoning_content` and `/infill`.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from functools import partial
+from typing import Any
+
+import orjson
+
+from proxy.chat import KEPT, ChatRequest, Json, Timing, bare
+from proxy.dialects import OPENAI
+from proxy.dialects.codec import Face, Wire
+from proxy.errors import BadRequest, ProxyError, UpstreamFailed
+from proxy.framing import EventSplitter, event_data
+
+_TOKEN_LIMITS = ("max_completion_tokens", "max_tokens")
+
+
+def _decode(field: str, body: Json) -> ChatRequest:
+    stream = body.get("stream", False)
+    if not isinstance(stream, bool) and stream is not None:
+        raise BadRequest("stream must be a boolean", param="stream")
+    if field == "messages":
+        messages = body.get("messages")
+        if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+            raise BadRequest("messages must be a list of objects", param="messages")
+        if not messages:
+            raise BadRequest("messages must not be empty", param="messages")
+    elif "prompt" not in body:
+        raise BadRequest("prompt is required", param="prompt")
+    return ChatRequest(body, bool(stream))
+
+
+def _encode(request: ChatRequest) -> Json:
+    return request.body
+
+
+class ChatWriter:
+    """Writes `chat.completion.chunk` events, and `chat.completion` bodies."""
+
+    content_type = "text/event-stream"
+    object = "chat.completion"
+    prefix = "chatcmpl-"
+
+    def __init__(self, request: ChatRequest, timing: Timing) -> None:
+        options = request.body.get("stream_options")
+        self._wants_usage = isinstance(options, dict) and options.get("include_usage") is True
+        self._usage: Json = {}
+        self._begun = False
+        self._own: Json = {
+            "id": f"{self.prefix}{secrets.token_hex(12)}",
+            "object": self._name(),
+            "created": int(time.time()),
+            "model": request.model,
+        }
+
+    def chunk(self, chunk: Json) -> bytes:
+        written = {**self._own, **chunk}
+        written.pop(KEPT, None)
+        if "usage" in written:
+            self._usage["usage"] = written.pop("usage")
+        if not written.get("choices"):
+            self._usage.update({key: value for key, value in written.items() if key not in self._own})
+            return b""
+        return _event(self._shaped(written))
+
+    def end(self) -> bytes:
+        last = b""
+        if self._wants_usage and "usage" in self._usage:
+            last = _event({**self._own, **self._usage, "choices": []})
+        return last + OPENAI.ending
+
+    def error(self, exc: ProxyError) -> bytes:
+        return OPENAI.error_event(exc) + OPENAI.ending
+
+    def reply(self, completion: Json) -> bytes:
+        whole = {**self._own, **completion, "object": self.object}
+        return orjson.dumps(bare(self._whole(whole)))
+
+    def _name(self) -> str:
+        return f"{self.object}.chunk"
+
+    def _shaped(self, chunk: Json) -> Json:
+        if not self._begun:
+            self._begun = True
+            for choice in chunk["choices"]:
+                choice["delta"] = {"role": "assistant", **choice.get("delta", {})}
+        return chunk
+
+    def _whole(self, completion: Json) -> Json:
+        return completion
+
+
+class TextWriter(ChatWriter):
+    """Writes `text_completion` events and bodies."""
+
+    object = "text_completion"
+    prefix = "cmpl-"
+
+    def _name(self) -> str:
+        return self.object
+
+    def _shaped(self, chunk: Json) -> Json:
+        return {**chunk, "choices": [_text_choice(choice, choice.get("delta") or {}) for choice in chunk["choices"]]}
+
+    def _whole(self, completion: Json) -> Json:
+        return {**completion, "choices": [_text_choice(choice, choice["message"]) for choice in completion["choices"]]}
+
+
+def _text_choice(choice: Json, message: Json) -> Json:
+    rest = {key: value for key, value in choice.items() if key not in ("delta", "message")}
+    return {"text": message.get("content") or "", **rest}
+
+
+class EventReader:
+    """Reads the events of a chat, of a text completion and of llama-server's `/infill`."""
+
+    def __init__(self, request: ChatRequest) -> None:
+        self.done = False
+
+    def read(self, frame: bytes) -> Json | None:
+        data = event_data(frame)
+        if data is None:
+            return None
+        if data == b"[DONE]":
+            self.done = True
+            return None
+        try:
+            event = orjson.loads(data)
+        except orjson.JSONDecodeError:
+            raise UpstreamFailed("the model server sent an event that is not JSON") from None
+        if not isinstance(event, dict) or "error" in event:
+            raise UpstreamFailed(error_text(event), code="upstream_error")
+        if "choices" not in event:
+            return self._native(event)
+        for choice in event["choices"]:
+            if "text" in choice:
+                choice["delta"] = {"content": choice.pop("text")}
+        return event
+
+    def _native(self, event: Json) -> Json:
+        finish = None
+        if event.get("stop"):
+            self.done = True
+            finish = "length" if event.get("stop_type") == "limit" else "stop"
+        choice = {"index": 0, "delta": {"content": event.get("content", "")}, "finish_reason": finish}
+        chunk: Json = {"choices": [choice]}
+        if "timings" in event:
+            chunk["timings"] = event["timings"]
+        return chunk
+
+
+def error_text(body: Any) -> str:
+    """The words of a server's error body: OpenAI's object, Anthropic's, Ollama's text, or whatever it is."""
+    error = body.get("error", body) if isinstance(body, dict) else body
+    if isinstance(error, dict):
+        error = error.get("message", error)
+    return error if isinstance(error, str) else orjson.dumps(error).decode()
+
+
+def _event(value: Json) -> bytes:
+    return b"data: " + orjson.dumps(value) + b"\n\n"
+
+
+def _to_openai(request: ChatRequest) -> tuple[str, Json]:
+    """The request as any OpenAI-style server takes it, streamed; usage is asked for, as other APIs always tell it."""
+    body = bare(request.body)
+    body |= {"stream": True, "stream_options": {**(body.get("stream_options") or {}), "include_usage": True}}
+    return ("/v1/completions" if request.is_text else "/v1/chat/completions"), body
+
+
+def _to_llama_cpp(request: ChatRequest) -> tuple[str, Json]:
+    """The same for llama-server, which fills in the middle at an endpoint of its own."""
+    path, body = _to_openai(request)
+    if request.is_text and body.get("suffix"):
+        limits = [body.pop(key) for key in _TOKEN_LIMITS if key in body]
+        body |= {"input_prefix": body.pop("prompt"), "input_suffix": body.pop("suffix")}
+        body |= {"n_predict": limits[0]} if limits else {}
+        return "/infill", body
+    return path, body
+
+
+CHAT = Face(OPENAI, partial(_decode, "messages"), _encode, ChatWriter)
+"""`POST /v1/chat/completions`."""
+TEXT = Face(OPENAI, partial(_decode, "prompt"), _encode, TextWriter)
+"""`POST /v1/completions`."""
+WIRE = Wire(OPENAI, EventSplitter, _to_openai, EventReader)
+"""Any OpenAI-style server."""
+LLAMA_CPP = Wire(OPENAI, EventSplitter, _to_llama_cpp, EventReader)
+"""llama-server."""
