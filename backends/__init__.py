@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 if TYPE_CHECKING:
     from backends.exchange import Response
@@ -37,7 +37,12 @@ class Backend(Protocol):
     `open` finds or makes the server that holds the model, sends the call and yields the response once its headers are
     in. Leaving the context gives everything back, at once, however it is left.
 
-    Raises: `Overloaded`, `StartFailed`, `UpstreamFailed`.
+    `speaks` names the families of APIs that its server takes as they are: `openai`, `responses`, `anthropic`, `ollama`,
+    and `native` for llama-server's own.
+
+    Raises: `Overloaded`, `StartFailed`, `UpstreamFailed`, `ModelNotFound`.
     """
+
+    speaks: ClassVar[frozenset[str]]
 
     def open(self, call: Call) -> AbstractAsyncContextManager[Response]: ...

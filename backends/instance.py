@@ -78,7 +78,7 @@ class Instance:
         self._last_sign = 0.0
 
     def start(self, cause: str) -> None:
-        """Begin to live: find the model file (downloading it if need be), start a process, wait until it serves."""
+        """Begin to live: find the model file, start a process, wait until it serves."""
         logger.info("%s: starting: %s", self.name, cause)
         loop = asyncio.get_running_loop()
         self._starting = loop.create_task(self._start(), name=f"start {self.name}")

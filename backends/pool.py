@@ -6,18 +6,24 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
+from pathlib import Path
 
 import psutil
 
+from backends import hub
+from backends.downloads import Download, Downloads, Progress
 from backends.instance import Instance, State
+from backends.models import locate
 from backends.orphans import kill_orphans
 from backends.scheduler import Scheduler
 from backends.seats import Line, Seat
 from backends.threads import in_thread
 from proxy.config import Config, ModelConfig
-from proxy.errors import Overloaded, ProxyError
+from proxy.errors import Overloaded, ProxyError, StartFailed
 
 logger = logging.getLogger(__name__)
 
@@ -28,13 +34,17 @@ LOST_S = 5.0
 class Pool:
     """At most `server_pool.size` llama-server processes, one for a model, started on demand and evicted when idle.
 
-    Requests for a model are served in the order they came; a model that is loading or busy delays no other. Use it from
-    the event loop of the main thread.
+    Requests for a model are served in the order they came; a model that is loading or busy delays no other. One that is
+    not on this machine is fetched, once for all who wait, before it takes a place. Use it from the event loop of the
+    main thread.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, downloads: Downloads | None = None) -> None:
+        self.downloads = downloads or Downloads()
         self._config = config
         self._scheduler = Scheduler(config)
+        self._fetching: Counter[str] = Counter()  # requests that wait for a download, by model
+        self._files: dict[str, Path] = {}  # where those that come from the hub were found last
         self._tasks: set[asyncio.Task[None]] = set()
         self._closer: asyncio.Task[None] | None = None
 
@@ -47,7 +57,8 @@ class Pool:
         With `slot` the holder occupies one of the server's parallel slots; without, it only asks a question. Leaving,
         also by cancellation, gives all back at once; a load that was begun goes on.
 
-        Raises: `Overloaded` (codes `overloaded`, `queue_timeout`, `shutting_down`, `unloaded`), `StartFailed`.
+        Raises: `Overloaded` (codes `overloaded`, `queue_timeout`, `shutting_down`, `unloaded`), `StartFailed`,
+        `ModelNotFound` when the hub does not have it.
         """
         if self._scheduler.closing:
             raise _shutting_down()
@@ -56,8 +67,10 @@ class Pool:
         if seat is not None and seat.has_room(slot) and not (slot and line.waiting):
             seat.take(slot)
         else:
-            if self._scheduler.queued >= self._config.server_pool.queue_limit:
+            if self._scheduler.queued + self._fetching.total() >= self._config.server_pool.queue_limit:
                 raise Overloaded("Too many requests are waiting for a model; try again later.")
+            if seat is None:
+                await self._fetch(line)
             seat = await self._wait(line, slot)
         try:
             yield seat.instance
@@ -86,6 +99,8 @@ class Pool:
         if self._scheduler.closing:
             raise _shutting_down()
         line = self._scheduler.line(name, model)
+        if line.seat is None:
+            await self._fetch(line)
         if line.seat is None or not line.seat.admits:
             self._scheduler.release(await self._wait(line, False), False)
 
@@ -95,15 +110,25 @@ class Pool:
         self._tasks.add(task)
         task.add_done_callback(self._forget)
 
+    async def begin_download(self, name: str, model: ModelConfig) -> Download | None:
+        """The download that brings `name` to this machine: the one under way, or a new one. None when it is there, or
+        does not come from the hub.
+        """
+        if model.repo is None or await in_thread(partial(locate, name, model)) is not None:
+            return None
+        return self._join(self._scheduler.line(name, model))
+
     async def unload(self, name: str) -> None:
         """Free the place of `name`; nothing if it has none.
 
         One in use admits nobody from now on and is stopped after its last answer, which this does not wait for; an
-        idle one has stopped when this returns. A load under way is broken off, and who waits for it is told so
-        (`Overloaded`, code `unloaded`).
+        idle one has stopped when this returns. A load under way is broken off, also a download for it, and who waits
+        for it is told so (`Overloaded`, code `unloaded`).
         """
         line = self._scheduler.lines.get(name)
         seat = line.seat if line is not None else None
+        if line is not None and (download := self._download(line)) is not None and download.wanted:
+            download.stop(Overloaded(f"Model '{name}' was unloaded while it was fetched.", code="unloaded"))
         if line is None or seat is None:
             return
         if seat.state is State.STARTING:
@@ -115,11 +140,28 @@ class Pool:
         if seat.leases == 0:
             await seat.instance.wait_stopped()
 
+    def set_keep_alive(self, name: str, seconds: float) -> None:
+        """Have the process of `name` stay `seconds` when idle; infinity is for ever. See `Scheduler.set_keep_alive`."""
+        line = self._scheduler.lines.get(name)
+        if line is not None:
+            self._scheduler.set_keep_alive(line, seconds)
+
+    def expires_at(self, name: str) -> float | None:
+        """When `name` will be unloaded if nobody asks for it, in seconds since 1970; infinity is never, None not
+        loaded."""
+        line = self._scheduler.lines.get(name)
+        left_s = self._left_s(line) if line is not None else None
+        return time.time() + left_s if left_s is not None else None
+
+    def _left_s(self, line: Line) -> float | None:
+        at = self._scheduler.expires_at(line.seat) if line.seat is not None else None
+        return at - asyncio.get_running_loop().time() if at is not None else None
+
     def state(self, name: str) -> str:
-        """`loaded`, `loading` or `unloaded`. One that is stopping counts as unloaded."""
+        """`loaded`, `loading` (or being fetched) or `unloaded`. One that is stopping counts as unloaded."""
         line = self._scheduler.lines.get(name)
         if line is None or line.seat is None:
-            return "unloaded"
+            return "unloaded" if line is None or self._download(line) is None else "loading"
         return {State.READY: "loaded", State.STARTING: "loading"}.get(line.seat.state, "unloaded")
 
     def failed(self, name: str) -> str | None:
@@ -128,9 +170,82 @@ class Pool:
         return line.error.message if line is not None and line.error is not None else None
 
     def status(self) -> list[dict[str, object]]:
-        """One entry for each model that has a process, has waiters, or failed last time."""
-        lines = self._scheduler.lines.values()
-        return [_describe(line) for line in lines if line.seat is not None or line.queued or line.error is not None]
+        """One entry for each model that has a process, is fetched, has waiters, or failed last time. A loaded one has
+        `expires_in_s`, null if it stays."""
+        entries = [(line, self._download(line)) for line in self._scheduler.lines.values()]
+        return [
+            self._describe(line, download)
+            for line, download in entries
+            if line.seat is not None or line.queued or line.error is not None or download is not None
+        ]
+
+    def _describe(self, line: Line, download: Download | None) -> dict[str, object]:
+        entry = _describe(line)
+        if (left_s := self._left_s(line)) is not None:
+            entry["expires_in_s"] = round(left_s, 1) if left_s < math.inf else None
+        if download is not None:
+            waiting = line.queued + self._fetching[line.name]
+            entry |= {"state": "downloading", "queue": waiting, "download": download.progress}
+        return entry
+
+    # -- files from the hub ----------------------------------------------------------------------------------------
+
+    async def _fetch(self, line: Line) -> None:
+        """Return once the file of a model that comes from the hub is on this machine. Whoever leaves just leaves.
+
+        After a failure nothing is fetched for a while; the line is refused meanwhile, as after a failed start.
+
+        Raises: as `hub.pull`; `Overloaded` (codes `shutting_down`, `unloaded`).
+        """
+        if line.model.repo is None or self._is_here(line.name) or self._backs_off(line):
+            return
+        download = self._join(line)
+        self._fetching[line.name] += 1
+        try:
+            await download.wait()
+        finally:
+            self._fetching[line.name] -= 1
+        if self._scheduler.closing:
+            raise _shutting_down()
+
+    def _is_here(self, name: str) -> bool:
+        """Whether it still is where it was found last; one look at the disk, and only when a process is to start."""
+        path = self._files.get(name)
+        return path is not None and path.exists()
+
+    def _backs_off(self, line: Line) -> bool:
+        return line.error is not None and line.backoff.wait_s(asyncio.get_running_loop().time()) > 0
+
+    def _download(self, line: Line) -> Download | None:
+        """The download under way for this model, whoever asked for it."""
+        repo = line.model.repo
+        return self.downloads.get(hub.download_name(repo, line.model.variant)) if repo is not None else None
+
+    def _join(self, line: Line) -> Download:
+        name, model = line.name, line.model
+        assert model.repo is not None
+        find, get = partial(locate, name, model), hub.work(model.repo, model.variant)
+
+        async def work(tell: Callable[[Progress], None]) -> None:
+            try:
+                path = await in_thread(find)
+                if path is None:
+                    await get(tell)
+                    path = await in_thread(find)
+            except ProxyError as exc:
+                self._note_failure(line, exc)
+                raise
+            if path is not None:
+                self._files[name] = path
+
+        return self.downloads.join(hub.download_name(model.repo, model.variant), work)
+
+    def _note_failure(self, line: Line, error: ProxyError) -> None:
+        """What the operator has to mend (no such file, no access) costs little to ask for again; the rest may cost
+        gigabytes."""
+        line.error = StartFailed(error.message, status=error.status, code=error.code)
+        if error.status >= 500:
+            line.backoff.failed(asyncio.get_running_loop().time())
 
     # -- life ------------------------------------------------------------------------------------------------------
 
@@ -155,6 +270,7 @@ class Pool:
         await asyncio.shield(self._closer)
 
     async def _close(self, drain_s: float) -> None:
+        await self.downloads.close()
         with suppress(TimeoutError):
             async with asyncio.timeout(drain_s):
                 await self._scheduler.quiet.wait()

@@ -110,6 +110,7 @@ class Scheduler:
 
     def _note_failure(self, line: Line, seat: Seat, error: StartFailed, now: float) -> None:
         line.error = error
+        line.keep_alive = None
         if seat.ready_at == math.inf:
             if error.code not in NOT_THE_MODELS_FAULT:
                 line.backoff.failed(now)
@@ -228,6 +229,29 @@ class Scheduler:
 
     # -- idle instances --------------------------------------------------------------------------------------------
 
+    def set_keep_alive(self, line: Line, seconds: float) -> None:
+        """A request for this model wants it to stay `seconds` once it is idle again: 0 not at all, infinity for ever.
+        To be told before that request is served, or after; to an idle one the count starts now.
+
+        The last one wins, until the process is stopped or fails: the next one begins with the configured time again. A
+        pinned model stays whatever requests say.
+        """
+        line.keep_alive = seconds
+        seat = line.seat
+        if seconds > 0 and seat is not None and seat.state is State.READY and not seat.leases:
+            seat.released_at = asyncio.get_running_loop().time()
+            self.rest(seat)
+
+    def expires_at(self, seat: Seat) -> float | None:
+        """When it will be stopped if nobody asks for it from now on, in loop time: infinity for never, None when it is
+        not ready. One in use counts as given back now; one that was told to unload is overdue."""
+        if seat.state is not State.READY:
+            return None
+        now = asyncio.get_running_loop().time()
+        if seat.leaving:
+            return now
+        return (now if seat.leases else seat.released_at) + self._keep_alive_s(seat)
+
     def rest(self, seat: Seat) -> None:
         """If nobody holds it: stop it if it was told to unload, or have that done after its time to live."""
         if seat.leases or seat.state not in (State.READY, State.STARTING):
@@ -237,9 +261,11 @@ class Scheduler:
             seat.stop("unloaded")
         elif seat.state is State.READY and keep_alive_s <= 0:
             seat.stop("not kept alive")
-        elif seat.state is State.READY and keep_alive_s < math.inf and seat.idle_timer is None:
+        elif seat.state is State.READY and keep_alive_s < math.inf:
             due = seat.released_at + keep_alive_s
-            seat.idle_timer = asyncio.get_running_loop().call_at(due, self._check_idle, seat)
+            if seat.idle_timer is None or seat.idle_timer.when() > due:
+                seat.cancel_idle_timer()
+                seat.idle_timer = asyncio.get_running_loop().call_at(due, self._check_idle, seat)
 
     def _check_idle(self, seat: Seat) -> None:
         """The timer is not touched by every request: it looks, when it fires, whether its time has really come."""

@@ -89,6 +89,7 @@ class Line:
     asking: dict[Waiter, None] = field(default_factory=dict)  # for a ready server only
     backoff: Backoff = field(default_factory=Backoff)
     error: StartFailed | None = None
+    keep_alive: float | None = None  # seconds that its process stays when idle, if a request asked for that
     evicted_at: float = -math.inf
     crashed: bool = False
     restarts: int = 0
@@ -155,8 +156,10 @@ class Seat:
 
     @property
     def keep_alive_s(self) -> float | None:
-        """Seconds it stays when idle, if its model says so."""
-        return math.inf if self.pinned else self.line.model.keep_alive
+        """Seconds it stays when idle, if anybody said so: a request before its model; pinned is for ever."""
+        if self.pinned:
+            return math.inf
+        return self.line.model.keep_alive if self.line.keep_alive is None else self.line.keep_alive
 
     def has_room(self, slot: bool) -> bool:
         """Whether one more may come in now; `slot`: to generate."""
@@ -176,6 +179,7 @@ class Seat:
 
     def stop(self, cause: str) -> None:
         self.draining = False
+        self.line.keep_alive = None
         self.cancel_idle_timer()
         self.instance.stop(cause)
 

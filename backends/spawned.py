@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import ClassVar
 
 from backends import Call
 from backends.exchange import Response
@@ -17,6 +18,8 @@ DYING_S = 0.25
 
 class SpawnedModel:
     """`Backend` for one configured model. Its process is started when first asked for, and is shared."""
+
+    speaks: ClassVar[frozenset[str]] = frozenset({"openai", "responses", "anthropic", "native"})
 
     def __init__(self, pool: Pool, name: str, model: ModelConfig) -> None:
         self.pool = pool

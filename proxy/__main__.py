@@ -1,4 +1,4 @@
-"""The command line: `llama-smart-proxy [serve|check|schema|simulate]`."""
+"""The command line: `llama-smart-proxy [serve|check|schema|pull|simulate]`."""
 
 from __future__ import annotations
 
@@ -28,6 +28,10 @@ def main(argv: list[str] | None = None) -> int:
 
         return check_command(path, os.environ)
     try:
+        if args.command == "pull":
+            from proxy.cli_pull import pull_command
+
+            return pull_command(path, os.environ, args.name)
         return _simulate(path) if args.command == "simulate" else _serve(args, path)
     except ConfigError as exc:
         print(exc, file=sys.stderr)
@@ -45,8 +49,10 @@ def _parser() -> argparse.ArgumentParser:
     serve = commands.add_parser("serve", help="run the proxy (the default)")
     check = commands.add_parser("check", help="report every problem of the configuration")
     commands.add_parser("schema", help="print the configuration's JSON schema")
+    pull = commands.add_parser("pull", help="fetch a model from Hugging Face")
+    pull.add_argument("name", metavar="NAME", help="a configured model, or hf.co/org/repo[:variant]")
     simulate = commands.add_parser("simulate", help="start the proxy on a free port, use it, print what passed")
-    for command in (serve, check, simulate):
+    for command in (serve, check, pull, simulate):
         command.add_argument("--config", metavar="FILE", help="default: $LSP_CONFIG, else config.yaml if it exists")
     serve.add_argument("--host", help="address to listen on")
     serve.add_argument("--port", type=int, help="port to listen on; 0 picks a free one")

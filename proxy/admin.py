@@ -7,7 +7,7 @@ import time
 from aiohttp import web
 
 from proxy import __version__
-from proxy.handlers import PROXY
+from proxy.shared import PROXY
 
 STARTED = time.monotonic()
 
@@ -26,6 +26,8 @@ async def health(http: web.Request) -> web.Response:
         | ({"error": remote.error} if remote.error else {})
         for remote in proxy.router.remotes
     ]
+    ollama = proxy.router.ollama
+    remotes += ollama.status() if ollama is not None else []
     body = {
         "status": "unhealthy" if draining else "healthy",
         "proxy": "stopping" if draining else "Ok",
@@ -34,5 +36,6 @@ async def health(http: web.Request) -> web.Response:
         "uptime_s": round(time.monotonic() - STARTED, 1),
         "instances": instances,
         "remotes": remotes,
+        "downloads": proxy.router.downloads.status(),
     }
     return web.json_response(body, status=503 if draining else 200)

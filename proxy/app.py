@@ -7,11 +7,30 @@ from collections.abc import AsyncIterator
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from backends.downloads import Downloads
 from backends.pool import Pool
+from proxy import ollama_models as ollama
 from proxy.admin import health
 from proxy.config import Config
-from proxy.handlers import PROXY, SLOT_ACTION, Proxy, RelayHandler, list_models, load_model, show_model, unload_model
+from proxy.handlers import SLOT_ACTION, RelayHandler, list_models, load_model, show_model, unload_model
 from proxy.router import Router
+from proxy.shared import PROXY, Proxy
+
+OLLAMA_ROUTES: list[tuple[str, str, Handler]] = [
+    ("GET", "/", ollama.root),
+    ("GET", "/api/version", ollama.version),
+    ("GET", "/api/tags", ollama.tags),
+    ("GET", "/api/ps", ollama.ps),
+    ("POST", "/api/show", ollama.show),
+    ("POST", "/api/pull", ollama.pull),
+    ("DELETE", "/api/delete", ollama.delete),
+    ("POST", "/api/copy", ollama.change),
+    ("POST", "/api/push", ollama.change),
+    ("POST", "/api/create", ollama.change),
+    ("POST", "/api/blobs/{digest:sha256:[0-9a-f]{64}}", ollama.blob),
+    ("HEAD", "/api/blobs/{digest:sha256:[0-9a-f]{64}}", ollama.blob),
+]
+"""The Ollama API, but for what is asked of a model: that is in `proxy.handlers.APIS`."""
 
 
 def build_app(config: Config) -> web.Application:
@@ -20,8 +39,9 @@ def build_app(config: Config) -> web.Application:
     Its pool and router live from start-up to clean-up of the application.
     """
     app = web.Application(client_max_size=config.server.max_body_mib * 2**20)
-    pool = Pool(config)
-    proxy = app[PROXY] = Proxy(config, Router(config, pool))
+    downloads = Downloads()
+    pool = Pool(config, downloads)
+    proxy = app[PROXY] = Proxy(config, Router(config, pool, downloads))
 
     async def backends(app: web.Application) -> AsyncIterator[None]:
         await pool.start()
@@ -43,11 +63,13 @@ def _add_routes(app: web.Application, proxy: Proxy) -> None:
     _add(app, "POST", "/models/unload", unload_model)
     _add(app, "POST", r"/slots/{id:\d+}", RelayHandler(SLOT_ACTION, proxy).handle)
     app.router.add_get("/v1/models/{id:.+}", show_model)
+    for method, path, handler in OLLAMA_ROUTES:
+        _add(app, method, path, handler)
 
 
 def _add(app: web.Application, method: str, path: str, handler: Handler) -> None:
     """With and without a trailing slash: both were documented, and a redirect would turn a POST into a GET."""
-    for variant in (path, f"{path}/"):
+    for variant in dict.fromkeys((path, f"{path.rstrip('/')}/")):
         app.router.add_route(method, variant, handler)
         if method == "GET":
             app.router.add_route("HEAD", variant, handler)

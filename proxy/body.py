@@ -10,14 +10,18 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 from aiohttp import web
 
 from proxy.errors import BadRequest
 from proxy.ingress import FrontConnection
+
+A = TypeVar("A")
+R = TypeVar("R")
 
 MAX_VALUES = 1_000_000
 """Most commas in a body. Parsing holds the interpreter's lock, so millions of numbers would stop every stream for
@@ -46,9 +50,14 @@ async def read_json(http: web.Request, max_bytes: int) -> dict[str, Any]:
 
 async def to_bytes(http: web.Request, value: dict[str, Any]) -> bytes:
     """`serialise(value)`, the body of `http`; in a thread if it is large."""
+    return await aside(http, serialise, value)
+
+
+async def aside(http: web.Request, work: Callable[[A], R], value: A) -> R:
+    """`work(value)`, which takes time in proportion to the body of `http`: in a thread if that is large."""
     if http.content.total_bytes <= OFF_LOOP_BYTES:
-        return serialise(value)
-    return await asyncio.get_running_loop().run_in_executor(None, serialise, value)
+        return work(value)
+    return await asyncio.get_running_loop().run_in_executor(None, work, value)
 
 
 async def _upload(http: web.Request, max_bytes: int) -> bytes:

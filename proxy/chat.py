@@ -143,9 +143,9 @@ def _add_tool_call(calls: list[Json], delta: Json) -> None:
     call = calls[index]
     call.update({key: value for key, value in delta.items() if key not in ("index", "function") and value is not None})
     for key, value in (delta.get("function") or {}).items():
-        if key in ("name", "arguments"):
+        if key == "arguments":
             call["function"][key] += value or ""
-        elif value is not None:
+        elif value:  # some servers send the name with every part
             call["function"][key] = value
 
 

@@ -44,11 +44,15 @@ class BadRequest(ProxyError):
 
 
 class ModelNotFound(ProxyError):
-    """No configured source knows this model name; the message lists those that are known."""
+    """No source knows this model name; the `hint` lists the names that are known. Some APIs tell only `brief`."""
 
     status = 404
     kind = "not_found_error"
     code = "model_not_found"
+
+    def __init__(self, message: str, *, hint: str = "", param: str | None = "model") -> None:
+        super().__init__(f"{message}; {hint}" if hint else message, param=param)
+        self.brief = message
 
 
 class Overloaded(ProxyError):

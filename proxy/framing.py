@@ -116,7 +116,8 @@ def event_data(event: bytes) -> bytes | None:
     """The data of one event, several `data:` lines joined by LF; None for a comment and the like."""
     if event.startswith(b"data: ") and b"\n" not in event and b"\r" not in event:
         return event[6:]
-    data = [line[5:].removeprefix(b" ") for line in _LINE_END.split(event) if line.startswith(b"data:")]
+    lines = _LINE_END.split(event)
+    data = [line[5:].removeprefix(b" ") for line in lines if line.startswith(b"data:") or line == b"data"]
     return b"\n".join(data) if data else None
 
 

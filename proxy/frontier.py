@@ -11,11 +11,12 @@ from typing import Any
 
 from aiohttp import web
 
-from proxy.dialects import OPENAI, Dialect
+from proxy.dialects import OLLAMA, OPENAI, Dialect
 from proxy.errors import BadRequest, Overloaded, ProxyError
-from proxy.handlers import APIS, MODEL, Proxy, RelayHandler
+from proxy.handlers import APIS, RelayHandler
 from proxy.headers import REQUEST_ID, own_headers, shown_path
 from proxy.ingress import AMBIGUOUS, FrontConnection, check_request
+from proxy.shared import MODEL, Proxy
 
 logger = logging.getLogger(__name__)
 access = logging.getLogger("proxy.access")
@@ -101,6 +102,8 @@ def _failed(http: web.Request, exc: BaseException) -> web.StreamResponse:
 
 
 def _dialect_of(http: web.Request) -> Dialect:
+    if http.path.startswith("/api/"):
+        return OLLAMA
     api = APIS.get(http.path.rstrip("/"))
     return api.dialect if api else OPENAI
 

@@ -4,78 +4,91 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import partial
 
 from aiohttp import web
 
 from backends import Backend, Call
+from backends.exchange import Response
+from backends.ollama import OllamaModel
 from backends.spawned import SpawnedModel
-from proxy.body import read_json, to_bytes
-from proxy.config import Config
-from proxy.dialects import ANTHROPIC, NATIVE, OPENAI, RESPONSES, Dialect
-from proxy.errors import BadRequest, ModelNotFound, UpstreamFailed
-from proxy.headers import shown_path, upstream_headers
-from proxy.relay import relay
-from proxy.router import Router
+from proxy import embeddings
+from proxy.body import aside, read_json, to_bytes
+from proxy.chat import ChatRequest, Json, Timing
+from proxy.dialects import ANTHROPIC, NATIVE, OLLAMA, OPENAI, RESPONSES, Dialect, anthropic, ollama, openai
+from proxy.dialects.codec import Face, Wire
+from proxy.errors import BadRequest, ModelNotFound, UpstreamRefused
+from proxy.headers import upstream_headers
+from proxy.ollama_chat import answer_load, check_capabilities, set_keep_alive, with_context
+from proxy.ollama_models import LISTING_S, check_origin
+from proxy.relay import ask, relay
+from proxy.router import Target
+from proxy.shared import MODEL, PROXY, Proxy
+from proxy.translate import Epilogue, Exchange
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Api:
-    """What the proxy knows of an endpoint: its dialect, its methods, and whether a call occupies a slot."""
+    """What the proxy knows of an endpoint: its dialect, its methods, and whether a call occupies a slot.
+
+    A server whose backend speaks `family` gets the request as it is. For any other it is translated: with `face` if the
+    endpoint generates, else by `convert`, which makes the answer's JSON; without either it cannot be had there.
+    """
 
     dialect: Dialect = OPENAI
     methods: frozenset[str] = frozenset({"POST"})
     slot: bool = True
+    family: str = "openai"
+    face: Face | None = None
+    convert: embeddings.Convert | None = None
 
 
-QUESTION = Api(slot=False)
+async def _count_tokens(backend: Backend, model: str, body: Json) -> Json:
+    """`POST /v1/messages/count_tokens` where the server has no tokenizer to ask: an estimate."""
+    return {"input_tokens": anthropic.count_tokens(body)}
+
+
+QUESTION = Api(slot=False, family="native")
+NATIVE_JSON = Api(family="native")
 
 APIS: dict[str, Api] = {
-    "/v1/chat/completions": Api(),
-    "/v1/completions": Api(),
-    "/v1/embeddings": Api(),
-    "/v1/rerank": Api(),
-    "/v1/reranking": Api(),
-    "/v1/responses": Api(RESPONSES),
-    "/v1/messages": Api(ANTHROPIC),
-    "/v1/messages/count_tokens": Api(ANTHROPIC, slot=False),
+    "/v1/chat/completions": Api(face=openai.CHAT),
+    "/v1/completions": Api(face=openai.TEXT),
+    "/v1/embeddings": Api(convert=embeddings.openai_from_ollama),
+    "/v1/rerank": NATIVE_JSON,
+    "/v1/reranking": NATIVE_JSON,
+    "/v1/responses": Api(RESPONSES, family="responses"),
+    "/v1/messages": Api(ANTHROPIC, family="anthropic", face=anthropic.MESSAGES),
+    "/v1/messages/count_tokens": Api(ANTHROPIC, slot=False, family="anthropic", convert=_count_tokens),
     "/v1/chat/completions/input_tokens": QUESTION,
     "/v1/chat/completions/control": QUESTION,
-    "/chat/completions": Api(),
-    "/completion": Api(NATIVE),
-    "/completions": Api(NATIVE),
-    "/infill": Api(NATIVE),
-    "/embedding": Api(),
-    "/embeddings": Api(),
-    "/rerank": Api(),
-    "/reranking": Api(),
+    "/chat/completions": Api(face=openai.CHAT),
+    "/completion": Api(NATIVE, family="native"),
+    "/completions": Api(NATIVE, family="native"),
+    "/infill": Api(NATIVE, family="native"),
+    "/embedding": NATIVE_JSON,
+    "/embeddings": NATIVE_JSON,
+    "/rerank": NATIVE_JSON,
+    "/reranking": NATIVE_JSON,
     "/tokenize": QUESTION,
     "/detokenize": QUESTION,
     "/apply-template": QUESTION,
-    "/props": Api(methods=frozenset({"GET", "HEAD", "POST"}), slot=False),
-    "/slots": Api(methods=frozenset({"GET", "HEAD"}), slot=False),
-    "/lora-adapters": Api(methods=frozenset({"GET", "HEAD", "POST"}), slot=False),
+    "/props": Api(methods=frozenset({"GET", "HEAD", "POST"}), slot=False, family="native"),
+    "/slots": Api(methods=frozenset({"GET", "HEAD"}), slot=False, family="native"),
+    "/lora-adapters": Api(methods=frozenset({"GET", "HEAD", "POST"}), slot=False, family="native"),
+    "/api/chat": Api(OLLAMA, family="ollama", face=ollama.CHAT),
+    "/api/generate": Api(OLLAMA, family="ollama", face=ollama.GENERATE),
+    "/api/embed": Api(OLLAMA, family="ollama", convert=embeddings.ollama_from_openai),
+    "/api/embeddings": Api(OLLAMA, family="ollama", convert=embeddings.legacy_from_openai),
 }
-"""Every endpoint that is relayed. Source: llama.cpp tools/server, b11434; the OpenAI and Anthropic API references."""
+"""Every endpoint that asks a model's server. Source: llama.cpp tools/server, b11434; Ollama's server/routes.go; the
+OpenAI and Anthropic API references."""
 
 SLOT_ACTION = QUESTION
 """`POST /slots/{id}?action=save|restore|erase`, the one relayed endpoint whose path varies."""
-
-
-@dataclass(frozen=True, slots=True)
-class Proxy:
-    """What the handlers share. `draining` is set from the moment the proxy was asked to stop."""
-
-    config: Config
-    router: Router
-    draining: asyncio.Event = field(default_factory=asyncio.Event)
-
-
-PROXY = web.AppKey("proxy", Proxy)
-MODEL = web.RequestKey("model", str)
-"""The model that a request turned out to be for; the access line shows it."""
 
 
 class RelayHandler:
@@ -84,42 +97,95 @@ class RelayHandler:
     def __init__(self, api: Api, proxy: Proxy) -> None:
         self.api = api
         self._proxy = proxy
-        self._max_bytes = proxy.config.server.max_body_mib * 2**20
+        self._max_bytes = proxy.max_body_bytes
+        self._stall_s = proxy.config.server.send_stall_s
 
     async def handle(self, http: web.Request) -> web.StreamResponse:
-        """Answer `http`; its parsed body is let go before the answer begins."""
-        return await self._answer(http, *await self._understand(http))
+        """Answer `http`; its parsed body is let go before a relayed answer begins."""
+        target, work = await self._understand(http)
+        if isinstance(work, Call):
+            return await ask(http, target.backend, work, partial(self._relay, http))
+        return await self._translate(http, target, work)
 
-    async def _understand(self, http: web.Request) -> tuple[Backend, Call]:
+    async def _understand(self, http: web.Request) -> tuple[Target, Call | Json]:
+        """Where the request goes, and the call that it is there, or its body if it has to be translated."""
+        api = self.api
         has_body = http.method == "POST"
         body = await read_json(http, self._max_bytes) if has_body else {}
         named = body.get("model")
         target = await self._proxy.router.resolve(http.query.get("model") if named in (None, "") else named)
         http[MODEL] = target.model
+        if api.family not in target.backend.speaks:
+            return target, body
         if has_body:
             body["model"] = target.model
-        call = Call(
+            if isinstance(target.backend, OllamaModel):
+                _hold_context(target.backend, body)
+        return target, Call(
             method=http.method,
             path=_upstream_path(http, target.model),
             body=await to_bytes(http, body) if has_body else b"",
             headers=upstream_headers(http.headers, has_body=has_body),
-            slot=self.api.slot,
+            slot=api.slot,
         )
-        return target.backend, call
 
-    async def _answer(self, http: web.Request, backend: Backend, call: Call) -> web.StreamResponse:
-        """Relay the call. While the client has no byte yet, a server that broke off gets one more chance: by then its
-        instance is gone, and the second try meets a fresh one."""
-        stall_s = self._proxy.config.server.send_stall_s
+    async def _relay(self, http: web.Request, upstream: Response) -> web.StreamResponse:
+        return await relay(http, upstream, self.api.dialect, stall_s=self._stall_s)
+
+    async def _translate(self, http: web.Request, target: Target, body: Json) -> web.StreamResponse:
+        api, backend = self.api, target.backend
+        if api.convert is not None:
+            return embeddings.as_response(await api.convert(backend, target.model, body))
+        if api.face is None:
+            words = f"model {target.model[:100]!r} is on a server that does not have this endpoint"
+            raise BadRequest(words, status=501, code="not_supported")
+        epilogue: Epilogue | None = None
+        if api.family == "ollama":
+            if (loaded := await answer_load(backend, target.model, body, chat=api.face is ollama.CHAT)) is not None:
+                return loaded
+            set_keep_alive(backend, body)
+            await check_capabilities(self._proxy, backend, body)
+        body["model"] = target.model
+        request = await aside(http, api.face.decode, body)
+        if api.face is ollama.GENERATE:
+            request, epilogue = await with_context(backend, request)
+        timing = Timing(asyncio.get_running_loop().time())
+        headers = upstream_headers(http.headers, has_body=True)
+        exchange = Exchange(http, api.face, _wire(backend), request, timing, self._stall_s, epilogue)
         try:
-            async with backend.open(call) as upstream:
-                return await relay(http, upstream, self.api.dialect, stall_s=stall_s)
-        except UpstreamFailed as exc:
-            if exc.status != 502:
+            return await exchange.run(backend, headers)
+        except UpstreamRefused as exc:
+            # On /api that is the answer; the other APIs ask for thoughts as a wish, and clients do so of every model.
+            if api.family == "ollama" or "does not support thinking" not in exc.message or not _no_thoughts(request):
                 raise
-            logger.warning("%s before the first byte: %s; trying once more", shown_path(http), exc)
-        async with backend.open(call) as upstream:
-            return await relay(http, upstream, self.api.dialect, stall_s=stall_s)
+        return await exchange.run(backend, headers)
+
+
+def _wire(backend: Backend) -> Wire:
+    if isinstance(backend, OllamaModel):
+        return replace(ollama.WIRE, encode=partial(_encode_for, backend))
+    return openai.LLAMA_CPP if isinstance(backend, SpawnedModel) else openai.WIRE
+
+
+def _encode_for(backend: OllamaModel, request: ChatRequest) -> tuple[str, Json]:
+    path, body = ollama.WIRE.encode(request)
+    _hold_context(backend, body)
+    return path, body
+
+
+def _no_thoughts(request: ChatRequest) -> bool:
+    """Take back the wish that the model think; whether there was one."""
+    wishes = ("chat_template_kwargs", "reasoning_effort", "think", "thinking_budget_tokens")
+    return any([request.body.pop(wish, None) is not None for wish in wishes])
+
+
+def _hold_context(backend: OllamaModel, body: Json) -> None:
+    """Have `num_ctx` follow the one policy of the model, or clients that differ would have it reloaded in turns."""
+    options = body.get("options")
+    asked = options.get("num_ctx") if isinstance(options, dict) else None
+    num_ctx = backend.num_ctx(asked if isinstance(asked, int) and not isinstance(asked, bool) else None)
+    if num_ctx is not None and num_ctx != asked:
+        body["options"] = {**(options or {}), "num_ctx": num_ctx}
 
 
 def _upstream_path(http: web.Request, model: str) -> str:
@@ -134,6 +200,7 @@ def _upstream_path(http: web.Request, model: str) -> str:
 async def list_models(http: web.Request) -> web.Response:
     """`GET /v1/models`, and `GET /models` of llama-server's router mode: from memory, at once."""
     router = http.app[PROXY].router
+    await router.heard_of_all(LISTING_S)
     data = [entry.as_openai(router.created) for entry in router.catalogue()]
     return web.json_response({"object": "list", "data": data})
 
@@ -142,12 +209,13 @@ async def show_model(http: web.Request) -> web.Response:
     """`GET /v1/models/{id}`; ids may hold slashes."""
     router = http.app[PROXY].router
     wanted = http.match_info["id"].rstrip("/")
-    entry = router.entry(await router.resolve(wanted))
+    entry = router.entry(await router.resolve(wanted, pull=False))
     return web.json_response(entry.as_openai(router.created))
 
 
 async def load_model(http: web.Request) -> web.Response:
     """`POST /models/load` of llama-server's router mode: answers at once, the load goes on."""
+    check_origin(http)
     spawned = await _named_local(http)
     spawned.pool.begin_load(spawned.name, spawned.model)
     return web.json_response({"success": True})
@@ -155,6 +223,7 @@ async def load_model(http: web.Request) -> web.Response:
 
 async def unload_model(http: web.Request) -> web.Response:
     """`POST /models/unload`: answers once the process has ended; one that is answering ends after its answers."""
+    check_origin(http)
     spawned = await _named_local(http)
     await spawned.pool.unload(spawned.name)
     return web.json_response({"success": True})
@@ -162,11 +231,11 @@ async def unload_model(http: web.Request) -> web.Response:
 
 async def _named_local(http: web.Request) -> SpawnedModel:
     proxy = http.app[PROXY]
-    body = await read_json(http, proxy.config.server.max_body_mib * 2**20)
+    body = await read_json(http, proxy.max_body_bytes)
     name = body.get("model")
     if not isinstance(name, str) or not name:
         raise BadRequest("model is required", param="model")
-    spawned = proxy.router.local(name)
+    spawned = proxy.router.local.get(name)
     if spawned is None:
         raise ModelNotFound(f"model {name[:100]!r} is not one this proxy runs itself", param="model")
     return spawned

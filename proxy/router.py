@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import logging
+import asyncio
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from backends.models import scan_models_dir
+from backends import hub
+from backends.downloads import Downloads
+from backends.ollama import Ollama, OllamaModel
 from backends.pool import Pool
 from backends.remote import Remote
 from backends.spawned import SpawnedModel
-from proxy.config import Config, OllamaConfig, RemoteConfig
-from proxy.errors import BadRequest, ConfigError, ModelNotFound
-
-logger = logging.getLogger(__name__)
+from proxy.config import Config
+from proxy.errors import BadRequest, ModelNotFound
+from proxy.local_models import LocalModels
 
 SHOWN_NAMES = 20
 """Most names listed in an error message."""
@@ -24,7 +26,7 @@ SHOWN_NAMES = 20
 class Target:
     """Where a request goes: `backend`, and the id by which it knows the model."""
 
-    backend: SpawnedModel | Remote
+    backend: SpawnedModel | Remote | OllamaModel
     model: str
 
 
@@ -54,41 +56,39 @@ class Entry:
 
 
 class Router:
-    """Knows every model. Lookup order: configured models, their aliases, `models_dir`, remotes in config order."""
+    """Knows every model. Lookup order: configured models and their aliases, `models_dir`, the local Hugging Face cache,
+    remotes in config order, the Ollama hosts."""
 
-    def __init__(self, config: Config, pool: Pool) -> None:
+    def __init__(self, config: Config, pool: Pool, downloads: Downloads) -> None:
         self.pool = pool
+        self.downloads = downloads
+        self.local = LocalModels(config, pool)
         self.remotes = [Remote(name, remote) for name, remote in config.remotes.items()]
-        by_ollama = [name for name in config.models if config.backend_of(name) == "ollama"]
+        self.ollama: Ollama | None = None
+        by_ollama = {name: model for name, model in config.models.items() if config.backend_of(name) == "ollama"}
         if by_ollama or config.backend == "ollama" or "ollama" in config.model_fields_set:
-            self.remotes.append(Remote("ollama", _ollama(config.ollama)))
+            self.ollama = Ollama(config.ollama, downloads, by_ollama)
         self.created = int(time.time())
-        self._models_dir = config.llama_cpp.models_dir
-        self._scanned_ns = -1
-        self._configured = {
-            name: SpawnedModel(pool, name, model) for name, model in config.models.items() if name not in by_ollama
-        }
-        self._found: dict[str, SpawnedModel] = {}
-        self._by_key: dict[str, SpawnedModel] = {}
-        for name, spawned in self._configured.items():
-            for key in (name, *spawned.model.aliases):
-                self._by_key[key.lower()] = spawned
 
-    async def resolve(self, name: object) -> Target:
+    async def resolve(self, name: object, *, pull: bool = True) -> Target:
         """The target for the `model` of a request; with one local model in all, none need be named.
+
+        With `pull`, a model that nobody has is looked for on the hub of an Ollama, once it is asked.
 
         Raises: BadRequest for a name that is no text, ModelNotFound.
         """
         if not isinstance(name, str) or not name:
             return self._unnamed(name)
         target = self._known(name) or await self._ask_around(name)
+        if target is None and pull and self.ollama is not None and self.ollama.may_pull(name):
+            return Target(self.ollama.model(name), name)
         if target is None:
             raise self._not_found(name)
         return target
 
     def _known(self, name: str) -> Target | None:
         """The target of that name as far as memory goes: a model of ours, one of a remote, `remote/model`."""
-        spawned = self.local(name)
+        spawned = self.local.get(name)
         if spawned is not None:
             return Target(spawned, spawned.name)
         for remote in self.remotes:
@@ -98,102 +98,88 @@ class Router:
             own = name.removeprefix(f"{remote.name}/")
             if own in remote.models:
                 return Target(remote, own)
-        return None
+        return self._of_ollama(self.ollama.known(name)) if self.ollama is not None else None
 
     async def _ask_around(self, name: str) -> Target | None:
-        """The same after asking the remotes what they have now, first the one that the name begins with."""
+        """The same after looking at the cache again, and asking all servers what they have now."""
+        if name.startswith(hub.PREFIXES):
+            await self.local.refresh(at_once=True)
+            if (spawned := self.local.get(name)) is not None:
+                return Target(spawned, spawned.name)
         for remote in sorted(self.remotes, key=lambda remote: not name.startswith(f"{remote.name}/")):
             for model in dict.fromkeys((name.removeprefix(f"{remote.name}/"), name)):
                 if await remote.find(model):
                     return Target(remote, model)
-        return None
+        return self._of_ollama(await self.ollama.find(name)) if self.ollama is not None else None
+
+    def _of_ollama(self, model: str | None) -> Target | None:
+        return Target(self.ollama.model(model), model) if self.ollama is not None and model is not None else None
 
     def _unnamed(self, name: object) -> Target:
         if name is not None and name != "":
             raise BadRequest("model must be a string", param="model")
-        ours = [*self._configured.values(), *self._scan().values()]
-        if len(ours) != 1 or self.remotes:
+        only = self.local.only_one
+        if only is None or self.remotes or self.ollama is not None:
             raise BadRequest("model is required", param="model")
-        return Target(ours[0], ours[0].name)
+        return Target(only, only.name)
 
     def _not_found(self, name: str) -> ModelNotFound:
         known = sorted(entry.id for entry in self.catalogue())
         more = f" and {len(known) - SHOWN_NAMES} more" if len(known) > SHOWN_NAMES else ""
         listing = f"known models: {', '.join(known[:SHOWN_NAMES])}{more}" if known else "no model is configured"
-        return ModelNotFound(f"model {name[:100]!r} not found; {listing}", param="model")
-
-    def local(self, name: str) -> SpawnedModel | None:
-        """The model we would run ourselves under this name. Case is ignored, and a `:latest` that is not configured."""
-        key = name.lower()
-        plain = key.removesuffix(":latest")
-        found = self._by_key.get(key) or self._by_key.get(plain)
-        if found is None and self._models_dir is not None:
-            files = self._scan()
-            found = files.get(key) or files.get(plain)
-        return found
+        return ModelNotFound(f"model {name[:100]!r} not found", hint=listing)
 
     def catalogue(self) -> list[Entry]:
         """Every model, from memory: no server is asked, so a dead one delays nobody."""
-        entries = [self._local_entry(spawned) for spawned in (*self._configured.values(), *self._scan().values())]
-        seen = {entry.id for entry in entries}
+        entries = [self._local_entry(spawned) for spawned in self.local.all()]
         for remote in self.remotes:
-            for model in remote.models:
-                if model not in seen:
-                    seen.add(model)
-                    entries.append(_remote_entry(remote, model))
-        return entries
+            entries += [_remote_entry(remote, model) for model in remote.models]
+        if self.ollama is not None:
+            entries += [self._ollama_entry(self.ollama, model) for model in self.ollama.models]
+        named: dict[str, Entry] = {}
+        for entry in entries:
+            named.setdefault(entry.id, entry)  # of two with the same name the first is the one served
+        return list(named.values())
 
     def entry(self, target: Target) -> Entry:
         """The line of one model."""
         if isinstance(target.backend, SpawnedModel):
             return self._local_entry(target.backend)
-        return _remote_entry(target.backend, target.model)
+        if isinstance(target.backend, Remote):
+            return _remote_entry(target.backend, target.model)
+        return self._ollama_entry(target.backend.ollama, target.model)
+
+    async def heard_of_all(self, limit_s: float) -> None:
+        """Return when every source of models has been heard of once since the start, or after `limit_s` seconds."""
+        asked = [remote.listed() for remote in self.remotes]
+        if self.ollama is not None:
+            asked.append(self.ollama.listed())
+        with suppress(TimeoutError):
+            async with asyncio.timeout(limit_s):
+                await asyncio.gather(self.local.refresh(), *asked)
 
     def start(self) -> None:
-        """Begin to learn what the remotes offer."""
+        """Begin to learn what the servers of others offer."""
         for remote in self.remotes:
             remote.begin_listing()
+        if self.ollama is not None:
+            self.ollama.start()
 
     async def close(self) -> None:
+        await self.downloads.close()
         for remote in self.remotes:
             await remote.close()
+        if self.ollama is not None:
+            await self.ollama.close()
 
     def _local_entry(self, spawned: SpawnedModel) -> Entry:
         state = self.pool.state(spawned.name)
         error = self.pool.failed(spawned.name) if state == "unloaded" else None
         return Entry(spawned.name, "llama.cpp", state, list(spawned.model.aliases), error)
 
-    def _scan(self) -> dict[str, SpawnedModel]:
-        """Models of `models_dir` by lower-case name; the folder is read again only when it has changed."""
-        if self._models_dir is None:
-            return {}
-        try:
-            changed_ns = self._models_dir.stat().st_mtime_ns
-            files = scan_models_dir(self._models_dir) if changed_ns != self._scanned_ns else None
-        except (OSError, ConfigError) as exc:
-            changed_ns, files = -2, {}
-            if self._scanned_ns != changed_ns:
-                logger.warning("models_dir cannot be read, its models are not offered: %s", exc)
-        self._scanned_ns = changed_ns
-        if files is not None:
-            self._found = {
-                name.lower(): self._found.get(name.lower()) or SpawnedModel(self.pool, name, model)
-                for name, model in files.items()
-                if name.lower() not in self._by_key
-            }
-        return self._found
+    def _ollama_entry(self, ollama: Ollama, model: str) -> Entry:
+        return Entry(model, "ollama", "loaded" if ollama.has_loaded(model) else "unloaded")
 
 
 def _remote_entry(remote: Remote, model: str) -> Entry:
     return Entry(model, remote.name, "loaded")
-
-
-def _ollama(config: OllamaConfig) -> RemoteConfig:
-    """An Ollama is reached through its OpenAI-compatible API."""
-    return RemoteConfig(
-        url=config.url,
-        models=config.models,
-        connect_timeout_s=config.connect_timeout_s,
-        first_byte_timeout_s=config.first_byte_timeout_s,
-        idle_timeout_s=config.idle_timeout_s,
-    )

@@ -19,8 +19,8 @@ from proxy import __version__
 from proxy.app import build_app
 from proxy.config import Config
 from proxy.frontier import Frontier
-from proxy.handlers import PROXY
 from proxy.ingress import FrontServer
+from proxy.shared import PROXY
 
 logger = logging.getLogger(__name__)
 

@@ -124,10 +124,15 @@ class Exchange:
         failure = await sink.take(upstream)
         if failure is None and self.epilogue is not None:
             self.timing.extra = await self.epilogue("".join(said), upstream.pool)
+        try:
+            last = writer.end() if failure is None else b""
+        except UpstreamFailed as exc:
+            failure = exc
         if failure is not None:
             logger.warning("stream broken off: %s", failure)
             stream.cut = self.face.dialect.cuts
-        sink.say(writer.end() if failure is None else writer.error(failure))
+            last = writer.error(failure)
+        sink.say(last)
         await patiently(self.http, stream.write_eof(), self.stall_s)
         return stream
 
@@ -149,11 +154,21 @@ class Exchange:
 
 
 async def question(backend: Backend, path: str, body: Json, *, slot: bool = False) -> Json:
-    """The JSON object that a small request brings.
+    """The JSON object that a small request brings. It is asked once more of a server that breaks off.
 
     Raises: UpstreamRefused with the server's words, UpstreamFailed.
     """
-    async with backend.open(Call("POST", path, orjson.dumps(body), JSON_HEADERS, slot)) as upstream:
+    call = Call("POST", path, orjson.dumps(body), JSON_HEADERS, slot)
+    try:
+        return await _question(backend, call)
+    except UpstreamFailed as exc:
+        if exc.status != 502:
+            raise
+    return await _question(backend, call)
+
+
+async def _question(backend: Backend, call: Call) -> Json:
+    async with backend.open(call) as upstream:
         if upstream.status != 200:
             raise await refusal(upstream)
         return understood(await upstream.read(ANSWER_LIMIT))

@@ -10,9 +10,12 @@ from dataclasses import dataclass
 import pytest
 
 from tests import harness
+from tests.gguf_fixture import tiny_models
 from tests.harness import Proxy, free_port, session_proxy
+from tests.stages import chain, recorded, served, stage
 from tests.toxic import RawUpstream, raw_upstream
 
+__all__ = ["chain", "recorded", "served", "stage", "tiny_models"]  # fixtures
 LOG_TAIL = 8000
 """Characters of a proxy's log shown for a failed test."""
 

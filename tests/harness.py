@@ -30,7 +30,8 @@ ORPHAN_S = 1.0
 LOG_BYTES = 1024 * 1024
 POLL_S = 0.005
 _LISTENING = re.compile(r"listening on http://(\S+):(\d+)")
-_OURS = ("LSP_", "OLLAMA_PROXY_", "AIP_", "LLAMA_", "FAKE_")
+_OURS = ("LSP_", "OLLAMA_PROXY_", "AIP_", "LLAMA_", "FAKE_", "HF_", "HUGGINGFACE_")
+_EMPTY_CACHE = tempfile.TemporaryDirectory(prefix="lsp-hf-", ignore_cleanup_errors=True)
 _NEVER = ("Traceback", "unhandled error", "was destroyed but it is pending", "was never retrieved", "never awaited")
 """What the log of a healthy proxy never holds."""
 
@@ -61,10 +62,11 @@ async def until(
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """This process's environment without anything that would configure a proxy, plus `extra`."""
+    """This process's environment without anything that would configure a proxy, with an empty Hugging Face cache, plus
+    `extra`."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(_OURS) and not k.lower().endswith("_proxy")}
     path = os.pathsep.join(filter(None, (str(ROOT), kept.get("PYTHONPATH"))))
-    return kept | {"PYTHONPATH": path} | dict(extra or {})
+    return kept | {"PYTHONPATH": path, "HF_HOME": _EMPTY_CACHE.name} | dict(extra or {})
 
 
 class Proxy:

@@ -21,11 +21,11 @@ LAYERS: list[set[str]] = [
     {"proxy", "proxy.errors", "proxy.framing", "proxy.chat", "proxy.log"},
     {"proxy.config", "proxy.dialects", "proxy.headers"},
     {"backends", "agents"},
-    {"proxy.ingress", "proxy.body", "proxy.chain", "proxy.router"},
+    {"proxy.ingress", "proxy.body", "proxy.cards", "proxy.chain", "proxy.local_models", "proxy.router"},
     {"proxy.relay", "proxy.shared", "proxy.translate", "proxy.embeddings"},
     {"proxy.ollama_chat", "proxy.ollama_models", "proxy.handlers", "proxy.admin", "proxy.frontier"},
     {"proxy.app", "proxy.serve"},
-    {"proxy.cli_config", "proxy.simulate"},
+    {"proxy.cli_config", "proxy.cli_pull", "proxy.simulate"},
     {"proxy.__main__"},
 ]
 """Low to high. A module imports from its own layer, without going round in circles, and from lower ones. A name stands

@@ -79,11 +79,8 @@ def test_json_with_comments_loads_whatever_the_file_is_called(tmp_path: Path, te
 
 def test_readme_of_the_first_seed_means_what_it_said(tmp_path: Path) -> None:
     config = load(tmp_path, README_OF_FIRST_SEED, name="config.json")
-    assert (config.backend, config.ollama.url, config.ollama.models) == (
-        "ollama",
-        "http://localhost:11434",
-        ["one", "two:7b"],
-    )
+    assert (config.backend, config.ollama.urls) == ("ollama", ["http://localhost:11434"])
+    assert config.ollama.models == ["one", "two:7b"]
     assert (config.server_pool.host, config.server_pool.ports) == ("127.0.0.1", range(8001, 8101))
     assert config.models["big"].repo == "org/Big-7B-GGUF"
     assert config.backend_of("big") == "llama.cpp"
@@ -105,7 +102,7 @@ def test_config_of_the_first_seed_means_what_it_said(tmp_path: Path) -> None:
 def test_config_of_the_second_seed_means_what_it_said(tmp_path: Path) -> None:
     config = load(tmp_path, CONFIG_OF_SECOND_SEED, name="config.json")
     assert (config.server.host, config.server.port) == ("0.0.0.0", 11556)
-    assert config.ollama.url == "http://localhost:11434"
+    assert config.ollama.urls == ["http://localhost:11434"]
     assert config.agents_dirs == [tmp_path / "src/plugins"]
     assert len(config.warnings) == 9
 
@@ -136,6 +133,7 @@ def test_examples_in_the_shipped_config_are_valid_too(tmp_path: Path) -> None:
     assert {"qwen3", "mine"} < set(config.models)
     assert (config.server_pool.keep_alive, config.models["qwen3"].keep_alive) == (300, 3600)
     assert (config.models["smollm2"].pinned, set(config.remotes)) == (True, {"vllm"})
+    assert (len(config.ollama.urls), config.ollama.pull, config.llama_cpp.hf_cache) == (2, "never", False)
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "{}", "server:\nmodels:\n"])
@@ -205,14 +203,27 @@ def test_a_bare_server_name_is_left_to_path(tmp_path: Path, server: str) -> None
         ("localhost", None, "http://localhost:11434"),
         ("http://localhost", 11434, "http://localhost:11434"),
         ("http://box:1234/", None, "http://box:1234"),
-        ("http://box:1234", 99, "http://box:99"),
+        ("box", 99, "http://box:99"),
+        ("http://box:1234", 99, "http://box:1234"),
+        ("https://box.example", 99, "https://box.example:99"),
         ("https://box.example/ollama/", None, "https://box.example:443/ollama"),
         ("0.0.0.0:7", None, "http://0.0.0.0:7"),
         ("::1", None, "http://[::1]:11434"),
     ],
 )
 def test_ollama_host_may_be_a_name_an_address_or_a_url(tmp_path: Path, host: str, port: int | None, url: str) -> None:
-    assert load(tmp_path, json.dumps({"ollama": {"host": host, "port": port}})).ollama.url == url
+    assert load(tmp_path, json.dumps({"ollama": {"host": host, "port": port}})).ollama.urls == [url]
+
+
+@pytest.mark.parametrize("host", ["a, http://b:1/, ::1,a", ["a", "http://b:1", "::1", "http://a:11434"]])
+def test_several_ollama_hosts_may_be_one_text_or_a_list(tmp_path: Path, host: str | list[str]) -> None:
+    config = load(tmp_path, json.dumps({"ollama": {"host": host}}))
+    assert config.ollama.urls == ["http://a:11434", "http://b:1", "http://[::1]:11434"]
+
+
+def test_ollama_is_on_this_machine_and_may_pull_unless_told_otherwise() -> None:
+    ollama = Config().ollama
+    assert (ollama.urls, ollama.models, ollama.pull, ollama.api_key) == (["http://127.0.0.1:11434"], None, "auto", None)
 
 
 @pytest.mark.parametrize(
@@ -248,6 +259,12 @@ def test_a_model_of_backend_ollama_needs_no_source(tmp_path: Path) -> None:
         "b": "llama.cpp",
         "c": "llama.cpp",
     }
+
+
+def test_a_model_of_backend_ollama_has_its_name_aliases_and_a_context_size(tmp_path: Path) -> None:
+    config = load(tmp_path, 'models: {"qwen3:8b": {backend: ollama, aliases: [fast], ctx: 8192}}')
+    model = config.models["qwen3:8b"]
+    assert (config.backend_of("qwen3:8b"), model.aliases, model.ctx) == ("ollama", ["fast"], 8192)
 
 
 def test_check_reports_problems_and_remarks_and_exits_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -133,8 +133,10 @@ def test_an_unset_variable_is_one_problem(tmp_path: Path) -> None:
         ("LSP_REMOTES__R__API_KEY", "0x1f", lambda c: c.remotes["r"].api_key.get_secret_value() == "0x1f"),
         ("LSP_OWNER", "anything", lambda c: True),
         ("LSP_CONFIG", "anything", lambda c: True),
-        ("OLLAMA_PROXY_OLLAMA_HOST", "http://box", lambda c: c.ollama.url == "http://box:1"),
-        ("OLLAMA_PROXY_OLLAMA_PORT", "2", lambda c: c.ollama.url == "http://file:2"),
+        ("OLLAMA_PROXY_OLLAMA_HOST", "http://box", lambda c: c.ollama.urls == ["http://box:1"]),
+        ("OLLAMA_PROXY_OLLAMA_PORT", "2", lambda c: c.ollama.urls == ["http://file:2"]),
+        ("LSP_OLLAMA__HOST", "a,b:2", lambda c: c.ollama.urls == ["http://a:1", "http://b:2"]),
+        ("LSP_OLLAMA__HOST", '["a", "b"]', lambda c: c.ollama.host == ["a", "b"]),
         ("OLLAMA_PROXY_PLUGINS_DIR", "/p", lambda c: c.agents_dirs == [Path("/file"), Path("/p")]),
         ("OLLAMA_PROXY_DATABASE_TYPE", "sqlite", lambda c: True),
     ],
@@ -185,4 +187,4 @@ def test_a_problem_of_the_file_goes_with_the_value_that_replaces_it(tmp_path: Pa
 
 def test_lsp_variables_win_over_those_of_the_second_seed(tmp_path: Path) -> None:
     env = {"OLLAMA_PROXY_OLLAMA_HOST": "old", "LSP_OLLAMA__HOST": "new"}
-    assert load(tmp_path, "", env).ollama.url == "http://new:11434"
+    assert load(tmp_path, "", env).ollama.urls == ["http://new:11434"]

@@ -1,4 +1,6 @@
-"""Where a GGUF file comes from, on real files, an installed package and a Hugging Face cache laid out on disk."""
+"""Where a GGUF file is: real files, an installed package, a folder; and what the names of files mean.
+
+The Hugging Face cache has a file of its own (`test_hub_cache`)."""
 
 from __future__ import annotations
 
@@ -9,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from backends.models import choose, resolve, scan_models_dir
+from backends.filenames import choose, quantisation
+from backends.models import locate, resolve, scan_models_dir
 from proxy.config import ModelConfig
-from proxy.errors import ConfigError, StartFailed
+from proxy.errors import ConfigError, ModelNotFound, StartFailed
 
 
 def gguf(path: Path) -> Path:
@@ -23,6 +26,7 @@ def gguf(path: Path) -> Path:
 def refusal(model: ModelConfig) -> str:
     with pytest.raises(StartFailed) as failed:
         resolve("m", model)
+    assert locate("m", model) is None
     return failed.value.message
 
 
@@ -52,7 +56,7 @@ def test_a_split_model_needs_all_its_parts(tmp_path: Path) -> None:
     first = gguf(tmp_path / "m-00001-of-00002.gguf")
     assert refusal(ModelConfig(path=first)).endswith("no such file: " + str(tmp_path / "m-00002-of-00002.gguf"))
     gguf(tmp_path / "m-00002-of-00002.gguf")
-    assert resolve("m", ModelConfig(path=first)) == first
+    assert resolve("m", ModelConfig(path=first)) == first == locate("m", ModelConfig(path=first))
 
 
 def test_a_package_is_found_but_never_imported() -> None:
@@ -75,55 +79,61 @@ def test_a_missing_package_or_file_says_what_to_install() -> None:
     ("variant", "chosen"),
     [
         ("m-Q4_K_M.gguf", ["m-Q4_K_M.gguf"]),
+        ("m-Q4_K_M", ["m-Q4_K_M.gguf"]),
         ("Q4_K_M", ["m-Q4_K_M.gguf"]),
+        ("ud-q4_k_m", ["m-UD-Q4_K_M.gguf"]),
         ("q8_0", ["m-Q8_0-00001-of-00002.gguf", "m-Q8_0-00002-of-00002.gguf"]),
         ("m-Q8_0.gguf", ["m-Q8_0-00001-of-00002.gguf", "m-Q8_0-00002-of-00002.gguf"]),
-        ("*F16*", ["full/m-F16.gguf"]),
+        ("m-Q8_0-00002-of-00002.gguf", ["m-Q8_0-00001-of-00002.gguf", "m-Q8_0-00002-of-00002.gguf"]),
+        ("*Q8_0-00001-of-00002.gguf", ["m-Q8_0-00001-of-00002.gguf", "m-Q8_0-00002-of-00002.gguf"]),
+        ("f16", ["full/m-F16.gguf"]),
+        ("*/m-F16*", ["full/m-F16.gguf"]),
         ("full/m-F16.gguf", ["full/m-F16.gguf"]),
+        ("m-f16.gguf", ["full/m-F16.gguf"]),
+        ("*bf16.gguf", ["m-BF16.gguf"]),
+        ("imat", ["m-Q2_K-imat.gguf"]),
     ],
 )
 def test_a_variant_is_a_file_a_glob_or_a_quantisation(variant: str, chosen: list[str]) -> None:
-    files = ["README.md", "m-Q4_K_M.gguf", "m-Q8_0-00002-of-00002.gguf", "m-Q8_0-00001-of-00002.gguf"]
-    assert choose("m", [*files, "full/m-F16.gguf", "mmproj-m-F16.gguf"], variant) == chosen
+    files = ["README.md", "m-Q4_K_M.gguf", "m-UD-Q4_K_M.gguf", "m-Q8_0-00002-of-00002.gguf", "m-BF16.gguf"]
+    files += ["m-Q8_0-00001-of-00002.gguf", "full/m-F16.gguf", "mmproj-m-F16.gguf", "m-Q2_K-imat.gguf"]
+    assert choose("here", files, variant) == chosen
 
 
 @pytest.mark.parametrize(
     ("files", "variant", "message"),
     [
-        (["a-Q4_0.gguf", "a-Q8_0.gguf"], "Q5_0", "no file fits variant 'Q5_0': a-Q4_0.gguf, a-Q8_0.gguf"),
-        (["a-Q4_0.gguf", "b-Q4_0.gguf"], "Q4_0", "several files fit variant 'Q4_0': a-Q4_0.gguf, b-Q4_0.gguf"),
-        (["a.safetensors"], "Q4_0", "no file fits variant 'Q4_0': it holds no GGUF files"),
-        (["a-00001-of-00003.gguf"], "a.gguf", "only 1 of 3 parts of a.gguf are there"),
+        (["a-Q4_0.gguf", "a-Q8_0.gguf"], "Q5_0", "no file fits variant 'Q5_0'; a-Q4_0.gguf, a-Q8_0.gguf"),
+        (["a-Q4_0.gguf", "b-Q4_0.gguf"], "Q4_0", "several files fit variant 'Q4_0'; a-Q4_0.gguf, b-Q4_0.gguf"),
+        (["a-Q4_K_M.gguf", "a-Q4_K_S.gguf"], "Q4_K", "several files fit variant 'Q4_K'; a-Q4_K_M.gguf, a-Q4_K_S.gguf"),
+        (["a.safetensors"], "Q4_0", "no file fits variant 'Q4_0'; it holds no GGUF files"),
+        (["a-00001-of-00003.gguf"], "a.gguf", "a.gguf has 3 parts, only 1 are there"),
+        (["a-00001-of-00003.gguf", "a-00003-of-00003.gguf"], "a", "a.gguf has 3 parts, only 2 are there"),
     ],
 )
 def test_an_unclear_variant_names_the_candidates(files: list[str], variant: str, message: str) -> None:
-    with pytest.raises(StartFailed) as failed:
-        choose("m", files, variant)
-    assert failed.value.message == f"Model 'm': {message}"
+    with pytest.raises(ModelNotFound) as failed:
+        choose("here", files, variant)
+    assert failed.value.message == f"here: {message}"
 
 
-def hub(cache: Path, variant: str) -> subprocess.CompletedProcess[str]:
-    """Resolves `org/repo` in a process of its own: the hub reads its environment when it is imported."""
-    script = (
-        "import sys; from backends.models import resolve; from proxy.config import ModelConfig\n"
-        "from proxy.errors import StartFailed\n"
-        "try: print(resolve('m', ModelConfig(repo='org/repo', variant=sys.argv[1])))\n"
-        "except StartFailed as error: print(error.message)"
-    )
-    environ = {**os.environ, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", script, variant], env=environ, capture_output=True, text=True, timeout=60, check=True
-    )
-
-
-def test_a_repository_in_the_local_cache_needs_no_network(tmp_path: Path) -> None:
-    pytest.importorskip("huggingface_hub", reason="the Hugging Face client is not installed")
-    repo = tmp_path / "models--org--repo"
-    file = gguf(repo / "snapshots" / "c0ffee" / "m-Q4_K_M.gguf")
-    (repo / "refs").mkdir()
-    (repo / "refs" / "main").write_text("c0ffee")
-    assert hub(tmp_path, "Q4_K_M").stdout.strip() == str(file)
-    assert "cannot get org/repo from Hugging Face" in hub(tmp_path, "Q8_0").stdout
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        ("SmolLM2-135M-Instruct.Q4_1.gguf", "Q4_1"),
+        ("llama_2_7b_q4_k_m.gguf", "Q4_K_M"),
+        ("q8/big-UD-Q8_K_XL-00001-of-00003.gguf", "UD-Q8_K_XL"),
+        ("m-IQ2_XXS.gguf", "IQ2_XXS"),
+        ("gpt-oss-20b-MXFP4.gguf", "MXFP4"),
+        ("m-BF16.gguf", "BF16"),
+        ("m-TQ1_0.gguf", "TQ1_0"),
+        ("Qwen3-8B-Q6_K.gguf", "Q6_K"),
+        ("Qwen3-8B.gguf", None),
+        ("plain.gguf", None),
+    ],
+)
+def test_the_quantisation_is_read_from_the_file_name(file: str, expected: str | None) -> None:
+    assert quantisation(file) == expected
 
 
 def test_models_dir_offers_files_by_stem(tmp_path: Path) -> None:

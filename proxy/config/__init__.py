@@ -22,8 +22,10 @@ from proxy.config.schema import (
     RemoteConfig,
     Section,
     ServerConfig,
+    UpstreamConfig,
     schema_json,
 )
+from proxy.config.shapes import checked_name
 
 __all__ = [
     "AgentConfig",
@@ -39,6 +41,8 @@ __all__ = [
     "Seconds",
     "Section",
     "ServerConfig",
+    "UpstreamConfig",
+    "checked_name",
     "load_config",
     "parse_duration",
     "read_config",

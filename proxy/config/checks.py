@@ -78,6 +78,8 @@ def _source_problems(config: Config, name: str, model: ModelConfig) -> Iterator[
     if config.backend_of(name) == "ollama":
         if model.has_source:
             yield "a model of backend ollama has no path, package or repo: Ollama knows it by its name"
+        if model.ctx == 0:
+            yield "ctx 0 says nothing to Ollama; give a number of tokens, or leave it out"
         return
     if model.file is not None and model.package is None:
         yield "file needs package, the installed package that holds it"

@@ -126,7 +126,8 @@ class ModelConfig(Section):
     ctx: int | None = Field(
         default=None,
         ge=0,
-        description="Context size in tokens over all slots (-c); 0 is what the model was trained with.",
+        description="Context size in tokens. With llama.cpp over all slots (-c), and 0 is what the model was trained "
+        "with; with Ollama the num_ctx of every request, whatever its client asked for.",
     )
     parallel: int | None = Field(default=None, ge=1, description="Requests answered at the same time (-np).")
     keep_alive: Duration | None = Field(
@@ -159,40 +160,16 @@ class LlamaCppConfig(Section):
     models_dir: Path | None = Field(
         default=None, description="Folder whose *.gguf files are offered, each by its name without the ending."
     )
+    hf_cache: bool = Field(
+        default=True,
+        description="Offer every GGUF model of the local Hugging Face cache, as hf.co/org/repo:VARIANT.",
+    )
 
 
-class RemoteConfig(Section):
-    """An OpenAI-compatible server somewhere else that requests are forwarded to."""
+class UpstreamConfig(Section):
+    """What the settings of all servers that somebody else runs have in common."""
 
-    url: str = Field(description="Its base URL, http or https, with or without the final /v1.")
     api_key: SecretStr | None = Field(default=None, description="Key sent to it as `Authorization: Bearer`.")
-    models: Annotated[list[str], BeforeValidator(shapes.comma_list)] | None = Field(
-        default=None, description="Model names it serves; by default what its /v1/models lists."
-    )
-    connect_timeout_s: Seconds = Field(default=5.0, gt=0, description="Seconds to wait for a connection.")
-    first_byte_timeout_s: Seconds = Field(
-        default=600.0, gt=0, description="Seconds it may take to send the first byte of its answer."
-    )
-    idle_timeout_s: Seconds = Field(
-        default=120.0, gt=0, description="Seconds it may be silent in the middle of its answer."
-    )
-
-    @field_validator("url")
-    @classmethod
-    def _http_url(cls, url: str) -> str:
-        return re.sub(r"/v1$", "", shapes.http_url(url))
-
-    @field_validator("api_key", mode="before")
-    @classmethod
-    def _text_only(cls, key: object) -> object:
-        return shapes.quoted(key)
-
-
-class OllamaConfig(Section):
-    """The Ollama server that models of backend `ollama` are asked from."""
-
-    host: str = Field(default="127.0.0.1", description="Its host name or URL, with or without the port.")
-    port: Port | None = Field(default=None, description="Its port, in place of the one in `host`; by default 11434.")
     models: Annotated[list[str], BeforeValidator(shapes.comma_list)] | None = Field(
         default=None, description="Model names it serves; by default all that it lists."
     )
@@ -204,19 +181,48 @@ class OllamaConfig(Section):
         default=120.0, gt=0, description="Seconds it may be silent in the middle of its answer."
     )
 
-    @field_validator("host")
+    @field_validator("api_key", mode="before")
     @classmethod
-    def _usable_host(cls, host: str) -> str:
-        shapes.http_url(shapes.with_scheme(host))
-        return host
+    def _text_only(cls, key: object) -> object:
+        return shapes.quoted(key)
+
+
+class RemoteConfig(UpstreamConfig):
+    """An OpenAI-compatible server somewhere else that requests are forwarded to."""
+
+    url: str = Field(description="Its base URL, http or https, with or without the final /v1.")
+
+    @field_validator("url")
+    @classmethod
+    def _http_url(cls, url: str) -> str:
+        return re.sub(r"/v1$", "", shapes.http_url(url))
+
+
+class OllamaConfig(UpstreamConfig):
+    """The Ollama servers (hosts) that models of backend `ollama` are asked from, and that offer theirs."""
+
+    host: shapes.Hosts = Field(
+        default=["127.0.0.1"],
+        min_length=1,
+        description="One host or several, as a list or separated by commas; each a name, an address or a URL, with or "
+        "without the port.",
+    )
+    port: Port | None = Field(default=None, description="Port of the hosts that name none, in place of 11434.")
+    pull: Literal["auto", "never"] = Field(
+        default="auto",
+        description="What to do about a model that no host has: auto pulls it when it is first asked for, never "
+        "answers status 404.",
+    )
 
     @property
-    def url(self) -> str:
-        """Its base URL with scheme and port, without a trailing slash."""
-        parts = urlsplit(shapes.http_url(shapes.with_scheme(self.host)))
-        default = 443 if parts.scheme == "https" else 11434
-        name = parts.hostname or ""
-        return f"{parts.scheme}://{shapes.bracketed(name)}:{self.port or parts.port or default}{parts.path}"
+    def urls(self) -> list[str]:
+        """The base URL of each host, with scheme and port, without a trailing slash; each one once."""
+        return list(dict.fromkeys(map(self._url, self.host)))
+
+    def _url(self, host: str) -> str:
+        parts = urlsplit(shapes.http_url(shapes.with_scheme(host)))
+        port = parts.port or self.port or (443 if parts.scheme == "https" else 11434)
+        return f"{parts.scheme}://{shapes.bracketed(parts.hostname or '')}:{port}{parts.path}"
 
 
 class AgentConfig(Section):
@@ -239,7 +245,7 @@ class Config(Section):
     remotes: dict[shapes.Name, RemoteConfig] = Field(
         default_factory=dict, description="OpenAI-compatible servers to forward to, by a name of your choice."
     )
-    ollama: OllamaConfig = Field(default_factory=OllamaConfig, description="The Ollama server to forward to.")
+    ollama: OllamaConfig = Field(default_factory=OllamaConfig, description="The Ollama servers to forward to.")
     agents: shapes.Entries[AgentConfig] = Field(
         default_factory=list, description="Agents in the order in which they see a request."
     )

@@ -109,11 +109,22 @@ def http_url(url: str) -> str:
     return url.rstrip("/")
 
 
+def ollama_host(host: str) -> str:
+    """A host's name, address or URL, as it was written."""
+    http_url(with_scheme(host))
+    return host
+
+
 Name = Annotated[str, BeforeValidator(quoted), AfterValidator(checked_name)]
 Args = Annotated[
     list[str],
     BeforeValidator(split_args),
     WithJsonSchema({"type": "array", "items": {"type": ["string", "number"]}}),
+]
+Hosts = Annotated[
+    list[Annotated[str, AfterValidator(ollama_host)]],
+    BeforeValidator(comma_list),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
 ]
 Entries = Annotated[
     list[_ITEM],

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import orjson
 
-from proxy.errors import ProxyError
+from proxy.errors import ModelNotFound, ProxyError
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ ANTHROPIC = Dialect(
 
 
 def _ollama_error(exc: ProxyError) -> bytes:
-    return orjson.dumps({"error": exc.message})
+    return orjson.dumps({"error": exc.brief if isinstance(exc, ModelNotFound) else exc.message})
 
 
 OLLAMA = Dialect(

@@ -32,7 +32,10 @@ class Reader(Protocol):
 
 
 class Writer(Protocol):
-    """Writes one answer to a client: either the bytes of a stream, or those of one whole body."""
+    """Writes one answer to a client: either the bytes of a stream, or those of one whole body.
+
+    Raises: UpstreamFailed, from any method but `error`, for what the client's API has no form for.
+    """
 
     content_type: str
     """Of the stream; a whole body is `application/json`."""

@@ -66,7 +66,7 @@ class ChatWriter:
         if "usage" in written:
             self._usage["usage"] = written.pop("usage")
         if not written.get("choices"):
-            self._usage.update({key: value for key, value in written.items() if key not in self._own})
+            self._usage |= written
             return b""
         return _event(self._shaped(written))
 

@@ -18,7 +18,7 @@ def first_tokens(job: Job) -> dict[str, float]:
 
     Raises: `BrokenRun` when an answer is not, byte for byte, what the stub sent.
     """
-    request = job.request(tokens=TOKENS)
+    request = job.stream_request(TOKENS)
     with socket.create_connection(("127.0.0.1", job.port), timeout=job.timeout_s) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for _ in range(job.each // 10):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from tests.bench import wire
+from tests.bench import apis, wire
 from tests.bench.process import cpu_ns
 
 
@@ -13,12 +13,13 @@ from tests.bench.process import cpu_ns
 class Job:
     """One measurement: where to, how much, and whose CPU time counts.
 
+    `api` is the API in which streams are asked for (`tests.bench.apis`), `model` a model of the stub's.
     `count` is the number of streams or connections at once; `each` the tokens of each stream, or for the other kinds
     the requests in all; `interval_ms` the time between two tokens of a stream.
     """
 
     port: int
-    path: str
+    api: str
     model: str
     pids: list[int]
     count: int
@@ -26,8 +27,8 @@ class Job:
     interval_ms: float
     timeout_s: float
 
-    def request(self, *, tokens: int = 0) -> bytes:
-        return wire.chat_request(path=self.path, model=self.model, tokens=tokens, interval_ms=self.interval_ms)
+    def stream_request(self, tokens: int) -> bytes:
+        return apis.stream_request(self.api, self.model, tokens, self.interval_ms)
 
 
 class Window:

@@ -1,8 +1,8 @@
 """The load generator: `python -m tests.bench.load KIND JSON` drives one target once and prints one JSON object.
 
 It reads the clocks of the measured processes itself, at the edges of a window in which every connection is up and
-busy, so that neither its own start nor the first and last requests count. Every byte that arrives is kept and
-compared with what the stub sent. On a broken run it prints the reason to standard error and ends with code 1.
+busy, so that neither its own start nor the first and last requests count. Everything that arrives is kept and compared
+with what the stub sent. On a broken run it prints the reason to standard error and ends with code 1.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TypeVar, cast
 
 import uvloop
 
-from tests.bench import wire
+from tests.bench import apis, wire
 from tests.bench.firsts import first_tokens
 from tests.bench.job import Job, Window
 
@@ -42,7 +42,7 @@ class Client(asyncio.Protocol):
 
 
 class StreamClient(Client):
-    """Takes one streamed answer; counting frames is all it does while the window is open."""
+    """Takes one streamed answer; counting tokens is all it does while the window is open."""
 
     def __init__(self, run: StreamRun) -> None:
         super().__init__()
@@ -53,9 +53,9 @@ class StreamClient(Client):
     def data_received(self, data: bytes) -> None:
         if not self.parts and not data.startswith(wire.OK):
             self.fail(wire.BrokenRun(f"expected status 200, got {data[:400]!r}"))
-        split_frame = self.last == b"\n" and data.startswith(b"\n")
-        self.run.arrived(data.count(b"\n\n") + split_frame, is_first=not self.parts)
-        self.last = data[-1:]
+        seen = self.last + data  # the mark may straddle two pieces
+        self.run.arrived(seen.count(wire.TOKEN_MARK), is_first=not self.parts)
+        self.last = seen[1 - len(wire.TOKEN_MARK) :]
         self.parts.append(data)
         if self._ends(data):
             self.run.one_ended()
@@ -72,25 +72,26 @@ class StreamRun:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.window = Window(job.pids)
-        self.frames = self.begun = 0
+        self.tokens = self.begun = 0
 
-    def arrived(self, frames: int, *, is_first: bool) -> None:
-        self.frames += frames
+    def arrived(self, tokens: int, *, is_first: bool) -> None:
+        self.tokens += tokens
         self.begun += is_first
         if is_first and self.begun == self.job.count:
-            self.window.open(self.frames)
+            self.window.open(self.tokens)
 
     def one_ended(self) -> None:
-        self.window.close(self.frames)
+        self.window.close(self.tokens)
 
     async def __call__(self) -> dict[str, float]:
-        clients = await connect(self.job.port, [StreamClient(self) for _ in range(self.job.count)])
-        request = self.job.request(tokens=self.job.each)
+        job = self.job
+        clients = await connect(job.port, [StreamClient(self) for _ in range(job.count)])
+        request = job.stream_request(job.each)
         for client in clients:
             client.transport.write(request)
-        await all_finished(clients, self.job.timeout_s, lambda: f"{self.frames} frames arrived")
+        await all_finished(clients, job.timeout_s, lambda: f"{self.tokens} tokens arrived")
         for client in clients:
-            wire.check_body(b"".join(client.parts), wire.stream_body(self.job.each))
+            apis.check_stream(b"".join(client.parts), job.api, job.model, job.each)
         return self.window.result()
 
 
@@ -130,7 +131,7 @@ class PlainRun:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.request = job.request()
+        self.request = wire.plain_request()
         self.window = Window(job.pids)
         self.edge = job.each // 10
         self.taken = self.answered = 0

@@ -22,11 +22,13 @@ SETTLE_S = 0.5
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything; `tokens` at one each `interval_ms` bounds the time of a streaming round."""
+    """How much of everything; `tokens` at one each `interval_ms` bounds the time of a streaming round. Streams between
+    two APIs are shorter, `crossed_tokens`, as every round has several of them."""
 
     rounds: int = 16
     streams: int = 64
     tokens: int = 200
+    crossed_tokens: int = 80
     interval_ms: float = 10
     connections: int = 32
     requests: int = 6000
@@ -34,7 +36,7 @@ class Sizes:
     starts: int = 5
 
 
-QUICK = Sizes(rounds=1, streams=8, tokens=20, connections=4, requests=100, firsts=10, starts=1)
+QUICK = Sizes(rounds=1, streams=8, tokens=20, crossed_tokens=20, connections=4, requests=100, firsts=10, starts=1)
 """Enough to see that everything works; its figures mean nothing."""
 
 
@@ -63,8 +65,8 @@ def measure(targets: Sequence[Target], sizes: Sizes, cores: process.Cores, say: 
             stack.callback(target.stop)
         say(f"starting {', '.join(measured)}")
         start(targets, sizes.starts, stub_port, cores, measured)
-        for target in targets:
-            for kind in KINDS:
+        for kind in KINDS:
+            for target in able(targets, kind):
                 drive(target, kind, QUICK, cores)
         for number in range(sizes.rounds):
             say(f"round {number + 1} of {sizes.rounds}")
@@ -106,17 +108,44 @@ def start(
 
 def one_round(targets: Sequence[Target], sizes: Sizes, cores: process.Cores, measured: dict[str, Measured]) -> None:
     for kind in KINDS:
-        for target in targets:
+        for target in able(targets, kind):
             result = drive(target, kind, sizes, cores)
             measured[target.name].rounds.setdefault(kind, []).append(result)
 
 
-KINDS: dict[str, Callable[[Sizes], dict[str, float]]] = {
-    "stream": lambda s: {"count": s.streams, "each": s.tokens, "interval_ms": s.interval_ms},
-    "plain": lambda s: {"count": s.connections, "each": s.requests, "interval_ms": 0},
-    "first": lambda s: {"count": 1, "each": s.firsts, "interval_ms": 1},
+def able(targets: Sequence[Target], kind: str) -> list[Target]:
+    """Those of `targets` that can take this kind of load."""
+    return [target for target in targets if target.translates or kind not in CROSSINGS]
+
+
+@dataclass(frozen=True)
+class Load:
+    """One kind of load: the `driver` of `tests.bench.load`, the part of its `Job` that the sizes decide (`count`,
+    `each`, `interval_ms`), and the API and the model it asks for."""
+
+    driver: str
+    amount: Callable[[Sizes], tuple[int, int, float]]
+    api: str = "openai"
+    model: str = wire.MODEL
+
+
+def _crossed(client: str, model: str) -> Load:
+    return Load("stream", lambda s: (s.streams, s.crossed_tokens, s.interval_ms), client, model)
+
+
+CROSSINGS = {
+    "ollama_to_openai": _crossed("ollama", wire.MODEL),
+    "openai_to_ollama": _crossed("openai", wire.OLLAMA_MODEL),
+    "anthropic_to_ollama": _crossed("anthropic", wire.OLLAMA_MODEL),
+    "ollama_to_ollama": _crossed("ollama", wire.OLLAMA_MODEL),
 }
-"""Kinds of load, with the part of a `Job` that the sizes decide."""
+"""Streams from clients of one API to a server of another, and between Ollama's own; named client to server."""
+KINDS = {
+    "stream": Load("stream", lambda s: (s.streams, s.tokens, s.interval_ms)),
+    **CROSSINGS,  # next to the streams that they are compared with
+    "plain": Load("plain", lambda s: (s.connections, s.requests, 0)),
+    "first": Load("first", lambda s: (1, s.firsts, 1)),
+}
 
 
 def drive(target: Target, kind: str, sizes: Sizes, cores: process.Cores) -> dict[str, float]:
@@ -124,13 +153,14 @@ def drive(target: Target, kind: str, sizes: Sizes, cores: process.Cores) -> dict
 
     Raises: `wire.BrokenRun` with its reason when it failed.
     """
-    amount = KINDS[kind](sizes)
+    load = KINDS[kind]
+    count, each, interval_ms = load.amount(sizes)
     timeout_s = 30.0 + 3 * sizes.tokens * sizes.interval_ms / 1000
     job = Job(
-        port=target.port, path=target.path, model=target.model, pids=target.pids, timeout_s=timeout_s,
-        count=int(amount["count"]), each=int(amount["each"]), interval_ms=amount["interval_ms"],
+        port=target.port, api=load.api, model=load.model, pids=target.pids, timeout_s=timeout_s,
+        count=count, each=each, interval_ms=interval_ms,
     )  # fmt: skip
-    argv = [sys.executable, "-m", "tests.bench.load", kind, json.dumps(asdict(job))]
+    argv = [sys.executable, "-m", "tests.bench.load", load.driver, json.dumps(asdict(job))]
     with process.on_cores(cores.load):
         done = subprocess.run(
             argv, cwd=process.ROOT, env=process.environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True,
@@ -138,6 +168,6 @@ def drive(target: Target, kind: str, sizes: Sizes, cores: process.Cores) -> dict
         )  # fmt: skip
     if done.returncode:
         target.check_alive()
-        raise wire.BrokenRun(f"{target.name}, {done.stderr[-2000:].strip()}; it said: {target.log()[-2000:]}")
+        raise wire.BrokenRun(f"{target.name}, {kind}, {done.stderr[-2000:].strip()}; it said: {target.log()[-2000:]}")
     result: dict[str, float] = json.loads(done.stdout)
     return result

@@ -12,7 +12,7 @@ from importlib.metadata import version
 
 from tests.bench.measure import Measured, Sizes
 from tests.bench.process import Cores
-from tests.bench.summary import METRICS, Summary, Verdict
+from tests.bench.summary import CROSSED, METRICS, TOKEN, Summary, Verdict
 
 COMPARED_TO = ("nginx", "direct")
 
@@ -39,11 +39,11 @@ def text(measured: Mapping[str, Measured], sizes: Sizes, cores: Cores) -> str:
     conditions = (
         f"{using}; {os.cpu_count()} cores; {cores}.\n"
         f"Medians over rounds: {sizes.rounds}; in each {sizes.streams} streams of {sizes.tokens} tokens, one every "
-        f"{sizes.interval_ms:g} ms; {sizes.requests} plain requests on {sizes.connections} connections; "
-        f"{sizes.firsts} streamed requests one by one. Starts: {sizes.starts}. Ratios are medians of each round's. "
-        f"A proxy that does not use all of its core is not what bounds requests/s."
+        f"{sizes.interval_ms:g} ms (between two APIs: {sizes.crossed_tokens} tokens); {sizes.requests} plain requests "
+        f"on {sizes.connections} connections; {sizes.firsts} streamed requests one by one. Starts: {sizes.starts}. "
+        f"Ratios are medians of each round's. A proxy that does not use all of its core is not what bounds requests/s."
     )
-    return "\n\n".join([conditions, table(summary), goals(summary.verdicts())])
+    return "\n\n".join([conditions, table(summary), crossed(summary), goals(summary.verdicts())])
 
 
 def table(summary: Summary) -> str:
@@ -57,9 +57,18 @@ def table(summary: Summary) -> str:
     return _markdown(rows)
 
 
+def crossed(summary: Summary) -> str:
+    """What the relay takes for a stream between two APIs."""
+    rows = [["streams through the relay", "µs", "/ OpenAI client and server"]]
+    for metric in CROSSED:
+        ratio = summary.ratio(metric.name, "relay", "relay", TOKEN)
+        rows.append([metric.title, _number(summary.value(metric.name, "relay"), metric.digits), _number(ratio, 2)])
+    return _markdown(rows)
+
+
 def goals(verdicts: Sequence[Verdict]) -> str:
     """What the relay is to reach, and whether it does."""
-    titles = {metric.name: metric.title for metric in METRICS}
+    titles = {metric.name: metric.title for metric in (*METRICS, *CROSSED)}
     words = {True: "met", False: "not met", None: "not measured"}
     rows = [["goal of the relay", "at most", "measured", ""]]
     for verdict in verdicts:

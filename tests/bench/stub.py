@@ -1,8 +1,8 @@
 """The upstream: `python -m tests.bench.stub`, an HTTP/1.1 server that does as little as it can for each answer.
 
 It prints its port on the first line of standard output, serves until it is told to stop, and answers a chat request
-with canned bytes: a stream of `max_tokens` frames, one chunk and one write each, when the body says `stream`, else
-one JSON object at once.
+with canned bytes: a stream of as many tokens as the question asks for, one chunk and one write each, or else one JSON
+object at once. It is an OpenAI-style server and an Ollama server on one port.
 """
 
 from __future__ import annotations
@@ -11,15 +11,34 @@ import asyncio
 import json
 import math
 import signal
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import cast
 
 import uvloop
 
 from tests.bench import wire
 
-STREAM_HEAD = (
+
+@dataclass(frozen=True)
+class Face:
+    """How one kind of server streams: its head, the frame of each token, and what ends an answer of so many tokens."""
+
+    head: bytes
+    frame: Callable[[int], bytes]
+    last: Callable[[int], bytes]
+
+
+OPENAI = Face(
     b"HTTP/1.1 200 OK\r\nServer: llama.cpp\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n"
-    b"Access-Control-Allow-Origin: \r\n\r\n"
+    b"Access-Control-Allow-Origin: \r\n\r\n",
+    wire.token,
+    lambda tokens: wire.DONE,
+)
+OLLAMA = Face(
+    b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n\r\n",
+    wire.line,
+    wire.last_line,
 )
 
 
@@ -30,7 +49,16 @@ def _whole(status: bytes, body: bytes) -> bytes:
 
 PLAIN = _whole(b"200 OK", wire.plain_body())
 MODELS = _whole(b"200 OK", json.dumps({"object": "list", "data": [{"id": wire.MODEL, "object": "model"}]}).encode())
+OLLAMA_MODELS = _whole(
+    b"200 OK", json.dumps({"models": [{"name": wire.OLLAMA_MODEL, "model": wire.OLLAMA_MODEL}]}).encode()
+)
+VERSION = _whole(b"200 OK", b'{"version":"0.12.6"}')
 UNKNOWN = _whole(b"404 Not Found", b'{"error":{"message":"no such path","code":404}}')
+ANSWERS = {
+    **dict.fromkeys((b"/v1/models", b"/models", b"/health"), MODELS),
+    **dict.fromkeys((b"/api/tags", b"/api/ps"), OLLAMA_MODELS),
+    b"/api/version": VERSION,
+}
 
 
 STEP_S = 0.001
@@ -46,16 +74,17 @@ class Stream:
 
     _opened = 0
 
-    def __init__(self, transport: asyncio.Transport, tokens: int, interval_s: float) -> None:
+    def __init__(self, transport: asyncio.Transport, face: Face, tokens: int, interval_s: float) -> None:
         self._loop = asyncio.get_running_loop()
         self._transport = transport
+        self._face = face
         self._tokens = tokens
         self._interval_s = interval_s
         turn = Stream._opened % round(interval_s / STEP_S)
         Stream._opened += 1
         self._began = math.ceil(self._loop.time() / interval_s) * interval_s + turn * STEP_S
         self._next = 1
-        transport.write(STREAM_HEAD + wire.chunk(wire.token(0)))
+        transport.write(face.head + wire.chunk(face.frame(0)))
         self._arm()
 
     def _arm(self) -> None:
@@ -65,9 +94,9 @@ class Stream:
         if self._transport.is_closing():
             return
         if self._next == self._tokens:
-            self._transport.write(wire.chunk(wire.DONE) + wire.LAST_CHUNK)
+            self._transport.write(wire.chunk(self._face.last(self._tokens)) + wire.LAST_CHUNK)
             return
-        self._transport.write(wire.chunk(wire.token(self._next)))
+        self._transport.write(wire.chunk(self._face.frame(self._next)))
         self._next += 1
         self._arm()
 
@@ -92,17 +121,11 @@ class Stub(asyncio.Protocol):
         self._answer(data[:end], data[end + 4 : size])
 
     def _answer(self, head: bytes, body: bytes) -> None:
-        if head.startswith(b"POST "):
-            self._chat(json.loads(body))
-        elif head.startswith((b"GET /v1/models ", b"GET /models ", b"GET /health ")):
-            self._transport.write(MODELS)
-        else:
-            self._transport.write(UNKNOWN)
-
-    def _chat(self, request: dict[str, object]) -> None:
-        if request.get("stream"):
-            tokens = int(str(request["max_tokens"]))
-            Stream(self._transport, tokens, float(str(request["bench_interval_ms"])) / 1000)
+        if not head.startswith(b"POST "):
+            self._transport.write(ANSWERS.get(head.split(b" ")[1], UNKNOWN))
+        elif asked := wire.asked(body):
+            face = OLLAMA if head.startswith(b"POST /api/chat ") else OPENAI
+            Stream(self._transport, face, asked[0], asked[1] / 1000)
         else:
             self._transport.write(PLAIN)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from statistics import median
 
-from tests.bench.measure import Measured
+from tests.bench.measure import CROSSINGS, Measured
 
 BASE = "direct"
 """The target without a process: it has no CPU time, and nothing is added to it."""
@@ -19,7 +19,7 @@ Series = Callable[[Measured], list[float]]
 
 
 def _rounds(kind: str, key: str) -> Series:
-    return lambda one: [result[key] for result in one.rounds[kind]]
+    return lambda one: [result[key] for result in one.rounds.get(kind, [])]
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,33 @@ METRICS = (
 )
 
 
+def _crossing(name: str) -> Metric:
+    client, server = (_API_NAMES[api] for api in name.split("_to_"))
+    return Metric(
+        f"cpu_us_per_token_{name}",
+        f"CPU per token, µs: {client} client, {server} server",
+        1,
+        _rounds(name, "cpu_us_per_unit"),
+    )
+
+
+_API_NAMES = {"openai": "OpenAI", "ollama": "Ollama", "anthropic": "Anthropic"}
+CROSSED = tuple(map(_crossing, CROSSINGS))
+"""The CPU time per token of streams between two APIs, in microseconds: only the relay has it."""
+TOKEN = METRICS[0].name
+"""What `CROSSED` is compared with."""
+ALL = METRICS + CROSSED
+
+
 @dataclass(frozen=True)
 class Goal:
-    """What the relay is to reach: `metric` at most `limit`, or at most `limit` times that of the target `times`."""
+    """What the relay is to reach: `metric` at most `limit`, or at most `limit` times that of the target `times`; there
+    it is the metric `of` if that is given."""
 
     metric: str
     limit: float
     times: str | None = None
+    of: str | None = None
 
 
 GOALS = (
@@ -64,6 +84,7 @@ GOALS = (
     Goal("added_p50_ms", 1),
     Goal("rss_idle_mib", 80),
     Goal("start_s", 1),
+    *(Goal(metric.name, 4, "relay", TOKEN) for metric in CROSSED),
 )
 
 
@@ -80,22 +101,22 @@ class Summary:
 
     def __init__(self, measured: Mapping[str, Measured]) -> None:
         self.targets = list(measured)
-        self._series = {(metric.name, name): _of(metric, name, measured) for metric in METRICS for name in measured}
+        self._series = {(metric.name, name): _of(metric, name, measured) for metric in ALL for name in measured}
 
     def value(self, metric: str, target: str) -> float | None:
         """The median."""
         series = self._series.get((metric, target))
         return median(series) if series else None
 
-    def ratio(self, metric: str, target: str, to: str) -> float | None:
-        """The median of what `target` has for each of what `to` has in the same round."""
-        above, below = self._series.get((metric, target)), self._series.get((metric, to))
+    def ratio(self, metric: str, target: str, to: str, of: str | None = None) -> float | None:
+        """The median of what `target` has for each of what `to` has in the same round; of the metric `of`, if given."""
+        above, below = self._series.get((metric, target)), self._series.get((of or metric, to))
         if not above or not below or 0 in below:
             return None
         return median(one / other for one, other in zip(above, below, strict=True))
 
     def medians(self) -> dict[str, dict[str, float | None]]:
-        return {name: {metric.name: self.value(metric.name, name) for metric in METRICS} for name in self.targets}
+        return {name: {metric.name: self.value(metric.name, name) for metric in ALL} for name in self.targets}
 
     def ratios(self, to: str) -> dict[str, dict[str, float | None]]:
         others = [name for name in self.targets if name not in (to, BASE)]
@@ -105,7 +126,9 @@ class Summary:
         """Every goal, held against the relay."""
         judged = []
         for goal in GOALS:
-            value = self.ratio(goal.metric, "relay", goal.times) if goal.times else self.value(goal.metric, "relay")
+            value = self.value(goal.metric, "relay")
+            if goal.times:
+                value = self.ratio(goal.metric, "relay", goal.times, goal.of)
             judged.append(Verdict(**asdict(goal), value=value, met=None if value is None else value <= goal.limit))
         return judged
 

@@ -22,23 +22,15 @@ Command = Callable[[Path, int, int], list[str]]
 
 @dataclass
 class Target:
-    """A way from the client to the stub. `command` is None for the way without anything between.
-
-    `path` and `model` are what clients ask for, so that one program can be several rows (another dialect, a model
-    with agents); its answer must still be the stub's, byte for byte.
-    """
+    """A way from the client to the stub. `command` is None for the way without anything between; `translates` tells
+    whether clients of one API reach the stub in another one there."""
 
     name: str
     command: Command | None
-    path: str = wire.CHAT_PATH
-    model: str = wire.MODEL
+    translates: bool = False
     port: int = 0
     _process: subprocess.Popen[str] | None = field(default=None, repr=False)
     _directory: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}{self.path}"
 
     @property
     def pids(self) -> list[int]:
@@ -134,12 +126,15 @@ remotes:
   stub:
     url: http://127.0.0.1:{stub_port}
     models: [{model}]
+ollama:
+  host: http://127.0.0.1:{stub_port}
+  models: ["{ollama_model}"]
 """
 
 
 def relay_command(directory: Path, port: int, stub_port: int) -> list[str]:
     config = directory / "config.yaml"
-    config.write_text(RELAY_CONFIG.format(stub_port=stub_port, model=wire.MODEL))
+    config.write_text(RELAY_CONFIG.format(stub_port=stub_port, model=wire.MODEL, ollama_model=wire.OLLAMA_MODEL))
     options = ["--config", str(config), "--host", "127.0.0.1", "--port", str(port), "--log-level", "warning"]
     return [sys.executable, "-m", "proxy", "serve", *options]
 
@@ -153,7 +148,7 @@ def all_targets(*, reference: bool) -> list[Target]:
     targets = [Target("direct", None)]
     if shutil.which("nginx"):
         targets.append(Target("nginx", nginx_command))
-    targets.append(Target("relay", relay_command))
+    targets.append(Target("relay", relay_command, translates=True))
     if reference:
         targets.append(Target("reference", reference_command))
     return targets

@@ -8,13 +8,20 @@ from functools import cache
 from itertools import takewhile
 
 CHAT_PATH = "/v1/chat/completions"
+OLLAMA_PATH = "/api/chat"
 MODEL = "m"
+OLLAMA_MODEL = "o:latest"
+"""What the stub serves as an OpenAI-style server, and what as an Ollama server."""
+SYSTEM = "You are a helpful assistant."
 DONE = b"data: [DONE]\n\n"
 OK = b"HTTP/1.1 200"
 LAST_CHUNK = b"0\r\n\r\n"
+TOKEN_MARK = b'" t'
+"""Stands once in each frame that carries a token, whatever the API, and nowhere else in an answer."""
 
 _CREATED = 1_700_000_000
 _CONTENT_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
+_QUESTION = re.compile(rb"Say (\d+) words, one every ([0-9.]+) ms")
 
 
 class BrokenRun(Exception):
@@ -25,10 +32,15 @@ def _compact(value: object) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode()
 
 
+def text(index: int) -> str:
+    """The text of one token; every index differs, so a lost or swapped one shows."""
+    return f" t{index:05d}"
+
+
 @cache
 def token(index: int) -> bytes:
-    """One SSE frame as llama-server sends it for one token; every index differs, so a lost or swapped one shows."""
-    choice = {"finish_reason": None, "index": 0, "delta": {"content": f" t{index:05d}"}}
+    """One SSE frame as llama-server sends it for one token."""
+    choice = {"finish_reason": None, "index": 0, "delta": {"content": text(index)}}
     frame = {
         "choices": [choice],
         "created": _CREATED,
@@ -44,6 +56,43 @@ def token(index: int) -> bytes:
 def stream_body(tokens: int) -> bytes:
     """The whole body of a streamed answer: `tokens` frames, then `[DONE]`."""
     return b"".join(token(index) for index in range(tokens)) + DONE
+
+
+@cache
+def line(index: int) -> bytes:
+    """One line as Ollama sends it for one token."""
+    frame = {
+        "model": OLLAMA_MODEL,
+        "created_at": f"2026-01-02T03:04:05.{index:09d}Z",
+        "message": {"role": "assistant", "content": text(index)},
+        "done": False,
+    }
+    return _compact(frame) + b"\n"
+
+
+@cache
+def last_line(tokens: int) -> bytes:
+    """The line that ends an answer of Ollama's."""
+    frame = {
+        "model": OLLAMA_MODEL,
+        "created_at": "2026-01-02T03:04:06.123456789Z",
+        "message": {"role": "assistant", "content": ""},
+        "done": True,
+        "done_reason": "stop",
+        "total_duration": 2_123_456_789,
+        "load_duration": 12_345_678,
+        "prompt_eval_count": 12,
+        "prompt_eval_duration": 23_456_789,
+        "eval_count": tokens,
+        "eval_duration": 2_012_345_678,
+    }
+    return _compact(frame) + b"\n"
+
+
+@cache
+def lines_body(tokens: int) -> bytes:
+    """The whole body of a streamed answer of Ollama's."""
+    return b"".join(line(index) for index in range(tokens)) + last_line(tokens)
 
 
 @cache
@@ -63,21 +112,29 @@ def plain_body() -> bytes:
     return _compact(answer)
 
 
-def chat_request(*, path: str, model: str, tokens: int = 0, interval_ms: float = 0) -> bytes:
-    """A chat request, head and body; streamed when `tokens` is not 0.
+def question(tokens: int, interval_ms: float) -> str:
+    """What a client says that wants a stream: it is the one thing that comes through every translation as it is.
 
     The stub sends the first token at once, the others on a clock of its own, one every `interval_ms`.
     """
-    body: dict[str, object] = {
-        "model": model,
-        "messages": [
-            {"role": "system", "content": "You are a helpful assistant."},
-            {"role": "user", "content": "What does a proxy do?"},
-        ],
-        "temperature": 0.7,
-    }
-    if tokens:
-        body |= {"stream": True, "max_tokens": tokens, "bench_interval_ms": interval_ms}
+    return f"Say {tokens} words, one every {interval_ms:g} ms"
+
+
+def asked(body: bytes) -> tuple[int, float] | None:
+    """Tokens and interval in milliseconds of the `question` in a request; None for one that wants no stream."""
+    found = _QUESTION.search(body)
+    return (int(found[1]), float(found[2])) if found else None
+
+
+@cache
+def plain_request() -> bytes:
+    """A chat request for an answer that is not streamed, head and body."""
+    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "What does a proxy do?"}]
+    return post(CHAT_PATH, {"model": MODEL, "messages": messages, "temperature": 0.7})
+
+
+def post(path: str, body: object) -> bytes:
+    """A request, head and body."""
     raw = _compact(body)
     head = (
         f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nUser-Agent: bench\r\nAccept: */*\r\n"

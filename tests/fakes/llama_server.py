@@ -6,7 +6,14 @@ Like llama-server it binds first, answers 503 while loading, then serves `-np` r
 all but `/health` want `Authorization: Bearer $LLAMA_API_KEY`; with a stream under way the first SIGTERM only stops it
 once the stream ends, and a second one makes it exit with code 1.
 
-A request body may carry `"fake": {...}` with `tokens`, `token_ms`, `stall_after` (n tokens, then silence), `die_after`.
+A request body may carry `"fake": {...}`, or a last message whose text is that object, which gets through a translation:
+
+    tokens=8 token_ms=0      as below                       stall_after=n  is silent after n tokens (0: before all)
+    die_after=n              as below                       mute           is silent before the head of the answer
+    tool_call=[name, args]   behind the text                refuse=[status, text]   an error in place of an answer
+    error_after=n            as FAKE_INBAND_ERROR
+    cut_at=[n, m] cut_by=close|reset    after n chunks of a stream and m bytes of the next one; -m: all but m bytes
+
 The environment switches manners on, most easily through a model's `env:`:
 
     FAKE_LOAD_S=1.5          loading takes so long          FAKE_LOG_LOAD=1    and prints a line each 100 ms
@@ -36,59 +43,28 @@ import sys
 import threading
 import time
 
+from tests.fakes.llama_forms import FORMS, Texts, steering
+from tests.fakes.manners import ENV, die, log, manner, say
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pathlib import Path
     from typing import Any
 
-ENV = os.environ
 KEY = ENV.get("LLAMA_API_KEY", "")
 REASONS = {200: "OK", 401: "Unauthorized", 404: "Not Found", 503: "Service Unavailable"}
-GENERATING = ("/v1/chat/completions", "/v1/completions", "/completion", "/v1/embeddings", "/v1/rerank", "/infill")
+GENERATING = {"/v1/chat/completions", "/v1/messages", "/v1/completions", "/completion", "/v1/embeddings", "/v1/rerank"}
+GENERATING |= {"/infill"}
 
 
 def install(directory: Path) -> Path:
     """Write an executable `llama-server` into `directory` that runs this program; return its path."""
     script = directory / "llama-server"
-    script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "{os.path.abspath(__file__)}" "$@"\n')
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    code = f"import sys; sys.path.insert(0, {root!r}); from tests.fakes.llama_server import main; main()"
+    script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S -c "{code}" "$@"\n')
     script.chmod(0o755)
     return script
-
-
-def log(event: str, **fields: object) -> None:
-    if (path := ENV.get("FAKE_LOG")) and fields.get("path") != "/health":
-        line = json.dumps({"event": event, "pid": os.getpid(), "time": time.monotonic(), **fields}) + "\n"
-        append(path, line.encode())
-
-
-def append(path: str, data: bytes) -> int:
-    """Append in one write, so that lines of several processes stay whole; return the size after it."""
-    with open(path, "ab", buffering=0) as file:
-        file.write(data)
-        return file.tell()
-
-
-def manner(name: str) -> str:
-    """The value of FAKE_<name>, or "" when it is not set or has acted FAKE_TIMES times already."""
-    value = ENV.get(f"FAKE_{name}", "")
-    if value and "FAKE_TIMES" in ENV and append(ENV["FAKE_COUNTER"], b".") > int(ENV["FAKE_TIMES"]):
-        return ""
-    return value
-
-
-def say(text: str) -> None:
-    os.write(2, f"{text}\n".encode())
-
-
-def die(how: str) -> None:
-    """End with this exit code, or by this signal."""
-    say(f"fake: about to end by {how}")
-    if how.isdigit():
-        os._exit(int(how))
-    number = signal.Signals[how]
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
-    os.kill(os.getpid(), number)
-    signal.pause()
 
 
 class Gone(Exception):
@@ -213,7 +189,7 @@ class Connection:
             answer = Answer(self, path, body)
             if (rst := manner("RST")) == "before_headers":
                 self.reset()
-            (answer.send_stream if answer.stream else answer.send_whole)(reset_after_headers=rst == "after_headers")
+            answer.send(reset_after_headers=rst == "after_headers")
         finally:
             self.server.streams -= 1
             self.server.free.release()
@@ -231,7 +207,7 @@ class Connection:
 
     def head(self, status: int, *headers: str) -> None:
         after = "Keep-Alive: timeout=5, max=100" if self.keep else "Connection: close"
-        lines = [f"HTTP/1.1 {status} {REASONS[status]}", "Server: llama.cpp", *headers, after, "\r\n"]
+        lines = [f"HTTP/1.1 {status} {REASONS.get(status, 'Reason')}", "Server: llama.cpp", *headers, after, "\r\n"]
         self.sock.sendall("\r\n".join(lines).encode())
 
     def reply(self, status: int, value: object, missing: int = 0) -> None:
@@ -247,18 +223,28 @@ class Answer:
     """One generated answer, streamed or whole, and what goes wrong with it."""
 
     def __init__(self, connection: Connection, path: str, body: dict[str, Any]) -> None:
-        steer = body.get("fake", {})
+        steer = steering(body)
         self.connection = connection
-        self.chat, self.embedding = path == "/v1/chat/completions", path == "/v1/embeddings"
+        self.embedding = path == "/v1/embeddings"
         self.stream = bool(body.get("stream"))
-        self.usage = bool(body.get("stream_options", {}).get("include_usage"))
         self.tokens = int(steer.get("tokens", min(int(ENV.get("FAKE_TOKENS", 8)), body.get("max_tokens") or 1 << 30)))
         self.token_s = float(steer.get("token_ms", ENV.get("FAKE_TOKEN_MS", 0))) / 1000
         self.stall_after = int(steer.get("stall_after", -1))
         self.die_after = int(steer.get("die_after", -1 if self.embedding else manner("DIE_AFTER") or -1))
         self.cut = manner("CUT")
-        self.error_after = int(manner("INBAND_ERROR") or -1)
-        self.begun = time.monotonic()
+        self.error_after = int(steer.get("error_after", manner("INBAND_ERROR") or -1))
+        self.refusal = steer.get("refuse")
+        self.mute = "mute" in steer
+        self.cut_at, self.cut_by, self.chunks = steer.get("cut_at", [-1, 0]), steer.get("cut_by"), 0
+        self.form = FORMS.get(path, Texts)(connection.server.alias, body, self.tokens, steer.get("tool_call"))
+
+    def send(self, *, reset_after_headers: bool) -> None:
+        if self.mute:
+            self.connection.pause(1e6)
+        if self.refusal:
+            status, text = self.refusal
+            return self.connection.refuse(status, text, "server_error")
+        (self.send_stream if self.stream else self.send_whole)(reset_after_headers)
 
     def token(self, index: int) -> None:
         """Let the time of one token pass, and die or stall in front of it if so told."""
@@ -266,79 +252,70 @@ class Answer:
             os.kill(os.getpid(), signal.SIGKILL)
         self.connection.pause(1e6 if index == self.stall_after else self.token_s)
 
-    def send_whole(self, *, reset_after_headers: bool) -> None:
+    def send_whole(self, reset_after_headers: bool) -> None:
+        connection = self.connection
         for index in range(self.tokens + (self.die_after == self.tokens)):
+            if index == self.error_after:
+                return connection.refuse(500, "fake failure", "server_error")
             self.token(index)
-        connection, text = self.connection, "".join(f"t{n} " for n in range(self.tokens))
         if self.embedding:
             data = [{"object": "embedding", "index": 0, "embedding": [0.6, 0.8]}]
             return connection.reply(200, {"object": "list", "model": connection.server.alias, "data": data})
-        choice = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-        value = self.envelope({"index": 0, "finish_reason": "stop", **choice}) | self.figures()
         if reset_after_headers:
             connection.head(200, "Content-Type: application/json", "Content-Length: 1000")
             connection.reset()
         if self.cut in ("", "no_done"):
-            return connection.reply(200, value)
-        connection.reply(200, value, missing=100)
+            return connection.reply(200, self.form.whole())
+        connection.reply(200, self.form.whole(), missing=100)
         if self.cut == "rst":
             connection.reset()
         raise Gone
 
-    def send_stream(self, *, reset_after_headers: bool) -> None:
-        connection = self.connection
+    def send_stream(self, reset_after_headers: bool) -> None:
+        connection, form = self.connection, self.form
         framing = "Content-Length: 9999999" if self.cut == "short_cl" else "Transfer-Encoding: chunked"
         connection.head(200, "X-Accel-Buffering: no", "Content-Type: text/event-stream", framing)
         if reset_after_headers:
             connection.reset()
-        if self.chat:
-            self.event(self.piece({"role": "assistant", "content": None}))
+        if first := form.first():
+            self.chunk(first)
         for index in range(self.tokens):
             if index == self.error_after:
-                self.event({"error": {"code": 500, "message": "fake failure", "type": "server_error"}})
+                self.chunk(form.error({"code": 500, "message": "fake failure", "type": "server_error"}))
                 return self.chunk(b"")
             self.token(index)
-            self.event(self.piece({"content": f"t{index} "}))
+            self.chunk(form.token(index))
         if self.die_after == self.tokens:
             self.token(self.tokens)
+        for event in form.called():
+            self.chunk(event)
         self.finish()
 
     def finish(self) -> None:
-        """The end of a stream: finish chunk, usage, [DONE], and the end of the body; or one of the truncations."""
-        connection = self.connection
+        """The end of a stream: its last events, and the end of the body; or one of the truncations."""
         if self.cut == "rst":
-            connection.reset()
-        last = self.piece({}, "stop")
+            self.connection.reset()
         if self.cut == "fin_mid_event":
-            self.chunk(b"data: " + json.dumps(last).encode()[:20])
+            self.chunk(self.form.last()[:20])
         elif self.cut not in ("chunked_no_end", "short_cl"):
-            self.event(last if self.usage else last | self.figures())
-            if self.usage:
-                self.event({**self.envelope(), "choices": [], **self.figures()})
-            if self.cut != "no_done":
-                self.chunk(b"data: [DONE]\n\n")
+            self.chunk(self.form.last())
+            for event in self.form.counts():
+                self.chunk(event)
+            if self.cut != "no_done" and self.form.done:
+                self.chunk(self.form.done)
             return self.chunk(b"")
         raise Gone
 
-    def envelope(self, *choices: dict[str, object]) -> dict[str, Any]:
-        kind = ("chat.completion" if self.chat else "text_completion") + (".chunk" if self.stream and self.chat else "")
-        fixed = {"created": 0, "id": f"fake-{os.getpid()}", "model": self.connection.server.alias, "object": kind}
-        return {"choices": list(choices), **fixed}
-
-    def piece(self, delta: dict[str, object], finish: str | None = None) -> dict[str, Any]:
-        content = {"delta": delta} if self.chat else {"text": delta.get("content", "")}
-        return self.envelope({"finish_reason": finish, "index": 0, **content})
-
-    def figures(self) -> dict[str, Any]:
-        took_ms = (time.monotonic() - self.begun) * 1000
-        usage = {"completion_tokens": self.tokens, "prompt_tokens": 1, "total_tokens": self.tokens + 1}
-        return {"usage": usage, "timings": {"prompt_n": 1, "predicted_n": self.tokens, "predicted_ms": took_ms}}
-
-    def event(self, value: dict[str, Any]) -> None:
-        self.chunk(b"data: " + json.dumps(value).encode() + b"\n\n")
-
     def chunk(self, data: bytes) -> None:
-        self.connection.sock.sendall(data if self.cut == "short_cl" else b"%x\r\n%b\r\n" % (len(data), data))
+        wire = data if self.cut == "short_cl" else b"%x\r\n%b\r\n" % (len(data), data)
+        whole, part = self.cut_at
+        if self.chunks == whole:
+            self.connection.sock.sendall(wire[:part])
+            if self.cut_by == "reset":
+                self.connection.reset()
+            raise Gone
+        self.chunks += 1
+        self.connection.sock.sendall(wire)
 
 
 def option(long: str, short: str, default: str) -> str:
@@ -394,7 +371,3 @@ def main() -> None:
         server.listen(option("--host", "", "127.0.0.1"), int(option("--port", "", "8080")))
         threading.Thread(target=server.load, daemon=True).start()
     wait_for_term(server)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,69 @@
+"""The Ollama API, as its clients ask us and as we ask its servers. Pure functions, no I/O.
+
+The parts: `ollama_fields` (what may stand in a request, and how the client's spelling survives), `ollama_options`,
+`ollama_messages`, `ollama_request`; `ollama_reading` and `ollama_writing` for answers.
+"""
+
+from __future__ import annotations
+
+from proxy.chat import ChatRequest, Json, Timing
+from proxy.dialects import OLLAMA
+from proxy.dialects.codec import Face, Wire
+from proxy.dialects.ollama_fields import keep_alive_s
+from proxy.dialects.ollama_reading import OllamaReader
+from proxy.dialects.ollama_request import as_text, decode_chat, decode_generate, encode
+from proxy.dialects.ollama_writing import OllamaWriter, Stamp
+from proxy.framing import LineSplitter
+
+__all__ = [
+    "CHAT",
+    "GENERATE",
+    "WIRE",
+    "OllamaReader",
+    "OllamaWriter",
+    "as_text",
+    "is_load",
+    "keep_alive_s",
+    "load_reply",
+]
+
+
+def _body(request: ChatRequest) -> Json:
+    return encode(request)[1]
+
+
+def _upstream(request: ChatRequest) -> tuple[str, Json]:
+    path, body = encode(request)
+    return path, body | {"stream": True}
+
+
+def _chat_writer(request: ChatRequest, timing: Timing) -> OllamaWriter:
+    return OllamaWriter(request, timing, chat=True)
+
+
+def _generate_writer(request: ChatRequest, timing: Timing) -> OllamaWriter:
+    return OllamaWriter(request, timing, chat=False)
+
+
+CHAT = Face(OLLAMA, decode_chat, _body, _chat_writer)
+"""`POST /api/chat`."""
+
+GENERATE = Face(OLLAMA, decode_generate, _body, _generate_writer)
+"""`POST /api/generate`. Should somebody have made more of the request than one question, `encode` gives a body for
+`/api/chat`; `WIRE.encode` tells the path, too."""
+
+WIRE = Wire(OLLAMA, LineSplitter, _upstream, OllamaReader)
+"""An Ollama server, asked for a stream always."""
+
+
+def is_load(body: Json, *, chat: bool) -> bool:
+    """Whether a body asks for nothing but to load the model (or, with a `keep_alive` of exactly 0, to unload it)."""
+    if chat:
+        return not body.get("messages")
+    return not any(body.get(name) for name in ("prompt", "suffix", "images", "context"))
+
+
+def load_reply(model: str, *, chat: bool, reason: str) -> Json:
+    """The one object that answers such a request; `reason` is "load" or "unload"."""
+    said: Json = {"message": {"role": "assistant", "content": ""}} if chat else {"response": ""}
+    return {"model": model, "created_at": Stamp().now()} | said | {"done": True, "done_reason": reason}

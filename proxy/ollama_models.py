@@ -1,0 +1,235 @@
+"""The part of the Ollama API that is about models rather than chats, over both backends.
+
+What an Ollama holds is passed on as it says it; a model of ours is described from its GGUF file.
+Source: Ollama's server/routes.go and api/types.go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from functools import partial
+
+import aiohttp
+import orjson
+from aiohttp import web
+
+from backends import Call, hub
+from backends.downloads import Download
+from backends.ollama import Ollama, OllamaModel
+from backends.spawned import SpawnedModel
+from proxy import cards
+from proxy.body import read_json
+from proxy.chat import Json
+from proxy.dialects import OLLAMA
+from proxy.errors import BadRequest, ModelNotFound, ProxyError
+from proxy.headers import upstream_headers
+from proxy.relay import ask, begin_stream, patiently, relay
+from proxy.shared import MODEL, PROXY, Proxy
+
+logger = logging.getLogger(__name__)
+
+VERSION = "0.13.0"
+"""The version of Ollama whose API this is. Clients compare it; Open WebUI fails on anything but digits and dots."""
+LISTING_S = 0.5
+"""Longest wait for an Ollama that has not been heard of yet."""
+
+
+async def root(http: web.Request) -> web.Response:
+    """`GET /`: how clients find out that there is an Ollama."""
+    return web.Response(text="Ollama is running")
+
+
+async def version(http: web.Request) -> web.Response:
+    """`GET /api/version`."""
+    return web.json_response({"version": VERSION})
+
+
+async def tags(http: web.Request) -> web.Response:
+    """`GET /api/tags`: every model of every backend, the same names as in `/v1/models`."""
+    proxy = http.app[PROXY]
+    router = proxy.router
+    await router.heard_of_all(LISTING_S)
+    items = list(await asyncio.gather(*(proxy.cards.tags_item(spawned) for spawned in router.local.all())))
+    for remote in router.remotes:
+        items += [cards.tags_item(model, None) for model in remote.models]
+    if router.ollama is not None:
+        items += router.ollama.items()
+    named = {item["name"]: item for item in reversed(items)}  # of two with the same name the first is the one served
+    return web.json_response({"models": list(reversed(named.values()))}, dumps=_dumps)
+
+
+async def ps(http: web.Request) -> web.Response:
+    """`GET /api/ps`: the models that are loaded, the longest-lived first."""
+    proxy = http.app[PROXY]
+    items = [item for spawned in proxy.router.local.all() if (item := await proxy.cards.ps_item(spawned)) is not None]
+    ollama = proxy.router.ollama
+    if ollama is not None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LISTING_S):
+                await ollama.looked_up()
+        items += ollama.loaded()
+    items.sort(key=lambda item: str(item.get("expires_at", "")), reverse=True)
+    return web.json_response({"models": items}, dumps=_dumps)
+
+
+async def show(http: web.Request) -> web.StreamResponse:
+    """`POST /api/show`: what the model is and can do."""
+    proxy = http.app[PROXY]
+    body = await read_json(http, proxy.max_body_bytes)
+    name = _named(body)
+    target = await proxy.router.resolve(name, pull=False)
+    http[MODEL] = target.model
+    if isinstance(target.backend, OllamaModel):
+        return await _forward(http, proxy, target.model, {**body, "model": target.model})
+    if isinstance(target.backend, SpawnedModel):
+        agent = http.headers.get("User-Agent", "")
+        answer = await proxy.cards.show(target.backend, name, verbose=body.get("verbose") is True, user_agent=agent)
+    else:
+        answer = cards.show(target.model, None)
+    return web.json_response(answer, dumps=_dumps)
+
+
+async def pull(http: web.Request) -> web.StreamResponse:
+    """`POST /api/pull`: a model of the Hugging Face hub (`hf.co/org/repo:Q4_K_M`), one that is configured here, or one
+    that an Ollama of ours shall pull. A pull that nobody but its client wants ends with its client."""
+    check_origin(http)
+    proxy = http.app[PROXY]
+    body = await read_json(http, proxy.max_body_bytes)
+    name = http[MODEL] = _named(body)
+    download = await _download(proxy, name)
+    progress = _lines(download)
+    if body.get("stream", True) is False:
+        last: Json = {}
+        async for line in progress:
+            last = line
+        return web.json_response(last, dumps=_dumps)
+    stall_s = proxy.config.server.send_stall_s
+    answer = await begin_stream(http, 200, [("content-type", "application/x-ndjson")])
+    try:
+        async for line in progress:
+            await patiently(http, answer.write(orjson.dumps(line) + b"\n"), stall_s)
+    except ProxyError as exc:
+        await patiently(http, answer.write(OLLAMA.error_event(exc)), stall_s)
+    await patiently(http, answer.write_eof(), stall_s)
+    return answer
+
+
+async def _download(proxy: Proxy, name: str) -> Download | None:
+    """The download that makes `name` available; None when it is there already."""
+    router = proxy.router
+    spawned = router.local.get(name)
+    if spawned is not None:
+        return await spawned.pool.begin_download(spawned.name, spawned.model)
+    ollama = router.ollama
+    if ollama is not None and (proxy.config.backend == "ollama" or not name.startswith(hub.PREFIXES)):
+        return ollama.pull(name)
+    found = hub.parse_name(name)
+    if found is None:
+        raise ModelNotFound(
+            f"model {name[:100]!r} cannot be pulled: it is neither configured nor hf.co/org/repo:variant"
+        )
+    return router.downloads.join(name, hub.work(*found))
+
+
+async def _lines(download: Download | None) -> AsyncIterator[Json]:
+    if download is not None:
+        async for progress in download.watch():
+            yield progress
+    yield {"status": "success"}
+
+
+async def delete(http: web.Request) -> web.StreamResponse:
+    """`DELETE /api/delete`: of an Ollama, or what was pulled from the Hugging Face hub; not what is configured."""
+    check_origin(http)
+    proxy = http.app[PROXY]
+    body = await read_json(http, proxy.max_body_bytes)
+    name = http[MODEL] = _named(body)
+    target = await proxy.router.resolve(name, pull=False)
+    if isinstance(target.backend, OllamaModel):
+        for host in (await _ollama(proxy).holders(target.model))[1:]:
+            async with host.open(_call(http, {**body, "model": target.model})):
+                host.outdated()
+        return await _forward(http, proxy, target.model, {**body, "model": target.model})
+    if not isinstance(target.backend, SpawnedModel) or not proxy.router.local.is_cached(target.backend):
+        raise BadRequest(f"model {name!r} is part of this proxy's configuration; remove it there")
+    await proxy.router.local.delete(target.backend)
+    return web.Response()
+
+
+async def change(http: web.Request) -> web.StreamResponse:
+    """`POST /api/copy`, `/api/push` and `/api/create`: an Ollama's business."""
+    check_origin(http)
+    proxy = http.app[PROXY]
+    body = await read_json(http, proxy.max_body_bytes)
+    source = next((body[key] for key in ("source", "from", "model", "name") if body.get(key)), None)
+    if not isinstance(source, str):
+        raise BadRequest("model is required")
+    http[MODEL] = source[:100]
+    if proxy.router.local.get(source) is not None:
+        raise BadRequest(f"model {source[:100]!r} is run by llama.cpp; only models of an Ollama can be changed")
+    creates = http.path.startswith("/api/create")  # of files, or of a model that is yet to be pulled, too
+    known = _ollama(proxy).known(source)
+    return await _forward(http, proxy, source if known or not creates else None, body)
+
+
+async def blob(http: web.Request) -> web.StreamResponse:
+    """`HEAD` and `POST /api/blobs/sha256:...`: a file for `/api/create`, passed on to the first Ollama as it comes."""
+    check_origin(http)
+    host = await _ollama(http.app[PROXY]).host_for(None)
+    url = f"{host.connections.endpoint}{http.path}"
+    timeout = aiohttp.ClientTimeout(total=None, connect=host.config.connect_timeout_s)
+    async with (
+        aiohttp.ClientSession(timeout=timeout, trust_env=False) as session,
+        session.request(http.method, url, data=http.content if http.can_read_body else None) as upstream,
+    ):
+        body = await upstream.read()
+        return web.Response(status=upstream.status, body=body, content_type="application/json" if body else None)
+
+
+def check_origin(http: web.Request) -> None:
+    """Refuse a web page of somebody else's that makes a visitor's browser ask: such requests carry an `Origin`.
+
+    Raises: BadRequest 403.
+    """
+    origin = http.headers.get("Origin")
+    if origin is None:
+        return
+    host = origin.partition("://")[2].rpartition("@")[2]
+    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+    if host != http.headers.get("Host") and name not in ("localhost", "127.0.0.1", "[::1]"):
+        raise BadRequest("pages of other origins may not do this", status=403, code="forbidden_origin")
+
+
+async def _forward(http: web.Request, proxy: Proxy, name: str | None, body: Json) -> web.StreamResponse:
+    """Pass the request on to the Ollama that has `name`, for None to the first; what it lists may change by that."""
+    host = await _ollama(proxy).host_for(name)
+    passing = partial(relay, http, dialect=OLLAMA, stall_s=proxy.config.server.send_stall_s)
+    try:
+        return await ask(http, host, _call(http, body), passing)
+    finally:
+        host.outdated()
+
+
+def _call(http: web.Request, body: Json) -> Call:
+    headers = upstream_headers(http.headers, has_body=True)
+    return Call(http.method, http.path.rstrip("/"), orjson.dumps(body), headers, slot=False)
+
+
+def _ollama(proxy: Proxy) -> Ollama:
+    if proxy.router.ollama is None:
+        raise BadRequest("no Ollama is configured, and only an Ollama can do this", status=404)
+    return proxy.router.ollama
+
+
+def _named(body: Json) -> str:
+    name = body.get("model") or body.get("name")
+    if not isinstance(name, str) or not name:
+        raise BadRequest("model is required")
+    return name
+
+
+def _dumps(value: object) -> str:
+    return orjson.dumps(value).decode()

@@ -1,0 +1,31 @@
+"""What all handlers share: the state of the proxy, and the keys under which a request carries things."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from aiohttp import web
+
+from proxy.cards import Cards
+from proxy.config import Config
+from proxy.router import Router
+
+
+@dataclass(frozen=True, slots=True)
+class Proxy:
+    """The running proxy. `draining` is set from the moment it was asked to stop."""
+
+    config: Config
+    router: Router
+    cards: Cards = field(default_factory=Cards)
+    draining: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def max_body_bytes(self) -> int:
+        return self.config.server.max_body_mib * 2**20
+
+
+PROXY = web.AppKey("proxy", Proxy)
+MODEL = web.RequestKey("model", str)
+"""The model that a request turned out to be for; the access line shows it."""

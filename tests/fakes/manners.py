@@ -1,0 +1,46 @@
+"""How a fake server is told to misbehave, and how it writes down what happens: through its environment."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+
+ENV = os.environ
+
+
+def log(event: str, **fields: object) -> None:
+    if (path := ENV.get("FAKE_LOG")) and fields.get("path") != "/health":
+        line = json.dumps({"event": event, "pid": os.getpid(), "time": time.monotonic(), **fields}) + "\n"
+        append(path, line.encode())
+
+
+def append(path: str, data: bytes) -> int:
+    """Append in one write, so that lines of several processes stay whole; return the size after it."""
+    with open(path, "ab", buffering=0) as file:
+        file.write(data)
+        return file.tell()
+
+
+def manner(name: str) -> str:
+    """The value of FAKE_<name>, or "" when it is not set or has acted FAKE_TIMES times already."""
+    value = ENV.get(f"FAKE_{name}", "")
+    if value and "FAKE_TIMES" in ENV and append(ENV["FAKE_COUNTER"], b".") > int(ENV["FAKE_TIMES"]):
+        return ""
+    return value
+
+
+def say(text: str) -> None:
+    os.write(2, f"{text}\n".encode())
+
+
+def die(how: str) -> None:
+    """End with this exit code, or by this signal."""
+    say(f"fake: about to end by {how}")
+    if how.isdigit():
+        os._exit(int(how))
+    number = signal.Signals[how]
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
+    os.kill(os.getpid(), number)
+    signal.pause()

@@ -1,0 +1,50 @@
+"""What the laws of all dialects are tested with: bodies with fields nobody knows, and bytes cut anywhere."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection
+from typing import Any
+
+from hypothesis import strategies as st
+
+from proxy.chat import Json
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+"""Texts that JSON can carry: anything but lone surrogates."""
+
+SCALARS = st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False, width=32) | TEXT
+JSON_VALUES: st.SearchStrategy[Any] = st.recursive(
+    SCALARS.filter(lambda value: value not in (float("inf"), float("-inf"))),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=4,
+)
+"""Any JSON value, small."""
+
+
+def objects_in(value: Any) -> list[Json]:
+    """Every JSON object in `value`, itself included."""
+    if isinstance(value, dict):
+        return [value, *(found for item in value.values() for found in objects_in(item))]
+    return [found for item in value for found in objects_in(item)] if isinstance(value, list) else []
+
+
+@st.composite
+def unknown_fields(draw: st.DrawFn, body: Json, known: Collection[str] = ()) -> Json:
+    """A copy of `body` with fields added at every level, under names that are neither there yet nor in `known`, not
+    even in another case."""
+    result = copy.deepcopy(body)
+    taken = {name.casefold() for name in known}
+    for target in objects_in(result):
+        for name, value in draw(st.dictionaries(TEXT, JSON_VALUES, max_size=2)).items():
+            if name not in target and name.casefold() not in taken:
+                target[name] = value
+    return result
+
+
+@st.composite
+def splits(draw: st.DrawFn, data: bytes) -> list[bytes]:
+    """`data` cut into pieces anywhere, also inside characters; joined they are `data` again."""
+    places = st.integers(0, len(data))
+    cuts = sorted(draw(st.lists(places, max_size=12, unique=True)))
+    return [data[start:end] for start, end in zip([0, *cuts], [*cuts, len(data)], strict=True)]
