@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from backends.downloads import Progress, Work
 from backends.filenames import DEFAULT_VARIANT, choose
-from backends.hub_cache import REPO, Folder, cached_models, delete, find, is_gguf, root
+from backends.hub_cache import REPO, Folder, cached_models, delete, is_gguf, root
 from backends.hub_http import FILE, Lie, RemoteFile, Stopped, fetch, manifest
 from backends.threads import in_thread
 from proxy.errors import ModelNotFound, ProxyError, StartFailed
@@ -25,7 +25,7 @@ from proxy.errors import ModelNotFound, ProxyError, StartFailed
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
 
-__all__ = ["PREFIXES", "cached_models", "delete", "download_name", "find", "parse_name", "pull", "work"]
+__all__ = ["PREFIXES", "cached_models", "delete", "download_name", "parse_name", "pull", "work"]
 
 PREFIXES = ("hf.co/", "huggingface.co/")
 """How the name of a model of the hub begins."""

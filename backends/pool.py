@@ -101,8 +101,12 @@ class Pool:
         line = self._scheduler.line(name, model)
         if line.seat is None:
             await self._fetch(line)
-        if line.seat is None or not line.seat.admits:
-            self._scheduler.release(await self._wait(line, False), False)
+        seat = line.seat
+        if seat is not None and seat.admits:
+            seat.take(False)  # that is a use, too: its time to live begins anew
+        else:
+            seat = await self._wait(line, False)
+        self._scheduler.release(seat, False)
 
     def begin_load(self, name: str, model: ModelConfig) -> None:
         """Have `name` loaded in the background. What goes wrong is logged, and told by `failed()`."""
@@ -140,11 +144,9 @@ class Pool:
         if seat.leases == 0:
             await seat.instance.wait_stopped()
 
-    def set_keep_alive(self, name: str, seconds: float) -> None:
+    def set_keep_alive(self, name: str, model: ModelConfig, seconds: float) -> None:
         """Have the process of `name` stay `seconds` when idle; infinity is for ever. See `Scheduler.set_keep_alive`."""
-        line = self._scheduler.lines.get(name)
-        if line is not None:
-            self._scheduler.set_keep_alive(line, seconds)
+        self._scheduler.set_keep_alive(self._scheduler.line(name, model), seconds)
 
     def expires_at(self, name: str) -> float | None:
         """When `name` will be unloaded if nobody asks for it, in seconds since 1970; infinity is never, None not

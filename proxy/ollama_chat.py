@@ -46,7 +46,7 @@ def set_keep_alive(backend: Backend, body: Json) -> None:
     """What the request says of how long the model stays; the last request's word counts."""
     seconds = ollama.keep_alive_s(body.get("keep_alive"))
     if seconds is not None and isinstance(backend, SpawnedModel):
-        backend.pool.set_keep_alive(backend.name, seconds)
+        backend.pool.set_keep_alive(backend.name, backend.model, seconds)
 
 
 async def check_capabilities(proxy: Proxy, backend: Backend, body: Json) -> None:

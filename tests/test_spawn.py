@@ -167,8 +167,9 @@ def test_L14_the_project_makes_processes_in_one_place() -> None:
     for room in ("proxy", "backends", "agents"):
         for path in (ROOT / room).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
-                name = getattr(node, "attr", None) or getattr(node, "id", None)
-                if isinstance(node, (ast.Attribute, ast.Name)) and name in makers:
+                called = node.func if isinstance(node, ast.Call) else node  # a variable may be called `system`
+                name = getattr(called, "attr", None) or (called is not node and getattr(called, "id", None))
+                if name in makers:
                     found.add(path.relative_to(ROOT).as_posix())
     starts_a_proxy = {"proxy/simulate.py"}
     assert found - starts_a_proxy == {"backends/spawn.py"}

@@ -24,6 +24,7 @@ LONGEST_TEXT = 1_000_000
 """Most characters in one line. Each takes up to 6 bytes; Ollama's Go client gives up at 8 MB a line."""
 
 _NS = 1e9
+_LINE_ENDS = [(char.encode(), f"\\u{ord(char):04x}".encode()) for char in "\x85\u2028\u2029"]
 
 
 class OllamaWriter:
@@ -232,4 +233,10 @@ def _pieces(text: str) -> list[str]:
 
 
 def _dump(line: Json) -> bytes:
-    return orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
+    """`line` as JSON, without the characters that some clients (ollama-python among them) take for the end of a line;
+    Go escapes the last two of them, too."""
+    data = orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
+    for separator, escaped in _LINE_ENDS:
+        if separator in data:
+            data = data.replace(separator, escaped)
+    return data

@@ -11,7 +11,7 @@ for each request. There, for `org/name` or `org/name/file`:
     token: t         who does not send it gets `error` (GatedRepo)        mute: 1        no answer until taken back
     times: n         all that only n times
 
-It appends a JSON object for each request to the file `log`: method, path, range, auth, and the bytes sent in the end.
+It appends a JSON object for each request to the file `log`, before it answers: method, path, range, auth.
 Source: what file_download.py, hf_api.py and utils/_http.py of huggingface_hub 2.4 send and expect.
 """
 
@@ -64,7 +64,7 @@ class Hub:
         new.replace(self.folder / "manners.json")
 
     def requests(self, method: str = "GET", having: str = "/resolve/") -> list[dict[str, Any]]:
-        """The finished requests of that kind, oldest first."""
+        """The requests of that kind, oldest first."""
         log = self.folder / "log"
         lines = log.read_text().splitlines() if log.exists() else []
         found = [json.loads(line) for line in lines]
@@ -109,16 +109,15 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def serve(self) -> None:
-        self.sent = 0
         self.path = unquote(urlsplit(self.path).path)
+        told = {"range": self.headers.get("Range"), "auth": self.headers.get("Authorization")}
+        line = json.dumps({"method": self.command, "path": self.path, **told}) + "\n"
+        with open(self.folder / "log", "ab", buffering=0) as log:
+            log.write(line.encode())
         try:
             self.route(self.path.strip("/").split("/"))
         except ConnectionError:
             self.close_connection = True
-        told = {"range": self.headers.get("Range"), "auth": self.headers.get("Authorization"), "sent": self.sent}
-        line = json.dumps({"method": self.command, "path": self.path, **told}) + "\n"
-        with open(self.folder / "log", "ab", buffering=0) as log:
-            log.write(line.encode())
 
     def route(self, parts: list[str]) -> None:
         if parts[:2] == ["api", "models"] and len(parts) >= 4:
@@ -225,7 +224,6 @@ class Handler(BaseHTTPRequestHandler):
             stops = [end, start + PIECE, *(stop for stop in (drop_at, hold_at) if start < stop)]
             piece = data[start : min(stops)]
             self.wfile.write(piece)
-            self.sent += len(piece)
             start += len(piece)
             if "slow" in manners:
                 time.sleep(len(piece) / manners["slow"])

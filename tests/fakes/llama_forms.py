@@ -32,26 +32,27 @@ def data(value: object) -> bytes:
 
 
 class Form:
-    """An answer of `tokens` tokens, or with one tool call, `(name, arguments)`, behind them."""
+    """An answer of the tokens `texts`, perhaps with one tool call, `[name, arguments]`, behind them."""
 
     done = b""
     """What comes behind the last event."""
 
-    def __init__(self, alias: str, body: dict[str, Any], tokens: int, call: list[Any] | None) -> None:
-        self.alias, self.tokens, self.call = alias, tokens, call
+    def __init__(self, alias: str, body: dict[str, Any], texts: list[str], call: list[Any] | None) -> None:
+        self.alias, self.texts, self.call = alias, texts, call
         self.usage = bool((body.get("stream_options") or {}).get("include_usage"))
         self.stream = bool(body.get("stream"))
         self.begun = time.monotonic()
 
     def figures(self) -> dict[str, Any]:
         took_ms = (time.monotonic() - self.begun) * 1000
-        usage = {"completion_tokens": self.tokens, "prompt_tokens": 1, "total_tokens": self.tokens + 1}
-        timings = {"prompt_n": 1, "prompt_ms": 1.5, "predicted_n": self.tokens, "predicted_ms": took_ms}
+        count = len(self.texts)
+        usage = {"completion_tokens": count, "prompt_tokens": 1, "total_tokens": count + 1}
+        timings = {"prompt_n": 1, "prompt_ms": 1.5, "predicted_n": count, "predicted_ms": took_ms}
         return {"usage": usage, "timings": timings}
 
     @property
     def text(self) -> str:
-        return "".join(f"t{n} " for n in range(self.tokens))
+        return "".join(self.texts)
 
     def first(self) -> bytes:
         """The event in front of the first token; perhaps none."""
@@ -94,7 +95,7 @@ class Texts(Form):
         return self.envelope({"finish_reason": finish, "index": 0, "text": delta.get("content", "")})
 
     def token(self, index: int) -> bytes:
-        return data(self.piece({"content": f"t{index} "}))
+        return data(self.piece({"content": self.texts[index]}))
 
     def last(self) -> bytes:
         value = self.piece({}, "tool_calls" if self.call else "stop")
@@ -147,7 +148,7 @@ class Messages(Form):
         return f"event: {kind}\n".encode() + data({"type": kind, **fields})
 
     def message(self, content: list[Any], reason: str | None) -> dict[str, Any]:
-        usage = {"cache_read_input_tokens": 0, "input_tokens": 1, "output_tokens": self.tokens if reason else 0}
+        usage = {"cache_read_input_tokens": 0, "input_tokens": 1, "output_tokens": len(self.texts) if reason else 0}
         fixed = {"id": f"fake-{os.getpid()}", "type": "message", "role": "assistant", "model": self.alias}
         return {**fixed, "content": content, "stop_reason": reason, "stop_sequence": None, "usage": usage}
 
@@ -159,7 +160,7 @@ class Messages(Form):
         return self.event(f"content_block_{what}", index=index, **fields)
 
     def token(self, index: int) -> bytes:
-        return self.block("delta", 0, delta={"type": "text_delta", "text": f"t{index} "})
+        return self.block("delta", 0, delta={"type": "text_delta", "text": self.texts[index]})
 
     def called(self) -> Iterator[bytes]:
         if self.call:
@@ -172,7 +173,7 @@ class Messages(Form):
     def last(self) -> bytes:
         stops = b"".join(self.block("stop", index) for index in range(2 if self.call else 1))
         delta = {"stop_reason": self.reason, "stop_sequence": None}
-        return stops + self.event("message_delta", delta=delta, usage={"output_tokens": self.tokens})
+        return stops + self.event("message_delta", delta=delta, usage={"output_tokens": len(self.texts)})
 
     def counts(self) -> Iterator[bytes]:
         yield self.event("message_stop")

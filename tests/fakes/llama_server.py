@@ -11,7 +11,7 @@ A request body may carry `"fake": {...}`, or a last message whose text is that o
     tokens=8 token_ms=0      as below                       stall_after=n  is silent after n tokens (0: before all)
     die_after=n              as below                       mute           is silent before the head of the answer
     tool_call=[name, args]   behind the text                refuse=[status, text]   an error in place of an answer
-    error_after=n            as FAKE_INBAND_ERROR
+    error_after=n            as FAKE_INBAND_ERROR           answer=text    in place of tokens
     cut_at=[n, m] cut_by=close|reset    after n chunks of a stream and m bytes of the next one; -m: all but m bytes
 
 The environment switches manners on, most easily through a model's `env:`:
@@ -227,6 +227,7 @@ class Answer:
         self.connection = connection
         self.embedding = path == "/v1/embeddings"
         self.stream = bool(body.get("stream"))
+        steer |= {"tokens": 1} if "answer" in steer else {}
         self.tokens = int(steer.get("tokens", min(int(ENV.get("FAKE_TOKENS", 8)), body.get("max_tokens") or 1 << 30)))
         self.token_s = float(steer.get("token_ms", ENV.get("FAKE_TOKEN_MS", 0))) / 1000
         self.stall_after = int(steer.get("stall_after", -1))
@@ -236,7 +237,8 @@ class Answer:
         self.refusal = steer.get("refuse")
         self.mute = "mute" in steer
         self.cut_at, self.cut_by, self.chunks = steer.get("cut_at", [-1, 0]), steer.get("cut_by"), 0
-        self.form = FORMS.get(path, Texts)(connection.server.alias, body, self.tokens, steer.get("tool_call"))
+        texts = [f"t{n} " for n in range(self.tokens)] if "answer" not in steer else [steer["answer"]]
+        self.form = FORMS.get(path, Texts)(connection.server.alias, body, texts, steer.get("tool_call"))
 
     def send(self, *, reset_after_headers: bool) -> None:
         if self.mute:
