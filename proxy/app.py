@@ -10,9 +10,10 @@ from aiohttp.typedefs import Handler
 from backends.downloads import Downloads
 from backends.pool import Pool
 from proxy import ollama_models as ollama
+from proxy import router_mode
 from proxy.admin import health
 from proxy.config import Config
-from proxy.handlers import SLOT_ACTION, RelayHandler, list_models, load_model, show_model, unload_model
+from proxy.handlers import SLOT_ACTION, RelayHandler, list_models, show_model
 from proxy.router import Router
 from proxy.shared import PROXY, Proxy
 
@@ -31,6 +32,16 @@ OLLAMA_ROUTES: list[tuple[str, str, Handler]] = [
     ("HEAD", "/api/blobs/{digest:sha256:[0-9a-f]{64}}", ollama.blob),
 ]
 """The Ollama API, but for what is asked of a model: that is in `proxy.handlers.APIS`."""
+
+ROUTER_MODE_ROUTES: list[tuple[str, str, Handler]] = [
+    ("GET", "/models", list_models),
+    ("POST", "/models", router_mode.download_model),
+    ("DELETE", "/models", router_mode.delete_model),
+    ("GET", "/models/sse", router_mode.model_events),
+    ("POST", "/models/load", router_mode.load_model),
+    ("POST", "/models/unload", router_mode.unload_model),
+]
+"""llama-server's router mode."""
 
 
 def build_app(config: Config) -> web.Application:
@@ -58,12 +69,9 @@ def build_app(config: Config) -> web.Application:
 def _add_routes(app: web.Application, proxy: Proxy) -> None:
     _add(app, "GET", "/health", health)
     _add(app, "GET", "/v1/models", list_models)
-    _add(app, "GET", "/models", list_models)
-    _add(app, "POST", "/models/load", load_model)
-    _add(app, "POST", "/models/unload", unload_model)
     _add(app, "POST", r"/slots/{id:\d+}", RelayHandler(SLOT_ACTION, proxy).handle)
     app.router.add_get("/v1/models/{id:.+}", show_model)
-    for method, path, handler in OLLAMA_ROUTES:
+    for method, path, handler in (*OLLAMA_ROUTES, *ROUTER_MODE_ROUTES):
         _add(app, method, path, handler)
 
 

@@ -50,7 +50,7 @@ async def read_json(http: web.Request, max_bytes: int) -> dict[str, Any]:
 
 async def to_bytes(http: web.Request, value: dict[str, Any]) -> bytes:
     """`serialise(value)`, the body of `http`; in a thread if it is large."""
-    return await aside(http, serialise, value)
+    return serialise(value) if http.content.total_bytes <= OFF_LOOP_BYTES else await aside(http, serialise, value)
 
 
 async def aside(http: web.Request, work: Callable[[A], R], value: A) -> R:

@@ -105,7 +105,8 @@ class EventSplitter:
 
     def frames(self, whole: bytes) -> list[bytes]:
         """What `push` returned, event by event, without the blank lines between them."""
-        return [event for event in _BLANK_LINE.split(whole) if event.strip()]
+        events = _BLANK_LINE.split(whole) if b"\r" in whole else whole.split(b"\n\n")
+        return [event for event in events if event.strip()]
 
 
 _LINE_END = re.compile(rb"\r\n|\n|\r")

@@ -10,7 +10,6 @@ from functools import partial
 from aiohttp import web
 
 from backends import Backend, Call
-from backends.exchange import Response
 from backends.ollama import OllamaModel
 from backends.spawned import SpawnedModel
 from proxy import embeddings
@@ -18,10 +17,10 @@ from proxy.body import aside, read_json, to_bytes
 from proxy.chat import ChatRequest, Json, Timing
 from proxy.dialects import ANTHROPIC, NATIVE, OLLAMA, OPENAI, RESPONSES, Dialect, anthropic, ollama, openai
 from proxy.dialects.codec import Face, Wire
-from proxy.errors import BadRequest, ModelNotFound, UpstreamRefused
+from proxy.errors import BadRequest, UpstreamRefused
 from proxy.headers import upstream_headers
 from proxy.ollama_chat import answer_load, check_capabilities, set_keep_alive, with_context
-from proxy.ollama_models import LISTING_S, check_origin
+from proxy.ollama_models import LISTING_S
 from proxy.relay import ask, relay
 from proxy.router import Target
 from proxy.shared import MODEL, PROXY, Proxy
@@ -104,7 +103,8 @@ class RelayHandler:
         """Answer `http`; its parsed body is let go before a relayed answer begins."""
         target, work = await self._understand(http)
         if isinstance(work, Call):
-            return await ask(http, target.backend, work, partial(self._relay, http))
+            answer = partial(relay, http, dialect=self.api.dialect, stall_s=self._stall_s)
+            return await ask(http, target.backend, work, answer)
         return await self._translate(http, target, work)
 
     async def _understand(self, http: web.Request) -> tuple[Target, Call | Json]:
@@ -128,9 +128,6 @@ class RelayHandler:
             headers=upstream_headers(http.headers, has_body=has_body),
             slot=api.slot,
         )
-
-    async def _relay(self, http: web.Request, upstream: Response) -> web.StreamResponse:
-        return await relay(http, upstream, self.api.dialect, stall_s=self._stall_s)
 
     async def _translate(self, http: web.Request, target: Target, body: Json) -> web.StreamResponse:
         api, backend = self.api, target.backend
@@ -211,31 +208,3 @@ async def show_model(http: web.Request) -> web.Response:
     wanted = http.match_info["id"].rstrip("/")
     entry = router.entry(await router.resolve(wanted, pull=False))
     return web.json_response(entry.as_openai(router.created))
-
-
-async def load_model(http: web.Request) -> web.Response:
-    """`POST /models/load` of llama-server's router mode: answers at once, the load goes on."""
-    check_origin(http)
-    spawned = await _named_local(http)
-    spawned.pool.begin_load(spawned.name, spawned.model)
-    return web.json_response({"success": True})
-
-
-async def unload_model(http: web.Request) -> web.Response:
-    """`POST /models/unload`: answers once the process has ended; one that is answering ends after its answers."""
-    check_origin(http)
-    spawned = await _named_local(http)
-    await spawned.pool.unload(spawned.name)
-    return web.json_response({"success": True})
-
-
-async def _named_local(http: web.Request) -> SpawnedModel:
-    proxy = http.app[PROXY]
-    body = await read_json(http, proxy.max_body_bytes)
-    name = body.get("model")
-    if not isinstance(name, str) or not name:
-        raise BadRequest("model is required", param="model")
-    spawned = proxy.router.local.get(name)
-    if spawned is None:
-        raise ModelNotFound(f"model {name[:100]!r} is not one this proxy runs itself", param="model")
-    return spawned

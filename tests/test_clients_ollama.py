@@ -12,13 +12,12 @@ import ollama
 import pytest
 from ollama import AsyncClient, ResponseError
 
-from tests.e2e_support import RAIN, WEATHER, needs_llama_cpp, steered
+from tests.e2e_support import PIXEL, RAIN, WEATHER, needs_llama_cpp, steered
 from tests.harness import Proxy, until
 from tests.stages import RECORDED, Chain, Stage
 
 HELLO = [{"role": "user", "content": "Say hello."}]
 QUIET: dict[str, Any] = {"temperature": 0, "seed": 1, "num_predict": 8}
-PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 CITY = {"enum": ["Oslo", "Rome"]}
 SCHEMA = {"type": "object", "properties": {"city": CITY}, "required": ["city"], "additionalProperties": False}
 

@@ -10,6 +10,7 @@ A request body may carry `"fake": {...}`, or a last message whose text is that o
 
     tokens=8 token_ms=0      as below                       stall_after=n  is silent after n tokens (0: before all)
     die_after=n              as below                       mute           is silent before the head of the answer
+    pings                    a comment before each token
     tool_call=[name, args]   behind the text                refuse=[status, text]   an error in place of an answer
     error_after=n            as FAKE_INBAND_ERROR           answer=text    in place of tokens
     cut_at=[n, m] cut_by=close|reset    after n chunks of a stream and m bytes of the next one; -m: all but m bytes
@@ -235,7 +236,7 @@ class Answer:
         self.cut = manner("CUT")
         self.error_after = int(steer.get("error_after", manner("INBAND_ERROR") or -1))
         self.refusal = steer.get("refuse")
-        self.mute = "mute" in steer
+        self.mute, self.pings = "mute" in steer, "pings" in steer
         self.cut_at, self.cut_by, self.chunks = steer.get("cut_at", [-1, 0]), steer.get("cut_by"), 0
         texts = [f"t{n} " for n in range(self.tokens)] if "answer" not in steer else [steer["answer"]]
         self.form = FORMS.get(path, Texts)(connection.server.alias, body, texts, steer.get("tool_call"))
@@ -286,6 +287,8 @@ class Answer:
                 self.chunk(form.error({"code": 500, "message": "fake failure", "type": "server_error"}))
                 return self.chunk(b"")
             self.token(index)
+            if self.pings:
+                self.chunk(b":\n\n")
             self.chunk(form.token(index))
         if self.die_after == self.tokens:
             self.token(self.tokens)
