@@ -22,6 +22,8 @@ from proxy.errors import UpstreamFailed
 IDLE_KEEP_S = 4.0
 """Longest rest of a pooled connection. llama-server closes its own after 5 s (`Keep-Alive: timeout=5`, cpp-httplib's
 default), and a request that meets the closing has to be sent twice."""
+UNREACHABLE = "upstream_unreachable"
+"""Code of the error for a server to which no connection came about: nothing was sent to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +67,8 @@ class ConnectionPool:
         Leaving the context puts the connection back if the answer was read to its end, and closes it at once otherwise,
         which is how llama.cpp learns that nobody listens any more.
 
-        Raises: UpstreamFailed, also when the server closed a resting connection in the very moment it was used again;
-        a second request then goes out on a new one.
+        Raises: UpstreamFailed, with code `UNREACHABLE` if no connection came about; also when the server closed a
+        resting connection in the very moment it was used again: a second request then goes out on a new one.
         """
         return _Exchange(self, call)
 
@@ -129,10 +131,10 @@ class ConnectionPool:
                 )
         except TimeoutError:
             message = f"no connection to {self.endpoint} within {limit_s:g} s"
-            raise UpstreamFailed(message, status=504, code="upstream_timeout") from None
+            raise UpstreamFailed(message, status=504, code=UNREACHABLE) from None
         except (OSError, UnicodeError) as exc:  # UnicodeError: the host's name cannot be one
             reason = getattr(exc, "strerror", None) or exc
-            raise UpstreamFailed(f"cannot connect to {self.endpoint}: {reason}") from exc
+            raise UpstreamFailed(f"cannot connect to {self.endpoint}: {reason}", code=UNREACHABLE) from exc
         return connection
 
     def _pop_idle(self) -> Connection | None:

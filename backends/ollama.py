@@ -5,33 +5,67 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
 from backends import Call
+from backends.connection import UNREACHABLE
 from backends.downloads import Download, Downloads, Progress
 from backends.exchange import Response
-from backends.ollama_host import Json, OllamaHost, key_of
+from backends.ollama_host import PULL_FAILED, Json, OllamaHost, key_of
 from backends.remote import LISTING_PAUSE_S
 from backends.sweep import Sweeper
 from proxy.config import ModelConfig, OllamaConfig, checked_name
-from proxy.errors import BadRequest, ModelNotFound, UpstreamFailed
+from proxy.errors import BadRequest, ModelNotFound, ProxyError, UpstreamFailed
 
 logger = logging.getLogger(__name__)
 
 LOADED_STALE_S = 30.0
 """How old the knowledge of what is loaded may be for a request to go by it."""
+REFUSAL_KEPT_S = 10.0
+"""How long requests for a model that Ollama could not pull get the same error, without another try."""
 
 
 @dataclass(slots=True)
 class _Context:
-    """The `num_ctx` last asked of a model, and when it was last in use, on the event loop's clock."""
+    """What calls have shown about the context sizes of one model.
 
-    size: int = 0
+    `worked` is the largest that was answered with, `trying` are those of calls that wait for their answer, `failed` is
+    the last one that had no success. `used_at` is when the model was last in use, on the event loop's clock.
+    """
+
+    worked: int = 0
+    trying: list[int] = field(default_factory=list)
+    failed: int = 0
     used_at: float = -math.inf
+
+    def size(self, loaded: list[int]) -> int:
+        """The size to send, 0 for none, if a host or more has the model `loaded` with these.
+
+        One that is only being tried counts too, or clients that begin together would have the model loaded in turns;
+        but not if it failed before: nobody else shall fail with it.
+        """
+        if self.failed in loaded:  # who asked for it left before the answer
+            self.worked = max(self.worked, self.failed)
+        return max(self.worked, *(size for size in self.trying if size != self.failed), 0)
+
+    async def tried(self, size: int, answer: Awaitable[Response]) -> Response:
+        """The `answer` to a call with that size; it shows whether the size works."""
+        self.trying.append(size)
+        worked = False
+        try:
+            response = await answer
+            worked = response.status == 200
+            return response
+        finally:
+            self.trying.remove(size)
+            if worked:
+                self.worked = max(self.worked, size)
+            else:
+                self.failed = size
 
 
 class Ollama:
@@ -49,6 +83,7 @@ class Ollama:
         self._serves_all = config.models is None
         self._pinned = {key_of(name): model.ctx for name, model in configured.items() if model.ctx}
         self._contexts: dict[str, _Context] = {}
+        self._refusals: dict[str, tuple[float, ProxyError]] = {}
         self._watch = Sweeper(LOADED_STALE_S, self._look)
 
     # -- what there is ---------------------------------------------------------------------------------------------
@@ -159,11 +194,23 @@ class Ollama:
         """The download of the model, by the host that has it, else by the least busy one: the one under way, or a new
         one. Allowed whatever `ollama.pull` says: that is about requests that need the model.
 
-        It raises ModelNotFound in Ollama's words, UpstreamFailed. Raises: BadRequest.
+        It raises ModelNotFound in Ollama's words, UpstreamFailed (code `pull_failed` if these are of something else).
+        Raises: BadRequest.
         """
         if not _is_name(name):
             raise BadRequest("invalid model name", param="model")
-        return self._downloads.join(key_of(name), partial(self._pull, name))
+        key = key_of(name)
+        return self._downloads.join(f"ollama {key}", partial(self._pull, key, name))  # the hub's have other names
+
+    async def pulled(self, name: str) -> None:
+        """Return once the model has been pulled for a request. What Ollama said against it holds for 10 s.
+
+        Raises: what the download raises.
+        """
+        until, refusal = self._refusals.get(key_of(name), (-math.inf, None))
+        if refusal is not None and asyncio.get_running_loop().time() < until:
+            raise refusal.with_traceback(None)
+        await self.pull(name).wait()
 
     def num_ctx(self, name: str, asked: int | None) -> int | None:
         """See `OllamaModel.num_ctx`."""
@@ -171,13 +218,19 @@ class Ollama:
         if key in self._pinned:
             return self._pinned[key]
         self._forget_unloaded()
-        self._watch.wake()
-        context = self._contexts.setdefault(key, _Context())
+        loaded = [int(host.loaded[key].get("context_length") or 0) for host in self.hosts if key in host.loaded]
+        size = self._contexts[key].size(loaded) if key in self._contexts else 0
         if asked is not None and asked > 0:
-            sizes = [int(host.loaded[key].get("context_length") or 0) for host in self.hosts if key in host.loaded]
-            context.size = max(asked, context.size, *sizes)
-        self.used(name)
-        return context.size or None
+            size = max(asked, size, *loaded)
+        return size or None
+
+    async def tried(self, name: str, num_ctx: int | None, answer: Awaitable[Response]) -> Response:
+        """The `answer` to a call about the model with this `num_ctx`, which is kept for others if it works."""
+        key = key_of(name)
+        if num_ctx is None or key in self._pinned:
+            return await answer
+        self._watch.wake()
+        return await self._contexts.setdefault(key, _Context()).tried(num_ctx, answer)
 
     def used(self, name: str) -> None:
         """The model may be loaded from now on, although no host has said so yet."""
@@ -194,18 +247,30 @@ class Ollama:
         """Forget the context sizes of models of which every host that answers has said since that they are gone."""
         looked_at = min((host.loaded_at for host in self.hosts if host.error is None), default=math.inf)
         for key, context in list(self._contexts.items()):
-            if context.used_at < looked_at and not any(host.has_loaded(key) for host in self.hosts):
+            in_use = context.trying or any(host.has_loaded(key) for host in self.hosts)
+            if context.used_at < looked_at and not in_use:
                 del self._contexts[key]
 
-    async def _pull(self, name: str, tell: Callable[[Progress], None]) -> None:
-        key = key_of(name)
-        failure = UpstreamFailed("no Ollama host is configured")
+    async def _pull(self, key: str, name: str, tell: Callable[[Progress], None]) -> None:
+        now = asyncio.get_running_loop().time
+        self._refusals = {key: kept for key, kept in self._refusals.items() if now() < kept[0]}
+        self._refusals.pop(key, None)
+        try:
+            await self._pull_somewhere(key, name, tell)
+        except (ModelNotFound, UpstreamFailed) as exc:
+            if exc.code in (ModelNotFound.code, PULL_FAILED):
+                self._refusals[key] = now() + REFUSAL_KEPT_S, exc
+            raise
+
+    async def _pull_somewhere(self, key: str, name: str, tell: Callable[[Progress], None]) -> None:
+        failure: UpstreamFailed | None = None
         for host in sorted(self._ranked(key), key=lambda host: (host.error is not None, key not in host.tags)):
             try:
                 return await host.pull(name, tell)
             except UpstreamFailed as exc:
-                failure = exc
-        raise failure
+                if failure is None or failure.code != PULL_FAILED:  # which says more than what came of the others
+                    failure = exc
+        raise failure or UpstreamFailed("no Ollama host is configured")
 
     # -- hosts -----------------------------------------------------------------------------------------------------
 
@@ -256,23 +321,27 @@ class OllamaModel:
         self.ollama = ollama
         self.name = name
         self._key = key_of(name)
+        self._num_ctx: int | None = None
 
     def num_ctx(self, asked: int | None) -> int | None:
-        """The context size to send for a client that asked for `asked` tokens, or for none; None: send none.
+        """The context size to send with the next call, for a client that asked for `asked` tokens, or for none; None:
+        send none.
 
         A pinned one (`ctx` of the configured model) is always that. Otherwise it only grows: a request never asks for
         less than the model is loaded with, because any other size, also a smaller one, makes Ollama load the model
-        anew. Once the model was unloaded, it begins afresh. A size that Ollama itself chose is never asked for, unless
-        a client wants one that is smaller.
+        anew. But a size is kept for others only once a call with it was answered with status 200, or Ollama says that
+        the model is loaded with it. Once the model was unloaded, it begins afresh. A size that Ollama itself chose is
+        never asked for, unless a client wants one that is smaller.
         """
-        return self.ollama.num_ctx(self.name, asked)
+        self._num_ctx = self.ollama.num_ctx(self.name, asked)
+        return self._num_ctx
 
     @asynccontextmanager
     async def open(self, call: Call) -> AsyncIterator[Response]:
         """Raises: BadRequest, ModelNotFound, UpstreamFailed."""
         async with AsyncExitStack() as stack:
             try:
-                yield await self._begin(call, stack)
+                yield await self.ollama.tried(self.name, self._num_ctx, self._begin(call, stack))
             finally:
                 self.ollama.used(self.name)
 
@@ -281,7 +350,7 @@ class OllamaModel:
         if response is None:
             if not self.ollama.may_pull(self.name):
                 raise self.ollama.missing(self.name)
-            await self.ollama.pull(self.name).wait()
+            await self.ollama.pulled(self.name)
             response = await self._try_holders(call, stack)
         if response is None:
             raise UpstreamFailed(f"Ollama has pulled '{self.name}' and does not list it")
@@ -290,14 +359,17 @@ class OllamaModel:
     async def _try_holders(self, call: Call, stack: AsyncExitStack) -> Response | None:
         """The answer of the first host that gives one; None if none has the model.
 
-        A host that cannot be reached is passed over. So is one that says it has no such model, if it no longer lists
-        it: somebody has deleted it there.
+        A host that cannot be reached is passed over, not one that failed with the request: it may have been at work on
+        it for long. Passed over is also one that says it has no such model and no longer lists it: somebody has deleted
+        it there.
         """
         failure: UpstreamFailed | None = None
         for host in await self.ollama.holders(self.name):
             try:
                 response = await stack.enter_async_context(host.open(call, self._key))
             except UpstreamFailed as exc:
+                if exc.code != UNREACHABLE:
+                    raise
                 logger.warning("%s did not answer for %s: %s", host.url, self.name, exc)
                 failure = exc
                 continue

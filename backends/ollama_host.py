@@ -32,6 +32,10 @@ PULL_IDLE_S = 1800.0
 """Longest silence within a pull: an Ollama that verifies a large file on a slow disk says nothing for minutes."""
 LINE_LIMIT = 1024 * 1024
 """Longest progress line accepted, in bytes."""
+PULL_FAILED = "pull_failed"
+"""Code of the error for a pull that Ollama gave up, with its words: asked again at once it would say the same."""
+NO_SUCH_MODEL = ("file does not exist", "not found", "does not exist")
+"""Words of Ollama about a model that the registry does not have."""
 
 
 def key_of(name: str) -> str:
@@ -124,7 +128,7 @@ class OllamaHost:
     async def pull(self, name: str, tell: Callable[[Progress], None]) -> None:
         """Have it pull a model; returns once it lists it. Cancelling breaks the pull off; Ollama keeps what it has.
 
-        Raises: ModelNotFound in Ollama's words, UpstreamFailed.
+        Raises: ModelNotFound in Ollama's words, UpstreamFailed, with code `pull_failed` if Ollama said why.
         """
         lines = _PullLines(tell)
         body = orjson.dumps({"model": name, "stream": True})
@@ -203,7 +207,10 @@ class _PullLines:
         """The answer is complete. Raises: ModelNotFound, UpstreamFailed."""
         self._take(self._held)
         if "error" in self._last:
-            raise ModelNotFound(f"model '{name}' not found: {self._last['error']}")
+            words = str(self._last["error"])
+            if any(part in words for part in NO_SUCH_MODEL):
+                raise ModelNotFound(f"model '{name}' not found: {words}")
+            raise UpstreamFailed(f"Ollama could not pull '{name}': {words}", code=PULL_FAILED)
         if self._last.get("status") != "success":
             raise UpstreamFailed(f"Ollama broke off the pull of '{name}'")
 

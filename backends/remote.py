@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import secrets
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any, ClassVar
@@ -19,6 +20,10 @@ from proxy.config import RemoteConfig, UpstreamConfig
 from proxy.errors import UpstreamFailed
 
 logger = logging.getLogger(__name__)
+
+OUR_VIA = f"1.1 llama-smart-proxy-{secrets.token_hex(4)}"
+"""The `Via` of all we send to servers of others, another one in each run: a request that comes back to us with it went
+round in a circle."""
 
 LISTING_TIMEOUT_S = 5.0
 LISTING_FRESH_S = 60.0
@@ -35,7 +40,7 @@ def connections_to(url: str, config: UpstreamConfig, *, idle_timeout_s: float | 
     key = config.api_key.get_secret_value() if config.api_key else ""
     return ConnectionPool(
         Endpoint(parts.hostname or "", parts.port or (443 if tls else 80), tls, parts.path),
-        headers=[("Authorization", f"Bearer {key}")] if key else [],
+        headers=[("Via", OUR_VIA), *([("Authorization", f"Bearer {key}")] if key else [])],
         timeouts=Timeouts(
             config.connect_timeout_s, config.first_byte_timeout_s, idle_timeout_s or config.idle_timeout_s
         ),

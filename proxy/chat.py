@@ -13,6 +13,8 @@ from typing import Any
 
 Json = dict[str, Any]
 KEPT = "_kept"
+MAX_TOOL_CALLS = 1024
+"""Most calls in one answer; a server that numbers them higher would have us make room for all between."""
 
 
 class Kept(Json):
@@ -114,14 +116,19 @@ class Fold:
 
     def completion(self) -> Json:
         """The whole answer; `choices` in the order of their indices, at least one."""
-        choices = [self._choices[index] for index in sorted(self._choices)]
-        for choice in choices:
-            choice.setdefault("finish_reason", "stop")
+        choices = [
+            {"finish_reason": "stop", **choice, "message": _joined(choice["message"])}
+            for _, choice in sorted(self._choices.items())
+        ]
         message = {"role": "assistant", "content": ""}
         return self._whole | {
             "object": "chat.completion",
             "choices": choices or [{"index": 0, "message": message, "finish_reason": "stop"}],
         }
+
+
+class _Text(list[str]):
+    """A text in pieces: adding each to a whole one would take time in the square of its length."""
 
 
 def _add_delta(message: Json, delta: Json) -> None:
@@ -130,21 +137,35 @@ def _add_delta(message: Json, delta: Json) -> None:
             for call in value or ():
                 _add_tool_call(message.setdefault("tool_calls", []), call)
         elif isinstance(value, str) and key != "role":
-            message[key] = (message.get(key) or "") + value
+            pieces = message.get(key)
+            if not isinstance(pieces, _Text):
+                pieces = message[key] = _Text()
+            pieces.append(value)
         elif value is not None:
             message[key] = value
+
+
+def _joined(value: Any) -> Any:
+    """`value` with its texts in one piece."""
+    if isinstance(value, _Text):
+        return "".join(value)
+    if isinstance(value, dict):
+        return {key: _joined(item) for key, item in value.items()}
+    return [_joined(item) for item in value] if isinstance(value, list) else value
 
 
 def _add_tool_call(calls: list[Json], delta: Json) -> None:
     """A call comes in parts: first its id and name, then its arguments piece by piece, told apart by `index`."""
     index = delta.get("index", len(calls))
+    if not 0 <= index < MAX_TOOL_CALLS:
+        raise ValueError("a tool call with an impossible index")
     while len(calls) <= index:
-        calls.append({"type": "function", "function": {"name": "", "arguments": ""}})
+        calls.append({"type": "function", "function": {"name": "", "arguments": _Text()}})
     call = calls[index]
     call.update({key: value for key, value in delta.items() if key not in ("index", "function") and value is not None})
     for key, value in (delta.get("function") or {}).items():
         if key == "arguments":
-            call["function"][key] += value or ""
+            call["function"][key].append(value or "")
         elif value:  # some servers send the name with every part
             call["function"][key] = value
 
@@ -152,5 +173,4 @@ def _add_tool_call(calls: list[Json], delta: Json) -> None:
 def _add_logprobs(choice: Json, logprobs: Json | None) -> None:
     for key, items in (logprobs or {}).items():
         if isinstance(items, list):
-            whole = choice.setdefault("logprobs", {})
-            whole[key] = [*(whole.get(key) or []), *items]
+            choice.setdefault("logprobs", {}).setdefault(key, []).extend(items)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from pathlib import Path
 
 from backends.llamacpp import server_command
@@ -26,8 +26,11 @@ def check_command(path: Path | None, env: Mapping[str, str]) -> int:
         print(f"{path or 'defaults'}: {line}", file=sys.stderr)
     if reading.config is None or missing:
         return 2
-    counts = f"{_count(reading.config.models, 'model')}, {_count(reading.config.remotes, 'remote')}"
-    print(f"OK: {path or 'defaults'} ({counts})")
+    config = reading.config
+    counts = [_count(config.models, "model"), _count(config.remotes, "remote")]
+    if config.uses_ollama:
+        counts.append(_count(config.ollama.urls, "Ollama host"))
+    print(f"OK: {path or 'defaults'} ({', '.join(counts)})")
     return 0
 
 
@@ -50,5 +53,5 @@ def schema_command() -> int:
     return 0
 
 
-def _count(things: Mapping[str, object], noun: str) -> str:
+def _count(things: Sized, noun: str) -> str:
     return f"{len(things)} {noun}{'' if len(things) == 1 else 's'}"

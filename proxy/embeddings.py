@@ -6,6 +6,7 @@ errors about inputs that are too long.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import math
 import re
@@ -18,6 +19,7 @@ import orjson
 from aiohttp import web
 
 from backends import Backend
+from backends.spawned import SpawnedModel
 from proxy.chat import Json
 from proxy.errors import BadRequest, UpstreamFailed, UpstreamRefused
 from proxy.translate import question
@@ -25,6 +27,8 @@ from proxy.translate import question
 Convert = Callable[[Backend, str, Json], Awaitable[Json]]
 """Makes the answer of one endpoint from the backend, the model's name there and the client's body."""
 Vectors = list[list[float]]
+MANY = 64
+"""More vectors than are turned into text while others wait."""
 _TOO_LONG = re.compile(r"batch size: (\d+)|context size \((\d+)|n_ctx_slot = (\d+)|maximum context length is (\d+)")
 
 
@@ -40,7 +44,8 @@ async def openai_from_ollama(backend: Backend, model: str, body: Json) -> Json:
     passed: Json = {key: body[key] for key in ("dimensions", "truncate", "keep_alive", "options") if key in body}
     answer = await question(backend, "/api/embed", {"model": model, "input": inputs, **passed}, slot=True)
     vectors = _vectors(answer.get("embeddings"))
-    tokens = answer.get("prompt_eval_count", 0)
+    counted = answer.get("prompt_eval_count")
+    tokens = counted if isinstance(counted, int) else 0
     return {
         "object": "list",
         "data": [
@@ -56,12 +61,10 @@ async def ollama_from_openai(backend: Backend, model: str, body: Json) -> Json:
     """Answer `POST /api/embed` from `/v1/embeddings`."""
     started_ns = time.monotonic_ns()
     wanted = body.get("input")
-    inputs = [wanted] if isinstance(wanted, str) else wanted
-    if inputs is None:
-        inputs = []
+    inputs = [wanted] if isinstance(wanted, str) and wanted else wanted or []
     if not isinstance(inputs, list) or not all(isinstance(item, str) for item in inputs):
         raise BadRequest("invalid input type")
-    vectors, tokens = await _embed(backend, model, [item for item in inputs if item], body.get("truncate", True))
+    vectors, tokens = await _embed(backend, model, inputs, body.get("truncate", True))
     answer: Json = {"model": model, "embeddings": [_cut(vector, body.get("dimensions")) for vector in vectors]}
     answer["total_duration"] = time.monotonic_ns() - started_ns
     return answer | ({"prompt_eval_count": tokens} if tokens else {})
@@ -79,6 +82,8 @@ async def legacy_from_openai(backend: Backend, model: str, body: Json) -> Json:
 async def _embed(backend: Backend, model: str, inputs: list[str], truncate: object) -> tuple[Vectors, int]:
     """The vectors of `inputs`, in order, and how many tokens they had."""
     if not inputs:
+        if isinstance(backend, SpawnedModel):
+            await backend.pool.load(backend.name, backend.model)
         return [], 0
     try:
         return await _ask(backend, model, inputs)
@@ -97,8 +102,13 @@ async def _ask(backend: Backend, model: str, inputs: list[Any]) -> tuple[Vectors
     items = answer.get("data")
     if not isinstance(items, list):
         raise UpstreamFailed("the model server's answer holds no embeddings", code="upstream_error")
-    ordered = sorted(items, key=lambda item: item.get("index", 0))
-    return _vectors([item.get("embedding") for item in ordered]), answer.get("usage", {}).get("prompt_tokens", 0)
+    vectors: list[object] = [None] * len(items)
+    for place, item in enumerate(items):
+        if isinstance(item, dict) and item.get("index", place) in range(len(items)):
+            vectors[item.get("index", place)] = item.get("embedding")
+    usage = answer.get("usage")
+    tokens = usage.get("prompt_tokens") if isinstance(usage, dict) else 0
+    return _vectors(vectors), tokens if isinstance(tokens, int) else 0
 
 
 async def _shortened(backend: Backend, text: str, most: int) -> list[int]:
@@ -110,9 +120,17 @@ async def _shortened(backend: Backend, text: str, most: int) -> list[int]:
 
 
 def _vectors(value: object) -> Vectors:
-    if not isinstance(value, list) or not all(isinstance(vector, list) for vector in value):
+    if not isinstance(value, list) or not all(map(_is_vector, value)):
         raise UpstreamFailed("the model server's answer holds no embeddings", code="upstream_error")
     return value
+
+
+def _is_vector(value: object) -> bool:
+    """Whether it is a list of numbers that 32 bits can hold."""
+    try:
+        return isinstance(value, list) and struct.pack(f"<{len(value)}f", *value) is not None
+    except (struct.error, OverflowError):
+        return False
 
 
 def _cut(vector: list[float], dimensions: object) -> list[float]:
@@ -129,6 +147,10 @@ def _base64(vector: list[float]) -> str:
     return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
 
 
-def as_response(answer: Json) -> web.Response:
-    """The HTTP answer that carries it."""
-    return web.Response(body=orjson.dumps(answer), content_type="application/json")
+async def as_response(answer: Json) -> web.Response:
+    """The HTTP answer that carries it. Thousands of vectors are made text in a thread."""
+    many = len(answer.get("data") or answer.get("embeddings") or ()) > MANY
+    body = (
+        await asyncio.get_running_loop().run_in_executor(None, orjson.dumps, answer) if many else orjson.dumps(answer)
+    )
+    return web.Response(body=body, content_type="application/json")

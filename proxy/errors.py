@@ -24,6 +24,7 @@ class ProxyError(Exception):
     retry_after_s: int | None = None
 
     def __init__(self, message: str, *, code: str | None = None, param: str | None = None) -> None:
+        message = message.encode(errors="replace").decode()  # it may quote a client's lone surrogate
         super().__init__(message)
         self.message = message
         self.param = param
@@ -52,7 +53,7 @@ class ModelNotFound(ProxyError):
 
     def __init__(self, message: str, *, hint: str = "", param: str | None = "model") -> None:
         super().__init__(f"{message}; {hint}" if hint else message, param=param)
-        self.brief = message
+        self.brief = self.message.removesuffix(f"; {hint}")
 
 
 class Overloaded(ProxyError):

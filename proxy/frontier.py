@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable
@@ -11,10 +12,11 @@ from typing import Any
 
 from aiohttp import web
 
+from backends.remote import OUR_VIA
 from proxy.dialects import OLLAMA, OPENAI, Dialect
 from proxy.errors import BadRequest, Overloaded, ProxyError
 from proxy.handlers import APIS, RelayHandler
-from proxy.headers import REQUEST_ID, own_headers, shown_path
+from proxy.headers import ANSWERED, REQUEST_ID, own_headers, shown, shown_path
 from proxy.ingress import AMBIGUOUS, FrontConnection, check_request
 from proxy.shared import MODEL, Proxy
 
@@ -54,6 +56,7 @@ class Frontier:
     async def _answer(self, http: web.Request) -> web.StreamResponse:
         try:
             check_request(http)
+            _check_sender(http)
             if self._proxy.draining.is_set() and http.path != "/health":
                 raise Overloaded("the proxy is shutting down", code="shutting_down", retry_after_s=5)
             relay = self._relays.get(http.path)
@@ -69,10 +72,31 @@ class Frontier:
             return _failed(http, exc)
 
 
+def _check_sender(http: web.Request) -> None:
+    """Refuse a request that went round in a circle, and one that a web page of somebody else's has a browser make.
+
+    Browsers tell by `Origin`. Pages on this machine may ask, and applications, whose scheme is their own; of what has a
+    name in the network nobody knows whether the name is honest (DNS rebinding).
+
+    Raises: BadRequest 508 and 403.
+    """
+    headers = http.headers
+    if "Via" in headers and OUR_VIA in ",".join(headers.getall("Via")):
+        words = "this request went round in a circle: this proxy is among its own upstream servers"
+        raise BadRequest(words, status=508, code="loop_detected")
+    if "Origin" in headers and http.method not in ("GET", "HEAD", "OPTIONS"):
+        scheme, _, rest = headers["Origin"].partition("://")
+        if scheme in ("http", "https", "null") and not _LOCAL_ORIGIN.fullmatch(rest):
+            raise BadRequest("pages of other origins may not do this", status=403, code="forbidden_origin")
+
+
+_LOCAL_ORIGIN = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?")
+
+
 def _log(http: web.Request, response: web.StreamResponse | None, spent_s: float) -> None:
     """The access line. 499: the client left before its answer was complete."""
-    status = response.status if response is not None else 499
-    model, request_id = http.get(MODEL, "-"), http[REQUEST_ID]
+    status = response.status if response is not None else http.get(ANSWERED, 499)
+    model, request_id = shown(http.get(MODEL, "-")), http[REQUEST_ID]
     access.info(
         "%s %s %d model=%s %.0f ms %s", http.method, shown_path(http), status, model, spent_s * 1000, request_id
     )

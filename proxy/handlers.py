@@ -105,22 +105,29 @@ class RelayHandler:
         if isinstance(work, Call):
             answer = partial(relay, http, dialect=self.api.dialect, stall_s=self._stall_s)
             return await ask(http, target.backend, work, answer)
-        return await self._translate(http, target, work)
+        try:
+            return await self._translate(http, target, work)
+        except RecursionError:
+            raise BadRequest("the request body is nested too deeply", code="invalid_json") from None
 
     async def _understand(self, http: web.Request) -> tuple[Target, Call | Json]:
         """Where the request goes, and the call that it is there, or its body if it has to be translated."""
         api = self.api
         has_body = http.method == "POST"
         body = await read_json(http, self._max_bytes) if has_body else {}
+        if api.family == "ollama":
+            body = ollama.folded(body)
         named = body.get("model")
-        target = await self._proxy.router.resolve(http.query.get("model") if named in (None, "") else named)
+        target = await self._proxy.router.resolve(
+            http.query.get("model") if named in (None, "") else named,
+            pull=api.slot and not (api.family == "ollama" and ollama.is_unload(body, chat=api.face is ollama.CHAT)),
+        )
         http[MODEL] = target.model
         if api.family not in target.backend.speaks:
             return target, body
         if has_body:
             body["model"] = target.model
-            if isinstance(target.backend, OllamaModel):
-                _hold_context(target.backend, body)
+            _hold_context(target.backend, body)
         return target, Call(
             method=http.method,
             path=_upstream_path(http, target.model),
@@ -131,29 +138,39 @@ class RelayHandler:
 
     async def _translate(self, http: web.Request, target: Target, body: Json) -> web.StreamResponse:
         api, backend = self.api, target.backend
+        body["model"] = target.model
         if api.convert is not None:
-            return embeddings.as_response(await api.convert(backend, target.model, body))
+            if api.family == "ollama":
+                set_keep_alive(backend, body)
+            _hold_context(backend, body)
+            return await embeddings.as_response(await api.convert(backend, target.model, body))
         if api.face is None:
             words = f"model {target.model[:100]!r} is on a server that does not have this endpoint"
             raise BadRequest(words, status=501, code="not_supported")
-        epilogue: Epilogue | None = None
         if api.family == "ollama":
-            if (loaded := await answer_load(backend, target.model, body, chat=api.face is ollama.CHAT)) is not None:
+            loaded = await answer_load(backend, target.model, body, chat=api.face is ollama.CHAT)
+            if loaded is not None:
                 return loaded
-            set_keep_alive(backend, body)
             await check_capabilities(self._proxy, backend, body)
-        body["model"] = target.model
+        timing = Timing(asyncio.get_running_loop().time())
         request = await aside(http, api.face.decode, body)
+        epilogue: Epilogue | None = None
         if api.face is ollama.GENERATE:
             request, epilogue = await with_context(backend, request)
-        timing = Timing(asyncio.get_running_loop().time())
-        headers = upstream_headers(http.headers, has_body=True)
+        if api.family == "ollama":
+            set_keep_alive(backend, body)  # not before the request is known to be good, and its questions are answered
         exchange = Exchange(http, api.face, _wire(backend), request, timing, self._stall_s, epilogue)
+        return await self._exchange(exchange, backend, upstream_headers(http.headers, has_body=True))
+
+    async def _exchange(
+        self, exchange: Exchange, backend: Backend, headers: list[tuple[str, str]]
+    ) -> web.StreamResponse:
         try:
             return await exchange.run(backend, headers)
         except UpstreamRefused as exc:
             # On /api that is the answer; the other APIs ask for thoughts as a wish, and clients do so of every model.
-            if api.family == "ollama" or "does not support thinking" not in exc.message or not _no_thoughts(request):
+            wished = self.api.family != "ollama" and "does not support thinking" in exc.message
+            if not wished or not _no_thoughts(exchange.request):
                 raise
         return await exchange.run(backend, headers)
 
@@ -176,10 +193,17 @@ def _no_thoughts(request: ChatRequest) -> bool:
     return any([request.body.pop(wish, None) is not None for wish in wishes])
 
 
-def _hold_context(backend: OllamaModel, body: Json) -> None:
-    """Have `num_ctx` follow the one policy of the model, or clients that differ would have it reloaded in turns."""
+def _hold_context(backend: Backend, body: Json) -> None:
+    """Have `num_ctx` follow the one policy of an Ollama's model, or clients that differ would reload it in turns.
+
+    `options` is Ollama's; clients of other APIs may send it, too.
+    """
+    if not isinstance(backend, OllamaModel):
+        return
     options = body.get("options")
-    asked = options.get("num_ctx") if isinstance(options, dict) else None
+    if options is not None and not isinstance(options, dict):
+        raise BadRequest("options must be an object", param="options")
+    asked = options.get("num_ctx") if options else None
     num_ctx = backend.num_ctx(asked if isinstance(asked, int) and not isinstance(asked, bool) else None)
     if num_ctx is not None and num_ctx != asked:
         body["options"] = {**(options or {}), "num_ctx": num_ctx}

@@ -13,6 +13,8 @@ from multidict import MultiMapping
 from proxy import __version__
 
 REQUEST_ID = web.RequestKey("request_id", str)
+ANSWERED = web.RequestKey("answered", int)
+"""The status of an answer of which the client has all but the end mark. Many leave before they get that."""
 SERVER = f"llama-smart-proxy/{__version__}"
 
 HOP_BY_HOP = frozenset(
@@ -44,7 +46,6 @@ _NOT_UPSTREAM = HOP_BY_HOP | {
     "origin",
     "referer",
     "forwarded",  # nothing a client says about its own address is believed or passed on
-    "via",
     "x-real-ip",
 }
 _NOT_UPSTREAM_PREFIXES = ("x-forwarded-", "proxy-", "sec-", "access-control-")
@@ -95,6 +96,12 @@ def own_headers(http: web.BaseRequest) -> list[tuple[str, str]]:
 def shown_path(http: web.BaseRequest) -> str:
     """The path for a log line: as it came, as a decoded line break would forge lines, and without the query."""
     return http.raw_path.partition("?")[0]
+
+
+def shown(name: str) -> str:
+    """A client's name of something for a log line: what is not printable ASCII would forge lines."""
+    name = name[:255]
+    return name if name.isascii() and name.isprintable() else ascii(name)[1:-1]
 
 
 @lru_cache(maxsize=1)

@@ -15,9 +15,10 @@ from aiohttp import web
 from backends import Backend, Call
 from backends.connection import ConnectionPool
 from backends.spawned import SpawnedModel
+from proxy.body import serialise
 from proxy.chat import ChatRequest, Json, bare, kept
 from proxy.dialects import ollama
-from proxy.errors import BadRequest, ProxyError
+from proxy.errors import BadRequest, ProxyError, UpstreamRefused
 from proxy.shared import Proxy
 from proxy.translate import JSON_HEADERS, Epilogue, question, understood
 
@@ -36,8 +37,8 @@ async def answer_load(backend: Backend, model: str, body: Json, *, chat: bool) -
         if unload:
             await backend.pool.unload(backend.name)
         else:
-            await backend.pool.load(backend.name, backend.model)
             set_keep_alive(backend, body)
+            await backend.pool.load(backend.name, backend.model)
     reply = ollama.load_reply(model, chat=chat, reason="unload" if unload else "load")
     return web.Response(body=orjson.dumps(reply), content_type="application/json")
 
@@ -72,7 +73,10 @@ async def with_context(backend: Backend, request: ChatRequest) -> tuple[ChatRequ
         return request, None  # raw, or fill-in-the-middle: Ollama tells no context then either
     if not context:
         return request, _context_of(request)
-    past = (await question(backend, "/detokenize", {"tokens": context})).get("content", "")
+    try:
+        past = (await question(backend, "/detokenize", {"tokens": context})).get("content", "")
+    except UpstreamRefused as exc:
+        raise BadRequest(f"invalid context: {exc.message}") from exc
     prompt = f"{past}{(await question(backend, '/apply-template', _template_body(request))).get('prompt', '')}"
     return ollama.as_text(request, prompt), _context_after(prompt)
 
@@ -111,7 +115,7 @@ async def _tokens(server: ConnectionPool, text: str) -> Json:
 
 
 async def _ask(server: ConnectionPool, path: str, body: Json) -> Json:
-    call = Call("POST", path, orjson.dumps(body), JSON_HEADERS)
+    call = Call("POST", path, serialise(body), JSON_HEADERS)
     return understood((await server.fetch(call, timeout_s=QUESTION_S))[1])
 
 

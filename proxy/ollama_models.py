@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from contextlib import aclosing, nullcontext, suppress
 from functools import partial
 
 import aiohttp
@@ -21,12 +21,14 @@ from backends.downloads import Download
 from backends.ollama import Ollama, OllamaModel
 from backends.spawned import SpawnedModel
 from proxy import cards
-from proxy.body import read_json
+from proxy.body import read_json, serialise
 from proxy.chat import Json
+from proxy.config import checked_name
 from proxy.dialects import OLLAMA
-from proxy.errors import BadRequest, ModelNotFound, ProxyError
+from proxy.errors import BadRequest, ModelNotFound, ProxyError, UpstreamFailed
 from proxy.headers import upstream_headers
-from proxy.relay import ask, begin_stream, patiently, relay
+from proxy.ingress import FrontConnection
+from proxy.relay import PLAIN_LIMIT, ask, begin_stream, finish, patiently, relay
 from proxy.shared import MODEL, PROXY, Proxy
 
 logger = logging.getLogger(__name__)
@@ -83,7 +85,7 @@ async def show(http: web.Request) -> web.StreamResponse:
     target = await proxy.router.resolve(name, pull=False)
     http[MODEL] = target.model
     if isinstance(target.backend, OllamaModel):
-        return await _forward(http, proxy, target.model, {**body, "model": target.model})
+        return await _forward(http, proxy, target.model, {**body, "model": target.model}, changes=False)
     if isinstance(target.backend, SpawnedModel):
         agent = http.headers.get("User-Agent", "")
         answer = await proxy.cards.show(target.backend, name, verbose=body.get("verbose") is True, user_agent=agent)
@@ -95,7 +97,6 @@ async def show(http: web.Request) -> web.StreamResponse:
 async def pull(http: web.Request) -> web.StreamResponse:
     """`POST /api/pull`: a model of the Hugging Face hub (`hf.co/org/repo:Q4_K_M`), one that is configured here, or one
     that an Ollama of ours shall pull. A pull that nobody but its client wants ends with its client."""
-    check_origin(http)
     proxy = http.app[PROXY]
     body = await read_json(http, proxy.max_body_bytes)
     name = http[MODEL] = _named(body)
@@ -115,8 +116,7 @@ async def _tell(http: web.Request, progress: AsyncIterator[Json], stall_s: float
             await patiently(http, answer.write(orjson.dumps(line) + b"\n"), stall_s)
     except ProxyError as exc:
         await patiently(http, answer.write(OLLAMA.error_event(exc)), stall_s)
-    await patiently(http, answer.write_eof(), stall_s)
-    return answer
+    return await finish(http, answer, stall_s)
 
 
 async def _download(proxy: Proxy, name: str) -> Download | None:
@@ -126,7 +126,7 @@ async def _download(proxy: Proxy, name: str) -> Download | None:
     if spawned is not None:
         return await spawned.pool.begin_download(spawned.name, spawned.model)
     ollama = router.ollama
-    if ollama is not None and (proxy.config.backend == "ollama" or not name.startswith(hub.PREFIXES)):
+    if ollama is not None and (proxy.config.backend == "ollama" or hub.parse_name(name) is None):
         return ollama.pull(name)
     found = hub.parse_name(name)
     if found is None:
@@ -146,7 +146,6 @@ async def _lines(download: Download | None) -> AsyncGenerator[Json, None]:
 
 async def delete(http: web.Request) -> web.StreamResponse:
     """`DELETE /api/delete`: of an Ollama, or what was pulled from the Hugging Face hub; not what is configured."""
-    check_origin(http)
     proxy = http.app[PROXY]
     body = await read_json(http, proxy.max_body_bytes)
     name = http[MODEL] = _named(body)
@@ -164,12 +163,12 @@ async def delete(http: web.Request) -> web.StreamResponse:
 
 async def change(http: web.Request) -> web.StreamResponse:
     """`POST /api/copy`, `/api/push` and `/api/create`: an Ollama's business."""
-    check_origin(http)
     proxy = http.app[PROXY]
     body = await read_json(http, proxy.max_body_bytes)
     source = next((body[key] for key in ("source", "from", "model", "name") if body.get(key)), None)
     if not isinstance(source, str):
         raise BadRequest("model is required")
+    _check_names(body.get(key) for key in ("source", "destination", "from", "model", "name"))
     http[MODEL] = source[:100]
     if proxy.router.local.get(source) is not None:
         raise BadRequest(f"model {source[:100]!r} is run by llama.cpp; only models of an Ollama can be changed")
@@ -180,45 +179,57 @@ async def change(http: web.Request) -> web.StreamResponse:
 
 async def blob(http: web.Request) -> web.StreamResponse:
     """`HEAD` and `POST /api/blobs/sha256:...`: a file for `/api/create`, passed on to the first Ollama as it comes."""
-    check_origin(http)
     host = await _ollama(http.app[PROXY]).host_for(None)
-    url = f"{host.connections.endpoint}{http.path}"
-    timeout = aiohttp.ClientTimeout(total=None, connect=host.config.connect_timeout_s)
-    async with (
-        aiohttp.ClientSession(timeout=timeout, trust_env=False) as session,
-        session.request(http.method, url, data=http.content if http.can_read_body else None) as upstream,
-    ):
-        body = await upstream.read()
-        return web.Response(status=upstream.status, body=body, content_type="application/json" if body else None)
+    key = host.config.api_key
+    timeout = aiohttp.ClientTimeout(
+        total=None, connect=host.config.connect_timeout_s, sock_read=host.config.first_byte_timeout_s
+    )
+    connection = http.protocol
+    slowly = connection.receiving_body() if isinstance(connection, FrontConnection) else nullcontext()
+    try:
+        with slowly:
+            async with (
+                aiohttp.ClientSession(timeout=timeout, trust_env=False) as session,
+                session.request(
+                    http.method,
+                    f"{host.connections.endpoint}{http.path}",
+                    data=http.content if http.can_read_body else None,
+                    headers={"Authorization": f"Bearer {key.get_secret_value()}"} if key else {},
+                    allow_redirects=False,
+                ) as upstream,
+            ):
+                body = await upstream.content.read(PLAIN_LIMIT)
+    except (aiohttp.ClientError, TimeoutError) as exc:
+        raise UpstreamFailed(f"the blob could not be passed on: {exc or type(exc).__name__}") from exc
+    return web.Response(status=upstream.status, body=body, content_type="application/json" if body else None)
 
 
-def check_origin(http: web.Request) -> None:
-    """Refuse a web page of somebody else's that makes a visitor's browser ask: such requests carry an `Origin`.
-
-    Raises: BadRequest 403.
-    """
-    origin = http.headers.get("Origin")
-    if origin is None:
-        return
-    host = origin.partition("://")[2].rpartition("@")[2]
-    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
-    if host != http.headers.get("Host") and name not in ("localhost", "127.0.0.1", "[::1]"):
-        raise BadRequest("pages of other origins may not do this", status=403, code="forbidden_origin")
+def _check_names(names: Iterable[object]) -> None:
+    """Refuse what might mean a path, or a flag, to whoever gets it. Raises: BadRequest."""
+    try:
+        for name in names:
+            if name not in (None, ""):
+                checked_name(str(name))
+    except ValueError:
+        raise BadRequest("invalid model name") from None
 
 
-async def _forward(http: web.Request, proxy: Proxy, name: str | None, body: Json) -> web.StreamResponse:
-    """Pass the request on to the Ollama that has `name`, for None to the first; what it lists may change by that."""
+async def _forward(
+    http: web.Request, proxy: Proxy, name: str | None, body: Json, *, changes: bool = True
+) -> web.StreamResponse:
+    """Pass the request on to the Ollama that has `name`, for None to the first; what it lists then `changes`."""
     host = await _ollama(proxy).host_for(name)
     passing = partial(relay, http, dialect=OLLAMA, stall_s=proxy.config.server.send_stall_s)
     try:
         return await ask(http, host, _call(http, body), passing)
     finally:
-        host.outdated()
+        if changes:
+            host.outdated()
 
 
 def _call(http: web.Request, body: Json) -> Call:
     headers = upstream_headers(http.headers, has_body=True)
-    return Call(http.method, http.path.rstrip("/"), orjson.dumps(body), headers, slot=False)
+    return Call(http.method, http.path.rstrip("/"), serialise(body), headers, slot=False)
 
 
 def _ollama(proxy: Proxy) -> Ollama:

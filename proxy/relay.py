@@ -25,7 +25,7 @@ from backends.exchange import BUFFER_LIMIT, Response
 from proxy.dialects import Dialect
 from proxy.errors import ProxyError, UpstreamFailed
 from proxy.framing import EventSplitter, FrameTooLong, LineSplitter, Splitter
-from proxy.headers import downstream_headers, own_headers, shown_path
+from proxy.headers import ANSWERED, downstream_headers, own_headers, shown_path
 
 logger = logging.getLogger(__name__)
 
@@ -42,11 +42,20 @@ async def ask(
         async with backend.open(call) as upstream:
             return await answer(upstream)
     except UpstreamFailed as exc:
-        if exc.status != 502 or http.writer.output_size > 0:
+        if not may_try_again(exc) or http.writer.output_size > 0:
             raise
         logger.warning("%s before the first byte: %s; trying once more", shown_path(http), exc)
     async with backend.open(call) as upstream:
         return await answer(upstream)
+
+
+SAID = frozenset({"upstream_error", "upstream_frame_too_long", "pull_failed"})
+"""Codes of failures that a server told, or that its answer is. Asked again it would say the same."""
+
+
+def may_try_again(exc: UpstreamFailed) -> bool:
+    """Whether the server broke off, or could not be reached, so that a second try may well succeed."""
+    return exc.status == 502 and exc.code not in SAID
 
 
 async def relay(http: web.Request, upstream: Response, dialect: Dialect, *, stall_s: float) -> web.StreamResponse:
@@ -134,8 +143,7 @@ async def _relay_frames(
     except UpstreamFailed as exc:
         failure = exc
     answer.cut = sink.end(dialect, failure) and dialect.cuts
-    await patiently(http, answer.write_eof(), stall_s)
-    return answer
+    return await finish(http, answer, stall_s)
 
 
 async def _relay_large(http: web.Request, upstream: Response, stall_s: float) -> web.StreamResponse:
@@ -146,8 +154,7 @@ async def _relay_large(http: web.Request, upstream: Response, stall_s: float) ->
     except UpstreamFailed as exc:
         logger.warning("a large answer was cut short: %s", exc)
         _reset(http)
-    await patiently(http, answer.write_eof(), stall_s)
-    return answer
+    return await finish(http, answer, stall_s)
 
 
 class Stream(web.StreamResponse):
@@ -180,6 +187,13 @@ async def begin_stream(
     else:
         answer.force_close()  # HTTP/1.0 marks the end of such a body by closing
     await answer.prepare(http)
+    return answer
+
+
+async def finish(http: web.Request, answer: Stream, stall_s: float) -> Stream:
+    """Send what is left of an answer whose body is complete. A client that leaves now has missed nothing."""
+    http[ANSWERED] = answer.status
+    await patiently(http, answer.write_eof(), stall_s)
     return answer
 
 

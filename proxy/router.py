@@ -15,7 +15,7 @@ from backends.pool import Pool
 from backends.remote import Remote
 from backends.spawned import SpawnedModel
 from proxy.config import Config
-from proxy.errors import BadRequest, ModelNotFound
+from proxy.errors import BadRequest, ModelNotFound, UpstreamFailed
 from proxy.local_models import LocalModels
 
 SHOWN_NAMES = 20
@@ -65,8 +65,8 @@ class Router:
         self.local = LocalModels(config, pool)
         self.remotes = [Remote(name, remote) for name, remote in config.remotes.items()]
         self.ollama: Ollama | None = None
-        by_ollama = {name: model for name, model in config.models.items() if config.backend_of(name) == "ollama"}
-        if by_ollama or config.backend == "ollama" or "ollama" in config.model_fields_set:
+        if config.uses_ollama:
+            by_ollama = {name: model for name, model in config.models.items() if config.backend_of(name) == "ollama"}
             self.ollama = Ollama(config.ollama, downloads, by_ollama)
         self.created = int(time.time())
 
@@ -83,6 +83,8 @@ class Router:
         if target is None and pull and self.ollama is not None and self.ollama.may_pull(name):
             return Target(self.ollama.model(name), name)
         if target is None:
+            if self.ollama is not None and isinstance(error := self.ollama.missing(name), UpstreamFailed):
+                raise error
             raise self._not_found(name)
         return target
 
@@ -102,7 +104,7 @@ class Router:
 
     async def _ask_around(self, name: str) -> Target | None:
         """The same after looking at the cache again, and asking all servers what they have now."""
-        if name.startswith(hub.PREFIXES):
+        if hub.parse_name(name) is not None:
             await self.local.refresh(at_once=True)
             if (spawned := self.local.get(name)) is not None:
                 return Target(spawned, spawned.name)

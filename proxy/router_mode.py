@@ -14,44 +14,49 @@ import orjson
 from aiohttp import web
 from aiohttp_sse import sse_response
 
-from backends import hub
+from backends import Backend, hub
+from backends.ollama import OllamaModel
+from backends.remote import Remote
 from backends.spawned import SpawnedModel
 from proxy.body import read_json
 from proxy.errors import BadRequest, ModelNotFound, Overloaded
 from proxy.headers import own_headers
-from proxy.ollama_models import check_origin
 from proxy.router import Router
 from proxy.shared import MODEL, PROXY
+from proxy.translate import question
 
 EVENTS_S = 0.5
 """Seconds between two looks at the models on behalf of one who watches them."""
 
 
 async def load_model(http: web.Request) -> web.Response:
-    """`POST /models/load`: answers at once, the load goes on."""
-    check_origin(http)
-    spawned = _ours(http, await _named(http))
-    spawned.pool.begin_load(spawned.name, spawned.model)
+    """`POST /models/load`: answers at once, the load goes on; but an Ollama answers when it has loaded."""
+    backend = await _resolved(http, await _named(http))
+    if isinstance(backend, SpawnedModel):
+        backend.pool.begin_load(backend.name, backend.model)
+    elif isinstance(backend, OllamaModel):
+        await question(backend, "/api/generate", {"model": backend.name})
     return web.json_response({"success": True})
 
 
 async def unload_model(http: web.Request) -> web.Response:
     """`POST /models/unload`: answers once the process has ended; one that is answering ends after its answers. Breaks
     off a download, too."""
-    check_origin(http)
     name = await _named(http)
     download = http.app[PROXY].router.downloads.get(_download_name(name))
     if download is not None:
         download.stop(Overloaded(f"The download of '{download.name}' was broken off.", code="download_cancelled"))
         return web.json_response({"success": True})
-    spawned = _ours(http, name)
-    await spawned.pool.unload(spawned.name)
+    backend = await _resolved(http, name)
+    if isinstance(backend, SpawnedModel):
+        await backend.pool.unload(backend.name)
+    elif isinstance(backend, OllamaModel):
+        await question(backend, "/api/generate", {"model": backend.name, "keep_alive": 0})
     return web.json_response({"success": True})
 
 
 async def download_model(http: web.Request) -> web.Response:
     """`POST /models`: begins to download `org/repo:Q4_K_M` from the Hugging Face hub."""
-    check_origin(http)
     name = await _named(http)
     found = hub.parse_name(_hub_name(name))
     if found is None:
@@ -63,7 +68,6 @@ async def download_model(http: web.Request) -> web.Response:
 
 async def delete_model(http: web.Request) -> web.Response:
     """`DELETE /models?model=...`: of what was downloaded; not of what is configured."""
-    check_origin(http)
     name = http.query.get("model", "")
     local = http.app[PROXY].router.local
     await local.refresh(at_once=True)
@@ -125,17 +129,17 @@ async def _named(http: web.Request) -> str:
     return name
 
 
-def _ours(http: web.Request, name: str) -> SpawnedModel:
-    spawned = http.app[PROXY].router.local.get(name)
-    if spawned is None:
-        raise ModelNotFound(f"model {name[:100]!r} is not one this proxy runs itself")
-    http[MODEL] = spawned.name
-    return spawned
+async def _resolved(http: web.Request, name: str) -> Backend:
+    target = await http.app[PROXY].router.resolve(name, pull=False)
+    http[MODEL] = target.model
+    if isinstance(target.backend, Remote):
+        raise BadRequest(f"model {name[:100]!r} is on a server that loads its models itself", param="model")
+    return target.backend
 
 
 def _hub_name(name: str) -> str:
     """The name as it is among ours; llama-server knows no other hub and writes no prefix."""
-    return name if name.startswith(hub.PREFIXES) else f"{hub.PREFIXES[0]}{name}"
+    return name if hub.parse_name(name) else f"{hub.PREFIXES[0]}{name}"
 
 
 def _download_name(name: str) -> str:

@@ -101,6 +101,8 @@ def _announce(config: Config) -> None:
     """What an operator should know of this run."""
     if config.models or config.llama_cpp.models_dir:
         logger.info("models run in: %s", shlex.join(server_command(config.llama_cpp.server)))
+    if config.uses_ollama:
+        logger.info("models of Ollama at: %s", ", ".join(config.ollama.urls))
     if config.agents:
         names = ", ".join(agent.name for agent in config.agents)
         logger.warning("this version has no agents; these are ignored: %s", names)

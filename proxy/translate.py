@@ -6,6 +6,7 @@ callback that received it, as on the relay; a client that wants no stream gets t
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
@@ -17,20 +18,22 @@ from aiohttp import web
 from backends import Backend, Call
 from backends.connection import ConnectionPool
 from backends.exchange import Response
-from proxy.body import to_bytes
+from proxy.body import serialise, to_bytes
 from proxy.chat import ChatRequest, Fold, Json, Timing, answer_text
 from proxy.dialects.codec import Face, Reader, Wire, Writer
 from proxy.dialects.openai import error_text
 from proxy.errors import ProxyError, UpstreamFailed, UpstreamRefused
 from proxy.framing import FrameTooLong, Splitter
-from proxy.relay import Sink, ask, begin_stream, frame_too_long, incomplete, patiently
+from proxy.relay import Sink, ask, begin_stream, finish, frame_too_long, incomplete, may_try_again
 
 logger = logging.getLogger(__name__)
 
 ERROR_LIMIT = 1024 * 1024
 """Largest error body of a server that is read for its words."""
-ANSWER_LIMIT = 256 * 1024 * 1024
-"""Largest answer to a question; thousands of embeddings are large."""
+ANSWER_LIMIT = 64 * 1024 * 1024
+"""Largest answer that is taken whole; thousands of embeddings are large."""
+OFF_LOOP_BYTES = 1024 * 1024
+"""Larger ones are parsed in a thread, so that other streams go on."""
 JSON_HEADERS = [("Content-Type", "application/json")]
 
 Epilogue = Callable[[str, ConnectionPool], Awaitable[Json]]
@@ -133,8 +136,7 @@ class Exchange:
             stream.cut = self.face.dialect.cuts
             last = writer.error(failure)
         sink.say(last)
-        await patiently(self.http, stream.write_eof(), self.stall_s)
-        return stream
+        return await finish(self.http, stream, self.stall_s)
 
     async def _whole(self, upstream: Response, writer: Writer) -> web.StreamResponse:
         fold = Fold()
@@ -158,11 +160,11 @@ async def question(backend: Backend, path: str, body: Json, *, slot: bool = Fals
 
     Raises: UpstreamRefused with the server's words, UpstreamFailed.
     """
-    call = Call("POST", path, orjson.dumps(body), JSON_HEADERS, slot)
+    call = Call("POST", path, serialise(body), JSON_HEADERS, slot)
     try:
         return await _question(backend, call)
     except UpstreamFailed as exc:
-        if exc.status != 502:
+        if not may_try_again(exc):
             raise
     return await _question(backend, call)
 
@@ -171,7 +173,10 @@ async def _question(backend: Backend, call: Call) -> Json:
     async with backend.open(call) as upstream:
         if upstream.status != 200:
             raise await refusal(upstream)
-        return understood(await upstream.read(ANSWER_LIMIT))
+        answer = await upstream.read(ANSWER_LIMIT)
+    if answer is not None and len(answer) > OFF_LOOP_BYTES:
+        return await asyncio.get_running_loop().run_in_executor(None, understood, answer)
+    return understood(answer)
 
 
 def understood(body: bytes | None) -> Json:
@@ -198,8 +203,13 @@ class _Gather:
 
     def __init__(self, translation: Translation) -> None:
         self._translation = translation
+        self._size = 0
 
     def feed(self, data: bytes) -> bool:
+        self._size += len(data)
+        if self._size > ANSWER_LIMIT:
+            limit = f"{ANSWER_LIMIT // 2**20} MiB"
+            self._translation.failure = UpstreamFailed(f"the answer is over {limit}", code="upstream_error")
         self._translation.feed(data)
         return self._translation.failure is None
 

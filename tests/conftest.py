@@ -13,10 +13,10 @@ from tests import harness
 from tests.e2e_support import matrix
 from tests.gguf_fixture import tiny_models
 from tests.harness import Proxy, free_port, session_proxy
-from tests.stages import chain, recorded, served, stage
+from tests.stages import chain, recorded, scripted, served, stage
 from tests.toxic import RawUpstream, raw_upstream
 
-__all__ = ["chain", "recorded", "served", "stage", "tiny_models"]  # fixtures
+__all__ = ["chain", "recorded", "scripted", "served", "stage", "tiny_models"]  # fixtures
 LOG_TAIL = 8000
 """Characters of a proxy's log shown for a failed test."""
 

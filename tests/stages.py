@@ -4,7 +4,7 @@ servers of both kinds, and over recorded answers of Ollama."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import TypeVar
 import pytest
 
 from tests.e2e_support import SMOLLM2, Fakes, embedded, tiny
+from tests.fakes.ollama import MANNERS
 from tests.harness import Proxy, session_proxy
 from tests.ollamas import FakeOllama, running_ollama
 
@@ -90,13 +91,20 @@ class Stage:
 
 
 @pytest.fixture(scope="session")
-def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+def scripted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     fakes = Fakes(tmp_path_factory.mktemp("stage"))
     with running(running_ollama("distant")) as fake:
         config = fakes.config({"local": fakes.model(fields={"parallel": 64})}, keep_alive=-1)
         config |= {"ollama": {"host": f"127.0.0.1:{fake.port}", "pull": "never"}}
         with session_proxy(config) as proxy:
             yield Stage(proxy, fakes, fake)
+
+
+@pytest.fixture
+async def stage(scripted: Stage) -> AsyncIterator[Stage]:
+    """Both scripted servers, with good manners at first."""
+    yield scripted
+    await scripted.distant.set(**MANNERS)
 
 
 @pytest.fixture(scope="session")

@@ -247,7 +247,6 @@ async def test_a_tool_call_of_a_server_reaches_the_client(stage: Stage, model: s
             parts = [part async for part in await client.chat(model, messages, tools=[WEATHER], stream=True)]
         else:
             parts = [await client.chat(model, messages, tools=[WEATHER])]
-    await stage.distant.set(tool_call=None)
     calls = [call.function for part in parts for call in part.message.tool_calls or ()]
     assert [(call.name, call.arguments) for call in calls] == [("get_weather", {"city": "Zürich"})]
     assert "".join(part.message.content or "" for part in parts).startswith("t0 t1 ")

@@ -264,7 +264,6 @@ async def test_a_tool_call_of_a_server_reaches_the_client(
     await stage.distant.set(tool_call=["get_weather", {"city": "Zürich"}])
     messages = [{"role": "user", "content": steered(tokens=2, tool_call=["get_weather", {"city": "Zürich"}])}]
     found = await called(staged, stream, model=model, messages=messages, tools=[WEATHER])
-    await stage.distant.set(tool_call=None)
     assert found == ("tool_calls", [("get_weather", {"city": "Zürich"})])
 
 

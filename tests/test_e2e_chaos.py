@@ -28,7 +28,7 @@ async def one_chat(proxy: Proxy, model: str, stream: bool, outcomes: Counter[str
     assert time.monotonic() - started < LONGEST_S
     if answer.status != 200:
         assert answer.status in (502, 503) and answer.error["code"] in (
-            *("upstream_disconnected", "model_crashed", "model_load_failed"),
+            *("upstream_disconnected", "upstream_unreachable", "model_crashed", "model_load_failed"),
         ), answer.body
         outcomes[f"{answer.status} {answer.error['code']}"] += 1
     elif not stream:

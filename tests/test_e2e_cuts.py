@@ -34,7 +34,10 @@ each_extent = pytest.mark.parametrize("places", [QUICK, pytest.param(ALL, marks=
 
 @dataclass(frozen=True)
 class Cut:
-    """After `frames` chunks of a stream of `of`, and `place` bytes of the next one (or all but so many)."""
+    """After `frames` chunks of a stream of `of`, and `place` bytes of the next one (or all but so many).
+
+    `by` is how: the connection is closed or reset, or the body ends properly, as if that were all.
+    """
 
     frames: int
     place: int
@@ -48,9 +51,10 @@ class Cut:
 
 
 def cuts(places: list[int], frames: int) -> list[Cut]:
-    """Within every frame and between any two. The last one is short."""
+    """Within every frame and between any two; there the body may also end as it should. The last one is short."""
     found = [Cut(n, place, "", frames) for n in range(frames) for place in places if n < frames - 1 or place <= 8]
-    return [replace(cut, by=by) for by in ("close", "reset") for cut in [*found, Cut(frames, 0, "", frames)]]
+    broken = [replace(cut, by=by) for by in ("close", "reset") for cut in [*found, Cut(frames, 0, "", frames)]]
+    return broken + [Cut(n, 0, "end", frames) for n in range(frames)]
 
 
 def check(speaker: Speaker, outcome: Outcome, cut: Cut, *, stream: bool) -> None:
@@ -60,7 +64,8 @@ def check(speaker: Speaker, outcome: Outcome, cut: Cut, *, stream: bool) -> None
         assert outcome.error or (outcome.text, outcome.finish) == (TEXT, FINISHES[speaker.name]), cut
         return
     assert outcome.error, (cut, outcome)
-    assert outcome.status in ((200, 502) if stream and cut.frames else (502,)) or cut.place, (cut, outcome)
+    begun = stream and (cut.frames or cut.place or cut.by == "end")
+    assert outcome.status in ((200, 502) if begun else (502,)), (cut, outcome)
 
 
 @pytest.fixture
@@ -72,6 +77,8 @@ async def ollama() -> AsyncIterator[Proxy]:
             return await link.send(plain(LISTED if "version" not in request.line else b'{"version":"0.13.0"}'))
         frames, place, by = json.loads(request.json()["messages"][-1]["content"])
         await link.send(NDJSON + b"".join(FRAMES[:frames]) + FRAMES[frames][:place])
+        if by == "end":
+            return await link.send(LAST_CHUNK)
         getattr(link, by)()
 
     async with raw_upstream(script) as upstream:

@@ -6,7 +6,6 @@ The cells are printed as a table at the end of the run.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,9 +80,8 @@ def model(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(params=list(SPEAKERS))
-async def row(stage: Stage, request: pytest.FixtureRequest, model: str, streamed: bool) -> AsyncIterator[Row]:
-    yield Row(stage, SPEAKERS[request.param], model, streamed)
-    await stage.distant.set(tokens=4, token_s=0, tool_call=None, error=None, error_after=-1)
+def row(stage: Stage, request: pytest.FixtureRequest, model: str, streamed: bool) -> Row:
+    return Row(stage, SPEAKERS[request.param], model, streamed)
 
 
 async def test_a_plain_answer(row: Row) -> None:

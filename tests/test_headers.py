@@ -8,7 +8,7 @@ from proxy.headers import downstream_headers
 from tests import toxic
 from tests.harness import Proxy
 from tests.raw_client import Answer, ask, post, request
-from tests.toxic import RawUpstream, Request
+from tests.toxic import RawUpstream, Request, own_proxy
 
 CHAT = "/v1/chat/completions"
 BODY = {"model": "m"}
@@ -28,10 +28,9 @@ NEVER_UPSTREAM = [
     ("X-Api-Key", CANARY),
     ("Cookie", f"session={CANARY}"),
     ("Cookie2", CANARY),
-    ("Origin", f"http://{CANARY}"),
+    ("Origin", f"app://{CANARY}"),
     ("Referer", f"http://{CANARY}"),
     ("Forwarded", f"for={CANARY}"),
-    ("Via", f"1.1 {CANARY}"),
     ("X-Real-IP", CANARY),
     ("X-Forwarded-For", CANARY),
     ("X-Forwarded-Host", CANARY),
@@ -85,7 +84,7 @@ async def test_p10_what_is_not_for_the_model_server_does_not_reach_it(
     seen = await ask_with(proxy, upstream, [(case(name), value) for name, value in NEVER_UPSTREAM])
     assert CANARY.encode() not in upstream.received
     names = [name for name, _ in seen.headers]
-    assert sorted(names) == ["accept-encoding", "content-length", "content-type", "host"]
+    assert sorted(names) == ["accept-encoding", "content-length", "content-type", "host", "via"]
     assert seen.header("host") == f"127.0.0.1:{upstream.port}"
     assert seen.header("accept-encoding") == "identity"
 
@@ -164,3 +163,35 @@ async def test_each_answer_has_one_request_id_and_one_of_each_framing_header(
 def test_named_by_connection_in_any_order() -> None:
     kept = downstream_headers([("x-a", "1"), ("connection", "X-A , close"), ("x-b", "2"), ("connection", "x-c")])
     assert kept == [("x-b", "2")]
+
+
+async def test_the_way_a_request_came_is_told_on_so_that_circles_are_noticed() -> None:
+    async with own_proxy() as (proxy, upstream):
+        seen = await ask_with(proxy, upstream, [("Via", "1.1 somebody")])
+        ours, theirs = [value for name, value in seen.headers if name == "via"]
+        assert theirs == "1.1 somebody" and ours.startswith("1.1 llama-smart-proxy-")
+        again = await ask(proxy.port, request("POST", CHAT, BODY, headers=[("Via", f"1.1 other, {ours}")]))
+        assert (again.status, again.error["code"]) == (508, "loop_detected")
+        assert len(upstream.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [
+        ("http://localhost:3000", 200),
+        ("https://127.0.0.1", 200),
+        ("http://[::1]:8080", 200),
+        ("app://-", 200),
+        ("vscode-webview://abc", 200),
+        ("https://evil.example", 403),
+        ("http://localhost.evil.example", 403),
+        ("http://127.0.0.1.evil.example:80", 403),
+        ("http://evil.example/@localhost", 403),
+        ("null", 403),
+    ],
+)
+async def test_a5_only_pages_of_this_machine_may_ask(origin: str, status: int) -> None:
+    async with own_proxy(toxic.plain(b"{}")) as (proxy, upstream):
+        answer = await ask(proxy.port, request("POST", CHAT, BODY, headers=[("Origin", origin)]))
+        assert answer.status == status
+        assert len(upstream.requests) == (status == 200)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 
 import pytest
 
@@ -273,11 +273,16 @@ async def test_a_host_that_cannot_be_reached_is_passed_over() -> None:
             assert (await upstream.host_for("m")).url == second.url
 
 
-async def test_so_is_a_host_that_breaks_off_before_its_answer_begins_but_not_a_later_one() -> None:
+async def test_a_host_that_breaks_off_is_not_replaced_in_mid_request_but_a_second_try_meets_another_one() -> None:
     async with running_ollama("m", die_after=0) as first, running_ollama("m") as second:
         async with opened(first.port, second.port) as upstream:
             await upstream.find("m")
-            assert await answering(upstream, first, second, model="m", requests=1) == [1, 1]
+            for expected in ([1, 0], [0, 1]):
+                before = [len(fake.events("request", "/api/chat")) for fake in (first, second)]
+                with suppress(UpstreamFailed):
+                    await ask(upstream.model("m"), chat("m"))
+                after = [len(fake.events("request", "/api/chat")) for fake in (first, second)]
+                assert [new - old for old, new in zip(before, after, strict=True)] == expected
         await first.set(die_after=2)
         async with opened(first.port, second.port) as upstream:
             await upstream.find("m")

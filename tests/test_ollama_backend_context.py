@@ -14,8 +14,9 @@ from tests.ollamas import FakeOllama, ask, chat, opened, running_ollama
 async def use(upstream: Ollama, asked: int | None, model: str = "m") -> int | None:
     """One request of a client that asks for so much; what was sent for it."""
     await upstream.find(model)
-    sent = upstream.model(model).num_ctx(asked)
-    assert (await ask(upstream.model(model), chat(model, num_ctx=sent)))[0] == 200
+    backend = upstream.model(model)
+    sent = backend.num_ctx(asked)
+    assert (await ask(backend, chat(model, num_ctx=sent)))[0] == 200
     return sent
 
 

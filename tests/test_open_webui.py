@@ -57,10 +57,6 @@ def chat(model: str, text: str, **fields: Any) -> dict[str, Any]:
     return {"model": model, "messages": [{"role": "user", "content": text}], "stream": True, **fields}
 
 
-async def tell(stage: Stage, **manners: Any) -> None:
-    await stage.distant.set(**{"tokens": 4, "token_s": 0, "delay_s": 0, **manners})
-
-
 def events(answer: Answer) -> list[Any]:
     """The objects of a stream of either kind."""
     lines = [line.removeprefix(b"data: ") for line in answer.body.split(b"\n") if line and not line.startswith(b":")]
@@ -158,7 +154,7 @@ async def test_row_7_lists_come_at_once_although_servers_are_silent(stage: Stage
 @both_apis
 async def test_row_8_stop_reaches_the_server(stage: Stage, path: str, model: str, silent: bool) -> None:
     source = stage.local if model == "local" else stage.distant
-    await tell(stage, **({"delay_s": 60} if silent else {"token_s": 0.05, "tokens": 1000}))
+    await stage.distant.set(**({"delay_s": 60} if silent else {"token_s": 0.05, "tokens": 1000}))
     text = steered(mute=1) if silent else steered(tokens=1000, token_ms=50)
 
     def count(kind: str) -> int:
@@ -175,7 +171,6 @@ async def test_row_8_stop_reaches_the_server(stage: Stage, path: str, model: str
         client.leave()
         await until(lambda: count("closed") > closed, 1.0, what="the end of the connection to the server")
     await until(lambda: idle(stage.proxy), 1.0, what="the model to be free")
-    await tell(stage)
 
 
 # -- answers -----------------------------------------------------------------------------------------------------------
@@ -238,10 +233,9 @@ async def test_blank_lines_which_kill_the_answer_are_never_among_json_lines(stag
 async def test_an_error_in_front_of_a_stream_is_json_with_words_to_show(
     stage: Stage, path: str, model: str, fault: str
 ) -> None:
-    await tell(stage, error=[503, "the model is unwell"])
+    await stage.distant.set(error=[503, "the model is unwell"])
     body = chat("nosuch" if fault == "unknown" else model, steered(refuse=[503, "the model is unwell"]))
     answer = await post(stage.proxy, path, body)
-    await tell(stage, error=None)
     assert answer.status == (404 if fault == "unknown" else 503)
     assert (answer.header("content-type") or "").partition(";")[0] == "application/json"
     shown = answer.json()["error"] if path == OLLAMA.path else answer.json()["error"]["message"]

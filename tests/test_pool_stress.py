@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from backends.connection import UNREACHABLE
 from backends.instance import State
 from backends.pool import Pool
 from proxy.config import ModelConfig
@@ -56,7 +57,7 @@ class Dice:
                         await instance.wait_stopped(0.02)
             self.count("served")
         except ProxyError as exc:
-            assert exc.code in ("overloaded", "model_crashed", "upstream_disconnected", "unloaded"), exc
+            assert exc.code in ("overloaded", "model_crashed", "unloaded", "upstream_disconnected", UNREACHABLE), exc
             self.count(exc.code)
             await elapse(0.01)
 

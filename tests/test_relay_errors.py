@@ -220,7 +220,7 @@ async def test_s2_death_before_the_first_byte_is_retried_once(
 
 async def test_s2_nobody_listening_is_a_502(shared: Shared) -> None:
     answer = await post(shared.proxy.port, CHAT, {"model": "m"})
-    assert (answer.status, answer.error["code"]) == (502, DIED)
+    assert (answer.status, answer.error["code"]) == (502, "upstream_unreachable")
 
 
 # -- S3 ----------------------------------------------------------------------------------------------------------------

@@ -19,6 +19,8 @@ _REASONS = {
     ("-mu", "--model-url"): "use path or repo instead",
     ("-hf", "-hfr", "--hf-repo", "-hff", "--hf-file"): "use repo and variant instead",
 }
+_OF_PROCESSES = ("args", "env", "parallel", "keep_alive", "preload", "pinned")
+"""Settings of a model that are about the process which runs it."""
 OWNED_FLAGS = {flag: reason for flags, reason in _REASONS.items() for flag in flags}
 
 
@@ -30,6 +32,7 @@ def cross_checks(config: Config, clean: Clean) -> Iterator[Problem]:
         loc = model_loc(config, name)
         if all(clean((*loc, field)) for field in ("backend", "path", "package", "file", "repo", "variant")):
             yield from (Problem(loc, message) for message in _source_problems(config, name, model))
+            yield from _meaningless(config, name, model)
         yield from _owned_flags((*loc, "args"), model.args)
     yield from _owned_flags(("llama_cpp", "args"), config.llama_cpp.args)
     if clean(("server_pool",)):
@@ -91,6 +94,13 @@ def _source_problems(config: Config, name: str, model: ModelConfig) -> Iterator[
         yield f"has more than one source ({', '.join(given)}); keep one"
     if not model.has_source:
         yield "has no source; give one of: path, package and file, repo (and variant)"
+
+
+def _meaningless(config: Config, name: str, model: ModelConfig) -> Iterator[Problem]:
+    """What is set and would have no effect."""
+    for field in _OF_PROCESSES if config.backend_of(name) == "ollama" else ():
+        if getattr(model, field) != ModelConfig.model_fields[field].get_default(call_default_factory=True):
+            yield Problem((*model_loc(config, name), field), "has no effect on a model of backend ollama; leave it out")
 
 
 def _owned_flags(loc: Loc, args: list[str]) -> Iterator[Problem]:

@@ -273,6 +273,12 @@ class Config(Section):
         layers = self.server_pool.gpu_layers
         return [*(["-ngl", str(layers)] if layers is not None and layers >= 0 else []), *self.llama_cpp.args]
 
+    @property
+    def uses_ollama(self) -> bool:
+        """Whether there is an Ollama to forward to: some field names it, or some model needs it."""
+        named = self.backend == "ollama" or "ollama" in self.model_fields_set
+        return named or any(self.backend_of(name) == "ollama" for name in self.models)
+
     def backend_of(self, name: str) -> BackendName:
         """Who runs the model `name`. Raises `KeyError` if it is not configured."""
         model = self.models[name]

@@ -7,6 +7,7 @@ as bytes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import orjson
@@ -120,14 +121,25 @@ def _ollama_error(exc: ProxyError) -> bytes:
     return orjson.dumps({"error": exc.brief if isinstance(exc, ModelNotFound) else exc.message})
 
 
+def _is_last_line(lines: bytes) -> bool:
+    """Whether the last line ends an answer, or a pull. Parsed, as the arguments of tool calls are objects in the line;
+    but not for every token, as that would cost more than all the rest."""
+    line = lines.strip().rpartition(b"\n")[2]
+    if b"done" not in line and b"success" not in line:
+        return False
+    with suppress(orjson.JSONDecodeError):
+        said = orjson.loads(line)
+        return isinstance(said, dict) and (said.get("done") is True or said.get("status") == "success")
+    return False
+
+
 OLLAMA = Dialect(
     name="ollama",
     error_body=_ollama_error,
     error_event=lambda exc: _ollama_error(exc) + b"\n",
-    is_end=lambda lines: b'"done":true' in lines or b'"done": true' in lines or b'"status":"success"' in lines,
+    is_end=_is_last_line,
     is_error=lambda lines: _has_line(lines, b'{"error":', b'{"error" :'),
     cuts=True,
 )
 """Newline-delimited JSON. The error is a text, never an object (ollama-python reads it as one). Open WebUI shows an
-error line only if the connection breaks off behind it. Source: Ollama's server/routes.go; a quote inside generated text
-is escaped, so text cannot look like a field."""
+error line only if the connection breaks off behind it. Source: Ollama's server/routes.go."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from proxy.chat import ChatRequest, Json, Timing
 from proxy.dialects import OLLAMA
 from proxy.dialects.codec import Face, Wire
-from proxy.dialects.ollama_fields import keep_alive_s
+from proxy.dialects.ollama_fields import folded, keep_alive_s
 from proxy.dialects.ollama_reading import OllamaReader
 from proxy.dialects.ollama_request import as_text, decode_chat, decode_generate, encode
 from proxy.dialects.ollama_writing import OllamaWriter, Stamp
@@ -22,7 +22,9 @@ __all__ = [
     "OllamaReader",
     "OllamaWriter",
     "as_text",
+    "folded",
     "is_load",
+    "is_unload",
     "keep_alive_s",
     "load_reply",
 ]
@@ -61,6 +63,11 @@ def is_load(body: Json, *, chat: bool) -> bool:
     if chat:
         return not body.get("messages")
     return not any(body.get(name) for name in ("prompt", "suffix", "images", "context"))
+
+
+def is_unload(body: Json, *, chat: bool) -> bool:
+    """Whether a body asks for nothing but to unload the model. Raises: BadRequest for a bad `keep_alive`."""
+    return is_load(body, chat=chat) and keep_alive_s(body.get("keep_alive")) == 0
 
 
 def load_reply(model: str, *, chat: bool, reason: str) -> Json:

@@ -47,8 +47,12 @@ MESSAGE_FIELDS = {
     "tool_name": "string",
     "tool_call_id": "string",
 }
+OTHER_FIELDS = {"input": "", "dimensions": "int"}
+"""Those of `/api/embed` that the other endpoints have not."""
 CALL_FIELDS = {"id": "string", "function": "api.ToolCallFunction"}
 FUNCTION_FIELDS = {"index": "int", "name": "string", "arguments": "api.ToolCallFunctionArguments"}
+
+_ALL_FIELDS = dict.fromkeys(CHAT_FIELDS | GENERATE_FIELDS | OTHER_FIELDS, "")
 
 _PYTHON_TYPES: dict[str, type] = {
     "string": str,
@@ -150,6 +154,11 @@ def checked(said: object, fields: Mapping[str, str], where: str, go_type: str = 
         if value is not None and wanted and not _is(value, wanted):
             raise mismatch(value, f"{where}.{name}", wanted)
     return said
+
+
+def folded(said: Json) -> Json:
+    """`said` with the names of known fields in lower case, in which we look for them."""
+    return checked(said, _ALL_FIELDS, "")
 
 
 def mismatch(value: object, path: str, go_type: str) -> BadRequest:

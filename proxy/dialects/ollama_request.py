@@ -147,7 +147,10 @@ def _chat(body: Mapping[str, Any]) -> Json:
     if not isinstance(body.get("messages"), list):
         raise BadRequest("messages must be a list", param="messages")
     fresh: Json = {"messages": encode_messages(body["messages"])}
-    if tools := _chosen(bare(body.get("tools") or []), body.get("tool_choice")):
+    tools = bare(body.get("tools") or [])
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise BadRequest("tools must be a list of objects", param="tools")
+    if tools := _chosen(tools, body.get("tool_choice")):
         fresh["tools"] = tools
     return fresh
 
@@ -156,8 +159,15 @@ def _chosen(tools: list[Json], choice: Any) -> list[Json]:
     """The tools that the model gets to see. Ollama cannot be told which to call; it can be shown no other ones."""
     if choice == "none":
         return []
-    named = choice.get("function", {}).get("name") if isinstance(choice, dict) else None
-    return [tool for tool in tools if tool.get("function", {}).get("name") == named] if named else tools
+    named = _function_name(choice)
+    return tools if named is None else [tool for tool in tools if _function_name(tool) == named]
+
+
+def _function_name(value: Any) -> str | None:
+    """The name in `{"function": {"name": ...}}`."""
+    function = value.get("function") if isinstance(value, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def _text(body: Mapping[str, Any]) -> Json:

@@ -13,7 +13,7 @@ A request body may carry `"fake": {...}`, or a last message whose text is that o
     pings                    a comment before each token
     tool_call=[name, args]   behind the text                refuse=[status, text]   an error in place of an answer
     error_after=n            as FAKE_INBAND_ERROR           answer=text    in place of tokens
-    cut_at=[n, m] cut_by=close|reset    after n chunks of a stream and m bytes of the next one; -m: all but m bytes
+    cut_at=[n, m] cut_by=close|reset|end    after n chunks of a stream and m bytes of the next one; -m: all but m bytes
 
 The environment switches manners on, most easily through a model's `env:`:
 
@@ -318,6 +318,8 @@ class Answer:
             self.connection.sock.sendall(wire[:part])
             if self.cut_by == "reset":
                 self.connection.reset()
+            if self.cut_by == "end":
+                self.connection.sock.sendall(b"0\r\n\r\n")
             raise Gone
         self.chunks += 1
         self.connection.sock.sendall(wire)
