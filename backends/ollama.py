@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,13 +15,15 @@ from backends import Call
 from backends.connection import UNREACHABLE
 from backends.downloads import Download, Downloads, Progress
 from backends.exchange import Response
-from backends.ollama_host import PULL_FAILED, Json, OllamaHost, key_of
+from backends.ollama_host import PULL_FAILED, Json, OllamaHost, is_name, key_of
 from backends.remote import LISTING_PAUSE_S
 from backends.sweep import Sweeper
-from proxy.config import ModelConfig, OllamaConfig, checked_name
+from proxy.config import ModelConfig, OllamaConfig
 from proxy.errors import BadRequest, ModelNotFound, ProxyError, UpstreamFailed
 
 logger = logging.getLogger(__name__)
+
+Headers = Sequence[tuple[str, str]]
 
 LOADED_STALE_S = 30.0
 """How old the knowledge of what is loaded may be for a request to go by it."""
@@ -147,7 +149,7 @@ class Ollama:
         if not self._serves(key):
             return []
         self._refresh()
-        if not self._held(key) and _is_name(name):
+        if not self._held(key) and is_name(name):
             await self._ask_around(key)
         for host in self.hosts if len(self.hosts) > 1 else ():
             if host.error is None:
@@ -188,21 +190,22 @@ class Ollama:
 
     def may_pull(self, name: str) -> bool:
         """Whether a request for a model that no host has would have it pulled."""
-        return self._pulls and _is_name(name) and self._serves(key_of(name))
+        return self._pulls and is_name(name) and self._serves(key_of(name))
 
-    def pull(self, name: str) -> Download:
+    def pull(self, name: str, via: Headers = ()) -> Download:
         """The download of the model, by the host that has it, else by the least busy one: the one under way, or a new
-        one. Allowed whatever `ollama.pull` says: that is about requests that need the model.
+        one. Allowed whatever `ollama.pull` says: that is about requests that need the model. `via` are the headers that
+        tell the way of the request for it: hosts may be proxies, and in a circle.
 
         It raises ModelNotFound in Ollama's words, UpstreamFailed (code `pull_failed` if these are of something else).
         Raises: BadRequest.
         """
-        if not _is_name(name):
+        if not is_name(name):
             raise BadRequest("invalid model name", param="model")
         key = key_of(name)
-        return self._downloads.join(f"ollama {key}", partial(self._pull, key, name))  # the hub's have other names
+        return self._downloads.join(f"ollama {key}", partial(self._pull, key, name, via))  # the hub's have other names
 
-    async def pulled(self, name: str) -> None:
+    async def pulled(self, name: str, via: Headers) -> None:
         """Return once the model has been pulled for a request. What Ollama said against it holds for 10 s.
 
         Raises: what the download raises.
@@ -210,7 +213,7 @@ class Ollama:
         until, refusal = self._refusals.get(key_of(name), (-math.inf, None))
         if refusal is not None and asyncio.get_running_loop().time() < until:
             raise refusal.with_traceback(None)
-        await self.pull(name).wait()
+        await self.pull(name, via).wait()
 
     def num_ctx(self, name: str, asked: int | None) -> int | None:
         """See `OllamaModel.num_ctx`."""
@@ -218,7 +221,7 @@ class Ollama:
         if key in self._pinned:
             return self._pinned[key]
         self._forget_unloaded()
-        loaded = [int(host.loaded[key].get("context_length") or 0) for host in self.hosts if key in host.loaded]
+        loaded = [host.context_length(key) for host in self.hosts]
         size = self._contexts[key].size(loaded) if key in self._contexts else 0
         if asked is not None and asked > 0:
             size = max(asked, size, *loaded)
@@ -251,22 +254,22 @@ class Ollama:
             if context.used_at < looked_at and not in_use:
                 del self._contexts[key]
 
-    async def _pull(self, key: str, name: str, tell: Callable[[Progress], None]) -> None:
+    async def _pull(self, key: str, name: str, via: Headers, tell: Callable[[Progress], None]) -> None:
         now = asyncio.get_running_loop().time
         self._refusals = {key: kept for key, kept in self._refusals.items() if now() < kept[0]}
         self._refusals.pop(key, None)
         try:
-            await self._pull_somewhere(key, name, tell)
+            await self._pull_somewhere(key, name, via, tell)
         except (ModelNotFound, UpstreamFailed) as exc:
             if exc.code in (ModelNotFound.code, PULL_FAILED):
                 self._refusals[key] = now() + REFUSAL_KEPT_S, exc
             raise
 
-    async def _pull_somewhere(self, key: str, name: str, tell: Callable[[Progress], None]) -> None:
+    async def _pull_somewhere(self, key: str, name: str, via: Headers, tell: Callable[[Progress], None]) -> None:
         failure: UpstreamFailed | None = None
         for host in sorted(self._ranked(key), key=lambda host: (host.error is not None, key not in host.tags)):
             try:
-                return await host.pull(name, tell)
+                return await host.pull(name, via, tell)
             except UpstreamFailed as exc:
                 if failure is None or failure.code != PULL_FAILED:  # which says more than what came of the others
                     failure = exc
@@ -282,6 +285,10 @@ class Ollama:
 
     def _ranked(self, key: str) -> list[OllamaHost]:
         return sorted(self.hosts, key=lambda host: (host.error is not None, not host.has_loaded(key), host.in_flight))
+
+    def likeliest(self, key: str) -> OllamaHost:
+        """The host that would be asked first."""
+        return self._ranked(key)[0]
 
     def _refresh(self) -> None:
         for host in self.hosts:
@@ -350,10 +357,10 @@ class OllamaModel:
         if response is None:
             if not self.ollama.may_pull(self.name):
                 raise self.ollama.missing(self.name)
-            await self.ollama.pulled(self.name)
+            await self.ollama.pulled(self.name, [pair for pair in call.headers if pair[0].lower() == "via"])
             response = await self._try_holders(call, stack)
-        if response is None:
-            raise UpstreamFailed(f"Ollama has pulled '{self.name}' and does not list it")
+        if response is None:  # it may go by another name there: an alias, of a proxy like us
+            response = await stack.enter_async_context(self.ollama.likeliest(self._key).open(call, self._key))
         return response
 
     async def _try_holders(self, call: Call, stack: AsyncExitStack) -> Response | None:
@@ -381,11 +388,3 @@ class OllamaModel:
         if failure is not None:
             raise failure
         return None
-
-
-def _is_name(name: str) -> bool:
-    """Whether `name` can be a model's, so that Ollama may be asked to pull it."""
-    try:
-        return bool(checked_name(name))
-    except ValueError:
-        return False

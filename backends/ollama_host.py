@@ -6,10 +6,11 @@ Source of all wire facts: the API reference of Ollama (`/api/tags`, `/api/ps`, `
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import orjson
 
@@ -18,7 +19,7 @@ from backends.connection import ConnectionPool
 from backends.downloads import Progress
 from backends.exchange import Response
 from backends.remote import Listing, connections_to
-from proxy.config import OllamaConfig
+from proxy.config import OllamaConfig, checked_name
 from proxy.errors import ModelNotFound, UpstreamFailed
 
 Json = dict[str, Any]
@@ -30,6 +31,10 @@ LOADED_FRESH_S = 3.0
 """How old `tags` and `loaded` may be before they are asked for anew, in the background."""
 PULL_IDLE_S = 1800.0
 """Longest silence within a pull: an Ollama that verifies a large file on a slow disk says nothing for minutes."""
+MAX_CONTEXT = 2**31 - 1
+"""Largest context size in tokens that is believed; Ollama takes no larger number."""
+_LACKING = re.compile(r"^[:/-]|[:/](?=[:/]|$)")
+"""Where a part of a name is empty, or a flag might begin."""
 LINE_LIMIT = 1024 * 1024
 """Longest progress line accepted, in bytes."""
 PULL_FAILED = "pull_failed"
@@ -101,6 +106,11 @@ class OllamaHost:
         """Whether it has the model in memory, or will have: it is not listed while it loads."""
         return key in self.loaded or self.using[key] > 0
 
+    def context_length(self, key: str) -> int:
+        """The context size that the model is loaded with; 0 if it is not loaded, or the host tells none."""
+        size = self.loaded.get(key, {}).get("context_length")
+        return size if isinstance(size, int) and 0 < size <= MAX_CONTEXT else 0
+
     def refresh(self) -> None:
         """Have what is old asked for anew in the background."""
         for listing in self._listings:
@@ -125,14 +135,14 @@ class OllamaHost:
         """Send `call`, which is about the model `key`, if about any."""
         return self._exchange(self.connections, call, key)
 
-    async def pull(self, name: str, tell: Callable[[Progress], None]) -> None:
+    async def pull(self, name: str, via: Sequence[tuple[str, str]], tell: Callable[[Progress], None]) -> None:
         """Have it pull a model; returns once it lists it. Cancelling breaks the pull off; Ollama keeps what it has.
 
         Raises: ModelNotFound in Ollama's words, UpstreamFailed, with code `pull_failed` if Ollama said why.
         """
         lines = _PullLines(tell)
         body = orjson.dumps({"model": name, "stream": True})
-        call = Call("POST", "/api/pull", body, [("Content-Type", "application/json")], slot=False)
+        call = Call("POST", "/api/pull", body, [("Content-Type", "application/json"), *via], slot=False)
         async with self._exchange(self._pulls, call, "") as response:
             await response.pipe(lines)
         lines.end(name)
@@ -181,9 +191,18 @@ def _by_key(items: Any) -> dict[str, Json]:
     """The items of a listing, each with `name` and `model`: Open WebUI lists nothing at all if one lacks its name."""
     found: dict[str, Json] = {}
     for item in map(dict, items or ()):
-        name = str(item.get("name") or item["model"])
-        found.setdefault(key_of(name), {**item, "name": name, "model": item.get("model") or name})
+        name = item.get("name") or item.get("model")
+        if is_name(name):
+            found.setdefault(key_of(name), {**item, "name": name, "model": item.get("model") or name})
     return found
+
+
+def is_name(name: object) -> TypeGuard[str]:
+    """Whether it can be the name of a model."""
+    try:
+        return isinstance(name, str) and bool(checked_name(name)) and not _LACKING.search(name)
+    except ValueError:
+        return False
 
 
 class _PullLines:

@@ -29,6 +29,10 @@ from proxy.translate import Epilogue, Exchange
 logger = logging.getLogger(__name__)
 
 
+MAX_NUM_CTX = 2**31 - 1
+"""Largest context size that any server can be asked for: they count in 32 bits."""
+
+
 @dataclass(frozen=True, slots=True)
 class Api:
     """What the proxy knows of an endpoint: its dialect, its methods, and whether a call occupies a slot.
@@ -204,6 +208,8 @@ def _hold_context(backend: Backend, body: Json) -> None:
     if options is not None and not isinstance(options, dict):
         raise BadRequest("options must be an object", param="options")
     asked = options.get("num_ctx") if options else None
+    if isinstance(asked, int) and asked > MAX_NUM_CTX:
+        raise BadRequest(f"num_ctx must not be over {MAX_NUM_CTX}", param="num_ctx")
     num_ctx = backend.num_ctx(asked if isinstance(asked, int) and not isinstance(asked, bool) else None)
     if num_ctx is not None and num_ctx != asked:
         body["options"] = {**(options or {}), "num_ctx": num_ctx}

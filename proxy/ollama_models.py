@@ -100,7 +100,7 @@ async def pull(http: web.Request) -> web.StreamResponse:
     proxy = http.app[PROXY]
     body = await read_json(http, proxy.max_body_bytes)
     name = http[MODEL] = _named(body)
-    download = await _download(proxy, name)
+    download = await _download(http, proxy, name)
     async with aclosing(_lines(download)) as progress:
         if body.get("stream", True) is False:
             async for line in progress:
@@ -119,7 +119,7 @@ async def _tell(http: web.Request, progress: AsyncIterator[Json], stall_s: float
     return await finish(http, answer, stall_s)
 
 
-async def _download(proxy: Proxy, name: str) -> Download | None:
+async def _download(http: web.Request, proxy: Proxy, name: str) -> Download | None:
     """The download that makes `name` available; None when it is there already."""
     router = proxy.router
     spawned = router.local.get(name)
@@ -127,7 +127,7 @@ async def _download(proxy: Proxy, name: str) -> Download | None:
         return await spawned.pool.begin_download(spawned.name, spawned.model)
     ollama = router.ollama
     if ollama is not None and (proxy.config.backend == "ollama" or hub.parse_name(name) is None):
-        return ollama.pull(name)
+        return ollama.pull(name, [("Via", way) for way in http.headers.getall("Via", ())])
     found = hub.parse_name(name)
     if found is None:
         raise ModelNotFound(

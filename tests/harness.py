@@ -32,11 +32,15 @@ POLL_S = 0.005
 _LISTENING = re.compile(r"listening on http://(\S+):(\d+)")
 _OURS = ("LSP_", "OLLAMA_PROXY_", "AIP_", "LLAMA_", "FAKE_", "HF_", "HUGGINGFACE_")
 _EMPTY_CACHE = tempfile.TemporaryDirectory(prefix="lsp-hf-", ignore_cleanup_errors=True)
+companions: set[int] = set()
+"""Pids of other programs that tests have started, and whatever they count are not to count."""
 _NEVER = ("Traceback", "unhandled error", "was destroyed but it is pending", "was never retrieved", "never awaited")
 """What the log of a healthy proxy never holds."""
 
 proxies: list[Proxy] = []
 """Those started in the current test, and those that run for the whole session; `conftest` shows their logs."""
+servers: set[int] = set()
+"""Process ids of other programs that run for the whole session."""
 
 
 def free_port() -> int:

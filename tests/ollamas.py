@@ -19,7 +19,7 @@ from backends.downloads import Downloads
 from backends.ollama import Ollama
 from proxy.config import ModelConfig, OllamaConfig
 from tests import raw_client
-from tests.harness import environment, until
+from tests.harness import companions, environment, until
 from tests.pools import open_fds, own_tasks, warm_up
 
 
@@ -60,6 +60,7 @@ async def running_ollama(
         log = Path(folder) / "events"
         argv = ["--port", str(port), "--log", str(log), "--models", ",".join(models), "--manners", json.dumps(manners)]
         fake = _launch([*argv, *(["--golden", str(golden)] if golden is not None else [])], log)
+        companions.add(fake.process.pid)
         try:
             assert fake.process.stdout is not None
             fake.port = int(await asyncio.to_thread(fake.process.stdout.readline))
@@ -67,6 +68,7 @@ async def running_ollama(
         finally:
             await fake.kill()
             fake.process.communicate()
+            companions.discard(fake.process.pid)
 
 
 def _launch(args: list[str], log: Path) -> FakeOllama:

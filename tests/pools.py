@@ -63,7 +63,7 @@ class Fakes:
 
 def children() -> list[psutil.Process]:
     """Living children of this process, zombies too; not the proxies that other tests share, and theirs."""
-    shared = set()
+    shared = set(harness.servers)
     for proxy in harness.proxies:
         with suppress(psutil.NoSuchProcess):
             shared |= {proxy.pid, *(child.pid for child in psutil.Process(proxy.pid).children(recursive=True))}
@@ -124,10 +124,10 @@ async def elapse(seconds: float) -> None:
 
 
 def live_children() -> int:
-    """How many direct children this process has, zombies too, but for the proxies that other tests share; cheap enough
+    """How many direct children this process has, zombies too, but for the programs that other tests share; cheap enough
     to be asked every few milliseconds."""
     direct = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    return len({int(pid) for pid in direct} - {proxy.pid for proxy in harness.proxies})
+    return len({int(pid) for pid in direct} - {proxy.pid for proxy in harness.proxies} - harness.companions)
 
 
 class Census:

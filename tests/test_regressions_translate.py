@@ -35,6 +35,7 @@ from tests.toxic import (
 )
 
 MIB = 2**20
+PIECE = "x" * 60
 ASKED = {"model": "m", "messages": MESSAGES, "prompt": "hi", "max_tokens": 8, "stream": False}
 """A body that is good for every endpoint that generates."""
 LINES = head(200, [("Content-Type", "application/x-ndjson"), ("Transfer-Encoding", "chunked")])
@@ -65,11 +66,6 @@ async def ollama_proxy(script: Script) -> AsyncIterator[tuple[Proxy, RawUpstream
         config = {"backend": "ollama", "ollama": {"host": f"http://127.0.0.1:{upstream.port}"}}
         async with running_proxy(config) as proxy:
             yield proxy, upstream
-
-
-def asked(upstream: RawUpstream, path: str) -> list[Request]:
-    """The requests for that path."""
-    return [request for request in upstream.requests if request.line.split()[1] == path]
 
 
 # -- where an answer ends ----------------------------------------------------------------------------------------------
@@ -169,9 +165,9 @@ def piece_of(kind: str, index: int) -> Json:
     if kind == "logprobs":
         choice["logprobs"] = {"content": [{"token": "ab", "logprob": -index}]}
     elif kind == "arguments":
-        choice["delta"] = {"tool_calls": [{"index": 0, "function": {"name": "f", "arguments": "x" * 20}}]}
+        choice["delta"] = {"tool_calls": [{"index": 0, "function": {"name": "f", "arguments": PIECE}}]}
     else:
-        choice["delta"] = {kind: "x" * 20}
+        choice["delta"] = {kind: PIECE}
     return {"choices": [choice]}
 
 
@@ -187,7 +183,7 @@ def cpu_s(work: Callable[[], object]) -> float:
 
 @pytest.mark.parametrize("kind", ["content", "reasoning_content", "logprobs", "arguments"])
 def test_folding_four_times_as_much_takes_about_four_times_as_long(kind: str) -> None:
-    pieces = [piece_of(kind, index) for index in range(50_000)]
+    pieces = [piece_of(kind, index) for index in range(32_000)]
 
     def fold(count: int) -> Json:
         whole = Fold()
@@ -200,7 +196,7 @@ def test_folding_four_times_as_much_takes_about_four_times_as_long(kind: str) ->
         assert len(choice["logprobs"]["content"]) == len(pieces)
     else:
         (call,) = choice["message"].get("tool_calls", [{"function": choice["message"]}])
-        assert call["function"][kind] == "x" * 20 * len(pieces)
+        assert call["function"][kind] == PIECE * len(pieces)
     assert cpu_s(lambda: fold(len(pieces))) < 8 * cpu_s(lambda: fold(len(pieces) // 4))
 
 

@@ -222,7 +222,7 @@ class OllamaConfig(UpstreamConfig):
     def _url(self, host: str) -> str:
         parts = urlsplit(shapes.http_url(shapes.with_scheme(host)))
         port = parts.port or self.port or (443 if parts.scheme == "https" else 11434)
-        return f"{parts.scheme}://{shapes.bracketed(parts.hostname or '')}:{port}{parts.path}"
+        return f"{parts.scheme}://{shapes.bracketed(parts.hostname or '')}:{port}{parts.path.removesuffix('/v1')}"
 
 
 class AgentConfig(Section):
