@@ -22,6 +22,7 @@ from backends import Backend
 from backends.spawned import SpawnedModel
 from proxy.chat import Json
 from proxy.errors import BadRequest, UpstreamFailed, UpstreamRefused
+from proxy.ollama_chat import set_keep_alive
 from proxy.translate import question
 
 Convert = Callable[[Backend, str, Json], Awaitable[Json]]
@@ -64,6 +65,7 @@ async def ollama_from_openai(backend: Backend, model: str, body: Json) -> Json:
     inputs = [wanted] if isinstance(wanted, str) and wanted else wanted or []
     if not isinstance(inputs, list) or not all(isinstance(item, str) for item in inputs):
         raise BadRequest("invalid input type")
+    _obey(backend, body)
     vectors, tokens = await _embed(backend, model, inputs, body.get("truncate", True))
     answer: Json = {"model": model, "embeddings": [_cut(vector, body.get("dimensions")) for vector in vectors]}
     answer["total_duration"] = time.monotonic_ns() - started_ns
@@ -75,8 +77,16 @@ async def legacy_from_openai(backend: Backend, model: str, body: Json) -> Json:
     prompt = body.get("prompt", "")
     if not isinstance(prompt, str):
         raise BadRequest("prompt must be a string")
+    _obey(backend, body)
     vectors, _ = await _embed(backend, model, [prompt] if prompt else [], truncate=True)
     return {"embedding": vectors[0] if vectors else []}
+
+
+def _obey(backend: Backend, body: Json) -> None:
+    """Check the `options` of a good request, none of which means anything here, and heed its `keep_alive`."""
+    if not isinstance(body.get("options") or {}, dict):
+        raise BadRequest("options must be an object")
+    set_keep_alive(backend, body)
 
 
 async def _embed(backend: Backend, model: str, inputs: list[str], truncate: object) -> tuple[Vectors, int]:

@@ -144,8 +144,6 @@ class RelayHandler:
         api, backend = self.api, target.backend
         body["model"] = target.model
         if api.convert is not None:
-            if api.family == "ollama":
-                set_keep_alive(backend, body)
             _hold_context(backend, body)
             return await embeddings.as_response(await api.convert(backend, target.model, body))
         if api.face is None:
@@ -202,9 +200,9 @@ def _hold_context(backend: Backend, body: Json) -> None:
 
     `options` is Ollama's; clients of other APIs may send it, too.
     """
+    options = body.get("options")
     if not isinstance(backend, OllamaModel):
         return
-    options = body.get("options")
     if options is not None and not isinstance(options, dict):
         raise BadRequest("options must be an object", param="options")
     asked = options.get("num_ctx") if options else None

@@ -39,8 +39,6 @@ _NEVER = ("Traceback", "unhandled error", "was destroyed but it is pending", "wa
 
 proxies: list[Proxy] = []
 """Those started in the current test, and those that run for the whole session; `conftest` shows their logs."""
-servers: set[int] = set()
-"""Process ids of other programs that run for the whole session."""
 
 
 def free_port() -> int:

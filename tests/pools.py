@@ -63,7 +63,7 @@ class Fakes:
 
 def children() -> list[psutil.Process]:
     """Living children of this process, zombies too; not the proxies that other tests share, and theirs."""
-    shared = set(harness.servers)
+    shared = set(harness.companions)
     for proxy in harness.proxies:
         with suppress(psutil.NoSuchProcess):
             shared |= {proxy.pid, *(child.pid for child in psutil.Process(proxy.pid).children(recursive=True))}

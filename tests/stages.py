@@ -14,7 +14,7 @@ import pytest
 
 from tests.e2e_support import SMOLLM2, Fakes, embedded, tiny
 from tests.fakes.ollama import MANNERS
-from tests.harness import Proxy, servers, session_proxy
+from tests.harness import Proxy, session_proxy
 from tests.ollamas import FakeOllama, running_ollama
 
 GOLDEN = Path(__file__).parent / "golden" / "ollama"
@@ -94,7 +94,6 @@ class Stage:
 def scripted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     fakes = Fakes(tmp_path_factory.mktemp("stage"))
     with running(running_ollama("distant")) as fake:
-        servers.add(fake.process.pid)
         config = fakes.config({"local": fakes.model(fields={"parallel": 64})}, keep_alive=-1)
         config |= {"ollama": {"host": f"127.0.0.1:{fake.port}", "pull": "never"}}
         with session_proxy(config) as proxy:
@@ -111,7 +110,8 @@ async def stage(scripted: Stage) -> AsyncIterator[Stage]:
 @pytest.fixture(scope="session")
 def recorded() -> Iterator[Proxy]:
     """A proxy in front of an Ollama that answers with the transcripts of `tests/golden/ollama`."""
-    with running(running_ollama(golden=GOLDEN)) as fake:
-        servers.add(fake.process.pid)
-        with session_proxy({"backend": "ollama", "ollama": {"host": f"127.0.0.1:{fake.port}"}}) as proxy:
-            yield proxy
+    with (
+        running(running_ollama(golden=GOLDEN)) as fake,
+        session_proxy({"backend": "ollama", "ollama": {"host": f"127.0.0.1:{fake.port}"}}) as proxy,
+    ):
+        yield proxy

@@ -22,9 +22,9 @@ LAYERS: list[set[str]] = [
     {"proxy.config", "proxy.dialects", "proxy.headers"},
     {"backends", "agents"},
     {"proxy.ingress", "proxy.body", "proxy.cards", "proxy.chain", "proxy.local_models", "proxy.router"},
-    {"proxy.relay", "proxy.shared", "proxy.translate", "proxy.embeddings"},
+    {"proxy.relay", "proxy.shared", "proxy.translate", "proxy.ollama_chat"},
     {
-        "proxy.ollama_chat",
+        "proxy.embeddings",
         "proxy.ollama_models",
         "proxy.router_mode",
         "proxy.handlers",

@@ -130,7 +130,7 @@ async def test_a_client_that_leaves(row: Row) -> None:
             await until(lambda: row.seen("request") > asked, what="the request at the server")
         client.leave()
         left = time.monotonic()
-        await until(lambda: row.seen("closed") > gone, 1.0, what="the end of the upstream connection")
+        await until(lambda: row.seen("closed") > gone, what="the end of the upstream connection")
         took_ms = (time.monotonic() - left) * 1000
-    await until(row.free, 1.0, what="the lease to be free")
+    await until(row.free, what="the lease to be free")
     row.note("client leaves", f"freed in {took_ms:.0f} ms")

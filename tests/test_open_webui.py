@@ -169,8 +169,8 @@ async def test_row_8_stop_reaches_the_server(stage: Stage, path: str, model: str
             await client.head()
             await client.chunk()
         client.leave()
-        await until(lambda: count("closed") > closed, 1.0, what="the end of the connection to the server")
-    await until(lambda: idle(stage.proxy), 1.0, what="the model to be free")
+        await until(lambda: count("closed") > closed, what="the end of the connection to the server")
+    await until(lambda: idle(stage.proxy), what="the model to be free")
 
 
 # -- answers -----------------------------------------------------------------------------------------------------------
@@ -272,7 +272,7 @@ async def test_row_19_the_first_message_of_a_chat_loads_its_model_once(fakes: Fa
         after = await asyncio.gather(*(post(proxy, path, task) for task in tasks))
         assert [answer.status for answer in (*first, *after)] == [200] * 4
         assert len(fakes.events("start")) == 1
-        assert fakes.generated()[0]["max_tokens"] == 1000
+        assert [body.get("max_tokens") for body in fakes.generated()].count(1000) == 1
 
 
 async def test_row_20_a_flood_of_embeddings_waits_its_turn_beside_the_chat(fakes: Fakes) -> None:

@@ -160,6 +160,8 @@ def _chosen(tools: list[Json], choice: Any) -> list[Json]:
     if choice == "none":
         return []
     named = _function_name(choice)
+    if not isinstance(choice, str | dict | None) or (isinstance(choice, dict) and "function" in choice and not named):
+        raise BadRequest("tool_choice must be a string or name a function", param="tool_choice")
     return tools if named is None else [tool for tool in tools if _function_name(tool) == named]
 
 

@@ -34,6 +34,8 @@ def _decode(field: str, body: Json) -> ChatRequest:
             raise BadRequest("messages must not be empty", param="messages")
     elif "prompt" not in body:
         raise BadRequest("prompt is required", param="prompt")
+    else:
+        body = {name: value for name, value in body.items() if name != "messages"}  # which would make it a chat
     return ChatRequest(body, bool(stream))
 
 
