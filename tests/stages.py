@@ -64,7 +64,7 @@ def chain(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
     template = tmp_path_factory.mktemp("template") / "tools.jinja"
     template.write_text(CHAT_TEMPLATE)
     models = {
-        "smollm2": {**SMOLLM2, "args": ["-t", "2", "--chat-template-file", str(template)]},
+        "smollm2": {**SMOLLM2, "args": ["-t", "1", "--chat-template-file", str(template)]},
         "tiny": tiny(tiny_models["tiny-a"]),
         "embed": tiny(tiny_models["tiny-b"], "--embeddings"),
         "spare": tiny(tiny_models["tiny-c"]),

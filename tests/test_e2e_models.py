@@ -190,7 +190,7 @@ async def test_another_copy_of_the_proxy_serves_as_a_remote(fakes: Fakes) -> Non
         unknown = await chat(outer, "inner/nothing")
         assert unknown.status == 404 and "known models: a, org/b, own" in unknown.error["message"]
         assert [item["model"] for item in (await inner.health())["instances"]] == ["a", "org/b"]
-        assert (await raw_client.post(outer.port, "/models/unload", {"model": "a"})).status == 404
+        assert (await raw_client.post(outer.port, "/models/unload", {"model": "a"})).status == 400
 
 
 async def test_a_model_that_a_remote_gains_is_found_at_the_first_request_for_it(fakes: Fakes, tmp_path: Path) -> None:
