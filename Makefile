@@ -18,11 +18,15 @@ listen = $(if $(findstring -conda-,$(HOST)),,$(if $(HOST),--host $(HOST))) $(if 
 run: .venv/run ## serve with CONFIG= (config.yaml) on HOST= and PORT= (127.0.0.1, 11555)
 	@exec $(bin)/llama-smart-proxy serve --config $(CONFIG) $(listen)
 
-test: .venv/dev ## all quick tests (under 5 minutes)
+test: .venv/dev ## all quick tests (about 6 minutes on two cores)
 	$(bin)/python -m pytest -m "not full"
 
+# One stream lasts five and a half minutes, and needs next to nothing: it runs beside the others.
 test-full: .venv/dev ## the long tests: load, endurance, attacks
-	$(bin)/python -m pytest -m full --timeout 500
+	@mkdir -p build
+	@$(bin)/python -m pytest -m full --timeout 500 tests/test_relay_long.py >build/long.log 2>&1 & long=$$!; \
+	$(bin)/python -m pytest -m full --timeout 500 --ignore tests/test_relay_long.py; rest=$$?; \
+	wait $$long || { cat build/long.log; exit 1; }; tail -n 1 build/long.log; exit $$rest
 
 lint: .venv/dev ## ruff and mypy --strict
 	$(bin)/ruff check .
