@@ -24,15 +24,19 @@ SCHEMA = {"type": "object", "properties": {"city": CITY}, "required": ["city"], 
 
 @pytest.fixture
 async def client(served: Proxy) -> AsyncIterator[AsyncClient]:
-    async with AsyncClient(host=served.url) as client:
+    async with client_of(served) as client:
         yield client
 
 
 @pytest.fixture
 async def replay(recorded: Proxy) -> AsyncIterator[AsyncClient]:
     """A client of a proxy whose Ollama answers by transcripts."""
-    async with AsyncClient(host=recorded.url) as client:
+    async with client_of(recorded) as client:
         yield client
+
+
+def client_of(proxy: Proxy) -> AsyncClient:
+    return AsyncClient(host=proxy.url, verify=False)  # certificates take longer to read than most tests
 
 
 def metrics(response: ollama.ChatResponse | ollama.GenerateResponse) -> list[int | None]:
@@ -153,7 +157,7 @@ async def test_models_are_listed_and_shown(client: AsyncClient) -> None:
 @needs_llama_cpp
 async def test_a_model_is_loaded_and_unloaded_on_demand(client: AsyncClient, chain: Chain) -> None:
     async def loaded() -> dict[str | None, Any]:
-        async with AsyncClient(host=chain.local.url) as local:
+        async with client_of(chain.local) as local:
             return {model.model: model for model in (await local.ps()).models}
 
     answer = await client.generate("spare", "", keep_alive="10m")
@@ -205,7 +209,7 @@ async def test_a_refusal_is_raised_with_its_words_and_status(client: AsyncClient
 
 @needs_llama_cpp
 async def test_what_only_an_ollama_can_change_is_refused_for_other_models(chain: Chain) -> None:
-    async with AsyncClient(host=chain.local.url) as client:
+    async with client_of(chain.local) as client:
         for refused in (client.copy("tiny", "other"), client.delete("tiny"), client.create("other", from_="tiny")):
             with pytest.raises(ResponseError) as caught:
                 await refused
@@ -223,7 +227,7 @@ async def test_what_only_an_ollama_can_change_is_refused_for_other_models(chain:
 @pytest.mark.parametrize("model", ["local", "distant"])
 async def test_images_and_tools_reach_a_server_as_it_takes_them(stage: Stage, model: str) -> None:
     message: dict[str, Any] = {"role": "user", "content": "What is this?", "images": [PIXEL]}
-    async with AsyncClient(host=stage.proxy.url) as client:
+    async with client_of(stage.proxy) as client:
         answer = await client.chat(model, [message], tools=[WEATHER])
     assert (answer.message.content or "").startswith("t0 t1 t2 t3 ")
     if model == "local":
@@ -242,7 +246,7 @@ async def test_images_and_tools_reach_a_server_as_it_takes_them(stage: Stage, mo
 async def test_a_tool_call_of_a_server_reaches_the_client(stage: Stage, model: str, stream: bool) -> None:
     await stage.distant.set(tool_call=["get_weather", {"city": "Zürich"}])
     messages = [{"role": "user", "content": steered(tokens=2, tool_call=["get_weather", {"city": "Zürich"}])}]
-    async with AsyncClient(host=stage.proxy.url) as client:
+    async with client_of(stage.proxy) as client:
         if stream:
             parts = [part async for part in await client.chat(model, messages, tools=[WEATHER], stream=True)]
         else:
@@ -256,7 +260,7 @@ async def test_a_tool_call_of_a_server_reaches_the_client(stage: Stage, model: s
 async def test_text_with_every_kind_of_line_end_reaches_the_client(stage: Stage) -> None:
     """The client splits a stream at all that Python takes for the end of a line, also within a text."""
     text = "a\nb\r\nc\x0bd\x0ce\x1cf\x85g\u2028h\u2029i"
-    async with AsyncClient(host=stage.proxy.url) as client:
+    async with client_of(stage.proxy) as client:
         messages = [{"role": "user", "content": steered(answer=text)}]
         parts = [part.message.content or "" async for part in await client.chat("local", messages, stream=True)]
         whole = await client.chat("local", messages)
