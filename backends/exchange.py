@@ -8,6 +8,7 @@ runs only when a request begins, ends, or has to wait for a slow reader.
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast
 
@@ -102,7 +103,7 @@ class Response:
     """An answer under way. Its reader calls exactly one of `read` and `pipe`, after `first_piece` if it likes.
 
     `status` and `headers` (in order, names lower-cased) are set once the connection pool hands it out; `sent_s` is when
-    the request left (loop time), and `pool` leads to the same server. All reading
+    the request left (`time.monotonic()`), and `pool` leads to the same server. All reading
     methods raise `UpstreamFailed` when the server breaks off, truncates, or falls silent.
     """
 
@@ -127,7 +128,8 @@ class Response:
         self._sink: Sink | None = None
         self._choked = False
         self._paused = False
-        self.sent_s = self._last_rx = self._loop.time()
+        self.sent_s = time.monotonic()  # the loop's clock counts milliseconds
+        self._last_rx = self._loop.time()
         self._waiter: asyncio.Future[None] | None = None
 
     # -- what the reader calls -------------------------------------------------------------------------------------
@@ -174,6 +176,11 @@ class Response:
                 continue
             self.resume()
             await self._event()
+
+    @property
+    def empty(self) -> bool:
+        """Whether the body has ended without a byte; to be asked after `first_piece`."""
+        return self.complete and not self.answered
 
     @property
     def broken(self) -> bool:

@@ -73,7 +73,7 @@ class ChatRequest:
 
 @dataclass(slots=True)
 class Timing:
-    """When a request arrived and when it was sent to the model's server, in seconds of the event loop's clock.
+    """When a request arrived and when it was sent to the model's server, in seconds of `time.monotonic()`.
 
     `extra` is what else an API that tells such things has in its last frame.
     """

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
+import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
 from aiohttp import web
 
 from backends import Backend, Call
+from backends.exchange import Response
 from backends.ollama import OllamaModel
 from backends.spawned import SpawnedModel
 from proxy import embeddings
@@ -24,7 +26,7 @@ from proxy.ollama_models import LISTING_S
 from proxy.relay import ask, relay
 from proxy.router import Target
 from proxy.shared import MODEL, PROXY, Proxy
-from proxy.translate import Epilogue, Exchange
+from proxy.translate import Epilogue, Exchange, refusal
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +110,8 @@ class RelayHandler:
         target, work = await self._understand(http)
         if isinstance(work, Call):
             answer = partial(relay, http, dialect=self.api.dialect, stall_s=self._stall_s)
+            if self.api.family == "ollama":
+                answer = partial(_relay_json, answer)
             return await ask(http, target.backend, work, answer)
         try:
             return await self._translate(http, target, work)
@@ -154,7 +158,7 @@ class RelayHandler:
             if loaded is not None:
                 return loaded
             await check_capabilities(self._proxy, backend, body)
-        timing = Timing(asyncio.get_running_loop().time())
+        timing = Timing(time.monotonic())
         request = await aside(http, api.face.decode, body)
         epilogue: Epilogue | None = None
         if api.face is ollama.GENERATE:
@@ -175,6 +179,15 @@ class RelayHandler:
             if not wished or not _no_thoughts(exchange.request):
                 raise
         return await exchange.run(backend, headers)
+
+
+async def _relay_json(
+    passing: Callable[[Response], Awaitable[web.StreamResponse]], upstream: Response
+) -> web.StreamResponse:
+    """Pass on what an Ollama says; but an error page of what stands in front of it as an error its clients can read."""
+    if upstream.status >= 400 and not upstream.header("content-type").startswith("application/json"):
+        raise await refusal(upstream)
+    return await passing(upstream)
 
 
 def _wire(backend: Backend) -> Wire:

@@ -184,6 +184,8 @@ async def blob(http: web.Request) -> web.StreamResponse:
     timeout = aiohttp.ClientTimeout(
         total=None, connect=host.config.connect_timeout_s, sock_read=host.config.first_byte_timeout_s
     )
+    headers = {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}
+    headers |= {"Content-Length": str(http.content_length)} if http.content_length is not None else {}
     connection = http.protocol
     slowly = connection.receiving_body() if isinstance(connection, FrontConnection) else nullcontext()
     try:
@@ -194,7 +196,7 @@ async def blob(http: web.Request) -> web.StreamResponse:
                     http.method,
                     f"{host.connections.endpoint}{http.path}",
                     data=http.content if http.can_read_body else None,
-                    headers={"Authorization": f"Bearer {key.get_secret_value()}"} if key else {},
+                    headers=headers,
                     allow_redirects=False,
                 ) as upstream,
             ):

@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 ERROR_LIMIT = 1024 * 1024
 """Largest error body of a server that is read for its words."""
+WORDS = 2000
+"""Most characters of a server's error that a client gets to see; some send whole web pages."""
 ANSWER_LIMIT = 64 * 1024 * 1024
 """Largest answer that is taken whole; thousands of embeddings are large."""
 OFF_LOOP_BYTES = 1024 * 1024
@@ -49,6 +51,11 @@ class Translation:
         self._reader = reader
         self._take = take
         self.failure: ProxyError | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether the answer has come to its end, so that it does not matter how its connection ends."""
+        return self._reader.done and self.failure is None
 
     def feed(self, data: bytes) -> bytes:
         """The client's bytes for these bytes of the server. After a failure, which `failure` tells, nothing."""
@@ -111,6 +118,8 @@ class Exchange:
         if not self.request.stream:
             return await self._whole(upstream, writer)
         await upstream.first_piece()  # headers leave with the first byte: until then a failure is a true status code
+        if upstream.empty:
+            raise incomplete()
         return await self._stream(upstream, writer)
 
     async def _stream(self, upstream: Response, writer: Writer) -> web.StreamResponse:
@@ -141,7 +150,11 @@ class Exchange:
     async def _whole(self, upstream: Response, writer: Writer) -> web.StreamResponse:
         fold = Fold()
         translation = self._translation(fold.add)
-        await upstream.pipe(_Gather(translation))
+        try:
+            await upstream.pipe(_Gather(translation))
+        except UpstreamFailed:
+            if not translation.complete:
+                raise
         translation.finish()
         if translation.failure is not None:
             raise translation.failure
@@ -195,7 +208,7 @@ async def refusal(upstream: Response) -> ProxyError:
     with suppress(orjson.JSONDecodeError):
         words = error_text(orjson.loads(body))
     status = upstream.status if upstream.status >= 400 else 502
-    return UpstreamRefused(words or f"the model server answered with status {upstream.status}", status=status)
+    return UpstreamRefused(words[:WORDS] or f"the model server answered with status {upstream.status}", status=status)
 
 
 class _Gather:
@@ -245,6 +258,7 @@ class _Sink(Sink):
         try:
             await upstream.pipe(self)
         except ProxyError as exc:
-            return exc
+            if not self._translation.complete:
+                return exc
         self.say(self._translation.finish())
         return self._translation.failure

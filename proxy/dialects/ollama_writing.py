@@ -6,7 +6,6 @@ besides is left out; no line is blank, and none but the last is without content.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -31,7 +30,7 @@ class OllamaWriter:
     """Writes the answer to one request, in the form of `/api/chat` or of `/api/generate`.
 
     `timing.extra` goes into the last line, or the one object (the `context` of a generated text). `clock` counts the
-    seconds that `timing` is in; by default it is the running event loop's.
+    seconds that `timing` is in; by default `time.monotonic`.
 
     Raises: UpstreamFailed, from any method, for a tool call whose arguments are no JSON object. Only the last call of
     an answer that ran into its limit may be cut off; it is left out.
@@ -45,7 +44,7 @@ class OllamaWriter:
         timing: Timing,
         *,
         chat: bool,
-        clock: Callable[[], float] | None = None,
+        clock: Callable[[], float] = time.monotonic,
         wall_ns: Callable[[], int] = time.time_ns,
     ) -> None:
         self._model = request.model
@@ -171,7 +170,7 @@ class OllamaWriter:
     def _metrics(self) -> Json:
         """Counts, and times in nanoseconds; those that are 0 or not known are left out. What an Ollama server took to
         load the model is part of our `load_duration`, as the wait for its turn is."""
-        now = self._clock() if self._clock else asyncio.get_running_loop().time()
+        now = self._clock()
         arrived, sent = self._timing.arrived_s, self._timing.sent_s or self._timing.arrived_s
         usage, timings = self._last.get("usage") or {}, self._last.get("timings") or {}
         prompt = (
