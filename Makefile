@@ -18,7 +18,7 @@ listen = $(if $(findstring -conda-,$(HOST)),,$(if $(HOST),--host $(HOST))) $(if 
 run: .venv/run ## serve with CONFIG= (config.yaml) on HOST= and PORT= (127.0.0.1, 11555)
 	@exec $(bin)/llama-smart-proxy serve --config $(CONFIG) $(listen)
 
-test: .venv/dev ## all quick tests (about 6 minutes on two cores)
+test: .venv/dev ## all quick tests (about 7 minutes on two cores)
 	$(bin)/python -m pytest -m "not full"
 
 # One stream lasts five and a half minutes, and needs next to nothing: it runs beside the others.
