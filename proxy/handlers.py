@@ -135,7 +135,8 @@ class RelayHandler:
             return target, body
         if has_body:
             body["model"] = target.model
-            _hold_context(target.backend, body)
+            if isinstance(target.backend, OllamaModel):
+                _hold_context(target.backend, body)
         return target, Call(
             method=http.method,
             path=_upstream_path(http, target.model),

@@ -53,7 +53,9 @@ class LocalModels:
         if found is None and self._models_dir is not None:
             files = self._scan()
             found = files.get(key) or files.get(plain)
-        return found or self._cached.get(key.replace("huggingface.co/", "hf.co/", 1))
+        if found is None and self._cached:
+            found = self._cached.get(key.replace("huggingface.co/", "hf.co/", 1))
+        return found
 
     def all(self) -> Iterator[SpawnedModel]:
         """Every model, from memory, each once."""
