@@ -16,7 +16,7 @@ help: ## list the targets
 listen = $(if $(findstring -conda-,$(HOST)),,$(if $(HOST),--host $(HOST))) $(if $(PORT),--port $(PORT))
 
 run: .venv/run ## serve with CONFIG= (config.yaml) on HOST= and PORT= (127.0.0.1, 11555)
-	@exec $(bin)/llama-smart-proxy serve --config $(CONFIG) $(listen)
+	@exec $(bin)/llama-smart-proxy serve --config $(CONFIG) $(listen) --reload
 
 test: .venv/dev ## all quick tests (about 7 minutes on two cores)
 	$(bin)/python -m pytest -m "not full"

@@ -1,1 +1,1 @@
-"""Agents: middleware around every chat. This package will hold the agent interface and the shipped agents."""
+"""Agents: middleware around every chat. `agents.base` is what an agent is; every other module here is one."""

@@ -21,7 +21,8 @@ class Call:
 
     `path` holds the query string too. `headers` are ready to send and carry neither `Host`, `Content-Length` nor
     credentials: the connection adds those. `slot` says whether the request generates, and so occupies one of the
-    server's parallel slots, or is a mere question (`/props`, `/tokenize`).
+    server's parallel slots, or is a mere question (`/props`, `/tokenize`). Without `wait`, a call that would have to
+    wait until its model is loaded or has room fails at once (`Overloaded`, code `no_slot_now`).
     """
 
     method: str
@@ -29,6 +30,7 @@ class Call:
     body: bytes = b""
     headers: Sequence[tuple[str, str]] = ()
     slot: bool = True
+    wait: bool = True
 
 
 class Backend(Protocol):

@@ -100,7 +100,8 @@ class Connection(asyncio.Protocol):
 
 
 class Response:
-    """An answer under way. Its reader calls exactly one of `read` and `pipe`, after `first_piece` if it likes.
+    """An answer under way. Its reader calls exactly one of `read`, `pipe` and (over and over) `piece`, after
+    `first_piece` if it likes.
 
     `status` and `headers` (in order, names lower-cased) are set once the connection pool hands it out; `sent_s` is when
     the request left (`time.monotonic()`), and `pool` leads to the same server. All reading
@@ -161,6 +162,17 @@ class Response:
         body = b"".join(self._pieces)
         self._pieces.clear()
         return body
+
+    async def piece(self) -> bytes:
+        """The body bytes that came since the last call, waiting for some; empty at the end. For a reader at its own
+        pace: the socket is left unread while it does not ask."""
+        while not self._pieces and not self._settled():
+            self.resume()
+            await self._event()
+        data = b"".join(self._pieces)
+        self._pieces.clear()
+        self._held = 0
+        return data
 
     async def pipe(self, sink: Sink) -> None:
         """Push the body into `sink` as it arrives, until it ends."""

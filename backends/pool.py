@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -51,14 +51,17 @@ class Pool:
     # -- for requests ----------------------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def lease(self, name: str, model: ModelConfig, *, slot: bool = True) -> AsyncIterator[Instance]:
+    async def lease(
+        self, name: str, model: ModelConfig, *, slot: bool = True, wait: bool = True
+    ) -> AsyncIterator[Instance]:
         """Hold the instance that serves `name`, which is not stopped while held. Waits until it is loaded and has room.
 
         With `slot` the holder occupies one of the server's parallel slots; without, it only asks a question. Leaving,
-        also by cancellation, gives all back at once; a load that was begun goes on.
+        also by cancellation, gives all back at once; a load that was begun goes on. Without `wait` it is to be had now
+        or not at all: who holds one model and waits for another may wait for itself.
 
-        Raises: `Overloaded` (codes `overloaded`, `queue_timeout`, `shutting_down`, `unloaded`), `StartFailed`,
-        `ModelNotFound` when the hub does not have it.
+        Raises: `Overloaded` (codes `overloaded`, `queue_timeout`, `shutting_down`, `unloaded`, `no_slot_now`),
+        `StartFailed`, `ModelNotFound` when the hub does not have it.
         """
         if self._scheduler.closing:
             raise _shutting_down()
@@ -66,6 +69,8 @@ class Pool:
         seat = line.seat
         if seat is not None and seat.has_room(slot) and not (slot and line.waiting):
             seat.take(slot)
+        elif not wait:
+            raise Overloaded(f"Model '{name}' has no free slot now, and this call must not wait.", code="no_slot_now")
         else:
             if self._scheduler.queued + self._fetching.total() >= self._config.server_pool.queue_limit:
                 raise Overloaded("Too many requests are waiting for a model; try again later.")
@@ -165,6 +170,10 @@ class Pool:
         if line is None or line.seat is None:
             return "unloaded" if line is None or self._download(line) is None else "loading"
         return {State.READY: "loaded", State.STARTING: "loading"}.get(line.seat.state, "unloaded")
+
+    def pinned_besides(self, names: Collection[str]) -> int:
+        """How many places are held for good by models other than these."""
+        return sum(seat.pinned and seat.line.name not in names for seat in self._scheduler.seats)
 
     def failed(self, name: str) -> str | None:
         """Why the last process of `name` could not start or crashed; None when it did not."""

@@ -28,7 +28,7 @@ class SpawnedModel:
 
     @asynccontextmanager
     async def open(self, call: Call) -> AsyncIterator[Response]:
-        async with self.pool.lease(self.name, self.model, slot=call.slot) as instance:
+        async with self.pool.lease(self.name, self.model, slot=call.slot, wait=call.wait) as instance:
             try:
                 async with instance.connections.request(call) as response:
                     yield response

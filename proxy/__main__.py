@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--host", help="address to listen on")
     serve.add_argument("--port", type=int, help="port to listen on; 0 picks a free one")
     serve.add_argument("--log-level", choices=LEVELS)
+    serve.add_argument("--reload", action="store_true", help="load agents anew when their files are saved")
     return parser
 
 
@@ -81,7 +82,7 @@ def _serve(args: argparse.Namespace, path: Path | None) -> int:
     log.configure(config.log_level)
     for warning in config.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    return serve.run(config)
+    return serve.run(config, reload=args.reload)
 
 
 def _simulate(path: Path | None) -> int:

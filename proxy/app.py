@@ -11,9 +11,11 @@ from backends.downloads import Downloads
 from backends.pool import Pool
 from proxy import ollama_models as ollama
 from proxy import router_mode
-from proxy.admin import health
+from proxy.admin import health, plugins_listed
+from proxy.chain import Chain
 from proxy.config import Config
 from proxy.handlers import SLOT_ACTION, RelayHandler, list_models, show_model
+from proxy.plugins import Plugins
 from proxy.router import Router
 from proxy.shared import PROXY, Proxy
 
@@ -52,12 +54,15 @@ def build_app(config: Config) -> web.Application:
     app = web.Application(client_max_size=config.server.max_body_mib * 2**20)
     downloads = Downloads()
     pool = Pool(config, downloads)
-    proxy = app[PROXY] = Proxy(config, Router(config, pool, downloads))
+    plugins = Plugins.of(config)
+    proxy = app[PROXY] = Proxy(config, Router(config, pool, downloads), Chain(config, plugins))
 
     async def backends(app: web.Application) -> AsyncIterator[None]:
         await pool.start()
         proxy.router.start()
+        await plugins.start()
         yield
+        await plugins.close()
         await proxy.router.close()
         await pool.close(drain_s=0)
 
@@ -68,6 +73,7 @@ def build_app(config: Config) -> web.Application:
 
 def _add_routes(app: web.Application, proxy: Proxy) -> None:
     _add(app, "GET", "/health", health)
+    _add(app, "GET", "/plugins", plugins_listed)
     _add(app, "GET", "/v1/models", list_models)
     _add(app, "POST", r"/slots/{id:\d+}", RelayHandler(SLOT_ACTION, proxy).handle)
     app.router.add_get("/v1/models/{id:.+}", show_model)

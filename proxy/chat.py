@@ -1,5 +1,8 @@
 """The values of a chat, in one shape for all APIs: OpenAI's JSON, kept as parsed. No I/O.
 
+Agents see these: `ChatRequest`, and an answer as a `ChunkStream` of `Chunk`s. `say` makes such a stream of a text, and
+`fold` one `Reply` of a stream.
+
 A request is an OpenAI chat body (`messages`) or text body (`prompt`); an answer is a sequence of chunks, each an OpenAI
 `chat.completion.chunk`, and `Fold` makes one `chat.completion` of them. What a client's own API says beyond that stands
 in the same object, set aside under `KEPT`: no field is lost on the way back into that API, and none gets into another.
@@ -7,14 +10,14 @@ in the same object, set aside under `KEPT`: no field is lost on the way back int
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from proxy.fold import Fold as Fold
+
 Json = dict[str, Any]
 KEPT = "_kept"
-MAX_TOOL_CALLS = 1024
-"""Most calls in one answer; a server that numbers them higher would have us make room for all between."""
 
 
 class Kept(Json):
@@ -55,20 +58,116 @@ class ChatRequest:
     """One request for a generated answer.
 
     `body` is OpenAI's: with `messages` (`/v1/chat/completions`), or with `prompt` and perhaps `suffix`
-    (`/v1/completions`). `stream` is what the client wants, whether its API says so by a field or by default.
+    (`/v1/completions`). `stream` is what the client wants, whether its API says so by a field or by default. The
+    properties read and write the body.
     """
 
     body: Json
-    stream: bool
+    stream: bool = True
 
     @property
     def model(self) -> str:
         return str(self.body.get("model", ""))
 
+    @model.setter
+    def model(self, name: str) -> None:
+        self.body["model"] = name
+
     @property
     def is_text(self) -> bool:
         """Whether a text is to be continued, rather than a chat."""
         return "messages" not in self.body
+
+    @property
+    def messages(self) -> list[Json]:
+        """The messages of a chat, to be read and changed in place; an empty list, of no effect, for a text."""
+        messages: list[Json] = self.body.get("messages", [])
+        return messages
+
+    @property
+    def tools(self) -> list[Json]:
+        """The tools that the model may call, in OpenAI's shape."""
+        return self.body.get("tools") or []
+
+    @property
+    def system(self) -> str:
+        """The text of the first message, if that is a system message, else empty. Setting it makes or replaces that
+        message; an empty text removes it."""
+        first = self.messages[0] if self.messages else {}
+        return text_of(first.get("content")) if first.get("role") in ("system", "developer") else ""
+
+    @system.setter
+    def system(self, text: str) -> None:
+        if self.is_text:
+            return
+        if self.messages and self.messages[0].get("role") in ("system", "developer"):
+            del self.messages[0]
+        if text:
+            self.messages.insert(0, {"role": "system", "content": text})
+
+    @property
+    def last_user_text(self) -> str:
+        """What the user said last: the prompt of a text, or the text of the last user message, of which it is the first
+        text part if it has parts; empty if there is none. Setting it leaves all else in that message, such as images,
+        as it is; without a place for it, nothing happens."""
+        holder, key = self._last_user_place()
+        text = holder[key] if holder is not None else ""
+        return text if isinstance(text, str) else ""
+
+    @last_user_text.setter
+    def last_user_text(self, text: str) -> None:
+        holder, key = self._last_user_place()
+        if holder is not None:
+            holder[key] = text
+
+    def _last_user_place(self) -> tuple[Any, Any]:
+        """The object that holds the last user text, and the key under which it does; None without one."""
+        if self.is_text:
+            prompt = self.body.get("prompt")
+            alone = isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str)
+            return (prompt, 0) if alone else (self.body, "prompt")
+        message = last_user_message(self.body["messages"])
+        if message is None:
+            return None, None
+        if isinstance(parts := message.get("content"), list):
+            part = first_text_part(parts)
+            return (None, None) if part is None else (part, "text")
+        return message, "content"
+
+    def copy(self) -> ChatRequest:
+        """One that can be changed without changing this one. Texts and what is set aside are shared."""
+        return ChatRequest(_copied(self.body), self.stream)
+
+
+def last_user_message(messages: Iterable[Any]) -> Json | None:
+    """The last message of role `user`, in the body of any API that has messages."""
+    for message in reversed(messages if isinstance(messages, list) else []):
+        if isinstance(message, dict) and message.get("role") == "user":
+            return message
+    return None
+
+
+def first_text_part(parts: Iterable[Any]) -> Json | None:
+    """The first part of a message's content that is a text, in OpenAI's and in Anthropic's API."""
+    for part in parts:
+        if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+            return part
+    return None
+
+
+def text_of(content: Any) -> str:
+    """The text of a message's content, which is a text, a list of parts, or None."""
+    if isinstance(content, list):
+        return "\n".join(part["text"] for part in content if first_text_part([part]) is not None)
+    return content if isinstance(content, str) else ""
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Kept):
+        return value
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, list) else value
 
 
 @dataclass(slots=True)
@@ -96,81 +195,174 @@ def answer_text(chunk: Json) -> str:
     return ""
 
 
-class Fold:
-    """Chunks in, one `chat.completion` out: the answer to a client that did not ask for a stream."""
+class Chunk:
+    """One piece of an answer: OpenAI's `chat.completion.chunk`, and, while nobody has changed it, the very bytes it
+    came as, which then leave as they are.
 
-    def __init__(self) -> None:
-        self._whole: Json = {}
-        self._choices: dict[int, Json] = {}
+    `text`, `reasoning` and `finish_reason` can be set; whoever reads `data`, the whole JSON, may change that too, so
+    from then on the chunk is written anew. A chunk tells of one choice, whose number is `index`: with `n` > 1 several
+    answers come interleaved. One without choices (`usage` alone, or nothing at all: a server's sign of life) has an
+    empty text and passes like any other.
+    """
 
-    def add(self, chunk: Json) -> bytes:
-        """Take in the next chunk. Fields beside `choices` stay as they were said last. Nothing is sent for it."""
-        for choice in chunk.get("choices") or ():
-            index = choice.get("index", 0)
-            whole = self._choices.setdefault(index, {"index": index, "message": {"role": "assistant", "content": ""}})
-            _add_delta(whole["message"], choice.get("delta") or {})
-            _add_logprobs(whole, choice.get("logprobs"))
-            whole.update({k: v for k, v in choice.items() if k not in ("index", "delta", "logprobs") and v is not None})
-        self._whole.update({k: v for k, v in chunk.items() if k != "choices" and v is not None})
-        return b""
+    __slots__ = ("_data", "_frame", "serial")
 
-    def completion(self) -> Json:
-        """The whole answer; `choices` in the order of their indices, at least one."""
-        choices = [
-            {"finish_reason": "stop", **choice, "message": _joined(choice["message"])}
-            for _, choice in sorted(self._choices.items())
-        ]
-        message = {"role": "assistant", "content": ""}
-        return self._whole | {
-            "object": "chat.completion",
-            "choices": choices or [{"index": 0, "message": message, "finish_reason": "stop"}],
-        }
+    def __init__(self, data: Json, frame: bytes | None = None, serial: int = -1) -> None:
+        self._data = data
+        self._frame = frame
+        self.serial = serial
+        """Its number in the answer of the model's server; -1 for one that an agent made."""
+
+    @property
+    def frame(self) -> bytes | None:
+        """The bytes it came as; None once it was, or may have been, changed."""
+        return self._frame
+
+    @property
+    def data(self) -> Json:
+        """The JSON, to be changed at will; the shape is OpenAI's."""
+        self._frame = None
+        return self._data
+
+    @property
+    def seen(self) -> Json:
+        """The JSON, not to be changed."""
+        return self._data
+
+    @property
+    def choice(self) -> Json:
+        """The choice it tells of, not to be changed; empty if it has none."""
+        choices = self._data.get("choices")
+        found: Json = choices[0] if choices else {}
+        return found
+
+    @property
+    def index(self) -> int:
+        """Which of the answers it belongs to; 0 but for requests with `n` > 1."""
+        return self.choice.get("index") or 0
+
+    @property
+    def delta(self) -> Json:
+        """What it adds to the message, not to be changed."""
+        return self.choice.get("delta") or {}
+
+    @property
+    def text(self) -> str:
+        """What it adds to the text of the answer; perhaps nothing."""
+        return self.delta.get("content") or ""
+
+    @text.setter
+    def text(self, text: str) -> None:
+        self._set("content", text)
+
+    @property
+    def reasoning(self) -> str:
+        """What it adds to the thoughts before the answer."""
+        return self.delta.get("reasoning_content") or ""
+
+    @reasoning.setter
+    def reasoning(self, text: str) -> None:
+        self._set("reasoning_content", text)
+
+    @property
+    def tool_calls(self) -> list[Json]:
+        """Parts of tool calls, in OpenAI's shape, not to be changed."""
+        return self.delta.get("tool_calls") or []
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why the answer ends here: `stop`, `length`, `tool_calls`; None while it goes on."""
+        return self.choice.get("finish_reason")
+
+    @finish_reason.setter
+    def finish_reason(self, reason: str | None) -> None:
+        self._ensured()["finish_reason"] = reason
+
+    @property
+    def usage(self) -> Json | None:
+        """The count of tokens, which only a chunk near the end has."""
+        return self._data.get("usage")
+
+    def with_text(self, text: str) -> Chunk:
+        """A new chunk with that text, and all else as in this one."""
+        made = Chunk(_copied(self._data))
+        made.text = text
+        return made
+
+    @staticmethod
+    def of(text: str = "", *, reasoning: str = "", index: int = 0) -> Chunk:
+        """A new chunk that adds this to the answer."""
+        delta = {"content": text} if text else {}
+        delta |= {"reasoning_content": reasoning} if reasoning else {}
+        return Chunk({"choices": [{"index": index, "delta": delta, "finish_reason": None}]})
+
+    def _ensured(self) -> Json:
+        """The choice, to be changed; made if there is none."""
+        choices = self.data.setdefault("choices", [])
+        if not choices:
+            choices.append({"index": 0, "delta": {}, "finish_reason": None})
+        found: Json = choices[0]
+        return found
+
+    def _set(self, key: str, text: str) -> None:
+        choice = self._ensured()
+        delta = choice["delta"] = choice.get("delta") or {}
+        delta[key] = text
+        if not text:
+            del delta[key]
 
 
-class _Text(list[str]):
-    """A text in pieces: adding each to a whole one would take time in the square of its length."""
+ChunkStream = AsyncIterator[Chunk]
+"""An answer, piece by piece. Whoever reads one to its end need not close it; `layers` closes what an agent leaves."""
 
 
-def _add_delta(message: Json, delta: Json) -> None:
-    for key, value in delta.items():
-        if key == "tool_calls":
-            for call in value or ():
-                _add_tool_call(message.setdefault("tool_calls", []), call)
-        elif isinstance(value, str) and key != "role":
-            pieces = message.get(key)
-            if not isinstance(pieces, _Text):
-                pieces = message[key] = _Text()
-            pieces.append(value)
-        elif value is not None:
-            message[key] = value
+async def say(text: str, *, finish_reason: str = "stop") -> AsyncIterator[Chunk]:
+    """An answer that was made here."""
+    yield Chunk({"choices": [{"index": 0, "delta": {"role": "assistant", "content": text}, "finish_reason": None}]})
+    yield Chunk({"choices": [{"index": 0, "delta": {}, "finish_reason": finish_reason}]})
 
 
-def _joined(value: Any) -> Any:
-    """`value` with its texts in one piece."""
-    if isinstance(value, _Text):
-        return "".join(value)
-    if isinstance(value, dict):
-        return {key: _joined(item) for key, item in value.items()}
-    return [_joined(item) for item in value] if isinstance(value, list) else value
+@dataclass(slots=True)
+class Reply:
+    """A whole answer. `data` is OpenAI's `chat.completion`, of whose first choice the properties tell."""
+
+    data: Json
+
+    @property
+    def message(self) -> Json:
+        message: Json = self.data["choices"][0]["message"]
+        return message
+
+    @property
+    def text(self) -> str:
+        return self.message.get("content") or ""
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts of all choices; with `n` > 1 there are several."""
+        return [choice["message"].get("content") or "" for choice in self.data["choices"]]
+
+    @property
+    def reasoning(self) -> str:
+        return self.message.get("reasoning_content") or ""
+
+    @property
+    def tool_calls(self) -> list[Json]:
+        return self.message.get("tool_calls") or []
+
+    @property
+    def finish_reason(self) -> str:
+        reason: str = self.data["choices"][0]["finish_reason"]
+        return reason
+
+    @property
+    def usage(self) -> Json | None:
+        return self.data.get("usage")
 
 
-def _add_tool_call(calls: list[Json], delta: Json) -> None:
-    """A call comes in parts: first its id and name, then its arguments piece by piece, told apart by `index`."""
-    index = delta.get("index", len(calls))
-    if not 0 <= index < MAX_TOOL_CALLS:
-        raise ValueError("a tool call with an impossible index")
-    while len(calls) <= index:
-        calls.append({"type": "function", "function": {"name": "", "arguments": _Text()}})
-    call = calls[index]
-    call.update({key: value for key, value in delta.items() if key not in ("index", "function") and value is not None})
-    for key, value in (delta.get("function") or {}).items():
-        if key == "arguments":
-            call["function"][key].append(value or "")
-        elif value:  # some servers send the name with every part
-            call["function"][key] = value
-
-
-def _add_logprobs(choice: Json, logprobs: Json | None) -> None:
-    for key, items in (logprobs or {}).items():
-        if isinstance(items, list):
-            choice.setdefault("logprobs", {}).setdefault(key, []).extend(items)
+async def fold(stream: AsyncIterator[Chunk]) -> Reply:
+    """The whole of an answer."""
+    whole = Fold()
+    async for chunk in stream:
+        whole.add(chunk.seen)
+    return Reply(whole.completion())

@@ -9,6 +9,7 @@ from pathlib import Path
 from backends.llamacpp import server_command
 from proxy.config import Config, read_config, schema_json
 from proxy.errors import ConfigError
+from proxy.plugins import Plugins
 
 
 def check_command(path: Path | None, env: Mapping[str, str]) -> int:
@@ -21,7 +22,7 @@ def check_command(path: Path | None, env: Mapping[str, str]) -> int:
         print(line, file=sys.stderr)
     for line in reading.warnings:
         print(f"warning: {line}", file=sys.stderr)
-    missing = machine_problems(reading.config) if reading.config is not None else []
+    missing = [*machine_problems(reading.config), *agent_problems(reading.config)] if reading.config is not None else []
     for line in missing:
         print(f"{path or 'defaults'}: {line}", file=sys.stderr)
     if reading.config is None or missing:
@@ -45,6 +46,19 @@ def machine_problems(config: Config) -> list[str]:
     if folder is not None and not folder.is_dir():
         found.append(f"llama_cpp.models_dir: {folder}: no such folder")
     return found
+
+
+def agent_problems(config: Config) -> list[str]:
+    """Agents that are not there, and bad options of those that are; but one that cannot be imported is only told, as
+    the proxy would serve without it."""
+    try:
+        plugins = Plugins.of(config)
+    except ConfigError as exc:
+        return exc.problems
+    for plugin in plugins:
+        if plugin.error is not None:
+            print(f"warning: agents: {plugin.name} cannot be loaded: {plugin.error}", file=sys.stderr)
+    return []
 
 
 def schema_command() -> int:

@@ -12,7 +12,7 @@ import math
 import re
 import struct
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import orjson
@@ -70,6 +70,14 @@ async def ollama_from_openai(backend: Backend, model: str, body: Json) -> Json:
     answer: Json = {"model": model, "embeddings": [_cut(vector, body.get("dimensions")) for vector in vectors]}
     answer["total_duration"] = time.monotonic_ns() - started_ns
     return answer | ({"prompt_eval_count": tokens} if tokens else {})
+
+
+async def vectors_of(backend: Backend, model: str, texts: Sequence[str]) -> Vectors:
+    """A vector for each text, by whatever API the backend's server speaks; one that is too long counts to its limit."""
+    if "openai" in backend.speaks:
+        return (await _embed(backend, model, list(texts), truncate=True))[0]
+    answer = await question(backend, "/api/embed", {"model": model, "input": list(texts)}, slot=True)
+    return _vectors(answer.get("embeddings"))
 
 
 async def legacy_from_openai(backend: Backend, model: str, body: Json) -> Json:

@@ -106,6 +106,19 @@ class UpstreamRefused(ProxyError):
         self.kind = _KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
 
 
+class AgentError(ProxyError):
+    """The agent called `agent` failed: it raised, hung, or said what is no answer. The message is `agent NAME` and the
+    given words; what it raised is in the log."""
+
+    status = 500
+    code = "agent_failed"
+
+    def __init__(self, agent: str, words: str, *, status: int = 500, code: str | None = None) -> None:
+        super().__init__(f"agent {agent} {words}", code=code)
+        self.agent = agent
+        self.status = status
+
+
 _KINDS = {404: "not_found_error", 501: "not_supported_error", 503: "unavailable_error"}
 
 

@@ -24,6 +24,7 @@ class Splitter(Protocol):
     def push(self, data: bytes) -> bytes: ...
     def says_something(self, whole: bytes) -> bool: ...
     def frames(self, whole: bytes) -> list[bytes]: ...
+    def cut(self, whole: bytes) -> list[bytes]: ...
 
 
 class LineSplitter:
@@ -62,6 +63,12 @@ class LineSplitter:
     def frames(self, whole: bytes) -> list[bytes]:
         """What `push` returned, line by line, without line ends and blank lines."""
         return [line for line in whole.split(b"\n") if line.strip()]
+
+    def cut(self, whole: bytes) -> list[bytes]:
+        """What `push` returned, line by line, with every byte it had."""
+        if whole.find(b"\n") == len(whole) - 1:
+            return [whole] if whole else []
+        return whole.splitlines(keepends=True) if b"\r" not in whole else _LINE.findall(whole)
 
 
 class EventSplitter:
@@ -108,7 +115,16 @@ class EventSplitter:
         events = _BLANK_LINE.split(whole) if b"\r" in whole else whole.split(b"\n\n")
         return [event for event in events if event.strip()]
 
+    def cut(self, whole: bytes) -> list[bytes]:
+        """What `push` returned, event by event, with every byte it had."""
+        if b"\r" not in whole and whole.find(b"\n\n") == len(whole) - 2:
+            return [whole] if whole else []
+        ends = [found.end() for found in _BLANK_LINE.finditer(whole)]
+        pieces = [whole[start:end] for start, end in zip([0, *ends], [*ends, len(whole)], strict=True)]
+        return [piece for piece in pieces if piece]
 
+
+_LINE = re.compile(rb"[^\n]*\n|[^\n]+")
 _LINE_END = re.compile(rb"\r\n|\n|\r")
 _BLANK_LINE = re.compile(rb"(?:\r\n|\n|\r(?!\n))(?:\r\n|\n|\r)+")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from aiohttp import web
@@ -13,12 +13,12 @@ from aiohttp import web
 from backends import Backend, Call
 from backends.exchange import Response
 from backends.ollama import OllamaModel
-from backends.spawned import SpawnedModel
 from proxy import embeddings
+from proxy.agent_chat import AgentChat
 from proxy.body import aside, read_json, to_bytes
-from proxy.chat import ChatRequest, Json, Timing
+from proxy.chat import Json, Timing
 from proxy.dialects import ANTHROPIC, NATIVE, OLLAMA, OPENAI, RESPONSES, Dialect, anthropic, ollama, openai
-from proxy.dialects.codec import Face, Wire
+from proxy.dialects.codec import Face
 from proxy.errors import BadRequest, UpstreamRefused
 from proxy.headers import upstream_headers
 from proxy.ollama_chat import answer_load, check_capabilities, set_keep_alive, with_context
@@ -27,12 +27,9 @@ from proxy.relay import ask, relay
 from proxy.router import Target
 from proxy.shared import MODEL, PROXY, Proxy
 from proxy.translate import Epilogue, Exchange, refusal
+from proxy.wires import hold_context, wire_of, without_thoughts
 
 logger = logging.getLogger(__name__)
-
-
-MAX_NUM_CTX = 2**31 - 1
-"""Largest context size that any server can be asked for: they count in 32 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,22 +104,27 @@ class RelayHandler:
 
     async def handle(self, http: web.Request) -> web.StreamResponse:
         """Answer `http`; its parsed body is let go before a relayed answer begins."""
-        target, work = await self._understand(http)
-        if isinstance(work, Call):
-            answer = partial(relay, http, dialect=self.api.dialect, stall_s=self._stall_s)
-            if self.api.family == "ollama":
-                answer = partial(_relay_json, answer)
-            return await ask(http, target.backend, work, answer)
-        try:
-            return await self._translate(http, target, work)
-        except RecursionError:
-            raise BadRequest("the request body is nested too deeply", code="invalid_json") from None
+        chain, api = self._proxy.chain, self.api
+        target, body = await self._understand(http)
+        if api.face is None:
+            if chain.required and api.slot and api.convert is None and api.family != "openai":
+                words = f"this endpoint has no agents, and these are required: {', '.join(chain.required)}"
+                raise BadRequest(words, status=403, code="agents_required")
+        elif chain.concerns(http.headers, body, target.name) and not self._only_loads(body):
+            agents = AgentChat(http, self._proxy, api.face, api.family, partial(self._plain, http))
+            try:
+                return await agents.answer(target, body)
+            except RecursionError:
+                raise BadRequest("the request body is nested too deeply", code="invalid_json") from None
+        return await self._plain(http, target, body)
 
-    async def _understand(self, http: web.Request) -> tuple[Target, Call | Json]:
-        """Where the request goes, and the call that it is there, or its body if it has to be translated."""
+    def _only_loads(self, body: Json) -> bool:
+        return self.api.family == "ollama" and ollama.is_load(body, chat=self.api.face is ollama.CHAT)
+
+    async def _understand(self, http: web.Request) -> tuple[Target, Json]:
+        """Where the request goes, and its body."""
         api = self.api
-        has_body = http.method == "POST"
-        body = await read_json(http, self._max_bytes) if has_body else {}
+        body = await read_json(http, self._max_bytes) if http.method == "POST" else {}
         if api.family == "ollama":
             body = ollama.folded(body)
         named = body.get("model")
@@ -131,25 +133,41 @@ class RelayHandler:
             pull=api.slot and not (api.family == "ollama" and ollama.is_unload(body, chat=api.face is ollama.CHAT)),
         )
         http[MODEL] = target.model
-        if api.family not in target.backend.speaks:
-            return target, body
+        return target, body
+
+    async def _plain(self, http: web.Request, target: Target, body: Json) -> web.StreamResponse:
+        """Answer without agents: byte for byte if the model's server speaks the client's API, else translated."""
+        if self.api.family not in target.backend.speaks:
+            try:
+                return await self._translate(http, target, body)
+            except RecursionError:
+                raise BadRequest("the request body is nested too deeply", code="invalid_json") from None
+        call = await self._call(http, target, body)
+        del body  # the answer may last for minutes
+        answer = partial(relay, http, dialect=self.api.dialect, stall_s=self._stall_s)
+        if self.api.family == "ollama":
+            answer = partial(_relay_json, answer)
+        return await ask(http, target.backend, call, answer)
+
+    async def _call(self, http: web.Request, target: Target, body: Json) -> Call:
+        has_body = http.method == "POST"
         if has_body:
             body["model"] = target.model
             if isinstance(target.backend, OllamaModel):
-                _hold_context(target.backend, body)
-        return target, Call(
+                hold_context(target.backend, body)
+        return Call(
             method=http.method,
             path=_upstream_path(http, target.model),
             body=await to_bytes(http, body) if has_body else b"",
             headers=upstream_headers(http.headers, has_body=has_body),
-            slot=api.slot,
+            slot=self.api.slot,
         )
 
     async def _translate(self, http: web.Request, target: Target, body: Json) -> web.StreamResponse:
         api, backend = self.api, target.backend
         body["model"] = target.model
         if api.convert is not None:
-            _hold_context(backend, body)
+            hold_context(backend, body)
             return await embeddings.as_response(await api.convert(backend, target.model, body))
         if api.face is None:
             words = f"model {target.model[:100]!r} is on a server that does not have this endpoint"
@@ -166,7 +184,7 @@ class RelayHandler:
             request, epilogue = await with_context(backend, request)
         if api.family == "ollama":
             set_keep_alive(backend, body)  # not before the request is known to be good, and its questions are answered
-        exchange = Exchange(http, api.face, _wire(backend), request, timing, self._stall_s, epilogue)
+        exchange = Exchange(http, api.face, wire_of(backend), request, timing, self._stall_s, epilogue)
         return await self._exchange(exchange, backend, upstream_headers(http.headers, has_body=True))
 
     async def _exchange(
@@ -176,8 +194,7 @@ class RelayHandler:
             return await exchange.run(backend, headers)
         except UpstreamRefused as exc:
             # On /api that is the answer; the other APIs ask for thoughts as a wish, and clients do so of every model.
-            wished = self.api.family != "ollama" and "does not support thinking" in exc.message
-            if not wished or not _no_thoughts(exchange.request):
+            if self.api.family == "ollama" or not without_thoughts(exchange.request, exc):
                 raise
         return await exchange.run(backend, headers)
 
@@ -189,42 +206,6 @@ async def _relay_json(
     if upstream.status >= 400 and not upstream.header("content-type").startswith("application/json"):
         raise await refusal(upstream)
     return await passing(upstream)
-
-
-def _wire(backend: Backend) -> Wire:
-    if isinstance(backend, OllamaModel):
-        return replace(ollama.WIRE, encode=partial(_encode_for, backend))
-    return openai.LLAMA_CPP if isinstance(backend, SpawnedModel) else openai.WIRE
-
-
-def _encode_for(backend: OllamaModel, request: ChatRequest) -> tuple[str, Json]:
-    path, body = ollama.WIRE.encode(request)
-    _hold_context(backend, body)
-    return path, body
-
-
-def _no_thoughts(request: ChatRequest) -> bool:
-    """Take back the wish that the model think; whether there was one."""
-    wishes = ("chat_template_kwargs", "reasoning_effort", "think", "thinking_budget_tokens")
-    return any([request.body.pop(wish, None) is not None for wish in wishes])
-
-
-def _hold_context(backend: Backend, body: Json) -> None:
-    """Have `num_ctx` follow the one policy of an Ollama's model, or clients that differ would reload it in turns.
-
-    `options` is Ollama's; clients of other APIs may send it, too.
-    """
-    options = body.get("options")
-    if not isinstance(backend, OllamaModel):
-        return
-    if options is not None and not isinstance(options, dict):
-        raise BadRequest("options must be an object", param="options")
-    asked = options.get("num_ctx") if options else None
-    if isinstance(asked, int) and asked > MAX_NUM_CTX:
-        raise BadRequest(f"num_ctx must not be over {MAX_NUM_CTX}", param="num_ctx")
-    num_ctx = backend.num_ctx(asked if isinstance(asked, int) and not isinstance(asked, bool) else None)
-    if num_ctx is not None and num_ctx != asked:
-        body["options"] = {**(options or {}), "num_ctx": num_ctx}
 
 
 def _upstream_path(http: web.Request, model: str) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from backends import hub
@@ -24,10 +25,17 @@ SHOWN_NAMES = 20
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where a request goes: `backend`, and the id by which it knows the model."""
+    """Where a request goes: `backend`, and the id by which it knows the model. `asked` is set for a virtual model: the
+    name that was asked for."""
 
     backend: SpawnedModel | Remote | OllamaModel
     model: str
+    asked: str = ""
+
+    @property
+    def name(self) -> str:
+        """The model as the configuration knows it."""
+        return self.asked or self.model
 
 
 @dataclass(slots=True)
@@ -69,6 +77,11 @@ class Router:
             by_ollama = {name: model for name, model in config.models.items() if config.backend_of(name) == "ollama"}
             self.ollama = Ollama(config.ollama, downloads, by_ollama)
         self.created = int(time.time())
+        self._virtual = {
+            key.lower(): str(model.model) for name, model in config.virtual.items() for key in (name, *model.aliases)
+        }
+        self._virtual_aliases = {name: list(model.aliases) for name, model in config.virtual.items()}
+        self._places = config.server_pool.size
 
     async def resolve(self, name: object, *, pull: bool = True) -> Target:
         """The target for the `model` of a request; with one local model in all, none need be named.
@@ -79,6 +92,11 @@ class Router:
         """
         if not isinstance(name, str) or not name:
             return self._unnamed(name)
+        if self._virtual and (base := self._virtual.get(_plain(name))) is not None:
+            return replace(await self._find(base, pull=pull), asked=name)
+        return await self._find(name, pull=pull)
+
+    async def _find(self, name: str, *, pull: bool) -> Target:
         target = self._known(name) or await self._ask_around(name)
         if target is None and pull and self.ollama is not None and self.ollama.may_pull(name):
             return Target(self.ollama.model(name), name)
@@ -138,10 +156,33 @@ class Router:
             entries += [_remote_entry(remote, model) for model in remote.models]
         if self.ollama is not None:
             entries += [self._ollama_entry(self.ollama, model) for model in self.ollama.models]
+        states = {entry.id: entry.state for entry in entries}
+        for name, aliases in self._virtual_aliases.items():
+            state = states.get(self._virtual[name.lower()], "unloaded")
+            entries.append(Entry(name, "llama-smart-proxy", state, aliases))
         named: dict[str, Entry] = {}
         for entry in entries:
             named.setdefault(entry.id, entry)  # of two with the same name the first is the one served
         return list(named.values())
+
+    @property
+    def virtual(self) -> dict[str, str]:
+        """The virtual models, and which model each of them is."""
+        return {name: self._virtual[name.lower()] for name in self._virtual_aliases}
+
+    async def fitting(self, names: Sequence[str]) -> list[list[str]]:
+        """`names` in groups of models that can be loaded at one time; first those that are. Only models of ours take a
+        place. Raises: ModelNotFound."""
+        targets = [(name, await self.resolve(name)) for name in names]
+        ours = {target.model for _, target in targets if isinstance(target.backend, SpawnedModel)}
+        loaded = [model for model in ours if self.pool.state(model) == "loaded"]
+        order = [*loaded, *sorted(ours - set(loaded))]
+        room = max(1, self._places - self.pool.pinned_besides(ours))
+        group = {model: position // room for position, model in enumerate(order)}
+        groups: dict[int, list[str]] = {}
+        for name, target in targets:
+            groups.setdefault(group.get(target.model, 0) if target.model in ours else 0, []).append(name)
+        return [groups[number] for number in sorted(groups)]
 
     def entry(self, target: Target) -> Entry:
         """The line of one model."""
@@ -181,6 +222,11 @@ class Router:
 
     def _ollama_entry(self, ollama: Ollama, model: str) -> Entry:
         return Entry(model, "ollama", "loaded" if ollama.has_loaded(model) else "unloaded")
+
+
+def _plain(name: str) -> str:
+    """The name as a key: case is ignored, and a `:latest`."""
+    return name.lower().removesuffix(":latest")
 
 
 def _remote_entry(remote: Remote, model: str) -> Entry:

@@ -20,6 +20,8 @@ from proxy.app import build_app
 from proxy.config import Config
 from proxy.frontier import Frontier
 from proxy.ingress import FrontServer
+from proxy.plugins import Plugins
+from proxy.scope import make_task
 from proxy.shared import PROXY
 
 logger = logging.getLogger(__name__)
@@ -28,19 +30,26 @@ LAST_WORDS_S = 2.0
 """Time for the error frames of broken-off streams to reach their clients."""
 
 
-def run(config: Config) -> int:
-    """Serve until SIGTERM or SIGINT; returns the process's exit status."""
+def run(config: Config, *, reload: bool = False) -> int:
+    """Serve until SIGTERM or SIGINT; returns the process's exit status. With `reload`, agents whose files were saved
+    are loaded anew.
+
+    Raises: ConfigError for agents that are not there, and for their options.
+    """
     _raise_fd_limit()
+    app = build_app(config)
+    app[PROXY].chain.plugins.reload = reload
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_serve(config))
+        runner.get_loop().set_task_factory(make_task)
+        return runner.run(_serve(app))
 
 
-async def _serve(config: Config) -> int:
+async def _serve(app: web.Application) -> int:
+    config = app[PROXY].config
     signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signals.put_nowait, number)
-    app = build_app(config)
     runner = web.AppRunner(app)
     await runner.setup()
     try:
@@ -62,6 +71,7 @@ async def _serve(config: Config) -> int:
             host, port = sock.getsockname()[:2]
             logger.info("llama-smart-proxy %s listening on http://%s:%d", __version__, host, port)
         _announce(config)
+        _announce_agents(app[PROXY].chain.plugins)
         number = await signals.get()
         logger.info("%s: draining for up to %g s", number.name, config.server.drain_s)
         await _drain(app, front, listener, signals, config.server.drain_s)
@@ -103,13 +113,20 @@ def _announce(config: Config) -> None:
         logger.info("models run in: %s", shlex.join(server_command(config.llama_cpp.server)))
     if config.uses_ollama:
         logger.info("models of Ollama at: %s", ", ".join(config.ollama.urls))
-    if config.agents:
-        names = ", ".join(agent.name for agent in config.agents)
-        logger.warning("this version has no agents; these are ignored: %s", names)
     if not _is_loopback(config.server.host):
         logger.warning(
             "listening on %s: whoever reaches this address may use it, there are no API keys yet", config.server.host
         )
+
+
+def _announce_agents(plugins: Plugins) -> None:
+    told = [
+        f"{plugin.name}{' (always)' if plugin.always else f' (/{plugin.command})' if plugin.command else ''}"
+        for plugin in plugins
+        if plugin.made is not None
+    ]
+    if told:
+        logger.info("agents: %s", ", ".join(told))
 
 
 def _is_loopback(host: str) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from aiohttp import web
 
 from proxy.cards import Cards
+from proxy.chain import Chain
 from proxy.config import Config
 from proxy.router import Router
 
@@ -18,6 +19,7 @@ class Proxy:
 
     config: Config
     router: Router
+    chain: Chain
     cards: Cards = field(default_factory=Cards)
     draining: asyncio.Event = field(default_factory=asyncio.Event)
 

@@ -18,15 +18,32 @@ PACKAGES = ("proxy", "agents", "backends")
 MAX_FILE, MAX_FUNCTION = 400, 40
 
 LAYERS: list[set[str]] = [
-    {"proxy", "proxy.errors", "proxy.framing", "proxy.chat", "proxy.log"},
+    {"proxy", "proxy.errors", "proxy.framing", "proxy.chat", "proxy.fold", "proxy.log"},
     {"proxy.config", "proxy.dialects", "proxy.headers"},
     {"backends", "agents"},
-    {"proxy.ingress", "proxy.body", "proxy.cards", "proxy.chain", "proxy.local_models", "proxy.router"},
-    {"proxy.relay", "proxy.shared", "proxy.translate", "proxy.ollama_chat"},
     {
+        "proxy.ingress",
+        "proxy.body",
+        "proxy.cards",
+        "proxy.chain",
+        "proxy.chats",
+        "proxy.local_models",
+        "proxy.outlet",
+        "proxy.plugins",
+        "proxy.router",
+        "proxy.scope",
+        "proxy.slash",
+        "proxy.wires",
+    },
+    {"proxy.relay", "proxy.shared", "proxy.translate", "proxy.ollama_chat", "proxy.source"},
+    {
+        "proxy.agent_chat",
+        "proxy.agent_context",
         "proxy.embeddings",
+        "proxy.layers",
         "proxy.ollama_models",
         "proxy.router_mode",
+        "proxy.side_calls",
         "proxy.handlers",
         "proxy.admin",
         "proxy.frontier",
@@ -47,6 +64,7 @@ TASK_MAKERS = {
     "backends/pool.py",  # loads that nobody waits for, and the shutdown
     "backends/remote.py",  # listings in the background
     "proxy/relay.py",  # waiting for a slow client
+    "proxy/scope.py",  # a request with agents, and whatever they start
     "proxy/serve.py",  # waiting for the first of two events
 }
 """Who may start a task that is not bound to an `await`: each of them holds it and ends it."""

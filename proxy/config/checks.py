@@ -28,6 +28,7 @@ def cross_checks(config: Config, clean: Clean) -> Iterator[Problem]:
     """Every problem between fields of `config`, skipping those where a part is already known to be wrong."""
     yield from _twice_declared(config)
     yield from _name_clashes(config)
+    yield from _virtual_problems(config)
     for name, model in config.models.items():
         loc = model_loc(config, name)
         if all(clean((*loc, field)) for field in ("backend", "path", "package", "file", "repo", "variant")):
@@ -47,15 +48,17 @@ def model_loc(config: Config, name: str) -> Loc:
 
 
 def _twice_declared(config: Config) -> Iterator[Problem]:
+    known = config.models | config.virtual
     for name, model in config.llama_cpp.models.items():
-        if config.models[name] is not model:
+        if known[name] is not model:
             yield Problem(("models", name), f"is also given as {dotted(('llama_cpp', 'models', name))}")
 
 
 def _name_clashes(config: Config) -> Iterator[Problem]:
     """Names that clients may send must mean one thing, whatever their case."""
     owner: dict[str, str] = {}
-    for name in config.models:
+    known = config.models | config.virtual
+    for name in known:
         other = owner.setdefault(name.lower(), name)
         if other != name:
             yield Problem(model_loc(config, name), f"differs only in case from the model {other}")
@@ -64,16 +67,28 @@ def _name_clashes(config: Config) -> Iterator[Problem]:
         for remote, settings in config.remotes.items()
         for model in settings.models or ()
     }
-    for name in config.models:
+    for name in known:
         if name.lower() in remote_names:
             yield Problem(model_loc(config, name), f"is also {remote_names[name.lower()]}")
     taken = {key: f"the name of the model {name}" for key, name in owner.items()} | remote_names
-    for name, model in config.models.items():
+    for name, model in known.items():
         for alias in model.aliases:
             if alias.lower() in taken:
                 message = f"the alias {alias} is also {taken[alias.lower()]}"
                 yield Problem((*model_loc(config, name), "aliases"), message)
             taken.setdefault(alias.lower(), f"an alias of the model {name}")
+
+
+def _virtual_problems(config: Config) -> Iterator[Problem]:
+    """A model that is another one by a name of its own has nothing else of a model, and the other one has weights."""
+    names = {key.lower() for name, model in config.virtual.items() for key in (name, *model.aliases)}
+    for name, model in config.virtual.items():
+        loc = model_loc(config, name)
+        if (model.model or "").lower() in names:
+            yield Problem((*loc, "model"), "must name a model that is not itself another one's name")
+        for field in sorted(model.model_fields_set - {"model", "agents", "aliases"}):
+            if getattr(model, field) != ModelConfig.model_fields[field].get_default(call_default_factory=True):
+                yield Problem((*loc, field), "has no effect beside `model`; set it on the model that is named there")
 
 
 def _source_problems(config: Config, name: str, model: ModelConfig) -> Iterator[str]:

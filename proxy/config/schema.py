@@ -106,6 +106,33 @@ class PoolConfig(Section):
         return range(self.port_start, (self.port_end or self.port_start) + 1)
 
 
+class AgentConfig(Section):
+    """One agent that takes part in chats. In the file: its name, or `{name: {option: value}}`; `always`, `required`,
+    `on_error` and `timeout_s` stand among its own options there."""
+
+    name: str = Field(description="Name of the agent.")
+    always: bool | None = Field(default=None, description="Whether it runs uncalled; by default if it has no command.")
+    required: bool = Field(
+        default=False, description="Nobody can switch it off, and where it cannot run nothing is answered."
+    )
+    on_error: Literal["fail", "skip"] = Field(
+        default="fail", description="What happens when it fails: the chat does, or it goes on without."
+    )
+    timeout_s: Seconds | None = Field(default=None, gt=0, description="Seconds, in place of agent_limits.timeout_s.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Its own settings, checked by the agent.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_ours(cls, data: Any) -> Any:
+        options = data.get("options") if isinstance(data, dict) else None
+        if not isinstance(options, dict):
+            return data
+        ours = {
+            key: value for key, value in options.items() if key in cls.model_fields and key not in ("name", "options")
+        }
+        return {**data, **ours, "options": {key: value for key, value in options.items() if key not in ours}}
+
+
 class ModelConfig(Section):
     """One model that the proxy offers by name. Its weights are one of: path, package and file, repo."""
 
@@ -117,6 +144,12 @@ class ModelConfig(Section):
     repo: str | None = Field(default=None, description="Hugging Face repository, such as org/name-GGUF.")
     variant: str | None = Field(
         default=None, description="Which file of `repo`: a quantisation such as Q4_K_M, a file name, or a pattern."
+    )
+    model: str | None = Field(
+        default=None, description="Another model that answers under this name, in place of weights: a virtual model."
+    )
+    agents: Annotated[shapes.Entries[AgentConfig] | None, BeforeValidator(shapes.false_is_none)] = Field(
+        default_factory=list, description="Agents that take part in all its chats; false: none does, not even on call."
     )
     aliases: Annotated[list[shapes.Name], BeforeValidator(shapes.comma_list)] = Field(
         default_factory=list, description="Other names that clients may use for this model."
@@ -225,11 +258,19 @@ class OllamaConfig(UpstreamConfig):
         return f"{parts.scheme}://{shapes.bracketed(parts.hostname or '')}:{port}{parts.path.removesuffix('/v1')}"
 
 
-class AgentConfig(Section):
-    """One agent that takes part in chats. In the file: its name, or `{name: {option: value}}`."""
+class LimitsConfig(Section):
+    """What agents may take for one request."""
 
-    name: str = Field(description="Name of the agent.")
-    options: dict[str, Any] = Field(default_factory=dict, description="Its own settings, checked by the agent.")
+    timeout_s: Seconds = Field(
+        default=30.0, gt=0, description="Seconds an agent may keep a request waiting; time it waits for models is free."
+    )
+    output_kib: int = Field(
+        default=1024, ge=1, description="Most KiB that one agent may add to an answer beyond what it was given."
+    )
+    side_calls: int = Field(default=32, ge=0, description="Most questions that agents may ask models.")
+    side_calls_at_once: int = Field(default=8, ge=1, description="Most of them at one time; others wait.")
+    side_tokens: int = Field(default=100_000, ge=0, description="Most tokens generated for them in all.")
+    side_call_s: Seconds = Field(default=600.0, gt=0, description="Seconds that each of them may take.")
 
 
 class Config(Section):
@@ -247,7 +288,14 @@ class Config(Section):
     )
     ollama: OllamaConfig = Field(default_factory=OllamaConfig, description="The Ollama servers to forward to.")
     agents: shapes.Entries[AgentConfig] = Field(
-        default_factory=list, description="Agents in the order in which they see a request."
+        default_factory=list,
+        description="Agents in the order in which they see a request; left out, all that are in agents_dirs.",
+    )
+    agent_limits: LimitsConfig = Field(
+        default_factory=LimitsConfig, description="What agents may take for one request."
+    )
+    slash_commands: bool = Field(
+        default=True, description="Whether users call agents by words such as /rag in their messages."
     )
     agents_dirs: Annotated[list[Path], BeforeValidator(shapes.comma_list)] = Field(
         default_factory=list, description="Folders with further agents."
@@ -257,11 +305,19 @@ class Config(Section):
     )
 
     _warnings: list[str] = []
+    _virtual: dict[str, ModelConfig] = {}
 
     @model_validator(mode="after")
     def _merge_models(self) -> Self:
-        self.models = {**self.llama_cpp.models, **self.models}
+        merged = {**self.llama_cpp.models, **self.models}
+        self._virtual = {name: model for name, model in merged.items() if model.model is not None}
+        self.models = {name: model for name, model in merged.items() if model.model is None}
         return self
+
+    @property
+    def virtual(self) -> dict[str, ModelConfig]:
+        """The models that are another one under a name, and with agents, of their own; `models` has the others."""
+        return self._virtual
 
     @property
     def warnings(self) -> list[str]:

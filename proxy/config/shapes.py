@@ -58,6 +58,11 @@ def named_entries(value: object) -> object:
     return [_named_entry(entry) for entry in entries] if isinstance(entries, list) else entries
 
 
+def false_is_none(value: object) -> object:
+    """`false` and `off` as None: not at all."""
+    return None if value is False or value == "off" else value
+
+
 def _named_entry(entry: object) -> object:
     if isinstance(entry, str):
         return {"name": entry}

@@ -64,6 +64,9 @@ class MessageWriter:
             self._finish = choice.get("finish_reason") or self._finish
         return written
 
+    def adopt(self, chunk: Json) -> None:
+        """Its message begins as this one does; who lets events pass tells of every one, by `chunk`."""
+
     def end(self) -> bytes:
         written = (b"" if self._begun else self._begin({})) + self._close()
         delta = _stop(self._finish, bool(self._calls), self._aside)

@@ -43,6 +43,9 @@ class Writer(Protocol):
     def chunk(self, chunk: Json) -> bytes:
         """The frames that this chunk becomes now; perhaps none."""
 
+    def adopt(self, chunk: Json) -> None:
+        """Take note of an answer's first chunk that leaves by another way, as it came."""
+
     def end(self) -> bytes:
         """What remains to be said after the last chunk of a good stream."""
 

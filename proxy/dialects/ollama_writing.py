@@ -85,6 +85,9 @@ class OllamaWriter:
             lines = self._flush_calls() + self._say(content or "", thinking or "", fields)
         return lines + self._add_calls(calls, of_calls) if calls else lines
 
+    def adopt(self, chunk: Json) -> None:
+        """Nothing: no line depends on an earlier one."""
+
     def end(self) -> bytes:
         """The line with `done`, behind the tool calls if there are any left."""
         cut = self._last.get("finish_reason") == "length"

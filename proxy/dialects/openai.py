@@ -72,6 +72,10 @@ class ChatWriter:
             return b""
         return _event(self._shaped(written))
 
+    def adopt(self, chunk: Json) -> None:
+        self._begun = True
+        self._own |= {name: chunk[name] for name in self._own if name in chunk}
+
     def end(self) -> bytes:
         last = b""
         if self._wants_usage and "usage" in self._usage:
@@ -175,6 +179,17 @@ def _to_openai(request: ChatRequest) -> tuple[str, Json]:
     body = bare(request.body)
     body |= {"stream": True, "stream_options": {**(body.get("stream_options") or {}), "include_usage": True}}
     return ("/v1/completions" if request.is_text else "/v1/chat/completions"), body
+
+
+def as_asked(request: ChatRequest) -> tuple[str, Json]:
+    """The request as its client sent it, streamed; with usage only if the client wants a stream and that, or is to get
+    the answer as a whole."""
+    path, body = _to_openai(request)
+    if not request.stream:
+        return path, body
+    body.pop("stream_options")
+    asked = request.body.get("stream_options")
+    return path, body | ({} if asked is None else {"stream_options": asked})
 
 
 def _to_llama_cpp(request: ChatRequest) -> tuple[str, Json]:

@@ -39,6 +39,8 @@ class Form:
 
     def __init__(self, alias: str, body: dict[str, Any], texts: list[str], call: list[Any] | None) -> None:
         self.alias, self.texts, self.call = alias, texts, call
+        self.answers = int(body.get("n") or 1)  # told apart by a number behind each token
+        self.thoughts = ""
         self.usage = bool((body.get("stream_options") or {}).get("include_usage"))
         self.stream = bool(body.get("stream"))
         self.begun = time.monotonic()
@@ -114,11 +116,23 @@ class Chats(Texts):
 
     kind = "chat.completion"
 
-    def piece(self, delta: dict[str, object], finish: str | None = None) -> dict[str, Any]:
-        return self.envelope({"finish_reason": finish, "index": 0, "delta": delta})
+    def piece(self, delta: dict[str, object], finish: str | None = None, number: int = 0) -> dict[str, Any]:
+        return self.envelope({"finish_reason": finish, "index": number, "delta": delta})
 
     def first(self) -> bytes:
-        return data(self.piece({"role": "assistant", "content": None}))
+        events = [data(self.piece({"role": "assistant", "content": None}, None, n)) for n in range(self.answers)]
+        if self.thoughts:
+            events.append(data(self.piece({"reasoning_content": self.thoughts})))
+        return b"".join(events)
+
+    def token(self, index: int) -> bytes:
+        text = self.texts[index]
+        told = [text if self.answers == 1 else f"{text.rstrip()}#{n} " for n in range(self.answers)]
+        return b"".join(data(self.piece({"content": text}, None, n)) for n, text in enumerate(told))
+
+    def last(self) -> bytes:
+        others = [data(self.piece({}, "stop", n)) for n in range(1, self.answers)]
+        return b"".join([super().last(), *others])
 
     def called(self) -> Iterator[bytes]:
         if self.call:

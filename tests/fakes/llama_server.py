@@ -13,6 +13,7 @@ A request body may carry `"fake": {...}`, or a last message whose text is that o
     pings                    a comment before each token
     tool_call=[name, args]   behind the text                refuse=[status, text]   an error in place of an answer
     error_after=n            as FAKE_INBAND_ERROR           answer=text    in place of tokens
+    texts=[...]              the tokens                     thoughts=text  in front of them (chats, streamed)
     cut_at=[n, m] cut_by=close|reset|end    after n chunks of a stream and m bytes of the next one; -m: all but m bytes
 
 The environment switches manners on, most easily through a model's `env:`:
@@ -21,6 +22,7 @@ The environment switches manners on, most easily through a model's `env:`:
     FAKE_EXIT=3 | SIGSEGV    ends so at start; `3@loaded`: once ready instead
     FAKE_NEVER=nobind|mute|503   never becomes healthy: does not listen | accepts and stays silent | loads for ever
     FAKE_TOKENS=8 FAKE_TOKEN_MS=0    tokens of an answer, and the pause before each
+    FAKE_ANSWER=text         in place of tokens
     FAKE_DIE_AFTER=n         SIGKILLs itself after n tokens of an answer
     FAKE_RST=before_headers|after_headers    resets the connection of a generating request
     FAKE_CUT=short_cl|chunked_no_end|rst|fin_mid_event|no_done    how an answer is truncated, after all its tokens
@@ -228,7 +230,6 @@ class Answer:
         self.connection = connection
         self.embedding = path == "/v1/embeddings"
         self.stream = bool(body.get("stream"))
-        steer |= {"tokens": 1} if "answer" in steer else {}
         self.tokens = int(steer.get("tokens", min(int(ENV.get("FAKE_TOKENS", 8)), body.get("max_tokens") or 1 << 30)))
         self.token_s = float(steer.get("token_ms", ENV.get("FAKE_TOKEN_MS", 0))) / 1000
         self.stall_after = int(steer.get("stall_after", -1))
@@ -238,8 +239,12 @@ class Answer:
         self.refusal = steer.get("refuse")
         self.mute, self.pings = "mute" in steer, "pings" in steer
         self.cut_at, self.cut_by, self.chunks = steer.get("cut_at", [-1, 0]), steer.get("cut_by"), 0
-        texts = [f"t{n} " for n in range(self.tokens)] if "answer" not in steer else [steer["answer"]]
+        texts = steer.get("texts") or [f"t{n} " for n in range(self.tokens)]
+        if (answer := steer.get("answer", ENV.get("FAKE_ANSWER"))) is not None and "texts" not in steer:
+            texts = [answer]
+        self.tokens = len(texts)
         self.form = FORMS.get(path, Texts)(connection.server.alias, body, texts, steer.get("tool_call"))
+        self.form.thoughts = steer.get("thoughts", "")
 
     def send(self, *, reset_after_headers: bool) -> None:
         if self.mute:

@@ -1,0 +1,186 @@
+"""Finds agents and imports them: the ones here, installed packages', and those in folders of the operator's.
+
+A folder holds single files (`name.py`) and folders with an `agent.py`; an installed package names its agents in the
+entry-point group `llama_smart_proxy.agents`. Of two with one name the operator's own wins, then the installed one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import itertools
+import pkgutil
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from types import ModuleType
+
+from pydantic import BaseModel
+
+from agents import base
+from agents.base import Agent
+
+GROUP = "llama_smart_proxy.agents"
+RESERVED = frozenset({"always", "required", "on_error", "timeout_s"})
+"""What the configuration says of any agent beside the agent's own options."""
+_HERE = Path(base.__file__).parent
+_OURS = {"base", "loader"}
+_NAME = re.compile(r"[a-z][a-z0-9_-]*")
+_serial = itertools.count(1)
+
+
+class Broken(Exception):
+    """An agent cannot be used; the message says why, and where."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an agent comes from: a module of ours, an `entry` of an installed package, or a `path`: a file, or the
+    folder that holds an `agent.py`."""
+
+    name: str
+    path: Path | None = None
+    entry: EntryPoint | None = None
+
+    @property
+    def source(self) -> str:
+        """For people: `built-in`, `package NAME`, or the path."""
+        if self.entry is not None:
+            return f"package {self.entry.dist.name if self.entry.dist else self.entry.value}"
+        return str(self.path) if self.path is not None else "built-in"
+
+    def stamp(self) -> tuple[tuple[str, int], ...]:
+        """Which files make it up and when each was changed last, to see whether one was saved; nothing for what is
+        installed."""
+        if self.entry is not None:
+            return ()
+        root = self.path or _HERE / self.name
+        files = sorted(root.rglob("*.py")) if root.is_dir() else [root.with_suffix(".py")]
+        return tuple((str(file), _changed_ns(file)) for file in files)
+
+    def load(self) -> type[Agent]:
+        """The agent's class, of a fresh import. Raises: Broken."""
+        try:
+            module = self._import()
+        except (Exception, SystemExit) as exc:  # whatever a stranger's module does when it is imported
+            raise Broken(_words(exc)) from exc
+        found = _agents_of(module)
+        if len(found) != 1:
+            names = ", ".join(sorted(cls.__name__ for cls in found))
+            raise Broken(f"holds several agents ({names}); keep one" if found else "holds no class derived from Agent")
+        if problem := _problem(found[0]):
+            raise Broken(problem)
+        return found[0]
+
+    def _import(self) -> ModuleType:
+        if self.entry is not None:
+            loaded = self.entry.load()
+            return loaded if isinstance(loaded, ModuleType) else _holding(loaded)
+        if self.path is None:
+            _forget(f"agents.{self.name}")
+            return importlib.import_module(f"agents.{self.name}")
+        name = f"_agent{next(_serial)}_{re.sub(r'[^A-Za-z0-9_]', '_', self.name)}"  # another one at every import
+        if self.path.suffix == ".py":
+            return _exec(name, self.path, None)
+        if (self.path / "__init__.py").exists():
+            _exec(name, self.path / "__init__.py", self.path)
+        else:
+            package = sys.modules[name] = ModuleType(name)
+            package.__path__ = [str(self.path)]
+        return _exec(f"{name}.agent", self.path / "agent.py", None)
+
+
+def discover(folders: Iterable[Path]) -> dict[str, Place]:
+    """Every agent there is, by name; none is imported yet. A folder that cannot be read holds none."""
+    found = {info.name: Place(info.name) for info in pkgutil.iter_modules([str(_HERE)]) if info.name not in _OURS}
+    for entry in entry_points(group=GROUP):
+        found[entry.name] = Place(entry.name, entry=entry)
+    for folder in folders:
+        for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+            if path.name.startswith((".", "_")):
+                continue
+            if (path / "agent.py").is_file():
+                found[path.name] = Place(path.name, path)
+            elif path.suffix == ".py" and path.is_file():
+                found[path.stem] = Place(path.stem, path)
+    return found
+
+
+def _agents_of(module: ModuleType) -> list[type[Agent]]:
+    """The agents that the module defines itself, rather than imports; but a package may import its own."""
+    own = module.__name__.removesuffix(".agent")
+    return [
+        value
+        for value in dict.fromkeys(filter(inspect.isclass, vars(module).values()))
+        if issubclass(value, Agent)
+        and value is not Agent
+        and not value.__name__.startswith("_")
+        and (value.__module__ == module.__name__ or value.__module__.startswith(f"{own}."))
+    ]
+
+
+def _problem(cls: type[Agent]) -> str | None:
+    """What is wrong with the class, if anything can be told without using it."""
+    if not (inspect.isclass(cls.Config) and issubclass(cls.Config, BaseModel)):
+        return "its Config must be a class derived from pydantic's BaseModel"
+    if cls.command is not None and not _NAME.fullmatch(cls.command):
+        return f"its command {cls.command!r} must match {_NAME.pattern}"
+    if taken := sorted(RESERVED & cls.Config.model_fields.keys()):
+        return f"its Config must not have fields called {', '.join(taken)}: these are the proxy's own"
+    if unknown := sorted(cls.per_call - cls.Config.model_fields.keys()):
+        return f"per_call names what is not in Config: {', '.join(unknown)}"
+    for hook in ("on_request", "on_chunk", "start", "close"):
+        if not inspect.iscoroutinefunction(getattr(cls, hook)):
+            return f"{hook} must be an `async def` without `yield`"
+    if inspect.iscoroutinefunction(cls.on_response):
+        return "on_response must be an async generator: an `async def` with `yield`"
+    return None
+
+
+def _exec(name: str, file: Path, package: Path | None) -> ModuleType:
+    locations = [str(package)] if package is not None else None
+    spec = importlib.util.spec_from_file_location(name, file, submodule_search_locations=locations)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    importlib.invalidate_caches()  # saved twice within a second, it may still be in a cache
+    try:
+        # Not by the loader: it would believe a cached .pyc, which knows times of whole seconds only.
+        exec(compile(file.read_bytes(), str(file), "exec"), module.__dict__)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _forget(name: str) -> None:
+    for known in [known for known in sys.modules if known == name or known.startswith(f"{name}.")]:
+        del sys.modules[known]
+
+
+def _holding(value: object) -> ModuleType:
+    """A module around a class that an entry point names."""
+    module = ModuleType(getattr(value, "__module__", "entry"))
+    vars(module)[getattr(value, "__name__", "value")] = value
+    return module
+
+
+def _changed_ns(file: Path) -> int:
+    try:
+        return file.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def _words(exc: BaseException) -> str:
+    """One line that tells what went wrong, and in which line of whose file."""
+    if isinstance(exc, SyntaxError):
+        return f"SyntaxError: {exc.msg} (line {exc.lineno})"
+    trace = exc.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = f" (line {trace.tb_lineno} of {Path(trace.tb_frame.f_code.co_filename).name})" if trace is not None else ""
+    return f"{type(exc).__name__}: {exc}{where}"

@@ -1,0 +1,230 @@
+"""A chat with agents around it: from the client's request to the client's answer, top to bottom."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass
+from functools import partial
+
+from aiohttp import web
+
+from backends import Backend, Call
+from backends.exchange import Response
+from proxy.agent_context import AgentContext, RequestFacts
+from proxy.body import aside, serialise, to_bytes
+from proxy.chain import Active, Picked
+from proxy.chat import ChatRequest, Chunk, Json, Timing, fold, say
+from proxy.dialects import ollama
+from proxy.dialects.codec import Face, Wire, Writer
+from proxy.errors import AgentError, ProxyError, UpstreamRefused
+from proxy.headers import REQUEST_ID, upstream_headers
+from proxy.layers import answered, enter, layer
+from proxy.ollama_chat import check_capabilities, set_keep_alive, with_context
+from proxy.outlet import Outlet
+from proxy.relay import Sink, begin_stream, finish
+from proxy.router import Target
+from proxy.scope import Scope
+from proxy.shared import MODEL, Proxy
+from proxy.side_calls import DEPTH, SideCalls
+from proxy.source import Source
+from proxy.translate import Epilogue
+from proxy.wires import hold_context, native_wire, server_of, wire_of, without_thoughts
+
+logger = logging.getLogger(__name__)
+
+Plain = Callable[[Target, Json], Awaitable[web.StreamResponse]]
+"""Answers a request, given as the body of the endpoint that was asked, without agents."""
+
+
+@dataclass(slots=True)
+class AgentChat:
+    """One request to an endpoint that generates, in the API of `face` (family `family`)."""
+
+    http: web.Request
+    proxy: Proxy
+    face: Face
+    family: str
+    plain: Plain
+    keep_alive: object = None
+
+    async def answer(self, target: Target, body: Json) -> web.StreamResponse:
+        """Answer it, with the agents that it calls for; without any, as `plain` does."""
+        timing = Timing(time.monotonic())
+        await self.proxy.chain.plugins.refresh()
+        self.keep_alive = body.get("keep_alive")
+        if self.family == "ollama":
+            await check_capabilities(self.proxy, target.backend, body)
+        request = await aside(self.http, self.face.decode, body)
+        picked = self.proxy.chain.pick(self.http.headers, request, target.name)
+        if picked.words is not None:
+            return await self._respond(request, timing, say(picked.words), None)
+        if not picked.chain:
+            return await self.plain(target, self.face.encode(request))
+        request.model = target.model
+        scope = Scope()
+        for active in picked.chain:
+            active.made.users += 1
+            active.plugin.calls += 1
+        try:
+            return await scope.run(self._chat(scope, picked, target, request, timing))
+        finally:
+            for active in picked.chain:
+                await self.proxy.chain.plugins.release(active.plugin.name, active.made)
+
+    async def _chat(
+        self, scope: Scope, picked: Picked, target: Target, request: ChatRequest, timing: Timing
+    ) -> web.StreamResponse:
+        calls = SideCalls(scope, self.proxy.router, self.proxy.config.agent_limits, _depth(self.http.headers))
+        facts = RequestFacts(
+            self.http.headers, self.http.path.rstrip("/"), self.http[REQUEST_ID], server_of(target.backend), picked
+        )
+        contexts = [AgentContext(active, facts, scope, calls) for active in picked.chain]
+        try:
+            async with AsyncExitStack() as open_streams:
+                entered, answering, answer = await enter(contexts, request)
+                source: Source | None = None
+                if answering is not None and answer is not None:
+                    answer = answered(answering, answer)
+                else:
+                    target = await self._retarget(target, request)
+                    if not any(ctx.active.made.rewrites for ctx in entered) and self._is_plain(target, request):
+                        return await self.plain(target, self._encoded(picked.chain, request))
+                    source = await self._source(picked.chain, target, request, timing, calls)
+                    answer = source.chunks()
+                await open_streams.enter_async_context(aclosing(answer))
+                for ctx in reversed(entered):
+                    if ctx.active.made.rewrites:
+                        answer = await open_streams.enter_async_context(aclosing(layer(ctx, answer)))
+                return await self._respond(request, timing, answer, source)
+        finally:
+            for ctx in contexts:
+                ctx.active.plugin.spent_s += ctx.turn.spent_s
+
+    # -- asking ----------------------------------------------------------------------------------------------------
+
+    async def _retarget(self, target: Target, request: ChatRequest) -> Target:
+        """Where the request goes now: an agent may have chosen another model."""
+        if request.model != target.model:
+            target = await self.proxy.router.resolve(request.model)
+            request.model = target.model
+            self.http[MODEL] = target.model
+        return target
+
+    def _is_plain(self, target: Target, request: ChatRequest) -> bool:
+        """Whether what the agents made of the request still fits the endpoint that the client asked: one question to
+        `/api/generate` may have become a chat."""
+        return self.face is not ollama.GENERATE or ollama.WIRE.encode(request)[0] == self.http.path.rstrip("/")
+
+    def _encoded(self, chain: list[Active], request: ChatRequest) -> Json:
+        try:
+            return self.face.encode(request)
+        except (AttributeError, KeyError, TypeError, ValueError) as exc:
+            raise _unspeakable(chain) from exc
+
+    async def _source(
+        self, chain: list[Active], target: Target, request: ChatRequest, timing: Timing, calls: SideCalls
+    ) -> Source:
+        """The model's answer, not asked for yet."""
+        backend, closing = target.backend, None
+        if self.family == "ollama" and "ollama" not in backend.speaks:
+            if self.face is ollama.GENERATE:
+                request, epilogue = await with_context(backend, request)
+                closing = partial(_tell_context, epilogue, timing) if epilogue is not None else None
+            set_keep_alive(backend, {"keep_alive": self.keep_alive})
+        wire = native_wire(self.family, backend)
+        verbatim = wire is not None and request.stream
+        wire = wire or wire_of(backend)
+        path, data = await self._written(chain, wire, backend, request)
+        headers = upstream_headers(self.http.headers, has_body=True)
+
+        def opened(upstream: Response) -> None:
+            timing.sent_s = upstream.sent_s
+            calls.reply_began()
+
+        def amend(refused: UpstreamRefused) -> Call | None:
+            if self.family == "ollama" or not without_thoughts(request, refused):
+                return None
+            path, body = wire.encode(request)
+            return Call("POST", path, serialise(body), headers)
+
+        return Source(
+            backend, Call("POST", path, data, headers), wire, request,
+            verbatim=verbatim and _same_form(path, self.http.path),
+            opened=opened, closing=closing, closed=calls.reply_ended, amend=amend,
+        )  # fmt: skip
+
+    async def _written(
+        self, chain: list[Active], wire: Wire, backend: Backend, request: ChatRequest
+    ) -> tuple[str, bytes]:
+        """Path and body of the request in the server's API. Raises: AgentError if agents made it unspeakable."""
+        try:
+            path, body = wire.encode(request)
+            hold_context(backend, body)
+            return path, await to_bytes(self.http, body)
+        except (AttributeError, KeyError, TypeError, ValueError) as exc:
+            raise _unspeakable(chain) from exc
+
+    # -- answering -------------------------------------------------------------------------------------------------
+
+    async def _respond(
+        self, request: ChatRequest, timing: Timing, stream: AsyncIterator[Chunk], source: Source | None
+    ) -> web.StreamResponse:
+        writer = self.face.writer(request, timing)
+        try:
+            if not request.stream:
+                reply = await fold(stream)
+                return web.Response(body=writer.reply(reply.data), content_type="application/json")
+            return await self._stream(writer, stream, source)
+        except (AttributeError, KeyError, TypeError, ValueError) as exc:
+            raise ProxyError("an agent made something of the answer that cannot be told", code="agent_failed") from exc
+
+    async def _stream(self, writer: Writer, stream: AsyncIterator[Chunk], source: Source | None) -> web.StreamResponse:
+        """Write chunk by chunk. Headers leave with the first: until then a failure is a true status code."""
+        stall_s = self.proxy.config.server.send_stall_s
+        outlet = Outlet(writer, self.face.dialect)
+        head = [("content-type", writer.content_type), ("cache-control", "no-cache")]
+        answer = None
+        try:
+            async for chunk in stream:
+                written = outlet.take(chunk)
+                if answer is None:
+                    answer = await begin_stream(self.http, 200, head)
+                    sink = Sink(self.http, stall_s, chunked=answer.chunked)
+                if written and not sink.feed(written):
+                    await sink.drained()
+            if answer is None:
+                answer = await begin_stream(self.http, 200, head)
+                sink = Sink(self.http, stall_s, chunked=answer.chunked)
+            last = outlet.end(source.tail if source is not None else b"")
+        except (ProxyError, AttributeError, KeyError, TypeError, ValueError) as exc:
+            if answer is None:
+                raise
+            failure = exc if isinstance(exc, ProxyError) else ProxyError("internal error", code="agent_failed")
+            logger.warning("stream broken off: %s", failure, exc_info=None if isinstance(exc, ProxyError) else exc)
+            answer.cut = self.face.dialect.cuts
+            last = outlet.error(failure)
+        if last:
+            sink.feed(last)
+        return await finish(self.http, answer, stall_s)
+
+
+async def _tell_context(epilogue: Epilogue, timing: Timing, said: str, upstream: Response) -> None:
+    timing.extra = await epilogue(said, upstream.pool)
+
+
+def _depth(headers: Mapping[str, str]) -> int:
+    given = headers.get(DEPTH, "")
+    return int(given) if given.isascii() and given.isdigit() and len(given) < 4 else 0
+
+
+def _same_form(path: str, asked: str) -> bool:
+    """Whether the server's answer has the form that the client of `asked` waits for."""
+    return path.removeprefix("/v1") == asked.rstrip("/").removeprefix("/v1")
+
+
+def _unspeakable(chain: list[Active]) -> AgentError:
+    names = " or ".join(active.plugin.name for active in chain)
+    return AgentError(names, "made something of the request that cannot be sent")

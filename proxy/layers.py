@@ -1,0 +1,308 @@
+"""Runs the hooks of agents, around one request: each in its turn, each within its limits, each failure its own.
+
+An answer passes one layer an agent. A layer tells an agent's failure from one that came to it from below, which passes
+as it is; and closes what the agent leaves open, so that whoever stops early frees the model at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from typing import Any
+
+from agents.base import Agent
+from proxy.agent_context import AgentContext
+from proxy.chat import ChatRequest, Chunk, ChunkStream
+from proxy.errors import AgentError, ProxyError
+
+logger = logging.getLogger(__name__)
+
+CLOSE_S = 0.2
+"""Seconds that an agent may take to clean up when an answer is broken off."""
+BREATH = 256
+"""Chunks in a row that an agent may make without awaiting anything, before others get their turn."""
+
+
+async def enter(
+    contexts: Sequence[AgentContext], request: ChatRequest
+) -> tuple[list[AgentContext], AgentContext | None, ChunkStream | None]:
+    """Show the request to the agents, first to last, until one answers it: who saw it and did not, the one that did,
+    and its answer.
+
+    Raises: AgentError, and whatever `ProxyError` an agent raises itself.
+    """
+    entered: list[AgentContext] = []
+    for ctx in contexts:
+        answer = await _on_request(ctx, request)
+        if answer is not None:
+            return entered, ctx, answer
+        if not ctx.failed:
+            entered.append(ctx)
+    return entered, None, None
+
+
+async def _on_request(ctx: AgentContext, request: ChatRequest) -> ChunkStream | None:
+    agent = ctx.active.made.agent
+    if type(agent).on_request is Agent.on_request:
+        return None
+    before = request.copy() if ctx.active.settings.on_error == "skip" else None
+    try:
+        ctx.turn.begin()
+        try:
+            answer = await agent.on_request(request, ctx)
+        finally:
+            ctx.turn.end()
+        if ctx.turn.was_cancelled():
+            raise _hung(ctx)
+        _check_request(ctx, request)
+        if answer is not None and not hasattr(answer, "__anext__"):
+            raise AgentError(ctx.name, f"returned a {type(answer).__name__} from on_request, which is no stream")
+        return answer
+    except BaseException as exc:
+        failure = blame(ctx, exc)
+        if before is None:
+            raise failure from exc
+        request.body, request.stream = before.body, before.stream
+        return None
+
+
+def blame(ctx: AgentContext, exc: BaseException) -> ProxyError:
+    """What the client is told of an agent's failure, which is counted and logged. Raises: `exc` itself if it is none:
+    the request is over."""
+    if isinstance(exc, asyncio.CancelledError):
+        task = asyncio.current_task()
+        hung = ctx.turn.was_cancelled()
+        if task is not None and task.cancelling():
+            raise exc
+        exc = _hung(ctx) if hung else exc  # else the agent made it up
+    elif isinstance(exc, GeneratorExit):
+        raise exc
+    ctx.failed = True
+    ctx.active.plugin.failures += 1
+    if isinstance(exc, ProxyError):
+        logger.warning("agent %s: %s", ctx.name, exc.message)
+        return exc
+    logger.error("agent %s failed", ctx.name, exc_info=exc)
+    return AgentError(ctx.name, f"failed: {type(exc).__name__}")
+
+
+def _hung(ctx: AgentContext) -> AgentError:
+    limit = ctx.turn.deadline_s
+    return AgentError(ctx.name, f"did not go on within {limit:g} s", status=504, code="agent_timeout")
+
+
+def _check_request(ctx: AgentContext, request: ChatRequest) -> None:
+    body = request.body
+    messages = body.get("messages", []) if isinstance(body, dict) else None
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise AgentError(ctx.name, "made the messages something else than a list of objects")
+    if not isinstance(body.get("model"), str) or ("messages" not in body and "prompt" not in body):
+        raise AgentError(ctx.name, "left a request without model, or without messages or prompt")
+    if not messages and "messages" in body:
+        raise AgentError(ctx.name, "left a request without messages")
+
+
+# -- answers -----------------------------------------------------------------------------------------------------------
+
+
+def layer(ctx: AgentContext, below: AsyncIterator[Chunk]) -> AsyncGenerator[Chunk, None]:
+    """The answer `below` as the agent of `ctx` makes it."""
+    cls = type(ctx.active.made.agent)
+    return _mapped(ctx, below) if cls.on_response is Agent.on_response else _transformed(ctx, below)
+
+
+async def _mapped(ctx: AgentContext, below: AsyncIterator[Chunk]) -> AsyncGenerator[Chunk, None]:
+    """An agent that sees one chunk at a time: what it fails at passes as it was, if it is to be skipped."""
+    on_chunk, turn = ctx.active.made.agent.on_chunk, ctx.turn
+    extra = _Extra(ctx)
+    async for chunk in below:
+        if ctx.failed:
+            yield chunk
+            continue
+        extra.gave(chunk)
+        try:
+            turn.begin()
+            try:
+                passed = await on_chunk(chunk, ctx)
+            finally:
+                turn.end()
+            if turn.was_cancelled():
+                raise _hung(ctx)
+            if passed is None:
+                continue
+            extra.check(passed)
+        except BaseException as exc:
+            failure = blame(ctx, exc)
+            if ctx.active.settings.on_error != "skip":
+                raise failure from exc
+            passed = chunk
+        yield passed
+
+
+async def _transformed(ctx: AgentContext, below: AsyncIterator[Chunk]) -> AsyncGenerator[Chunk, None]:
+    """An agent that sees the whole stream. If it is skipped, what it was given since it last passed on a chunk goes by,
+    and so does the rest."""
+    extra = _Extra(ctx)
+    feed = _Feed(ctx, below, extra)
+    made: Any = None
+    try:
+        try:
+            made = ctx.active.made.agent.on_response(feed, ctx)
+            while (chunk := await _next(ctx, made, extra)) is not None:
+                feed.passed_on()
+                yield chunk
+            return
+        except BaseException as exc:
+            if exc is feed.failure:
+                raise
+            failure = blame(ctx, exc)
+            if ctx.active.settings.on_error != "skip":
+                raise failure from exc
+        for chunk in feed.unpassed:
+            yield chunk
+        async for chunk in below:
+            yield chunk
+    finally:
+        await _close(ctx, made)
+        if isinstance(below, AsyncGenerator):
+            await below.aclose()  # it may have stopped early, and those above may go on for long
+
+
+async def answered(ctx: AgentContext, answer: Any) -> AsyncGenerator[Chunk, None]:
+    """The answer that an agent gave in place of a model. There is none to go on with if it fails."""
+    extra = _Extra(ctx)
+    try:
+        while (chunk := await _next(ctx, answer, extra)) is not None:
+            yield chunk
+    except BaseException as exc:
+        raise blame(ctx, exc) from exc
+    finally:
+        await _close(ctx, answer)
+
+
+async def _next(ctx: AgentContext, made: Any, extra: _Extra) -> Chunk | None:
+    """The next chunk of an agent's, None behind the last one. Raises: what the agent does, AgentError."""
+    chunk: Any = None
+    ctx.turn.begin()
+    try:
+        chunk = await made.__anext__()
+    except StopAsyncIteration:
+        pass
+    finally:
+        ctx.turn.end()
+    if ctx.turn.was_cancelled():
+        raise _hung(ctx)
+    if chunk is None:
+        return None
+    extra.check(chunk)
+    if extra.run % BREATH == 0:
+        await asyncio.sleep(0)
+    found: Chunk = chunk
+    return found
+
+
+class _Feed:
+    """The answer as an agent gets it: its clock stands still while it waits for the next chunk."""
+
+    __slots__ = ("_below", "_extra", "_keeps", "_turn", "failure", "unpassed")
+
+    def __init__(self, ctx: AgentContext, below: AsyncIterator[Chunk], extra: _Extra) -> None:
+        self._below = below
+        self._extra = extra
+        self._turn = ctx.turn
+        self._keeps = ctx.active.settings.on_error == "skip"
+        self.unpassed: list[Chunk] = []
+        self.failure: BaseException | None = None
+
+    def __aiter__(self) -> _Feed:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        self._turn.end()
+        try:
+            chunk = await self._below.__anext__()
+        except StopAsyncIteration:
+            raise
+        except BaseException as exc:
+            self.failure = exc
+            raise
+        finally:
+            self._turn.begin()
+        self._extra.gave(chunk)
+        if self._keeps:
+            self.unpassed.append(chunk)
+        return chunk
+
+    async def aclose(self) -> None:
+        """The layer closes what is below."""
+
+    def passed_on(self) -> None:
+        if self._keeps:
+            self.unpassed.clear()
+
+
+class _Extra:
+    """What an agent adds to an answer beyond what it was given: a fault of it must not fill the memory, or take all of
+    the processor."""
+
+    __slots__ = ("_ctx", "_surplus", "run")
+
+    def __init__(self, ctx: AgentContext) -> None:
+        self._ctx = ctx
+        self._surplus = 0
+        self.run = 0
+        """How many chunks it has made since it took one."""
+
+    def gave(self, chunk: Chunk) -> None:
+        self._surplus -= _size(chunk)
+        self.run = 0
+
+    def check(self, chunk: Any) -> None:
+        """Raises: AgentError for what is no chunk, and for too much."""
+        if chunk.__class__ is not Chunk:
+            raise AgentError(self._ctx.name, f"answered with a {type(chunk).__name__}, which is no Chunk")
+        if chunk.frame is None:
+            _check_chunk(self._ctx, chunk)
+        self.run += 1
+        self._surplus += _size(chunk)
+        if self._surplus > self._ctx.output_limit:
+            words = f"added over {self._ctx.output_limit // 1024} KiB to an answer"
+            raise AgentError(self._ctx.name, words, code="agent_output")
+
+
+def _size(chunk: Chunk) -> int:
+    """About the bytes that it takes; at least as much before an agent has changed it as after."""
+    return len(chunk.frame) if chunk.frame is not None else len(chunk.text) + len(chunk.reasoning) + 16
+
+
+def _check_chunk(ctx: AgentContext, chunk: Chunk) -> None:
+    """Raises: AgentError for a chunk that an agent has given another shape than OpenAI's."""
+    data: Any = chunk.seen
+    try:
+        for choice in data.get("choices") or ():
+            delta = choice.get("delta") or {}
+            for key in ("content", "reasoning_content"):
+                if delta.get(key) is not None and not isinstance(delta[key], str):
+                    raise TypeError(key)
+            if not isinstance(choice.get("index", 0), int):
+                raise TypeError("index")
+            for call in delta.get("tool_calls") or ():
+                call.get("function")
+    except (AttributeError, TypeError) as exc:
+        raise AgentError(ctx.name, "gave a chunk of the answer a shape that no API has") from exc
+
+
+async def _close(ctx: AgentContext, made: Any) -> None:
+    """Have the agent's generator clean up. What goes wrong is logged: the answer is over."""
+    aclose = getattr(made, "aclose", None)
+    if aclose is None:
+        return
+    try:
+        async with asyncio.timeout(CLOSE_S):
+            await aclose()
+    except asyncio.CancelledError:
+        raise
+    except BaseException as exc:  # the agent's own, whatever it is
+        ctx.active.plugin.failures += 1
+        logger.error("agent %s did not clean up properly", ctx.name, exc_info=exc)

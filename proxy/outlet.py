@@ -1,0 +1,104 @@
+"""Chunks of an answer, as the bytes its client gets. No I/O.
+
+A chunk that nobody has changed leaves as the bytes it came as, if it came in the client's own API; every other one is
+written anew. Whatever agents did to the chunks, what leaves is a proper answer: nothing stands behind its end, and the
+end is always there.
+"""
+
+from __future__ import annotations
+
+from proxy.chat import Chunk
+from proxy.dialects import ANTHROPIC, OLLAMA, Dialect
+from proxy.dialects.codec import Writer
+from proxy.errors import ProxyError
+
+
+class Outlet:
+    """Writes one streamed answer."""
+
+    def __init__(self, writer: Writer, dialect: Dialect) -> None:
+        self._writer = writer
+        self._dialect = dialect
+        self._held: list[Chunk] = []  # from the first one that ends an answer
+        self._finished: set[int] = set()
+        self._expected = 0  # the serial of the next chunk, if none was dropped
+        self._pure = True  # nothing was written anew, and nothing dropped
+        self._called = False  # the writer was given tool calls
+        self._ended = False
+
+    def take(self, chunk: Chunk) -> bytes:
+        """What leaves because of this chunk; perhaps nothing yet."""
+        if not self._held and not chunk.finish_reason:
+            return self._write(chunk)
+        if chunk.finish_reason:
+            return self._hold_end(chunk)
+        if not chunk.delta:
+            self._held.append(chunk)  # usage, and the like
+            return b""
+        if chunk.index in self._finished:
+            return self._write(chunk)  # somebody held this back for too long: before the end, then
+        return self._flush() + self._write(chunk)
+
+    def end(self, tail: bytes) -> bytes:
+        """What is left to be written. `tail` is how the server ended its answer, if it was read to there."""
+        written = b""
+        if 0 not in self._finished:  # an agent stopped early, or dropped the end
+            written = self._write(_ending(0))
+        written += self._flush()
+        if self._ended or (self._dialect is ANTHROPIC and self._pure and tail):
+            return written + tail
+        ending = self._writer.end()
+        return written + (tail if tail and ending == self._dialect.ending else ending)
+
+    def error(self, exc: ProxyError) -> bytes:
+        """What is written in place of `end`. What a failed answer would have ended with is not said any more."""
+        return self._writer.error(exc)
+
+    def _hold_end(self, chunk: Chunk) -> bytes:
+        written = b""
+        if chunk.index in self._finished:  # there is an end already; what else this one says comes before it
+            if not chunk.delta:
+                return b""
+            chunk.finish_reason = None
+            return self._write(chunk)
+        self._finished.add(chunk.index)
+        self._held.append(chunk)
+        return written
+
+    def _flush(self) -> bytes:
+        held, self._held = self._held, []
+        return b"".join(map(self._write, held))
+
+    def _write(self, chunk: Chunk) -> bytes:
+        frame = chunk.frame
+        if self._dialect is ANTHROPIC:
+            return self._write_stateful(chunk, frame)
+        if frame is not None and (self._dialect is not OLLAMA or self._may_pass(chunk)):
+            if chunk.finish_reason:
+                self._ended = self._dialect.is_end(frame)
+            if self._expected == 0:
+                self._expected = 1
+                self._writer.adopt(chunk.seen)
+            return frame
+        self._pure = False
+        self._called = self._called or bool(chunk.tool_calls)
+        return self._writer.chunk(chunk.seen)
+
+    def _may_pass(self, chunk: Chunk) -> bool:
+        """Whether an Ollama line can leave as it came. Not when the writer may hold tool calls, which have to leave
+        before; and the last one only if there is nothing that the writer would have to tell there."""
+        return self._pure or not (self._called or chunk.finish_reason or chunk.tool_calls)
+
+    def _write_stateful(self, chunk: Chunk, frame: bytes | None) -> bytes:
+        """Anthropic's events build on one another: they pass as long as all have passed. The writer is told of each, so
+        that it can go on from any of them."""
+        self._pure = self._pure and frame is not None and chunk.serial == self._expected
+        self._expected += 1
+        if not chunk.seen:  # a server's sign of life
+            return frame or b""
+        written = self._writer.chunk(chunk.seen)
+        return frame if self._pure and frame is not None else written
+
+
+def _ending(index: int) -> Chunk:
+    return Chunk({"choices": [{"index": index, "delta": {}, "finish_reason": "stop"}]})

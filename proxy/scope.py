@@ -1,0 +1,188 @@
+"""Everything that runs for one request with agents, and the end of it.
+
+The work of the request is a task of its own. Whoever leaves and whenever: it, and every task that was started in an
+agent's code, is cancelled, and again if it does not care, until it has ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+from backends.sweep import Sweeper
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+SWEEP_S = 0.1
+"""How late a hanging agent may be noticed, and how long after that it is told again."""
+AGAIN_S = 0.03
+"""Time between two cancellations of a task that goes on all the same."""
+PATIENCE_S = 2.0
+"""Then a task is left to itself, and the log tells of it: nothing in Python can end it."""
+
+
+class Turn:
+    """How long an agent has kept its request waiting: a clock that runs while its own code does, or awaits.
+
+    `spent_s` counts all of that. Time in which it awaits the answer of a model does not count as hanging.
+    """
+
+    __slots__ = ("_began", "_cancels", "_running", "_scope", "_waited_until", "_waiting", "deadline_s", "spent_s")
+
+    def __init__(self, scope: Scope, deadline_s: float) -> None:
+        self.spent_s = 0.0
+        self._scope = scope
+        self.deadline_s = deadline_s
+        self._running = False
+        self._began = 0.0
+        self._waiting = 0
+        self._waited_until = 0.0
+        self._cancels = 0
+
+    def begin(self) -> None:
+        """The agent's code runs from here on."""
+        _owner.set(self._scope)
+        self._began = time.perf_counter()
+        self._running = True
+        self._scope.turn = self
+
+    def end(self) -> None:
+        """It does no more."""
+        if self._running:
+            self.spent_s += time.perf_counter() - self._began
+            self._running = False
+            self._scope.turn = None
+        _owner.set(None)
+
+    @contextmanager
+    def awaiting_model(self) -> Iterator[None]:
+        """Around an agent's wait for a model."""
+        self._waiting += 1
+        try:
+            yield
+        finally:
+            self._waiting -= 1
+            self._waited_until = time.perf_counter()
+
+    def overdue(self, now: float) -> bool:
+        return not self._waiting and now - max(self._began, self._waited_until) > self.deadline_s
+
+    def cancel(self, work: asyncio.Task[Any]) -> None:
+        """It hangs."""
+        self._cancels += 1
+        work.cancel()
+
+    def was_cancelled(self) -> bool:
+        """Whether it hung; if so, its task is not to be cancelled any more, unless for another reason."""
+        if not self._cancels:
+            return False
+        task = asyncio.current_task()
+        for _ in range(self._cancels):
+            if task is not None:
+                task.uncancel()
+        self._cancels = 0
+        return True
+
+
+class Scope:
+    """The tasks of one request. `turn` is the agent whose code runs now, if any does."""
+
+    def __init__(self) -> None:
+        self.turn: Turn | None = None
+        self.closing = False
+        self._work: asyncio.Task[Any] | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    async def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work`. When this returns, or is cancelled, nothing of the request runs any more."""
+        task: asyncio.Task[T] = asyncio.get_running_loop().create_task(work)
+        self._work = task
+        _watch(self)
+        try:
+            await asyncio.wait({task})
+        finally:
+            _scopes.discard(self)
+            await self._end()
+        return task.result()
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """A task that ends with the request at the latest. It is not an agent's: nothing it starts is ours to end."""
+        owner = _owner.get()
+        _owner.set(None)
+        task = asyncio.get_running_loop().create_task(work)
+        _owner.set(owner)
+        self.own(task)
+        return task
+
+    def own(self, task: asyncio.Task[Any]) -> None:
+        """End this task with the request."""
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        if self.closing:
+            task.cancel()
+
+    def check(self, now: float) -> None:
+        """Break off the hook of an agent that hangs."""
+        turn = self.turn
+        if turn is not None and self._work is not None and turn.overdue(now):
+            turn.cancel(self._work)
+
+    async def _end(self) -> None:
+        self.closing = True
+        deadline = time.perf_counter() + PATIENCE_S
+        cancelled = False
+        while pending := {task for task in (self._work, *self._tasks) if task is not None and not task.done()}:
+            if time.perf_counter() > deadline:
+                logger.error("%d tasks of agents do not end: %s", len(pending), ", ".join(map(_shown, pending)))
+                break
+            for task in pending:
+                task.cancel()
+            try:
+                await asyncio.wait(pending, timeout=AGAIN_S)
+            except asyncio.CancelledError:
+                cancelled = True  # told twice to leave: what is left still has to end
+        for task in self._tasks:
+            if task.done() and not task.cancelled() and (error := task.exception()) is not None:
+                logger.debug("a task of an agent failed", exc_info=error)
+        if cancelled and self._work is not None and self._work.done():
+            raise asyncio.CancelledError
+
+
+_owner: ContextVar[Scope | None] = ContextVar("owner", default=None)
+"""The request whose agent's code is running."""
+_scopes: set[Scope] = set()
+
+
+def _look() -> bool:
+    now = time.perf_counter()
+    for scope in list(_scopes):
+        scope.check(now)
+    return bool(_scopes)
+
+
+_sweeper = Sweeper(SWEEP_S, _look)
+
+
+def _watch(scope: Scope) -> None:
+    _scopes.add(scope)
+    _sweeper.wake()
+
+
+def make_task(loop: asyncio.AbstractEventLoop, work: Any, **options: Any) -> asyncio.Task[Any]:
+    """A task factory for the event loop: what an agent's code starts, by whatever means, belongs to its request."""
+    task = asyncio.Task(work, loop=loop, **options)
+    scope = _owner.get()
+    if scope is not None:
+        scope.own(task)
+    return task
+
+
+def _shown(task: asyncio.Task[Any]) -> str:
+    return getattr(task.get_coro(), "__qualname__", task.get_name())

@@ -1,0 +1,189 @@
+"""Questions that agents ask models on behalf of a request.
+
+Each is read to its end in a task of its own, so a slot that one holds never depends on the pace of whoever asked; and
+none waits for a slot while the request's own answer holds one. So no request can wait for itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager, aclosing
+from dataclasses import dataclass, replace
+from typing import cast
+
+from backends import Backend, Call
+from backends.exchange import Response
+from proxy.body import serialise
+from proxy.chat import ChatRequest, Chunk
+from proxy.config import LimitsConfig
+from proxy.embeddings import vectors_of
+from proxy.errors import AgentError, Overloaded, ProxyError, UpstreamFailed
+from proxy.router import Router
+from proxy.scope import Scope
+from proxy.source import Source
+from proxy.translate import ANSWER_LIMIT, JSON_HEADERS
+from proxy.wires import wire_of
+
+DEPTH = "X-Agents-Depth"
+"""How many agents, each asking the next proxy, a request has come through."""
+DEEPEST = 3
+
+
+class SideCalls:
+    """All side calls of one request, and what is left of its budget.
+
+    `depth` is what the client's `X-Agents-Depth` says. `replying` is set while the request's own answer holds a slot.
+    """
+
+    def __init__(self, scope: Scope, router: Router, limits: LimitsConfig, depth: int) -> None:
+        self.router = router
+        self.limits = limits
+        self.depth = depth
+        self.tokens = 0
+        self._scope = scope
+        self._calls = 0
+        self._room = asyncio.Semaphore(limits.side_calls_at_once)
+        self._waiting: set[SideCall] = set()
+        self._replying = False
+
+    @property
+    def headers(self) -> list[tuple[str, str]]:
+        return [(DEPTH, str(self.depth + 1))]
+
+    def reply_began(self) -> None:
+        """The request's own answer holds a slot from now on: what still waits for one might wait for that."""
+        self._replying = True
+        for call in list(self._waiting):
+            call.fail(Overloaded("A side call found no free slot before the answer itself began.", code="no_slot_now"))
+
+    def reply_ended(self) -> None:
+        self._replying = False
+
+    def ask(self, agent: str, request: ChatRequest) -> SideCall:
+        """Start one. Raises: AgentError when the budget is used up, or the request has come through too many agents."""
+        self._take(agent)
+        call = SideCall(self, agent, request.copy())
+        call.start(self._scope)
+        return call
+
+    async def embed(self, agent: str, texts: Sequence[str], model: str) -> list[list[float]]:
+        self._take(agent)
+        async with asyncio.timeout(self.limits.side_call_s), self._room:
+            target = await self.router.resolve(model)
+            backend = cast(Backend, _Hasty(target.backend, not self._replying))
+            return await vectors_of(backend, target.model, texts)
+
+    def _take(self, agent: str) -> None:
+        if self.depth >= DEEPEST:
+            raise AgentError(agent, f"may not ask a model: {self.depth} agents deep already", code="agent_depth")
+        if self._calls >= self.limits.side_calls:
+            raise _used_up(agent, f"{self.limits.side_calls} side calls")
+        self._calls += 1
+
+    async def source(self, request: ChatRequest, call: SideCall) -> Source:
+        """Where the chunks come from."""
+        target = await self.router.resolve(request.model)
+        request.model = target.model
+        wire = wire_of(target.backend)
+        path, body = wire.encode(request)
+        headers = [*JSON_HEADERS, *self.headers]
+        sent = Call("POST", path, serialise(body), headers, wait=not self._replying)
+        return Source(target.backend, sent, wire, request, opened=call.opened)
+
+
+class SideCall:
+    """One answer on its way, as an async iterator of chunks."""
+
+    def __init__(self, calls: SideCalls, agent: str, request: ChatRequest) -> None:
+        self._calls = calls
+        self._agent = agent
+        self._request = request
+        self._chunks: deque[Chunk] = deque()
+        self._done = False
+        self._failure: ProxyError | None = None
+        self._news = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self, scope: Scope) -> None:
+        self._task = scope.spawn(self._read())
+
+    def opened(self, upstream: Response) -> None:
+        """A slot is held."""
+        self._calls._waiting.discard(self)
+
+    def fail(self, failure: ProxyError) -> None:
+        """Break it off."""
+        if not self._done:
+            self._done, self._failure = True, failure
+            self._news.set()
+        if self._task is not None:
+            self._task.cancel()
+
+    def __aiter__(self) -> SideCall:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        while not self._chunks:
+            if self._failure is not None:
+                raise self._failure
+            if self._done:
+                raise StopAsyncIteration
+            self._news.clear()
+            await self._news.wait()
+        return self._chunks.popleft()
+
+    async def aclose(self) -> None:
+        """Nobody wants it any more."""
+        self._chunks.clear()
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _read(self) -> None:
+        try:
+            async with self._calls._room, asyncio.timeout(self._calls.limits.side_call_s):
+                await self._take_all()
+        except ProxyError as exc:
+            self._failure = exc
+        except TimeoutError:
+            limit = f"{self._calls.limits.side_call_s:g} s"
+            self._failure = UpstreamFailed(f"a side call took over {limit}", status=504, code="side_call_timeout")
+        finally:
+            self._calls._waiting.discard(self)
+            self._done = True
+            self._news.set()
+
+    async def _take_all(self) -> None:
+        self._calls._waiting.add(self)
+        source = await self._calls.source(self._request, self)
+        size = 0
+        async with aclosing(source.chunks()) as stream:
+            async for chunk in stream:
+                size += len(chunk.text) + len(chunk.reasoning)
+                self._calls.tokens += bool(chunk.text or chunk.reasoning)
+                if self._calls.tokens > self._calls.limits.side_tokens:
+                    raise _used_up(self._agent, f"{self._calls.limits.side_tokens} tokens in side calls")
+                if size > ANSWER_LIMIT:
+                    raise UpstreamFailed("the answer to a side call is too large", code="upstream_error")
+                self._chunks.append(chunk)
+                self._news.set()
+
+
+@dataclass(frozen=True, slots=True)
+class _Hasty:
+    """A backend whose calls wait for a slot only if they may."""
+
+    backend: Backend
+    wait: bool
+
+    @property
+    def speaks(self) -> frozenset[str]:
+        return self.backend.speaks
+
+    def open(self, call: Call) -> AbstractAsyncContextManager[Response]:
+        return self.backend.open(replace(call, wait=self.wait))
+
+
+def _used_up(agent: str, what: str) -> AgentError:
+    return AgentError(agent, f"has used up what a request may take: {what}", code="agent_budget")

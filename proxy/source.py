@@ -1,0 +1,178 @@
+"""Where a stream of chunks comes from: one call to a model's server, frame by frame."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from backends import Backend, Call
+from backends.exchange import Response
+from proxy.chat import ChatRequest, Chunk, Json
+from proxy.dialects import ANTHROPIC
+from proxy.dialects.codec import Wire
+from proxy.errors import ProxyError, UpstreamFailed, UpstreamRefused
+from proxy.framing import FrameTooLong
+from proxy.relay import frame_too_long, incomplete, may_try_again
+from proxy.translate import refusal
+
+logger = logging.getLogger(__name__)
+
+_SIGNS_OF_LIFE = (b":", b"event: ping")
+"""Events that say nothing, and mean nothing for those after them."""
+
+
+class Frames:
+    """Bytes of a server in, chunks out. With `verbatim` each keeps the bytes it came as, and `tail` are those of the
+    frame that ended the answer: chunks and tail joined are what went in.
+
+    `failure` is what is wrong with the answer, once the chunks before it were returned.
+    """
+
+    def __init__(self, wire: Wire, request: ChatRequest, *, verbatim: bool) -> None:
+        self._splitter = wire.splitter()
+        self._reader = wire.reader(request)
+        self._verbatim = verbatim
+        self._grouped = wire.dialect is ANTHROPIC  # frames that open and close blocks belong to the next chunk
+        self._held = b""
+        self._serial = 0
+        self.tail = b""
+        self.failure: ProxyError | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether the answer has come to its end."""
+        return self._reader.done
+
+    def feed(self, data: bytes) -> list[Chunk]:
+        try:
+            return self._chunks(self._splitter.push(data))
+        except FrameTooLong:
+            self.failure = frame_too_long()
+            return []
+
+    def finish(self) -> list[Chunk]:
+        """What a last frame is whose line end was spared."""
+        last = self._chunks(self._splitter.rest)
+        if not self.done and self.failure is None:
+            self.failure = incomplete()
+        return last
+
+    def _chunks(self, whole: bytes) -> list[Chunk]:
+        made: list[Chunk] = []
+        try:
+            for frame in self._splitter.cut(whole):
+                self._add(frame, made)
+        except UpstreamFailed as exc:
+            self.failure = exc
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as exc:
+            logger.warning("an answer cannot be understood: %s: %s", type(exc).__name__, exc)
+            self.failure = UpstreamFailed("the model server's answer cannot be understood", code="upstream_error")
+        return made
+
+    def _add(self, frame: bytes, made: list[Chunk]) -> None:
+        bare = frame.strip(b"\r\n")
+        data = self._reader.read(bare) if bare else None
+        if data is None and self.done:
+            self.tail += self._held + frame
+            self._held = b""
+        elif data is None and self._grouped and (self._held or not bare.startswith(_SIGNS_OF_LIFE)):
+            self._held += frame
+        elif data is None:
+            if self._verbatim:
+                made.append(Chunk({}, frame, self._next()))
+        else:
+            _check(data)
+            made.extend(self._made(data, self._held + frame))
+            self._held = b""
+
+    def _made(self, data: Json, frame: bytes) -> list[Chunk]:
+        choices = data.get("choices")
+        if choices and len(choices) > 1:  # a chunk tells of one
+            return [Chunk({**data, "choices": [choice]}, serial=self._next()) for choice in choices]
+        return [Chunk(data, frame if self._verbatim else None, self._next())]
+
+    def _next(self) -> int:
+        self._serial += 1
+        return self._serial - 1
+
+
+def _check(data: Json) -> None:
+    """Raise what a chunk of another shape than the API's would have an agent raise, who is not to blame."""
+    for choice in data.get("choices") or ():
+        delta = choice.get("delta")
+        if delta is not None:
+            content = delta.get("content")
+            if content is not None and content.__class__ is not str:
+                raise TypeError("content that is no text")
+
+
+@dataclass(slots=True)
+class Source:
+    """One answer of a model's server, as an async iterator of chunks; to be read once, and closed.
+
+    A server that breaks off before the first chunk is asked once more, and so is one that refuses, with what `amend`
+    then gives. `opened` is called when it answers, `closing` with the text it said when that is complete; in both it is
+    still held, and not any more in `closed`. `tail` is there when all was read.
+    """
+
+    backend: Backend
+    call: Call
+    wire: Wire
+    request: ChatRequest
+    verbatim: bool = False
+    opened: Callable[[Response], None] | None = None
+    closing: Callable[[str, Response], Awaitable[None]] | None = None
+    closed: Callable[[], None] | None = None
+    amend: Callable[[UpstreamRefused], Call | None] | None = None
+    tail: bytes = b""
+
+    async def chunks(self) -> AsyncGenerator[Chunk, None]:
+        """Raises: UpstreamRefused with the server's own words, UpstreamFailed, and what opening the backend raises."""
+        begun = False
+        for last_try in (False, True):
+            try:
+                async with self.backend.open(self.call) as upstream, aclosing(self._read(upstream)) as chunks:
+                    async for chunk in chunks:
+                        begun = True
+                        yield chunk
+                return
+            except UpstreamFailed as exc:
+                if begun or last_try or not may_try_again(exc):
+                    raise
+                logger.warning("%s before the first chunk; trying once more", exc)
+            except UpstreamRefused as exc:
+                again = None if begun or last_try or self.amend is None else self.amend(exc)
+                if again is None:
+                    raise
+                self.call = again
+            finally:
+                if self.closed is not None:
+                    self.closed()
+
+    async def _read(self, upstream: Response) -> AsyncGenerator[Chunk, None]:
+        if upstream.status != 200:
+            raise await refusal(upstream)
+        if self.opened is not None:
+            self.opened(upstream)
+        frames = Frames(self.wire, self.request, verbatim=self.verbatim)
+        said: list[str] = []
+        try:
+            while data := await upstream.piece():
+                for chunk in frames.feed(data):
+                    if self.closing is not None:
+                        said.append(chunk.text)
+                    yield chunk
+                if frames.failure is not None:
+                    raise frames.failure
+        except UpstreamFailed:
+            if not frames.done or frames.failure is not None:
+                raise
+        for chunk in frames.finish():
+            yield chunk
+        if frames.failure is not None:
+            raise frames.failure
+        if self.closing is not None:
+            await self.closing("".join(said), upstream)
+        self.tail = frames.tail
