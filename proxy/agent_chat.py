@@ -15,11 +15,11 @@ from backends import Backend, Call
 from backends.exchange import Response
 from proxy.agent_context import AgentContext, RequestFacts
 from proxy.body import aside, serialise, to_bytes
-from proxy.chain import Active, Picked
+from proxy.chain import FIELD, Active, Picked
 from proxy.chat import ChatRequest, Chunk, Json, Timing, fold, say
 from proxy.dialects import ollama
 from proxy.dialects.codec import Face, Wire, Writer
-from proxy.errors import AgentError, ProxyError, UpstreamRefused
+from proxy.errors import AgentError, BadRequest, ProxyError, UpstreamRefused
 from proxy.headers import REQUEST_ID, upstream_headers
 from proxy.layers import answered, enter, layer
 from proxy.ollama_chat import check_capabilities, set_keep_alive, with_context
@@ -28,7 +28,7 @@ from proxy.relay import Sink, begin_stream, finish
 from proxy.router import Target
 from proxy.scope import Scope
 from proxy.shared import MODEL, Proxy
-from proxy.side_calls import DEPTH, SideCalls
+from proxy.side_calls import DEEPEST, DEPTH, SideCalls
 from proxy.source import Source
 from proxy.translate import Epilogue
 from proxy.wires import hold_context, native_wire, server_of, wire_of, without_thoughts
@@ -57,12 +57,16 @@ class AgentChat:
         self.keep_alive = body.get("keep_alive")
         if self.family == "ollama":
             await check_capabilities(self.proxy, target.backend, body)
+        named = body.pop(FIELD, None)
         request = await aside(self.http, self.face.decode, body)
-        picked = self.proxy.chain.pick(self.http.headers, request, target.name)
+        picked = self.proxy.chain.pick(self.http.headers, named, request, target.name)
         if picked.words is not None:
             return await self._respond(request, timing, say(picked.words), None)
         if not picked.chain:
             return await self.plain(target, self.face.encode(request))
+        if _depth(self.http.headers) >= DEEPEST:
+            words = f"agents are calling agents: this request has come through {DEEPEST} of them already"
+            raise BadRequest(words, status=508, code="agent_depth")
         request.model = target.model
         scope = Scope()
         for active in picked.chain:

@@ -87,14 +87,14 @@ class Chain:
         """The agents without which nothing is to be answered."""
         return [plugin.name for plugin in self.plugins if plugin.settings.required]
 
-    def pick(self, headers: Mapping[str, str], request: ChatRequest, asked: object) -> Picked:
-        """The agents of `request`, whose commands and field `agents` are taken out of it. `asked` is the model's name
-        as the client gave it.
+    def pick(self, headers: Mapping[str, str], field: object, request: ChatRequest, asked: object) -> Picked:
+        """The agents of `request`, whose commands are taken out of it. `field` is what stood in its field `agents`,
+        `asked` the model's name as the client gave it.
 
         Raises: BadRequest for an unknown agent that is named outside the text, and for a bad option; AgentError for one
         that is required and broken.
         """
-        named = _named(headers.get(HEADER), request.body.pop(FIELD, None))
+        named = _named(headers.get(HEADER), field)
         of_model = self._of_model.get(self._model(asked), [])
         picked = Picked(chat_id(headers, request))
         wishes: dict[str, _Wish] = {}

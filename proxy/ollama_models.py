@@ -19,6 +19,7 @@ from aiohttp import web
 from backends import Call, hub
 from backends.downloads import Download
 from backends.ollama import Ollama, OllamaModel
+from backends.ollama_host import key_of
 from backends.spawned import SpawnedModel
 from proxy import cards
 from proxy.body import read_json, serialise
@@ -29,6 +30,7 @@ from proxy.errors import BadRequest, ModelNotFound, ProxyError, UpstreamFailed
 from proxy.headers import upstream_headers
 from proxy.ingress import FrontConnection
 from proxy.relay import PLAIN_LIMIT, ask, begin_stream, finish, patiently, relay
+from proxy.router import Router
 from proxy.shared import MODEL, PROXY, Proxy
 
 logger = logging.getLogger(__name__)
@@ -59,6 +61,7 @@ async def tags(http: web.Request) -> web.Response:
         items += [cards.tags_item(model, None) for model in remote.models]
     if router.ollama is not None:
         items += router.ollama.items()
+    items += _of_virtual(router, items)
     named = {item["name"]: item for item in reversed(items)}  # of two with the same name the first is the one served
     return web.json_response({"models": list(reversed(named.values()))}, dumps=_dumps)
 
@@ -73,8 +76,20 @@ async def ps(http: web.Request) -> web.Response:
             async with asyncio.timeout(LISTING_S):
                 await ollama.looked_up()
         items += ollama.loaded()
+    items += _of_virtual(proxy.router, items, only_known=True)
     items.sort(key=lambda item: str(item.get("expires_at", "")), reverse=True)
     return web.json_response({"models": items}, dumps=_dumps)
+
+
+def _of_virtual(router: Router, items: list[Json], *, only_known: bool = False) -> list[Json]:
+    """The items of virtual models: those of the models that they are, under their own names."""
+    known = {key_of(item["name"]): item for item in items}
+    named = []
+    for name, base in router.virtual.items():
+        item = known.get(key_of(base))
+        if item is not None or not only_known:
+            named.append({**(item or cards.tags_item(name, None)), "name": name, "model": name})
+    return named
 
 
 async def show(http: web.Request) -> web.StreamResponse:

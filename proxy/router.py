@@ -157,9 +157,9 @@ class Router:
         if self.ollama is not None:
             entries += [self._ollama_entry(self.ollama, model) for model in self.ollama.models]
         states = {entry.id: entry.state for entry in entries}
-        for name, aliases in self._virtual_aliases.items():
-            state = states.get(self._virtual[name.lower()], "unloaded")
-            entries.append(Entry(name, "llama-smart-proxy", state, aliases))
+        for name, base in self.virtual.items():
+            state = states.get(base, "unloaded")
+            entries.append(Entry(name, "llama-smart-proxy", state, self._virtual_aliases[name]))
         named: dict[str, Entry] = {}
         for entry in entries:
             named.setdefault(entry.id, entry)  # of two with the same name the first is the one served
@@ -167,8 +167,9 @@ class Router:
 
     @property
     def virtual(self) -> dict[str, str]:
-        """The virtual models, and which model each of them is."""
-        return {name: self._virtual[name.lower()] for name in self._virtual_aliases}
+        """The virtual models, and the id of the model that each of them is, as far as memory goes."""
+        bases = {name: self._virtual[name.lower()] for name in self._virtual_aliases}
+        return {name: target.model if (target := self._known(base)) else base for name, base in bases.items()}
 
     async def fitting(self, names: Sequence[str]) -> list[list[str]]:
         """`names` in groups of models that can be loaded at one time; first those that are. Only models of ours take a
@@ -186,6 +187,10 @@ class Router:
 
     def entry(self, target: Target) -> Entry:
         """The line of one model."""
+        if target.asked:
+            return replace(
+                self.entry(replace(target, asked="")), id=target.asked, owner="llama-smart-proxy", aliases=[]
+            )
         if isinstance(target.backend, SpawnedModel):
             return self._local_entry(target.backend)
         if isinstance(target.backend, Remote):

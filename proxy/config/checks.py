@@ -86,9 +86,19 @@ def _virtual_problems(config: Config) -> Iterator[Problem]:
         loc = model_loc(config, name)
         if (model.model or "").lower() in names:
             yield Problem((*loc, "model"), "must name a model that is not itself another one's name")
+        elif not _may_exist(config, model.model or ""):
+            yield Problem((*loc, "model"), "names no model that there is")
         for field in sorted(model.model_fields_set - {"model", "agents", "aliases"}):
             if getattr(model, field) != ModelConfig.model_fields[field].get_default(call_default_factory=True):
                 yield Problem((*loc, field), "has no effect beside `model`; set it on the model that is named there")
+
+
+def _may_exist(config: Config, name: str) -> bool:
+    """Whether there may be a model of that name: configured, or some place of which only the running proxy knows."""
+    if config.remotes or config.uses_ollama or config.llama_cpp.models_dir is not None or "/" in name:
+        return True
+    names = {key.lower() for known, model in config.models.items() for key in (known, *model.aliases)}
+    return name.lower().removesuffix(":latest") in names or name.lower() in names
 
 
 def _source_problems(config: Config, name: str, model: ModelConfig) -> Iterator[str]:
