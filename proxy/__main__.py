@@ -82,7 +82,10 @@ def _serve(args: argparse.Namespace, path: Path | None) -> int:
     log.configure(config.log_level)
     for warning in config.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    return serve.run(config, reload=args.reload)
+    try:
+        return serve.run(config, reload=args.reload)
+    except ConfigError as exc:  # of agents
+        raise ConfigError([f"{path or 'defaults'}: {line}" for line in exc.problems]) from None
 
 
 def _simulate(path: Path | None) -> int:

@@ -100,7 +100,7 @@ class Chain:
         wishes: dict[str, _Wish] = {}
         off = named is None or of_model is None
         for plugin in self.plugins:
-            if plugin.settings.required or (plugin.always and not off):
+            if plugin.always and (plugin.settings.required or not off):
                 wishes[plugin.name] = _Wish(plugin, plugin.settings)
         if named is not None and of_model is not None:
             self._add_of_model(wishes, of_model)

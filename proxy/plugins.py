@@ -60,8 +60,8 @@ class Plugin:
         """Whether it runs in every chat without being called."""
         if not self.everywhere:
             return False
-        if self.settings.always is not None:
-            return self.settings.always
+        if self.settings.always is not None or self.settings.required:
+            return self.settings.required or bool(self.settings.always)
         return self.made is None or type(self.made.agent).command is None
 
     @property
