@@ -74,7 +74,7 @@ class Chain:
     def concerns(self, headers: Mapping[str, str], body: Json, asked: object) -> bool:
         """Whether agents may have to do with this request, in whatever API: a cheap look. A False is final."""
         return (
-            any(plugin.always for plugin in self.plugins)
+            self.plugins.some_always
             or len(self.chats) > 0
             or FIELD in body
             or HEADER in headers

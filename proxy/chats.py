@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-import orjson
-
-from proxy.chat import ChatRequest, bare
+from proxy.chat import ChatRequest, text_of
 
 CHAT_ID_HEADERS = ("X-OpenWebUI-Chat-Id", "X-Conversation-Id", "X-Chat-Id", "X-Session-Id")
 """Headers by which chat UIs tell which chat a request is of; the first one that is there counts."""
+LOOKED_AT = 10_000
+"""Characters of each text that tell a chat from others."""
 MOST_CHATS = 10_000
 KEPT_S = 7 * 24 * 3600.0
 """A chat is forgotten so many seconds after its last request; and the one longest without first, if there are too
@@ -75,16 +76,16 @@ def chat_id(headers: Mapping[str, str], request: ChatRequest) -> str:
     key = headers.get("Authorization") or headers.get("X-Api-Key") or ""
     named = next((headers[name] for name in CHAT_ID_HEADERS if headers.get(name)), None)
     begun = named if named is not None else _beginning(request)
-    return hashlib.blake2b(orjson.dumps([key, begun], default=str), digest_size=16).hexdigest()
+    return hashlib.blake2b(json.dumps([key, begun]).encode(), digest_size=16).hexdigest()
 
 
 def _beginning(request: ChatRequest) -> object:
-    """The messages up to the first of the user's: every later request of the chat begins with them, too."""
+    """The texts up to the first of the user's: every later request of the chat begins with them, too."""
     if request.is_text:
-        return bare(request.body.get("prompt"))
+        return str(request.body.get("prompt"))[:LOOKED_AT]
     beginning = []
     for message in request.messages:
-        beginning.append([message.get("role"), bare(message.get("content"))])
+        beginning.append([message.get("role"), text_of(message.get("content"))[:LOOKED_AT]])
         if message.get("role") == "user":
             break
     return beginning

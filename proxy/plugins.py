@@ -100,6 +100,8 @@ class Plugins:
 
     by_name: dict[str, Plugin] = field(default_factory=dict)
     reload: bool = False
+    some_always: bool = False
+    """Whether any agent runs uncalled; asked for every request."""
 
     @classmethod
     def of(cls, config: Config) -> Plugins:
@@ -120,6 +122,7 @@ class Plugins:
             else:
                 problems += plugins._enable(entry, place, path, everywhere)
         problems += plugins._bad_commands()
+        plugins._note_always()
         if problems:
             raise ConfigError(problems)
         return plugins
@@ -150,6 +153,9 @@ class Plugins:
                     f"agents: {plugin.name} and {owner[plugin.command]} both want the command /{plugin.command}"
                 )
         return wrong
+
+    def _note_always(self) -> None:
+        self.some_always = any(plugin.always for plugin in self)
 
     def commands(self) -> dict[str, Plugin]:
         """The agents that can be called, by their command."""
@@ -192,6 +198,7 @@ class Plugins:
             logger.error("the agent %s was saved, but cannot be loaded: %s", plugin.name, fresh.error)
             return
         old, plugin.made, plugin.error = plugin.made, fresh.made, None
+        self._note_always()
         logger.info("the agent %s was loaded anew", plugin.name)
         if old is not None:
             old.retired = True

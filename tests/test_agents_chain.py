@@ -199,6 +199,7 @@ def test_the_id_of_a_chat_depends_on_key_and_beginning_only() -> None:
         return chat_id({"Authorization": key} if key else {}, ChatRequest({"messages": messages}))
 
     assert of("a") == of("a", "b", "c")
+    assert of("\udc80") != of("a"), "half a character is no trouble"
     assert len({of("a"), of("b"), of("a", key="k"), of("a", system="s")}) == 4
 
 
