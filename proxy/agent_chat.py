@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, aclosing
@@ -35,6 +36,8 @@ from proxy.wires import hold_context, native_wire, server_of, wire_of, without_t
 
 logger = logging.getLogger(__name__)
 
+_NOT_JSON = re.compile("not JSON serializable|Dict key must")
+"""orjson's words for what is no JSON value."""
 Plain = Callable[[Target, Json], Awaitable[web.StreamResponse]]
 """Answers a request, given as the body of the endpoint that was asked, without agents."""
 
@@ -103,6 +106,10 @@ class AgentChat:
                     if ctx.active.made.rewrites:
                         answer = await open_streams.enter_async_context(aclosing(layer(ctx, answer)))
                 return await self._respond(request, timing, answer, source)
+        except BadRequest as exc:
+            if _NOT_JSON.search(exc.message):  # nothing that was parsed from JSON can be that
+                raise _unspeakable(picked.chain) from exc
+            raise
         finally:
             for ctx in contexts:
                 ctx.active.plugin.spent_s += ctx.turn.spent_s

@@ -47,6 +47,7 @@ _NOT_UPSTREAM = HOP_BY_HOP | {
     "referer",
     "forwarded",  # nothing a client says about its own address is believed or passed on
     "x-real-ip",
+    "x-agents",  # of ours; the next proxy has others
 }
 _NOT_UPSTREAM_PREFIXES = ("x-forwarded-", "proxy-", "sec-", "access-control-")
 
