@@ -16,7 +16,7 @@ from backends import Backend, Call
 from backends.exchange import Response
 from proxy.agent_context import AgentContext, RequestFacts
 from proxy.body import aside, serialise, to_bytes
-from proxy.chain import FIELD, Active, Picked
+from proxy.chain import FIELD, Picked
 from proxy.chat import ChatRequest, Chunk, Json, Timing, fold, say
 from proxy.dialects import ollama
 from proxy.dialects.codec import Face, Wire, Writer
@@ -91,28 +91,40 @@ class AgentChat:
         contexts = [AgentContext(active, facts, scope, calls) for active in picked.chain]
         try:
             async with AsyncExitStack() as open_streams:
-                entered, answering, answer = await enter(contexts, request)
-                source: Source | None = None
-                if answering is not None and answer is not None:
-                    answer = answered(answering, answer)
-                else:
-                    target = await self._retarget(target, request)
-                    if not any(ctx.active.made.rewrites for ctx in entered) and self._is_plain(target, request):
-                        return await self.plain(target, self._encoded(picked.chain, request))
-                    source = await self._source(picked.chain, target, request, timing, calls)
-                    answer = source.chunks()
-                await open_streams.enter_async_context(aclosing(answer))
-                for ctx in reversed(entered):
-                    if ctx.active.made.rewrites:
-                        answer = await open_streams.enter_async_context(aclosing(layer(ctx, answer)))
-                return await self._respond(request, timing, answer, source)
+                return await self._layered(open_streams, contexts, target, request, timing, calls)
         except BadRequest as exc:
             if _NOT_JSON.search(exc.message):  # nothing that was parsed from JSON can be that
-                raise _unspeakable(picked.chain) from exc
+                raise _unspeakable(contexts) from exc
             raise
         finally:
             for ctx in contexts:
                 ctx.active.plugin.spent_s += ctx.turn.spent_s
+
+    async def _layered(
+        self,
+        open_streams: AsyncExitStack,
+        contexts: list[AgentContext],
+        target: Target,
+        request: ChatRequest,
+        timing: Timing,
+        calls: SideCalls,
+    ) -> web.StreamResponse:
+        """Ask the agents, then the model, and answer through the agents; what is opened is left to `open_streams`."""
+        source: Source | None = None
+        entered, answering, answer = await enter(contexts, request)
+        if answering is not None and answer is not None:
+            answer = answered(answering, answer)
+        else:
+            target = await self._retarget(target, request)
+            if not any(ctx.active.made.rewrites for ctx in entered) and self._is_plain(request):
+                return await self.plain(target, self._encoded(contexts, request))
+            source = await self._source(contexts, target, request, timing, calls)
+            answer = source.chunks()
+        await open_streams.enter_async_context(aclosing(answer))
+        for ctx in reversed(entered):
+            if ctx.active.made.rewrites:
+                answer = await open_streams.enter_async_context(aclosing(layer(ctx, answer)))
+        return await self._respond(request, timing, answer, source)
 
     # -- asking ----------------------------------------------------------------------------------------------------
 
@@ -124,19 +136,19 @@ class AgentChat:
             self.http[MODEL] = target.model
         return target
 
-    def _is_plain(self, target: Target, request: ChatRequest) -> bool:
+    def _is_plain(self, request: ChatRequest) -> bool:
         """Whether what the agents made of the request still fits the endpoint that the client asked: one question to
         `/api/generate` may have become a chat."""
         return self.face is not ollama.GENERATE or ollama.WIRE.encode(request)[0] == self.http.path.rstrip("/")
 
-    def _encoded(self, chain: list[Active], request: ChatRequest) -> Json:
+    def _encoded(self, contexts: list[AgentContext], request: ChatRequest) -> Json:
         try:
             return self.face.encode(request)
         except (AttributeError, KeyError, TypeError, ValueError) as exc:
-            raise _unspeakable(chain) from exc
+            raise _unspeakable(contexts) from exc
 
     async def _source(
-        self, chain: list[Active], target: Target, request: ChatRequest, timing: Timing, calls: SideCalls
+        self, contexts: list[AgentContext], target: Target, request: ChatRequest, timing: Timing, calls: SideCalls
     ) -> Source:
         """The model's answer, not asked for yet."""
         backend, closing = target.backend, None
@@ -148,7 +160,7 @@ class AgentChat:
         wire = native_wire(self.family, backend)
         verbatim = wire is not None and request.stream
         wire = wire or wire_of(backend)
-        path, data = await self._written(chain, wire, backend, request)
+        path, data = await self._written(contexts, wire, backend, request)
         headers = upstream_headers(self.http.headers, has_body=True)
 
         def opened(upstream: Response) -> None:
@@ -168,7 +180,7 @@ class AgentChat:
         )  # fmt: skip
 
     async def _written(
-        self, chain: list[Active], wire: Wire, backend: Backend, request: ChatRequest
+        self, contexts: list[AgentContext], wire: Wire, backend: Backend, request: ChatRequest
     ) -> tuple[str, bytes]:
         """Path and body of the request in the server's API. Raises: AgentError if agents made it unspeakable."""
         try:
@@ -176,7 +188,7 @@ class AgentChat:
             hold_context(backend, body)
             return path, await to_bytes(self.http, body)
         except (AttributeError, KeyError, TypeError, ValueError) as exc:
-            raise _unspeakable(chain) from exc
+            raise _unspeakable(contexts) from exc
 
     # -- answering -------------------------------------------------------------------------------------------------
 
@@ -236,6 +248,6 @@ def _same_form(path: str, asked: str) -> bool:
     return path.removeprefix("/v1") == asked.rstrip("/").removeprefix("/v1")
 
 
-def _unspeakable(chain: list[Active]) -> AgentError:
-    names = " or ".join(active.plugin.name for active in chain)
+def _unspeakable(contexts: list[AgentContext]) -> AgentError:
+    names = " or ".join(ctx.name for ctx in contexts)
     return AgentError(names, "made something of the request that cannot be sent")

@@ -32,6 +32,20 @@ class Says(Agent):
     async def on_request(self, request: ChatRequest, ctx: Context) -> ChunkStream | None:
         return say({text!r})
 '''
+SLOW = '''
+class Slow(Agent):
+    """Waits for a file, then answers."""
+    command = "slow"
+    async def on_request(self, request: ChatRequest, ctx: Context) -> ChunkStream | None:
+        from pathlib import Path
+        Path(FOLDER, "begun").touch()
+        while not Path(FOLDER, "go").exists():
+            await asyncio.sleep(0.005)
+        return say(WORDS)
+    async def close(self) -> None:
+        from pathlib import Path
+        Path(FOLDER, "closed").touch()
+'''
 WAY = Way(CHAT, stream=False)
 
 
@@ -191,23 +205,8 @@ async def test_a_required_agent_cannot_be_avoided(fakes: Fakes) -> None:
 
 
 async def test_a_saved_agent_is_loaded_anew(fakes: Fakes) -> None:
-    slow = '''
-    class Slow(Agent):
-        """Waits for a file, then answers."""
-        command = "slow"
-        async def on_request(self, request: ChatRequest, ctx: Context) -> ChunkStream | None:
-            from pathlib import Path
-            Path(FOLDER, "begun").touch()
-            while not Path(FOLDER, "go").exists():
-                await asyncio.sleep(0.005)
-            return say(WORDS)
-        async def close(self) -> None:
-            from pathlib import Path
-            Path(FOLDER, "closed").touch()
-    '''.replace("\n    ", "\n")
-
     def slow_saying(words: str) -> str:
-        return f"WORDS = {words!r}\nFOLDER = {str(fakes.folder)!r}\n{slow}"
+        return f"WORDS = {words!r}\nFOLDER = {str(fakes.folder)!r}\n{SLOW}"
 
     sources = {"hey": says("old"), "slow": slow_saying("old")}
     async with proxy_with_agents(fakes, sources, args=["--reload"], clean_log=False) as proxy:
