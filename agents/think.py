@@ -1,0 +1,171 @@
+"""The agent that keeps a model's thoughts apart from its answer, whichever way the model and the client tell them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Literal
+
+from pydantic import Field
+
+from agents.base import Agent, Context, Options
+from proxy.chat import ChatRequest, Chunk, ChunkStream, Json
+
+
+class Think(Agent):
+    """Turns `<think>` text at the beginning of an answer into reasoning (`reasoning_content`, Ollama's `thinking`), or,
+    with `to: text`, reasoning into `<think>` text; live, also where a tag comes in two pieces.
+
+    Only thoughts in front of the answer count: a tag further on is part of what is said.
+    """
+
+    class Config(Options):
+        """What may stand behind `think` in the configuration."""
+
+        to: Literal["reasoning", "text"] = Field(
+            default="reasoning", description="How clients get thoughts: as reasoning, or as text between tags."
+        )
+        tags: list[tuple[str, str]] = Field(
+            default=[("<think>", "</think>"), ("<thinking>", "</thinking>")],
+            min_length=1,
+            description="Pairs of tags around thoughts; with `to: text` the first pair is written.",
+        )
+        starts_inside: bool = Field(
+            default=False, description="Answers begin within a thought: the model's template has opened it."
+        )
+        keep_history: bool = Field(
+            default=False, description="Leave thoughts in earlier answers where they are; else they are set apart, too."
+        )
+
+    async def on_request(self, request: ChatRequest, ctx: Context) -> ChunkStream | None:
+        if ctx.config.to == "reasoning" and not ctx.config.keep_history:
+            for message in request.messages:
+                if message.get("role") == "assistant" and isinstance(message.get("content"), str):
+                    _set_apart(message, ctx.config.tags)
+        return None
+
+    async def on_response(self, stream: ChunkStream, ctx: Context) -> AsyncIterator[Chunk]:
+        streams: dict[int, _Reasoning | _Text] = {}  # with n > 1 several answers come interleaved
+        make = _Reasoning if ctx.config.to == "reasoning" else _Text
+        async for chunk in stream:
+            if chunk.index not in streams:
+                streams[chunk.index] = make(ctx.config, chunk.index)
+            for passed in streams[chunk.index].take(chunk):
+                yield passed
+        for rest in streams.values():
+            for passed in rest.end():
+                yield passed
+
+
+class _Reasoning:
+    """One answer whose text may begin with a thought."""
+
+    def __init__(self, config: Think.Config, index: int) -> None:
+        self._pairs = config.tags
+        self._index = index
+        self._held = ""
+        self._close = config.tags[0][1] if config.starts_inside else ""  # set within a thought
+        self._blank = False  # at the beginning of a thought, or behind it: white space is dropped
+        self._done = False  # the answer itself has begun
+
+    def take(self, chunk: Chunk) -> list[Chunk]:
+        if self._done and not self._blank:
+            return [chunk]
+        if not chunk.text:
+            return [*self.end(), chunk] if chunk.finish_reason or chunk.tool_calls else [chunk]
+        before = chunk.text
+        self._held += before
+        text, thought = self._read()
+        if text == before and not thought:
+            return [chunk]  # nothing was held: it leaves as it came
+        chunk.text = text
+        made = [Chunk.of(reasoning=thought, index=self._index)] if thought else []
+        return [*made, chunk] if text or chunk.finish_reason or chunk.reasoning or chunk.delta.get("role") else made
+
+    def end(self) -> list[Chunk]:
+        """What is still held: an unfinished tag is text, or part of the thought."""
+        rest, self._held = self._held, ""
+        if not rest:
+            return []
+        return [Chunk.of(reasoning=rest, index=self._index) if self._close else Chunk.of(rest, index=self._index)]
+
+    def _read(self) -> tuple[str, str]:
+        """The text and the thought that can leave now."""
+        if not self._close and not self._done:
+            start = self._held.lstrip()
+            pair = next((pair for pair in self._pairs if start.startswith(pair[0])), None)
+            if pair is not None:
+                self._held, self._close, self._blank = start[len(pair[0]) :], pair[1], True
+            elif any(tag.startswith(start) for tag, _ in self._pairs):
+                return "", ""  # it may become a tag
+            else:
+                self._done = True
+        thought = self._read_thought() if self._close else ""
+        if self._close:
+            return "", thought
+        text = self._held.lstrip() if self._blank else self._held
+        self._blank = self._blank and not text
+        self._held = ""
+        return text, thought
+
+    def _read_thought(self) -> str:
+        if self._blank:
+            self._held = self._held.lstrip()
+        thought, closed, rest = self._held.partition(self._close)
+        if closed:
+            self._held, self._close, self._done, self._blank = rest, "", True, True
+            return thought.rstrip()
+        keep = _beginning_at_end(self._held, self._close)
+        thought, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        space = len(thought) - len(thought.rstrip())  # perhaps that before the tag
+        if space and thought:
+            thought, self._held = thought[:-space], thought[-space:] + self._held
+        self._blank = self._blank and not thought
+        return thought
+
+
+class _Text:
+    """One answer whose reasoning is to be text between tags."""
+
+    def __init__(self, config: Think.Config, index: int) -> None:
+        self._open, self._close = config.tags[0]
+        self._index = index
+        self._inside = False
+
+    def take(self, chunk: Chunk) -> list[Chunk]:
+        thought, text = chunk.reasoning, chunk.text
+        if not thought and not self._inside:
+            return [chunk]
+        told = ""
+        if thought:
+            told, self._inside = ("" if self._inside else f"{self._open}\n") + thought, True
+        ends = bool(text or chunk.tool_calls or chunk.finish_reason)
+        if self._inside and ends:
+            told += f"\n{self._close}\n\n"
+            self._inside = False
+        if not thought and not text and told:
+            return [Chunk.of(told, index=self._index), chunk]
+        if thought:
+            chunk.reasoning = ""
+        if told:
+            chunk.text = told + text
+        return [chunk]
+
+    def end(self) -> list[Chunk]:
+        return [Chunk.of(f"\n{self._close}\n\n", index=self._index)] if self._inside else []
+
+
+def _beginning_at_end(text: str, tag: str) -> int:
+    """How many characters at the end of `text` may be the beginning of `tag`."""
+    return next((size for size in range(min(len(tag) - 1, len(text)), 0, -1) if text.endswith(tag[:size])), 0)
+
+
+def _set_apart(message: Json, tags: list[tuple[str, str]]) -> None:
+    """Take a leading thought out of an earlier answer's text; it is told as reasoning if nothing is told there yet."""
+    text = message["content"].lstrip()
+    for opening, closing in tags:
+        if text.startswith(opening) and closing in text:
+            thought, _, rest = text[len(opening) :].partition(closing)
+            message["content"] = rest.lstrip()
+            if thought.strip() and not message.get("reasoning_content"):
+                message["reasoning_content"] = thought.strip()
+            return
