@@ -1,0 +1,48 @@
+"""The template to copy: an agent that marks the request and the answer.
+
+Copy this file into a folder named in `agents_dirs`, give it a name of its own, and name that in `agents:`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+from pydantic import Field
+
+from agents.base import Agent, Context, Options
+from proxy.chat import ChatRequest, Chunk, ChunkStream
+
+
+class Example(Agent):
+    """Puts a mark behind your question, and one before and one behind the answer."""
+
+    # Called by `/example` at the beginning of a message. Without a command, an agent runs in every chat.
+    command = "example"
+    # What a call may set: `/example mark=* Hello`.
+    per_call = frozenset({"mark"})
+
+    # What the configuration may set: `agents: [{example: {mark: "*"}}]`. Unknown keys are refused there.
+    class Config(Options):
+        """What may stand behind `example` in the configuration."""
+
+        mark: str = Field(default="#", min_length=1, description="The mark.")
+
+    async def on_request(self, request: ChatRequest, ctx: Context) -> ChunkStream | None:
+        # The same for every API: a chat's last user message, or the prompt of a text.
+        request.last_user_text = f"{request.last_user_text} {ctx.config.mark}"
+        # None: go on to the next agent, and to the model. `return say("...")` would be the answer instead.
+        return None
+
+    async def on_response(self, stream: ChunkStream, ctx: Context) -> AsyncIterator[Chunk]:
+        # Nothing about a request is kept on `self`, which serves all of them at once: it goes into variables here, and
+        # what one hook wants to tell the other into `ctx.state`.
+        mark = ctx.config.mark
+        begun = False
+        # One turn for each piece of the answer, as it arrives. Without `stream` in the request it is all the same.
+        async for chunk in stream:
+            if chunk.text and not begun:
+                begun = True
+                yield Chunk.of(f"{mark} ")  # a chunk of our own
+            yield chunk  # one that nobody changes leaves as the very bytes it came as
+        # Behind the last piece of text. The end of the answer has been held for us.
+        yield Chunk.of(f" {mark}")
