@@ -117,6 +117,6 @@ async def test_official_clients_over_real_llama_cpp(tmp_path: Path) -> None:
                 texts.append("".join([chunk.choices[0].delta.content or "" async for chunk in stream if chunk.choices]))
             listed = [model.id async for model in plain.models.list()]
         assert texts[0] != texts[0].upper() and texts[1] == texts[1].upper() != "" and "loud" in listed
-        client = ollama.AsyncClient(host=proxy.url)
-        answer = await client.chat(model="loud", messages=messages, options={"num_predict": 8, "temperature": 0})
+        async with ollama.AsyncClient(host=proxy.url, verify=False) as client:
+            answer = await client.chat(model="loud", messages=messages, options={"num_predict": 8, "temperature": 0})
         assert answer.message.content == texts[1]
