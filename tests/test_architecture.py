@@ -58,6 +58,7 @@ for what is in that package, too, unless that is named itself."""
 BACKENDS_MAY_IMPORT = {"proxy.errors", "proxy.config"}
 AGENTS_MAY_IMPORT = {"proxy.chat", "proxy.errors"}
 TASK_MAKERS = {
+    "agents/parallel/members.py",  # whoever is asked; ends with the answer
     "backends/downloads.py",  # one for all who wait
     "backends/instance.py",  # the life of a process
     "backends/ollama.py",  # listings in the background

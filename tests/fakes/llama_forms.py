@@ -39,7 +39,7 @@ class Form:
 
     def __init__(self, alias: str, body: dict[str, Any], texts: list[str], call: list[Any] | None) -> None:
         self.alias, self.texts, self.call = alias, texts, call
-        self.answers = int(body.get("n") or 1)  # told apart by a number behind each token
+        self.answers = int(body.get("n") or 1)  # told apart by a number behind each token, if that was not asked for
         self.thoughts = ""
         self.usage = bool((body.get("stream_options") or {}).get("include_usage"))
         self.stream = bool(body.get("stream"))
@@ -93,15 +93,19 @@ class Texts(Form):
         fixed = {"created": 0, "id": f"fake-{os.getpid()}", "model": self.alias, "object": kind}
         return {"choices": list(choices), **fixed}
 
-    def piece(self, delta: dict[str, object], finish: str | None = None) -> dict[str, Any]:
-        return self.envelope({"finish_reason": finish, "index": 0, "text": delta.get("content", "")})
+    def piece(self, delta: dict[str, object], finish: str | None = None, number: int = 0) -> dict[str, Any]:
+        return self.envelope({"finish_reason": finish, "index": number, "text": delta.get("content", "")})
 
     def token(self, index: int) -> bytes:
-        return data(self.piece({"content": self.texts[index]}))
+        text = self.texts[index]
+        marked = self.answers > 1 and text.startswith("t")
+        told = [f"{text.rstrip()}#{n} " if marked else text for n in range(self.answers)]
+        return b"".join(data(self.piece({"content": text}, None, n)) for n, text in enumerate(told))
 
     def last(self) -> bytes:
         value = self.piece({}, "tool_calls" if self.call else "stop")
-        return data(value if self.usage else value | self.figures())
+        others = [data(self.piece({}, "stop", n)) for n in range(1, self.answers)]
+        return b"".join([*others, data(value if self.usage else value | self.figures())])
 
     def counts(self) -> Iterator[bytes]:
         if self.usage:
@@ -124,15 +128,6 @@ class Chats(Texts):
         if self.thoughts:
             events.append(data(self.piece({"reasoning_content": self.thoughts})))
         return b"".join(events)
-
-    def token(self, index: int) -> bytes:
-        text = self.texts[index]
-        told = [text if self.answers == 1 else f"{text.rstrip()}#{n} " for n in range(self.answers)]
-        return b"".join(data(self.piece({"content": text}, None, n)) for n, text in enumerate(told))
-
-    def last(self) -> bytes:
-        others = [data(self.piece({}, "stop", n)) for n in range(1, self.answers)]
-        return b"".join([super().last(), *others])
 
     def called(self) -> Iterator[bytes]:
         if self.call:
