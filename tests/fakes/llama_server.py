@@ -22,6 +22,7 @@ The environment switches manners on, most easily through a model's `env:`:
     FAKE_EXIT=3 | SIGSEGV    ends so at start; `3@loaded`: once ready instead
     FAKE_NEVER=nobind|mute|503   never becomes healthy: does not listen | accepts and stays silent | loads for ever
     FAKE_TOKENS=8 FAKE_TOKEN_MS=0    tokens of an answer, and the pause before each
+    FAKE_ECHO=1              repeats the last message, word for word
     FAKE_ANSWER=text         in place of tokens             FAKE_IF=[[words, text], ...]   if the last message has them
     FAKE_DIE_AFTER=n         SIGKILLs itself after n tokens of an answer
     FAKE_RST=before_headers|after_headers    resets the connection of a generating request
@@ -39,6 +40,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -244,6 +246,8 @@ class Answer:
             texts = [answer]
         last = str(body["messages"][-1].get("content")) if body.get("messages") else str(body.get("prompt"))
         texts = next(([reply] for words, reply in json.loads(ENV.get("FAKE_IF", "[]")) if words in last), texts)
+        if "FAKE_ECHO" in ENV:
+            texts = re.findall(r"\S+\s*", last)
         self.tokens = len(texts)
         self.form = FORMS.get(path, Texts)(connection.server.alias, body, texts, steer.get("tool_call"))
         self.form.thoughts = steer.get("thoughts", "")
