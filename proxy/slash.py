@@ -34,7 +34,7 @@ def leading_commands(text: str, known: Mapping[str, frozenset[str]]) -> tuple[li
         called.append(Called(found[1]))
         place = _behind_space(text, found.end())
         while (option := _OPTION.match(text, place)) and option[1] in known[found[1]]:
-            called[-1].options[option[1]] = option[2].strip('"') if option[2].startswith('"') else option[2]
+            called[-1].options[option[1]] = _unquoted(option[2])
             place = _behind_space(text, option.end())
     return called, text[place:] if called else text
 
@@ -55,6 +55,10 @@ def may_call(body: Json) -> bool:
             if part is not None:
                 return str(part["text"]).startswith("/")
     return False
+
+
+def _unquoted(value: str) -> str:
+    return value[1:-1] if len(value) > 1 and value[0] == value[-1] == '"' else value
 
 
 def _behind_space(text: str, place: int) -> int:
