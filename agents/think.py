@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from agents.base import Agent, Context, Options
-from proxy.chat import ChatRequest, Chunk, ChunkStream, Json
+from proxy.chat import ChatRequest, Chunk, ChunkStream, Json, first_text_part
 
 
 class Think(Agent):
@@ -39,7 +39,7 @@ class Think(Agent):
     async def on_request(self, request: ChatRequest, ctx: Context) -> ChunkStream | None:
         if ctx.config.to == "reasoning" and not ctx.config.keep_history:
             for message in request.messages:
-                if message.get("role") == "assistant" and isinstance(message.get("content"), str):
+                if message.get("role") == "assistant":
                     _set_apart(message, ctx.config.tags)
         return None
 
@@ -63,20 +63,29 @@ class _Reasoning:
         self._pairs = config.tags
         self._index = index
         self._held = ""
-        self._close = config.tags[0][1] if config.starts_inside else ""  # set within a thought
+        self._waiting: list[Chunk] = []  # those that `_held` is of, while it is not known what it is
+        self._starts_inside = config.starts_inside
+        self._close: tuple[str, ...] = ()  # what ends the thought; set within one
         self._blank = False  # at the beginning of a thought, or behind it: white space is dropped
         self._done = False  # the answer itself has begun
 
     def take(self, chunk: Chunk) -> list[Chunk]:
         if self._done and not self._blank:
             return [chunk]
+        if chunk.reasoning:
+            self._starts_inside = False  # the server knows where thoughts end
         if not chunk.text:
             return [*self.end(), chunk] if chunk.finish_reason or chunk.tool_calls else [chunk]
-        before = chunk.text
-        self._held += before
+        self._held += chunk.text
+        self._waiting.append(chunk)
         text, thought = self._read()
-        if text == before and not thought:
-            return [chunk]  # nothing was held: it leaves as it came
+        if not (self._close or self._done):
+            return self.end() if chunk.finish_reason else []
+        waiting, self._waiting = self._waiting, []
+        if not thought and text == "".join(one.text for one in waiting):
+            return waiting  # as they came
+        if chunk.finish_reason:
+            thought, self._held = thought + self._held, ""
         chunk.text = text
         made = [Chunk.of(reasoning=thought, index=self._index)] if thought else []
         return [*made, chunk] if text or chunk.finish_reason or chunk.reasoning or chunk.delta.get("role") else made
@@ -84,9 +93,14 @@ class _Reasoning:
     def end(self) -> list[Chunk]:
         """What is still held: an unfinished tag is text, or part of the thought."""
         rest, self._held = self._held, ""
-        if not rest:
-            return []
-        return [Chunk.of(reasoning=rest, index=self._index) if self._close else Chunk.of(rest, index=self._index)]
+        waiting, self._waiting = self._waiting, []
+        if waiting and not self._starts_inside:
+            self._done = True
+            return waiting
+        if waiting and waiting[-1].finish_reason:
+            waiting[-1].text = ""
+            return [Chunk.of(reasoning=rest, index=self._index), waiting[-1]]
+        return [Chunk.of(reasoning=rest, index=self._index)] if rest else []
 
     def _read(self) -> tuple[str, str]:
         """The text and the thought that can leave now."""
@@ -94,9 +108,11 @@ class _Reasoning:
             start = self._held.lstrip()
             pair = next((pair for pair in self._pairs if start.startswith(pair[0])), None)
             if pair is not None:
-                self._held, self._close, self._blank = start[len(pair[0]) :], pair[1], True
+                self._held, self._close, self._blank = start[len(pair[0]) :], pair[1:], True
             elif any(tag.startswith(start) for tag, _ in self._pairs):
                 return "", ""  # it may become a tag
+            elif self._starts_inside:
+                self._close, self._blank = tuple(close for _, close in self._pairs), True
             else:
                 self._done = True
         thought = self._read_thought() if self._close else ""
@@ -110,11 +126,13 @@ class _Reasoning:
     def _read_thought(self) -> str:
         if self._blank:
             self._held = self._held.lstrip()
-        thought, closed, rest = self._held.partition(self._close)
-        if closed:
-            self._held, self._close, self._done, self._blank = rest, "", True, True
+        found = [(place, tag) for tag in self._close if (place := self._held.find(tag)) >= 0]
+        if found:
+            place, tag = min(found)
+            thought, self._held = self._held[:place], self._held[place + len(tag) :]
+            self._close, self._done, self._blank = (), True, True
             return thought.rstrip()
-        keep = _beginning_at_end(self._held, self._close)
+        keep = max(_beginning_at_end(self._held, tag) for tag in self._close)
         thought, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         space = len(thought) - len(thought.rstrip())  # perhaps that before the tag
         if space and thought:
@@ -161,11 +179,17 @@ def _beginning_at_end(text: str, tag: str) -> int:
 
 def _set_apart(message: Json, tags: list[tuple[str, str]]) -> None:
     """Take a leading thought out of an earlier answer's text; it is told as reasoning if nothing is told there yet."""
-    text = message["content"].lstrip()
+    content = message.get("content")
+    holder, key = (first_text_part(content), "text") if isinstance(content, list) else (message, "content")
+    if holder is None or not isinstance(holder.get(key), str):
+        return
+    text = holder[key].lstrip()
     for opening, closing in tags:
         if text.startswith(opening) and closing in text:
             thought, _, rest = text[len(opening) :].partition(closing)
-            message["content"] = rest.lstrip()
+            holder[key] = rest.lstrip()
+            if isinstance(content, list) and not holder[key] and len(content) > 1:
+                content.remove(holder)  # not every API takes an empty part
             if thought.strip() and not message.get("reasoning_content"):
                 message["reasoning_content"] = thought.strip()
             return

@@ -27,6 +27,9 @@ class Facts:
         self.config = config
 
 
+END = Chunk({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+
+
 def passed(chunks: list[Chunk], **options: Any) -> list[Chunk]:
     """What becomes of these chunks."""
     config = Think.Config(**options)
@@ -78,7 +81,19 @@ def test_a_leading_thought_is_reasoning_however_it_is_cut(text: str, reasoning: 
 
 
 def test_an_answer_may_begin_within_a_thought() -> None:
-    assert told(["so ", "it is</th", "ink>\n", "Hello"], starts_inside=True) == ("so it is", "Hello")
+    for pieces in (
+        ["so ", "it is</th", "ink>\n", "Hello"],
+        ["\n", "so it is\n</thinking>", "Hello"],
+        ["<thi", "nk>so it is</think>", "Hello"],
+    ):
+        assert told(pieces, starts_inside=True) == ("so it is", "Hello")
+    assert told(["so", " it is"], starts_inside=True) == ("so it is", "")
+    assert told(["<thi"], starts_inside=True) == ("<thi", "")
+
+
+def test_a_server_that_tells_thoughts_apart_is_believed() -> None:
+    made = passed([Chunk.of(reasoning="so"), Chunk.of("Hello")], starts_inside=True)
+    assert [(chunk.reasoning, chunk.text) for chunk in made] == [("so", ""), ("", "Hello")]
 
 
 def test_only_what_may_be_a_tag_is_held_back() -> None:
@@ -98,6 +113,42 @@ def test_chunks_behind_the_thought_are_the_same_objects() -> None:
     assert made[-2:] == chunks[-2:] and made[-2].frame == b"frame"
     plain = [Chunk.of("a"), Chunk.of("b")]
     assert passed(plain) == plain
+    for texts in (["<th", "in ice"], ["\n", " ", "a"], ["<think"], [" ", "<"]):
+        held = [*map(Chunk.of, texts), END]
+        assert passed(held) == held
+
+
+@pytest.mark.parametrize(
+    ("texts", "reasoning", "answer"),
+    [
+        (["<think>a", "</thi"], "a</thi", ""),
+        (["<think>a", "</think> b"], "a", "b"),
+        (["<think>a"], "a", ""),
+        (["<thi"], "", "<thi"),
+        (["<th", "ink"], "", "<think"),
+    ],
+)
+def test_the_end_comes_last_though_it_brings_text(texts: list[str], reasoning: str, answer: str) -> None:
+    last = Chunk({"choices": [{"index": 0, "delta": {"content": texts[-1]}, "finish_reason": "stop"}]})
+    for chunks in ([*map(Chunk.of, texts[:-1]), last], [*map(Chunk.of, texts), END]):
+        made = passed(chunks)
+        assert ("".join(chunk.reasoning for chunk in made), "".join(chunk.text for chunk in made)) == (
+            reasoning,
+            answer,
+        )
+        assert [chunk.finish_reason for chunk in made] == [None] * (len(made) - 1) + ["stop"]
+
+
+def test_what_is_held_leaves_before_a_tool_call() -> None:
+    call = Chunk({"choices": [{"index": 0, "delta": {"tool_calls": [{"index": 0}]}, "finish_reason": None}]})
+    for text, reasoning, answer in (("<thi", "", "<thi"), ("<think>a</", "a</", "")):
+        made = passed([Chunk.of(text), call, END])
+        assert made[-2:] == [call, END]
+        told = made[:-2]
+        assert ("".join(chunk.reasoning for chunk in told), "".join(chunk.text for chunk in told)) == (
+            reasoning,
+            answer,
+        )
 
 
 def test_several_answers_are_kept_apart() -> None:
@@ -149,6 +200,30 @@ async def test_earlier_thoughts_are_no_prose_to_the_model(stage: tuple[Proxy, Fa
     sent = fakes.generated()[-1]["messages"]
     assert sent[0] == history[0]
     assert sent[1] == {"role": "assistant", "content": "Hello", "reasoning_content": "old"}
+
+
+async def test_earlier_thoughts_in_blocks_are_set_apart_too(stage: tuple[Proxy, Fakes]) -> None:
+    proxy, fakes = stage
+    for blocks, left in (
+        ([{"type": "text", "text": "<think>old</think>Hello"}], [{"type": "text", "text": "Hello"}]),
+        (
+            [{"type": "text", "text": "<think>old</think>"}, {"type": "text", "text": "Hi"}],
+            [{"type": "text", "text": "Hi"}],
+        ),
+    ):
+        messages = [{"role": "assistant", "content": blocks}, {"role": "user", "content": "again"}]
+        await raw_client.post(proxy.port, "/v1/messages", {"model": "m", "max_tokens": 9, "messages": messages})
+        sent = json.loads(fakes.events("request")[-1]["body"])["messages"]
+        assert sent[0]["content"] == [{"type": "thinking", "thinking": "old", "signature": ""}, *left]
+
+
+async def test_an_earlier_answer_without_text_is_left_as_it_is(stage: tuple[Proxy, Fakes]) -> None:
+    proxy, fakes = stage
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    said = {"role": "assistant", "tool_calls": [call]}
+    messages = [said, {"role": "tool", "tool_call_id": "1", "content": "x"}]
+    await raw_client.post(proxy.port, CHAT, {"model": "m", "messages": messages})
+    assert fakes.generated()[-1]["messages"][0] == said
 
 
 def test_a_request_may_keep_its_history() -> None:
