@@ -39,7 +39,8 @@ VERBATIM = [
     "/rag, hi", "/rag.", "/rag's", "/RAG hi", "/Rag hi", "/ragged hi", "/ra hi", "/rag_ hi", "/rag- hi",
     "/r\u0430g hi",  # with a Cyrillic letter
     "\uff0frag hi", "\u2044rag hi", "\u2215rag hi", "\u29f8rag hi", "\\rag hi", "rag hi", "/unknown hi",
-    "/unknown /rag hi",    "/etc/hosts is what?", "/", "/1 hi", "/-rag hi", "<context>/rag hi</context>", "</context>\n/rag hi",
+    "/unknown /rag hi", "/etc/hosts is what?", "/", "/1 hi", "/-rag hi", "<context>/rag hi</context>",
+    "</context>\n/rag hi",
     "### Task:\nGenerate a concise title.\n<chat_history>\nUSER: /rag hi\n</chat_history>",
     "### Task:\nSuggest 3-5 follow-up questions.\n/rag", "/rag\x00 hi", "/rag\u200bhi", "/rag=3 hi",
 ]  # fmt: skip

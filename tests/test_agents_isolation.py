@@ -1,0 +1,312 @@
+"""One agent's trouble is its own: it raises, hangs, floods or breaks things, and everybody else is served."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from tests import raw_client
+from tests.agent_clients import WAYS, Said, Way, proxy_with_agents, write_agent
+from tests.e2e_support import CHAT, Fakes, fakes
+from tests.harness import Proxy, session_proxy, until
+
+__all__ = ["fakes"]
+STREAM, WHOLE = Way(CHAT, stream=True), Way(CHAT, stream=False)
+PLAIN = "t0 t1 t2 t3 "
+
+BAD = {
+    "request": """
+        async def on_request(self, request: ChatRequest, ctx: Context) -> ChunkStream | None:
+            request.messages.clear()
+            raise KeyError("messages")
+    """,
+    "exits": """
+        async def on_request(self, request: ChatRequest, ctx: Context) -> ChunkStream | None:
+            raise SystemExit(3)
+    """,
+    "chunk": """
+        async def on_chunk(self, chunk: Chunk, ctx: Context) -> Chunk | None:
+            if "t2" in chunk.text:
+                raise ValueError("t2")
+            return chunk
+    """,
+    "response": """
+        async def on_response(self, stream: ChunkStream, ctx: Context) -> AsyncIterator[Chunk]:
+            async for chunk in stream:
+                if "t2" in chunk.text:
+                    raise RuntimeError("t2")
+                yield chunk
+    """,
+    "cancelled": """
+        async def on_response(self, stream: ChunkStream, ctx: Context) -> AsyncIterator[Chunk]:
+            async for chunk in stream:
+                if "t2" in chunk.text:
+                    raise asyncio.CancelledError
+                yield chunk
+    """,
+    "last": """
+        async def on_response(self, stream: ChunkStream, ctx: Context) -> AsyncIterator[Chunk]:
+            async for chunk in stream:
+                yield chunk
+            raise StopAsyncIteration
+    """,
+    "shape": """
+        async def on_chunk(self, chunk: Chunk, ctx: Context) -> Chunk | None:
+            if "t2" in chunk.text:
+                return Chunk({"choices": [7]})
+            return chunk
+    """,
+    "text": """
+        async def on_response(self, stream: ChunkStream, ctx: Context) -> AsyncIterator[Chunk]:
+            async for chunk in stream:
+                yield chunk.text if "t2" in chunk.text else chunk
+    """,
+    "hangs": """
+        async def on_request(self, request: ChatRequest, ctx: Context) -> ChunkStream | None:
+            await asyncio.Event().wait()
+    """,
+    "stubborn": """
+        async def on_chunk(self, chunk: Chunk, ctx: Context) -> Chunk | None:
+            if "t2" in chunk.text:
+                try:
+                    await asyncio.Event().wait()
+                except asyncio.CancelledError:
+                    await asyncio.Event().wait()
+            return chunk
+    """,
+    "stuck": """
+        async def on_response(self, stream: ChunkStream, ctx: Context) -> AsyncIterator[Chunk]:
+            async for chunk in stream:
+                if "t2" in chunk.text:
+                    await asyncio.Event().wait()
+                yield chunk
+    """,
+    "floods": """
+        async def on_response(self, stream: ChunkStream, ctx: Context) -> AsyncIterator[Chunk]:
+            async for chunk in stream:
+                while "t2" in chunk.text:
+                    yield Chunk.of("x" * 1000)
+                yield chunk
+    """,
+    "repeats": """
+        async def on_response(self, stream: ChunkStream, ctx: Context) -> AsyncIterator[Chunk]:
+            async for chunk in stream:
+                yield chunk
+                while "t1" in chunk.text:
+                    yield chunk
+    """,
+}
+"""What each of them does wrong, nearly always at the third token."""
+BEFORE = {"request", "exits", "hangs"}
+"""Those that fail before there is an answer."""
+HANG = {"hangs", "stubborn", "stuck"}
+ENDLESS = {"floods", "repeats"}
+PROBE = """
+    async def on_request(self, request: ChatRequest, ctx: Context) -> ChunkStream | None:
+        return say(str(len(asyncio.all_tasks())))
+"""
+
+
+def agent(name: str, body: str) -> str:
+    return f'class {name.title()}(Agent):\n    """Does something wrong."""\n    command = "{name}"\n{body}'
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Proxy, Fakes]]:
+    fakes = Fakes(tmp_path_factory.mktemp("isolation"))
+    folder = fakes.folder / "agents"
+    for name, body in {**BAD, "probe": PROBE}.items():
+        lines = [line[4:] if line.startswith("    " * 2) else line for line in body.splitlines()]
+        write_agent(folder, name, agent(name, "\n".join(lines) if name != "probe" else body))
+    models = {"m": fakes.model(fields={"parallel": 8}, TOKENS=4)}
+    models |= {
+        f"skip-{name}": {"model": "m", "agents": [{name: {"on_error": "skip", "timeout_s": 0.2}}]} for name in BAD
+    }
+    config = fakes.config(models, keep_alive=-1) | {"agents_dirs": [str(folder)], "agent_limits": {"output_kib": 64}}
+    config["agents"] = [{name: {"timeout_s": 0.2}} if name in HANG else name for name in (*BAD, "probe")]
+    with session_proxy(config) as proxy:
+        yield proxy, fakes
+        proxy._log.clear()  # full of tracebacks, as it should be
+
+
+async def tasks(proxy: Proxy) -> int:
+    """How many tasks the proxy has while it does nothing else."""
+    return int((await WHOLE.ask(proxy, WHOLE.body("/probe hi"))).text)
+
+
+async def in_every_way(proxy: Proxy, text: str, **fields: str) -> list[tuple[Way, Said]]:
+    """What each API's client is told, all at once."""
+    said = await asyncio.gather(*(way.ask(proxy, way.body(text, **fields)) for way in WAYS))
+    return list(zip(WAYS, said, strict=True))
+
+
+@pytest.mark.parametrize("name", BAD)
+async def test_a_failure_is_a_proper_error_in_every_api(stage: tuple[Proxy, Fakes], name: str) -> None:
+    proxy, _ = stage
+    await WHOLE.ask(proxy, WHOLE.body("hi"))  # the model's process has a task of its own
+    before = await tasks(proxy)
+    for way, said in await in_every_way(proxy, f"/{name} hi"):
+        assert (said.error or "").startswith(f"agent {name} "), way
+        if name in BEFORE or not way.stream:
+            assert said.status == (504 if name in HANG else 500), way
+        else:
+            assert said.status == 200 and said.text.startswith("t0 t1 "), way
+
+    async def nothing_left() -> bool:
+        return await tasks(proxy) <= before
+
+    await until(nothing_left, what="the end of all that was begun")
+
+
+@pytest.mark.parametrize("name", [name for name in BAD if name not in ENDLESS])
+async def test_a_failure_may_be_skipped(stage: tuple[Proxy, Fakes], name: str) -> None:
+    proxy, fakes = stage
+    for way, said in await in_every_way(proxy, "hi", model=f"skip-{name}"):
+        assert (said.text, said.error) == (PLAIN, None), way
+        assert said.finish in ("stop", "end_turn")
+    body = json.loads([event for event in fakes.events("request") if event["path"] == CHAT][-1]["body"])
+    assert body["messages"] == [{"role": "user", "content": "hi"}], "what it did to the request is undone"
+
+
+async def test_others_are_served_while_one_floods(stage: tuple[Proxy, Fakes]) -> None:
+    proxy, _ = stage
+    async with asyncio.TaskGroup() as group:
+        for _ in range(4):
+            group.create_task(STREAM.ask(proxy, STREAM.body("/floods hi")))
+        others = [group.create_task(STREAM.ask(proxy, STREAM.body("hi"))) for _ in range(8)]
+    assert {other.result().text for other in others} == {PLAIN}
+    listed = {item["name"]: item for item in (await raw_client.get(proxy.port, "/plugins")).json()}
+    assert listed["floods"]["errors"] >= 4 and listed["probe"]["errors"] == 0
+
+
+async def test_an_error_of_the_agents_own_words_is_told_as_it_is(fakes: Fakes) -> None:
+    source = '''
+    from proxy.errors import BadRequest
+    class Picky(Agent):
+        """Wants less."""
+        command = "picky"
+        async def on_request(self, request: ChatRequest, ctx: Context) -> ChunkStream | None:
+            raise BadRequest("that is too much to ask", status=413)
+    '''
+    async with proxy_with_agents(fakes, {"picky": source}) as proxy:
+        for way in WAYS:
+            said = await way.ask(proxy, way.body("/picky hi"))
+            assert (said.status, said.error) == (413, "that is too much to ask")
+
+
+async def test_what_fails_while_it_cleans_up_spoils_no_answer(fakes: Fakes) -> None:
+    source = '''
+    class Untidy(Agent):
+        """Fails at the end."""
+        command = "untidy"
+        async def on_response(self, stream: ChunkStream, ctx: Context) -> AsyncIterator[Chunk]:
+            try:
+                async for chunk in stream:
+                    yield chunk
+            finally:
+                if ctx.config.hang:
+                    await asyncio.Event().wait()
+                raise OSError("disk full")
+        class Config(Options):
+            hang: bool = False
+        per_call = frozenset({"hang"})
+    '''
+    early = '''
+    class Early(Agent):
+        """Stops after two tokens."""
+        command = "early"
+        async def on_response(self, stream: ChunkStream, ctx: Context) -> AsyncIterator[Chunk]:
+            async for chunk in stream:
+                yield chunk
+                if "t1" in chunk.text:
+                    return
+    '''
+    async with proxy_with_agents(fakes, {"early": early, "untidy": source}, clean_log=False) as proxy:
+        for options in ("", "hang=yes "):
+            said = await STREAM.ask(proxy, STREAM.body(f"/early /untidy {options}hi"))
+            assert (said.text, said.error, said.finish) == ("t0 t1 ", None, "stop")
+        assert (await STREAM.ask(proxy, STREAM.body("hi"))).error is None
+
+
+UNUSABLE = {
+    "syntax": ("class Broken(Agent)\n    pass", "SyntaxError: expected ':' (line"),
+    "module": ("import no_such_module_at_all", "ModuleNotFoundError: No module named 'no_such_module_at_all'"),
+    "raises": ("raise RuntimeError('not today')", "RuntimeError: not today (line"),
+    "exits": ("raise SystemExit", "SystemExit"),
+    "nothing": ("x = 1", "holds no class derived from Agent"),
+    "two": ("class A(Agent): pass\nclass B(Agent): pass", "holds several agents (A, B); keep one"),
+    "hook": (
+        "class A(Agent):\n    async def on_response(self, stream, ctx):\n        return stream",
+        "on_response must",
+    ),
+    "sync": ("class A(Agent):\n    def on_request(self, request, ctx):\n        pass", "on_request must be an `async"),
+    "command": ("class A(Agent):\n    command = 'A B'", "its command 'A B' must match"),
+    "field": ("class A(Agent):\n    class Config(Options):\n        always: bool = True", "fields called always"),
+    "percall": ("class A(Agent):\n    per_call = frozenset({'x'})", "per_call names what is not in Config: x"),
+    "init": ("class A(Agent):\n    def __init__(self, config):\n        raise ValueError('no')", "ValueError: no"),
+    "start": (
+        "class A(Agent):\n    async def start(self):\n        raise OSError('no table')",
+        "start: OSError: no table",
+    ),
+}
+"""Files that hold no agent that could be used, and what is told of each."""
+
+
+async def test_what_cannot_be_used_is_told_and_the_rest_serve(fakes: Fakes) -> None:
+    sources = {name: source for name, (source, _) in UNUSABLE.items()}
+    async with proxy_with_agents(fakes, sources, [*UNUSABLE, "example"]) as proxy:
+        listed = {item["name"]: item for item in (await raw_client.get(proxy.port, "/plugins")).json()}
+        for name, (_, words) in UNUSABLE.items():
+            assert listed[name]["status"] == "failed" and words in listed[name]["error"], name
+        health = await proxy.health()
+        assert (health["status"], set(health["agents"]["failed"])) == ("degraded", set(UNUSABLE))
+        assert (await WHOLE.ask(proxy, WHOLE.body("/example hi"))).text.startswith("# t0")
+
+
+async def test_what_an_agent_does_to_a_request_is_that_requests_trouble(fakes: Fakes) -> None:
+    sources = {
+        "empty": "request.messages.clear()",
+        "number": "request.body['model'] = 7",
+        "nothing": "request.body = None",
+        "object": "request.body['x'] = object()",
+        "strings": "request.body['messages'] = ['hi']",
+        "gone": "request.model = 'nobody'",
+        "later": "self.kept = request.body; asyncio.get_running_loop().call_later(0, request.body.clear)",
+    }
+    agents = {
+        name: f'class A(Agent):\n    """x"""\n    command = "{name}"\n    async def on_request(self, request, ctx):\n'
+        f"        {body}\n"
+        for name, body in sources.items()
+    }
+    async with proxy_with_agents(fakes, agents, clean_log=False) as proxy:
+        for name in sources:
+            said = await WHOLE.ask(proxy, WHOLE.body(f"/{name} hi"))
+            status = {"gone": 404, "later": 200}.get(name, 500)
+            assert said.status == status, (name, said)
+            if status == 500:
+                assert f"agent {name} " in (said.error or ""), name
+            assert (await WHOLE.ask(proxy, WHOLE.body("hi"))).status == 200
+
+
+async def test_agents_that_call_agents_are_stopped(fakes: Fakes) -> None:
+    """By HTTP, with the headers that the context gives for it."""
+    source = '''
+    import aiohttp
+    class Mirror(Agent):
+        """Asks the proxy it runs in."""
+        async def on_request(self, request: ChatRequest, ctx: Context) -> ChunkStream | None:
+            url = f"http://{ctx.headers['x-where']}/v1/chat/completions"
+            headers = {**ctx.forward_headers, "X-Where": ctx.headers["x-where"]}
+            async with aiohttp.ClientSession() as session:
+                async with session.post(url, json={**request.body, "stream": False}, headers=headers) as answer:
+                    return say(f"{answer.status} < {await answer.text()}")
+    '''
+    async with proxy_with_agents(fakes, {"mirror": source}) as proxy:
+        said = await WHOLE.ask(proxy, WHOLE.body("hi"), [("X-Where", f"127.0.0.1:{proxy.port}")])
+        assert said.text.startswith("200 < ") and "508 < " in said.text and "agents are calling agents" in said.text
+        listed = {item["name"]: item for item in (await raw_client.get(proxy.port, "/plugins")).json()}
+        assert listed["mirror"]["calls"] == 3
+        assert fakes.generated() == []
