@@ -8,7 +8,17 @@ from typing import Any, Literal
 from pydantic import Field, PrivateAttr, model_validator
 
 from agents.base import Agent, Context, Options
-from agents.redact.matching import HOLD, PRESETS, Matcher, Scrubber, compiled
+from agents.redact.matching import (
+    HOLD,
+    Matcher,
+    Naming,
+    Scrubber,
+    by_replacement,
+    compiled,
+    scrubbed,
+    scrubbed_json,
+)
+from agents.redact.presets import PRESETS
 from proxy.chat import ChatRequest, Chunk, ChunkStream, Json
 
 
@@ -31,7 +41,7 @@ class Redact(Agent):
         """What may stand behind `redact` in the configuration."""
 
         patterns: list[str | Pattern] = Field(
-            default=["email", "credit_card", "iban", "api_key", "jwt"],
+            default=["email", "credit_card", "iban", "api_key", "jwt", "private_key"],
             min_length=1,
             description=f"Known patterns ({', '.join(sorted(PRESETS))}), and `{{name, pattern, replacement}}`.",
         )
@@ -44,7 +54,9 @@ class Redact(Agent):
             "model never sees it, the user does.",
         )
         hold: int = Field(
-            default=HOLD, ge=16, description="Longest match, in characters, that is found in a streamed answer."
+            default=HOLD,
+            ge=16,
+            description="Most characters of an answer that are held back because they may become a match.",
         )
         _matchers: list[Matcher] = PrivateAttr(default_factory=list)
 
@@ -68,19 +80,22 @@ class Redact(Agent):
         if "request" in ctx.config.where:
             found = ctx.state["found"] = Found(ctx.config)
             for holder, key in _texts(request.body):
-                holder[key] = found.take_out(holder[key])
+                holder[key] = found.take_out(holder[key], is_json=key == "arguments")
         return None
 
     async def on_response(self, stream: ChunkStream, ctx: Context) -> AsyncIterator[Chunk]:
         matchers = list(ctx.config.matchers) if "response" in ctx.config.where else []
+        naming = by_replacement
         found: Found | None = ctx.state.get("found")
-        if ctx.config.restore and found is not None:
-            matchers = [*found.put_back(), *matchers]
+        if found is not None and found.originals:
+            matchers = [found.placeholders(), *matchers]
+            naming = found.put_back
         answers: dict[int, _Answer] = {}
         async for chunk in stream:
             if matchers and (chunk.delta or chunk.finish_reason):
-                answer = answers.setdefault(chunk.index, _Answer(chunk.index, matchers, ctx.config.hold))
-                for passed in answer.take(chunk):
+                if chunk.index not in answers:
+                    answers[chunk.index] = _Answer(chunk.index, matchers, ctx.config.hold, naming)
+                for passed in answers[chunk.index].take(chunk):
                     yield passed
             else:
                 yield chunk
@@ -90,97 +105,132 @@ class Redact(Agent):
 
 
 class Found:
-    """What was taken out of one request; the same thing has the same number wherever it stands."""
+    """What was taken out of one request; the same thing has the same number wherever it stands. `originals` are the
+    things by what stands for them, if they are to be put back."""
 
     def __init__(self, config: Redact.Config) -> None:
-        self._config = config
-        self._placeholders: dict[tuple[str, str], str] = {}
+        self._matchers = config.matchers
+        self._naming = self._name if config.restore else by_replacement
+        self._names: dict[tuple[str, str], str] = {}
+        self._count: dict[str, int] = {}
+        self.originals: dict[str, str] = {}
 
-    def take_out(self, text: str) -> str:
-        scrubber = Scrubber(self._config.matchers, len(text) + 1, self._name if self._config.restore else None)
-        return scrubber.feed(text) + scrubber.end()
+    def take_out(self, text: str, *, is_json: bool) -> str:
+        return (scrubbed_json if is_json else scrubbed)(self._matchers, text, self._naming)
 
-    def put_back(self) -> list[Matcher]:
-        """Patterns that find the placeholders, and put there what they stand for."""
-        return [
-            compiled(placeholder, _escaped(placeholder), value)
-            for (_, value), placeholder in self._placeholders.items()
-        ]
+    def placeholders(self) -> Matcher:
+        """Finds what stands in the place of things."""
+        return compiled("", "|".join(map(_escaped, self.originals)), "")
+
+    def put_back(self, matcher: Matcher, found: str) -> str:
+        """What stood there in the request; or what the matcher says, for things of the model's own."""
+        return matcher.replacement if matcher.name else self.originals[found]
 
     def _name(self, matcher: Matcher, value: str) -> str:
-        known = self._placeholders.get((matcher.name, value))
+        known = self._names.get((matcher.name, value))
         if known is None:
-            number = sum(name == matcher.name for name, _ in self._placeholders) + 1
-            known = self._placeholders[matcher.name, value] = f"[{matcher.name} {number}]"
+            number = self._count[matcher.name] = self._count.get(matcher.name, 0) + 1
+            known = self._names[matcher.name, value] = f"[{matcher.name} {number}]"
+            self.originals[known] = value
         return known
 
 
 class _Answer:
-    """One answer: its text, its thoughts, and the arguments of each of its tool calls, each with what is held back."""
+    """One answer. Its text and its thoughts are scrubbed live, one after the other; the arguments of tool calls once
+    they are whole, for they are JSON, in which texts are escaped."""
 
-    def __init__(self, index: int, matchers: list[Matcher], hold: int) -> None:
+    def __init__(self, index: int, matchers: list[Matcher], hold: int, naming: Naming) -> None:
         self._index = index
-        self._text = Scrubber(matchers, hold)
-        self._reasoning = Scrubber(matchers, hold)
-        self._calls: dict[int, Scrubber] = {}
         self._matchers = matchers
         self._hold = hold
+        self._naming = naming
+        self._kind = ""  # of what is being said: `content` or `reasoning_content`
+        self._scrubber = Scrubber(matchers, hold, naming)
+        self._calls: list[Chunk] = []
 
     def take(self, chunk: Chunk) -> list[Chunk]:
-        text, reasoning = chunk.text, chunk.reasoning
-        before = self._rest(self._reasoning, "reasoning") if text or chunk.tool_calls or chunk.finish_reason else []
-        if chunk.tool_calls or chunk.finish_reason:
-            before += self._rest(self._text, "text")
-        if chunk.finish_reason:
-            return [*before, *self.end(), chunk] if not (text or reasoning) else [*before, *self._last(chunk)]
-        if text and (scrubbed := self._text.feed(text)) != text:
-            chunk.text = scrubbed
-        if reasoning and (scrubbed := self._reasoning.feed(reasoning)) != reasoning:
-            chunk.reasoning = scrubbed
-        for place, call in enumerate(chunk.tool_calls):
-            self._scrub_call(chunk, place, call)
-        empty = (text or reasoning) and not chunk.text and not chunk.reasoning and not chunk.tool_calls
-        return before if empty and "role" not in chunk.delta else [*before, chunk]
+        """What leaves because of it: in the order in which it was said, and before the end."""
+        made = []
+        for part in _parts(chunk):
+            made += self._take(part)
+        return made
 
     def end(self) -> list[Chunk]:
         """What is still held back."""
-        rest = [*self._rest(self._reasoning, "reasoning"), *self._rest(self._text, "text")]
-        for number, scrubber in self._calls.items():
-            if arguments := scrubber.end():
-                rest.append(_call_chunk(self._index, number, arguments))
+        return [*self._rest(), *self._called()]
+
+    def _take(self, chunk: Chunk) -> list[Chunk]:
+        said = chunk.reasoning or chunk.text
+        made = self._begin("reasoning_content" if chunk.reasoning else "content") if said else []
+        if said:
+            held = self._scrubber.holds
+            told = self._scrubber.feed(said) + (self._scrubber.end() if chunk.finish_reason else "")
+            if held or told != said:
+                _say(chunk, self._kind, told)
+                if not told and not chunk.finish_reason and "role" not in chunk.delta:
+                    return made
+        if chunk.tool_calls:
+            made += self._rest()
+            self._calls.append(chunk)
+        if chunk.finish_reason:
+            made += self.end()
+        return made if chunk.tool_calls else [*made, chunk]
+
+    def _begin(self, kind: str) -> list[Chunk]:
+        """What was held back until something of another kind was said."""
+        rest = self._called() if self._kind == kind else self.end()
+        self._kind = kind
         return rest
 
-    def _last(self, chunk: Chunk) -> list[Chunk]:
-        """An answer in one piece, or a server that says the last words and the end at once."""
-        if chunk.text:
-            chunk.text = self._text.feed(chunk.text) + self._text.end()
-        if chunk.reasoning:
-            chunk.reasoning = self._reasoning.feed(chunk.reasoning) + self._reasoning.end()
-        for place, call in enumerate(chunk.tool_calls):
-            self._scrub_call(chunk, place, call)
-        return [*self.end(), chunk]
-
-    def _rest(self, scrubber: Scrubber, kind: str) -> list[Chunk]:
-        rest = scrubber.end()
+    def _rest(self) -> list[Chunk]:
+        rest, self._scrubber = self._scrubber.end(), Scrubber(self._matchers, self._hold, self._naming)
         if not rest:
             return []
-        return [Chunk.of(rest, index=self._index) if kind == "text" else Chunk.of(reasoning=rest, index=self._index)]
+        return [Chunk({"choices": [{"index": self._index, "delta": {self._kind: rest}, "finish_reason": None}]})]
 
-    def _scrub_call(self, chunk: Chunk, place: int, call: Json) -> None:
-        arguments = (call.get("function") or {}).get("arguments")
-        if not arguments:
-            return
-        number = call.get("index", place)
-        if number not in self._calls:
-            self._calls[number] = Scrubber(self._matchers, self._hold)
-        scrubbed = self._calls[number].feed(arguments)
-        if scrubbed != arguments:
-            chunk.data["choices"][0]["delta"]["tool_calls"][place]["function"]["arguments"] = scrubbed
+    def _called(self) -> list[Chunk]:
+        """The tool calls that were held back. One that is changed has its arguments in its first chunk."""
+        chunks, self._calls = self._calls, []
+        whole: dict[int, str] = {}
+        for number, function in (pair for chunk in chunks for pair in _functions(chunk.seen)):
+            whole[number] = whole.get(number, "") + (function.get("arguments") or "")
+        clean = {number: scrubbed_json(self._matchers, text, self._naming) for number, text in whole.items()}
+        changed = {number for number, text in clean.items() if text != whole[number]}
+        for chunk in chunks:
+            if any(number in changed for number, _ in _functions(chunk.seen)):
+                for number, function in _functions(chunk.data):
+                    if number in changed:
+                        function["arguments"] = clean.pop(number, "")
+        return chunks
 
 
-def _call_chunk(index: int, number: int, arguments: str) -> Chunk:
-    delta = {"tool_calls": [{"index": number, "function": {"arguments": arguments}}]}
-    return Chunk({"choices": [{"index": index, "delta": delta, "finish_reason": None}]})
+def _parts(chunk: Chunk) -> list[Chunk]:
+    """The chunk, or several if it says things of several kinds."""
+    made = []
+    if chunk.reasoning and (chunk.text or chunk.tool_calls):
+        made.append(Chunk.of(reasoning=chunk.reasoning, index=chunk.index))
+        chunk.reasoning = ""
+    if chunk.text and chunk.tool_calls:
+        made.append(Chunk.of(chunk.text, index=chunk.index))
+        chunk.text = ""
+    return [*made, chunk]
+
+
+def _say(chunk: Chunk, kind: str, text: str) -> None:
+    """Have the chunk say that. Its `logprobs` would still tell what it said before."""
+    choice = chunk.data["choices"][0]
+    choice.pop("logprobs", None)
+    if kind == "content":
+        chunk.text = text
+    else:
+        chunk.reasoning = text
+
+
+def _functions(data: Json) -> Iterator[tuple[int, Json]]:
+    """The parts of tool calls in a chunk, each with the number of its call."""
+    for place, call in enumerate(data["choices"][0]["delta"].get("tool_calls") or ()):
+        if isinstance(call.get("function"), dict):
+            yield call.get("index", place), call["function"]
 
 
 def _texts(body: Json) -> Iterator[tuple[Any, Any]]:

@@ -2,144 +2,214 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import regex
 
 HOLD = 256
-"""Characters that are held back at most."""
-CONTEXT = 64
-"""Characters in front of what is looked at, which patterns see by `\\b` and look-behinds."""
+"""Characters that are held back at most for a match that is only possible."""
+GROWTH = 16
+"""A match that is there already, and may still grow, is waited for so many times as long."""
+BEHIND = 256
+"""Characters that have left, and that patterns still see by look-behinds."""
 TIMEOUT_S = 1.0
 """Seconds that one pattern may take for one look: some take time in the power of a text's length."""
+_TOKEN = r"\\.|\[\^?\]?(?:\\.|\[:\^?\w+:\]|[^\]\\])*\]|."
+_LOOKAHEADS = {
+    r"\b": r"(?:(?<=\w)(?!\w)|(?<!\w)(?=\w))",
+    r"\B": r"(?:(?<=\w)(?=\w)|(?<!\w)(?!\w))",
+    r"\m": r"(?:(?<!\w)(?=\w))",
+    r"\M": r"(?:(?<=\w)(?!\w))",
+    r"\Z": r"(?!(?s:.))",
+    r"\z": r"(?!(?s:.))",
+    "$": r"(?=\n?(?!(?s:.)))",
+}
+"""What looks at the next character without taking it, in words that `regex` finds partial matches for."""
+_JSON_VALUE = regex.compile(r'"(?:[^"\\]|\\.)*+"|-?\d[\d.eE+-]*+')
+
+
+class PatternTooSlow(TimeoutError):
+    """A pattern took longer for one text than it may."""
 
 
 @dataclass(frozen=True, slots=True)
 class Matcher:
-    """One pattern. `check` has the last word about what it finds."""
+    """One pattern. `check` has the last word about what it finds: how much of that is meant, 0 for nothing."""
 
     name: str
     pattern: Any
     replacement: str
-    check: Callable[[str], bool] | None = None
+    check: Callable[[str], int] = len
+    open: Any = field(init=False)
+    """Never matches, and has a partial match wherever `pattern` looks beyond the end of the text: on its way to a
+    match, or to a longer one, or to see that there is none."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "open", regex.compile(_open(self.pattern)))
+
+    def find(self, text: str, start: int, end: int) -> tuple[int, int] | None:
+        """The first match in `text[start:end]`, as if nothing came behind. Raises: PatternTooSlow."""
+        while (found := self._search(self.pattern, text, start, end)) is not None:
+            size = self.check(found[0]) if found[0] else 0
+            if size:
+                return found.start(), found.start() + size
+            start = found.start() + 1
+        return None
+
+    def undecided(self, text: str, start: int, end: int) -> int:
+        """The first place from `start` on where what comes behind `text[:end]` may change what is found there; `end` if
+        there is none before. Raises: PatternTooSlow."""
+        found = self._search(self.open, text, start, end, partial=True)
+        return end if found is None else int(found.start())
+
+    def _search(self, pattern: Any, text: str, start: int, end: int, *, partial: bool = False) -> Any:
+        try:
+            return pattern.search(text, start, end, partial=partial, timeout=TIMEOUT_S)
+        except TimeoutError:
+            raise PatternTooSlow(f"the pattern {self.name} took over {TIMEOUT_S:g} s for one text") from None
+
+
+def _open(pattern: Any) -> str:
+    verbose, multiline = pattern.flags & regex.VERBOSE, pattern.flags & regex.MULTILINE
+    known = _LOOKAHEADS | ({"$": r"(?![^\n])"} if multiline else {})
+    token = (r"#[^\n]*|" if verbose else "") + _TOKEN
+    source = regex.sub(token, lambda found: known.get(found[0], found[0]), pattern.pattern, flags=regex.DOTALL)
+    return f"(?:{source}\n)(*FAIL)" if verbose else f"(?:{source})(*FAIL)"
 
 
 def compiled(name: str, pattern: str, replacement: str | None = None) -> Matcher:
     """A matcher whose replacement, unless given, is its name in brackets. Raises: ValueError in the regex's own words,
-    also for a pattern that matches the empty text, which is everywhere."""
+    also for a pattern that matches the empty text, which is everywhere, and for one that does not go forward."""
     try:
         found = regex.compile(pattern)
     except regex.error as exc:
         raise ValueError(f"the pattern {name} is no regular expression: {exc}") from None
     if found.search("") is not None:
         raise ValueError(f"the pattern {name} matches the empty text")
+    if found.flags & regex.REVERSE or {r"\K", r"\G"} & set(regex.findall(_TOKEN, pattern)):
+        raise ValueError(rf"the pattern {name} has (?r), \K or \G, for which a text must have ended")
     return Matcher(name, found, f"[{name}]" if replacement is None else replacement)
 
 
-def _luhn(text: str) -> bool:
-    """Whether these digits are the number of a card (ISO/IEC 7812: the Luhn algorithm)."""
-    digits = [int(char) for char in text if char.isdigit()]
-    doubled = [sum(divmod(2 * digit, 10)) for digit in digits[-2::-2]]
-    return len(digits) >= 13 and (sum(doubled) + sum(digits[-1::-2])) % 10 == 0
+Naming = Callable[[Matcher, str], str]
+"""What stands in the place of a match."""
 
 
-def _iban(text: str) -> bool:
-    """Whether its check digits are right (ISO 13616: the number modulo 97 is 1)."""
-    plain = text.replace(" ", "").upper()
-    digits = "".join(str(int(char, 36)) for char in plain[4:] + plain[:4])
-    return int(digits) % 97 == 1
+def by_replacement(matcher: Matcher, found: str) -> str:
+    """The matcher's replacement."""
+    return matcher.replacement
 
 
-def _preset(name: str, pattern: str, check: Callable[[str], bool] | None = None) -> Matcher:
-    return Matcher(name, regex.compile(pattern), f"[{name}]", check)
+def matches(matchers: Sequence[Matcher], text: str, start: int, end: int) -> Iterator[tuple[int, int, Matcher]]:
+    """The matches in `text[start:end]`, as if nothing came behind: from left to right, none within another; of two that
+    begin together that of the first matcher."""
+    found = {matcher: span for matcher in matchers if (span := matcher.find(text, start, end)) is not None}
+    while found:
+        first = min(found, key=lambda matcher: found[matcher][0])
+        begin, stop = found[first]
+        yield begin, stop, first
+        for matcher in [matcher for matcher, span in found.items() if span[0] < stop]:
+            if (span := matcher.find(text, stop, end)) is None:
+                del found[matcher]
+            else:
+                found[matcher] = span
 
 
-PRESETS = {
-    matcher.name: matcher
-    for matcher in (
-        _preset("email", r"(?<![\w.+-])[\w.+-]{1,64}@(?:[\w-]{1,63}\.){1,8}[A-Za-z]{2,24}(?![\w-])"),
-        _preset("phone", r"(?<![\w+.])\+\d{1,3}(?:[ ./-]?(?:\(\d{1,4}\)|\d{1,4})){2,6}(?!\d)"),
-        _preset("credit_card", r"(?<![\d-])\d(?:[ -]?\d){12,18}(?![\d-])", _luhn),
-        _preset("iban", r"(?<!\w)[A-Z]{2}\d{2}(?: ?[A-Z0-9]{2,4}){3,8}(?!\w)", _iban),
-        _preset("ipv4", r"(?<![\d.])(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)(?![\d.]\d)"),
-        _preset(
-            "api_key",
-            r"(?<!\w)(?:sk-(?:[a-z]{2,10}-)?[A-Za-z0-9_-]{20,200}|gh[pousr]_[A-Za-z0-9]{36,80}"
-            r"|github_pat_[A-Za-z0-9_]{22,100}|xox[abprs]-[A-Za-z0-9-]{10,100}|AKIA[A-Z0-9]{16}|hf_[A-Za-z0-9]{30,50}"
-            r"|AIza[A-Za-z0-9_-]{35}|glpat-[A-Za-z0-9_-]{20,50})(?![\w-])",
-        ),
-        _preset("jwt", r"(?<!\w)eyJ[\w-]{5,400}\.eyJ[\w-]{5,2000}\.[\w-]{10,1000}(?![\w-])"),
-    )
-}
-"""Patterns by name. Where a format has check digits they are checked."""
+def scrubbed(matchers: Sequence[Matcher], text: str, naming: Naming = by_replacement) -> str:
+    """A text that is there as a whole; matches may be of any length."""
+    written, place = [], 0
+    for start, end, matcher in matches(matchers, text, 0, len(text)):
+        written += [text[place:start], naming(matcher, text[start:end])]
+        place = end
+    return "".join([*written, text[place:]])
+
+
+def scrubbed_json(matchers: Sequence[Matcher], text: str, naming: Naming = by_replacement) -> str:
+    """The same within the texts and numbers of a JSON text, which stays one; what is no JSON is just a text."""
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return scrubbed(matchers, text, naming)
+
+    def value(found: Any) -> str:
+        written: str = found[0]
+        told = json.loads(written) if written[0] == '"' else written
+        clean = scrubbed(matchers, told, naming)
+        return written if clean == told else json.dumps(clean, ensure_ascii=written.isascii())
+
+    return str(_JSON_VALUE.sub(value, text))
 
 
 class Scrubber:
     """One text on its way: `feed` gives what can leave, `end` the rest. However it is cut into pieces, the same comes
-    out, as long as no match is longer than `hold` characters.
+    out; and the same as of the whole, as long as there is nothing longer than `hold` that might have become a match.
 
-    `naming` says what stands in the place of a match, if not the matcher's replacement. Raises: TimeoutError for a
-    pattern that takes too long.
+    What may become a match for longer than `hold` characters is let go, from its first character on; one that is there
+    already and still grows is cut at `GROWTH` times that. Raises: PatternTooSlow.
     """
 
-    def __init__(
-        self, matchers: Sequence[Matcher], hold: int, naming: Callable[[Matcher, str], str] | None = None
-    ) -> None:
+    def __init__(self, matchers: Sequence[Matcher], hold: int, naming: Naming = by_replacement) -> None:
         self._matchers = matchers
         self._hold = hold
         self._naming = naming
-        self._before = ""  # what has left, as far as patterns may look back
-        self._held = ""
+        self._text = ""
+        self._place = 0  # what is before it has left, and is kept as far as patterns may look back
+
+    @property
+    def holds(self) -> bool:
+        """Whether anything is held back."""
+        return self._place < len(self._text)
 
     def feed(self, text: str) -> str:
-        self._held += text
-        return self._scrub(final=False)
+        behind = min(self._place, BEHIND)
+        self._text = self._text[self._place - behind :] + text
+        self._place = behind
+        return "".join(self._steps(ended=False))
 
     def end(self) -> str:
-        return self._scrub(final=True) if self._held else ""
+        return "".join(self._steps(ended=True))
 
-    def _scrub(self, *, final: bool) -> str:
-        text, place = self._before + self._held, len(self._before)
-        written: list[str] = []
-        while place < len(text):
-            matcher, start, end = self._next(text, place, final=final)
-            start = max(start, place)
-            written.append(text[place:start])
-            place = start
-            if matcher is not None:
-                found = text[start:end]
-                written.append(self._naming(matcher, found) if self._naming is not None else matcher.replacement)
-                place = end
-            elif len(text) - place > self._hold:
-                written.append(text[place])  # it would be too long a match
-                place += 1
+    def _steps(self, *, ended: bool) -> Iterator[str]:
+        """No step looks further than `hold` from where it stands: else it would depend on how much is there already."""
+        while self.holds:
+            window = min(len(self._text), self._place + self._hold)
+            whole = ended and window == len(self._text)
+            decided = window if whole else self._decided(window)
+            found = next(matches(self._matchers, self._text, self._place, window), None)
+            if found is not None and found[0] < decided:
+                yield self._replaced(*found)
+            elif decided > self._place:
+                yield self._passed(decided)
+            elif window < self._place + self._hold:
+                return
+            elif found is None or found[0] > self._place:
+                yield self._passed(self._place + 1)
+            elif (grown := self._grown(ended)) is None:
+                return
             else:
-                break
-        self._before, self._held = text[max(0, place - CONTEXT) : place], text[place:]
-        return "".join(written)
+                yield grown
 
-    def _next(self, text: str, place: int, *, final: bool) -> tuple[Matcher | None, int, int]:
-        """The first match at or behind `place`; or no matcher, and where something begins that may become one."""
-        best: tuple[Matcher | None, int, int] = (None, len(text), len(text))
-        for matcher in self._matchers:
-            at = place
-            while True:
-                found = matcher.pattern.search(text, at, partial=not final, timeout=TIMEOUT_S)
-                if found is None or found.start() >= best[1]:
-                    break
-                open_end = not final and (found.partial or _may_grow(matcher, text, found))
-                if not open_end and matcher.check is not None and not matcher.check(found.group()):
-                    at = found.start() + 1
-                    continue
-                best = (None if open_end else matcher, found.start(), found.end())
-                break
-        return best
+    def _decided(self, end: int) -> int:
+        """Up to where it does not matter what comes behind `end`."""
+        return min((matcher.undecided(self._text, self._place, end) for matcher in self._matchers), default=end)
 
+    def _grown(self, ended: bool) -> str | None:
+        """What becomes of a match that begins here and may grow; None if that is still open."""
+        longest = self._place + self._hold * GROWTH
+        window = min(len(self._text), longest)
+        whole = window == longest or ended
+        if not whole and self._decided(window) == self._place:
+            return None
+        found = next(matches(self._matchers, self._text, self._place, window), None)
+        here = found is not None and found[0] == self._place
+        return self._replaced(*found) if found is not None and here else self._passed(self._place + 1)
 
-def _may_grow(matcher: Matcher, text: str, found: Any) -> bool:
-    """Whether more text may make a match longer, or none: all there is from its start is the beginning of one."""
-    if found.end() == len(text):
-        return True
-    return matcher.pattern.fullmatch(text, found.start(), partial=True, timeout=TIMEOUT_S) is not None
+    def _passed(self, place: int) -> str:
+        text, self._place = self._text[self._place : place], place
+        return text
+
+    def _replaced(self, start: int, end: int, matcher: Matcher) -> str:
+        return self._passed(start) + self._naming(matcher, self._passed(end))
