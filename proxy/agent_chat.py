@@ -221,7 +221,7 @@ class AgentChat:
             if answer is None:
                 answer = await begin_stream(self.http, 200, head)
                 sink = Sink(self.http, stall_s, chunked=answer.chunked)
-            last = outlet.end(source.tail if source is not None else b"")
+            last = outlet.end(source.tail, source.count) if source is not None else outlet.end(b"")
         except (ProxyError, AttributeError, KeyError, TypeError, ValueError) as exc:
             if answer is None:
                 raise

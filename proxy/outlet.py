@@ -25,6 +25,7 @@ class Outlet:
         self._pure = True  # nothing was written anew, and nothing dropped
         self._called = False  # the writer was given tool calls
         self._ended = False
+        self._passed = 0  # chunks that left as they came
 
     def take(self, chunk: Chunk) -> bytes:
         """What leaves because of this chunk; perhaps nothing yet."""
@@ -39,12 +40,14 @@ class Outlet:
             return self._write(chunk)  # somebody held this back for too long: before the end, then
         return self._flush() + self._write(chunk)
 
-    def end(self, tail: bytes) -> bytes:
-        """What is left to be written. `tail` is how the server ended its answer, if it was read to there."""
-        written = b""
+    def end(self, tail: bytes, chunks: int = 0) -> bytes:
+        """What is left to be written. `tail` is how the server ended its answer, if it was read to there, and `chunks`
+        how many there were before."""
+        written = self._flush()
+        if tail and self._passed == chunks:  # nothing was changed, dropped or added
+            return written + tail
         if 0 not in self._finished:  # an agent stopped early, or dropped the end
-            written = self._write(_ending(0))
-        written += self._flush()
+            written += self._write(_ending(0))
         if self._ended or (self._dialect is ANTHROPIC and self._pure and tail):
             return written + tail
         ending = self._writer.end()
@@ -79,6 +82,7 @@ class Outlet:
             if self._expected == 0:
                 self._expected = 1
                 self._writer.adopt(chunk.seen)
+            self._passed += 1
             return frame
         self._pure = False
         self._called = self._called or bool(chunk.tool_calls)

@@ -36,7 +36,7 @@ class Frames:
         self._verbatim = verbatim
         self._grouped = wire.dialect is ANTHROPIC  # frames that open and close blocks belong to the next chunk
         self._held = b""
-        self._serial = 0
+        self._serial = 0  # of the next chunk
         self.tail = b""
         self.failure: ProxyError | None = None
 
@@ -44,6 +44,11 @@ class Frames:
     def done(self) -> bool:
         """Whether the answer has come to its end."""
         return self._reader.done
+
+    @property
+    def count(self) -> int:
+        """How many chunks there have been."""
+        return self._serial
 
     def feed(self, data: bytes) -> list[Chunk]:
         try:
@@ -114,7 +119,7 @@ class Source:
 
     A server that breaks off before the first chunk is asked once more, and so is one that refuses, with what `amend`
     then gives. `opened` is called when it answers, `closing` with the text it said when that is complete; in both it is
-    still held, and not any more in `closed`. `tail` is there when all was read.
+    still held, and not any more in `closed`. `tail`, and the `count` of chunks before it, are there when all was read.
     """
 
     backend: Backend
@@ -127,6 +132,7 @@ class Source:
     closed: Callable[[], None] | None = None
     amend: Callable[[UpstreamRefused], Call | None] | None = None
     tail: bytes = b""
+    count: int = 0
 
     async def chunks(self) -> AsyncGenerator[Chunk, None]:
         """Raises: UpstreamRefused with the server's own words, UpstreamFailed, and what opening the backend raises."""
@@ -175,4 +181,4 @@ class Source:
             raise frames.failure
         if self.closing is not None:
             await self.closing("".join(said), upstream)
-        self.tail = frames.tail
+        self.tail, self.count = frames.tail, frames.count
