@@ -202,7 +202,8 @@ def _read_messages(events: list[bytes]) -> Said:
                 assert open_block == value["index"]
                 open_block = None
             case "content_block_delta":
-                assert open_block == value["index"], "text outside of its block"
+                # Clients put what belongs to a tool call where its index says, also when a text has come in between.
+                assert open_block == value["index"] or "partial_json" in value["delta"], "text outside of its block"
                 for kind in texts:
                     texts[kind] += value["delta"].get(kind) or ""
             case "message_delta":
