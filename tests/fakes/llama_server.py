@@ -22,7 +22,7 @@ The environment switches manners on, most easily through a model's `env:`:
     FAKE_EXIT=3 | SIGSEGV    ends so at start; `3@loaded`: once ready instead
     FAKE_NEVER=nobind|mute|503   never becomes healthy: does not listen | accepts and stays silent | loads for ever
     FAKE_TOKENS=8 FAKE_TOKEN_MS=0    tokens of an answer, and the pause before each
-    FAKE_ECHO=1              repeats the last message, word for word
+    FAKE_ECHO=1              repeats the last message, word for word         FAKE_STRICT=1    refuses an n over -np
     FAKE_ANSWER=text         in place of tokens             FAKE_IF=[[words, text], ...]   if the last message has them
     FAKE_DIE_AFTER=n         SIGKILLs itself after n tokens of an answer
     FAKE_RST=before_headers|after_headers    resets the connection of a generating request
@@ -187,6 +187,8 @@ class Connection:
         return 200, {"path": path, "echo": body.decode("utf-8", "replace")}
 
     def generate(self, path: str, body: dict[str, Any]) -> None:
+        if "FAKE_STRICT" in ENV and int(body.get("n") or 1) > self.server.slots:
+            return self.refuse(400, "n_cmpl cannot be greater than the number of slots", "invalid_request_error")
         while not self.server.free.acquire(timeout=0.01):
             self.pause(0)
         try:

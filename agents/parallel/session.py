@@ -1,0 +1,169 @@
+"""One question to several models, from asking to the answer."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from agents.base import Context
+from agents.parallel.members import Member, Round, Usage, members_of
+from agents.parallel.merging import best, graded, majority, synthesis
+from agents.parallel.sections import Sections
+from proxy.chat import ChatRequest, Chunk
+from proxy.errors import UpstreamFailed
+
+
+class Session:
+    """`request`, asked of each of `models`. `as_choices`: each answer is a choice of its own, and nothing is merged."""
+
+    def __init__(self, request: ChatRequest, ctx: Context, models: Sequence[str], as_choices: bool) -> None:
+        self._request = request
+        self._ctx = ctx
+        self._config: Any = ctx.config
+        self._chairman: str = ctx.config.chairman or request.model
+        self._usage = Usage()
+        self._round = Round(ctx, request, members_of(models), self._usage)
+        self._as_choices = as_choices
+        self._finish = "stop"
+
+    async def answer(self) -> AsyncGenerator[Chunk, None]:
+        """The answer, then its end, and what it cost.
+
+        Raises: the first failure, if too few have answered; at once when that is sure.
+        """
+        merging: Mapping[str, Callable[[], AsyncGenerator[Chunk, None]]] = {
+            "judge": self._judge,
+            "vote": self._vote,
+            "synthesize": self._synthesize,
+            "show": self._choices if self._as_choices else self._show,
+        }
+        await self._plan()
+        for chunk in self._asking():
+            yield chunk
+        async with aclosing(merging[self._config.strategy]()) as chunks:
+            async for chunk in chunks:
+                yield chunk
+        for index, finish in enumerate(
+            [member.finish for member in self._round.members] if self._as_choices else [self._finish]
+        ):
+            yield Chunk({"choices": [{"index": index, "delta": {}, "finish_reason": finish}]})
+        for chunk in self._usage.chunks():
+            yield chunk
+
+    # -- asking --------------------------------------------------------------------------------------------------------
+
+    async def _plan(self) -> None:
+        """What is bound to fail does so before anything is said, with a true status."""
+        merges = self._config.strategy == "synthesize"
+        if merges:
+            await self._ctx.fitting([self._chairman])
+        await self._round.plan(self._chairman if merges else None)
+        self._check_quorum()
+
+    def _check_quorum(self) -> None:
+        """Raises: the first failure, if those that have not failed are too few."""
+        failures = [member.failure for member in self._round.members if member.failure is not None]
+        if failures and len(self._round.members) - len(failures) < min(self._config.quorum, len(self._round.members)):
+            raise failures[0]
+
+    def _answered(self) -> list[Member]:
+        """Those that have. Raises: UpstreamFailed if nobody has, for no reason that anybody has told."""
+        answered = [member for member in self._round.members if member.answered]
+        if not answered:
+            raise UpstreamFailed("nobody has answered", code="upstream_error")
+        return answered
+
+    def _progress(self, words: str) -> list[Chunk]:
+        return [Chunk.of(reasoning=f"{words}\n")] if self._config.progress else []
+
+    def _asking(self) -> list[Chunk]:
+        members = self._round.members
+        groups = [[member.label for member in members if member.model in group] for group in self._round.groups]
+        asked = self._progress(f"Asking {'; then '.join(map(', '.join, groups))}.")
+        return asked + [chunk for member in members if member.done for chunk in self._told(member)]
+
+    def _told(self, member: Member) -> list[Chunk]:
+        if member.failure is not None:
+            return self._progress(f"{member.label} failed: {member.failure.message}")
+        return self._progress(f"{member.label} has answered ({len(member.text.split())} words).")
+
+    async def _collect(self) -> AsyncGenerator[Chunk, None]:
+        """Ask them all; progress in between."""
+        async with aclosing(self._round.events()) as events:
+            async for event in events:
+                if not event.text:
+                    self._check_quorum()
+                    for chunk in self._told(event.member):
+                        yield chunk
+
+    # -- what becomes of the answers -----------------------------------------------------------------------------------
+
+    def _chosen(self, member: Member) -> Chunk:
+        self._finish = member.finish
+        return Chunk.of(member.text)
+
+    async def _judge(self) -> AsyncGenerator[Chunk, None]:
+        async for chunk in self._collect():
+            yield chunk
+        answered = self._answered()
+        grades = await graded(self._ctx, self._request, answered, self._usage)
+        winner = answered[best(grades)]
+        told = [f"{m.label}: {'no grade' if g is None else f'{g:g}'}" for m, g in zip(answered, grades, strict=True)]
+        for chunk in self._progress(f"Grades: {', '.join(told)}. The answer of {winner.label} it is."):
+            yield chunk
+        yield self._chosen(winner)
+
+    async def _vote(self) -> AsyncGenerator[Chunk, None]:
+        async for chunk in self._collect():
+            yield chunk
+        answered = self._answered()
+        place, votes = majority([member.text for member in answered])
+        for chunk in self._progress(f"{votes} of {len(answered)} agree."):
+            yield chunk
+        yield self._chosen(answered[place])
+
+    async def _synthesize(self) -> AsyncGenerator[Chunk, None]:
+        async for chunk in self._collect():
+            yield chunk
+        answered = self._answered()
+        if len(answered) == 1:
+            yield self._chosen(answered[0])
+            return
+        for chunk in self._progress(f"{self._chairman} merges {len(answered)} answers."):
+            yield chunk
+        async for chunk in self._ctx.chat(synthesis(self._request, self._chairman, answered)):
+            self._usage.add(chunk.usage)
+            self._finish = chunk.finish_reason or self._finish
+            if chunk.text or chunk.reasoning:
+                yield Chunk.of(chunk.text, reasoning=chunk.reasoning)
+
+    async def _show(self) -> AsyncGenerator[Chunk, None]:
+        sections = Sections(self._round.members)
+        async with aclosing(self._round.events()) as events:
+            async for event in events:
+                self._check_quorum()
+                told = sections.said(event.member, event.text) if event.text else sections.done(event.member)
+                if told:
+                    yield Chunk.of(told)
+        if told := sections.end():
+            yield Chunk.of(told)
+
+    async def _choices(self) -> AsyncGenerator[Chunk, None]:
+        """All at once, told apart by their numbers; a failure stands where the answer would."""
+        members = self._round.members
+        begun: set[Member] = set()
+
+        def said(member: Member, text: str) -> Chunk:
+            delta = {"content": text} | ({} if member in begun else {"role": "assistant"})
+            begun.add(member)
+            return Chunk({"choices": [{"index": members.index(member), "delta": delta, "finish_reason": None}]})
+
+        for member in members:
+            if member.failure is not None:
+                yield said(member, member.failure.message)
+        async with aclosing(self._round.events()) as events:
+            async for event in events:
+                self._check_quorum()
+                if told := event.text or (event.failure.message if event.failure is not None else ""):
+                    yield said(event.member, told)
