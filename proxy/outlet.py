@@ -33,7 +33,7 @@ class Outlet:
             return self._write(chunk)
         if chunk.finish_reason:
             return self._hold_end(chunk)
-        if not chunk.delta:
+        if not chunk.choice or (not chunk.delta and chunk.frame is not None):
             self._held.append(chunk)  # usage, and the like
             return b""
         if chunk.index in self._finished:
