@@ -47,14 +47,14 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     fakes = Fakes(tmp_path_factory.mktemp("parallel"))
     models = {
         "m": fakes.model(fields={"parallel": 4}, IF=json.dumps(MERGED)),
-        "few": fakes.model(fields={"parallel": 1}, STRICT=1, IF=json.dumps(MERGED)),
+        "few": fakes.model(fields={"parallel": 1}, STRICT=1, TOKEN_MS=20, IF=json.dumps(MERGED)),
         "a": judging(fakes, "It is A", "10/10"),
         "b": judging(fakes, "It is B", "Grade: 3 out of 10"),
         "c": judging(fakes, "It is 1,000.", "I cannot say."),
         "broken": fakes.model(EXIT=3),
         "endless": fakes.model(TOKEN_MS=50, TOKENS=100_000),
         "team": {"model": "m", "agents": [{"parallel": {"models": ["a", "b"], "strategy": "judge"}}]},
-        "hasty": {"model": "m", "agents": [{"parallel": {"models": ["endless", "a"], "member_s": 1}}]},
+        "hasty": {"model": "m", "agents": [{"parallel": {"models": ["endless", "a", "b"], "member_s": 1}}]},
     }
     with running(running_ollama("distant")) as ollama:
         config = fakes.config(models, keep_alive=-1, size=7) | {"agents": ["parallel"]}
@@ -96,6 +96,10 @@ async def test_a_server_that_gives_one_answer_at_a_time_is_asked_again(stage: St
     assert said.text.count("### few #") == 3
     refused, first, *others = [(body.get("n"), body["seed"]) for body in sent_to(fakes, "few")]
     assert (refused, first, sorted(others)) == ((3, 7), (None, 7), [(None, 8), (None, 9)]), "samples differ"
+    at = [event["time"] for event in fakes.events("request") if '"few"' in event.get("body", "")]
+    assert min(at[2:]) - at[1] > 0.02, (
+        "the others come when the first has begun, after the pause before its first token"
+    )
     said = await WHOLE.ask(proxy, {**body, "model": "distant"})
     assert said.text.count("### distant:latest #") == 3
     asked = [json.loads(event["body"])["options"] for event in stage.ollama.events("request", "/api/chat")]
@@ -214,9 +218,17 @@ async def test_one_that_takes_too_long_is_left_behind(stage: Stage) -> None:
     for model in ("a", "endless"):  # loaded, so that the second is the model's own
         await raw_client.post(proxy.port, CHAT, WHOLE.steered(model=model, tokens=1))
     gone = len(fakes.events("closed"))
-    said = await STREAM.ask(proxy, STREAM.body("Which?", model="hasty"))
-    assert said.text == "It is A" and "endless failed: no answer within 1 s" in said.reasoning
-    await until(lambda: len(fakes.events("closed")) == gone + 1, what="the end of its answer")
+    async with raw_client.connected(proxy.port) as client:
+        body = STREAM.body("/parallel chairman=endless Which?", model="hasty")
+        await client.send(raw_client.request("POST", CHAT, body))
+        await client.head()
+        shown = b""
+        while b"t1 " not in shown:  # of who merges, and goes on
+            shown += await client.chunk()
+        assert b"endless failed: no answer within 1 s" in shown and b"endless merges 2 answers." in shown
+        await until(lambda: len(fakes.events("closed")) == gone + 1, what="the end of its own answer")
+        client.leave()
+    await until(lambda: len(fakes.events("closed")) == gone + 2)
 
 
 async def test_bad_calls_are_told_in_the_clients_api(stage: Stage) -> None:
@@ -255,6 +267,8 @@ async def test_what_it_cost_is_told(stage: Stage) -> None:
     assert answer["usage"] == {"prompt_tokens": 4, "completion_tokens": 4, "total_tokens": 8}
     events = events_of((await raw_client.post(stage.proxy.port, CHAT, body | STREAMED)).body)
     assert json.loads(events[-2])["usage"]["total_tokens"] == 8 and events[-1] == DONE
+    merged = await raw_client.post(stage.proxy.port, CHAT, WHOLE.body("/parallel models=a,b Why?"))
+    assert merged.json()["usage"]["total_tokens"] == 6, "with who merges"
     told = (await raw_client.post(stage.proxy.port, "/api/chat", body)).json()
     assert (told["prompt_eval_count"], told["eval_count"]) == (4, 4)
 
@@ -267,11 +281,11 @@ async def test_each_model_is_loaded_once_where_not_all_fit(fakes: Fakes) -> None
         assert said.text == "It is a", "of three that do not agree the first"
         assert [body["model"] for body in fakes.generated()] == ["c", "c", "a", "b"], "the one that is loaded first"
         assert len(fakes.events("start")) == 3
-        said = await STREAM.ask(proxy, STREAM.body("/parallel models=a,b,c chairman=c Which?", model="a"))
-        assert said.text == "merged" and "Asking b; then a; then c." in said.reasoning, "who merges comes last"
+        said = await STREAM.ask(proxy, STREAM.body("/parallel models=a,b,c chairman=a Which?", model="a"))
+        assert said.text == "merged" and "Asking b; then c; then a." in said.reasoning, "who merges comes last"
         assert len(fakes.events("start")) == 5
         await STREAM.ask(proxy, STREAM.body("/parallel models=a,b strategy=judge Which?", model="a"))
-        assert len(fakes.events("start")) == 8, "a, b; and to grade b, which is loaded, before a"
+        assert len(fakes.events("start")) == 7, "b; and then, as it is loaded, b grades before a"
 
 
 async def test_a_client_that_leaves_takes_everybody_along(fakes: Fakes) -> None:

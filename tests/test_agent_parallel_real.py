@@ -60,14 +60,14 @@ async def figures(proxy: Proxy) -> dict[str, float]:
 
 
 async def test_the_prompt_of_samples_is_evaluated_once_and_they_differ(proxy: Proxy) -> None:
-    question = f"{' '.join(map(str, range(100)))} Tell me a story."
+    question = f"{' '.join(map(str, range(50)))} Tell me a story."
     body = WHOLE.body(f"/parallel n=2 strategy=show {question}", model="smollm2", max_tokens=12, seed=1)
     before = await figures(proxy)
     answer = (await raw_client.post(proxy.port, CHAT, body)).json()
     after = await figures(proxy)
     evaluated, said = (after[name] - before[name] for name in ("prompt_tokens_total", "tokens_predicted_total"))
     prompt = answer["usage"]["prompt_tokens"]
-    assert prompt > 200 and prompt - 50 < evaluated <= prompt, "how all prompts begin may be in the cache"
+    assert prompt > 100 and prompt - 50 < evaluated <= prompt, "how all prompts begin may be in the cache"
     assert said == answer["usage"]["completion_tokens"] == 24
     first, second = answer["choices"][0]["message"]["content"].removeprefix("### smollm2 #1").split("### smollm2 #2")
     assert first.strip() != second.strip()

@@ -189,9 +189,10 @@ class Round:
         try:
             async with asyncio.timeout(self._member_s), aclosing(self._chat(member)) as said:
                 async for chunk in said:
-                    began.set()
                     self._usage.add(chunk.usage)
                     self._take(member, chunk)
+                    if chunk.text or chunk.reasoning:
+                        began.set()
         except TimeoutError:
             self._finish([member], self._late())
         except ProxyError as exc:
