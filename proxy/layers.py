@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
@@ -127,7 +128,7 @@ async def _mapped(ctx: AgentContext, below: AsyncIterator[Chunk]) -> AsyncGenera
                 passed = await on_chunk(chunk, ctx)
             finally:
                 turn.end()
-            if turn.was_cancelled():
+            if turn.cancels and turn.was_cancelled():
                 raise _hung(ctx)
             if passed is None:
                 continue
@@ -143,21 +144,34 @@ async def _mapped(ctx: AgentContext, below: AsyncIterator[Chunk]) -> AsyncGenera
 async def _transformed(ctx: AgentContext, below: AsyncIterator[Chunk]) -> AsyncGenerator[Chunk, None]:
     """An agent that sees the whole stream. If it is skipped, what it was given since it last passed on a chunk goes by,
     and so does the rest."""
-    extra = _Extra(ctx)
-    feed = _Feed(ctx, below, extra)
+    turn, extra, skips = ctx.turn, _Extra(ctx), ctx.active.settings.on_error == "skip"
+    feed = _Feed(ctx, below, extra, keeps=skips)
     made: Any = None
+    chunk: Any
     try:
         try:
             made = ctx.active.made.agent.on_response(feed, ctx)
-            while (chunk := await _next(ctx, made, extra)) is not None:
-                feed.passed_on()
+            while True:  # as in `answered`, but a generator of their own would cost each token a fifth more
+                turn.begin()
+                try:
+                    chunk = await made.__anext__()
+                except StopAsyncIteration:
+                    return
+                finally:
+                    turn.end()
+                    if turn.cancels:
+                        _settle(ctx)
+                extra.check(chunk)
+                if skips:
+                    feed.unpassed.clear()
                 yield chunk
-            return
+                if extra.run > BREATH:
+                    await extra.breathe()
         except BaseException as exc:
             if exc is feed.failure:
                 raise
             failure = blame(ctx, exc)
-            if ctx.active.settings.on_error != "skip":
+            if not skips:
                 raise failure from exc
         for chunk in feed.unpassed:
             yield chunk
@@ -171,35 +185,35 @@ async def _transformed(ctx: AgentContext, below: AsyncIterator[Chunk]) -> AsyncG
 
 async def answered(ctx: AgentContext, answer: Any) -> AsyncGenerator[Chunk, None]:
     """The answer that an agent gave in place of a model. There is none to go on with if it fails."""
-    extra = _Extra(ctx)
+    turn, extra = ctx.turn, _Extra(ctx)
+    chunk: Any
     try:
-        while (chunk := await _next(ctx, answer, extra)) is not None:
+        while True:
+            turn.begin()
+            try:
+                chunk = await answer.__anext__()
+            except StopAsyncIteration:
+                return
+            finally:
+                turn.end()
+                if turn.cancels:
+                    _settle(ctx)
+            extra.check(chunk)
             yield chunk
+            if extra.run > BREATH:
+                await extra.breathe()
     except BaseException as exc:
         raise blame(ctx, exc) from exc
     finally:
         await _close(ctx, answer)
 
 
-async def _next(ctx: AgentContext, made: Any, extra: _Extra) -> Chunk | None:
-    """The next chunk of an agent's, None behind the last one. Raises: what the agent does, AgentError."""
-    chunk: Any = None
-    ctx.turn.begin()
-    try:
-        chunk = await made.__anext__()
-    except StopAsyncIteration:
-        pass
-    finally:
-        ctx.turn.end()
-    if ctx.turn.was_cancelled():
+def _settle(ctx: AgentContext) -> None:
+    """Behind a hook that was told that it hangs. Raises: AgentError, in place of whatever it did then; but not when it
+    ended as it was told, which `blame` sees to."""
+    if not isinstance(sys.exc_info()[1], asyncio.CancelledError):
+        ctx.turn.was_cancelled()
         raise _hung(ctx)
-    if chunk is None:
-        return None
-    extra.check(chunk)
-    if extra.run % BREATH == 0:
-        await asyncio.sleep(0)
-    found: Chunk = chunk
-    return found
 
 
 class _Feed:
@@ -207,11 +221,11 @@ class _Feed:
 
     __slots__ = ("_below", "_extra", "_keeps", "_turn", "failure", "unpassed")
 
-    def __init__(self, ctx: AgentContext, below: AsyncIterator[Chunk], extra: _Extra) -> None:
+    def __init__(self, ctx: AgentContext, below: AsyncIterator[Chunk], extra: _Extra, *, keeps: bool) -> None:
         self._below = below
         self._extra = extra
         self._turn = ctx.turn
-        self._keeps = ctx.active.settings.on_error == "skip"
+        self._keeps = keeps
         self.unpassed: list[Chunk] = []
         self.failure: BaseException | None = None
 
@@ -237,10 +251,6 @@ class _Feed:
     async def aclose(self) -> None:
         """The layer closes what is below."""
 
-    def passed_on(self) -> None:
-        if self._keeps:
-            self.unpassed.clear()
-
 
 class _Extra:
     """What an agent adds to an answer beyond what it was given: a fault of it must not fill the memory, or take all of
@@ -262,13 +272,19 @@ class _Extra:
         """Raises: AgentError for what is no chunk, and for too much."""
         if chunk.__class__ is not Chunk:
             raise AgentError(self._ctx.name, f"answered with a {type(chunk).__name__}, which is no Chunk")
-        if chunk.frame is None:
+        frame = chunk.frame
+        if frame is None:
             _check_chunk(self._ctx, chunk)
         self.run += 1
-        self._surplus += _size(chunk)
+        self._surplus += len(frame) if frame is not None else _size(chunk)
         if self._surplus > self._ctx.output_limit:
             words = f"added over {self._ctx.output_limit // 1024} KiB to an answer"
             raise AgentError(self._ctx.name, words, code="agent_output")
+
+    async def breathe(self) -> None:
+        """Let others have their turn, now and then, while the agent makes one chunk after the other."""
+        if self.run % BREATH == 0:
+            await asyncio.sleep(0)
 
 
 def _size(chunk: Chunk) -> int:

@@ -34,7 +34,7 @@ class Turn:
     `spent_s` counts all of that. Time in which it awaits the answer of a model does not count as hanging.
     """
 
-    __slots__ = ("_began", "_cancels", "_running", "_scope", "_waited_until", "_waiting", "deadline_s", "spent_s")
+    __slots__ = ("_began", "_running", "_scope", "_waited_until", "_waiting", "cancels", "deadline_s", "spent_s")
 
     def __init__(self, scope: Scope, deadline_s: float) -> None:
         self.spent_s = 0.0
@@ -44,7 +44,7 @@ class Turn:
         self._began = 0.0
         self._waiting = 0
         self._waited_until = 0.0
-        self._cancels = 0
+        self.cancels = 0
 
     def begin(self) -> None:
         """The agent's code runs from here on."""
@@ -76,18 +76,18 @@ class Turn:
 
     def cancel(self, work: asyncio.Task[Any]) -> None:
         """It hangs."""
-        self._cancels += 1
+        self.cancels += 1
         work.cancel()
 
     def was_cancelled(self) -> bool:
         """Whether it hung; if so, its task is not to be cancelled any more, unless for another reason."""
-        if not self._cancels:
+        if not self.cancels:
             return False
         task = asyncio.current_task()
-        for _ in range(self._cancels):
+        for _ in range(self.cancels):
             if task is not None:
                 task.uncancel()
-        self._cancels = 0
+        self.cancels = 0
         return True
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
 from dataclasses import dataclass
 
 from backends import Backend, Call
@@ -27,10 +26,11 @@ class Frames:
     """Bytes of a server in, chunks out. With `verbatim` each keeps the bytes it came as, and `tail` are those of the
     frame that ended the answer: chunks and tail joined are what went in.
 
-    `failure` is what is wrong with the answer, once the chunks before it were returned.
+    `failure` is what is wrong with the answer, once the chunks before it were returned; `said` are the texts of all, if
+    somebody `keeps_text`.
     """
 
-    def __init__(self, wire: Wire, request: ChatRequest, *, verbatim: bool) -> None:
+    def __init__(self, wire: Wire, request: ChatRequest, *, verbatim: bool, keeps_text: bool = False) -> None:
         self._splitter = wire.splitter()
         self._reader = wire.reader(request)
         self._verbatim = verbatim
@@ -39,6 +39,9 @@ class Frames:
         self._serial = 0  # of the next chunk
         self.tail = b""
         self.failure: ProxyError | None = None
+        self.ended = False
+        self.said: list[str] = []
+        self._keeps_text = keeps_text
 
     @property
     def done(self) -> bool:
@@ -50,6 +53,21 @@ class Frames:
         """How many chunks there have been."""
         return self._serial
 
+    async def next(self, upstream: Response) -> list[Chunk]:
+        """The chunks of the next piece of `upstream`; `ended` is set with the last. A connection that breaks off behind
+        the end of the answer does no harm."""
+        try:
+            data = await upstream.piece()
+        except UpstreamFailed as exc:
+            data = b""
+            if not self.done:
+                self.failure = exc
+        chunks = self.feed(data) if data else self.finish() if self.failure is None else []
+        self.ended = not data or self.failure is not None
+        if self._keeps_text:
+            self.said += [chunk.text for chunk in chunks]
+        return chunks
+
     def feed(self, data: bytes) -> list[Chunk]:
         try:
             return self._chunks(self._splitter.push(data))
@@ -59,7 +77,8 @@ class Frames:
 
     def finish(self) -> list[Chunk]:
         """What a last frame is whose line end was spared."""
-        last = self._chunks(self._splitter.rest)
+        rest = self._splitter.rest
+        last = self._chunks(rest) if rest else []
         if not self.done and self.failure is None:
             self.failure = incomplete()
         return last
@@ -139,10 +158,16 @@ class Source:
         begun = False
         for last_try in (False, True):
             try:
-                async with self.backend.open(self.call) as upstream, aclosing(self._read(upstream)) as chunks:
-                    async for chunk in chunks:
-                        begun = True
-                        yield chunk
+                async with self.backend.open(self.call) as upstream:
+                    frames = await self._begin(upstream)
+                    # Not by a generator of its own: this runs for every token.
+                    while not frames.ended:
+                        for chunk in await frames.next(upstream):
+                            begun = True
+                            yield chunk
+                    if frames.failure is not None:
+                        raise frames.failure
+                    await self._end(upstream, frames)
                 return
             except UpstreamFailed as exc:
                 if begun or last_try or not may_try_again(exc):
@@ -157,28 +182,14 @@ class Source:
                 if self.closed is not None:
                     self.closed()
 
-    async def _read(self, upstream: Response) -> AsyncGenerator[Chunk, None]:
+    async def _begin(self, upstream: Response) -> Frames:
         if upstream.status != 200:
             raise await refusal(upstream)
         if self.opened is not None:
             self.opened(upstream)
-        frames = Frames(self.wire, self.request, verbatim=self.verbatim)
-        said: list[str] = []
-        try:
-            while data := await upstream.piece():
-                for chunk in frames.feed(data):
-                    if self.closing is not None:
-                        said.append(chunk.text)
-                    yield chunk
-                if frames.failure is not None:
-                    raise frames.failure
-        except UpstreamFailed:
-            if not frames.done or frames.failure is not None:
-                raise
-        for chunk in frames.finish():
-            yield chunk
-        if frames.failure is not None:
-            raise frames.failure
+        return Frames(self.wire, self.request, verbatim=self.verbatim, keeps_text=self.closing is not None)
+
+    async def _end(self, upstream: Response, frames: Frames) -> None:
         if self.closing is not None:
-            await self.closing("".join(said), upstream)
+            await self.closing("".join(frames.said), upstream)
         self.tail, self.count = frames.tail, frames.count
