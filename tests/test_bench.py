@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.bench import apis, wire
-from tests.bench.measure import CROSSINGS, KINDS, QUICK
+from tests.bench.measure import CHAINED, CROSSINGS, KINDS, QUICK
 from tests.bench.process import ROOT, environment, tree
-from tests.bench.summary import ALL, CROSSED, GOALS, TOKEN
+from tests.bench.summary import ALL, CHAINS, CROSSED, GOALS, TOKEN
 
 TIMEOUT_S = 120
 
@@ -43,10 +43,10 @@ def test_quick_run_prints_the_table_and_writes_every_figure(tmp_path: Path) -> N
     expected = {"direct", "relay"} | ({"nginx"} if shutil.which("nginx") else set())
     assert set(result["targets"]) == set(result["medians"]) == expected
     for name, target in result["targets"].items():
-        kinds = [kind for kind in KINDS if name == "relay" or kind not in CROSSINGS]
+        kinds = [kind for kind in KINDS if name == "relay" or kind not in CROSSINGS | CHAINED]
         assert {kind: len(rounds) for kind, rounds in target["rounds"].items()} == dict.fromkeys(kinds, QUICK.rounds)
     assert [goal["metric"] for goal in result["goals"]] == [goal.metric for goal in GOALS]
-    assert all(result["medians"]["relay"][name] > 0 for name in (TOKEN, *(metric.name for metric in CROSSED)))
+    assert all(result["medians"]["relay"][name] > 0 for name in (TOKEN, *(metric.name for metric in CHAINS + CROSSED)))
     judged = {goal["metric"]: goal["value"] for goal in result["goals"]}
     assert all(judged[metric.name] > 0 for metric in CROSSED)
     assert result["versions"]["python"] and result["cpu_count"] and result["pinned"]

@@ -14,6 +14,7 @@ from functools import cache
 from typing import Any
 
 from tests.bench import wire
+from tests.bench.agents import CHAINS
 
 Json = dict[str, Any]
 
@@ -79,8 +80,12 @@ APIS = {
     "ollama": Api(wire.OLLAMA_PATH, _ask_ollama, _ollama_texts),
     "anthropic": Api("/v1/messages", _ask_anthropic, _anthropic_texts),
 }
-SERVED = {wire.MODEL: "openai", wire.OLLAMA_MODEL: "ollama"}
-"""The API in which the stub serves each of its models."""
+SERVED = {
+    wire.MODEL: "openai",
+    wire.OLLAMA_MODEL: "ollama",
+    **{model: "" if "rewriter" in chain else "openai" for model, chain in CHAINS.items()},
+}
+"""The API in which the stub serves each of its models; none if its bytes are not what a client gets."""
 BODIES = {"openai": wire.stream_body, "ollama": wire.lines_body}
 """What it answers there, whole, for a number of tokens."""
 

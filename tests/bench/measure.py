@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from tests.bench import process, wire
+from tests.bench import agents, process, wire
 from tests.bench.job import Job
 from tests.bench.targets import Target
 
@@ -115,7 +115,7 @@ def one_round(targets: Sequence[Target], sizes: Sizes, cores: process.Cores, mea
 
 def able(targets: Sequence[Target], kind: str) -> list[Target]:
     """Those of `targets` that can take this kind of load."""
-    return [target for target in targets if target.translates or kind not in CROSSINGS]
+    return [target for target in targets if target.translates or kind not in CROSSINGS | CHAINED]
 
 
 @dataclass(frozen=True)
@@ -140,8 +140,11 @@ CROSSINGS = {
     "ollama_to_ollama": _crossed("ollama", wire.OLLAMA_MODEL),
 }
 """Streams from clients of one API to a server of another, and between Ollama's own; named client to server."""
+CHAINED = {model: _crossed("openai", model) for model in agents.CHAINS}
+"""Streams through agents, named by the virtual model that has them."""
 KINDS = {
     "stream": Load("stream", lambda s: (s.streams, s.tokens, s.interval_ms)),
+    **CHAINED,
     **CROSSINGS,  # next to the streams that they are compared with
     "plain": Load("plain", lambda s: (s.connections, s.requests, 0)),
     "first": Load("first", lambda s: (1, s.firsts, 1)),

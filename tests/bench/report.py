@@ -12,7 +12,7 @@ from importlib.metadata import version
 
 from tests.bench.measure import Measured, Sizes
 from tests.bench.process import Cores
-from tests.bench.summary import CROSSED, METRICS, TOKEN, Summary, Verdict
+from tests.bench.summary import CHAINS, CROSSED, METRICS, TOKEN, Summary, Verdict
 
 COMPARED_TO = ("nginx", "direct")
 
@@ -58,17 +58,17 @@ def table(summary: Summary) -> str:
 
 
 def crossed(summary: Summary) -> str:
-    """What the relay takes for a stream between two APIs."""
-    rows = [["streams through the relay", "µs", "/ OpenAI client and server"]]
-    for metric in CROSSED:
-        ratio = summary.ratio(metric.name, "relay", "relay", TOKEN)
-        rows.append([metric.title, _number(summary.value(metric.name, "relay"), metric.digits), _number(ratio, 2)])
+    """What the relay takes for a stream through agents, and for one between two APIs."""
+    rows = [["streams through the relay", "µs", "/ OpenAI client and server", "/ nginx"]]
+    for metric in (*CHAINS, *CROSSED):
+        ratios = [_number(summary.ratio(metric.name, "relay", to, TOKEN), 2) for to in ("relay", "nginx")]
+        rows.append([metric.title, _number(summary.value(metric.name, "relay"), metric.digits), *ratios])
     return _markdown(rows)
 
 
 def goals(verdicts: Sequence[Verdict]) -> str:
     """What the relay is to reach, and whether it does."""
-    titles = {metric.name: metric.title for metric in (*METRICS, *CROSSED)}
+    titles = {metric.name: metric.title for metric in (*METRICS, *CHAINS, *CROSSED)}
     words = {True: "met", False: "not met", None: "not measured"}
     rows = [["goal of the relay", "at most", "measured", ""]]
     for verdict in verdicts:

@@ -62,9 +62,18 @@ def _crossing(name: str) -> Metric:
 _API_NAMES = {"openai": "OpenAI", "ollama": "Ollama", "anthropic": "Anthropic"}
 CROSSED = tuple(map(_crossing, CROSSINGS))
 """The CPU time per token of streams between two APIs, in microseconds: only the relay has it."""
+CHAINS = tuple(
+    Metric(f"cpu_us_per_token_{name}", f"CPU per token, µs: {title}", 1, _rounds(name, "cpu_us_per_unit"))
+    for name, title in (
+        ("m-1-agent", "through 1 agent that passes it on"),
+        ("m-3-agents", "through 3 agents that pass it on"),
+        ("m-rewritten", "through 1 agent that changes it"),
+    )
+)
+"""The same of streams through agents: only the relay has any."""
 TOKEN = METRICS[0].name
-"""What `CROSSED` is compared with."""
-ALL = METRICS + CROSSED
+"""What `CROSSED` and `CHAINS` are compared with."""
+ALL = METRICS + CHAINS + CROSSED
 
 
 @dataclass(frozen=True)
@@ -80,6 +89,8 @@ class Goal:
 
 GOALS = (
     Goal("cpu_us_per_token", 1.5, "nginx"),
+    Goal(CHAINS[0].name, 3, "nginx", TOKEN),
+    Goal(CHAINS[1].name, 4, "nginx", TOKEN),
     Goal("cpu_us_per_request", 6, "nginx"),
     Goal("added_p50_ms", 1),
     Goal("rss_idle_mib", 80),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import socket
 import subprocess
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.bench import process, wire
+from tests.bench import agents, process, wire
 
 LISTEN_TIMEOUT_S = 20.0
 
@@ -129,12 +130,22 @@ remotes:
 ollama:
   host: http://127.0.0.1:{stub_port}
   models: ["{ollama_model}"]
+agents_dirs: [{folder}]
+agents: {agents}
+models: {chains}
 """
 
 
 def relay_command(directory: Path, port: int, stub_port: int) -> list[str]:
     config = directory / "config.yaml"
-    config.write_text(RELAY_CONFIG.format(stub_port=stub_port, model=wire.MODEL, ollama_model=wire.OLLAMA_MODEL))
+    folder = directory / "agents"
+    agents.write(folder)
+    chains = {name: {"model": wire.MODEL, "agents": chain} for name, chain in agents.CHAINS.items()}
+    text = RELAY_CONFIG.format(
+        stub_port=stub_port, model=wire.MODEL, ollama_model=wire.OLLAMA_MODEL, folder=folder,
+        agents=json.dumps(list(agents.AGENTS)), chains=json.dumps(chains),
+    )  # fmt: skip
+    config.write_text(text)
     options = ["--config", str(config), "--host", "127.0.0.1", "--port", str(port), "--log-level", "warning"]
     return [sys.executable, "-m", "proxy", "serve", *options]
 
