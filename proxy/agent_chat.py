@@ -20,7 +20,7 @@ from proxy.chain import FIELD, Picked
 from proxy.chat import ChatRequest, Chunk, Json, Timing, fold, say
 from proxy.dialects import ollama
 from proxy.dialects.codec import Face, Wire, Writer
-from proxy.errors import AgentError, BadRequest, ProxyError, UpstreamRefused
+from proxy.errors import AgentError, BadRequest, ProxyError, UpstreamFailed, UpstreamRefused
 from proxy.headers import REQUEST_ID, upstream_headers
 from proxy.layers import answered, enter, layer
 from proxy.ollama_chat import check_capabilities, set_keep_alive, with_context
@@ -31,7 +31,7 @@ from proxy.scope import Scope
 from proxy.shared import MODEL, Proxy
 from proxy.side_calls import DEEPEST, DEPTH, SideCalls
 from proxy.source import Source
-from proxy.translate import Epilogue
+from proxy.translate import ANSWER_LIMIT, Epilogue
 from proxy.wires import hold_context, native_wire, server_of, wire_of, without_thoughts
 
 logger = logging.getLogger(__name__)
@@ -198,7 +198,7 @@ class AgentChat:
         writer = self.face.writer(request, timing)
         try:
             if not request.stream:
-                reply = await fold(stream)
+                reply = await fold(_bounded(stream))
                 return web.Response(body=writer.reply(reply.data), content_type="application/json")
             return await self._stream(writer, stream, source)
         except (AttributeError, KeyError, TypeError, ValueError) as exc:
@@ -232,6 +232,16 @@ class AgentChat:
         if last:
             sink.feed(last)
         return await finish(self.http, answer, stall_s)
+
+
+async def _bounded(stream: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:
+    """An answer that is collected: no server may fill our memory with it."""
+    size = 0
+    async for chunk in stream:
+        size += len(chunk.text) + len(chunk.reasoning)
+        if size > ANSWER_LIMIT:
+            raise UpstreamFailed(f"the answer is over {ANSWER_LIMIT // 2**20} MiB", code="upstream_error")
+        yield chunk
 
 
 async def _tell_context(epilogue: Epilogue, timing: Timing, said: str, upstream: Response) -> None:

@@ -168,7 +168,9 @@ async def _loaded(session: aiohttp.ClientSession) -> set[str]:
 async def _healthy(session: aiohttp.ClientSession) -> str:
     async with session.get("/health") as response:
         health = await response.json()
-    _expect(response.status == 200 and health["status"] == "healthy", health["status"])
+    failed = ", ".join(health.get("agents", {}).get("failed", ()))
+    words = f"{health['status']}{f': these agents cannot be loaded: {failed}' if failed else ''}"
+    _expect(response.status == 200 and health["status"] == "healthy", words)
     return ", ".join(f"{item['model']} {item['state']}" for item in health["instances"])
 
 
