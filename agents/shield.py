@@ -2,7 +2,6 @@
 
 A chat UI asks for a title, tags and follow-ups with every answer: prompts of their own, at the same time as the chat.
 On the user's model they queue before the next question, evict it, or overwrite what it has computed of the chat so far.
-Source for how these prompts begin: Open WebUI's defaults (0.5 to 0.12), LibreChat's titles.
 """
 
 from __future__ import annotations
@@ -16,25 +15,44 @@ from agents.base import Agent, Context, Options
 from proxy.chat import ChatRequest, ChunkStream
 
 Kind = Literal["title", "tags", "follow_ups", "queries", "image_prompt", "autocomplete", "emoji"]
-BEGINNINGS: dict[Kind, str] = {
-    "title": r"### Task:\s+Generate a concise\b[^\n]{0,40}\btitle|"
-    r"(?:Please generate|Provide) a concise, 5-word-or-less title for the conversation",
-    "tags": r"### Task:\s+Generate \d+-\d+ broad tags",
-    "follow_ups": r"### Task:\s+Suggest \d+-\d+ relevant follow-up",
-    "queries": r"### Task:\s+Analyze the chat history to determine the necessity of generating",
-    "image_prompt": r"### Task:\s+Generate a detailed prompt for an?m? image generation",
-    "autocomplete": r"### Task:\s+You are an autocompletion system",
-    "emoji": r"Your task is to reflect the speaker's likely facial expression",
+BEGINNINGS: dict[Kind, tuple[str, ...]] = {
+    "title": (
+        r"### Task:\s+Generate a concise, \d-\d word title\b",
+        r"### Task:\s+Generate a concise title summarizing the chat",
+        r"(?:Please generate|Provide) a concise, 5-word-or-less title for the conversation",
+        r"Please generate a concise title \(max \d+ characters\) for a conversation",
+        r"Analyze this conversation and provide:\s+1\. The detected language",
+        r"Based on the chat history, give this conversation a (?:name|title)\.",
+        r"Generate a concise, descriptive title for this conversation based on",
+        r"You are a professional conversation summarizer\. Generate a concise title",
+        r"You are an assistant skilled in conversation\. You need to summarize .{0,40} into a title",
+        r"You are an AI conversation titles assistant",
+        r"You are a chat thread titling assistant",
+    ),
+    "tags": (r"### Task:\s+Generate \d-\d broad tags",),
+    "follow_ups": (r"### Task:\s+Suggest \d-\d relevant follow-up",),
+    "queries": (
+        r"### Task:\s+Analyze the chat history to determine the necessity of generating",
+        r"You are an AI question rephraser\b",
+    ),
+    "image_prompt": (r"### Task:\s+Generate a detailed prompt for a[mn]? image generation",),
+    "autocomplete": (r"### Task:\s+You are an autocompletion system",),
+    "emoji": (r"Your task is to reflect the speaker's likely facial expression",),
 }
-"""How each kind of prompt begins. Open WebUI's prompt for a question over documents begins with `### Task:` as well,
-and is the user's own."""
+"""How the prompts of each kind begin, as the system prompt or as the user's text.
+
+Those without `### Task:` are titles of LibreChat, Chatbox, n8n, Lobe, Cherry Studio, big-AGI and Hugging Face's
+chat-ui, in this order, and queries of Cherry Studio and Perplexica; the others are Open WebUI's, 0.5 to 0.12. Its
+prompt for a question over documents begins with `### Task:` as well, and is the user's own.
+"""
 
 
 class Shield(Agent):
     """Sends the background prompts of chat UIs (titles, tags, follow-ups, search queries, autocompletion) to a small
-    model, or to a slot of their own, so that they neither evict the user's model nor spoil its cache.
+    model, or to a slot of their own, so that they neither evict the user's model nor spoil its cache; without thoughts.
 
-    A prompt is recognised by how the request begins and by being alone in it. The answer is relayed untouched.
+    A prompt is recognised by how the request begins, and by there being no answer before it. A text that quotes such a
+    prompt further on is the user's. The answer is relayed untouched.
     """
 
     class Config(Options):
@@ -52,6 +70,7 @@ class Shield(Agent):
         kinds: list[Kind] = Field(default=list(BEGINNINGS), description="Which of them; by default all.")
         patterns: list[str] = Field(default=[], description="Regular expressions for the beginnings of further ones.")
         max_tokens: int | None = Field(default=None, ge=1, description="Most tokens of their answers.")
+        no_thinking: bool = Field(default=True, description="Models on llama.cpp answer them without thinking first.")
 
         @field_validator("patterns")
         @classmethod
@@ -63,33 +82,32 @@ class Shield(Agent):
                     raise ValueError(f"{pattern!r} is no regular expression: {exc}") from None
             return patterns
 
-    def __init__(self, config: Shield.Config) -> None:
-        super().__init__(config)
-        if config.model is None and config.slot is None:
-            raise ValueError("shield needs a model or a slot")
-
     async def on_request(self, request: ChatRequest, ctx: Context) -> ChunkStream | None:
         config: Shield.Config = ctx.config
         if not is_background(request, config):
             return None
         if config.max_tokens is not None:
             _limit(request, config.max_tokens)
-        if config.model is not None and await self._fits(config.model, request.model, ctx):
+        if config.no_thinking and ctx.server == "llama.cpp":
+            _forbid_thinking(request)
+        if config.model is not None and await _fits(config.model, request.model, ctx):
             request.model = config.model
         elif config.slot is not None and ctx.server == "llama.cpp":
             request.body["id_slot"] = config.slot
         return None
-
-    async def _fits(self, small: str, asked: str, ctx: Context) -> bool:
-        return small != asked and len(await ctx.fitting([asked, small])) == 1
 
 
 def is_background(request: ChatRequest, config: Shield.Config) -> bool:
     """Whether it is a chat UI that asks, on its own behalf."""
     if any(message.get("role") not in ("system", "developer", "user") for message in request.messages):
         return False
-    beginnings = [BEGINNINGS[kind] for kind in config.kinds] + config.patterns
-    return any(re.match(beginning, request.last_user_text.lstrip()) for beginning in beginnings)
+    texts = [text.lstrip() for text in (request.last_user_text, request.system) if text]
+    beginnings = [beginning for kind in config.kinds for beginning in BEGINNINGS[kind]] + config.patterns
+    return any(re.match(beginning, text) for text in texts for beginning in beginnings)
+
+
+async def _fits(small: str, asked: str, ctx: Context) -> bool:
+    return small != asked and len(await ctx.fitting([asked, small])) == 1
 
 
 def _limit(request: ChatRequest, most: int) -> None:
@@ -98,3 +116,9 @@ def _limit(request: ChatRequest, most: int) -> None:
         for name in ("max_tokens", "max_completion_tokens"):
             request.body.pop(name, None)
         request.body["max_tokens"] = most
+
+
+def _forbid_thinking(request: ChatRequest) -> None:
+    given = request.body.get("chat_template_kwargs") or {}
+    if isinstance(given, dict) and not request.is_text:
+        request.body["chat_template_kwargs"] = {**given, "enable_thinking": False}
