@@ -272,7 +272,9 @@ class Chunk:
     @property
     def finish_reason(self) -> str | None:
         """Why the answer ends here: `stop`, `length`, `tool_calls`; None while it goes on."""
-        return self.choice.get("finish_reason")
+        choices = self._data.get("choices")  # asked of every chunk: not by way of `choice`
+        reason: str | None = choices[0].get("finish_reason") if choices else None
+        return reason
 
     @finish_reason.setter
     def finish_reason(self, reason: str | None) -> None:

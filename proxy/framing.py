@@ -119,6 +119,8 @@ class EventSplitter:
         """What `push` returned, event by event, with every byte it had."""
         if b"\r" not in whole and whole.find(b"\n\n") == len(whole) - 2:
             return [whole] if whole else []
+        if b"\r" not in whole and b"\n\n\n" not in whole and whole.endswith(b"\n\n"):
+            return [event + b"\n\n" for event in whole[:-2].split(b"\n\n")]
         ends = [found.end() for found in _BLANK_LINE.finditer(whole)]
         pieces = [whole[start:end] for start, end in zip([0, *ends], [*ends, len(whole)], strict=True)]
         return [piece for piece in pieces if piece]

@@ -265,7 +265,8 @@ class _Extra:
         """How many chunks it has made since it took one."""
 
     def gave(self, chunk: Chunk) -> None:
-        self._surplus -= _size(chunk)
+        frame = chunk.frame
+        self._surplus -= len(frame) if frame is not None else _size(chunk)
         self.run = 0
 
     def check(self, chunk: Any) -> None:

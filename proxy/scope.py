@@ -48,18 +48,19 @@ class Turn:
 
     def begin(self) -> None:
         """The agent's code runs from here on."""
-        _owner.set(self._scope)
-        self._began = time.perf_counter()
+        scope = self._scope
+        _own(scope)
+        self._began = _now()
         self._running = True
-        self._scope.turn = self
+        scope.turn = self
 
     def end(self) -> None:
         """It does no more."""
         if self._running:
-            self.spent_s += time.perf_counter() - self._began
+            self.spent_s += _now() - self._began
             self._running = False
             self._scope.turn = None
-        _owner.set(None)
+        _own(None)
 
     @contextmanager
     def awaiting_model(self) -> Iterator[None]:
@@ -157,6 +158,8 @@ class Scope:
 
 _owner: ContextVar[Scope | None] = ContextVar("owner", default=None)
 """The request whose agent's code is running."""
+_own = _owner.set
+_now = time.perf_counter
 _scopes: set[Scope] = set()
 
 

@@ -108,14 +108,13 @@ class Frames:
                 made.append(Chunk({}, frame, self._next()))
         else:
             _check(data)
-            made.extend(self._made(data, self._held + frame))
-            self._held = b""
-
-    def _made(self, data: Json, frame: bytes) -> list[Chunk]:
-        choices = data.get("choices")
-        if choices and len(choices) > 1:  # a chunk tells of one
-            return [Chunk({**data, "choices": [choice]}, serial=self._next()) for choice in choices]
-        return [Chunk(data, frame if self._verbatim else None, self._next())]
+            if self._held:
+                frame, self._held = self._held + frame, b""
+            choices = data.get("choices")
+            if choices and len(choices) > 1:  # a chunk tells of one
+                made.extend(Chunk({**data, "choices": [choice]}, serial=self._next()) for choice in choices)
+            else:
+                made.append(Chunk(data, frame if self._verbatim else None, self._next()))
 
     def _next(self) -> int:
         self._serial += 1
