@@ -90,6 +90,20 @@ def test_lines_of_ollama_are_compared_byte_for_byte_on_their_way_to_its_own_clie
         apis.check_stream(as_stream(sent.replace(b"03:04:05", b"03:04:07")), "ollama", wire.OLLAMA_MODEL, 3)
 
 
+def test_agents_that_pass_an_answer_on_may_change_no_byte_and_the_rewriter_has_to_change_each_text() -> None:
+    sent = wire.stream_body(2)
+    changed = sent.replace(b't00000"', b't00000!"').replace(b't00001"', b't00001!"')
+    for model in ("m-1-agent", "m-3-agents"):
+        apis.check_stream(as_stream(sent), "openai", model, 2)
+        for other in (changed, sent.replace(b"b6000", b"b6001", 1)):
+            with pytest.raises(wire.BrokenRun, match="differs"):
+                apis.check_stream(as_stream(other), "openai", model, 2)
+    apis.check_stream(as_stream(changed), "openai", "m-rewritten", 2)
+    for other in (sent, changed.replace(b"t00001!", b"t00001")):
+        with pytest.raises(wire.BrokenRun, match="2 of 2 tokens, or in another order"):
+            apis.check_stream(as_stream(other), "openai", "m-rewritten", 2)
+
+
 TRANSLATED = {
     "openai": (wire.OLLAMA_MODEL, wire.stream_body(3)),
     "ollama": (wire.MODEL, wire.lines_body(3)),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+MARK = "!"
+"""What the rewriter adds to each text: how to tell that it ran."""
 HEAD = """
 from collections.abc import AsyncIterator
 from agents.base import Agent, Context
@@ -24,17 +26,17 @@ class Each(Agent):
     async def on_chunk(self, chunk: Chunk, ctx: Context) -> Chunk | None:
         return chunk
 """
-REWRITER = """
+REWRITER = f"""
 class Rewriter(Agent):
     command = "rewriter"
 
     async def on_chunk(self, chunk: Chunk, ctx: Context) -> Chunk | None:
-        chunk.text = chunk.text[:1] + chunk.text[1:]
+        if chunk.text:
+            chunk.text += "{MARK}"
         return chunk
 """
 AGENTS = {"whole1": WHOLE.format(number=1), "each": EACH, "whole2": WHOLE.format(number=2), "rewriter": REWRITER}
-"""By name. Each has a command, so that it does not run for models that do not name it. The rewriter gives each chunk
-the text it had: it is written anew all the same."""
+"""By name. Each has a command, so that it does not run for models that do not name it."""
 CHAINS = {"m-1-agent": ["whole1"], "m-3-agents": ["whole1", "each", "whole2"], "m-rewritten": ["rewriter"]}
 """The agents of each virtual model."""
 

@@ -39,9 +39,10 @@ def text(measured: Mapping[str, Measured], sizes: Sizes, cores: Cores) -> str:
     conditions = (
         f"{using}; {os.cpu_count()} cores; {cores}.\n"
         f"Medians over rounds: {sizes.rounds}; in each {sizes.streams} streams of {sizes.tokens} tokens, one every "
-        f"{sizes.interval_ms:g} ms (between two APIs: {sizes.crossed_tokens} tokens); {sizes.requests} plain requests "
-        f"on {sizes.connections} connections; {sizes.firsts} streamed requests one by one. Starts: {sizes.starts}. "
-        f"Ratios are medians of each round's. A proxy that does not use all of its core is not what bounds requests/s."
+        f"{sizes.interval_ms:g} ms (through agents, and between two APIs: {sizes.crossed_tokens} tokens); "
+        f"{sizes.requests} plain requests on {sizes.connections} connections; {sizes.firsts} streamed requests one by "
+        f"one. Starts: {sizes.starts}. Ratios are medians of each round's. A proxy that does not use all of its core "
+        f"is not what bounds requests/s."
     )
     return "\n\n".join([conditions, table(summary), crossed(summary), goals(summary.verdicts())])
 
