@@ -1,4 +1,4 @@
-"""The template to copy: an agent that marks the request and the answer.
+"""The template to copy: an agent that marks the question, and the answer on both sides.
 
 Copy this file into a folder named in `agents_dirs`, give it a name of its own, and name that in `agents:`.
 """
@@ -21,11 +21,13 @@ class Example(Agent):
     # What a call may set: `/example mark=* Hello`.
     per_call = frozenset({"mark"})
 
-    # What the configuration may set: `agents: [{example: {mark: "*"}}]`. Unknown keys are refused there.
+    # What the configuration may set: `agents: [{example: {prefix: "> "}}]`. Unknown keys are refused there.
     class Config(Options):
         """What may stand behind `example` in the configuration."""
 
-        mark: str = Field(default="#", min_length=1, description="The mark.")
+        mark: str = Field(default="#", min_length=1, description="The mark behind the question.")
+        prefix: str = Field(default="# ", description="What stands before the answer.")
+        suffix: str = Field(default=" #", description="What stands behind the answer.")
 
     async def on_request(self, request: ChatRequest, ctx: Context) -> ChunkStream | None:
         # The same for every API: a chat's last user message, or the prompt of a text.
@@ -36,13 +38,13 @@ class Example(Agent):
     async def on_response(self, stream: ChunkStream, ctx: Context) -> AsyncIterator[Chunk]:
         # Nothing about a request is kept on `self`, which serves all of them at once: it goes into variables here, and
         # what one hook wants to tell the other into `ctx.state`.
-        mark = ctx.config.mark
-        begun = False
+        begun: set[int] = set()  # with `n` > 1 several answers come interleaved, told apart by `index`
         # One turn for each piece of the answer, as it arrives. Without `stream` in the request it is all the same.
         async for chunk in stream:
-            if chunk.text and not begun:
-                begun = True
-                yield Chunk.of(f"{mark} ")  # a chunk of our own
+            if chunk.text and chunk.index not in begun:
+                begun.add(chunk.index)
+                yield Chunk.of(ctx.config.prefix, index=chunk.index)  # a chunk of our own
             yield chunk  # one that nobody changes leaves as the very bytes it came as
-        # Behind the last piece of text. The end of the answer has been held for us.
-        yield Chunk.of(f" {mark}")
+        # Behind the last piece of text: the proxy holds back the end of the answer until here.
+        for index in begun:
+            yield Chunk.of(ctx.config.suffix, index=index)

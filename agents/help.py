@@ -2,24 +2,53 @@
 
 from __future__ import annotations
 
-from agents.base import Agent, Context
+from collections.abc import Sequence
+
+from agents.base import About, Agent, Context
 from proxy.chat import ChatRequest, ChunkStream, say
 
 
 class Help(Agent):
-    """Lists the commands and what they do. No model is asked."""
+    """Lists the commands and what they do; `/help NAME` tells of one. No model is asked."""
 
     command = "help"
 
     async def on_request(self, request: ChatRequest, ctx: Context) -> ChunkStream | None:
-        lines = ["Commands, at the beginning of a message:", ""]
-        for about in ctx.agents:
-            if about.command is not None:
-                lines.append(f"- `/{about.command}` {about.description}")
-                lines += [f"    - `{name}=` {words}" for name, words in about.options.items()]
-        lines += ["- `/agents` Tells which agents run in this chat.", ""]
-        lines.append("With `on` or `off` and nothing else behind it, a command is for the whole chat: `/NAME on`.")
-        always = [f"{about.name} ({about.description})" for about in ctx.agents if about.command is None]
-        if always:
-            lines += ["", f"Without a command: {', '.join(always)}"]
-        return say("\n".join(lines))
+        commands = [about for about in ctx.agents if about.command is not None]
+        asked = request.last_user_text.strip().removeprefix("/")
+        one = [about for about in commands if about.command == asked]
+        return say("\n".join(_entries(one) if one else _overview(commands, ctx.agents)))
+
+
+def _overview(commands: Sequence[About], agents: Sequence[About]) -> list[str]:
+    lines = ["**Commands**, at the beginning of a message:", "", *_entries(commands)]
+    lines += ["- `/agents` Tells which agents run in this chat.", "", *_usage(commands)]
+    always = [about for about in agents if about.command is None and about.running]
+    if always:
+        lines += ["", "**Always on**, without a command:", ""]
+        lines += [f"- {about.name}: {about.description}" for about in always]
+    return lines
+
+
+def _entries(commands: Sequence[About]) -> list[str]:
+    """One item a command, its options below it. Markdown, which reads well as plain text, too."""
+    lines = []
+    for about in commands:
+        on = " *(on in this chat)*" if about.running and about.command != Help.command else ""
+        lines.append(f"- `/{about.command}` {about.description}{on}")
+        lines += [f"    - `{name}=` {words}" for name, words in about.options.items()]
+    return lines
+
+
+def _usage(commands: Sequence[About]) -> list[str]:
+    """How commands are written, shown with one that there is."""
+    others = [about for about in commands if about.command != Help.command]
+    if not others:
+        return ["No agent with a command is enabled."]
+    with_option = next((about for about in others if about.options), others[0])
+    name = with_option.command
+    option = f" {next(iter(with_option.options))}=..." if with_option.options else ""
+    return [
+        f"The text comes behind it: `/{name}{option} Your question`. Several commands in a row work together.",
+        f"For the whole chat: `/{name} on`, and nothing else in the message; `/{name} off` ends it.",
+    ]

@@ -48,8 +48,8 @@ prompt for a question over documents begins with `### Task:` as well, and is the
 
 
 class Shield(Agent):
-    """Sends the background prompts of chat UIs (titles, tags, follow-ups, search queries, autocompletion) to a small
-    model, or to a slot of their own, so that they neither evict the user's model nor spoil its cache; without thoughts.
+    """Sends the background prompts of chat UIs (titles, tags, follow-ups, search queries) to a small model, or to a
+    slot of their own, so that they neither evict the user's model nor spoil its cache.
 
     A prompt is recognised by how the request begins, and by there being no answer before it. A text that quotes such a
     prompt further on is the user's. The answer is relayed untouched.

@@ -3,32 +3,65 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from typing import Any
 
-from tests.agent_clients import WAYS, Way, proxy_with_agents
-from tests.e2e_support import CHAT, Fakes, fakes
+import pytest
 
-__all__ = ["fakes"]
+from tests import raw_client
+from tests.agent_clients import WAYS, Way
+from tests.e2e_support import CHAT, WEATHER, Fakes
+from tests.harness import Proxy, session_proxy
 
-
-async def test_request_and_answer_are_marked_in_every_api(fakes: Fakes) -> None:
-    async with proxy_with_agents(fakes, {}, [{"example": {"mark": "*"}}]) as proxy:
-        for way in WAYS:
-            said = await way.ask(proxy, way.body("/example hi", fake={"tokens": 2}))
-            # `fake` is a field of OpenAI's endpoints only: elsewhere the answer has eight tokens
-            assert said.text.startswith("* t0 t1 ") and said.text.endswith("  *"), way
-            assert said.error is None and said.finish in ("stop", "end_turn")
-            event = fakes.events("request")[-1]
-            body = json.loads(event["body"])
-            if event["path"] not in ("/apply-template", "/tokenize"):
-                content = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
-                assert content == "hi *", way
+WAY = Way(CHAT, stream=True)
+MARKS = {"mark": "(!)", "prefix": "<<", "suffix": ">>"}
 
 
-async def test_a_call_sets_the_mark(fakes: Fakes) -> None:
-    way = Way(CHAT, stream=True)
-    async with proxy_with_agents(fakes, {}, ["example"]) as proxy:
-        said = await way.ask(proxy, way.body('/example mark="- -" hi', fake={"tokens": 1}))
-        assert said.text == "- - t0  - -"
-        assert fakes.generated()[-1]["messages"][-1]["content"] == "hi - -"
-        said = await way.ask(proxy, way.body('/example mark="" hi'))
-        assert said.status == 400 and "option mark of /example" in (said.error or "")
+@pytest.fixture(scope="module")
+def fakes(tmp_path_factory: pytest.TempPathFactory) -> Fakes:
+    return Fakes(tmp_path_factory.mktemp("example"))
+
+
+@pytest.fixture(scope="module")
+def proxy(fakes: Fakes) -> Iterator[Proxy]:
+    models = {"m": fakes.model(fields={"parallel": 4}, TOKENS=3)}
+    with session_proxy(fakes.config(models, keep_alive=-1) | {"agents": [{"example": MARKS}]}) as proxy:
+        yield proxy
+
+
+def asked(fakes: Fakes) -> str:
+    """The user's text as it last reached a server."""
+    bodies = [json.loads(event["body"]) for event in fakes.events("request") if event["body"]]
+    body = [body for body in bodies if "model" in body][-1]
+    content = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
+    return str(content if isinstance(content, str) else content[-1]["text"])
+
+
+async def test_request_and_answer_are_marked_in_every_api(fakes: Fakes, proxy: Proxy) -> None:
+    for way in WAYS:
+        said = await way.ask(proxy, way.body("/example Hello"))
+        assert (said.text, said.error) == ("<<t0 t1 t2 >>", None), way
+        assert said.finish in ("stop", "end_turn"), way
+        assert asked(fakes) == "Hello (!)", way
+        plain = await way.ask(proxy, way.body("Hello"))
+        assert (plain.text, asked(fakes)) == ("t0 t1 t2 ", "Hello"), "it runs when it is called"
+
+
+async def test_a_call_sets_the_mark(fakes: Fakes, proxy: Proxy) -> None:
+    said = await WAY.ask(proxy, WAY.body('/example mark="- -" Hello'))
+    assert (said.text, asked(fakes)) == ("<<t0 t1 t2 >>", "Hello - -")
+    said = await WAY.ask(proxy, WAY.body('/example mark="" Hello'))
+    assert said.status == 400 and "option mark of /example" in (said.error or "")
+    await WAY.ask(proxy, WAY.body("/example prefix=* Hello"))
+    assert asked(fakes) == "prefix=* Hello (!)", "what a call may not set is the user's text"
+
+
+async def test_each_of_several_answers_is_marked_and_a_tool_call_is_not(proxy: Proxy) -> None:
+    body: dict[str, Any] = WAY.body("/example Hello", n=2) | {"stream": False}
+    choices = (await raw_client.post(proxy.port, CHAT, body)).json()["choices"]
+    texts = [choice["message"]["content"] for choice in choices]
+    assert len(texts) == 2 and all(text.startswith("<<t0") and text.endswith(">>") for text in texts)
+    call = {"tokens": 0, "tool_call": ["get_weather", {"city": "Rome"}]}
+    body = WAY.body("/example Hello", tools=[WEATHER], fake=call) | {"stream": False}
+    (choice,) = (await raw_client.post(proxy.port, CHAT, body)).json()["choices"]
+    assert choice["finish_reason"] == "tool_calls" and not choice["message"].get("content")
