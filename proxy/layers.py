@@ -165,7 +165,7 @@ async def _transformed(ctx: AgentContext, below: AsyncIterator[Chunk]) -> AsyncG
                 if skips:
                     feed.unpassed.clear()
                 yield chunk
-                if extra.run > BREATH:
+                if extra.run >= BREATH:
                     await extra.breathe()
         except BaseException as exc:
             if exc is feed.failure:
@@ -200,7 +200,7 @@ async def answered(ctx: AgentContext, answer: Any) -> AsyncGenerator[Chunk, None
                     _settle(ctx)
             extra.check(chunk)
             yield chunk
-            if extra.run > BREATH:
+            if extra.run >= BREATH:
                 await extra.breathe()
     except BaseException as exc:
         raise blame(ctx, exc) from exc
