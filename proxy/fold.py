@@ -26,8 +26,22 @@ class Fold:
             _add_delta(whole["message"], choice.get("delta") or {})
             _add_logprobs(whole, choice.get("logprobs"))
             whole.update({k: v for k, v in choice.items() if k not in ("index", "delta", "logprobs") and v is not None})
-        self._whole.update({k: v for k, v in chunk.items() if k != "choices" and v is not None})
+        said = {k: v for k, v in chunk.items() if k != "choices" and v is not None}
+        if "usage" in said and not chunk.get("choices"):
+            said["usage"] = self._summed(said["usage"])
+        self._whole.update(said)
         return b""
+
+    def _summed(self, usage: Any) -> Any:
+        """What was told with what is told now: of several answers (`n`) llama-server counts each by itself, behind all
+        of them; their prompt is the same one. Source: llama.cpp tools/server, b11434."""
+        before = self._whole.get("usage")
+        if len(self._choices) < 2 or not isinstance(before, dict) or not isinstance(usage, dict):
+            return usage
+        prompt = max(before.get("prompt_tokens", 0), usage.get("prompt_tokens", 0))
+        completion = before.get("completion_tokens", 0) + usage.get("completion_tokens", 0)
+        counts = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        return {**usage, **counts}
 
     def completion(self) -> Json:
         """The whole answer; `choices` in the order of their indices, at least one."""

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from proxy.chat import Fold
 from tests import raw_client
 from tests.agent_clients import WAYS, Way, proxy_with_agents
 from tests.e2e_support import Fakes, fakes
@@ -67,3 +68,14 @@ async def test_an_identity_agents_stream_is_the_relays_byte_for_byte(fakes: Fake
                 passed = await raw_client.post(proxy.port, path, way.steered(command, **manners))
                 assert passed.status == relayed.status == 200
                 assert timeless(passed.body) == timeless(relayed.body), (path, manners)
+
+
+def test_the_tokens_of_several_answers_are_summed() -> None:
+    whole = Fold()
+    for index in (0, 1):
+        whole.add({"choices": [{"index": index, "delta": {"content": "x"}}]})
+    for tokens in (3, 4):
+        whole.add(
+            {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": tokens, "total_tokens": 5 + tokens}}
+        )
+    assert whole.completion()["usage"] == {"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12}

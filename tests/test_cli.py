@@ -174,7 +174,7 @@ def test_an_address_that_is_not_ours_is_status_1_and_one_clear_line(tmp_path: Pa
 def test_make_run_passes_host_port_and_config_on() -> None:
     words = ["make", "--dry-run", "run", "HOST=0.0.0.0", "PORT=8080", "CONFIG=my.yaml"]
     done = subprocess.run(words, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=TIMEOUT_S)
-    assert "serve --config my.yaml --host 0.0.0.0 --port 8080" in done.stdout
+    assert "serve --config my.yaml --host 0.0.0.0 --port 8080 --reload" in done.stdout
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
