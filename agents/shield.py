@@ -65,7 +65,7 @@ class Shield(Agent):
             default=None,
             ge=0,
             description="Else the slot of llama-server that they go to, best 0: chats get the last one first. The "
-            "model needs parallel >= 2. So far for clients of OpenAI's API only: the others have no word for it.",
+            "model needs parallel >= 2.",
         )
         kinds: list[Kind] = Field(default=list(BEGINNINGS), description="Which of them; by default all.")
         patterns: list[str] = Field(default=[], description="Regular expressions for the beginnings of further ones.")

@@ -17,7 +17,7 @@ from backends.exchange import Response
 from proxy.agent_context import AgentContext, RequestFacts
 from proxy.body import aside, serialise, to_bytes
 from proxy.chain import FIELD, Picked
-from proxy.chat import ChatRequest, Chunk, Json, Timing, fold, say
+from proxy.chat import ChatRequest, Chunk, Json, Timing, bare, fold, say
 from proxy.dialects import ollama
 from proxy.dialects.codec import Face, Wire, Writer
 from proxy.errors import AgentError, BadRequest, ProxyError, UpstreamFailed, UpstreamRefused
@@ -139,7 +139,21 @@ class AgentChat:
     def _is_plain(self, request: ChatRequest) -> bool:
         """Whether what the agents made of the request still fits the endpoint that the client asked: one question to
         `/api/generate` may have become a chat."""
-        return self.face is not ollama.GENERATE or ollama.WIRE.encode(request)[0] == self.http.path.rstrip("/")
+        if self.face is ollama.GENERATE and ollama.WIRE.encode(request)[0] != self.http.path.rstrip("/"):
+            return False
+        return self._has_words_for(request)
+
+    def _has_words_for(self, request: ChatRequest) -> bool:
+        """Whether the client's API has a place for every field: agents may have set what only the server knows, such as
+        `id_slot`. What is to be said does not matter for that, and may be large."""
+        if self.family == "openai":
+            return True
+        said: Json = {"prompt": "x"} if request.is_text else {"messages": [{"role": "user", "content": "x"}]}
+        probe = ChatRequest({**request.body, **said}, request.stream).copy()
+        try:
+            return set(bare(probe.body)) <= set(self.face.decode(self.face.encode(probe)).body)
+        except (AttributeError, KeyError, TypeError, ValueError, BadRequest):
+            return True  # it cannot be said at all, as will turn out
 
     def _encoded(self, contexts: list[AgentContext], request: ChatRequest) -> Json:
         try:
@@ -157,7 +171,7 @@ class AgentChat:
                 request, epilogue = await with_context(backend, request)
                 closing = partial(_tell_context, epilogue, timing) if epilogue is not None else None
             set_keep_alive(backend, {"keep_alive": self.keep_alive})
-        wire = native_wire(self.family, backend)
+        wire = native_wire(self.family, backend) if self._has_words_for(request) else None
         verbatim = wire is not None and request.stream
         wire = wire or wire_of(backend)
         path, data = await self._written(contexts, wire, backend, request)

@@ -153,12 +153,10 @@ async def test_their_answers_are_relayed_byte_for_byte(stage: Stage, path: str) 
 
 
 async def test_they_go_to_the_slot_where_there_is_no_small_model(stage: Stage) -> None:
-    for path in (CHAT, "/v1/completions"):
-        for stream in (True, False):
-            way = Way(path, stream)
-            for text, slot in ((TITLE, 3), ("Hello", None)):
-                await way.ask(stage.proxy, way.body(text, model="slotted"))
-                assert stage.asked().get("id_slot") == slot, (way, text)
+    for way in WAYS:
+        for text, slot in ((TITLE, 3), ("Hello", None)):
+            await way.ask(stage.proxy, way.body(text, model="slotted"))
+            assert stage.asked().get("id_slot") == slot, (way, text)
     await WAY.ask(stage.proxy, WAY.body(TITLE, model="itself"))
     assert stage.asked()["id_slot"] == 2, "the user's model is no other model"
 
