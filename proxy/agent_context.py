@@ -43,7 +43,7 @@ class AgentContext:
         limits = calls.limits
         self.active = active
         own_s = active.settings.timeout_s
-        self.turn = Turn(scope, limits.timeout_s if own_s is None else own_s)
+        self.turn = Turn(scope, active.plugin.name, limits.timeout_s if own_s is None else own_s)
         self.output_limit = limits.output_kib * 1024
         self.failed = False
         self._facts = facts

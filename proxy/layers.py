@@ -18,6 +18,7 @@ from proxy.chat import ChatRequest, Chunk, ChunkStream
 from proxy.errors import AgentError, ProxyError
 
 logger = logging.getLogger(__name__)
+_current_task = asyncio.current_task
 
 CLOSE_S = 0.2
 """Seconds that an agent may take to clean up when an answer is broken off."""
@@ -71,14 +72,15 @@ async def _on_request(ctx: AgentContext, request: ChatRequest) -> ChunkStream | 
 def blame(ctx: AgentContext, exc: BaseException) -> ProxyError:
     """What the client is told of an agent's failure, which is counted and logged. Raises: `exc` itself if it is none:
     the request is over."""
+    hung = ctx.turn.was_cancelled()
     if isinstance(exc, asyncio.CancelledError):
         task = asyncio.current_task()
-        hung = ctx.turn.was_cancelled()
         if task is not None and task.cancelling():
             raise exc
-        exc = _hung(ctx) if hung else exc  # else the agent made it up
     elif isinstance(exc, GeneratorExit):
         raise exc
+    if hung:  # whatever it said to that; one that was not told to end has made its cancellation up
+        exc = _hung(ctx)
     ctx.failed = True
     ctx.active.plugin.failures += 1
     if isinstance(exc, ProxyError):
@@ -117,6 +119,7 @@ async def _mapped(ctx: AgentContext, below: AsyncIterator[Chunk]) -> AsyncGenera
     """An agent that sees one chunk at a time: what it fails at passes as it was, if it is to be skipped."""
     on_chunk, turn = ctx.active.made.agent.on_chunk, ctx.turn
     extra = _Extra(ctx)
+    turn.below = below
     async for chunk in below:
         if ctx.failed:
             yield chunk
@@ -146,6 +149,7 @@ async def _transformed(ctx: AgentContext, below: AsyncIterator[Chunk]) -> AsyncG
     and so does the rest."""
     turn, extra, skips = ctx.turn, _Extra(ctx), ctx.active.settings.on_error == "skip"
     feed = _Feed(ctx, below, extra, keeps=skips)
+    turn.below = below
     made: Any = None
     chunk: Any
     try:
@@ -163,7 +167,7 @@ async def _transformed(ctx: AgentContext, below: AsyncIterator[Chunk]) -> AsyncG
                         _settle(ctx)
                 extra.check(chunk)
                 if skips:
-                    feed.unpassed.clear()
+                    feed.passed_on(chunk)
                 yield chunk
                 if extra.run >= BREATH:
                     await extra.breathe()
@@ -173,14 +177,14 @@ async def _transformed(ctx: AgentContext, below: AsyncIterator[Chunk]) -> AsyncG
             failure = blame(ctx, exc)
             if not skips:
                 raise failure from exc
+        await feed.retire()
         for chunk in feed.unpassed:
             yield chunk
         async for chunk in below:
             yield chunk
     finally:
         await _close(ctx, made)
-        if isinstance(below, AsyncGenerator):
-            await below.aclose()  # it may have stopped early, and those above may go on for long
+        await feed.release()  # it may have stopped early, and those above may go on for long
 
 
 async def answered(ctx: AgentContext, answer: Any) -> AsyncGenerator[Chunk, None]:
@@ -219,9 +223,13 @@ def _settle(ctx: AgentContext) -> None:
 class _Feed:
     """The answer as an agent gets it: its clock stands still while it waits for the next chunk."""
 
-    __slots__ = ("_below", "_extra", "_keeps", "_turn", "failure", "unpassed")
+    __slots__ = ("_below", "_ctx", "_driver", "_extra", "_keeps", "_reader", "_retired", "_turn", "failure", "unpassed")
 
     def __init__(self, ctx: AgentContext, below: AsyncIterator[Chunk], extra: _Extra, *, keeps: bool) -> None:
+        self._ctx = ctx
+        self._driver = _current_task()
+        self._reader: asyncio.Task[Any] | None = None
+        self._retired: asyncio.Event | None = None
         self._below = below
         self._extra = extra
         self._turn = ctx.turn
@@ -233,23 +241,82 @@ class _Feed:
         return self
 
     async def __anext__(self) -> Chunk:
+        if _current_task() is not self._driver:
+            return await self._for_a_task()
         self._turn.end()
         try:
             chunk = await self._below.__anext__()
         except StopAsyncIteration:
+            self._check_complete()
             raise
         except BaseException as exc:
             self.failure = exc
             raise
         finally:
             self._turn.begin()
+        self._extra.gave(chunk)  # as in `_given`: this runs for every token
+        if self._keeps:
+            self.unpassed.append(chunk)
+        return chunk
+
+    async def _for_a_task(self) -> Chunk:
+        """The next chunk for a task that the agent has started, while the agent itself may wait, or not."""
+        if self._retired is not None:
+            raise StopAsyncIteration
+        self._reader = _current_task()
+        try:
+            with self._turn.awaiting_model():
+                return self._given(await self._below.__anext__())
+        except StopAsyncIteration:
+            self._check_complete()
+            raise
+        except BaseException as exc:
+            self.failure = exc
+            raise
+        finally:
+            self._reader = None
+            if self._retired is not None:
+                self._retired.set()
+
+    def _given(self, chunk: Chunk) -> Chunk:
         self._extra.gave(chunk)
         if self._keeps:
             self.unpassed.append(chunk)
         return chunk
 
+    def passed_on(self, chunk: Chunk) -> None:
+        """The agent has passed on what it was given up to this chunk, or all of it if the chunk is its own."""
+        for place, given in enumerate(self.unpassed):
+            if given is chunk:
+                del self.unpassed[: place + 1]
+                return
+        self.unpassed.clear()
+
+    def _check_complete(self) -> None:
+        """Raises: what the answer failed with, if somebody reads on; the agent's fault if it broke off an earlier wait.
+        An answer that ends there must not pass for a whole one."""
+        if isinstance(self.failure, ProxyError):
+            raise self.failure
+        if self.failure is not None:
+            raise AgentError(self._ctx.name, "broke off the answer and read on")
+
     async def aclose(self) -> None:
         """The layer closes what is below."""
+
+    async def retire(self) -> None:
+        """The agent gets no more. What a task of its own waits for just now is awaited, and is in `unpassed` then."""
+        self._retired = asyncio.Event()
+        if self._reader is not None:
+            await self._retired.wait()
+        self._check_complete()
+
+    async def release(self) -> None:
+        """Nobody waits for a chunk any more: what is below is closed."""
+        if self._reader is not None:
+            self._reader.cancel()
+            await asyncio.wait({self._reader}, timeout=CLOSE_S)
+        if isinstance(self._below, AsyncGenerator):
+            await self._below.aclose()
 
 
 class _Extra:
@@ -290,7 +357,10 @@ class _Extra:
 
 def _size(chunk: Chunk) -> int:
     """About the bytes that it takes; at least as much before an agent has changed it as after."""
-    return len(chunk.frame) if chunk.frame is not None else len(chunk.text) + len(chunk.reasoning) + 16
+    if chunk.frame is not None:
+        return len(chunk.frame)
+    calls = chunk.tool_calls
+    return len(chunk.text) + len(chunk.reasoning) + 16 + (len(str(calls)) if calls else 0)
 
 
 def _check_chunk(ctx: AgentContext, chunk: Chunk) -> None:

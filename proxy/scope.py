@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager
+from asyncio.tasks import _unregister_task
+from collections.abc import AsyncGenerator, Coroutine, Iterator
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
 from backends.sweep import Sweeper
+from proxy.errors import AgentError
 
 logger = logging.getLogger(__name__)
 
@@ -31,12 +33,26 @@ PATIENCE_S = 2.0
 class Turn:
     """How long an agent has kept its request waiting: a clock that runs while its own code does, or awaits.
 
-    `spent_s` counts all of that. Time in which it awaits the answer of a model does not count as hanging.
+    `spent_s` counts all of that. Time in which it awaits the answer of a model does not count as hanging. `below` is
+    the answer that it gets, once there is one.
     """
 
-    __slots__ = ("_began", "_running", "_scope", "_waited_until", "_waiting", "cancels", "deadline_s", "spent_s")
+    __slots__ = (
+        "_began",
+        "_running",
+        "_scope",
+        "_waited_until",
+        "_waiting",
+        "below",
+        "cancels",
+        "deadline_s",
+        "name",
+        "spent_s",
+    )
 
-    def __init__(self, scope: Scope, deadline_s: float) -> None:
+    def __init__(self, scope: Scope, name: str, deadline_s: float) -> None:
+        self.name = name
+        self.below: object = None
         self.spent_s = 0.0
         self._scope = scope
         self.deadline_s = deadline_s
@@ -64,11 +80,14 @@ class Turn:
 
     @contextmanager
     def awaiting_model(self) -> Iterator[None]:
-        """Around an agent's wait for a model."""
+        """Around an agent's wait for a model. What is started for that meanwhile is not the agent's: a model that is
+        loaded stays so when the request is over."""
+        _own(None)
         self._waiting += 1
         try:
             yield
         finally:
+            _own(self._scope)
             self._waiting -= 1
             self._waited_until = time.perf_counter()
 
@@ -99,18 +118,27 @@ class Scope:
         self.turn: Turn | None = None
         self.closing = False
         self._work: asyncio.Task[Any] | None = None
+        self._lost: asyncio.Future[Turn] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of `work`. When this returns, or is cancelled, nothing of the request runs any more."""
-        task: asyncio.Task[T] = asyncio.get_running_loop().create_task(work)
-        self._work = task
+        """The result of `work`. When this returns, or is cancelled, nothing of the request runs any more.
+
+        Raises: what `work` does; AgentError for an agent that goes on whatever it is told.
+        """
+        loop = asyncio.get_running_loop()
+        task: asyncio.Task[T] = loop.create_task(work)
+        self._work, self._lost = task, loop.create_future()
         _watch(self)
+        ends: set[asyncio.Future[Any]] = {task, self._lost}
         try:
-            await asyncio.wait({task})
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         finally:
             _scopes.discard(self)
             await self._end()
+        if self._lost.done() and (not task.done() or task.cancelled()):
+            words = "does not end, whatever it is told"
+            raise AgentError(self._lost.result().name, words, status=504, code="agent_timeout")
         return task.result()
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -134,14 +162,17 @@ class Scope:
         turn = self.turn
         if turn is not None and self._work is not None and turn.overdue(now):
             turn.cancel(self._work)
+            if turn.cancels * SWEEP_S > PATIENCE_S and self._lost is not None and not self._lost.done():
+                self._lost.set_result(turn)
 
     async def _end(self) -> None:
         self.closing = True
-        deadline = time.perf_counter() + PATIENCE_S
+        lost = self._lost is not None and self._lost.done()
+        deadline = time.perf_counter() + (AGAIN_S if lost else PATIENCE_S)
         cancelled = False
         while pending := {task for task in (self._work, *self._tasks) if task is not None and not task.done()}:
             if time.perf_counter() > deadline:
-                logger.error("%d tasks of agents do not end: %s", len(pending), ", ".join(map(_shown, pending)))
+                await self._give_up(pending)
                 break
             for task in pending:
                 task.cancel()
@@ -154,6 +185,16 @@ class Scope:
                 logger.debug("a task of an agent failed", exc_info=error)
         if cancelled and self._work is not None and self._work.done():
             raise asyncio.CancelledError
+
+    async def _give_up(self, pending: set[asyncio.Task[Any]]) -> None:
+        """Leave these tasks to themselves, but let them hold no model, and nobody wait for them at a shutdown."""
+        logger.error("%d tasks of agents do not end: %s", len(pending), ", ".join(map(_shown, pending)))
+        for task in pending:
+            _unregister_task(task)
+        below = self.turn.below if self.turn is not None else None
+        if isinstance(below, AsyncGenerator):
+            with suppress(RuntimeError):  # that it is read just now
+                await below.aclose()
 
 
 _owner: ContextVar[Scope | None] = ContextVar("owner", default=None)

@@ -7,10 +7,11 @@ none waits for a slot while the request's own answer holds one. So no request ca
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
-from collections.abc import Sequence
-from contextlib import AbstractAsyncContextManager, aclosing
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from typing import cast
 
 from backends import Backend, Call
@@ -25,6 +26,8 @@ from proxy.scope import Scope
 from proxy.source import Source
 from proxy.translate import ANSWER_LIMIT, JSON_HEADERS
 from proxy.wires import wire_of
+
+logger = logging.getLogger(__name__)
 
 DEPTH = "X-Agents-Depth"
 """How many agents, each asking the next proxy, a request has come through."""
@@ -45,7 +48,7 @@ class SideCalls:
         self._scope = scope
         self._calls = 0
         self._room = asyncio.Semaphore(limits.side_calls_at_once)
-        self._waiting: set[SideCall] = set()
+        self._waiting: set[SideCall | _Hasty] = set()
         self._replying = False
 
     @property
@@ -69,11 +72,22 @@ class SideCalls:
         return call
 
     async def embed(self, agent: str, texts: Sequence[str], model: str) -> list[list[float]]:
+        """A vector for each of `texts`. Raises: as a side call does."""
         self._take(agent)
-        async with asyncio.timeout(self.limits.side_call_s), self._room:
-            target = await self.router.resolve(model)
-            backend = cast(Backend, _Hasty(target.backend, not self._replying))
-            return await vectors_of(backend, target.model, texts)
+        hasty: _Hasty | None = None
+        try:
+            async with asyncio.timeout(self.limits.side_call_s) as limit, self._room:
+                target = await self.router.resolve(model)
+                hasty = _Hasty(self, target.backend, limit)
+                return await vectors_of(cast(Backend, hasty), target.model, texts)
+        except TimeoutError:
+            if hasty is not None and hasty.failure is not None:
+                raise hasty.failure from None
+            raise self.too_long() from None
+
+    def too_long(self) -> UpstreamFailed:
+        words = f"a side call took over {self.limits.side_call_s:g} s"
+        return UpstreamFailed(words, status=504, code="side_call_timeout")
 
     def _take(self, agent: str) -> None:
         if self.depth >= DEEPEST:
@@ -137,6 +151,8 @@ class SideCall:
     async def aclose(self) -> None:
         """Nobody wants it any more."""
         self._chunks.clear()
+        self._done = True  # the task will not tell if it has not begun
+        self._news.set()
         if self._task is not None:
             self._task.cancel()
 
@@ -147,8 +163,10 @@ class SideCall:
         except ProxyError as exc:
             self._failure = exc
         except TimeoutError:
-            limit = f"{self._calls.limits.side_call_s:g} s"
-            self._failure = UpstreamFailed(f"a side call took over {limit}", status=504, code="side_call_timeout")
+            self._failure = self._calls.too_long()
+        except Exception as exc:
+            logger.error("agent %s: a side call failed", self._agent, exc_info=exc)
+            self._failure = AgentError(self._agent, f"asked what cannot be asked: {type(exc).__name__}")
         finally:
             self._calls._waiting.discard(self)
             self._done = True
@@ -161,7 +179,7 @@ class SideCall:
         async with aclosing(source.chunks()) as stream:
             async for chunk in stream:
                 size += len(chunk.text) + len(chunk.reasoning)
-                self._calls.tokens += bool(chunk.text or chunk.reasoning)
+                self._calls.tokens += bool(chunk.text or chunk.reasoning or chunk.tool_calls)
                 if self._calls.tokens > self._calls.limits.side_tokens:
                     raise _used_up(self._agent, f"{self._calls.limits.side_tokens} tokens in side calls")
                 if size > ANSWER_LIMIT:
@@ -170,19 +188,34 @@ class SideCall:
                 self._news.set()
 
 
-@dataclass(frozen=True, slots=True)
 class _Hasty:
-    """A backend whose calls wait for a slot only if they may."""
+    """A backend whose calls wait for a slot only as long as they may, and within `limit`."""
 
-    backend: Backend
-    wait: bool
+    def __init__(self, calls: SideCalls, backend: Backend, limit: asyncio.Timeout) -> None:
+        self.failure: ProxyError | None = None
+        self._calls = calls
+        self._backend = backend
+        self._limit = limit
 
     @property
     def speaks(self) -> frozenset[str]:
-        return self.backend.speaks
+        return self._backend.speaks
 
-    def open(self, call: Call) -> AbstractAsyncContextManager[Response]:
-        return self.backend.open(replace(call, wait=self.wait))
+    @asynccontextmanager
+    async def open(self, call: Call) -> AsyncIterator[Response]:
+        waiting = self._calls._waiting
+        waiting.add(self)
+        try:
+            async with self._backend.open(replace(call, wait=not self._calls._replying)) as upstream:
+                waiting.discard(self)
+                yield upstream
+        finally:
+            waiting.discard(self)
+
+    def fail(self, failure: ProxyError) -> None:
+        """Wait no more."""
+        self.failure = failure
+        self._limit.reschedule(asyncio.get_running_loop().time())
 
 
 def _used_up(agent: str, what: str) -> AgentError:
