@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import textwrap
 from collections.abc import Iterator
 
 import pytest
 
 from tests import raw_client
 from tests.agent_clients import WAYS, Said, Way, proxy_with_agents, write_agent
-from tests.e2e_support import CHAT, Fakes, fakes
+from tests.e2e_support import CHAT, Fakes, fakes, idle
 from tests.harness import Proxy, session_proxy, until
 
 __all__ = ["fakes"]
@@ -161,30 +162,94 @@ HANG = {"hangs", "stubborn", "stuck", "disguises", "resigns"}
 ENDLESS = {"floods", "repeats", "calls"}
 FINAL = ENDLESS | {"impatient"}
 """Those without which the answer cannot go on: part of it is told already, or nobody can have it any more."""
-PROBE = """
-    async def on_request(self, request: ChatRequest, ctx: Context) -> ChunkStream | None:
-        return say(str(len(asyncio.all_tasks())))
+OTHERS = {
+    "probe": """
+        async def on_request(self, request: ChatRequest, ctx: Context) -> ChunkStream | None:
+            return say(str(len(asyncio.all_tasks())))
+    """,
+    "picky": """
+        async def on_request(self, request: ChatRequest, ctx: Context) -> ChunkStream | None:
+            raise BadRequest("that is too much to ask", status=413)
+    """,
+    "early": """
+        async def on_response(self, stream: ChunkStream, ctx: Context) -> AsyncIterator[Chunk]:
+            async for chunk in stream:
+                yield chunk
+                if "t1" in chunk.text:
+                    return
+    """,
+    "untidy": """
+        class Config(Options):
+            hang: bool = False
+        per_call = frozenset({"hang"})
+        async def on_response(self, stream: ChunkStream, ctx: Context) -> AsyncIterator[Chunk]:
+            try:
+                async for chunk in stream:
+                    yield chunk
+            finally:
+                if ctx.config.hang:
+                    await asyncio.Event().wait()
+                raise OSError("disk full")
+    """,
+    "mirror": """
+        async def on_request(self, request: ChatRequest, ctx: Context) -> ChunkStream | None:
+            url = f"http://{ctx.headers['x-where']}/v1/chat/completions"
+            headers = {**ctx.forward_headers, "X-Agents": "mirror", "X-Where": ctx.headers["x-where"]}
+            async with aiohttp.ClientSession() as session:
+                async with session.post(url, json={**request.body, "stream": False}, headers=headers) as answer:
+                    return say(f"{answer.status} < {await answer.text()}")
+    """,
+}
+DEAF = """
+        async def on_request(self, request: ChatRequest, ctx: Context) -> ChunkStream | None:
+            if "now" in request.last_user_text:
+                await self.nothing()
+        async def on_response(self, stream: ChunkStream, ctx: Context) -> AsyncIterator[Chunk]:
+            async for chunk in stream:
+                yield chunk
+                if "t1" in chunk.text:
+                    await self.nothing()
+        async def nothing(self) -> None:
+            while True:
+                try:
+                    await asyncio.Event().wait()
+                except BaseException as exc:
+                    if isinstance(exc, GeneratorExit):
+                        raise
 """
+"""Goes on whatever it is told."""
+WILD = {
+    "empty": "request.messages.clear()",
+    "number": "request.body['model'] = 7",
+    "nothing": "request.body = None",
+    "object": "request.body['x'] = object()",
+    "strings": "request.body['messages'] = ['hi']",
+    "gone": "request.model = 'nobody'",
+    "later": "self.kept = request.body; asyncio.get_running_loop().call_later(0, request.body.clear)",
+}
+"""What some do to a request."""
+ON_REQUEST = "async def on_request(self, request: ChatRequest, ctx: Context) -> ChunkStream | None:\n    "
 
 
 def agent(name: str, body: str) -> str:
-    return f'class {name.title()}(Agent):\n    """Does something wrong."""\n    command = "{name}"\n{body}'
+    source = textwrap.indent(textwrap.dedent(body), "    ")
+    imports = "import aiohttp\nfrom proxy.errors import BadRequest\n"
+    return f'{imports}class {name.title()}(Agent):\n    """Does something wrong."""\n    command = "{name}"\n{source}'
 
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Proxy, Fakes]]:
     fakes = Fakes(tmp_path_factory.mktemp("isolation"))
-    folder = fakes.folder / "agents"
-    for name, body in {**BAD, "probe": PROBE}.items():
-        lines = [line[4:] if line.startswith("    " * 2) else line for line in body.splitlines()]
-        write_agent(folder, name, agent(name, "\n".join(lines) if name != "probe" else body))
-    models = {"m": fakes.model(fields={"parallel": 8}, TOKENS=4)}
+    bodies = {**BAD, **OTHERS, **{name: ON_REQUEST + body for name, body in WILD.items()}}
+    for name, body in bodies.items():
+        write_agent(fakes.folder / "agents", name, agent(name, body))
+    models = {"m": fakes.model(fields={"parallel": 16}, TOKENS=4)}
     models |= {
         f"skip-{name}": {"model": "m", "agents": [{name: {"on_error": "skip", "timeout_s": 0.2}}]} for name in BAD
     }
-    config = fakes.config(models, keep_alive=-1) | {"agents_dirs": [str(folder)], "agent_limits": {"output_kib": 64}}
-    config["agents"] = [{name: {"timeout_s": 0.2}} if name in HANG else name for name in (*BAD, "probe")]
-    with session_proxy(config) as proxy:
+    config = fakes.config(models, keep_alive=-1) | {"agents_dirs": [str(fakes.folder / "agents")]}
+    config["agents"] = [{name: {"timeout_s": 0.2}} if name in HANG else name for name in bodies]
+    with session_proxy(config | {"agent_limits": {"output_kib": 64}}) as proxy:
         yield proxy, fakes
         proxy._log.clear()  # full of tracebacks, as it should be
 
@@ -239,52 +304,26 @@ async def test_others_are_served_while_one_floods(stage: tuple[Proxy, Fakes]) ->
     assert listed["floods"]["errors"] >= 4 and listed["probe"]["errors"] == 0
 
 
-async def test_an_error_of_the_agents_own_words_is_told_as_it_is(fakes: Fakes) -> None:
-    source = '''
-    from proxy.errors import BadRequest
-    class Picky(Agent):
-        """Wants less."""
-        command = "picky"
-        async def on_request(self, request: ChatRequest, ctx: Context) -> ChunkStream | None:
-            raise BadRequest("that is too much to ask", status=413)
-    '''
-    async with proxy_with_agents(fakes, {"picky": source}) as proxy:
-        for way in WAYS:
-            said = await way.ask(proxy, way.body("/picky hi"))
-            assert (said.status, said.error) == (413, "that is too much to ask")
+async def test_an_error_of_the_agents_own_words_is_told_as_it_is(stage: tuple[Proxy, Fakes]) -> None:
+    for way, said in await in_every_way(stage[0], "/picky hi"):
+        assert (said.status, said.error) == (413, "that is too much to ask"), way
 
 
-async def test_what_fails_while_it_cleans_up_spoils_no_answer(fakes: Fakes) -> None:
-    source = '''
-    class Untidy(Agent):
-        """Fails at the end."""
-        command = "untidy"
-        async def on_response(self, stream: ChunkStream, ctx: Context) -> AsyncIterator[Chunk]:
-            try:
-                async for chunk in stream:
-                    yield chunk
-            finally:
-                if ctx.config.hang:
-                    await asyncio.Event().wait()
-                raise OSError("disk full")
-        class Config(Options):
-            hang: bool = False
-        per_call = frozenset({"hang"})
-    '''
-    early = '''
-    class Early(Agent):
-        """Stops after two tokens."""
-        command = "early"
-        async def on_response(self, stream: ChunkStream, ctx: Context) -> AsyncIterator[Chunk]:
-            async for chunk in stream:
-                yield chunk
-                if "t1" in chunk.text:
-                    return
-    '''
-    async with proxy_with_agents(fakes, {"early": early, "untidy": source}, clean_log=False) as proxy:
-        for options in ("", "hang=yes "):
-            said = await STREAM.ask(proxy, STREAM.body(f"/early /untidy {options}hi"))
-            assert (said.text, said.error, said.finish) == ("t0 t1 ", None, "stop")
+async def test_what_fails_while_it_cleans_up_spoils_no_answer(stage: tuple[Proxy, Fakes]) -> None:
+    for options in ("", "hang=yes "):
+        for way, said in await in_every_way(stage[0], f"/early /untidy {options}hi"):
+            assert (said.text, said.error) == ("t0 t1 ", None) and said.finish in ("stop", "end_turn"), way
+
+
+async def test_what_never_ends_is_given_up(fakes: Fakes) -> None:
+    """Whatever it holds is free again; and the proxy can be stopped, as it is checked at the end."""
+    entries = [{"deaf": {"timeout_s": 0.2}}]
+    async with proxy_with_agents(fakes, {"deaf": agent("deaf", DEAF)}, entries, clean_log=False) as proxy:
+        whole = [way for way in WAYS if not way.stream]
+        asked = [way.ask(proxy, way.body(f"/deaf {text}")) for way in whole for text in ("now", "hi")]
+        for said in await asyncio.gather(*asked):
+            assert (said.status, said.error) == (504, "agent deaf does not end, whatever it is told")
+        await until(lambda: idle(proxy))
         assert (await STREAM.ask(proxy, STREAM.body("hi"))).error is None
 
 
@@ -323,47 +362,25 @@ async def test_what_cannot_be_used_is_told_and_the_rest_serve(fakes: Fakes) -> N
         assert (await WHOLE.ask(proxy, WHOLE.body("/example hi"))).text.startswith("# t0")
 
 
-async def test_what_an_agent_does_to_a_request_is_that_requests_trouble(fakes: Fakes) -> None:
-    sources = {
-        "empty": "request.messages.clear()",
-        "number": "request.body['model'] = 7",
-        "nothing": "request.body = None",
-        "object": "request.body['x'] = object()",
-        "strings": "request.body['messages'] = ['hi']",
-        "gone": "request.model = 'nobody'",
-        "later": "self.kept = request.body; asyncio.get_running_loop().call_later(0, request.body.clear)",
-    }
-    agents = {
-        name: f'class A(Agent):\n    """x"""\n    command = "{name}"\n    async def on_request(self, request, ctx):\n'
-        f"        {body}\n"
-        for name, body in sources.items()
-    }
-    async with proxy_with_agents(fakes, agents, clean_log=False) as proxy:
-        for name in sources:
-            said = await WHOLE.ask(proxy, WHOLE.body(f"/{name} hi"))
+async def test_what_an_agent_does_to_a_request_is_that_requests_trouble(stage: tuple[Proxy, Fakes]) -> None:
+    proxy, _ = stage
+    for name in WILD:
+        for way, said in await in_every_way(proxy, f"/{name} hi"):
             status = {"gone": 404, "later": 200}.get(name, 500)
-            assert said.status == status, (name, said)
+            if name == "empty" and way.path == "/v1/completions":
+                status = 200  # there are none to take away
+            assert said.status == status, (name, way, said)
             if status == 500:
-                assert f"agent {name} " in (said.error or ""), name
-            assert (await WHOLE.ask(proxy, WHOLE.body("hi"))).status == 200
+                assert f"agent {name} " in (said.error or ""), (name, way)
+    assert {said.text for _, said in await in_every_way(proxy, "hi")} == {PLAIN}
 
 
-async def test_agents_that_call_agents_are_stopped(fakes: Fakes) -> None:
+async def test_agents_that_call_agents_are_stopped(stage: tuple[Proxy, Fakes]) -> None:
     """By HTTP, with the headers that the context gives for it."""
-    source = '''
-    import aiohttp
-    class Mirror(Agent):
-        """Asks the proxy it runs in."""
-        async def on_request(self, request: ChatRequest, ctx: Context) -> ChunkStream | None:
-            url = f"http://{ctx.headers['x-where']}/v1/chat/completions"
-            headers = {**ctx.forward_headers, "X-Where": ctx.headers["x-where"]}
-            async with aiohttp.ClientSession() as session:
-                async with session.post(url, json={**request.body, "stream": False}, headers=headers) as answer:
-                    return say(f"{answer.status} < {await answer.text()}")
-    '''
-    async with proxy_with_agents(fakes, {"mirror": source}) as proxy:
-        said = await WHOLE.ask(proxy, WHOLE.body("hi"), [("X-Where", f"127.0.0.1:{proxy.port}")])
-        assert said.text.startswith("200 < ") and "508 < " in said.text and "agents are calling agents" in said.text
-        listed = {item["name"]: item for item in (await raw_client.get(proxy.port, "/plugins")).json()}
-        assert listed["mirror"]["calls"] == 3
-        assert fakes.generated() == []
+    proxy, fakes = stage
+    before = len(fakes.generated())
+    said = await WHOLE.ask(proxy, WHOLE.body("/mirror hi"), [("X-Where", f"127.0.0.1:{proxy.port}")])
+    assert said.text.startswith("200 < ") and "508 < " in said.text and "agents are calling agents" in said.text
+    listed = {item["name"]: item for item in (await raw_client.get(proxy.port, "/plugins")).json()}
+    assert listed["mirror"]["calls"] == 3
+    assert len(fakes.generated()) == before
