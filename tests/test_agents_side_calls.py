@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +26,12 @@ async def outcome(ctx: Context, request: ChatRequest) -> str:
         return (await ctx.complete(request)).text
     except Exception as exc:
         return f"{getattr(exc, 'code', type(exc).__name__)}"
+
+async def vectors(ctx: Context, model: str) -> str:
+    try:
+        return str(await ctx.embed(["x"], model))
+    except Exception as exc:
+        return f"{getattr(exc, 'code', type(exc).__name__)}"
 """
 AGENTS = {
     "first": '''
@@ -32,7 +39,7 @@ class First(Agent):
     """Asks before the model is asked."""
     command = "first"
     async def on_request(self, request: ChatRequest, ctx: Context) -> ChunkStream | None:
-        ctx.state["said"] = await outcome(ctx, request)
+        ctx.state["said"] = await outcome(ctx, request)  # the model of the request
         return None
     async def on_response(self, stream: ChunkStream, ctx: Context) -> AsyncIterator[Chunk]:
         yield Chunk.of(f"[{ctx.state['said']}]")
@@ -43,14 +50,17 @@ class First(Agent):
 class During(Agent):
     """Asks while the model answers, and when it has."""
     command = "during"
+    async def on_request(self, request: ChatRequest, ctx: Context) -> ChunkStream | None:
+        ctx.state["asked"] = about("x", request.model)
+        return None
     async def on_response(self, stream: ChunkStream, ctx: Context) -> AsyncIterator[Chunk]:
         asked = False
         async for chunk in stream:
             yield chunk
             if chunk.text and not asked:
                 asked = True
-                yield Chunk.of(f"[{await outcome(ctx, about('x'))}]")
-        yield Chunk.of(f"[{await outcome(ctx, about('x'))}]")
+                yield Chunk.of(f"[{await outcome(ctx, ctx.state['asked'])}]")
+        yield Chunk.of(f"[{await outcome(ctx, ctx.state['asked'])}]")
 ''',
     "waiting": '''
 class Waiting(Agent):
@@ -58,6 +68,7 @@ class Waiting(Agent):
     command = "waiting"
     async def on_request(self, request: ChatRequest, ctx: Context) -> ChunkStream | None:
         ctx.state["asked"] = [asyncio.create_task(outcome(ctx, about("x"))) for _ in range(3)]
+        ctx.state["asked"].append(asyncio.create_task(vectors(ctx, "m")))
         return None
     async def on_response(self, stream: ChunkStream, ctx: Context) -> AsyncIterator[Chunk]:
         async for chunk in stream:
@@ -70,7 +81,7 @@ class Many(Agent):
     """Asks a thousand questions at once."""
     command = "many"
     async def on_request(self, request: ChatRequest, ctx: Context) -> ChunkStream | None:
-        said = await asyncio.gather(*(outcome(ctx, about(str(n))) for n in range(1000)))
+        said = await asyncio.gather(*(outcome(ctx, about(str(n), request.model)) for n in range(1000)))
         return say(" ".join(f"{word}:{said.count(word)}" for word in sorted(set(said))))
 ''',
     "others": '''
@@ -78,10 +89,10 @@ class Others(Agent):
     """Asks whom there is, and whom there is not."""
     command = "others"
     async def on_request(self, request: ChatRequest, ctx: Context) -> ChunkStream | None:
-        vectors = await ctx.embed(["a", "b"][:1], "m")
         both = await ctx.complete(about("x", n=2))
         said = [await outcome(ctx, about("x", model)) for model in ("nobody", "virtual", "broken")]
-        return say(f"{vectors} {both.texts} {said} {await ctx.fitting(['m', 'other', 'third'])}")
+        told = [await vectors(ctx, model) for model in ("m", "nobody")]
+        return say(f"{told} {both.texts} {said} {await ctx.fitting(['m', 'other', 'third'])}")
 ''',
     "stops": '''
 class Stops(Agent):
@@ -94,6 +105,25 @@ class Stops(Agent):
                 break
         await stream.aclose()
         return None
+''',
+    "odd": '''
+class Odd(Agent):
+    """Asks in ways in which nobody can answer."""
+    command = "odd"
+    async def on_request(self, request: ChatRequest, ctx: Context) -> ChunkStream | None:
+        bodies: tuple[Any, ...] = (None, {"messages": []}, {"model": 7, "messages": []})
+        said = [await outcome(ctx, ChatRequest(body)) for body in bodies]
+        said.append(await outcome(ctx, about("x", more=object())))
+        stream = ctx.chat(about("x"))
+        await stream.aclose()
+        return say(f"{said} {[chunk.text async for chunk in stream]}")
+''',
+    "cold": '''
+class Cold(Agent):
+    """Is the first to want a model."""
+    command = "cold"
+    async def on_request(self, request: ChatRequest, ctx: Context) -> ChunkStream | None:
+        return say(f"{await vectors(ctx, 'third')} {await ctx.fitting(['third'])}")
 ''',
     "same": '''
 class Same(Agent):
@@ -116,7 +146,8 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Proxy, Fak
         write_agent(fakes.folder / "agents", name, ASK + source)
     models: dict[str, Any] = {name: fakes.model(fields={"parallel": 1}, TOKENS=2) for name in ("m", "other", "third")}
     models |= {"broken": fakes.model(EXIT=3), "virtual": {"model": "m", "agents": ["first"]}}
-    models["wide"] = fakes.model(fields={"parallel": 4}, TOKENS=2)
+    models["wide"] = fakes.model(fields={"parallel": 4}, TOKENS=2, TOKEN_MS=5)
+    models["slow"] = fakes.model(fields={"parallel": 4}, TOKENS=10_000, TOKEN_MS=20)
     config = fakes.config(models, keep_alive=-1, size=2)
     limits = {"side_calls": 20, "side_calls_at_once": 2}
     config |= {"agents_dirs": [str(fakes.folder / "agents")], "agents": list(AGENTS), "agent_limits": limits}
@@ -136,18 +167,16 @@ async def test_while_the_answer_streams_it_gets_a_slot_at_once_or_none(stage: tu
         assert (said.text, said.error) == ("t0 [no_slot_now]t1 [t0 t1 ]", None), way
 
 
-async def test_a_free_slot_is_there_to_be_had(fakes: Fakes) -> None:
-    source = ASK + AGENTS["during"]
-    async with proxy_with_agents(fakes, {"during": source}) as proxy:  # m has four slots there
-        said = await STREAM.ask(proxy, STREAM.steered("/during", tokens=2))
-        assert said.text == f"t0 [{'t0 t1 t2 t3 t4 t5 t6 t7 '}]t1 [{'t0 t1 t2 t3 t4 t5 t6 t7 '}]"
+async def test_a_free_slot_is_there_to_be_had(stage: tuple[Proxy, Fakes]) -> None:
+    said = await STREAM.ask(stage[0], STREAM.body("/during hi", model="wide"))
+    assert said.text == "t0 [t0 t1 ]t1 [t0 t1 ]"
 
 
 async def test_a_question_in_the_queue_gives_way_to_the_answer(stage: tuple[Proxy, Fakes]) -> None:
     said = await STREAM.ask(stage[0], STREAM.body("/waiting hi"))
     assert said.error is None, "it does not wait for itself"
-    assert said.text.replace("[no_slot_now]", "").replace("[t0 t1 ]", "") == "t0 t1 "
-    assert said.text.count("[") == 3
+    assert re.sub(r"\[(no_slot_now|t0 t1 |\[\[0.6, 0.8]])]", "", said.text) == "t0 t1 "
+    assert said.text.count("[") == 4
 
 
 async def test_a_budget_ends_a_fan_out(stage: tuple[Proxy, Fakes]) -> None:
@@ -158,21 +187,32 @@ async def test_a_budget_ends_a_fan_out(stage: tuple[Proxy, Fakes]) -> None:
     assert len(fakes.generated()) - before == 20
 
 
+async def test_no_more_than_so_many_are_asked_at_once(stage: tuple[Proxy, Fakes]) -> None:
+    proxy, fakes = stage
+    before = len(fakes.generated())
+    async with raw_client.connected(proxy.port) as client:
+        await client.send(raw_client.request("POST", CHAT, WHOLE.body("/many hi", model="slow")))
+        await until(lambda: len(fakes.generated()) >= before + 2)
+        slow = await instance(proxy, "slow")
+        assert (slow["leases"], slow["queue"]) == (2, 0), "it has four slots, and twenty may be asked"
+    await until(lambda: idle(proxy))
+
+
 async def test_tokens_and_time_are_limited_too(fakes: Fakes) -> None:
-    source = ASK + AGENTS["first"]
-    for limits, code in (({"side_tokens": 5}, "agent_budget"), ({"side_call_s": 0.1}, "side_call_timeout")):
-        models = {"m": fakes.model(fields={"parallel": 2}, TOKENS=50, TOKEN_MS=20)}
-        async with proxy_with_agents(fakes, {"first": source}, models=models, agent_limits=limits) as proxy:
-            said = await STREAM.ask(proxy, STREAM.body("/first hi", max_tokens=8))
-            assert said.text.startswith(f"[{code}]t0 ") or said.text.startswith("[t0"), said
-            said = await STREAM.ask(proxy, STREAM.body("/first hi"))
+    models = {"fast": fakes.model(TOKENS=50), "slow": fakes.model(TOKENS=8, TOKEN_MS=100)}
+    limits = {"side_tokens": 9, "side_call_s": 0.3}
+    async with proxy_with_agents(fakes, {"first": ASK + AGENTS["first"]}, models=models, agent_limits=limits) as proxy:
+        for model, code in (("fast", "agent_budget"), ("slow", "side_call_timeout")):
+            await WHOLE.ask(proxy, WHOLE.steered(model=model, tokens=1))  # loads it
+            said = await STREAM.ask(proxy, STREAM.body("/first hi", model=model))
             assert said.text.startswith(f"[{code}]t0 "), said
 
 
 async def test_models_of_all_kinds_can_be_asked(stage: tuple[Proxy, Fakes]) -> None:
     said = await WHOLE.ask(stage[0], WHOLE.body("/others hi"))
     assert said.text == (
-        "[[0.6, 0.8]] ['t0#0 t1#0 ', 't0#1 t1#1 '] ['model_not_found', 't0 t1 ', 'model_load_failed'] "
+        "['[[0.6, 0.8]]', 'model_not_found'] ['t0#0 t1#0 ', 't0#1 t1#1 '] "
+        "['model_not_found', 't0 t1 ', 'model_load_failed'] "
         "[['m', 'other'], ['third']]"
     )
 
@@ -191,32 +231,45 @@ async def test_what_was_asked_is_not_changed_by_what_is_done_to_the_request(stag
     assert [body["messages"][-1]["content"] for body in fakes.generated()[-2:]] == ["hi", "changed"]
 
 
+async def test_what_cannot_be_asked_is_told(stage: tuple[Proxy, Fakes]) -> None:
+    proxy, _ = stage
+    said = await WHOLE.ask(proxy, WHOLE.body("/odd hi"))
+    assert said.text == "['agent_failed', 'invalid_request', 'model_not_found', 'invalid_json'] []", said
+    assert proxy.log.count("agent odd: a side call failed") == 1
+    del proxy._log[:]  # has its traceback
+
+
+async def test_a_model_that_was_loaded_for_one_stays(stage: tuple[Proxy, Fakes]) -> None:
+    proxy, _ = stage
+    said = await WHOLE.ask(proxy, WHOLE.body("/cold hi"))
+    assert said.text == "[[0.6, 0.8]] [['third']]"
+    for model in ("third", "m"):
+        assert (await WHOLE.ask(proxy, WHOLE.body("hi", model=model))).text == "t0 t1 "
+    assert (await instance(proxy, "third"))["restarts"] == 0
+
+
 @pytest.mark.parametrize("when", ["first", "during", "many"])
-async def test_a_client_that_leaves_ends_them(fakes: Fakes, when: str) -> None:
-    models = {"m": fakes.model(fields={"parallel": 4}, TOKENS=10_000, TOKEN_MS=20)}
-    async with proxy_with_agents(fakes, {when: ASK + AGENTS[when]}, models=models) as proxy:
-        async with raw_client.connected(proxy.port) as client:
-            await client.send(raw_client.request("POST", CHAT, STREAM.body(f"/{when} hi")))
-            expected = {"first": 1, "during": 2, "many": 4}[when]
-            await until(lambda: len(fakes.generated()) == expected)
-            client.leave()
-        await until(lambda: len(fakes.events("closed")) == expected, what="the end of all of them")
-        await until(lambda: idle(proxy))
-        assert (await instance(proxy, "m"))["leases"] == 0
+async def test_a_client_that_leaves_ends_them(stage: tuple[Proxy, Fakes], when: str) -> None:
+    proxy, fakes = stage
+    asked, closed = len(fakes.generated()), len(fakes.events("closed"))
+    async with raw_client.connected(proxy.port) as client:
+        await client.send(raw_client.request("POST", CHAT, STREAM.body(f"/{when} hi", model="slow")))
+        expected = 1 if when == "first" else 2
+        await until(lambda: len(fakes.generated()) == asked + expected)
+        client.leave()
+    await until(lambda: len(fakes.events("closed")) == closed + expected, what="the end of all of them")
+    await until(lambda: idle(proxy))
 
 
-async def test_depth_goes_on_to_the_next_proxy(fakes: Fakes) -> None:
-    source = ASK + AGENTS["first"]
-    async with proxy_with_agents(fakes, {"first": source}) as proxy:
-        await WHOLE.ask(proxy, WHOLE.body("/first hi"), [("X-Agents-Depth", "1")])
-        depths = [
-            dict((key.lower(), value) for key, value in _headers(event)).get("x-agents-depth")
-            for event in fakes.events("request")
-            if event["path"] == CHAT
-        ]
-        assert depths == ["2", "1"], "the side call is one deeper than the request"
-        said = await WHOLE.ask(proxy, WHOLE.body("/first hi"), [("X-Agents-Depth", "3")])
-        assert said.status == 508
+async def test_depth_goes_on_to_the_next_proxy(stage: tuple[Proxy, Fakes]) -> None:
+    proxy, fakes = stage
+    before = len(fakes.generated())
+    await WHOLE.ask(proxy, WHOLE.body("/first hi"), [("X-Agents-Depth", "1")])
+    events = [event for event in fakes.events("request") if event["path"] == CHAT]
+    depths = [{key.lower(): value for key, value in _headers(event)}.get("x-agents-depth") for event in events]
+    assert depths[before:] == ["2", "1"], "the side call is one deeper than the request"
+    said = await WHOLE.ask(proxy, WHOLE.body("/first hi"), [("X-Agents-Depth", "3")])
+    assert said.status == 508
 
 
 def _headers(event: dict[str, Any]) -> list[tuple[str, str]]:
