@@ -14,13 +14,16 @@ from proxy.errors import ProxyError
 
 
 class Outlet:
-    """Writes one streamed answer."""
+    """Writes one streamed answer; or `several` (an `n` over 1), each of which has its end."""
 
-    def __init__(self, writer: Writer, dialect: Dialect) -> None:
+    def __init__(self, writer: Writer, dialect: Dialect, *, several: bool = False) -> None:
         self._writer = writer
         self._dialect = dialect
         self._held: list[Chunk] = []  # from the first one that ends an answer
         self._finished: set[int] = set()
+        self._several = several
+        self._begun = {0}
+        self._begun_message = False
         self._expected = 0  # the serial of the next chunk, if none was dropped
         self._pure = True  # nothing was written anew, and nothing dropped
         self._called = False  # the writer was given tool calls
@@ -29,6 +32,8 @@ class Outlet:
 
     def take(self, chunk: Chunk) -> bytes:
         """What leaves because of this chunk; perhaps nothing yet."""
+        if self._several and chunk.choice:
+            self._begun.add(chunk.index)
         if not self._held and not chunk.finish_reason:
             return self._write(chunk)
         if chunk.finish_reason:
@@ -46,8 +51,8 @@ class Outlet:
         written = self._flush()
         if tail and self._passed == chunks:  # nothing was changed, dropped or added
             return written + tail
-        if 0 not in self._finished:  # an agent stopped early, or dropped the end
-            written += self._write(_ending(0))
+        for index in sorted(self._begun - self._finished):  # an agent stopped early, or dropped the end
+            written += self._write(_ending(index))
         if self._ended or (self._dialect is ANTHROPIC and self._pure and tail):
             return written + tail
         ending = self._writer.end()
@@ -98,9 +103,10 @@ class Outlet:
         that it can go on from any of them."""
         self._pure = self._pure and frame is not None and chunk.serial == self._expected
         self._expected += 1
-        if not chunk.seen:  # a server's sign of life
-            return frame or b""
+        if not chunk.seen:  # a server's sign of life; no message begins with one that has lost its beginning
+            return (frame or b"") if self._pure or self._begun_message else b""
         written = self._writer.chunk(chunk.seen)
+        self._begun_message = self._begun_message or bool(written)
         return frame if self._pure and frame is not None else written
 
 

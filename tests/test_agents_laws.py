@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from agents.base import Agent, Context
@@ -57,16 +58,16 @@ class Closing:
 class Scripted(Agent):
     """Does to the pieces of an answer what its script says, over and over; `closing` counts it, too."""
 
-    def __init__(self, script: list[str], closing: Closing) -> None:
+    def __init__(self, script: list[str], closing: Closing, *, pumps: bool = False) -> None:
         super().__init__(Agent.Config())
-        self.script, self.closing = script, closing
+        self.script, self.closing, self.pumps = script, closing, pumps
 
     async def on_response(self, stream: ChunkStream, ctx: Context) -> AsyncIterator[Chunk]:
         self.closing.open += 1
         held: list[Chunk] = []
         try:
             number = 0
-            async for chunk in stream:
+            async for chunk in _pumped(stream) if self.pumps else stream:
                 action, number = self.script[number % len(self.script)], number + 1
                 if action == "raise":
                     raise ValueError("scripted")
@@ -82,11 +83,31 @@ class Scripted(Agent):
             self.closing.open -= 1
 
 
+async def _pumped(stream: ChunkStream) -> AsyncIterator[Chunk]:
+    """The same, read ahead by a task that nobody ends."""
+    queue: asyncio.Queue[Chunk | Exception | None] = asyncio.Queue()
+
+    async def pump() -> None:
+        try:
+            async for chunk in stream:
+                queue.put_nowait(chunk)
+        except Exception as exc:
+            queue.put_nowait(exc)
+        queue.put_nowait(None)
+
+    task = asyncio.get_running_loop().create_task(pump())
+    while (got := await queue.get()) is not None:
+        if isinstance(got, Exception):
+            raise got
+        yield got
+    await task
+
+
 def _done(action: str, chunk: Chunk, held: list[Chunk]) -> list[Chunk]:
     match action:
         case "drop":
             return []
-        case "hold" if not chunk.tool_calls:  # the parts of a call belong together
+        case "hold" if not (chunk.tool_calls or chunk.index):  # the parts of a call belong together
             held.append(chunk)
             return []
         case "flush":
@@ -98,6 +119,9 @@ def _done(action: str, chunk: Chunk, held: list[Chunk]) -> list[Chunk]:
             return [Chunk.of(chunk.text[:half]), chunk.with_text(chunk.text[half:])]
         case "inject":
             return [Chunk.of("+"), chunk]
+        case "merge" if held and chunk.text and not chunk.finish_reason:
+            chunk.text = "".join(piece.text for piece in held) + chunk.text
+            held.clear()
         case "think":
             return [Chunk.of(reasoning="hm"), chunk]
         case "change":
@@ -121,10 +145,10 @@ def context(agent: Agent, scope: Scope, *, skip: bool = False) -> AgentContext:
 
 
 async def answer(
-    face: Face, chain: list[AgentContext], frames: Frames, source: AsyncIterator[Chunk]
+    face: Face, chain: list[AgentContext], frames: Frames, source: AsyncIterator[Chunk], *, several: bool = False
 ) -> tuple[bytes, bool]:
     """What the client gets through this chain, and whether its connection is closed properly."""
-    outlet = Outlet(face.writer(ChatRequest(dict(REQUEST), True), Timing(0.0)), face.dialect)
+    outlet = Outlet(face.writer(ChatRequest(dict(REQUEST), True), Timing(0.0)), face.dialect, several=several)
     written, layers, stream = [], [], source
     for ctx in chain:
         stream = layer(ctx, stream)
@@ -146,77 +170,84 @@ async def answer(
 
 # -- what a server sends -----------------------------------------------------------------------------------------------
 
+
+@dataclass(frozen=True)
+class Told:
+    """What a model answers. `twice`: for `n` = 2, in a server's API that has it."""
+
+    texts: list[str]
+    thoughts: list[str]
+    tool: bool
+    usage: bool
+    pings: bool
+    twice: bool = False
+
+
 words = st.lists(st.sampled_from(["a", " b", "c\u2028d", "e\n\nf", '"g"', "ü"]), max_size=6)
+answers = st.builds(Told, words, words, st.booleans(), st.booleans(), st.booleans())
 
 
-def openai_bytes(texts: list[str], tool: bool, pings: bool) -> bytes:
-    def event(delta: dict[str, Any], finish: str | None = None) -> bytes:
-        value = {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": "m"}
-        return (
-            b"data: "
-            + json.dumps({**value, "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}).encode()
-            + b"\n\n"
-        )
+def openai_bytes(told: Told) -> bytes:
+    def event(index: int, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
+        return {"choices": [{"index": index, "delta": delta, "finish_reason": finish}]}
 
     call = {"index": 0, "id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-    events = [event({"role": "assistant", "content": None}), *(event({"content": text}) for text in texts)]
-    events += [event({"tool_calls": [call]})] if tool else []
-    events += [event({}, "tool_calls" if tool else "stop")]
-    return (b":\n\n" if pings else b"").join(events) + b"data: [DONE]\n\n"
+    deltas: list[dict[str, Any]] = [{"role": "assistant", "content": None}]
+    deltas += [{"reasoning_content": text} for text in told.thoughts] + [{"content": text} for text in told.texts]
+    deltas += [{"tool_calls": [call]}] if told.tool else []
+    indexes = (0, 1) if told.twice else (0,)
+    events = [event(index, delta) for delta in deltas for index in indexes]
+    events += [event(index, {}, "tool_calls" if told.tool else "stop") for index in indexes]
+    events += [{"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 2}}] if told.usage else []
+    base = {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": "m"}
+    lines = [f"data: {json.dumps({**base, **event})}\n\n" for event in events]
+    return (":\n\n" if told.pings else "").join([*lines, "data: [DONE]\n\n"]).encode()
 
 
-def ollama_bytes(texts: list[str], tool: bool, pings: bool) -> bytes:
+def ollama_bytes(told: Told) -> bytes:
     def line(message: dict[str, Any], **more: Any) -> bytes:
-        return (
-            json.dumps(
-                {"model": "m", "created_at": "t", "message": {"role": "assistant", **message}, "done": False, **more}
-            ).encode()
-            + b"\n"
-        )
+        value = {"model": "m", "created_at": "t", "message": {"role": "assistant", **message}, "done": False}
+        return json.dumps({**value, **more}).encode() + b"\n"
 
-    lines = [line({"content": text}) for text in texts]
-    lines += [line({"content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]})] if tool else []
-    return b"".join(lines) + line({"content": ""}, done=True, done_reason="stop", eval_count=len(texts))
+    lines = [line({"content": "", "thinking": text}) for text in told.thoughts]
+    lines += [line({"content": text}) for text in told.texts]
+    lines += [line({"content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]})] if told.tool else []
+    counted = {"eval_count": len(told.texts)} if told.usage else {}
+    return b"".join(lines) + line({"content": ""}, done=True, done_reason="stop", **counted)
 
 
-def anthropic_bytes(texts: list[str], tool: bool, pings: bool) -> bytes:
+def anthropic_bytes(told: Told) -> bytes:
     def event(kind: str, **fields: Any) -> bytes:
         return f"event: {kind}\ndata: {json.dumps({'type': kind, **fields})}\n\n".encode()
 
-    message = {
-        "id": "1",
-        "type": "message",
-        "role": "assistant",
-        "model": "m",
-        "content": [],
-        "usage": {"input_tokens": 1},
-    }
-    events = [event("message_start", message=message)]
-    ping = [event("ping")] if pings else []
-    if texts:
-        events += [event("content_block_start", index=0, content_block={"type": "text", "text": ""}), *ping]
-        events += [event("content_block_delta", index=0, delta={"type": "text_delta", "text": text}) for text in texts]
-        events += [event("content_block_stop", index=0), *ping]
-    if tool:
-        index = 1 if texts else 0
+    blocks: list[tuple[dict[str, Any], list[dict[str, Any]]]] = []
+    if told.thoughts:
+        deltas = [{"type": "thinking_delta", "thinking": text} for text in told.thoughts]
+        blocks.append(({"type": "thinking", "thinking": "", "signature": ""}, deltas))
+    if told.texts:
+        blocks.append(({"type": "text", "text": ""}, [{"type": "text_delta", "text": text} for text in told.texts]))
+    if told.tool:
         block = {"type": "tool_use", "id": "1", "name": "f", "input": {}}
-        delta = {"type": "input_json_delta", "partial_json": "{}"}
-        events += [
-            event("content_block_start", index=index, content_block=block),
-            event("content_block_delta", index=index, delta=delta),
-        ]
-        events += [event("content_block_stop", index=index)]
-    ended = {"stop_reason": "tool_use" if tool else "end_turn", "stop_sequence": None}
-    return b"".join([*events, event("message_delta", delta=ended, usage={"output_tokens": 1}), event("message_stop")])
+        blocks.append((block, [{"type": "input_json_delta", "partial_json": "{}"}]))
+    ping = [event("ping")] if told.pings else []
+    message = {"id": "1", "type": "message", "role": "assistant", "model": "m", "content": []}
+    events = [event("message_start", message={**message, "usage": {"input_tokens": 1}})]
+    for index, (block, deltas) in enumerate(blocks):
+        events += [event("content_block_start", index=index, content_block=block), *ping]
+        events += [event("content_block_delta", index=index, delta=delta) for delta in deltas]
+        events += [event("content_block_stop", index=index), *ping]
+    ended = {"stop_reason": "tool_use" if told.tool else "end_turn", "stop_sequence": None}
+    counted = {"output_tokens": 1} if told.usage else {}
+    return b"".join([*events, event("message_delta", delta=ended, usage=counted), event("message_stop")])
 
 
-SERVERS: dict[str, Callable[[list[str], bool, bool], bytes]] = {
+SERVERS: dict[str, Callable[[Told], bytes]] = {
     "openai": openai_bytes,
     "ollama": ollama_bytes,
     "anthropic": anthropic_bytes,
 }
 actions = st.sampled_from(
-    ["pass", "drop", "hold", "flush", "split", "inject", "think", "change", "sleep", "stop", "raise"]
+    ["pass", "drop", "hold", "flush", "split", "inject", "merge", "think", "change", "sleep", "stop", "raise"]
 )
 chains = st.lists(st.lists(actions, min_size=1, max_size=5), min_size=1, max_size=3)
 
@@ -235,9 +266,9 @@ def read(wire: Wire, data: bytes, cuts: list[int] = []) -> tuple[Frames, list[Ch
 def test_chunks_and_tail_are_what_the_server_sent_however_it_arrives(api: str) -> None:
     _, wire, _ = ENDS[api]
 
-    @given(words, st.booleans(), st.booleans(), st.lists(st.integers(0, 3000), max_size=8))
-    def check(texts: list[str], tool: bool, pings: bool, cuts: list[int]) -> None:
-        data = SERVERS[api](texts, tool, pings)
+    @given(answers, st.lists(st.integers(0, 3000), max_size=8))
+    def check(told: Told, cuts: list[int]) -> None:
+        data = SERVERS[api](told)
         frames, chunks = read(wire, data, cuts)
         assert b"".join(chunk.frame or b"?" for chunk in chunks) + frames.tail == data
         assert [chunk.seen for chunk in chunks] == [chunk.seen for chunk in read(wire, data)[1]]
@@ -250,15 +281,15 @@ def test_chunks_and_tail_are_what_the_server_sent_however_it_arrives(api: str) -
 def test_identity_agents_leave_every_byte_as_it_is(api: str) -> None:
     face, wire, _ = ENDS[api]
 
-    @given(words, st.booleans(), st.booleans(), st.integers(1, 3))
-    def check(texts: list[str], tool: bool, pings: bool, agents: int) -> None:
-        data = SERVERS[api](texts, tool, pings)
+    @given(answers, st.integers(1, 3), st.booleans())
+    def check(told: Told, agents: int, pumps: bool) -> None:
+        data = SERVERS[api](told)
 
         async def run() -> bytes:
             frames, chunks = read(wire, data)
             scope, closing = Scope(), Closing()
-            made = [Identity(Agent.Config()), Scripted(["pass"], closing), Identity(Agent.Config())][:agents]
-            chain = [context(agent, scope) for agent in made]
+            made = [Identity(Agent.Config()), Scripted(["pass"], closing, pumps=pumps), Identity(Agent.Config())]
+            chain = [context(agent, scope) for agent in made[:agents]]
             return (await answer(face, chain, frames, closing.stream(chunks)))[0]
 
         assert asyncio.run(run()) == data
@@ -271,14 +302,15 @@ def test_whatever_agents_do_the_answer_is_proper_and_all_is_closed(api: str) -> 
     face, wire, way = ENDS[api]
 
     @settings(max_examples=150)
-    @given(words, st.booleans(), st.booleans(), chains, st.booleans(), st.booleans())
-    def check(texts: list[str], tool: bool, pings: bool, scripts: list[list[str]], skip: bool, breaks: bool) -> None:
+    @given(answers, chains, st.booleans(), st.booleans(), st.booleans())
+    def check(told: Told, scripts: list[list[str]], skip: bool, breaks: bool, pumps: bool) -> None:
         closing = Closing()
 
         async def run() -> tuple[bytes, bool]:
-            frames, chunks = read(wire, SERVERS[api](texts, tool, pings))
+            frames, chunks = read(wire, SERVERS[api](told))
             failure = UpstreamFailed("gone") if breaks else None
-            chain = [context(Scripted(script, closing), Scope(), skip=skip) for script in scripts]
+            agents = [Scripted(script, closing, pumps=pumps) for script in scripts]
+            chain = [context(agent, Scope(), skip=skip) for agent in agents]
             return await answer(face, chain, frames, closing.stream(chunks, failure))
 
         written, intact = asyncio.run(run())
@@ -291,4 +323,29 @@ def test_whatever_agents_do_the_answer_is_proper_and_all_is_closed(api: str) -> 
         if face.dialect is ANTHROPIC and said.error is None:
             assert written.count(b"event: message_stop") == 1
 
+    lost = [["drop", "drop", "pass"]]
+    check = example(Told([], [], True, False, True), lost, False, False, False)(check)  # a ping comes first then
     check()
+
+
+@settings(max_examples=150)
+@given(
+    answers, st.lists(st.lists(actions.filter(lambda action: action != "hold"), min_size=1), max_size=2), st.booleans()
+)
+def test_each_of_two_answers_has_one_end(told: Told, scripts: list[list[str]], skip: bool) -> None:
+    face, wire, way = ENDS["openai"]
+    closing = Closing()
+
+    async def run() -> bytes:
+        frames, chunks = read(wire, openai_bytes(replace(told, twice=True)))
+        chain = [context(Scripted(script, closing), Scope(), skip=skip) for script in scripts]
+        return (await answer(face, chain, frames, closing.stream(chunks), several=True))[0]
+
+    events = asyncio.run(run()).split(b"\n\n")
+    for index in (0, 1):
+        other = f'"index": {1 - index}, "delta"'.encode(), f'"index":{1 - index},"delta"'.encode()
+        own = [event for event in events if not any(words in event for words in other)]
+        if index == 0 or any(b'"index"' in event for event in own):  # all of the other one may have been dropped
+            said = way.read_stream(b"\n\n".join(own), True)
+            assert said.finish is not None or said.error is not None
+    assert closing.open == 0

@@ -70,6 +70,20 @@ class Passing(Agent):
             async for chunk in stream:
                 yield chunk
 ''',
+    "pumping": '''
+class Pumping(Agent):
+    """Has a task read the answer."""
+    command = "pumping"
+    async def on_response(self, stream: ChunkStream, ctx: Context) -> AsyncIterator[Chunk]:
+        queue: asyncio.Queue[Chunk] = asyncio.Queue()
+        async def pump() -> None:
+            with Noted("pumping"):
+                async for chunk in stream:
+                    await queue.put(chunk)
+        self.kept = asyncio.create_task(pump())
+        while True:
+            yield await queue.get()
+''',
     "stubborn": '''
 class Stubborn(Agent):
     """Does not care to be told once that it is over."""
