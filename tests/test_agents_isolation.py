@@ -108,7 +108,7 @@ BAD = {
     """,
     "calls": """
         async def on_response(self, stream: ChunkStream, ctx: Context) -> AsyncIterator[Chunk]:
-            function = {"name": "f", "arguments": "x" * 1000}
+            function = {"name": "f", "arguments": "x" * 50_000}
             delta = {"tool_calls": [{"index": 0, "id": "1", "type": "function", "function": function}]}
             async for chunk in stream:
                 while "t2" in chunk.text:
@@ -317,8 +317,10 @@ async def test_what_fails_while_it_cleans_up_spoils_no_answer(stage: tuple[Proxy
 
 async def test_what_never_ends_is_given_up(fakes: Fakes) -> None:
     """Whatever it holds is free again; and the proxy can be stopped, as it is checked at the end."""
-    entries = [{"deaf": {"timeout_s": 0.2}}]
-    async with proxy_with_agents(fakes, {"deaf": agent("deaf", DEAF)}, entries, clean_log=False) as proxy:
+    entries = [{"deaf": {"timeout_s": 0.2}}, "clumsy"]
+    clumsy = "async def close(self) -> None:\n    raise OSError('disk full')"
+    sources = {"deaf": agent("deaf", DEAF), "clumsy": agent("clumsy", clumsy)}
+    async with proxy_with_agents(fakes, sources, entries, clean_log=False) as proxy:
         whole = [way for way in WAYS if not way.stream]
         asked = [way.ask(proxy, way.body(f"/deaf {text}")) for way in whole for text in ("now", "hi")]
         for said in await asyncio.gather(*asked):
