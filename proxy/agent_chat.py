@@ -214,14 +214,16 @@ class AgentChat:
             if not request.stream:
                 reply = await fold(_bounded(stream))
                 return web.Response(body=writer.reply(reply.data), content_type="application/json")
-            return await self._stream(writer, stream, source)
+            several = request.body.get("n") not in (None, 1)
+            return await self._stream(Outlet(writer, self.face.dialect, several=several), writer, stream, source)
         except (AttributeError, KeyError, TypeError, ValueError) as exc:
             raise ProxyError("an agent made something of the answer that cannot be told", code="agent_failed") from exc
 
-    async def _stream(self, writer: Writer, stream: AsyncIterator[Chunk], source: Source | None) -> web.StreamResponse:
+    async def _stream(
+        self, outlet: Outlet, writer: Writer, stream: AsyncIterator[Chunk], source: Source | None
+    ) -> web.StreamResponse:
         """Write chunk by chunk. Headers leave with the first: until then a failure is a true status code."""
         stall_s = self.proxy.config.server.send_stall_s
-        outlet = Outlet(writer, self.face.dialect)
         head = [("content-type", writer.content_type), ("cache-control", "no-cache")]
         answer = None
         try:
@@ -264,7 +266,7 @@ async def _tell_context(epilogue: Epilogue, timing: Timing, said: str, upstream:
 
 def _depth(headers: Mapping[str, str]) -> int:
     given = headers.get(DEPTH, "")
-    return int(given) if given.isascii() and given.isdigit() and len(given) < 4 else 0
+    return min(int(given[:4]), DEEPEST) if given.isascii() and given.isdigit() else 0
 
 
 def _same_form(path: str, asked: str) -> bool:

@@ -238,7 +238,8 @@ async def _start(plugin: Plugin) -> None:
     try:
         async with asyncio.timeout(START_S):
             await plugin.made.agent.start()
-    except (Exception, SystemExit) as exc:  # an agent's own failure must not be the proxy's
+    except BaseException as exc:  # an agent's own failure must not be the proxy's, whatever it raises
+        _unless_told_to_end(exc)
         logger.debug("start of %s", plugin.name, exc_info=exc)
         plugin.error = f"start: {_first_line(exc)}"
         plugin.made = None
@@ -248,8 +249,16 @@ async def _close(name: str, made: Made) -> None:
     try:
         async with asyncio.timeout(START_S):
             await made.agent.close()
-    except (Exception, SystemExit) as exc:  # as above
+    except BaseException as exc:  # as above
+        _unless_told_to_end(exc)
         logger.error("the agent %s did not close properly: %s", name, _first_line(exc), exc_info=exc)
+
+
+def _unless_told_to_end(exc: BaseException) -> None:
+    """Raises: `exc`, if it is the cancellation of the task that runs the agent, rather than the agent's invention."""
+    task = asyncio.current_task()
+    if isinstance(exc, asyncio.CancelledError) and task is not None and task.cancelling():
+        raise exc
 
 
 def _first_line(exc: BaseException) -> str:

@@ -21,7 +21,7 @@ from proxy.config import Config
 from proxy.frontier import Frontier
 from proxy.ingress import FrontServer
 from proxy.plugins import Plugins
-from proxy.scope import make_task
+from proxy.scope import PATIENCE_S, make_task
 from proxy.shared import PROXY
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,17 @@ async def _serve(app: web.Application) -> int:
         return 0
     finally:
         await runner.cleanup()
+        await _end_rest()
         logger.info("stopped")
+
+
+async def _end_rest() -> None:
+    """End what an agent has left running; what ends for nobody does not keep the process from ending."""
+    rest = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in rest:
+        task.cancel()
+    if rest:
+        await asyncio.wait(rest, timeout=PATIENCE_S + 1)
 
 
 async def _drain(
