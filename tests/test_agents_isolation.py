@@ -345,6 +345,10 @@ UNUSABLE = {
     "field": ("class A(Agent):\n    class Config(Options):\n        always: bool = True", "fields called always"),
     "percall": ("class A(Agent):\n    per_call = frozenset({'x'})", "per_call names what is not in Config: x"),
     "init": ("class A(Agent):\n    def __init__(self, config):\n        raise ValueError('no')", "ValueError: no"),
+    "gone": (
+        "import asyncio\nclass A(Agent):\n    async def start(self):\n        raise asyncio.CancelledError",
+        "start:",
+    ),
     "start": (
         "class A(Agent):\n    async def start(self):\n        raise OSError('no table')",
         "start: OSError: no table",
