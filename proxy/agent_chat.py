@@ -25,7 +25,7 @@ from proxy.headers import REQUEST_ID, upstream_headers
 from proxy.layers import answered, enter, layer
 from proxy.ollama_chat import check_capabilities, set_keep_alive, with_context
 from proxy.outlet import Outlet
-from proxy.relay import Sink, begin_stream, finish
+from proxy.relay import Sink, Stream, begin_stream, finish
 from proxy.router import Target
 from proxy.scope import Scope
 from proxy.shared import MODEL, Proxy
@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 _NOT_JSON = re.compile("not JSON serializable|Dict key must")
 """orjson's words for what is no JSON value."""
+_GARBLED = (AttributeError, KeyError, TypeError, ValueError)
+"""What is raised where a request or an answer is written that agents have made something else of."""
 Plain = Callable[[Target, Json], Awaitable[web.StreamResponse]]
 """Answers a request, given as the body of the endpoint that was asked, without agents."""
 
@@ -152,13 +154,13 @@ class AgentChat:
         probe = ChatRequest({**request.body, **said}, request.stream).copy()
         try:
             return set(bare(probe.body)) <= set(self.face.decode(self.face.encode(probe)).body)
-        except (AttributeError, KeyError, TypeError, ValueError, BadRequest):
+        except (*_GARBLED, BadRequest):
             return True  # it cannot be said at all, as will turn out
 
     def _encoded(self, contexts: list[AgentContext], request: ChatRequest) -> Json:
         try:
             return self.face.encode(request)
-        except (AttributeError, KeyError, TypeError, ValueError) as exc:
+        except _GARBLED as exc:
             raise _unspeakable(contexts) from exc
 
     async def _source(
@@ -201,7 +203,7 @@ class AgentChat:
             path, body = wire.encode(request)
             hold_context(backend, body)
             return path, await to_bytes(self.http, body)
-        except (AttributeError, KeyError, TypeError, ValueError) as exc:
+        except _GARBLED as exc:
             raise _unspeakable(contexts) from exc
 
     # -- answering -------------------------------------------------------------------------------------------------
@@ -216,29 +218,25 @@ class AgentChat:
                 return web.Response(body=writer.reply(reply.data), content_type="application/json")
             several = request.body.get("n") not in (None, 1)
             return await self._stream(Outlet(writer, self.face.dialect, several=several), writer, stream, source)
-        except (AttributeError, KeyError, TypeError, ValueError) as exc:
+        except _GARBLED as exc:
             raise ProxyError("an agent made something of the answer that cannot be told", code="agent_failed") from exc
 
     async def _stream(
         self, outlet: Outlet, writer: Writer, stream: AsyncIterator[Chunk], source: Source | None
     ) -> web.StreamResponse:
         """Write chunk by chunk. Headers leave with the first: until then a failure is a true status code."""
-        stall_s = self.proxy.config.server.send_stall_s
-        head = [("content-type", writer.content_type), ("cache-control", "no-cache")]
         answer = None
         try:
             async for chunk in stream:
                 written = outlet.take(chunk)
                 if answer is None:
-                    answer = await begin_stream(self.http, 200, head)
-                    sink = Sink(self.http, stall_s, chunked=answer.chunked)
+                    answer, sink = await self._begin(writer)
                 if written and not sink.feed(written):
                     await sink.drained()
             if answer is None:
-                answer = await begin_stream(self.http, 200, head)
-                sink = Sink(self.http, stall_s, chunked=answer.chunked)
+                answer, sink = await self._begin(writer)
             last = outlet.end(source.tail, source.count) if source is not None else outlet.end(b"")
-        except (ProxyError, AttributeError, KeyError, TypeError, ValueError) as exc:
+        except (ProxyError, *_GARBLED) as exc:
             if answer is None:
                 raise
             failure = exc if isinstance(exc, ProxyError) else ProxyError("internal error", code="agent_failed")
@@ -247,7 +245,16 @@ class AgentChat:
             last = outlet.error(failure)
         if last:
             sink.feed(last)
-        return await finish(self.http, answer, stall_s)
+        return await finish(self.http, answer, self._stall_s)
+
+    async def _begin(self, writer: Writer) -> tuple[Stream, Sink]:
+        head = [("content-type", writer.content_type), ("cache-control", "no-cache")]
+        answer = await begin_stream(self.http, 200, head)
+        return answer, Sink(self.http, self._stall_s, chunked=answer.chunked)
+
+    @property
+    def _stall_s(self) -> float:
+        return self.proxy.config.server.send_stall_s
 
 
 async def _bounded(stream: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:

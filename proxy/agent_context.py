@@ -88,7 +88,7 @@ class AgentContext:
 
     @property
     def agents(self) -> Sequence[About]:
-        return self._facts.picked.about
+        return self._facts.picked.about()
 
     def chat(self, request: ChatRequest) -> ChunkStream:
         return _Timed(self._calls.ask(self.name, request), self.turn)

@@ -7,8 +7,9 @@ agent that comes up twice stands where it came up first, with the options of bot
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -38,12 +39,13 @@ class Active:
 
 @dataclass(slots=True)
 class Picked:
-    """What is to be done about a request: run `chain` around it, or answer it with `words` of the proxy's own."""
+    """What is to be done about a request: run `chain` around it, or answer it with `words` of the proxy's own. `about`
+    tells of all agents there are; hardly anybody asks."""
 
     chat_id: str = ""
     chain: list[Active] = field(default_factory=list)
     words: str | None = None
-    about: list[About] = field(default_factory=list)
+    about: Callable[[], list[About]] = list
 
 
 @dataclass(slots=True)
@@ -113,7 +115,7 @@ class Chain:
             for call in called or ():
                 self._add(wishes, self.plugins.commands()[call.command]).typed |= call.options
         picked.chain = [_active(wish) for wish in wishes.values() if _usable(wish)]
-        picked.about = self._about(set(wishes))
+        picked.about = partial(self._about, set(wishes))
         return picked
 
     # -- who wants which -------------------------------------------------------------------------------------------

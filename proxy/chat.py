@@ -298,6 +298,11 @@ class Chunk:
         delta |= {"reasoning_content": reasoning} if reasoning else {}
         return Chunk({"choices": [{"index": index, "delta": delta, "finish_reason": None}]})
 
+    @staticmethod
+    def ending(finish_reason: str = "stop", *, index: int = 0) -> Chunk:
+        """A new chunk that ends the answer."""
+        return Chunk({"choices": [{"index": index, "delta": {}, "finish_reason": finish_reason}]})
+
     def _ensured(self) -> Json:
         """The choice, to be changed; made if there is none."""
         choices = self.data.setdefault("choices", [])
@@ -321,7 +326,7 @@ ChunkStream = AsyncIterator[Chunk]
 async def say(text: str, *, finish_reason: str = "stop") -> AsyncIterator[Chunk]:
     """An answer that was made here."""
     yield Chunk({"choices": [{"index": 0, "delta": {"role": "assistant", "content": text}, "finish_reason": None}]})
-    yield Chunk({"choices": [{"index": 0, "delta": {}, "finish_reason": finish_reason}]})
+    yield Chunk.ending(finish_reason)
 
 
 @dataclass(slots=True)

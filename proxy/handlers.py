@@ -106,17 +106,19 @@ class RelayHandler:
         """Answer `http`; its parsed body is let go before a relayed answer begins."""
         chain, api = self._proxy.chain, self.api
         target, body = await self._understand(http)
-        if api.face is None:
-            if chain.required and api.slot and api.convert is None and api.family != "openai":
-                words = f"this endpoint has no agents, and these are required: {', '.join(chain.required)}"
-                raise BadRequest(words, status=403, code="agents_required")
-        elif chain.concerns(http.headers, body, target.name) and not self._only_loads(body):
-            agents = AgentChat(http, self._proxy, api.face, api.family, partial(self._plain, http))
-            try:
+        try:
+            if api.face is None:
+                if api.slot and api.convert is None and api.family != "openai" and chain.required:
+                    words = f"this endpoint has no agents, and these are required: {', '.join(chain.required)}"
+                    raise BadRequest(words, status=403, code="agents_required")
+            elif chain.concerns(http.headers, body, target.name) and not self._only_loads(body):
+                agents = AgentChat(http, self._proxy, api.face, api.family, partial(self._plain, http))
                 return await agents.answer(target, body)
-            except RecursionError:
-                raise BadRequest("the request body is nested too deeply", code="invalid_json") from None
-        return await self._plain(http, target, body)
+            answering = self._plain(http, target, body)
+            del body  # only `_plain` has it now, and lets it go when it was sent
+            return await answering
+        except RecursionError:
+            raise BadRequest("the request body is nested too deeply", code="invalid_json") from None
 
     def _only_loads(self, body: Json) -> bool:
         return self.api.family == "ollama" and ollama.is_load(body, chat=self.api.face is ollama.CHAT)
@@ -138,10 +140,7 @@ class RelayHandler:
     async def _plain(self, http: web.Request, target: Target, body: Json) -> web.StreamResponse:
         """Answer without agents: byte for byte if the model's server speaks the client's API, else translated."""
         if self.api.family not in target.backend.speaks:
-            try:
-                return await self._translate(http, target, body)
-            except RecursionError:
-                raise BadRequest("the request body is nested too deeply", code="invalid_json") from None
+            return await self._translate(http, target, body)
         call = await self._call(http, target, body)
         del body  # the answer may last for minutes
         answer = partial(relay, http, dialect=self.api.dialect, stall_s=self._stall_s)

