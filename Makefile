@@ -18,8 +18,8 @@ listen = $(if $(findstring -conda-,$(HOST)),,$(if $(HOST),--host $(HOST))) $(if 
 run: .venv/run ## serve with CONFIG= (config.yaml) on HOST= and PORT= (127.0.0.1, 11555)
 	@exec $(bin)/llama-smart-proxy serve --config $(CONFIG) $(listen) --reload
 
-test: .venv/dev ## all quick tests (about 7 minutes on two cores)
-	$(bin)/python -m pytest -m "not full"
+test: .venv/dev ## all quick tests, two at a time (about 7 minutes on two cores)
+	$(bin)/python -m pytest -m "not full" -n 2
 
 # One stream lasts five and a half minutes, and needs next to nothing: it runs beside the others.
 test-full: .venv/dev ## the long tests: load, endurance, attacks

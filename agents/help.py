@@ -17,7 +17,12 @@ class Help(Agent):
         commands = [about for about in ctx.agents if about.command is not None]
         asked = request.last_user_text.strip().removeprefix("/")
         one = [about for about in commands if about.command == asked]
-        return say("\n".join(_entries(one) if one else _overview(commands, ctx.agents)))
+        return say("\n".join(_entries(one) if one else _overview(commands, ctx.agents)).translate(_BRACKETS))
+
+
+_BRACKETS = str.maketrans("<>", "[]")
+"""A chat UI takes the tags that an agent's description speaks of for markup: Open WebUI 0.12 begins a thought at
+`<think>`, be it in code or not."""
 
 
 def _overview(commands: Sequence[About], agents: Sequence[About]) -> list[str]:

@@ -30,7 +30,10 @@ BEGINNINGS: dict[Kind, tuple[str, ...]] = {
         r"You are a chat thread titling assistant",
     ),
     "tags": (r"### Task:\s+Generate \d-\d broad tags",),
-    "follow_ups": (r"### Task:\s+Suggest \d-\d relevant follow-up",),
+    "follow_ups": (
+        r"### Task:\s+Suggest \d-\d relevant follow-up",
+        r"### Task:\s+Predict \d-\d useful messages this user might naturally send next",
+    ),
     "queries": (
         r"### Task:\s+Analyze the chat history to determine the necessity of generating",
         r"You are an AI question rephraser\b",

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
@@ -35,6 +36,19 @@ def pytest_runtest_makereport(
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     harness.proxies[:] = [proxy for proxy in harness.proxies if proxy.alive]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    output: dict[str, object] | None = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["matrix"] = list(matrix.items())
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """One of the workers (pytest-xdist) is done."""
+    for key, cells in getattr(node, "workeroutput", {}).get("matrix", ()):
+        matrix.setdefault(key, {}).update(cells)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

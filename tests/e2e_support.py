@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
-import os
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ import pytest
 
 from tests import raw_client
 from tests.fakes.llama_server import install
-from tests.harness import Proxy
+from tests.harness import Proxy, ports
 from tests.raw_client import Answer, RawClient
 
 CHAT = "/v1/chat/completions"
@@ -47,14 +45,6 @@ needs_llama_cpp = pytest.mark.skipif(
 matrix: dict[tuple[str, str, str], dict[str, str]] = {}
 """What clients of each API got, by API, backend and way of answering; `conftest` prints it at the end of the run."""
 Models = Mapping[str, Mapping[str, Any]]
-
-_ranges = count(os.getpid() % 100)
-
-
-def ports() -> dict[str, int]:
-    """A range of ports for one pool, below those that the kernel hands out, and another one for the next caller."""
-    start = 20000 + next(_ranges) % 120 * 100
-    return {"port_start": start, "port_end": start + 99}
 
 
 def embedded(models: Models, *, server: str = "embedded", **pool: object) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,23 @@ _NEVER = ("Traceback", "unhandled error", "was destroyed but it is pending", "wa
 proxies: list[Proxy] = []
 """Those started in the current test, and those that run for the whole session; `conftest` shows their logs."""
 
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_ranges = count(os.getpid() % 100 * _WORKERS + _WORKER, _WORKERS)
+
 
 def free_port() -> int:
     """A TCP port of 127.0.0.1 that nobody listens on now."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
+
+
+def ports() -> dict[str, int]:
+    """A range of ports for one pool, below those that the kernel hands out, and another one for the next caller, also
+    in another worker of this run."""
+    start = 20000 + next(_ranges) % 120 * 100
+    return {"port_start": start, "port_end": start + 99}
 
 
 async def until(

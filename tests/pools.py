@@ -19,7 +19,7 @@ from backends.pool import Pool
 from proxy.config import Config, ModelConfig
 from tests import harness
 from tests.fakes.llama_server import install
-from tests.harness import free_port, until
+from tests.harness import free_port, ports, until
 
 QUICK = {"stop_timeout_s": 1.0, "load_timeout_s": 10.0, "queue_timeout_s": 20.0, "swap_after_s": 0.2}
 
@@ -45,8 +45,7 @@ class Fakes:
         return ModelConfig(path=self.gguf, env={"FAKE_LOG": str(self.log), **manners}, **fields)
 
     def config(self, **server_pool: Any) -> Config:
-        start = min(free_port(), 65435)
-        pool = QUICK | {"port_start": start, "port_end": start + 99} | server_pool
+        pool = QUICK | ports() | server_pool
         return Config.model_validate({"llama_cpp": {"server": str(self.program)}, "server_pool": pool})
 
     def events(self, kind: str, path: str | None = None) -> list[dict[str, Any]]:

@@ -31,6 +31,7 @@ BACKGROUND: list[tuple[Kind, str]] = [
     ("title", "Analyze this conversation and provide:\n1. The detected language of the conversation\n2. ..."),
     ("title", "Based on the chat history, give this conversation a name.\nKeep it short"),
     ("tags", "### Task:\nGenerate 1-3 broad tags categorizing the main themes"),
+    ("follow_ups", "### Task:\nPredict 3-5 useful messages this user might naturally send next to advance"),
     ("follow_ups", "### Task:\nSuggest 3-5 relevant follow-up questions"),
     ("queries", "### Task:\nAnalyze the chat history to determine the necessity of generating search queries"),
     ("image_prompt", "### Task:\nGenerate a detailed prompt for am image generation task"),

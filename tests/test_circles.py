@@ -7,8 +7,8 @@ from functools import partial
 
 import pytest
 
-from tests.e2e_support import SMOLLM2, ports
-from tests.harness import Proxy, free_port, running_proxy, until
+from tests.e2e_support import SMOLLM2
+from tests.harness import Proxy, free_port, ports, running_proxy, until
 from tests.raw_client import post
 
 ASK = {"model": "nobody-has-this", "messages": [{"role": "user", "content": "Hello"}]}

@@ -23,14 +23,13 @@ from tests.e2e_support import (
     live_children,
     needs_llama_cpp,
     owned_by,
-    ports,
     state,
     streaming,
     tiny,
     watched_health,
 )
 from tests.gguf_fixture import tiny_models
-from tests.harness import running_proxy, until
+from tests.harness import ports, running_proxy, until
 from tests.toxic import RawUpstream, plain, raw_upstream
 
 __all__ = ["fakes", "tiny_models"]  # fixtures
