@@ -36,6 +36,8 @@ async def enter(
     """
     entered: list[AgentContext] = []
     for ctx in contexts:
+        if ctx.is_left_out:
+            continue
         answer = await _on_request(ctx, request)
         if answer is not None:
             return entered, ctx, answer

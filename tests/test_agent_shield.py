@@ -116,8 +116,12 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
         "thinking": {"no_thinking": False},
         "itself": {"model": "m", "slot": 2},
     }
-    virtual = {name: {"model": "m", "agents": [{"shield": options}]} for name, options in shields.items()}
-    with session_proxy(fakes.config(models | virtual, keep_alive=-1, size=2) | {"agents": ["shield"]}) as proxy:
+    virtual: dict[str, Any] = {
+        name: {"model": "m", "agents": [{"shield": options}]} for name, options in shields.items()
+    }
+    virtual["crowd"] = {"model": "m", "agents": ["example", {"parallel": {"n": 2, "strategy": "show"}}]}
+    config = fakes.config(models | virtual, keep_alive=-1, size=2)
+    with session_proxy(config | {"agents": ["shield", "example", "parallel"]}) as proxy:
         yield Stage(proxy, fakes)
 
 
@@ -160,6 +164,18 @@ async def test_they_go_to_the_slot_where_there_is_no_small_model(stage: Stage) -
             assert stage.asked().get("id_slot") == slot, (way, text)
     await WAY.ask(stage.proxy, WAY.body(TITLE, model="itself"))
     assert stage.asked()["id_slot"] == 2, "the user's model is no other model"
+
+
+async def test_the_agents_that_users_call_have_no_part_in_them(stage: Stage) -> None:
+    for way in WAYS:
+        for text, times in ((TITLE, 1), ("Hello", 2)):
+            before = len(stage.fakes.events("request"))
+            said = await way.ask(stage.proxy, way.body(text, model="crowd"))
+            assert (said.status, said.error) == (200, None), way
+            sent = [event["body"] for event in stage.fakes.events("request")[before:] if event["body"]]
+            bodies = [body for body in map(json.loads, sent) if "model" in body]
+            assert sum(body.get("n", 1) for body in bodies) == times, (way, text)
+            assert all((' #"' in json.dumps(body)) is (times == 2) for body in bodies), (way, text)
 
 
 async def test_their_answers_may_be_short(stage: Stage) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from proxy.chats import Chats, chat_id
 from tests import raw_client
 from tests.agent_clients import WAYS, Said, Way, write_agent
 from tests.e2e_support import CHAT, Fakes
-from tests.harness import Proxy, session_proxy
+from tests.harness import Proxy, running_proxy, session_proxy
 
 MARK = '''
 class {cls}(Agent):
@@ -216,3 +218,22 @@ def _last_body(stage: tuple[Proxy, Fakes]) -> dict[str, Any]:
 def _last_text(stage: tuple[Proxy, Fakes]) -> str:
     body = _last_body(stage)
     return str(body["messages"][-1]["content"] if "messages" in body else body["prompt"])
+
+
+async def test_an_agent_can_leave_others_out_but_none_that_is_required(tmp_path: Path) -> None:
+    fakes = Fakes(tmp_path)
+    lone = """
+        class Lone(Agent):
+            async def on_request(self, request: ChatRequest, ctx: Context) -> ChunkStream | None:
+                ctx.leave_out(name for name in "abcd" if name in request.last_user_text)
+                return None
+    """
+    write_agent(tmp_path / "agents", "lone", textwrap.dedent(lone))
+    for name in "abc":
+        write_agent(tmp_path / "agents", name, mark(name))
+    config = fakes.config({"m": fakes.model()}) | {"agents_dirs": [str(tmp_path / "agents")]}
+    config["agents"] = [{"a": {"always": True}}, "lone", {"b": {"required": True}}, "c"]
+    async with running_proxy(config) as proxy:
+        for text, left in (("/c d", "abc"), ("/c c", "ab"), ("/c a, b and c", "ab")):
+            trail, said = await ask((proxy, fakes), text)
+            assert trail == left and said.text == f"{left}!", "one that came before has its part"
