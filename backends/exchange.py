@@ -166,12 +166,16 @@ class Response:
     async def piece(self) -> bytes:
         """The body bytes that came since the last call, waiting for some; empty at the end. For a reader at its own
         pace: the socket is left unread while it does not ask."""
-        while not self._pieces and not self._settled():
-            self.resume()
+        pieces = self._pieces
+        while not pieces and not self._settled():
+            if self._paused:
+                self.resume()
             await self._event()
-        data = b"".join(self._pieces)
-        self._pieces.clear()
         self._held = 0
+        if len(pieces) == 1:
+            return pieces.pop()
+        data = b"".join(pieces)
+        pieces.clear()
         return data
 
     async def pipe(self, sink: Sink) -> None:

@@ -25,6 +25,7 @@ class Splitter(Protocol):
     def says_something(self, whole: bytes) -> bool: ...
     def frames(self, whole: bytes) -> list[bytes]: ...
     def cut(self, whole: bytes) -> list[bytes]: ...
+    def take(self, data: bytes) -> list[bytes]: ...
 
 
 class LineSplitter:
@@ -69,6 +70,10 @@ class LineSplitter:
         if whole.find(b"\n") == len(whole) - 1:
             return [whole] if whole else []
         return whole.splitlines(keepends=True) if b"\r" not in whole else _LINE.findall(whole)
+
+    def take(self, data: bytes) -> list[bytes]:
+        """What `push` returns, cut."""
+        return self.cut(self.push(data))
 
 
 class EventSplitter:
@@ -124,6 +129,12 @@ class EventSplitter:
         ends = [found.end() for found in _BLANK_LINE.finditer(whole)]
         pieces = [whole[start:end] for start, end in zip([0, *ends], [*ends, len(whole)], strict=True)]
         return [piece for piece in pieces if piece]
+
+    def take(self, data: bytes) -> list[bytes]:
+        """What `push` returns, cut."""
+        if not self._held and 0 <= data.find(b"\n\n") == len(data) - 2 and b"\r" not in data:
+            return [data]  # the way servers send a token
+        return self.cut(self.push(data))
 
 
 _LINE = re.compile(rb"[^\n]*\n|[^\n]+")

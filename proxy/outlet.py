@@ -29,9 +29,14 @@ class Outlet:
         self._called = False  # the writer was given tool calls
         self._ended = False
         self._passed = 0  # chunks that left as they came
+        self._simple = False  # the next chunk leaves as it came, if it can; what `take` would find out for each token
 
     def take(self, chunk: Chunk) -> bytes:
         """What leaves because of this chunk; perhaps nothing yet."""
+        frame = chunk.frame
+        if frame is not None and self._simple and not chunk.finish_reason:
+            self._passed += 1
+            return frame
         if self._several and chunk.choice:
             self._begun.add(chunk.index)
         if not self._held and not chunk.finish_reason:
@@ -70,6 +75,7 @@ class Outlet:
             return self._write(chunk)
         self._finished.add(chunk.index)
         self._held.append(chunk)
+        self._simple = False
         return b""
 
     def _flush(self) -> bytes:
@@ -86,6 +92,7 @@ class Outlet:
             if self._expected == 0:
                 self._expected = 1
                 self._writer.adopt(chunk.seen)
+                self._simple = not (self._several or self._finished or self._dialect is OLLAMA)
             self._passed += 1
             return frame
         self._pure = False

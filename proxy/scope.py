@@ -39,7 +39,6 @@ class Turn:
 
     __slots__ = (
         "_began",
-        "_running",
         "_scope",
         "_waited_until",
         "_waiting",
@@ -56,7 +55,6 @@ class Turn:
         self.spent_s = 0.0
         self._scope = scope
         self.deadline_s = deadline_s
-        self._running = False
         self._began = 0.0
         self._waiting = 0
         self._waited_until = 0.0
@@ -65,17 +63,16 @@ class Turn:
     def begin(self) -> None:
         """The agent's code runs from here on."""
         scope = self._scope
+        scope.turn = self
         _own(scope)
         self._began = _now()
-        self._running = True
-        scope.turn = self
 
     def end(self) -> None:
         """It does no more."""
-        if self._running:
+        scope = self._scope
+        if scope.turn is self:
             self.spent_s += _now() - self._began
-            self._running = False
-            self._scope.turn = None
+            scope.turn = None
         _own(None)
 
     @contextmanager

@@ -39,7 +39,6 @@ class Frames:
         self._serial = 0  # of the next chunk
         self.tail = b""
         self.failure: ProxyError | None = None
-        self.ended = False
         self.said: list[str] = []
         self._keeps_text = keeps_text
 
@@ -53,82 +52,75 @@ class Frames:
         """How many chunks there have been."""
         return self._serial
 
-    async def next(self, upstream: Response) -> list[Chunk]:
-        """The chunks of the next piece of `upstream`; `ended` is set with the last. A connection that breaks off behind
-        the end of the answer does no harm."""
-        try:
-            data = await upstream.piece()
-        except UpstreamFailed as exc:
-            data = b""
-            if not self.done:
-                self.failure = exc
-        chunks = self.feed(data) if data else self.finish() if self.failure is None else []
-        self.ended = not data or self.failure is not None
-        if self._keeps_text:
-            self.said += [chunk.text for chunk in chunks]
-        return chunks
+    def broke_off(self, why: UpstreamFailed) -> None:
+        """The connection has; behind the end of the answer that does no harm."""
+        if not self.done:
+            self.failure = why
 
     def feed(self, data: bytes) -> list[Chunk]:
+        """The chunks that are whole now."""
         try:
-            return self._chunks(self._splitter.push(data))
+            return self._chunks(self._splitter.take(data))
         except FrameTooLong:
             self.failure = frame_too_long()
             return []
 
     def finish(self) -> list[Chunk]:
         """What a last frame is whose line end was spared."""
+        if self.failure is not None:
+            return []
         rest = self._splitter.rest
-        last = self._chunks(rest) if rest else []
+        last = self._chunks([rest]) if rest else []
         if not self.done and self.failure is None:
             self.failure = incomplete()
         return last
 
-    def _chunks(self, whole: bytes) -> list[Chunk]:
+    def _chunks(self, frames: list[bytes]) -> list[Chunk]:
         made: list[Chunk] = []
+        read = self._reader.read
         try:
-            for frame in self._splitter.cut(whole):
-                self._add(frame, made)
+            for frame in frames:
+                data = read(frame)
+                if data is None:
+                    self._add_silent(frame, made)
+                else:
+                    self._add(data, frame, made)
         except UpstreamFailed as exc:
             self.failure = exc
         except (ValueError, TypeError, KeyError, AttributeError, IndexError) as exc:
             logger.warning("an answer cannot be understood: %s: %s", type(exc).__name__, exc)
             self.failure = UpstreamFailed("the model server's answer cannot be understood", code="upstream_error")
+        if self._keeps_text:
+            self.said += [chunk.text for chunk in made]
         return made
 
-    def _add(self, frame: bytes, made: list[Chunk]) -> None:
-        bare = frame.strip(b"\r\n")
-        data = self._reader.read(bare) if bare else None
-        if data is None and self.done:
+    def _add_silent(self, frame: bytes, made: list[Chunk]) -> None:
+        """A frame that says nothing of the answer."""
+        if self.done:
             self.tail += self._held + frame
             self._held = b""
-        elif data is None and self._grouped and (self._held or not bare.startswith(_SIGNS_OF_LIFE)):
+        elif self._grouped and (self._held or not frame.lstrip(b"\r\n").startswith(_SIGNS_OF_LIFE)):
             self._held += frame
-        elif data is None:
-            if self._verbatim:
-                made.append(Chunk({}, frame, self._next()))
+        elif self._verbatim:
+            made.append(Chunk({}, frame, self._next()))
+
+    def _add(self, data: Json, frame: bytes, made: list[Chunk]) -> None:
+        if self._held:
+            frame, self._held = self._held + frame, b""
+        choices = data.get("choices") or ()
+        for choice in choices:  # of another shape than the API's, it would have an agent fail that is not to blame
+            delta = choice.get("delta")
+            if delta and (content := delta.get("content")) is not None and content.__class__ is not str:
+                raise TypeError("content that is no text")
+        if len(choices) > 1:  # a chunk tells of one
+            made.extend(Chunk({**data, "choices": [choice]}, serial=self._next()) for choice in choices)
         else:
-            _check(data)
-            if self._held:
-                frame, self._held = self._held + frame, b""
-            choices = data.get("choices")
-            if choices and len(choices) > 1:  # a chunk tells of one
-                made.extend(Chunk({**data, "choices": [choice]}, serial=self._next()) for choice in choices)
-            else:
-                made.append(Chunk(data, frame if self._verbatim else None, self._next()))
+            made.append(Chunk(data, frame if self._verbatim else None, self._serial))
+            self._serial += 1
 
     def _next(self) -> int:
         self._serial += 1
         return self._serial - 1
-
-
-def _check(data: Json) -> None:
-    """Raise what a chunk of another shape than the API's would have an agent raise, who is not to blame."""
-    for choice in data.get("choices") or ():
-        delta = choice.get("delta")
-        if delta is not None:
-            content = delta.get("content")
-            if content is not None and content.__class__ is not str:
-                raise TypeError("content that is no text")
 
 
 @dataclass(slots=True)
@@ -159,9 +151,14 @@ class Source:
             try:
                 async with self.backend.open(self.call) as upstream:
                     frames = await self._begin(upstream)
-                    # Not by a generator of its own: this runs for every token.
-                    while not frames.ended:
-                        for chunk in await frames.next(upstream):
+                    data = b"..."
+                    while data and frames.failure is None:  # not by a coroutine of its own: this runs for every token
+                        try:
+                            data = await upstream.piece()
+                        except UpstreamFailed as exc:
+                            data = b""
+                            frames.broke_off(exc)
+                        for chunk in frames.feed(data) if data else frames.finish():
                             begun = True
                             yield chunk
                     if frames.failure is not None:

@@ -133,8 +133,8 @@ class Way:
 
     def _read_lines(self, data: bytes, intact: bool) -> Said:
         *lines, rest = data.split(b"\n")
-        assert rest == b"" and all(lines), data[-200:]
-        values = [json.loads(line) for line in lines]
+        assert rest == b"", data[-200:]
+        values = [json.loads(line) for line in lines if line]  # blank ones are a server's
         error = values.pop()["error"] if "error" in values[-1] else None
         assert intact is (error is None)
         told = [value.get("message") or {"content": value["response"], **value} for value in values]

@@ -213,7 +213,8 @@ def ollama_bytes(told: Told) -> bytes:
     lines += [line({"content": text}) for text in told.texts]
     lines += [line({"content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]})] if told.tool else []
     counted = {"eval_count": len(told.texts)} if told.usage else {}
-    return b"".join(lines) + line({"content": ""}, done=True, done_reason="stop", **counted)
+    lines.append(line({"content": ""}, done=True, done_reason="stop", **counted))
+    return (b"\n" if told.pings else b"").join(lines)
 
 
 def anthropic_bytes(told: Told) -> bytes:

@@ -33,6 +33,8 @@ class OllamaReader:
 
         Raises: UpstreamFailed for an error line and for what is not a line of an answer.
         """
+        if frame.isspace():
+            return None
         try:
             line = orjson.loads(frame)
             if "error" in line:

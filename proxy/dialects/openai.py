@@ -131,16 +131,12 @@ class EventReader:
         self.done = False
 
     def read(self, frame: bytes) -> Json | None:
-        data = event_data(frame)
-        if data is None:
-            return None
-        if data == b"[DONE]":
-            self.done = True
-            return None
-        try:
-            event = orjson.loads(data)
+        try:  # nearly all events are one line, the rest of which is JSON; no others could be read so
+            event = orjson.loads(frame[6:]) if frame.startswith(b"data: {") else self._lines(frame)
         except orjson.JSONDecodeError:
-            raise UpstreamFailed("the model server sent an event that is not JSON") from None
+            event = self._lines(frame)
+        if event is None:
+            return None
         if not isinstance(event, dict) or "error" in event:
             raise UpstreamFailed(error_text(event), code="upstream_error")
         if "choices" not in event:
@@ -149,6 +145,17 @@ class EventReader:
             if "text" in choice:
                 choice["delta"] = {"content": choice.pop("text")}
         return event
+
+    def _lines(self, frame: bytes) -> Any:
+        """The event, however it is written; None for one that says nothing."""
+        data = event_data(frame)
+        if data is None or data == b"[DONE]":
+            self.done = self.done or data is not None
+            return None
+        try:
+            return orjson.loads(data)
+        except orjson.JSONDecodeError:
+            raise UpstreamFailed("the model server sent an event that is not JSON") from None
 
     def _native(self, event: Json) -> Json:
         finish = None
