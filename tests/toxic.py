@@ -64,7 +64,7 @@ class Link(asyncio.Protocol):
 
         Raises: ConnectionResetError when it has gone.
         """
-        if self.closed is not None or self._transport is None:
+        if self.closed is not None or self._transport is None or self._transport.is_closing():  # told a turn later
             raise ConnectionResetError
         self._transport.write(data)
         self.sent += len(data)
