@@ -5,7 +5,7 @@ An agent imports `agents.base`, `proxy.chat` and `proxy.errors`, and nothing els
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -132,8 +132,9 @@ class Context(Protocol):
     def agents(self) -> Sequence[About]:
         """All agents that are loaded, in alphabetical order."""
 
-    def leave_out(self, names: Iterable[str]) -> None:
-        """Keep these agents from this request, of those that come later and are not `required`. For `on_request`."""
+    def leave_out(self, *names: str) -> None:
+        """For `on_request`: these agents, if they come later, have no part in this request. But they have if it calls
+        them itself, or the operator has them run always."""
 
     def chat(self, request: ChatRequest) -> ChunkStream:
         """Ask a model: the one that `request` names. Starts now; `request` may be changed afterwards.

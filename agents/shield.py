@@ -55,9 +55,9 @@ class Shield(Agent):
     slot of their own, so that they neither evict the user's model nor spoil its cache.
 
     A prompt is recognised by how the request begins, and by there being no answer before it. A text that quotes such a
-    prompt further on is the user's. The answer is relayed untouched. Agents that have a command are for what the user
-    asks, and have no part in it: three models for one title, because the chat's own model is a `parallel`, are two too
-    many.
+    prompt further on is the user's. The answer is relayed untouched. Agents with a command that the model has, or that
+    are switched on in the chat, are for what the user asks, and have no part in it: nobody waits for three models to
+    find a title.
     """
 
     class Config(Options):
@@ -91,7 +91,7 @@ class Shield(Agent):
         config: Shield.Config = ctx.config
         if not is_background(request, config):
             return None
-        ctx.leave_out(about.name for about in ctx.agents if about.command is not None)
+        ctx.leave_out(*(about.name for about in ctx.agents if about.command is not None))
         if config.max_tokens is not None:
             _limit(request, config.max_tokens)
         if config.no_thinking and ctx.server == "llama.cpp":

@@ -76,7 +76,6 @@ class AgentChat:
         scope = Scope()
         for active in picked.chain:
             active.made.users += 1
-            active.plugin.calls += 1
         try:
             return await scope.run(self._chat(scope, picked, target, request, timing))
         finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -18,7 +18,7 @@ _NOT_TOLD = frozenset({"authorization", "x-api-key", "cookie", "proxy-authorizat
 class RequestFacts:
     """What is the same for all agents of a request; the fields are those of `Context`."""
 
-    __slots__ = ("_headers", "_raw_headers", "api", "left_out", "picked", "request_id", "server")
+    __slots__ = ("_headers", "_raw_headers", "api", "picked", "request_id", "server")
 
     def __init__(self, headers: Mapping[str, str], api: str, request_id: str, server: str, picked: Picked) -> None:
         self._raw_headers = headers
@@ -27,7 +27,6 @@ class RequestFacts:
         self.request_id = request_id
         self.server = server
         self.picked = picked
-        self.left_out: set[str] = set()
 
     @property
     def headers(self) -> dict[str, str]:
@@ -47,6 +46,7 @@ class AgentContext:
         self.turn = Turn(scope, active.plugin.name, limits.timeout_s if own_s is None else own_s)
         self.output_limit = limits.output_kib * 1024
         self.failed = False
+        self.leaves_out: set[str] = set()
         self._facts = facts
         self._calls = calls
         self._state: dict[str, Any] = {}
@@ -91,13 +91,8 @@ class AgentContext:
     def agents(self) -> Sequence[About]:
         return self._facts.picked.about()
 
-    def leave_out(self, names: Iterable[str]) -> None:
-        self._facts.left_out.update(names)
-
-    @property
-    def is_left_out(self) -> bool:
-        """Whether an agent before it wants it to have no part in the request, and may want that."""
-        return self.name in self._facts.left_out and not self.active.settings.required
+    def leave_out(self, *names: str) -> None:
+        self.leaves_out.update(names)
 
     def chat(self, request: ChatRequest) -> ChunkStream:
         return _Timed(self._calls.ask(self.name, request), self.turn)

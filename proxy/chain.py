@@ -29,12 +29,14 @@ _OFF = {"off", "none", "false", "no"}
 
 @dataclass(slots=True)
 class Active:
-    """One agent in the chain of one request, and its configuration there."""
+    """One agent in the chain of one request, and its configuration there. One that is `wanted`, by the request itself
+    or by the operator in every request, is not to be left out."""
 
     plugin: Plugin
     made: Made
     config: BaseModel
     settings: AgentConfig
+    wanted: bool
 
 
 @dataclass(slots=True)
@@ -56,6 +58,7 @@ class _Wish:
     settings: AgentConfig
     options: dict[str, Any] = field(default_factory=dict)
     typed: dict[str, str] = field(default_factory=dict)
+    wanted: bool = False
 
 
 class Chain:
@@ -103,7 +106,7 @@ class Chain:
         off = named is None or of_model is None
         for plugin in self.plugins:
             if plugin.always and (plugin.settings.required or not off):
-                wishes[plugin.name] = _Wish(plugin, plugin.settings)
+                wishes[plugin.name] = _Wish(plugin, plugin.settings, wanted=True)
         if named is not None and of_model is not None:
             self._add_of_model(wishes, of_model)
             called = self._called(request)
@@ -113,7 +116,9 @@ class Chain:
             self._add_switched(wishes, picked.chat_id)
             self._add_named(wishes, named)
             for call in called or ():
-                self._add(wishes, self.plugins.commands()[call.command]).typed |= call.options
+                wish = self._add(wishes, self.plugins.commands()[call.command])
+                wish.typed |= call.options
+                wish.wanted = True
         picked.chain = [_active(wish) for wish in wishes.values() if _usable(wish)]
         picked.about = partial(self._about, set(wishes))
         return picked
@@ -150,7 +155,7 @@ class Chain:
             if plugin is None:
                 known = ", ".join(sorted(self.plugins.by_name))
                 raise BadRequest(f"unknown agent {name[:100]!r}; known agents: {known}", param=FIELD)
-            self._add(wishes, plugin)
+            self._add(wishes, plugin).wanted = True
 
     # -- slash commands --------------------------------------------------------------------------------------------
 
@@ -245,4 +250,4 @@ def _active(wish: _Wish) -> Active:
         where = ".".join(map(str, error["loc"]))
         words = error["msg"].removeprefix("Value error, ").replace("Input should", "should", 1)
         raise BadRequest(f"option {where} of /{wish.plugin.command}: {words}", param=where) from None
-    return Active(wish.plugin, wish.plugin.made, config, wish.settings)
+    return Active(wish.plugin, wish.plugin.made, config, wish.settings, wish.wanted or wish.settings.required)

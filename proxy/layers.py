@@ -35,14 +35,17 @@ async def enter(
     Raises: AgentError, and whatever `ProxyError` an agent raises itself.
     """
     entered: list[AgentContext] = []
+    left_out: set[str] = set()
     for ctx in contexts:
-        if ctx.is_left_out:
+        if ctx.name in left_out and not ctx.active.wanted:
             continue
+        ctx.active.plugin.calls += 1
         answer = await _on_request(ctx, request)
         if answer is not None:
             return entered, ctx, answer
         if not ctx.failed:
             entered.append(ctx)
+            left_out |= ctx.leaves_out
     return entered, None, None
 
 
@@ -58,7 +61,7 @@ async def _on_request(ctx: AgentContext, request: ChatRequest) -> ChunkStream | 
         finally:
             ctx.turn.end()
         if ctx.turn.was_cancelled():
-            raise _hung(ctx)
+            raise ctx.turn.hung()
         _check_request(ctx, request)
         if answer is not None and not hasattr(answer, "__anext__"):
             raise AgentError(ctx.name, f"returned a {type(answer).__name__} from on_request, which is no stream")
@@ -82,7 +85,7 @@ def blame(ctx: AgentContext, exc: BaseException) -> ProxyError:
     elif isinstance(exc, GeneratorExit):
         raise exc
     if hung:  # whatever it said to that; one that was not told to end has made its cancellation up
-        exc = _hung(ctx)
+        exc = ctx.turn.hung()
     ctx.failed = True
     ctx.active.plugin.failures += 1
     if isinstance(exc, ProxyError):
@@ -90,11 +93,6 @@ def blame(ctx: AgentContext, exc: BaseException) -> ProxyError:
         return exc
     logger.error("agent %s failed", ctx.name, exc_info=exc)
     return AgentError(ctx.name, f"failed: {type(exc).__name__}")
-
-
-def _hung(ctx: AgentContext) -> AgentError:
-    limit = ctx.turn.deadline_s
-    return AgentError(ctx.name, f"did not go on within {limit:g} s", status=504, code="agent_timeout")
 
 
 def _check_request(ctx: AgentContext, request: ChatRequest) -> None:
@@ -134,7 +132,7 @@ async def _mapped(ctx: AgentContext, below: AsyncIterator[Chunk]) -> AsyncGenera
             finally:
                 turn.end()
             if turn.cancels and turn.was_cancelled():
-                raise _hung(ctx)
+                raise ctx.turn.hung()
             if passed is None:
                 continue
             extra.check(passed)
@@ -219,7 +217,7 @@ def _settle(ctx: AgentContext) -> None:
     ended as it was told, which `blame` sees to."""
     if not isinstance(sys.exc_info()[1], asyncio.CancelledError):
         ctx.turn.was_cancelled()
-        raise _hung(ctx)
+        raise ctx.turn.hung()
 
 
 class _Feed:

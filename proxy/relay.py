@@ -214,7 +214,10 @@ class Sink:
         self._unsent = transport.get_write_buffer_size
 
     def feed(self, data: bytes) -> bool:
-        self._write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+        try:
+            self._write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+        except RuntimeError:  # uvloop's word for a transport that is closed
+            raise ConnectionResetError("the client has left") from None
         return self._unsent() <= BUFFER_LIMIT
 
     async def drained(self) -> None:

@@ -16,7 +16,7 @@ from contextvars import ContextVar
 from typing import Any, TypeVar
 
 from backends.sweep import Sweeper
-from proxy.errors import AgentError
+from proxy.errors import AgentError, ProxyError
 
 logger = logging.getLogger(__name__)
 
@@ -63,16 +63,16 @@ class Turn:
     def begin(self) -> None:
         """The agent's code runs from here on."""
         scope = self._scope
-        scope.turn = self
+        scope.turns.add(self)
         _own(scope)
         self._began = _now()
 
     def end(self) -> None:
         """It does no more."""
-        scope = self._scope
-        if scope.turn is self:
+        turns = self._scope.turns
+        if self in turns:
             self.spent_s += _now() - self._began
-            scope.turn = None
+            turns.discard(self)
         _own(None)
 
     @contextmanager
@@ -96,6 +96,10 @@ class Turn:
         self.cancels += 1
         work.cancel()
 
+    def hung(self) -> AgentError:
+        """What the client is told of that."""
+        return AgentError(self.name, f"did not go on within {self.deadline_s:g} s", status=504, code="agent_timeout")
+
     def was_cancelled(self) -> bool:
         """Whether it hung; if so, its task is not to be cancelled any more, unless for another reason."""
         if not self.cancels:
@@ -109,13 +113,15 @@ class Turn:
 
 
 class Scope:
-    """The tasks of one request. `turn` is the agent whose code runs now, if any does."""
+    """The tasks of one request. `turns` are those of the agents whose code runs now: of one, or none; of several where
+    one reads the answer in a task of its own."""
 
     def __init__(self) -> None:
-        self.turn: Turn | None = None
+        self.turns: set[Turn] = set()
         self.closing = False
         self._work: asyncio.Task[Any] | None = None
         self._lost: asyncio.Future[Turn] | None = None
+        self._told: Turn | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def run(self, work: Coroutine[Any, Any, T]) -> T:
@@ -136,6 +142,8 @@ class Scope:
         if self._lost.done() and (not task.done() or task.cancelled()):
             words = "does not end, whatever it is told"
             raise AgentError(self._lost.result().name, words, status=504, code="agent_timeout")
+        if self._told is not None and task.cancelled():  # the one that hung ran in a task of another agent's
+            raise self._told.hung()
         return task.result()
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -150,17 +158,24 @@ class Scope:
     def own(self, task: asyncio.Task[Any]) -> None:
         """End this task with the request."""
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
         if self.closing:
             task.cancel()
 
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not isinstance(error, ProxyError):  # that one is told where it came from
+            logger.warning("a task of an agent failed: %s: %s", _shown(task), error.__class__.__name__, exc_info=error)
+
     def check(self, now: float) -> None:
         """Break off the hook of an agent that hangs."""
-        turn = self.turn
-        if turn is not None and self._work is not None and turn.overdue(now):
-            turn.cancel(self._work)
-            if turn.cancels * SWEEP_S > PATIENCE_S and self._lost is not None and not self._lost.done():
-                self._lost.set_result(turn)
+        for turn in list(self.turns):
+            if self._work is not None and turn.overdue(now):
+                self._told = turn
+                turn.cancel(self._work)
+                if turn.cancels * SWEEP_S > PATIENCE_S and self._lost is not None and not self._lost.done():
+                    self._lost.set_result(turn)
 
     async def _end(self) -> None:
         self.closing = True
@@ -177,9 +192,8 @@ class Scope:
                 await asyncio.wait(pending, timeout=AGAIN_S)
             except asyncio.CancelledError:
                 cancelled = True  # told twice to leave: what is left still has to end
-        for task in self._tasks:
-            if task.done() and not task.cancelled() and (error := task.exception()) is not None:
-                logger.debug("a task of an agent failed", exc_info=error)
+        if self._work is not None and self._work.done() and not self._work.cancelled():
+            self._work.exception()  # `run` may not come to ask for it
         if cancelled and self._work is not None and self._work.done():
             raise asyncio.CancelledError
 
@@ -188,10 +202,10 @@ class Scope:
         logger.error("%d tasks of agents do not end: %s", len(pending), ", ".join(map(_shown, pending)))
         for task in pending:
             _unregister_task(task)
-        below = self.turn.below if self.turn is not None else None
-        if isinstance(below, AsyncGenerator):
-            with suppress(RuntimeError):  # that it is read just now
-                await below.aclose()
+        for turn in list(self.turns):
+            if isinstance(turn.below, AsyncGenerator):
+                with suppress(RuntimeError):  # that it is read just now
+                    await turn.below.aclose()
 
 
 _owner: ContextVar[Scope | None] = ContextVar("owner", default=None)

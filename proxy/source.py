@@ -70,7 +70,7 @@ class Frames:
         if self.failure is not None:
             return []
         rest = self._splitter.rest
-        last = self._chunks([rest]) if rest else []
+        last = self._chunks(self._splitter.cut(rest)) if rest else []
         if not self.done and self.failure is None:
             self.failure = incomplete()
         return last
@@ -110,7 +110,7 @@ class Frames:
         choices = data.get("choices") or ()
         for choice in choices:  # of another shape than the API's, it would have an agent fail that is not to blame
             delta = choice.get("delta")
-            if delta and (content := delta.get("content")) is not None and content.__class__ is not str:
+            if delta is not None and (content := delta.get("content")) is not None and content.__class__ is not str:
                 raise TypeError("content that is no text")
         if len(choices) > 1:  # a chunk tells of one
             made.extend(Chunk({**data, "choices": [choice]}, serial=self._next()) for choice in choices)

@@ -220,20 +220,37 @@ def _last_text(stage: tuple[Proxy, Fakes]) -> str:
     return str(body["messages"][-1]["content"] if "messages" in body else body["prompt"])
 
 
-async def test_an_agent_can_leave_others_out_but_none_that_is_required(tmp_path: Path) -> None:
+async def test_an_agent_can_leave_others_out_but_none_that_is_wanted(tmp_path: Path) -> None:
     fakes = Fakes(tmp_path)
     lone = """
+        from proxy.errors import BadRequest
+
         class Lone(Agent):
             async def on_request(self, request: ChatRequest, ctx: Context) -> ChunkStream | None:
-                ctx.leave_out(name for name in "abcd" if name in request.last_user_text)
+                ctx.leave_out(*"abcd")
+                if "fail" in request.last_user_text:
+                    raise BadRequest("it fails")
                 return None
     """
     write_agent(tmp_path / "agents", "lone", textwrap.dedent(lone))
-    for name in "abc":
+    for name in "abcd":
         write_agent(tmp_path / "agents", name, mark(name))
-    config = fakes.config({"m": fakes.model()}) | {"agents_dirs": [str(tmp_path / "agents")]}
-    config["agents"] = [{"a": {"always": True}}, "lone", {"b": {"required": True}}, "c"]
+    own = ["b", {"c": {"on_error": "skip"}}, "d"]
+    models: dict[str, Any] = {"m": fakes.model(), "with-bcd": {"model": "m", "agents": own}}
+    config = fakes.config(models) | {"agents_dirs": [str(tmp_path / "agents")]}
+    config["agents"] = [{"a": {"always": True}}, {"lone": {"on_error": "skip"}}, "b", {"c": {"required": True}}, "d"]
     async with running_proxy(config) as proxy:
-        for text, left in (("/c d", "abc"), ("/c c", "ab"), ("/c a, b and c", "ab")):
-            trail, said = await ask((proxy, fakes), text)
-            assert trail == left and said.text == f"{left}!", "one that came before has its part"
+        for model, text, left in (
+            ("m", "hi", "ac"),
+            ("m", "/d hi", "acd"),
+            ("with-bcd", "hi", "ac"),
+            ("with-bcd", "/b hi", "acb"),
+            ("with-bcd", "fail", "acbd"),
+        ):
+            trail, said = await ask((proxy, fakes), text, model=model)
+            assert trail == left and said.text == f"{left}!", (model, text)
+        assert (await ask((proxy, fakes), "hi", headers={"X-Agents": "b"}))[0] == "acb"
+        await ask((proxy, fakes), "/b on", headers={"X-Chat-Id": "1"})
+        assert (await ask((proxy, fakes), "hi", headers={"X-Chat-Id": "1"}))[0] == "ac"
+        calls = {item["name"]: item["calls"] for item in (await raw_client.get(proxy.port, "/plugins")).json()}
+        assert (calls["a"], calls["lone"], calls["d"]) == (7, 7, 2), "the requests that an agent took part in"

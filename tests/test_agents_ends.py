@@ -30,6 +30,33 @@ class Cuts(Agent):
     async def on_chunk(self, chunk: Chunk, ctx: Context) -> Chunk | None:
         return None if chunk.finish_reason else chunk
 '''
+PUMPS = '''
+class Pumps(Agent):
+    """Has a task read the answer, and takes its time."""
+    command = "pumps"
+    async def on_response(self, stream: ChunkStream, ctx: Context) -> AsyncIterator[Chunk]:
+        queue: asyncio.Queue[Chunk | None] = asyncio.Queue()
+        async def pump() -> None:
+            async for chunk in stream:
+                await queue.put(chunk)
+            await queue.put(None)
+        task = asyncio.create_task(pump())
+        while (chunk := await queue.get()) is not None:
+            await asyncio.sleep(0.02)
+            yield chunk
+'''
+STALLS = '''
+class Stalls(Agent):
+    """Hangs at the second word, if it is told to."""
+    command = "stalls"
+    per_call = frozenset({"now"})
+    class Config(Options):
+        now: bool = True
+    async def on_chunk(self, chunk: Chunk, ctx: Context) -> Chunk | None:
+        if ctx.config.now and "t1" in chunk.text:
+            await asyncio.Event().wait()
+        return chunk
+'''
 
 
 async def test_each_of_several_answers_has_its_end_whatever_agents_drop(fakes: Fakes) -> None:
@@ -46,6 +73,17 @@ async def test_no_depth_is_too_deep_to_be_seen(fakes: Fakes) -> None:
         for depth, status in (("3", 508), ("99999999999", 508), ("0", 200), ("-1", 200), ("x", 200)):
             said = await WHOLE.ask(proxy, WHOLE.body("/cuts hi"), [("X-Agents-Depth", depth)])
             assert said.status == status, depth
+
+
+async def test_who_hangs_below_an_agent_that_reads_in_a_task_is_told(fakes: Fakes) -> None:
+    limits = {"timeout_s": 0.3}
+    async with proxy_with_agents(fakes, {"pumps": PUMPS, "stalls": STALLS}, agent_limits=limits) as proxy:
+        said = await WHOLE.ask(proxy, WHOLE.body("/pumps /stalls hi"))
+        assert (said.status, said.error) == (504, "agent stalls did not go on within 0.3 s")
+        said = await WHOLE.ask(proxy, WHOLE.body("/pumps /stalls now=no hi", max_tokens=8))
+        assert (said.status, said.error) == (200, None)
+        listed = {item["name"]: item for item in (await raw_client.get(proxy.port, "/plugins")).json()}
+        assert listed["pumps"]["mean_latency_ms"] * 2 > 8 * 20, "its time counts while another's hook runs"
 
 
 async def test_a_proxy_ends_although_an_agent_does_not(fakes: Fakes) -> None:

@@ -139,7 +139,8 @@ class Identity(Agent):
 def context(agent: Agent, scope: Scope, *, skip: bool = False) -> AgentContext:
     """The context that the proxy makes for an agent, as far as layers look at it."""
     settings = AgentConfig(name="scripted", on_error="skip" if skip else "fail")
-    active = Active(Plugin("scripted", settings, Place("scripted"), True), Made(agent), agent.config, settings)
+    plugin = Plugin("scripted", settings, Place("scripted"), True)
+    active = Active(plugin, Made(agent), agent.config, settings, wanted=True)
     calls = cast(Any, SimpleNamespace(limits=LimitsConfig()))
     return AgentContext(active, cast(Any, None), scope, calls)
 

@@ -51,6 +51,18 @@ class Answering(Agent):
                 yield Chunk.of("x")
                 await asyncio.sleep(0.01)
 ''',
+    "flooding": '''
+class Flooding(Agent):
+    """Answers as fast as it can."""
+    command = "flooding"
+    async def on_request(self, request: ChatRequest, ctx: Context) -> ChunkStream | None:
+        return self.answer()
+    async def answer(self) -> AsyncIterator[Chunk]:
+        with Noted("flooding"):
+            while True:
+                yield Chunk.of("x")
+                await asyncio.sleep(0)
+''',
     "holding": '''
 class Holding(Agent):
     """Holds everything back."""
@@ -137,7 +149,7 @@ def notes(fakes: Fakes, word: str, phase: str) -> int:
 async def test_everything_ends_with_the_client(stage: tuple[Proxy, Fakes], phase: str, way: Way) -> None:
     proxy, fakes = stage
     begun, closed = notes(fakes, "begun", phase), len(fakes.events("closed"))
-    asks_model = phase not in ("asked", "answering")
+    asks_model = phase not in ("asked", "answering", "flooding")
     requests = len(fakes.generated())
     expected = 5 if phase == "tasks" else 1
     async with raw_client.connected(proxy.port) as client:
@@ -150,6 +162,17 @@ async def test_everything_ends_with_the_client(stage: tuple[Proxy, Fakes], phase
     if asks_model:
         await until(lambda: len(fakes.events("closed")) == closed + 1, what="the end of the model's answer")
     await until(lambda: idle(proxy))
+
+
+async def test_clients_that_leave_in_the_middle_of_a_flood_are_no_bug_to_be_told(stage: tuple[Proxy, Fakes]) -> None:
+    proxy, _ = stage
+    for _ in range(30):
+        async with raw_client.connected(proxy.port) as client:
+            await client.send(raw_client.request("POST", CHAT, STREAM.body("/flooding hi")))
+            await client.head()
+            client.leave()
+        await until(lambda: idle(proxy))
+    proxy.check_log()
 
 
 async def test_what_an_agent_left_running_ends_with_the_answer(stage: tuple[Proxy, Fakes]) -> None:

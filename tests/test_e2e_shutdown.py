@@ -174,8 +174,8 @@ async def kill_under_load(tiny_models: dict[str, Path]) -> None:
             assert len(servers) == 2
             proxy.send(signal.SIGKILL)
             killed = time.monotonic()
-            await until(lambda: owned_by(proxy.pid) == [], 1.0, what="the end of the servers")
-            assert time.monotonic() - killed < 1.5
+            await until(lambda: owned_by(proxy.pid) == [], 3.0, what="the end of the servers")
+            assert time.monotonic() - killed < 3.5
             await load
         finally:
             proxy.stop()

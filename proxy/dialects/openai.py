@@ -131,7 +131,7 @@ class EventReader:
         self.done = False
 
     def read(self, frame: bytes) -> Json | None:
-        try:  # nearly all events are one line, the rest of which is JSON; no others could be read so
+        try:  # nearly all events are one line, the rest of which is JSON; what cannot be read so is looked at closely
             event = orjson.loads(frame[6:]) if frame.startswith(b"data: {") else self._lines(frame)
         except orjson.JSONDecodeError:
             event = self._lines(frame)
@@ -153,9 +153,12 @@ class EventReader:
             self.done = self.done or data is not None
             return None
         try:
-            return orjson.loads(data)
+            event = orjson.loads(data)
         except orjson.JSONDecodeError:
             raise UpstreamFailed("the model server sent an event that is not JSON") from None
+        if event is None:
+            raise UpstreamFailed(error_text(event), code="upstream_error")
+        return event
 
     def _native(self, event: Json) -> Json:
         finish = None
