@@ -17,7 +17,10 @@ class Help(Agent):
         commands = [about for about in ctx.agents if about.command is not None]
         asked = request.last_user_text.strip().removeprefix("/")
         one = [about for about in commands if about.command == asked]
-        return say("\n".join(_entries(one) if one else _overview(commands, ctx.agents)).translate(_BRACKETS))
+        lines = _entries(one) if one else _overview(commands, ctx.agents)
+        if asked and not one:
+            lines = [f"There is no command `/{asked.split()[0][:40]}`.", "", *lines]
+        return say("\n".join(lines).translate(_BRACKETS))
 
 
 _BRACKETS = str.maketrans("<>", "[]")

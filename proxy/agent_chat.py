@@ -36,6 +36,7 @@ from proxy.wires import hold_context, native_wire, server_of, wire_of, without_t
 
 logger = logging.getLogger(__name__)
 
+_COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
 _NOT_JSON = re.compile("not JSON serializable|Dict key must")
 """orjson's words for what is no JSON value."""
 _GARBLED = (AttributeError, KeyError, TypeError, ValueError)
@@ -214,6 +215,8 @@ class AgentChat:
         try:
             if not request.stream:
                 reply = await fold(_bounded(stream))
+                if source is None:  # clients read it unasked; no model was
+                    reply.data.setdefault("usage", dict.fromkeys(_COUNTS, 0))
                 return web.Response(body=writer.reply(reply.data), content_type="application/json")
             several = request.body.get("n") not in (None, 1)
             return await self._stream(Outlet(writer, self.face.dialect, several=several), writer, stream, source)

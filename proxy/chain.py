@@ -87,10 +87,14 @@ class Chain:
             or (self._models_have_some and bool(self._of_model.get(self._model(asked))))
         )
 
-    @property
-    def required(self) -> list[str]:
-        """The agents without which nothing is to be answered."""
-        return [plugin.name for plugin in self.plugins if plugin.settings.required]
+    def check_unneeded(self, headers: Mapping[str, str]) -> None:
+        """Raises: BadRequest if an endpoint where agents have no say cannot answer the request, as some are required or
+        named."""
+        if required := [plugin.name for plugin in self.plugins if plugin.settings.required]:
+            words = f"this endpoint has no agents, and these are required: {', '.join(required)}"
+            raise BadRequest(words, status=403, code="agents_required")
+        if named := _named(headers.get(HEADER), None):
+            raise BadRequest(f"this endpoint has no agents, such as {named[0][:100]}", param=HEADER)
 
     def pick(self, headers: Mapping[str, str], field: object, request: ChatRequest, asked: object) -> Picked:
         """The agents of `request`, whose commands are taken out of it. `field` is what stood in its field `agents`,
@@ -155,6 +159,8 @@ class Chain:
             if plugin is None:
                 known = ", ".join(sorted(self.plugins.by_name))
                 raise BadRequest(f"unknown agent {name[:100]!r}; known agents: {known}", param=FIELD)
+            if plugin.made is None:
+                raise _unavailable(plugin, "is not available")
             self._add(wishes, plugin).wanted = True
 
     # -- slash commands --------------------------------------------------------------------------------------------
@@ -181,12 +187,15 @@ class Chain:
         word = request.last_user_text.strip()
         if called[0].command != FIELD and word not in ("on", "off"):
             return None
+        if any(call.options for call in called):
+            words = f"/{called[0].command} {word} takes no options: they count for the message that they stand in"
+            raise BadRequest(words, param=next(iter(called[0].options), FIELD))
         if called[0].command != FIELD:
             self.chats.switch(chat, [commands[call.command].name for call in called], word == "on")
         running = dict(wishes)
         self._add_switched(running, chat)
         told = [f"/{call.command} is {word} in this chat." for call in called if call.command != FIELD]
-        names = ", ".join(running) or "none"
+        names = ", ".join(name for name, wish in running.items() if wish.plugin.made is not None) or "none"
         return "\n".join([*told, f"Agents that run in this chat: {names}."])
 
     def _about(self, running: set[str]) -> list[About]:
@@ -237,8 +246,12 @@ def _usable(wish: _Wish) -> bool:
     if wish.plugin.made is not None:
         return True
     if wish.plugin.settings.required:
-        raise AgentError(wish.plugin.name, "is required and not available; the proxy's /plugins tells why", status=503)
+        raise _unavailable(wish.plugin, "is required and not available")
     return False
+
+
+def _unavailable(plugin: Plugin, words: str) -> AgentError:
+    return AgentError(plugin.name, f"{words}; the proxy's /plugins tells why", status=503)
 
 
 def _active(wish: _Wish) -> Active:

@@ -28,7 +28,7 @@ def check_command(path: Path | None, env: Mapping[str, str]) -> int:
     if reading.config is None or missing:
         return 2
     config = reading.config
-    counts = [_count(config.models, "model"), _count(config.remotes, "remote")]
+    counts = [_count(config.models | config.virtual, "model"), _count(config.remotes, "remote")]
     if config.uses_ollama:
         counts.append(_count(config.ollama.urls, "Ollama host"))
     print(f"OK: {path or 'defaults'} ({', '.join(counts)})")
@@ -55,6 +55,9 @@ def agent_problems(config: Config) -> list[str]:
         plugins = Plugins.of(config)
     except ConfigError as exc:
         return exc.problems
+    for folder in config.agents_dirs:
+        if not folder.is_dir():
+            print(f"warning: agents_dirs: {folder}: no such folder", file=sys.stderr)
     for plugin in plugins:
         if plugin.error is not None:
             print(f"warning: agents: {plugin.name} cannot be loaded: {plugin.error}", file=sys.stderr)

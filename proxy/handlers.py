@@ -108,9 +108,8 @@ class RelayHandler:
         target, body = await self._understand(http)
         try:
             if api.face is None:
-                if api.slot and api.convert is None and api.family != "openai" and chain.required:
-                    words = f"this endpoint has no agents, and these are required: {', '.join(chain.required)}"
-                    raise BadRequest(words, status=403, code="agents_required")
+                if api.slot and api.convert is None and api.family != "openai":
+                    chain.check_unneeded(http.headers)
             elif chain.concerns(http.headers, body, target.name) and not self._only_loads(body):
                 agents = AgentChat(http, self._proxy, api.face, api.family, partial(self._plain, http))
                 return await agents.answer(target, body)

@@ -15,7 +15,7 @@ from typing import Any
 from agents.base import Agent
 from proxy.agent_context import AgentContext
 from proxy.chat import ChatRequest, Chunk, ChunkStream
-from proxy.errors import AgentError, ProxyError
+from proxy.errors import AgentError, BadRequest, ProxyError
 
 logger = logging.getLogger(__name__)
 _current_task = asyncio.current_task
@@ -87,7 +87,7 @@ def blame(ctx: AgentContext, exc: BaseException) -> ProxyError:
     if hung:  # whatever it said to that; one that was not told to end has made its cancellation up
         exc = ctx.turn.hung()
     ctx.failed = True
-    ctx.active.plugin.failures += 1
+    ctx.active.plugin.failures += not isinstance(exc, BadRequest)  # that one is the client's
     if isinstance(exc, ProxyError):
         logger.warning("agent %s: %s", ctx.name, exc.message)
         return exc

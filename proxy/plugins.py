@@ -195,7 +195,8 @@ class Plugins:
             await _start(fresh)
         if fresh.made is None or fresh.error is not None:
             plugin.error = fresh.error
-            logger.error("the agent %s was saved, but cannot be loaded: %s", plugin.name, fresh.error)
+            words = "it goes on as it was" if plugin.made is not None else "it does not run"
+            logger.error("the agent %s was saved, but cannot be loaded; %s: %s", plugin.name, words, fresh.error)
             return
         old, plugin.made, plugin.error = plugin.made, fresh.made, None
         self._note_always()

@@ -71,8 +71,12 @@ class Turn:
         """It does no more."""
         turns = self._scope.turns
         if self in turns:
-            self.spent_s += _now() - self._began
+            took_s = _now() - self._began
+            self.spent_s += took_s
             turns.discard(self)
+            if took_s > self.deadline_s + 2 * SWEEP_S and not self.cancels and self._waited_until < self._began:
+                words = "agent %s blocked the process, and with it every request, for %.1f s; await what takes long"
+                logger.warning(words, self.name, took_s)
         _own(None)
 
     @contextmanager

@@ -90,7 +90,8 @@ async def test_it_tells_of_one_command(proxy: Proxy) -> None:
     whole = "- `/parrot` Says it again.\n    - `times=` How often.\n    - `voice=` Whose voice."
     assert (await WAY.ask(proxy, WAY.body("/help parrot"))).text == whole
     everything = (await WAY.ask(proxy, WAY.body("/help"))).text
-    assert (await WAY.ask(proxy, WAY.body("/help me"))).text == everything != whole
+    told = (await WAY.ask(proxy, WAY.body("/help me"))).text
+    assert told == f"There is no command `/me`.\n\n{everything}" and everything != whole
 
 
 async def test_what_it_shows_can_be_typed(proxy: Proxy) -> None:

@@ -31,6 +31,17 @@ FILES = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", TEXT, re.DOTALL))
 TALKS = re.findall(r"```\n> (.*?)\n< (.*?)\n```", TEXT)
 CURLS = re.findall(r"^\$ curl -s (.*?) \| jq -r '(.*?)'\n(.*?)\n(?=\$|```)", TEXT, re.DOTALL | re.MULTILINE)
 CONFIGS = [yaml.safe_load(textwrap.dedent(block)) for block in re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)]
+ENABLED = [name.removesuffix(".py") for name in FILES if not name.startswith("test_")]
+
+
+async def test_the_first_steps_lead_to_an_agent_that_runs(tmp_path: Path) -> None:
+    fakes = Fakes(tmp_path)
+    (tmp_path / "my-agents").mkdir()
+    (tmp_path / "my-agents" / "polite.py").write_text(FILES["polite.py"])
+    config = fakes.config({"qwen3": fakes.model(ECHO=1)}) | CONFIGS[0]
+    with session_proxy(config | {"agents_dirs": [str(tmp_path / "my-agents")]}) as proxy:
+        call, picked, printed = CURLS[0]
+        assert await curl(proxy, call, picked) == printed
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +53,14 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
     for name, source in FILES.items():
         if not name.startswith("test_"):
             (folder / name).write_text(source)
-    enabling, virtual = CONFIGS
+    enabling, virtual = {"agents": ENABLED}, CONFIGS[1]
     models = {"qwen3": fakes.model(fields={"parallel": 4}, ECHO=1), **virtual["models"]}
     with session_proxy(fakes.config(models, keep_alive=-1) | enabling | {"agents_dirs": [str(folder)]}) as proxy:
         yield proxy
 
 
 async def test_every_agent_in_it_does_what_it_says_in_every_api(proxy: Proxy) -> None:
-    assert len(TALKS) == len(CONFIGS[0]["agents"]) == len(FILES) - 1 >= 8, "each has its talk"
+    assert len(TALKS) == len(ENABLED) == len(FILES) - 1 >= 8, "each has its talk"
     for way in WAYS:
         for asked, answer in TALKS:
             said = await way.ask(proxy, way.body(asked, model="qwen3"))
@@ -58,7 +69,7 @@ async def test_every_agent_in_it_does_what_it_says_in_every_api(proxy: Proxy) ->
 
 async def test_every_agent_in_it_is_listed(proxy: Proxy) -> None:
     listed = {item["name"]: item for item in (await raw_client.get(proxy.port, "/plugins")).json()}
-    assert [*listed][:-1] == CONFIGS[0]["agents"]
+    assert [*listed][:-1] == ENABLED
     assert all(item["status"] == "loaded" for item in listed.values())
     told = await WAYS[0].ask(proxy, WAYS[0].body("/help", model="qwen3"))
     assert "`/polite` Asks nicely." in told.text and "`mark=` What stands in place" in told.text

@@ -68,7 +68,9 @@ class Redact(Agent):
                 elif given in PRESETS:
                     self._matchers.append(PRESETS[given])
                 else:
-                    raise ValueError(f"there is no pattern {given!r}; known ones: {', '.join(sorted(PRESETS))}")
+                    known = ", ".join(sorted(PRESETS))
+                    words = "one of your own is written {name: ticket, pattern: 'T-[0-9]+'}"
+                    raise ValueError(f"there is no pattern {given!r}; known ones: {known}; {words}")
             return self
 
         @property
