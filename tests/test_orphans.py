@@ -90,9 +90,9 @@ def test_K3_children_die_with_a_proxy_that_is_killed(parents: list[Parent], tmp_
     for _ in range(times):
         parent = Parent(3, install(tmp_path))
         parents.append(parent)
-        assert sorted(parent.descendants) == sorted(parent.children)
+        wait_for(lambda: sorted(parent.descendants) == sorted(parent.children), 3.0)  # noqa: B023
         parent.kill()
-        wait_for(lambda: not parent.descendants, 1.0)  # noqa: B023
+        wait_for(lambda: not parent.descendants, 3.0)  # noqa: B023
 
 
 def test_K3_a_proxy_killed_in_the_middle_of_a_spawn_leaves_nothing(parents: list[Parent], tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_K3_a_proxy_killed_in_the_middle_of_a_spawn_leaves_nothing(parents: list
             assert process.stdout is not None
             process.stdout.readline()
             process.kill()
-        wait_for(lambda: not marked(process.pid), 1.0)
+        wait_for(lambda: not marked(process.pid), 3.0)
 
 
 def test_L13_a_grandchild_that_survived_is_ended_by_the_next_start(parents: list[Parent], tmp_path: Path) -> None:
