@@ -112,7 +112,7 @@ def test_L13_a_grandchild_that_survived_is_ended_by_the_next_start(parents: list
     parents.append(Parent(1, install(tmp_path)))
     dead, living = parents
     dead.kill()
-    wait_for(lambda: dead.children[0] not in dead.descendants, 1.0)
+    wait_for(lambda: dead.children[0] not in dead.descendants, 3.0)
     [survivor] = dead.descendants
     foreign = subprocess.Popen(["sleep", "100"], env={"PATH": os.environ["PATH"]})
     elsewhere = subprocess.Popen(["sleep", "100"], env={"PATH": os.environ["PATH"], OWNER: "1:1:pid:[1]"})
@@ -120,7 +120,7 @@ def test_L13_a_grandchild_that_survived_is_ended_by_the_next_start(parents: list
         begun = time.monotonic()
         assert survivor in kill_orphans()
         assert time.monotonic() - begun < 2
-        wait_for(lambda: not dead.descendants, 1.0)
+        wait_for(lambda: not dead.descendants, 3.0)
         assert foreign.poll() is None
         assert elsewhere.poll() is None  # marked in another pid namespace: its proxy may well live
         assert living.children == living.descendants
