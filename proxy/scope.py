@@ -46,6 +46,7 @@ class Turn:
         "cancels",
         "deadline_s",
         "name",
+        "running",
         "spent_s",
     )
 
@@ -59,21 +60,21 @@ class Turn:
         self._waiting = 0
         self._waited_until = 0.0
         self.cancels = 0
+        self.running = False
+        scope.turns.append(self)
 
     def begin(self) -> None:
         """The agent's code runs from here on."""
-        scope = self._scope
-        scope.turns.add(self)
-        _own(scope)
+        self.running = True
+        _own(self._scope)
         self._began = _now()
 
     def end(self) -> None:
         """It does no more."""
-        turns = self._scope.turns
-        if self in turns:
+        if self.running:
             took_s = _now() - self._began
             self.spent_s += took_s
-            turns.discard(self)
+            self.running = False
             if took_s > self.deadline_s + 2 * SWEEP_S and not self.cancels and self._waited_until < self._began:
                 words = "agent %s blocked the process, and with it every request, for %.1f s; await what takes long"
                 logger.warning(words, self.name, took_s)
@@ -117,11 +118,11 @@ class Turn:
 
 
 class Scope:
-    """The tasks of one request. `turns` are those of the agents whose code runs now: of one, or none; of several where
+    """The tasks of one request, and the `turns` of its agents. The code of one runs now, or of none; of several where
     one reads the answer in a task of its own."""
 
     def __init__(self) -> None:
-        self.turns: set[Turn] = set()
+        self.turns: list[Turn] = []
         self.closing = False
         self._work: asyncio.Task[Any] | None = None
         self._lost: asyncio.Future[Turn] | None = None
@@ -174,8 +175,8 @@ class Scope:
 
     def check(self, now: float) -> None:
         """Break off the hook of an agent that hangs."""
-        for turn in list(self.turns):
-            if self._work is not None and turn.overdue(now):
+        for turn in self.turns:
+            if turn.running and self._work is not None and turn.overdue(now):
                 self._told = turn
                 turn.cancel(self._work)
                 if turn.cancels * SWEEP_S > PATIENCE_S and self._lost is not None and not self._lost.done():
@@ -196,6 +197,7 @@ class Scope:
                 await asyncio.wait(pending, timeout=AGAIN_S)
             except asyncio.CancelledError:
                 cancelled = True  # told twice to leave: what is left still has to end
+        self.turns.clear()  # they refer to this scope, and to the answer: nothing is left to the garbage collector
         if self._work is not None and self._work.done() and not self._work.cancelled():
             self._work.exception()  # `run` may not come to ask for it
         if cancelled and self._work is not None and self._work.done():
@@ -206,8 +208,8 @@ class Scope:
         logger.error("%d tasks of agents do not end: %s", len(pending), ", ".join(map(_shown, pending)))
         for task in pending:
             _unregister_task(task)
-        for turn in list(self.turns):
-            if isinstance(turn.below, AsyncGenerator):
+        for turn in self.turns:
+            if turn.running and isinstance(turn.below, AsyncGenerator):
                 with suppress(RuntimeError):  # that it is read just now
                     await turn.below.aclose()
 
