@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -232,7 +231,7 @@ async def test_an_agent_can_leave_others_out_but_none_that_is_wanted(tmp_path: P
                     raise BadRequest("it fails")
                 return None
     """
-    write_agent(tmp_path / "agents", "lone", textwrap.dedent(lone))
+    write_agent(tmp_path / "agents", "lone", lone)
     for name in "abcd":
         write_agent(tmp_path / "agents", name, mark(name))
     own = ["b", {"c": {"on_error": "skip"}}, "d"]
