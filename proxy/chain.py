@@ -20,7 +20,7 @@ from proxy.chats import Chats, chat_id
 from proxy.config import AgentConfig, Config
 from proxy.errors import AgentError, BadRequest
 from proxy.plugins import Made, Plugin, Plugins
-from proxy.slash import Called, leading_commands, may_call
+from proxy.slash import MOST, Called, leading_commands, may_call
 
 HEADER = "X-Agents"
 FIELD = "agents"
@@ -235,7 +235,9 @@ def _named(header: str | None, body: object) -> list[str] | None:
         return None
     if body is not None and body is not True and not isinstance(body, str | list):
         raise BadRequest("agents must be a list of names, or false", param=FIELD)
-    given = body.split(",") if isinstance(body, str) else body if isinstance(body, list) else []
+    given = body.split(",", MOST) if isinstance(body, str) else body if isinstance(body, list) else []
+    if len(given) > MOST:
+        raise BadRequest(f"agents names over {MOST} agents", param=FIELD)
     if not all(isinstance(name, str) for name in given):
         raise BadRequest("agents must be a list of names, or false", param=FIELD)
     return [name.strip().removeprefix("/") for name in [*(header or "").split(","), *given] if name.strip()]

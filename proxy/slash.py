@@ -12,6 +12,8 @@ from proxy.chat import Json, first_text_part
 _COMMAND = re.compile(r"/([a-z][a-z0-9_-]*)(?=\s|\Z)")
 _OPTION = re.compile(r"([a-z][a-z0-9_]*)=(\"[^\"]*\"|\S+)(?=\s|\Z)")
 _SPACE = re.compile(r"\s*")
+MOST = 50
+"""Commands taken from one text, and options from one command: a text of nothing else must not keep the process."""
 
 
 @dataclass(slots=True)
@@ -26,14 +28,18 @@ def leading_commands(text: str, known: Mapping[str, frozenset[str]]) -> tuple[li
     """The commands that `text` begins with, and what is left of it.
 
     `known` has the names of options for each command. The first word that is neither a known command nor an option of
-    the command before it ends them: it and all behind it is the text. A value in double quotes may hold spaces.
+    the command before it ends them, and so does the one over `MOST`: it and all behind it is the text. A value in double
+    quotes may hold spaces.
     """
     called: list[Called] = []
     place = 0
-    while (found := _COMMAND.match(text, place)) and found[1] in known:
+    while len(called) < MOST and (found := _COMMAND.match(text, place)) and found[1] in known:
         called.append(Called(found[1]))
         place = _behind_space(text, found.end())
-        while (option := _OPTION.match(text, place)) and option[1] in known[found[1]]:
+        for _ in range(MOST):
+            option = _OPTION.match(text, place)
+            if option is None or option[1] not in known[found[1]]:
+                break
             called[-1].options[option[1]] = _unquoted(option[2])
             place = _behind_space(text, option.end())
     return called, text[place:] if called else text

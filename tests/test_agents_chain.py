@@ -106,8 +106,9 @@ async def test_agents_are_called_by_a_header_and_by_a_field(stage: tuple[Proxy, 
     assert (await ask(stage, "hi", agents=["z"]))[0] == "xyz", "an agent without a command goes by its name"
     _, said = await ask(stage, "hi", headers={"X-Agents": "rga"})
     assert said.status == 400 and "unknown agent 'rga'; known agents: a, b, c, d, help, x, y, z" in (said.error or "")
-    _, said = await ask(stage, "hi", agents={"a": 1})
-    assert said.status == 400
+    for wrong in ({"a": 1}, ["a", 1], ["a"] * 1000, "a," * 1000):
+        _, said = await ask(stage, "hi", agents=wrong)
+        assert said.status == 400, wrong
 
 
 @pytest.mark.parametrize("way", WAYS, ids=[way.name for way in WAYS])

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.slash import Called, leading_commands, may_call
+from proxy.slash import MOST, Called, leading_commands, may_call
 from tests import raw_client
 from tests.agent_clients import Way, write_agent
 from tests.e2e_support import CHAT, Fakes
@@ -72,6 +72,13 @@ def test_options_are_those_that_the_agent_has() -> None:
         assert (called[0].options, left) == (options, rest), text
     called, left = leading_commands("/opt top_k=3 /rag", KNOWN)
     assert (called, left) == ([Called("opt")], "top_k=3 /rag")
+
+
+def test_a_text_of_commands_alone_does_not_go_on_for_ever() -> None:
+    called, left = leading_commands("/rag " * 1000, KNOWN)
+    assert len(called) == MOST and left == "/rag " * (1000 - MOST)
+    called, left = leading_commands("/rag " + "top_k=1 " * 1000, KNOWN)
+    assert called == [Called("rag", {"top_k": "1"})] and left == "top_k=1 " * (1000 - MOST)
 
 
 @given(st.text(max_size=40))
