@@ -14,7 +14,7 @@ from proxy.chat import ChatRequest, Chunk, ChunkStream
 
 
 class Example(Agent):
-    """Puts a mark behind your question, and one before and one behind the answer."""
+    """Adds a mark after your question, and one before and one after the answer."""
 
     # Called by `/example` at the beginning of a message. Without a command, an agent runs in every chat.
     command = "example"

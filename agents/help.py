@@ -14,7 +14,7 @@ class Help(Agent):
     command = "help"
 
     async def on_request(self, request: ChatRequest, ctx: Context) -> ChunkStream | None:
-        commands = [about for about in ctx.agents if about.command is not None]
+        commands = [*(about for about in ctx.agents if about.command is not None), _OF_THE_PROXY]
         asked = request.last_user_text.strip().removeprefix("/")
         one = [about for about in commands if about.command == asked]
         lines = _entries(one) if one else _overview(commands, ctx.agents)
@@ -23,6 +23,7 @@ class Help(Agent):
         return say("\n".join(lines).translate(_BRACKETS))
 
 
+_OF_THE_PROXY = About("agents", "agents", "Tells which agents run in this chat.", {}, running=False)
 _BRACKETS = str.maketrans("<>", "[]")
 """A chat UI takes the tags that an agent's description speaks of for markup: Open WebUI 0.12 begins a thought at
 `<think>`, be it in code or not."""
@@ -30,7 +31,7 @@ _BRACKETS = str.maketrans("<>", "[]")
 
 def _overview(commands: Sequence[About], agents: Sequence[About]) -> list[str]:
     lines = ["**Commands**, at the beginning of a message:", "", *_entries(commands)]
-    lines += ["- `/agents` Tells which agents run in this chat.", "", *_usage(commands)]
+    lines += ["", *_usage(commands)]
     always = [about for about in agents if about.command is None and about.running]
     if always:
         lines += ["", "**Always on**, without a command:", ""]
@@ -50,13 +51,13 @@ def _entries(commands: Sequence[About]) -> list[str]:
 
 def _usage(commands: Sequence[About]) -> list[str]:
     """How commands are written, shown with one that there is."""
-    others = [about for about in commands if about.command != Help.command]
+    others = [about for about in commands if about.command != Help.command and about is not _OF_THE_PROXY]
     if not others:
         return ["No agent with a command is enabled."]
     with_option = next((about for about in others if about.options), others[0])
     name = with_option.command
     option = f" {next(iter(with_option.options))}=..." if with_option.options else ""
     return [
-        f"The text comes behind it: `/{name}{option} Your question`. Several commands in a row work together.",
+        f"Write your message after it: `/{name}{option} Your question`. Several commands in a row work together.",
         f"For the whole chat: `/{name} on`, and nothing else in the message; `/{name} off` ends it.",
     ]

@@ -65,7 +65,8 @@ class AgentChat:
             await check_capabilities(self.proxy, target.backend, body)
         named = body.pop(FIELD, None)
         request = await aside(self.http, self.face.decode, body)
-        picked = self.proxy.chain.pick(self.http.headers, named, request, target.name)
+        chats = not request.is_text and self.face is not ollama.GENERATE
+        picked = self.proxy.chain.pick(self.http.headers, named, request, target.name, chats=chats)
         if picked.words is not None:
             return await self._respond(request, timing, say(picked.words), None)
         if not picked.chain:
@@ -212,16 +213,18 @@ class AgentChat:
         self, request: ChatRequest, timing: Timing, stream: AsyncIterator[Chunk], source: Source | None
     ) -> web.StreamResponse:
         writer = self.face.writer(request, timing)
+        if source is None:
+            stream = _accounted(stream)
         try:
             if not request.stream:
                 reply = await fold(_bounded(stream))
-                if source is None:  # clients read it unasked; no model was
-                    reply.data.setdefault("usage", dict.fromkeys(_COUNTS, 0))
                 return web.Response(body=writer.reply(reply.data), content_type="application/json")
             several = request.body.get("n") not in (None, 1)
             return await self._stream(Outlet(writer, self.face.dialect, several=several), writer, stream, source)
         except _GARBLED as exc:
-            raise ProxyError("an agent made something of the answer that cannot be told", code="agent_failed") from exc
+            raise ProxyError(
+                "an agent turned the answer into something that cannot be sent", code="agent_failed"
+            ) from exc
 
     async def _stream(
         self, outlet: Outlet, writer: Writer, stream: AsyncIterator[Chunk], source: Source | None
@@ -263,10 +266,21 @@ async def _bounded(stream: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:
     """An answer that is collected: no server may fill our memory with it."""
     size = 0
     async for chunk in stream:
-        size += len(chunk.text) + len(chunk.reasoning)
+        size += chunk.size
         if size > ANSWER_LIMIT:
             raise UpstreamFailed(f"the answer is over {ANSWER_LIMIT // 2**20} MiB", code="upstream_error")
         yield chunk
+
+
+async def _accounted(stream: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:
+    """An answer that was made here, with the usage that clients expect of every answer: no model was asked, if nobody
+    tells of one."""
+    told = False
+    async for chunk in stream:
+        told = told or chunk.usage is not None
+        yield chunk
+    if not told:
+        yield Chunk({"choices": [], "usage": dict.fromkeys(_COUNTS, 0)})
 
 
 async def _tell_context(epilogue: Epilogue, timing: Timing, said: str, upstream: Response) -> None:
@@ -285,4 +299,4 @@ def _same_form(path: str, asked: str) -> bool:
 
 def _unspeakable(contexts: list[AgentContext]) -> AgentError:
     names = " or ".join(ctx.name for ctx in contexts)
-    return AgentError(names, "made something of the request that cannot be sent")
+    return AgentError(names, "turned the request into something that cannot be sent")

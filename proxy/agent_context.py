@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing
+from functools import cached_property
 from typing import Any
 
 from agents.base import About
@@ -18,22 +19,17 @@ _NOT_TOLD = frozenset({"authorization", "x-api-key", "cookie", "proxy-authorizat
 class RequestFacts:
     """What is the same for all agents of a request; the fields are those of `Context`."""
 
-    __slots__ = ("_headers", "_raw_headers", "api", "picked", "request_id", "server")
-
     def __init__(self, headers: Mapping[str, str], api: str, request_id: str, server: str, picked: Picked) -> None:
-        self._raw_headers = headers
-        self._headers: dict[str, str] | None = None
+        self._all_headers = headers
         self.api = api
         self.request_id = request_id
         self.server = server
         self.picked = picked
 
-    @property
+    @cached_property
     def headers(self) -> dict[str, str]:
-        if self._headers is None:
-            told = ((name.lower(), value) for name, value in self._raw_headers.items())
-            self._headers = {name: value for name, value in told if name not in _NOT_TOLD}
-        return self._headers
+        told = ((name.lower(), value) for name, value in self._all_headers.items())
+        return {name: value for name, value in told if name not in _NOT_TOLD}
 
 
 class AgentContext:
@@ -42,34 +38,18 @@ class AgentContext:
     def __init__(self, active: Active, facts: RequestFacts, scope: Scope, calls: SideCalls) -> None:
         limits = calls.limits
         self.active = active
+        self.name = active.plugin.name
+        self.config: Any = active.config
+        self.state: dict[str, Any] = {}
+        self.request_id, self.api, self.server = facts.request_id, facts.api, facts.server
+        self.chat_id = facts.picked.chat_id
         own_s = active.settings.timeout_s
-        self.turn = Turn(scope, active.plugin.name, limits.timeout_s if own_s is None else own_s)
+        self.turn = Turn(scope, self.name, limits.timeout_s if own_s is None else own_s)
         self.output_limit = limits.output_kib * 1024
         self.failed = False
         self.leaves_out: set[str] = set()
         self._facts = facts
         self._calls = calls
-        self._state: dict[str, Any] = {}
-
-    @property
-    def name(self) -> str:
-        return self.active.plugin.name
-
-    @property
-    def config(self) -> Any:
-        return self.active.config
-
-    @property
-    def state(self) -> dict[str, Any]:
-        return self._state
-
-    @property
-    def request_id(self) -> str:
-        return self._facts.request_id
-
-    @property
-    def chat_id(self) -> str:
-        return self._facts.picked.chat_id
 
     @property
     def headers(self) -> Mapping[str, str]:
@@ -78,14 +58,6 @@ class AgentContext:
     @property
     def forward_headers(self) -> Mapping[str, str]:
         return dict(self._calls.headers)
-
-    @property
-    def api(self) -> str:
-        return self._facts.api
-
-    @property
-    def server(self) -> str:
-        return self._facts.server
 
     @property
     def agents(self) -> Sequence[About]:

@@ -2,7 +2,8 @@
 
 First those that always run, in the order of the configuration; then the model's own; then those switched on in this
 chat; then those that the request names (header `X-Agents`, body field `agents`); last the slash commands, as typed. An
-agent that comes up twice stands where it came up first, with the options of both.
+agent that comes up twice stands where it came up first, with the options of both. Those that are required run whatever
+anybody says.
 """
 
 from __future__ import annotations
@@ -12,25 +13,28 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from multidict import CIMultiDictProxy
 from pydantic import BaseModel, ValidationError
 
 from agents.base import About
 from proxy.chat import ChatRequest, Json
-from proxy.chats import Chats, chat_id
+from proxy.chats import CHAT_ID_HEADERS, Chats, chat_id, is_named
 from proxy.config import AgentConfig, Config
 from proxy.errors import AgentError, BadRequest
-from proxy.plugins import Made, Plugin, Plugins
+from proxy.plugins import ALWAYS_THERE, Made, Plugin, Plugins
+from proxy.router import by_any_name, name_in
 from proxy.slash import MOST, Called, leading_commands, may_call
 
 HEADER = "X-Agents"
 FIELD = "agents"
 _OFF = {"off", "none", "false", "no"}
+"""What says, in place of names, that no agent shall run."""
 
 
 @dataclass(slots=True)
 class Active:
-    """One agent in the chain of one request, and its configuration there. One that is `wanted`, by the request itself
-    or by the operator in every request, is not to be left out."""
+    """One agent in the chain of one request, and its configuration there. Of one that is `wanted`, by the request
+    itself or by the operator in every request, another agent's `leave_out` does not get rid."""
 
     plugin: Plugin
     made: Made
@@ -42,7 +46,7 @@ class Active:
 @dataclass(slots=True)
 class Picked:
     """What is to be done about a request: run `chain` around it, or answer it with `words` of the proxy's own. `about`
-    tells of all agents there are; hardly anybody asks."""
+    describes all agents there are: a function, because few agents ask for that."""
 
     chat_id: str = ""
     chain: list[Active] = field(default_factory=list)
@@ -56,9 +60,19 @@ class _Wish:
 
     plugin: Plugin
     settings: AgentConfig
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any]
     typed: dict[str, str] = field(default_factory=dict)
     wanted: bool = False
+
+    @classmethod
+    def of(cls, plugin: Plugin) -> _Wish:
+        return cls(plugin, plugin.settings, plugin.settings.options)
+
+    def obey(self, entry: AgentConfig) -> None:
+        """Settings and options that a model has for the agent, on top of those for all models if there are any."""
+        said = entry.model_fields_set & {"on_error", "timeout_s", "required"}
+        self.settings = self.settings.model_copy(update={name: getattr(entry, name) for name in said})
+        self.options = {**self.options, **entry.options} if self.plugin.everywhere else entry.options
 
 
 class Chain:
@@ -68,15 +82,12 @@ class Chain:
         self.plugins = plugins
         self.chats = Chats()
         self._slash = config.slash_commands
-        self._of_model = {name: model.agents for name, model in (config.models | config.virtual).items()}
+        models = config.models | config.virtual
+        self._of_model = {name: model.agents for name, model in models.items()}
         self._models_have_some = any(self._of_model.values())
-        self._by_key = {
-            key.lower(): name
-            for name, model in (config.models | config.virtual).items()
-            for key in (name, *model.aliases)
-        }
+        self._names = by_any_name(models)
 
-    def concerns(self, headers: Mapping[str, str], body: Json, asked: object) -> bool:
+    def concerns(self, headers: Mapping[str, str], body: Json, model: str) -> bool:
         """Whether agents may have to do with this request, in whatever API: a cheap look. A False is final."""
         return (
             self.plugins.some_always
@@ -84,38 +95,38 @@ class Chain:
             or FIELD in body
             or HEADER in headers
             or (self._slash and may_call(body))
-            or (self._models_have_some and bool(self._of_model.get(self._model(asked))))
+            or (self._models_have_some and bool(self._agents_of(model)))
         )
 
-    def check_unneeded(self, headers: Mapping[str, str]) -> None:
-        """Raises: BadRequest if an endpoint where agents have no say cannot answer the request, as some are required or
+    def check_unneeded(self, headers: CIMultiDictProxy[str], model: str) -> None:
+        """Raises: BadRequest if an endpoint where agents do not run cannot answer the request, as some are required or
         named."""
-        if required := [plugin.name for plugin in self.plugins if plugin.settings.required]:
-            words = f"this endpoint has no agents, and these are required: {', '.join(required)}"
+        if required := [wish.plugin.name for wish in self._own(model).values() if wish.settings.required]:
+            words = f"agents do not run at this endpoint, and these are required: {', '.join(required)}"
             raise BadRequest(words, status=403, code="agents_required")
-        if named := _named(headers.get(HEADER), None):
-            raise BadRequest(f"this endpoint has no agents, such as {named[0][:100]}", param=HEADER)
+        if named := _named(_header(headers), None):
+            words = f"agents do not run at this endpoint, so it cannot run {named[0][:100]}"
+            raise BadRequest(words, param=HEADER)
 
-    def pick(self, headers: Mapping[str, str], field: object, request: ChatRequest, asked: object) -> Picked:
+    def pick(
+        self, headers: CIMultiDictProxy[str], field: object, request: ChatRequest, model: str, *, chats: bool
+    ) -> Picked:
         """The agents of `request`, whose commands are taken out of it. `field` is what stood in its field `agents`,
-        `asked` the model's name as the client gave it.
+        `model` the name of the model; with `chats` its API sends all that was said in a chat with each request.
 
         Raises: BadRequest for an unknown agent that is named outside the text, and for a bad option; AgentError for one
         that is required and broken.
         """
-        named = _named(headers.get(HEADER), field)
-        of_model = self._of_model.get(self._model(asked), [])
+        named = _named(_header(headers), field)
         picked = Picked(chat_id(headers, request))
-        wishes: dict[str, _Wish] = {}
-        off = named is None or of_model is None
-        for plugin in self.plugins:
-            if plugin.always and (plugin.settings.required or not off):
-                wishes[plugin.name] = _Wish(plugin, plugin.settings, wanted=True)
-        if named is not None and of_model is not None:
-            self._add_of_model(wishes, of_model)
+        wishes = self._own(model)
+        if named is None or self._agents_of(model) is None:
+            wishes = {name: wish for name, wish in wishes.items() if wish.settings.required}
+        else:
             called = self._called(request)
-            if called is not None and (words := self._control(picked.chat_id, called, wishes, request)) is not None:
-                picked.words = words
+            if called is not None and (word := self._control_word(called, request)) is not None:
+                known = chats or is_named(headers)
+                picked.words = self._control(picked.chat_id if known else None, called, word, wishes)
                 return picked
             self._add_switched(wishes, picked.chat_id)
             self._add_named(wishes, named)
@@ -129,29 +140,32 @@ class Chain:
 
     # -- who wants which -------------------------------------------------------------------------------------------
 
-    def _model(self, asked: object) -> str:
-        return self._by_key.get(asked.lower().removesuffix(":latest"), "") if isinstance(asked, str) else ""
+    def _agents_of(self, model: str) -> list[AgentConfig] | None:
+        """Those that the configuration has for the model; None if that says that no agent shall run."""
+        name = name_in(self._names, model)
+        return [] if name is None else self._of_model[name]
+
+    def _own(self, model: str) -> dict[str, _Wish]:
+        """The agents that run in every chat with this model, for all anybody says."""
+        wishes: dict[str, _Wish] = {}
+        for plugin in self.plugins:
+            if plugin.always:
+                self._add(wishes, plugin).wanted = True
+        for entry in self._agents_of(model) or ():
+            self._add(wishes, self.plugins.by_name[entry.name]).obey(entry)
+        return wishes
 
     def _add(self, wishes: dict[str, _Wish], plugin: Plugin) -> _Wish:
-        return wishes.setdefault(plugin.name, _Wish(plugin, plugin.settings))
-
-    def _add_of_model(self, wishes: dict[str, _Wish], entries: Iterable[AgentConfig]) -> None:
-        for entry in entries:
-            plugin = self.plugins.by_name[entry.name]
-            wish = self._add(wishes, plugin)
-            wish.options |= entry.options
-            if entry.model_fields_set & {"on_error", "timeout_s"} or not plugin.everywhere:
-                wish.settings = entry
+        return wishes.setdefault(plugin.name, _Wish.of(plugin))
 
     def _add_switched(self, wishes: dict[str, _Wish], chat: str) -> None:
         for name, on in self.chats.switched(chat).items() if len(self.chats) else ():
-            plugin = self.plugins.by_name.get(name)
-            if plugin is None:
+            if name not in self.plugins.by_name:
                 continue
             if on:
-                self._add(wishes, plugin)
-            elif not plugin.settings.required:
-                wishes.pop(name, None)
+                self._add(wishes, self.plugins.by_name[name])
+            elif name in wishes and not wishes[name].settings.required:
+                del wishes[name]
 
     def _add_named(self, wishes: dict[str, _Wish], names: Iterable[str]) -> None:
         for name in names:
@@ -170,8 +184,11 @@ class Chain:
         text = request.last_user_text
         if not self._slash or not text.startswith("/"):
             return None
-        known = {name: _per_call(plugin) for name, plugin in self.plugins.commands().items()}
-        called, rest = leading_commands(text, {**known, FIELD: frozenset()})
+        commands = self.plugins.commands()
+        known = {name: _per_call(plugin) for name, plugin in commands.items()} | {FIELD: frozenset()}
+        if ALWAYS_THERE in known and leading_commands(text, {ALWAYS_THERE: known[ALWAYS_THERE]})[0]:
+            known = {ALWAYS_THERE: known[ALWAYS_THERE]}  # what comes after it is what is asked about
+        called, rest = leading_commands(text, known)
         if not called:
             return None
         if any(call.command == FIELD for call in called) and (rest or len(called) > 1):
@@ -179,22 +196,31 @@ class Chain:
         request.last_user_text = rest
         return called
 
-    def _control(
-        self, chat: str, called: list[Called], wishes: Mapping[str, _Wish], request: ChatRequest
-    ) -> str | None:
-        """The answer to commands that are about the chain itself: `/rag on`, `/rag off`, `/agents`."""
-        commands = self.plugins.commands()
+    def _control_word(self, called: list[Called], request: ChatRequest) -> str | None:
+        """Which of the commands that are about the chain itself this is: `on`, `off` or `agents`; None if none."""
+        if called[0].command == FIELD:
+            return FIELD
         word = request.last_user_text.strip()
-        if called[0].command != FIELD and word not in ("on", "off"):
-            return None
+        return word if word in ("on", "off") and called[0].command != ALWAYS_THERE else None
+
+    def _control(self, chat: str | None, called: list[Called], word: str, wishes: dict[str, _Wish]) -> str:
+        """The answer to `/rag on`, `/rag off` and `/agents`, in a chat that runs `wishes` by itself; without `chat`
+        nothing tells which one it is."""
         if any(call.options for call in called):
-            words = f"/{called[0].command} {word} takes no options: they count for the message that they stand in"
+            words = f"/{called[0].command} {word} takes no options; give them with each message"
             raise BadRequest(words, param=next(iter(called[0].options), FIELD))
-        if called[0].command != FIELD:
-            self.chats.switch(chat, [commands[call.command].name for call in called], word == "on")
+        told = []
+        switched = [self.plugins.commands()[call.command] for call in called if call.command != FIELD]
+        if switched and chat is None:
+            return f"Nothing tells which chat this is; send the header {CHAT_ID_HEADERS[1]} to have agents on or off."
+        for plugin in switched:
+            if word == "off" and plugin.name in wishes and wishes[plugin.name].settings.required:
+                told.append(f"/{plugin.command} is required, and stays on.")
+                continue
+            self.chats.switch(chat or "", [plugin.name], word == "on")
+            told.append(f"/{plugin.command} is {word} in this chat.")
         running = dict(wishes)
-        self._add_switched(running, chat)
-        told = [f"/{call.command} is {word} in this chat." for call in called if call.command != FIELD]
+        self._add_switched(running, chat or "")
         names = ", ".join(name for name, wish in running.items() if wish.plugin.made is not None) or "none"
         return "\n".join([*told, f"Agents that run in this chat: {names}."])
 
@@ -227,11 +253,17 @@ def _described(made: Made, names: Iterable[str]) -> dict[str, str]:
     return {name: fields[name].description or "" for name in sorted(names)}
 
 
-def _named(header: str | None, body: object) -> list[str] | None:
+def _header(headers: CIMultiDictProxy[str]) -> str:
+    """The header, which may be there more than once."""
+    return ",".join(headers.getall(HEADER, ()))
+
+
+def _named(header: str, body: object) -> list[str] | None:
     """The agents that the request names; None if it wants none at all, which either of the two may say."""
     if body is False or (isinstance(body, str) and body.strip().lower() in _OFF):
         return None
-    if header is not None and header.strip().lower() in _OFF:
+    in_header = [name.strip() for name in header.split(",")]
+    if any(name.lower() in _OFF for name in in_header):
         return None
     if body is not None and body is not True and not isinstance(body, str | list):
         raise BadRequest("agents must be a list of names, or false", param=FIELD)
@@ -240,14 +272,14 @@ def _named(header: str | None, body: object) -> list[str] | None:
         raise BadRequest(f"agents names over {MOST} agents", param=FIELD)
     if not all(isinstance(name, str) for name in given):
         raise BadRequest("agents must be a list of names, or false", param=FIELD)
-    return [name.strip().removeprefix("/") for name in [*(header or "").split(","), *given] if name.strip()]
+    return [name.strip().removeprefix("/") for name in [*in_header, *given] if name.strip()]
 
 
 def _usable(wish: _Wish) -> bool:
     """Whether it can run. Raises: AgentError if it must and cannot."""
     if wish.plugin.made is not None:
         return True
-    if wish.plugin.settings.required:
+    if wish.settings.required:
         raise _unavailable(wish.plugin, "is required and not available")
     return False
 
@@ -259,7 +291,7 @@ def _unavailable(plugin: Plugin, words: str) -> AgentError:
 def _active(wish: _Wish) -> Active:
     assert wish.plugin.made is not None
     try:
-        config = wish.plugin.config_for({**wish.options, **wish.typed})
+        config = wish.plugin.config_for({**wish.options, **wish.typed} if wish.typed else wish.options)
     except ValidationError as exc:
         error = exc.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, error["loc"]))

@@ -109,13 +109,17 @@ class ChatRequest:
     def last_user_text(self) -> str:
         """What the user said last: the prompt of a text, or the text of the last user message, of which it is the first
         text part if it has parts; empty if there is none. Setting it leaves all else in that message, such as images,
-        as it is; without a place for it, nothing happens."""
+        as it is: a message of parts gets a text part if it has none, and loses it with an empty text."""
         holder, key = self._last_user_place()
-        text = holder[key] if holder is not None else ""
+        text = holder.get(key) if isinstance(holder, dict) else holder and holder[key]
         return text if isinstance(text, str) else ""
 
     @last_user_text.setter
     def last_user_text(self, text: str) -> None:
+        message = last_user_message(self.messages)
+        if message is not None and isinstance(message.get("content"), list):
+            _set_text(message["content"], text)
+            return
         holder, key = self._last_user_place()
         if holder is not None:
             holder[key] = text
@@ -155,6 +159,17 @@ def first_text_part(parts: Iterable[Any]) -> Json | None:
     return None
 
 
+def _set_text(parts: list[Any], text: str) -> None:
+    """Have the first text part be that. An empty one is not kept beside others: not every API takes it."""
+    part = first_text_part(parts)
+    if part is None:
+        parts[:0] = [{"type": "text", "text": text}] if text else []
+    elif text or len(parts) == 1:
+        part["text"] = text
+    else:
+        parts.remove(part)
+
+
 def text_of(content: Any) -> str:
     """The text of a message's content, which is a text, a list of parts, or None."""
     if isinstance(content, list):
@@ -180,19 +195,6 @@ class Timing:
     arrived_s: float
     sent_s: float = 0.0
     extra: Json = field(default_factory=dict)
-
-
-def text_chunk(text: str, *, field: str = "content") -> Json:
-    """A chunk that adds `text` to the answer (or to its `reasoning_content`)."""
-    return {"choices": [{"index": 0, "delta": {field: text}, "finish_reason": None}]}
-
-
-def answer_text(chunk: Json) -> str:
-    """What the chunk adds to the first answer's text."""
-    for choice in chunk.get("choices") or ():
-        if choice.get("index", 0) == 0:
-            return choice.get("delta", {}).get("content") or ""
-    return ""
 
 
 class Chunk:
@@ -285,11 +287,11 @@ class Chunk:
         """The count of tokens, which only a chunk near the end has."""
         return self._data.get("usage")
 
-    def with_text(self, text: str) -> Chunk:
-        """A new chunk with that text, and all else as in this one."""
-        made = Chunk(_copied(self._data))
-        made.text = text
-        return made
+    @property
+    def size(self) -> int:
+        """About the bytes that it takes; at most as many as its frame had."""
+        calls = self.tool_calls
+        return len(self.text) + len(self.reasoning) + 16 + (len(str(calls)) if calls else 0)
 
     @staticmethod
     def of(text: str = "", *, reasoning: str = "", index: int = 0) -> Chunk:
@@ -314,6 +316,8 @@ class Chunk:
     def _set(self, key: str, text: str) -> None:
         choice = self._ensured()
         delta = choice["delta"] = choice.get("delta") or {}
+        if delta.get(key) != text:
+            choice.pop("logprobs", None)  # they tell what was said before
         delta[key] = text
         if not text:
             del delta[key]

@@ -79,8 +79,13 @@ def chat_id(headers: Mapping[str, str], request: ChatRequest) -> str:
     return hashlib.blake2b(json.dumps([key, begun]).encode(), digest_size=16).hexdigest()
 
 
+def is_named(headers: Mapping[str, str]) -> bool:
+    """Whether the client tells which chat the request is of."""
+    return any(headers.get(name) for name in CHAT_ID_HEADERS)
+
+
 def _beginning(request: ChatRequest) -> object:
-    """The texts up to the first of the user's: every later request of the chat begins with them, too."""
+    """The texts up to the first of the user's: every later request of a chat begins with them, too."""
     if request.is_text:
         return str(request.body.get("prompt"))[:LOOKED_AT]
     beginning = []

@@ -10,6 +10,9 @@ llama.cpp tools/server, b11434, so that a client sees the same ones whether an e
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class ProxyError(Exception):
     """Base of all errors that reach a client.
@@ -96,13 +99,15 @@ class UpstreamFailed(ProxyError):
 
 
 class UpstreamRefused(ProxyError):
-    """The server that holds the model answered with an error of its own; `status` and words are the server's."""
+    """The server that holds the model answered with an error of its own; `status` and words are the server's, and so
+    are the `details`: what else its error object holds, such as the `type` and `n_ctx` of llama-server's."""
 
     code = "upstream_error"
 
-    def __init__(self, message: str, *, status: int) -> None:
+    def __init__(self, message: str, *, status: int, details: Mapping[str, Any] | None = None) -> None:
         super().__init__(message)
         self.status = status
+        self.details = details or {}
         self.kind = _KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
 
 

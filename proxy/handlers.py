@@ -46,6 +46,8 @@ class Api:
     family: str = "openai"
     face: Face | None = None
     convert: embeddings.Convert | None = None
+    generates: bool = False
+    """Whether it does without a face: agents do not run there."""
 
 
 async def _count_tokens(backend: Backend, model: str, body: Json) -> Json:
@@ -55,6 +57,7 @@ async def _count_tokens(backend: Backend, model: str, body: Json) -> Json:
 
 QUESTION = Api(slot=False, family="native")
 NATIVE_JSON = Api(family="native")
+NATIVE_ANSWER = Api(NATIVE, family="native", generates=True)
 
 APIS: dict[str, Api] = {
     "/v1/chat/completions": Api(face=openai.CHAT),
@@ -62,15 +65,15 @@ APIS: dict[str, Api] = {
     "/v1/embeddings": Api(convert=embeddings.openai_from_ollama),
     "/v1/rerank": NATIVE_JSON,
     "/v1/reranking": NATIVE_JSON,
-    "/v1/responses": Api(RESPONSES, family="responses"),
+    "/v1/responses": Api(RESPONSES, family="responses", generates=True),
     "/v1/messages": Api(ANTHROPIC, family="anthropic", face=anthropic.MESSAGES),
     "/v1/messages/count_tokens": Api(ANTHROPIC, slot=False, family="anthropic", convert=_count_tokens),
     "/v1/chat/completions/input_tokens": QUESTION,
     "/v1/chat/completions/control": QUESTION,
     "/chat/completions": Api(face=openai.CHAT),
-    "/completion": Api(NATIVE, family="native"),
-    "/completions": Api(NATIVE, family="native"),
-    "/infill": Api(NATIVE, family="native"),
+    "/completion": NATIVE_ANSWER,
+    "/completions": NATIVE_ANSWER,
+    "/infill": NATIVE_ANSWER,
     "/embedding": NATIVE_JSON,
     "/embeddings": NATIVE_JSON,
     "/rerank": NATIVE_JSON,
@@ -108,8 +111,8 @@ class RelayHandler:
         target, body = await self._understand(http)
         try:
             if api.face is None:
-                if api.slot and api.convert is None and api.family != "openai":
-                    chain.check_unneeded(http.headers)
+                if api.generates:
+                    chain.check_unneeded(http.headers, target.name)
             elif chain.concerns(http.headers, body, target.name) and not self._only_loads(body):
                 agents = AgentChat(http, self._proxy, api.face, api.family, partial(self._plain, http))
                 return await agents.answer(target, body)

@@ -254,7 +254,7 @@ class _Feed:
             raise
         finally:
             self._turn.begin()
-        self._extra.gave(chunk)  # as in `_given`: this runs for every token
+        self._extra.gave(chunk)
         if self._keeps:
             self.unpassed.append(chunk)
         return chunk
@@ -266,7 +266,7 @@ class _Feed:
         self._reader = _current_task()
         try:
             with self._turn.awaiting_model():
-                return self._given(await self._below.__anext__())
+                chunk = await self._below.__anext__()
         except StopAsyncIteration:
             self._check_complete()
             raise
@@ -277,8 +277,6 @@ class _Feed:
             self._reader = None
             if self._retired is not None:
                 self._retired.set()
-
-    def _given(self, chunk: Chunk) -> Chunk:
         self._extra.gave(chunk)
         if self._keeps:
             self.unpassed.append(chunk)
@@ -333,7 +331,7 @@ class _Extra:
 
     def gave(self, chunk: Chunk) -> None:
         frame = chunk.frame
-        self._surplus -= len(frame) if frame is not None else _size(chunk)
+        self._surplus -= len(frame) if frame is not None else chunk.size
         self.run = 0
 
     def check(self, chunk: Any) -> None:
@@ -344,7 +342,7 @@ class _Extra:
         if frame is None:
             _check_chunk(self._ctx, chunk)
         self.run += 1
-        self._surplus += len(frame) if frame is not None else _size(chunk)
+        self._surplus += len(frame) if frame is not None else chunk.size
         if self._surplus > self._ctx.output_limit:
             words = f"added over {self._ctx.output_limit // 1024} KiB to an answer"
             raise AgentError(self._ctx.name, words, code="agent_output")
@@ -353,12 +351,6 @@ class _Extra:
         """Let others have their turn, now and then, while the agent makes one chunk after the other."""
         if self.run % BREATH == 0:
             await asyncio.sleep(0)
-
-
-def _size(chunk: Chunk) -> int:
-    """About the bytes that a changed chunk takes; at most as many as its frame had."""
-    calls = chunk.tool_calls
-    return len(chunk.text) + len(chunk.reasoning) + 16 + (len(str(calls)) if calls else 0)
 
 
 def _check_chunk(ctx: AgentContext, chunk: Chunk) -> None:

@@ -42,7 +42,11 @@ class Made:
 @dataclass(eq=False, slots=True)
 class Plugin:
     """One enabled agent. `made` is None while it cannot be used, for the reason `error`. `calls` are the requests it
-    took part in, `failures` those it failed in, `spent_s` the seconds of its own that it added to all of them."""
+    took part in, `failures` those it failed in, `spent_s` the seconds of its own that it added to all of them.
+
+    One that is not enabled `everywhere`, but for some models, has the options of the first of them where it is called
+    in a chat with another one.
+    """
 
     name: str
     settings: AgentConfig
@@ -69,12 +73,12 @@ class Plugin:
         return type(self.made.agent).command if self.made is not None else None
 
     def config_for(self, options: Mapping[str, Any]) -> BaseModel:
-        """Its configuration with further `options`. Raises: ValidationError."""
+        """Its configuration with these options. Raises: ValidationError."""
         assert self.made is not None
-        if not options:
+        if options == self.settings.options:
             shared: BaseModel = self.made.agent.config
             return shared
-        return type(self.made.agent).Config(**{**self.settings.options, **options})
+        return type(self.made.agent).Config(**options)
 
     def load(self) -> None:
         """Import it and make its object; what stands in the way is in `error`. Raises: ValidationError for options."""
@@ -132,14 +136,16 @@ class Plugins:
 
     def _enable(self, entry: AgentConfig, place: Place, path: str, everywhere: bool) -> list[str]:
         """Load the agent, unless that was done, and check the options of this entry; the problems with them."""
+        if not everywhere and entry.always is not None:
+            return [f"{path}.{entry.name}.always: belongs in agents: at the top; here it runs in all chats anyway"]
         try:
             plugin = self.by_name.get(entry.name)
             if plugin is None:
-                settings = entry if everywhere else AgentConfig(name=entry.name)
+                settings = entry if everywhere else AgentConfig(name=entry.name, options=entry.options)
                 plugin = self.by_name[entry.name] = Plugin(entry.name, settings, place, everywhere)
                 plugin.load()
             if plugin.made is not None and not everywhere:
-                plugin.config_for(entry.options)
+                plugin.config_for({**plugin.settings.options, **entry.options} if plugin.everywhere else entry.options)
         except ValidationError as exc:
             return option_problems(exc, f"{path}.{entry.name}")
         return []

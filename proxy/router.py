@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,27 +15,28 @@ from backends.ollama import Ollama, OllamaModel
 from backends.pool import Pool
 from backends.remote import Remote
 from backends.spawned import SpawnedModel
-from proxy.config import Config
+from proxy.config import Config, ModelConfig
 from proxy.errors import BadRequest, ModelNotFound, UpstreamFailed
 from proxy.local_models import LocalModels
 
+LATEST = ":latest"
 SHOWN_NAMES = 20
 """Most names listed in an error message."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where a request goes: `backend`, and the id by which it knows the model. `asked` is set for a virtual model: the
-    name that was asked for."""
+    """Where a request goes: `backend`, and the id by which it knows the model. `virtual` is the name of the virtual
+    model that was asked for, if it was one."""
 
     backend: SpawnedModel | Remote | OllamaModel
     model: str
-    asked: str = ""
+    virtual: str = ""
 
     @property
     def name(self) -> str:
-        """The model as the configuration knows it."""
-        return self.asked or self.model
+        """The model that was asked for."""
+        return self.virtual or self.model
 
 
 @dataclass(slots=True)
@@ -77,9 +78,8 @@ class Router:
             by_ollama = {name: model for name, model in config.models.items() if config.backend_of(name) == "ollama"}
             self.ollama = Ollama(config.ollama, downloads, by_ollama)
         self.created = int(time.time())
-        self._virtual = {
-            key.lower(): str(model.model) for name, model in config.virtual.items() for key in (name, *model.aliases)
-        }
+        self._virtual = by_any_name(config.virtual)
+        self._base = {name: str(model.model) for name, model in config.virtual.items()}
         self._virtual_aliases = {name: list(model.aliases) for name, model in config.virtual.items()}
         self._places = config.server_pool.size
 
@@ -92,8 +92,8 @@ class Router:
         """
         if not isinstance(name, str) or not name:
             return self._unnamed(name)
-        if self._virtual and (base := self._virtual.get(_plain(name))) is not None:
-            return replace(await self._find(base, pull=pull), asked=name)
+        if self._virtual and (virtual := name_in(self._virtual, name)) is not None:
+            return replace(await self._find(self._base[virtual], pull=pull), virtual=virtual)
         return await self._find(name, pull=pull)
 
     async def _find(self, name: str, *, pull: bool) -> Target:
@@ -168,8 +168,7 @@ class Router:
     @property
     def virtual(self) -> dict[str, str]:
         """The virtual models, and the id of the model that each of them is, as far as memory goes."""
-        bases = {name: self._virtual[name.lower()] for name in self._virtual_aliases}
-        return {name: target.model if (target := self._known(base)) else base for name, base in bases.items()}
+        return {name: target.model if (target := self._known(base)) else base for name, base in self._base.items()}
 
     async def fitting(self, names: Sequence[str]) -> list[list[str]]:
         """`names` in groups of models that can be loaded at one time; first those that are. Only models of ours take a
@@ -187,10 +186,10 @@ class Router:
 
     def entry(self, target: Target) -> Entry:
         """The line of one model."""
-        if target.asked:
-            return replace(
-                self.entry(replace(target, asked="")), id=target.asked, owner="llama-smart-proxy", aliases=[]
-            )
+        if target.virtual:
+            entry = self.entry(replace(target, virtual=""))
+            aliases = self._virtual_aliases[target.virtual]
+            return replace(entry, id=target.virtual, owner="llama-smart-proxy", aliases=aliases)
         if isinstance(target.backend, SpawnedModel):
             return self._local_entry(target.backend)
         if isinstance(target.backend, Remote):
@@ -229,9 +228,16 @@ class Router:
         return Entry(model, "ollama", "loaded" if ollama.has_loaded(model) else "unloaded")
 
 
-def _plain(name: str) -> str:
-    """The name as a key: case is ignored, and a `:latest`."""
-    return name.lower().removesuffix(":latest")
+def by_any_name(models: Mapping[str, ModelConfig]) -> dict[str, str]:
+    """The names of `models` by each name that `name_in` finds them by."""
+    names = {key.lower(): name for name, model in models.items() for key in (name, *model.aliases)}
+    return {key.removesuffix(LATEST): name for key, name in names.items()} | names
+
+
+def name_in(names: Mapping[str, str], asked: str) -> str | None:
+    """The name of the model that `asked` means: case does not matter, nor does a `:latest` that is there or missing."""
+    key = asked.lower()
+    return names.get(key) or names.get(key.removesuffix(LATEST))
 
 
 def _remote_entry(remote: Remote, model: str) -> Entry:

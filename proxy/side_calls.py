@@ -38,7 +38,8 @@ DEEPEST = 3
 class SideCalls:
     """All side calls of one request, and what is left of its budget.
 
-    `depth` is what the client's `X-Agents-Depth` says. `replying` is set while the request's own answer holds a slot.
+    `depth` is what the client's `X-Agents-Depth` says. `replying` is set while the request's own answer holds a slot;
+    `waiting` are the calls that wait for one, and `room` is left by each call when it is over.
     """
 
     def __init__(self, scope: Scope, router: Router, limits: LimitsConfig, depth: int) -> None:
@@ -48,9 +49,9 @@ class SideCalls:
         self.tokens = 0
         self._scope = scope
         self._calls = 0
-        self._room = asyncio.Semaphore(limits.side_calls_at_once)
-        self._waiting: set[SideCall | _Hasty] = set()
-        self._replying = False
+        self.room = asyncio.Semaphore(limits.side_calls_at_once)
+        self.waiting: set[SideCall | _Hasty] = set()
+        self.replying = False
 
     @property
     def headers(self) -> list[tuple[str, str]]:
@@ -58,12 +59,12 @@ class SideCalls:
 
     def reply_began(self) -> None:
         """The request's own answer holds a slot from now on: what still waits for one might wait for that."""
-        self._replying = True
-        for call in list(self._waiting):
+        self.replying = True
+        for call in list(self.waiting):
             call.fail(Overloaded("A side call found no free slot before the answer itself began.", code="no_slot_now"))
 
     def reply_ended(self) -> None:
-        self._replying = False
+        self.replying = False
 
     def ask(self, agent: str, request: ChatRequest) -> SideCall:
         """Start one. Raises: AgentError when the budget is used up."""
@@ -77,7 +78,7 @@ class SideCalls:
         self._take(agent)
         hasty: _Hasty | None = None
         try:
-            async with asyncio.timeout(self.limits.side_call_s) as limit, self._room:
+            async with self.room, asyncio.timeout(self.limits.side_call_s) as limit:
                 target = await self.router.resolve(model)
                 hasty = _Hasty(self, target.backend, limit)
                 return await vectors_of(cast(Backend, hasty), target.model, texts)
@@ -102,7 +103,7 @@ class SideCalls:
         wire = wire_of(target.backend)
         path, body = wire.encode(request)
         headers = [*JSON_HEADERS, *self.headers]
-        sent = Call("POST", path, serialise(body), headers, wait=not self._replying)
+        sent = Call("POST", path, serialise(body), headers, wait=not self.replying)
         return Source(target.backend, sent, wire, request, opened=call.opened)
 
 
@@ -124,7 +125,7 @@ class SideCall:
 
     def opened(self, upstream: Response) -> None:
         """A slot is held."""
-        self._calls._waiting.discard(self)
+        self._calls.waiting.discard(self)
 
     def fail(self, failure: ProxyError) -> None:
         """Break it off."""
@@ -157,7 +158,7 @@ class SideCall:
 
     async def _read(self) -> None:
         try:
-            async with self._calls._room, asyncio.timeout(self._calls.limits.side_call_s):
+            async with self._calls.room, asyncio.timeout(self._calls.limits.side_call_s):
                 await self._take_all()
         except ProxyError as exc:
             self._failure = exc
@@ -167,17 +168,17 @@ class SideCall:
             logger.error("agent %s: a side call failed", self._agent, exc_info=exc)
             self._failure = AgentError(self._agent, f"asked what cannot be asked: {type(exc).__name__}")
         finally:
-            self._calls._waiting.discard(self)
+            self._calls.waiting.discard(self)
             self._done = True
             self._news.set()
 
     async def _take_all(self) -> None:
-        self._calls._waiting.add(self)
+        self._calls.waiting.add(self)
         source = await self._calls.source(self._request, self)
         size = 0
         async with aclosing(source.chunks()) as stream:
             async for chunk in stream:
-                size += len(chunk.text) + len(chunk.reasoning)
+                size += chunk.size
                 self._calls.tokens += bool(chunk.text or chunk.reasoning or chunk.tool_calls)
                 if self._calls.tokens > self._calls.limits.side_tokens:
                     raise _used_up(self._agent, f"{self._calls.limits.side_tokens} tokens in side calls")
@@ -202,10 +203,10 @@ class _Hasty:
 
     @asynccontextmanager
     async def open(self, call: Call) -> AsyncIterator[Response]:
-        waiting = self._calls._waiting
+        waiting = self._calls.waiting
         waiting.add(self)
         try:
-            async with self._backend.open(replace(call, wait=not self._calls._replying)) as upstream:
+            async with self._backend.open(replace(call, wait=not self._calls.replying)) as upstream:
                 waiting.discard(self)
                 yield upstream
         finally:

@@ -28,7 +28,7 @@ def leading_commands(text: str, known: Mapping[str, frozenset[str]]) -> tuple[li
     """The commands that `text` begins with, and what is left of it.
 
     `known` has the names of options for each command. The first word that is neither a known command nor an option of
-    the command before it ends them, and so does the one over `MOST`: it and all behind it is the text. A value in double
+    the command before it ends them, and so does the one over `MOST`: it and all after it is the text. A value in double
     quotes may hold spaces.
     """
     called: list[Called] = []

@@ -19,9 +19,9 @@ from backends import Backend, Call
 from backends.connection import ConnectionPool
 from backends.exchange import Response
 from proxy.body import serialise, to_bytes
-from proxy.chat import ChatRequest, Fold, Json, Timing, answer_text
+from proxy.chat import ChatRequest, Fold, Json, Timing
 from proxy.dialects.codec import Face, Reader, Wire, Writer
-from proxy.dialects.openai import error_text
+from proxy.dialects.openai import error_details, error_text
 from proxy.errors import ProxyError, UpstreamFailed, UpstreamRefused
 from proxy.framing import FrameTooLong, Splitter
 from proxy.relay import Sink, ask, begin_stream, finish, frame_too_long, incomplete, may_try_again
@@ -128,7 +128,7 @@ class Exchange:
         said: list[str] = []
 
         def take(chunk: Json) -> bytes:
-            said.append(answer_text(chunk))
+            said.append(_text_of_first(chunk))
             return writer.chunk(chunk)
 
         translation = self._translation(writer.chunk if self.epilogue is None else take)
@@ -204,11 +204,20 @@ def understood(body: bytes | None) -> Json:
 async def refusal(upstream: Response) -> ProxyError:
     """The error for an answer that is none, in the server's own words."""
     body = await upstream.read(ERROR_LIMIT) or b""
-    words = body.decode(errors="replace").strip()
+    words, details = body.decode(errors="replace").strip(), Json()
     with suppress(orjson.JSONDecodeError):
-        words = error_text(orjson.loads(body))
-    status = upstream.status if upstream.status >= 400 else 502
-    return UpstreamRefused(words[:WORDS] or f"the model server answered with status {upstream.status}", status=status)
+        said = orjson.loads(body)
+        words, details = error_text(said), error_details(said)
+    words = words[:WORDS] or f"the model server answered with status {upstream.status}"
+    return UpstreamRefused(words, status=upstream.status if upstream.status >= 400 else 502, details=details)
+
+
+def _text_of_first(chunk: Json) -> str:
+    """What the chunk adds to the first answer's text."""
+    for choice in chunk.get("choices") or ():
+        if choice.get("index", 0) == 0:
+            return choice.get("delta", {}).get("content") or ""
+    return ""
 
 
 class _Gather:

@@ -188,6 +188,33 @@ def test_arguments_of_tool_calls_are_looked_at_and_stay_json() -> None:
     assert arguments(made) == {"a": '"x"'}
 
 
+def asked(**body: Any) -> dict[str, Any]:
+    """What becomes of a request."""
+    config = Redact.Config(patterns=["email"])
+    request = ChatRequest(body)
+    asyncio.run(Redact(config).on_request(request, cast(Context, Facts(config))))
+    return request.body
+
+
+def test_every_text_that_a_model_gets_is_looked_at() -> None:
+    for prompt, clean in (
+        ("to a@b.io", "to [email]"),
+        (["a@b.io", "no"], ["[email]", "no"]),
+        ([[1, 2], [3]], [[1, 2], [3]]),
+        ([[1, "a@b.io"], 7, None], [[1, "[email]"], 7, None]),
+        ({"prompt_string": "a@b.io", "multimodal_data": ["x"]}, {"prompt_string": "[email]", "multimodal_data": ["x"]}),
+        ([{"prompt_string": "a@b.io"}], [{"prompt_string": "[email]"}]),
+    ):
+        assert asked(prompt=prompt) == {"prompt": clean}
+    for key in ("content", "reasoning_content", "reasoning"):
+        assert asked(messages=[{"role": "assistant", key: "a@b.io"}])["messages"] == [
+            {"role": "assistant", key: "[email]"}
+        ]
+    parts = [{"type": "text", "text": "a@b.io"}, {"type": "image_url", "image_url": {"url": "data:,a@b.io"}}]
+    (message,) = asked(messages=[{"role": "user", "content": parts}])["messages"]
+    assert message["content"] == [{"type": "text", "text": "[email]"}, parts[1]]
+
+
 def test_untouched_chunks_are_the_same_objects() -> None:
     chunks = [Chunk.of("so ", index=1), Chunk({"choices": []}, b"usage"), *called('{"a": ', '"b"}')]
     assert passed(chunks) == chunks and chunks[2].frame == b"frame"

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from agents.base import Agent, Context
 from agents.loader import Place
-from proxy.agent_context import AgentContext
-from proxy.chain import Active
+from proxy.agent_context import AgentContext, RequestFacts
+from proxy.chain import Active, Picked
 from proxy.chat import ChatRequest, Chunk, ChunkStream, Timing
 from proxy.config import AgentConfig, LimitsConfig
 from proxy.dialects import ANTHROPIC, anthropic, ollama, openai
@@ -116,7 +116,8 @@ def _done(action: str, chunk: Chunk, held: list[Chunk]) -> list[Chunk]:
             return flushed
         case "split" if chunk.text:
             half = len(chunk.text) // 2
-            return [Chunk.of(chunk.text[:half]), chunk.with_text(chunk.text[half:])]
+            first, chunk.text = Chunk.of(chunk.text[:half]), chunk.text[half:]
+            return [first, chunk]
         case "inject":
             return [Chunk.of("+"), chunk]
         case "merge" if held and chunk.text and not chunk.finish_reason:
@@ -142,7 +143,7 @@ def context(agent: Agent, scope: Scope, *, skip: bool = False) -> AgentContext:
     plugin = Plugin("scripted", settings, Place("scripted"), True)
     active = Active(plugin, Made(agent), agent.config, settings, wanted=True)
     calls = cast(Any, SimpleNamespace(limits=LimitsConfig()))
-    return AgentContext(active, cast(Any, None), scope, calls)
+    return AgentContext(active, RequestFacts({}, "", "", "", Picked()), scope, calls)
 
 
 async def answer(

@@ -76,7 +76,7 @@ async def test_an_endpoint_without_agents_says_so_to_who_names_one(fakes: Fakes)
                 answer = await raw_client.ask(proxy.port, whole)
                 assert answer.status == status, path
                 told = answer.json()["error"]["message"] if status == 400 else ""
-                assert told == ("this endpoint has no agents, such as greets" if status == 400 else "")
+                assert told == ("agents do not run at this endpoint, so it cannot run greets" if status == 400 else "")
 
 
 async def test_a_command_that_is_not_there_is_told_by_help(fakes: Fakes) -> None:

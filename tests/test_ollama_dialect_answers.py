@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 import pytest
 
-from proxy.chat import ChatRequest, Fold, Json, Timing, kept, text_chunk
+from proxy.chat import ChatRequest, Chunk, Fold, Json, Timing, kept
 from proxy.dialects.ollama import CHAT, GENERATE, WIRE, OllamaReader, OllamaWriter
 from proxy.dialects.ollama_writing import LONGEST_TEXT
 from proxy.errors import UpstreamFailed
@@ -276,7 +276,7 @@ def test_generate_has_its_own_form_and_a_place_for_its_context() -> None:
     assert last == {"model": "m", "response": "", "done": True, "done_reason": "stop", "context": [1, 2], **METRICS}
     timing.extra = {"context": [3]}
     whole = writer(chat=False, timing=timing)
-    reply = orjson.loads(whole.reply(completion([text_chunk("Hi"), *ENDING])))
+    reply = orjson.loads(whole.reply(completion([Chunk.of("Hi").seen, *ENDING])))
     assert (reply["response"], reply["context"], reply["done"], reply["eval_count"]) == ("Hi", [3], True, 4)
 
 
@@ -360,8 +360,8 @@ def test_alternatives_are_told_only_if_asked_for(asked: int | None) -> None:
 @pytest.mark.parametrize("character", ["x", "\x01", "😀"])
 def test_no_line_is_longer_than_clients_can_read(character: str) -> None:
     text = character * (LONGEST_TEXT * 2 + 1)
-    for field, name in (("content", "content"), ("reasoning_content", "thinking")):
-        written = writer().chunk(text_chunk(text, field=field))
+    for chunk, name in ((Chunk.of(text), "content"), (Chunk.of(reasoning=text), "thinking")):
+        written = writer().chunk(chunk.seen)
         assert max(map(len, written.split(b"\n"))) < 8_000_000
         assert "".join(line["message"][name] for line in lines(written)) == text
 

@@ -9,7 +9,7 @@ import orjson
 import pytest
 from hypothesis import given, settings
 
-from proxy.chat import ChatRequest, Fold, Json, Kept, Timing, bare, keep, kept, text_chunk
+from proxy.chat import ChatRequest, Chunk, Fold, Json, Kept, Timing, bare, keep, kept
 from proxy.dialects import openai
 from proxy.dialects.openai import ChatWriter, EventReader, TextWriter
 from proxy.errors import BadRequest, UpstreamFailed
@@ -152,12 +152,22 @@ def test_a_stream_that_stops_early_is_incomplete() -> None:
 
 def test_infill_and_text_completions_are_read_as_chunks() -> None:
     native = EventReader(REQUEST)
-    assert native.read(b'data: {"content":"a","stop":false}') == text_chunk("a")
+    assert native.read(b'data: {"content":"a","stop":false}') == Chunk.of("a").seen
     last = native.read(b'data: {"content":"","stop":true,"stop_type":"limit","timings":{"predicted_n":1}}')
     assert last is not None and native.done
     assert (last["choices"][0]["finish_reason"], last["timings"]) == ("length", {"predicted_n": 1})
     read = EventReader(REQUEST).read(b'data: {"choices":[{"index":0,"text":"b","finish_reason":null}]}')
-    assert read == text_chunk("b")
+    assert read == Chunk.of("b").seen
+
+
+def test_thoughts_have_one_name_whatever_the_server_calls_them() -> None:
+    for said, thought in (
+        ({"reasoning": "Hm."}, {"reasoning_content": "Hm."}),
+        ({"reasoning": "Hm.", "reasoning_content": "Hm."}, {"reasoning_content": "Hm."}),
+        ({"reasoning": None, "content": "a"}, {"content": "a"}),
+    ):
+        event = b"data: " + json.dumps({"choices": [{"index": 0, "delta": said}]}).encode()
+        assert EventReader(REQUEST).read(event) == {"choices": [{"index": 0, "delta": thought}]}
 
 
 def test_fill_in_the_middle_goes_to_llama_servers_own_endpoint() -> None:
@@ -177,13 +187,13 @@ def test_fill_in_the_middle_goes_to_llama_servers_own_endpoint() -> None:
 
 def test_a_text_completion_is_written_as_one() -> None:
     writer = TextWriter(ChatRequest({"model": "m", "prompt": "a"}, stream=True), Timing(0.0))
-    event = json.loads(writer.chunk(text_chunk("b")).removeprefix(b"data: "))
+    event = json.loads(writer.chunk(Chunk.of("b").seen).removeprefix(b"data: "))
     assert (event["object"], event["choices"]) == (
         "text_completion",
         [{"text": "b", "index": 0, "finish_reason": None}],
     )
     fold = Fold()
-    fold.add(text_chunk("b"))
+    fold.add(Chunk.of("b").seen)
     whole = json.loads(writer.reply(fold.completion()))
     assert (whole["object"], whole["choices"]) == (
         "text_completion",
@@ -195,7 +205,7 @@ def test_usage_is_told_in_a_stream_only_to_those_who_asked() -> None:
     plain = ChatWriter(ChatRequest(ASK, stream=True), Timing(0.0))
     for writer, told in ((ChatWriter(REQUEST, Timing(0.0)), True), (plain, False)):
         event = json.loads(
-            writer.chunk({**text_chunk("a"), "usage": {"total_tokens": 1}, "timings": {}}).removeprefix(b"data: ")
+            writer.chunk({**Chunk.of("a").seen, "usage": {"total_tokens": 1}, "timings": {}}).removeprefix(b"data: ")
         )
         assert "usage" not in event and "timings" in event
         assert (b'"usage"' in writer.end()) is told

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from agents.base import Agent, Context, Options
-from agents.parallel.merging import parts_without_text
+from agents.parallel.merging import has_question
 from agents.parallel.session import Session
 from proxy.chat import ChatRequest, ChunkStream
 from proxy.errors import BadRequest
@@ -55,8 +55,8 @@ class Parallel(Agent):
         )
 
     async def on_request(self, request: ChatRequest, ctx: Context) -> ChunkStream | None:
-        if not request.last_user_text.strip() and parts_without_text(request) is None:
-            raise BadRequest("/parallel needs a question behind it")
+        if not has_question(request):
+            raise BadRequest("/parallel needs a question after it")
         return Session(request.copy(), ctx, _models(request, ctx), _as_choices(request, ctx)).answer()
 
 

@@ -117,7 +117,7 @@ class Round:
 
     async def plan(self, last: str | None = None) -> None:
         """Find the order. The model `last` is asked in the last group, if not in the only one: it will be needed after
-        that. Those that there are not have failed already."""
+        that. Members whose model does not exist have failed then."""
         known: list[str] = []
         for model in dict.fromkeys(member.model for member in self.members):
             try:

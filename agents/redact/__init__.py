@@ -168,7 +168,10 @@ class _Answer:
             held = self._scrubber.holds
             told = self._scrubber.feed(said) + (self._scrubber.end() if chunk.finish_reason else "")
             if held or told != said:
-                _say(chunk, self._kind, told)
+                if chunk.reasoning:
+                    chunk.reasoning = told
+                else:
+                    chunk.text = told
                 if not told and not chunk.finish_reason and "role" not in chunk.delta:
                     return made
         if chunk.tool_calls:
@@ -218,16 +221,6 @@ def _parts(chunk: Chunk) -> list[Chunk]:
     return [*made, chunk]
 
 
-def _say(chunk: Chunk, kind: str, text: str) -> None:
-    """Have the chunk say that. Its `logprobs` would still tell what it said before."""
-    choice = chunk.data["choices"][0]
-    choice.pop("logprobs", None)
-    if kind == "content":
-        chunk.text = text
-    else:
-        chunk.reasoning = text
-
-
 def _functions(data: Json) -> Iterator[tuple[int, Json]]:
     """The parts of tool calls in a chunk, each with the number of its call."""
     for place, call in enumerate(data["choices"][0]["delta"].get("tool_calls") or ()):
@@ -240,7 +233,7 @@ def _texts(body: Json) -> Iterator[tuple[Any, Any]]:
     for key in ("prompt", "suffix"):
         yield from _text_at(body, key)
     for message in body.get("messages", ()):
-        for key in ("content", "reasoning_content"):
+        for key in ("content", "reasoning_content", "reasoning"):
             yield from _text_at(message, key)
         for call in message.get("tool_calls") or ():
             if isinstance(call, dict) and isinstance(call.get("function"), dict):
@@ -248,15 +241,16 @@ def _texts(body: Json) -> Iterator[tuple[Any, Any]]:
 
 
 def _text_at(holder: Any, key: Any) -> Iterator[tuple[Any, Any]]:
+    """The texts there, also in parts, and in what llama-server takes for a prompt: lists of lists, and of objects."""
     value = holder.get(key) if isinstance(holder, dict) else holder[key]
     if isinstance(value, str):
         yield holder, key
     elif isinstance(value, list):
-        for place, part in enumerate(value):
-            if isinstance(part, str):
-                yield value, place
-            elif isinstance(part, dict) and isinstance(part.get("text"), str):
-                yield part, "text"
+        for place in range(len(value)):
+            yield from _text_at(value, place)
+    elif isinstance(value, dict):
+        for name in ("text", "prompt_string"):
+            yield from _text_at(value, name)
 
 
 def _escaped(text: str) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import orjson
 
-from proxy.errors import ModelNotFound, ProxyError
+from proxy.errors import ModelNotFound, ProxyError, UpstreamRefused
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,9 @@ class Dialect:
 
 
 def _openai_error(exc: ProxyError) -> bytes:
-    return orjson.dumps({"error": {"message": exc.message, "type": exc.kind, "param": exc.param, "code": exc.code}})
+    details = exc.details if isinstance(exc, UpstreamRefused) else {}
+    error = {"message": exc.message, "type": exc.kind, "param": exc.param, "code": exc.code, **details}
+    return orjson.dumps({"error": error})
 
 
 def _openai_event(exc: ProxyError) -> bytes:

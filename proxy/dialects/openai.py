@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 import time
 from functools import partial
+from types import NoneType
 from typing import Any
 
 import orjson
@@ -144,6 +145,8 @@ class EventReader:
         for choice in event["choices"]:
             if "text" in choice:
                 choice["delta"] = {"content": choice.pop("text")}
+            elif "reasoning" in (choice.get("delta") or ()):
+                _rename_thoughts(choice["delta"])
         return event
 
     def _lines(self, frame: bytes) -> Any:
@@ -172,12 +175,28 @@ class EventReader:
         return chunk
 
 
+def error_details(body: Any) -> Json:
+    """What else than words the error object of a server's error body holds, as far as that is no object itself."""
+    error = body.get("error") if isinstance(body, dict) else None
+    said = error.items() if isinstance(error, dict) else ()
+    return {
+        name: value for name, value in said if name != "message" and isinstance(value, str | int | float | NoneType)
+    }
+
+
 def error_text(body: Any) -> str:
     """The words of a server's error body: OpenAI's object, Anthropic's, Ollama's text, or whatever it is."""
     error = body.get("error", body) if isinstance(body, dict) else body
     if isinstance(error, dict):
         error = error.get("message", error)
     return error if isinstance(error, str) else orjson.dumps(error).decode()
+
+
+def _rename_thoughts(delta: Json) -> None:
+    """vLLM, since 0.11, and OpenRouter have `reasoning` where others have `reasoning_content`; some have both."""
+    thought = delta.pop("reasoning")
+    if isinstance(thought, str) and not delta.get("reasoning_content"):
+        delta["reasoning_content"] = thought
 
 
 def _event(value: Json) -> bytes:
