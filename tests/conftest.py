@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests import harness
 from tests.e2e_support import matrix
@@ -20,6 +21,8 @@ from tests.toxic import RawUpstream, raw_upstream
 __all__ = ["chain", "recorded", "scripted", "served", "stage", "tiny_models"]  # fixtures
 LOG_TAIL = 8000
 """Characters of a proxy's log shown for a failed test."""
+settings.register_profile("ours", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("ours")  # how long an example takes says nothing on a busy machine
 
 
 @pytest.hookimpl(wrapper=True)
@@ -74,7 +77,7 @@ class Shared:
 @pytest.fixture(scope="session")
 def shared() -> Iterator[Shared]:
     port = free_port()
-    remote = {"url": f"http://127.0.0.1:{port}", "models": ["m"], "first_byte_timeout_s": 30, "idle_timeout_s": 30}
+    remote = {"url": f"http://127.0.0.1:{port}", "models": ["m"], "first_byte_timeout_s": 300, "idle_timeout_s": 300}
     with session_proxy({"remotes": {"upstream": remote}}) as proxy:
         yield Shared(proxy, port)
 

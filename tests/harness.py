@@ -25,11 +25,13 @@ import psutil
 from tests import raw_client
 
 ROOT = Path(__file__).resolve().parents[1]
-START_S = 20.0
-STOP_S = 15.0
-ORPHAN_S = 1.0
+START_S = 60.0
+STOP_S = 30.0
+ORPHAN_S = 10.0
 LOG_BYTES = 1024 * 1024
 POLL_S = 0.005
+UNTIL_S = 30.0
+"""Far more than anything takes on a busy machine: a limit costs nothing when the test passes."""
 _LISTENING = re.compile(r"listening on http://(\S+):(\d+)")
 _OURS = ("LSP_", "OLLAMA_PROXY_", "AIP_", "LLAMA_", "FAKE_", "HF_", "HUGGINGFACE_")
 _EMPTY_CACHE = tempfile.TemporaryDirectory(prefix="lsp-hf-", ignore_cleanup_errors=True)
@@ -44,13 +46,17 @@ proxies: list[Proxy] = []
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
 _WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 _ranges = count(os.getpid() % 100 * _WORKERS + _WORKER, _WORKERS)
+_alone = count(os.getpid() % 5000 * _WORKERS + _WORKER, _WORKERS)
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nobody listens on now."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """A TCP port of 127.0.0.1 that nobody uses now, and that nobody gets by chance: it is below those that the kernel
+    hands out, and another one for the next caller, also in another worker of this run."""
+    while True:
+        port = 10000 + next(_alone) % 10000
+        with socket.socket() as sock, suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
 
 
 def ports() -> dict[str, int]:
@@ -61,7 +67,7 @@ def ports() -> dict[str, int]:
 
 
 async def until(
-    predicate: Callable[[], object | Awaitable[object]], deadline_s: float = 5.0, *, what: str = "the condition"
+    predicate: Callable[[], object | Awaitable[object]], deadline_s: float = UNTIL_S, *, what: str = "the condition"
 ) -> None:
     """Return as soon as `predicate()` is true; fail the test when it is not within `deadline_s` seconds."""
     ends = time.monotonic() + deadline_s
@@ -182,10 +188,7 @@ class Proxy:
                 wrong.append(f"the proxy still ran {STOP_S:g} s after SIGTERM")
                 self.process.kill()
                 self.process.wait()
-        _, left = psutil.wait_procs(children, ORPHAN_S)
-        for child in left:
-            if _is_zombie(child):
-                continue  # dead, but nobody has reaped it: not every container has an init that does
+        for child in _living(children, ORPHAN_S):
             wrong.append(f"child {child.pid} outlived the proxy")
             with suppress(psutil.NoSuchProcess):
                 child.kill()
@@ -200,7 +203,16 @@ class Proxy:
                 del self._log[:-LOG_BYTES]
 
 
-def _is_zombie(process: psutil.Process) -> bool:
+def _living(processes: list[psutil.Process], patience_s: float) -> list[psutil.Process]:
+    """Those that still live after so many seconds, or none as soon as all are dead."""
+    ends = time.monotonic() + patience_s
+    while (left := [process for process in processes if not _is_dead(process)]) and time.monotonic() < ends:
+        time.sleep(POLL_S)
+    return left
+
+
+def _is_dead(process: psutil.Process) -> bool:
+    """Dead is also who nobody has reaped: not every container has an init that does."""
     try:
         return bool(process.status() == psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
