@@ -21,7 +21,7 @@ from tests import harness
 from tests.fakes.llama_server import install
 from tests.harness import free_port, ports, until
 
-QUICK = {"stop_timeout_s": 1.0, "load_timeout_s": 10.0, "queue_timeout_s": 20.0, "swap_after_s": 0.2}
+QUICK = {"stop_timeout_s": 1.0, "load_timeout_s": 60.0, "queue_timeout_s": 60.0, "swap_after_s": 0.2}
 
 
 @dataclass
@@ -103,7 +103,7 @@ async def warm_up() -> None:
 async def chat(instance: Instance, **fake: object) -> bytes:
     """Have the fake generate an answer; `fake` steers it."""
     call = Call("POST", "/v1/chat/completions", json.dumps({"fake": fake}).encode())
-    status, body = await instance.connections.fetch(call, timeout_s=20)
+    status, body = await instance.connections.fetch(call, timeout_s=60)
     assert status == 200, body
     instance.worked = True
     return body

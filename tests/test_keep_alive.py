@@ -47,7 +47,7 @@ async def test_a_request_may_shorten_the_stay(fakes: Fakes) -> None:
         await ask_for(pool, "a", model, 0.3)
         left = left_s(pool, "a")
         assert left is not None and left <= 0.3
-        await until(lambda: pool.state("a") == "unloaded", 5, what="the unload")
+        await until(lambda: pool.state("a") == "unloaded", what="the unload")
 
 
 async def test_a_request_may_prolong_the_stay(fakes: Fakes) -> None:
@@ -55,9 +55,7 @@ async def test_a_request_may_prolong_the_stay(fakes: Fakes) -> None:
         await ask_for(pool, "for ever", fakes.model(), math.inf)
         await ask_for(pool, "long", fakes.model(keep_alive=0), LONG)
         await ask(pool, "usual", fakes.model())
-        await until(
-            lambda: pool.state("usual") == "unloaded", 5, what="the unload of the one that nobody asked to stay"
-        )
+        await until(lambda: pool.state("usual") == "unloaded", what="the unload of the one that nobody asked to stay")
         assert pool.state("for ever") == pool.state("long") == "loaded"
         left = left_s(pool, "long")
         assert left_s(pool, "for ever") == math.inf and left is not None and LONG - 60 < left <= LONG
@@ -68,12 +66,12 @@ async def test_the_last_request_wins_also_over_a_timer_that_runs(fakes: Fakes) -
         model = fakes.model()
         await ask_for(pool, "a", model, LONG)  # starts a timer
         await ask_for(pool, "a", model, 0.2)
-        await until(lambda: pool.state("a") == "unloaded", 5, what="the unload")
+        await until(lambda: pool.state("a") == "unloaded", what="the unload")
         await ask_for(pool, "a", model, 0.2)
         await ask_for(pool, "a", model, LONG)
         await ask(pool, "a", model)  # says nothing: nothing changes
         await ask_for(pool, "b", fakes.model(), 0.3)
-        await until(lambda: pool.state("b") == "unloaded", 5, what="the unload of another with a shorter time")
+        await until(lambda: pool.state("b") == "unloaded", what="the unload of another with a shorter time")
         assert pool.state("a") == "loaded" and fakes.spawns == 3
 
 
@@ -83,7 +81,7 @@ async def test_an_idle_model_may_be_told_too(fakes: Fakes) -> None:
         await pool.load("a", model)
         pool._scheduler.set_keep_alive(line_of(pool, "a", model), 0.2)
         assert pool.state("a") == "loaded"
-        await until(lambda: pool.state("a") == "unloaded", 5, what="the unload")
+        await until(lambda: pool.state("a") == "unloaded", what="the unload")
 
 
 async def test_zero_unloads_after_the_answer_and_not_before(fakes: Fakes) -> None:
@@ -152,8 +150,10 @@ async def test_when_a_model_expires_is_known_while_it_is_loaded(fakes: Fakes) ->
         await loading
         async with pool.lease("a", model) as instance:
             await chat(instance, tokens=10, token_ms=40)
-            busy = left_s(pool, "a")
-            assert busy is not None and busy == pytest.approx(LONG, abs=0.2)  # from now on, however long it takes
+            now, seat = asyncio.get_running_loop().time, pool._scheduler.lines["a"].seat
+            assert seat is not None
+            before, expires_at = now(), pool._scheduler.expires_at(seat)
+            assert expires_at is not None and before <= expires_at - LONG <= now()  # from now on, however long it takes
             await pool.unload("a")
             told_to_go = left_s(pool, "a")
             assert told_to_go is not None and told_to_go <= 0

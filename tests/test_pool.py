@@ -15,7 +15,7 @@ import pytest
 from backends.pool import Pool
 from proxy.config import Config, ModelConfig
 from proxy.errors import Overloaded
-from tests.harness import until
+from tests.harness import UNTIL_S, until
 from tests.pools import Fakes, ask, chat, children, open_pool
 
 
@@ -86,7 +86,7 @@ async def test_questions_need_no_slot(fakes: Fakes) -> None:
         await until(lambda: leases(pool, "a") == 1)
         waiter = asyncio.ensure_future(ask(pool, "a", model))
         await until(lambda: queue(pool, "a") == 1)
-        async with asyncio.timeout(1), pool.lease("a", model, slot=False) as instance:
+        async with pool.lease("a", model, slot=False) as instance:
             assert instance.slots == 1
         assert not waiter.done()
         let_go.set()
@@ -94,12 +94,12 @@ async def test_questions_need_no_slot(fakes: Fakes) -> None:
 
 
 async def test_a_loading_model_delays_no_other(fakes: Fakes) -> None:
-    async with open_pool(fakes.config(size=2)) as pool:
-        slow, quick = fakes.model(fake={"LOAD_S": 30}), fakes.model()
+    async with open_pool(fakes.config(size=2, load_timeout_s=600)) as pool:
+        slow, quick = fakes.model(fake={"LOAD_S": 600}), fakes.model()
         waiting = asyncio.ensure_future(ask(pool, "slow", slow))
         await until(lambda: pool.state("slow") == "loading")
-        async with asyncio.timeout(5):
-            await ask(pool, "quick", quick)
+        await ask(pool, "quick", quick)
+        assert pool.state("slow") == "loading" and not waiting.done()
         waiting.cancel()
 
 
@@ -137,7 +137,7 @@ async def test_a_wait_for_a_slot_ends_at_the_queue_timeout(fakes: Fakes) -> None
         await until(lambda: leases(pool, "a") == 1)
         begun = time.monotonic()
         await refused(ask(pool, "a", model), "queue_timeout")
-        assert 0.25 < time.monotonic() - begun < 5
+        assert time.monotonic() - begun > 0.25
         assert queue(pool, "a") == 0
         let_go.set()
         await holder
@@ -180,22 +180,20 @@ async def test_L1_a_lease_granted_to_one_who_just_left_goes_to_the_next(fakes: F
             await until(lambda: queue(pool, "a") == 2)
             holder.cancel()
             leaver.cancel()  # in the same turn of the loop in which the holder hands over to it
-            async with asyncio.timeout(2):
-                await asyncio.wait({holder, leaver})
-                let_go.set()
-                await stayer
+            await asyncio.wait({holder, leaver})
+            let_go.set()
+            await stayer  # were the lease lost, this would fail when the queue's time is over
             assert queue(pool, "a") == leases(pool, "a") == 0
 
 
 async def test_a_cancelled_stream_frees_its_slot_and_its_connection(fakes: Fakes) -> None:
     async with open_pool(fakes.config()) as pool:
         model = fakes.model(parallel=1)
-        stream = asyncio.ensure_future(ask(pool, "a", model, tokens=1000, token_ms=10))
+        stream = asyncio.ensure_future(ask(pool, "a", model, stall_after=1))
         await until(lambda: fakes.events("request", "/v1/chat/completions"), what="the request")
         stream.cancel()
-        await until(lambda: fakes.events("closed"), 0.5, what="the closing of the connection")
-        async with asyncio.timeout(1):
-            await ask(pool, "a", model)
+        await until(lambda: fakes.events("closed"), what="the closing of the connection")
+        await ask(pool, "a", model)
 
 
 # -- keeping alive ---------------------------------------------------------------------------------------------------
@@ -206,10 +204,11 @@ async def test_an_idle_instance_is_unloaded_after_keep_alive(fakes: Fakes) -> No
         model = fakes.model()
         for _ in range(4):  # use starts the count anew
             await ask(pool, "a", model, tokens=1, token_ms=150)
+        begun = time.monotonic()
+        await ask(pool, "a", model, tokens=1)
         assert fakes.spawns == 1
-        ended = time.monotonic()
-        await until(lambda: pool.state("a") == "unloaded", 3, what="the unload")
-        assert 0.25 < time.monotonic() - ended < 3
+        await until(lambda: pool.state("a") == "unloaded", what="the unload")
+        assert time.monotonic() - begun > 0.25
         await until(lambda: not children())
 
 
@@ -261,10 +260,10 @@ async def test_unloading_one_in_use_waits_for_its_last_answer(fakes: Fakes) -> N
 
 
 async def test_unloading_breaks_off_a_load(fakes: Fakes) -> None:
-    async with open_pool(fakes.config()) as pool:
-        waiter = asyncio.ensure_future(ask(pool, "a", fakes.model(fake={"LOAD_S": 60})))
+    async with open_pool(fakes.config(load_timeout_s=600)) as pool:
+        waiter = asyncio.ensure_future(ask(pool, "a", fakes.model(fake={"LOAD_S": 600})))
         await until(lambda: pool.state("a") == "loading" and children())
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(UNTIL_S):
             await pool.unload("a")
         await refused(waiter, "unloaded")
         assert not children()
@@ -292,8 +291,9 @@ async def test_status_tells_what_operators_ask_for(fakes: Fakes) -> None:
             assert entry["leases"] == 1 and entry["queue"] == entry["restarts"] == 0
             assert isinstance(entry["rss_bytes"], int) and entry["rss_bytes"] > 2**20
             assert isinstance(entry["ready_s"], float) and "error" not in entry
+            before = time.time()
         last_used = pool.status()[0]["last_used"]
-        assert isinstance(last_used, float) and abs(last_used - time.time()) < 2
+        assert isinstance(last_used, float) and before - 1 < last_used < time.time() + 1
 
 
 # -- the end ---------------------------------------------------------------------------------------------------------
@@ -304,11 +304,11 @@ async def test_closing_lets_those_inside_finish(fakes: Fakes) -> None:
         model = fakes.model(parallel=1)
         inside = [asyncio.ensure_future(ask(pool, "a", model, tokens=5, token_ms=40)) for _ in range(2)]
         await until(lambda: leases(pool, "a") == 1)
-        closing = asyncio.ensure_future(pool.close(drain_s=10))
+        closing = asyncio.ensure_future(pool.close(drain_s=600))
         await until(lambda: pool._scheduler.closing)
         await refused(ask(pool, "a", model), "shutting_down")
         await asyncio.gather(*inside)
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(UNTIL_S):
             await closing
 
 
@@ -319,28 +319,26 @@ async def test_a_second_close_cuts_the_drain_short(fakes: Fakes) -> None:
         await until(lambda: leases(pool, "a") == 1)
         waiter = asyncio.ensure_future(ask(pool, "b", model))
         await until(lambda: queue(pool, "b") == 1)
-        closing = asyncio.ensure_future(pool.close(drain_s=60))
+        closing = asyncio.ensure_future(pool.close(drain_s=600))
         await asyncio.wait({closing}, timeout=0.1)
         assert not closing.done()
-        begun = time.monotonic()
-        await pool.close(drain_s=0)
-        await closing
-        assert time.monotonic() - begun < 2
+        async with asyncio.timeout(UNTIL_S):
+            await pool.close(drain_s=0)
+            await closing
         await refused(waiter, "shutting_down")
         holder.cancel()
         await asyncio.wait({holder})
 
 
 async def test_closing_breaks_off_loads_and_kills_the_stubborn(fakes: Fakes) -> None:
-    async with open_pool(fakes.config(size=3, stop_timeout_s=0.4)) as pool:
+    async with open_pool(fakes.config(size=3, stop_timeout_s=0.4, load_timeout_s=600)) as pool:
         stubborn = fakes.model(fake={"IGNORE_TERM": 1})
         await ask(pool, "a", stubborn)
         await ask(pool, "b", stubborn)
-        waiter = asyncio.ensure_future(ask(pool, "c", fakes.model(fake={"LOAD_S": 60})))
+        waiter = asyncio.ensure_future(ask(pool, "c", fakes.model(fake={"LOAD_S": 600})))
         await until(lambda: len(children()) == 3)
-        begun = time.monotonic()
         await pool.close(drain_s=0)
-        assert time.monotonic() - begun < 0.4 + 1
+        assert not children(), "none was given up on"
         await refused(waiter, "shutting_down")
 
 
@@ -353,8 +351,7 @@ async def test_who_waits_for_a_crashed_server_gets_a_new_one(fakes: Fakes) -> No
         await until(lambda: queue(pool, "a") == 1)
         [child] = children()
         child.send_signal(signal.SIGKILL)
-        async with asyncio.timeout(5):
-            await waiter
+        await waiter
         let_go.set()
         await holder
         [entry] = pool.status()

@@ -11,16 +11,23 @@ from pathlib import Path
 
 import pytest
 
+from backends import backoff
 from backends.pool import Pool
 from proxy.config import ModelConfig
 from proxy.errors import StartFailed, UpstreamFailed
-from tests.harness import until
+from tests.harness import UNTIL_S, until
 from tests.pools import Fakes, ask, chat, open_fds, open_pool
 
 
 @pytest.fixture
 def fakes(tmp_path: Path) -> Fakes:
     return Fakes(tmp_path)
+
+
+@pytest.fixture
+def long_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first back-off takes a minute instead of a second, so that it is not over before the test has looked."""
+    monkeypatch.setattr(backoff, "FIRST_S", 60.0)
 
 
 async def failure(pool: Pool, model: ModelConfig, name: str = "bad") -> StartFailed:
@@ -31,46 +38,39 @@ async def failure(pool: Pool, model: ModelConfig, name: str = "bad") -> StartFai
 
 @pytest.mark.parametrize("how", ["1@loaded", "SIGSEGV@loaded", "SIGKILL@loaded"])
 async def test_L3_all_who_wait_are_told_at_once(fakes: Fakes, how: str) -> None:
-    async with open_pool(fakes.config()) as pool:
+    async with open_pool(fakes.config(load_timeout_s=600, queue_timeout_s=600)) as pool:
         model = fakes.model(fake={"EXIT": how, "LOAD_S": 0.3})
-        told: list[float] = []
 
         async def wait() -> None:
             error = await failure(pool, model)
-            told.append(time.monotonic())
             assert error.status == 503 and "fake: about to end" in error.message
 
-        waiting = asyncio.gather(*(wait() for _ in range(20)))
-        await until(lambda: pool.status() and pool.status()[0]["pid"], what="the child")
-        pid = pool.status()[0]["pid"]
-        await until(lambda: not Path(f"/proc/{pid}").exists(), what="the exit")
-        ended = time.monotonic()
-        await waiting
-        assert max(told) - ended < 0.25
+        async with asyncio.timeout(UNTIL_S):  # no timeout of the pool has told them, but the exit
+            await asyncio.gather(*(wait() for _ in range(20)))
+        assert fakes.spawns == 1
         message = pool.failed("bad")
         assert message is not None and "its server" in message
         assert pool.state("bad") == "unloaded"
         assert pool.status()[0]["error"] == message
 
 
+@pytest.mark.usefixtures("long_backoff")
 async def test_L3_a_failing_model_is_left_alone_for_a_while(fakes: Fakes) -> None:
     async with open_pool(fakes.config()) as pool:
         model = fakes.model(fake={"EXIT": "3"})
         first = await failure(pool, model)
-        begun = time.monotonic()
         again = [await failure(pool, model) for _ in range(50)]
-        assert time.monotonic() - begun < 0.5
         assert fakes.spawns == 1
         assert {error.message for error in again} == {first.message}
-        assert all(error.status == 503 and error.retry_after_s == 1 for error in again)
+        assert all(error.status == 503 and error.retry_after_s in range(1, 61) for error in again)
         await ask(pool, "good", fakes.model())
 
 
 async def test_L3_a_model_that_recovers_is_served_again(fakes: Fakes) -> None:
     async with open_pool(fakes.config()) as pool:
         model = fakes.model(fake={"EXIT": "3", "TIMES": 1, "COUNTER": fakes.folder / "counter"})
-        await failure(pool, model)
         begun = time.monotonic()
+        await failure(pool, model)
 
         async def served() -> bool:
             try:
@@ -78,8 +78,8 @@ async def test_L3_a_model_that_recovers_is_served_again(fakes: Fakes) -> None:
             except StartFailed:
                 return False
 
-        await until(served, 5, what="an answer")
-        assert 0.5 < time.monotonic() - begun < 3
+        await until(served, what="an answer")
+        assert time.monotonic() - begun > 0.9
         assert pool.failed("bad") is None
         assert fakes.spawns == 2
 
@@ -107,6 +107,7 @@ async def test_L3_other_models_do_not_notice(fakes: Fakes) -> None:
         assert pool.state("good") == "loaded"
 
 
+@pytest.mark.usefixtures("long_backoff")
 async def test_L4_a_load_timeout_fails_all_who_wait(fakes: Fakes) -> None:
     async with open_pool(fakes.config(load_timeout_s=0.5)) as pool:
         model = fakes.model(fake={"NEVER": "mute"})
@@ -121,9 +122,7 @@ async def test_L6_an_exhausted_port_range_fails_at_once_and_costs_no_back_off(fa
     async with open_pool(fakes.config(size=2, port_start=start, port_end=start)) as pool:
         model = fakes.model()
         async with pool.lease("a", model):
-            begun = time.monotonic()
             error = await failure(pool, model)
-            assert time.monotonic() - begun < 0.5
             assert error.code == "no_free_port" and error.status == 503
         await pool.unload("a")
         await ask(pool, "bad", model)
@@ -145,10 +144,9 @@ async def test_L8_no_file_descriptors_left_fails_one_request_not_the_pool(fakes:
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         assert pool.state("good") == "loaded"
-        begun = time.monotonic()
-        await ask(pool, "bad", model)
-        assert time.monotonic() - begun < 1
-        assert open_fds() <= fds + 6  # the watch on a second child, and two connections
+        await ask(pool, "bad", model)  # without any back-off
+        # What stays is the watch on a second child, and two connections.
+        await until(lambda: open_fds() <= fds + 6, what="the closing of all other files")
 
 
 async def test_a_crash_after_work_is_followed_by_a_fresh_start(fakes: Fakes) -> None:
@@ -159,7 +157,7 @@ async def test_a_crash_after_work_is_followed_by_a_fresh_start(fakes: Fakes) -> 
             assert pool.status()[0]["restarts"] == count
             async with pool.lease("a", model) as instance:
                 os.kill(instance.pid, signal.SIGKILL)
-                assert await instance.wait_stopped(1)
+                assert await instance.wait_stopped(UNTIL_S)
             assert pool.state("a") == "unloaded"
             assert "killed by SIGKILL" in (pool.failed("a") or "")
 
@@ -173,11 +171,12 @@ async def test_a_request_that_broke_can_be_sent_again_at_once(fakes: Fakes) -> N
                 try:
                     await chat(instance)
                 finally:
-                    await instance.wait_stopped(0.25)
+                    await instance.wait_stopped(UNTIL_S)
         assert b"t0" in await ask(pool, "a", model)
         assert fakes.spawns == 2
 
 
+@pytest.mark.usefixtures("long_backoff")
 async def test_a_server_that_dies_on_every_first_request_is_left_alone(fakes: Fakes) -> None:
     async with open_pool(fakes.config()) as pool:
         model = fakes.model(fake={"DIE_AFTER": 0})
@@ -187,7 +186,7 @@ async def test_a_server_that_dies_on_every_first_request_is_left_alone(fakes: Fa
                     try:
                         await chat(instance)
                     finally:
-                        await instance.wait_stopped(0.25)
+                        await instance.wait_stopped(UNTIL_S)
         error = await failure(pool, model, "a")
-        assert "crashed" in error.message and error.retry_after_s == 1
+        assert "crashed" in error.message and error.retry_after_s in range(1, 61)
         assert fakes.spawns == 2
