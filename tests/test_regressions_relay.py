@@ -200,11 +200,11 @@ class Here:
 
 
 @asynccontextmanager
-async def serving_here() -> AsyncIterator[Here]:
-    """Clients may rest for 0.5 s and stop reading for 0.5 s. Model `m` is at the upstream."""
+async def serving_here(send_stall_s: float = 0.5) -> AsyncIterator[Here]:
+    """Clients may rest for 0.5 s and stop reading for `send_stall_s`. Model `m` is at the upstream."""
     async with raw_upstream() as upstream:
         remote = {"url": f"http://127.0.0.1:{upstream.port}", "models": ["m"]}
-        app = build_app(Config.model_validate({"server": {"send_stall_s": 0.5}, "remotes": {"up": remote}}))
+        app = build_app(Config.model_validate({"server": {"send_stall_s": send_stall_s}, "remotes": {"up": remote}}))
         runner = web.AppRunner(app)
         await runner.setup()
         assert runner.server is not None
@@ -213,7 +213,7 @@ async def serving_here() -> AsyncIterator[Here]:
             request_factory=runner.server.request_factory,
             head_timeout_s=1.0,
             keepalive_timeout_s=0.5,
-            send_stall_s=0.5,
+            send_stall_s=send_stall_s,
         )
         listener = await asyncio.get_running_loop().create_server(front, "127.0.0.1", 0)
         try:
@@ -248,7 +248,7 @@ async def fill(link: Link, unsent: Callable[[], int]) -> None:
 
 
 async def test_the_end_of_a_stream_waits_for_a_stalled_reader_only_so_long() -> None:
-    async with serving_here() as here, here.deaf_client() as client:
+    async with serving_here(send_stall_s=2.0) as here, here.deaf_client() as client:  # filling takes its time
         ended = asyncio.Event()
 
         async def script(link: Link, request: Request) -> None:
@@ -355,7 +355,7 @@ async def test_a_connection_whose_request_was_not_written_whole_is_not_used_agai
     connections: list[Hasty] = []
     server = await asyncio.get_running_loop().create_server(lambda: Hasty(connections), "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
-    remote = {"url": f"http://127.0.0.1:{port}", "models": ["m"], "first_byte_timeout_s": 10}
+    remote = {"url": f"http://127.0.0.1:{port}", "models": ["m"], "first_byte_timeout_s": 60}
     async with running_proxy({"remotes": {"up": remote}}) as proxy:
         assert (await post(proxy.port, CHAT, PLAIN | {"text": "y" * 20_000_000})).status == 413
         assert (await post(proxy.port, CHAT, PLAIN)).status == 413

@@ -182,7 +182,7 @@ def cpu_s(work: Callable[[], object]) -> float:
 
 
 @pytest.mark.parametrize("kind", ["content", "reasoning_content", "logprobs", "arguments"])
-def test_folding_four_times_as_much_takes_about_four_times_as_long(kind: str) -> None:
+def test_folding_sixteen_times_as_much_takes_about_sixteen_times_as_long(kind: str) -> None:
     pieces = [piece_of(kind, index) for index in range(32_000)]
 
     def fold(count: int) -> Json:
@@ -197,7 +197,8 @@ def test_folding_four_times_as_much_takes_about_four_times_as_long(kind: str) ->
     else:
         (call,) = choice["message"].get("tool_calls", [{"function": choice["message"]}])
         assert call["function"][kind] == PIECE * len(pieces)
-    assert cpu_s(lambda: fold(len(pieces))) < 8 * cpu_s(lambda: fold(len(pieces) // 4))
+    # Were each piece added to a copy of the whole, it would be 256 times.
+    assert cpu_s(lambda: fold(len(pieces))) < 64 * cpu_s(lambda: fold(len(pieces) // 16))
 
 
 @pytest.mark.parametrize("index", [20_000_000, -1])

@@ -74,9 +74,9 @@ async def paced_stream(*, tokens: int, every_s: float, remote: dict[str, float],
 
 
 async def test_s11_stream_longer_than_every_timeout_is_not_cut() -> None:
-    remote = {"connect_timeout_s": 1.0, "first_byte_timeout_s": 1.0, "idle_timeout_s": 1.0}
-    server = {"head_timeout_s": 1.0, "keepalive_timeout_s": 1.0, "send_stall_s": 1.0}
-    await paced_stream(tokens=8, every_s=0.5, remote=remote, server=server)
+    remote = {"connect_timeout_s": 2.5, "first_byte_timeout_s": 2.5, "idle_timeout_s": 2.5}
+    server = {"head_timeout_s": 2.5, "keepalive_timeout_s": 2.5, "send_stall_s": 2.5}
+    await paced_stream(tokens=12, every_s=0.4, remote=remote, server=server)
 
 
 async def test_s11_stream_that_falls_silent_is_told_so() -> None:
