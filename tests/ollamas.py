@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import socket
 import subprocess
 import sys
@@ -90,9 +91,12 @@ def black_hole() -> Iterator[int]:
 
 
 @asynccontextmanager
-async def opened(*ports: int, configured: dict[str, Any] | None = None, **settings: Any) -> AsyncIterator[Ollama]:
-    """An `Ollama` of hosts at these ports; `settings` are fields of its section, `configured` are models by name. On
-    leaving it is closed, and must have left no task and no socket."""
+async def opened(
+    *ports: int, configured: dict[str, Any] | None = None, listing_timeout_s: float = 30.0, **settings: Any
+) -> AsyncIterator[Ollama]:
+    """An `Ollama` of hosts at these ports; `settings` are fields of its section, `configured` are models by name. Hosts
+    may take their time for a list, as a fake on a busy machine does. On leaving it is closed, and must have left no
+    task and no socket."""
     await warm_up()
     tasks, fds = own_tasks(), open_fds()
     hosts = [f"127.0.0.1:{port}" for port in ports]
@@ -102,6 +106,7 @@ async def opened(*ports: int, configured: dict[str, Any] | None = None, **settin
     }
     downloads = Downloads()
     upstream = Ollama(config, downloads, own)
+    patient(upstream, listing_timeout_s)
     upstream.start()
     try:
         yield upstream
@@ -110,6 +115,22 @@ async def opened(*ports: int, configured: dict[str, Any] | None = None, **settin
         await upstream.close()
     await until(lambda: own_tasks() <= tasks, what="the end of all tasks")
     await until(lambda: open_fds() <= fds, what="the closing of all sockets")
+
+
+def patient(upstream: Ollama, seconds: float) -> None:
+    """Have it wait so long for each list of a host."""
+    for host in upstream.hosts:
+        for listing in host._listings:
+            listing._timeout_s = seconds
+
+
+async def unwatched(upstream: Ollama) -> None:
+    """Have it hear now that nothing is loaded, and not look again unless it is told to: when it does is left to chance,
+    and what it hears then is the least that it asks for."""
+    await upstream.listed()
+    await upstream.looked_up()
+    for host in upstream.hosts:
+        host._ps_listing._fresh_s = math.inf
 
 
 def chat(model: str, *, num_ctx: int | None = None, stream: bool = False) -> Call:

@@ -48,7 +48,7 @@ async def staged(stage: Stage) -> AsyncIterator[anthropic.AsyncAnthropic]:
 
 def client_of(proxy: Proxy) -> anthropic.AsyncAnthropic:
     http = anthropic.DefaultAsyncHttpxClient(verify=False)  # certificates take longer to read than most tests
-    return anthropic.AsyncAnthropic(api_key="none", base_url=proxy.url, max_retries=0, timeout=60, http_client=http)
+    return anthropic.AsyncAnthropic(api_key="none", base_url=proxy.url, max_retries=0, timeout=300, http_client=http)
 
 
 async def said(client: anthropic.AsyncAnthropic, stream: bool, **fields: Any) -> Message:

@@ -182,7 +182,7 @@ async def test_a_loaded_model_is_among_the_running_ones(client: AsyncClient) -> 
     async def seen() -> bool:  # an Ollama is asked every 3 s
         return "tiny" in [model.model for model in (await client.ps()).models]
 
-    await until(seen, 10, what="the model in /api/ps")
+    await until(seen, what="the model in /api/ps")
     tiny = next(model for model in (await client.ps()).models if model.model == "tiny")
     assert tiny.context_length == 2048 and tiny.size and tiny.expires_at is not None and tiny.digest
 

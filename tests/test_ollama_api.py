@@ -175,18 +175,18 @@ async def test_keep_alive_is_a_number_or_a_duration_and_the_last_one_counts(
         body = {"model": "local", "messages": MESSAGES, "stream": False, "keep_alive": value}
         assert (await ask(stage.proxy, "/api/chat", body)).status == 200
     if (item := (await loaded(stage.proxy)).get("local")) is None:
-        assert seconds == 0.5
+        assert seconds in (0.5, 2.5)
         return
     expires = datetime.fromisoformat(item["expires_at"])
     if seconds is None:
         assert expires.year > 2300
     else:
-        assert seconds - 5 < expires.timestamp() - time.time() <= seconds
+        assert seconds - 25 < expires.timestamp() - time.time() <= seconds + 1
 
 
 async def test_a_model_that_is_loading_is_not_running_yet_but_visible(fakes: Fakes) -> None:
     async with (
-        running_proxy(fakes.config({"slow": fakes.model(LOAD_S=0.5)})) as proxy,
+        running_proxy(fakes.config({"slow": fakes.model(HOLD=fakes.gguf)})) as proxy,
         raw_client.connected(proxy.port) as client,
     ):
         await client.send(raw_client.request("POST", "/api/generate", {"model": "slow", "prompt": ""}))
@@ -196,6 +196,7 @@ async def test_a_model_that_is_loading_is_not_running_yet_but_visible(fakes: Fak
 
         await until(loading, what="the load")
         assert await loaded(proxy) == {}
+        fakes.gguf.unlink()
         assert (await client.answer()).json()["done_reason"] == "load"
         [item] = (await loaded(proxy)).values()
         assert all(isinstance(item[key], int) for key in ("size", "size_vram", "context_length"))
@@ -217,7 +218,7 @@ async def test_clients_that_differ_in_num_ctx_do_not_have_a_model_loaded_in_turn
 
 
 async def test_a_full_queue_says_so_and_when_to_come_again(fakes: Fakes) -> None:
-    config = fakes.config({"slow": fakes.model(LOAD_S=30)}, queue_limit=1)
+    config = fakes.config({"slow": fakes.model(LOAD_S=600)}, queue_limit=1)
     body = {"model": "slow", "messages": MESSAGES}
     async with running_proxy(config) as proxy, raw_client.connected(proxy.port) as first:
         await first.send(raw_client.request("POST", "/api/chat", body))

@@ -8,7 +8,7 @@ import pytest
 
 from backends.ollama import LOADED_STALE_S, Ollama
 from tests.harness import until
-from tests.ollamas import FakeOllama, ask, chat, opened, running_ollama
+from tests.ollamas import FakeOllama, ask, chat, opened, running_ollama, unwatched
 
 
 async def use(upstream: Ollama, asked: int | None, model: str = "m") -> int | None:
@@ -54,6 +54,7 @@ async def test_clients_at_the_same_time_are_sent_the_largest_size_asked_so_far()
 
 async def test_a_size_only_grows() -> None:
     async with running_ollama("m") as fake, opened(fake.port) as upstream:
+        await unwatched(upstream)
         sent = [await use(upstream, asked) for asked in (None, 512, 2048, 512, None, 4096, 2048, None, 0, -1)]
         assert sent == [None, 512, 2048, 2048, 2048, 4096, 4096, 4096, 4096, 4096]
         assert loads(fake) == [4096, 512, 2048, 4096]
@@ -84,7 +85,7 @@ async def test_a_size_that_ollama_cut_down_is_asked_for_as_before() -> None:
     async with running_ollama("m", train_ctx=2048) as fake, opened(fake.port) as upstream:
         await use(upstream, 8192)
         upstream.hosts[0].outdated()
-        await until(lambda: [item["context_length"] for item in upstream.loaded()] == [2048], 10, what="the size")
+        await until(lambda: [item["context_length"] for item in upstream.loaded()] == [2048], what="the size")
         assert await use(upstream, 4096) == 8192
         assert loads(fake) == [8192]
 
@@ -93,7 +94,7 @@ async def test_a_size_that_nobody_asked_for_is_left_to_ollama() -> None:
     async with running_ollama("m", train_ctx=2048) as fake, opened(fake.port) as upstream:
         await use(upstream, None)
         upstream.hosts[0].outdated()
-        await until(lambda: upstream.has_loaded("m"), 10, what="the loaded model")
+        await until(lambda: upstream.has_loaded("m"), what="the loaded model")
         assert await use(upstream, None) is None
         assert loads(fake) == [4096]
 
@@ -102,17 +103,17 @@ async def test_a_size_is_forgotten_when_the_model_was_unloaded() -> None:
     async with running_ollama("m") as fake, opened(fake.port) as upstream:
         assert await use(upstream, 8192) == 8192
         upstream.hosts[0].outdated()
-        await until(lambda: upstream.has_loaded("m"), 10, what="the loaded model")
+        await until(lambda: upstream.has_loaded("m"), what="the loaded model")
         await fake.set(unload="m")
         upstream.hosts[0].outdated()
-        await until(lambda: not upstream.loaded(), 10, what="the news that it is gone")
+        await until(lambda: not upstream.loaded(), what="the news that it is gone")
         assert await use(upstream, 512) == 512
         assert loads(fake) == [8192, 512]
         assert LOADED_STALE_S < 60  # looked after also when nobody asks: an unloaded model is soon noticed
 
 
 async def test_a_size_is_not_forgotten_while_the_model_is_loading() -> None:
-    async with running_ollama("m", load_s=1.5) as fake, opened(fake.port) as upstream:
+    async with running_ollama("m", load_s=2.5) as fake, opened(fake.port) as upstream:
         first = asyncio.ensure_future(use(upstream, 8192))
         await until(lambda: fake.events("load"), what="the load")
         await upstream.hosts[0].looked_up(0)

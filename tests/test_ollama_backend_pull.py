@@ -86,7 +86,7 @@ async def watch(download: Download, into: list[Progress]) -> None:
 
 
 async def test_progress_is_seen_by_all_who_watch_and_ends_with_the_pull() -> None:
-    async with running_ollama(pull_steps=5, pull_step_s=0.1) as fake, opened(fake.port) as upstream:
+    async with running_ollama(pull_steps=5, pull_step_s=0.25) as fake, opened(fake.port) as upstream:
         seen: list[list[Progress]] = [[], []]
         await asyncio.gather(*(watch(upstream.pull("m"), lines) for lines in seen))
         for lines in seen:
@@ -99,8 +99,8 @@ async def test_progress_is_seen_by_all_who_watch_and_ends_with_the_pull() -> Non
 
 async def test_a_pull_may_be_silent_for_longer_than_an_answer() -> None:
     async with (
-        running_ollama(pull_step_s=1.5, pull_steps=1) as fake,
-        opened(fake.port, idle_timeout_s=0.3, first_byte_timeout_s=5) as upstream,
+        running_ollama(pull_step_s=2.0, pull_steps=1) as fake,
+        opened(fake.port, idle_timeout_s=1.0, first_byte_timeout_s=60) as upstream,
     ):
         assert (await ask(upstream.model("m"), chat("m")))[0] == 200
 
@@ -110,8 +110,9 @@ async def test_a_pull_outlives_a_client_that_asked_for_an_answer_but_not_the_onl
         asking = asyncio.ensure_future(ask(upstream.model("m"), chat("m")))
         await until(lambda: fake.events("pull"), what="the pull")
         asking.cancel()
-        await until(lambda: fake.events("done", "/api/pull"), 10, what="the end of the pull")
+        await until(lambda: fake.events("done", "/api/pull"), what="the end of the pull")
         await until(lambda: upstream.models == ("m:latest",), what="the model")
+        await fake.set(pull_step_s=600)
         watching = asyncio.ensure_future(watch(upstream.pull("other"), []))
         await until(lambda: len(fake.events("pull")) == 2, what="the other pull")
         watching.cancel()

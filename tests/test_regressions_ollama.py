@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from backends import ollama
 from backends.connection import UNREACHABLE
 from backends.downloads import Downloads, Progress
 from backends.hub import download_name
@@ -20,7 +21,7 @@ from proxy.errors import ModelNotFound, UpstreamFailed
 from tests import raw_client
 from tests.config_files import load, model, problems
 from tests.harness import free_port, until
-from tests.ollamas import FakeOllama, ask, black_hole, chat, opened, running_ollama
+from tests.ollamas import FakeOllama, ask, black_hole, chat, opened, running_ollama, unwatched
 
 ABSURD = 10**9
 
@@ -54,6 +55,7 @@ async def test_a_size_that_ollama_refuses_is_nobody_elses() -> None:
 
 async def test_a_size_that_ollama_refuses_is_not_kept_for_a_model_without_one() -> None:
     async with running_ollama("m", error=[500, "too large"]) as fake, opened(fake.port) as upstream:
+        await unwatched(upstream)
         assert await use(upstream, ABSURD) == (ABSURD, 500)
         await fake.set(error=None)
         assert await use(upstream, None) == (None, 200)
@@ -61,7 +63,7 @@ async def test_a_size_that_ollama_refuses_is_not_kept_for_a_model_without_one() 
 
 async def test_clients_share_a_size_that_is_being_tried_only_until_it_has_failed_once() -> None:
     async with (
-        running_ollama("m", delay_s=0.5, train_ctx=256, error=[500, "too large"]) as fake,
+        running_ollama("m", delay_s=1.5, train_ctx=256, error=[500, "too large"]) as fake,
         opened(fake.port) as upstream,
     ):
         for expected in (ABSURD, 512):
@@ -128,7 +130,10 @@ async def test_a_pull_that_one_host_has_no_room_for_is_done_by_the_next_or_fails
 
 
 @pytest.mark.parametrize("manners", [{"registry": []}, {"pull_error": "no space left on device"}])
-async def test_ollama_is_not_asked_again_at_once_for_a_pull_that_it_gave_up(manners: dict[str, Any]) -> None:
+async def test_ollama_is_not_asked_again_at_once_for_a_pull_that_it_gave_up(
+    manners: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ollama, "REFUSAL_KEPT_S", 600.0)
     async with running_ollama(**manners) as fake, opened(fake.port) as upstream:
         told = {await failure(upstream, name) for name in ("m", "M:latest", "m")}
         assert len(told) == 1 and len(fake.events("pull")) == 1
@@ -223,7 +228,7 @@ async def test_hosts_to_which_nothing_was_sent_are_passed_over(how: str, status:
         fake = await stack.enter_async_context(running_ollama("m"))
         aways = {"refuses": f"127.0.0.1:{free_port()}", "is silent": f"127.0.0.1:{hole}", "has no name": "a" * 64}
         hosts = [aways[how], f"127.0.0.1:{fake.port}"]
-        upstream = await stack.enter_async_context(opened(host=hosts, connect_timeout_s=0.5))
+        upstream = await stack.enter_async_context(opened(host=hosts, connect_timeout_s=1.0))
         await upstream.listed()
         upstream.hosts[0].tags = dict(upstream.hosts[1].tags)  # as if it had been there until now
         with pytest.raises(UpstreamFailed) as caught:

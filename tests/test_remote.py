@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from backends.connection import ConnectionPool, Endpoint
-from backends.remote import LISTING_PAUSE_S, Listing, Remote
+from backends.remote import Listing, Remote
 from proxy.config import RemoteConfig
 from tests.harness import free_port, until
 from tests.pools import own_tasks
@@ -44,7 +44,7 @@ async def test_models_come_from_memory_and_a_miss_asks_at_once() -> None:
         async def found() -> bool:
             return await remote.find("b")
 
-        await until(found, 10, what="the new model")
+        await until(found, what="the new model")
         assert list(remote.models) == ["a", "b"]
         assert len(upstream.requests) == 2  # however often it was missed
 
@@ -55,7 +55,7 @@ async def test_a_remote_that_comes_back_is_asked_anew_soon() -> None:
         await remote.listed()
         assert list(remote.models) == [] and remote.error is not None
         async with raw_upstream(listing("a"), port=port):
-            await until(lambda: list(remote.models) == ["a"], LISTING_PAUSE_S + 5, what="the models")
+            await until(lambda: list(remote.models) == ["a"], what="the models")
             assert remote.error is None
 
 

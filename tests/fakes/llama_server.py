@@ -19,6 +19,7 @@ A request body may carry `"fake": {...}`, or a last message whose text is that o
 The environment switches manners on, most easily through a model's `env:`:
 
     FAKE_LOAD_S=1.5          loading takes so long          FAKE_LOG_LOAD=1    and prints a line each 100 ms
+    FAKE_HOLD=file           loading takes until that file is gone
     FAKE_EXIT=3 | SIGSEGV    ends so at start; `3@loaded`: once ready instead
     FAKE_NEVER=nobind|mute|503   never becomes healthy: does not listen | accepts and stays silent | loads for ever
     FAKE_TOKENS=8 FAKE_TOKEN_MS=0    tokens of an answer, and the pause before each
@@ -106,6 +107,8 @@ class Server:
             if "FAKE_LOG_LOAD" in ENV:
                 say(f"load_model: {left:.1f} s to go")
             time.sleep(min(left, 0.1))
+        while os.path.exists(ENV.get("FAKE_HOLD", "")):
+            time.sleep(0.01)
         if ENV.get("FAKE_NEVER") == "503":
             return
         if (how := ENV.get("FAKE_EXIT", "")).endswith("@loaded") and manner("EXIT"):
