@@ -192,9 +192,9 @@ def cancel(tell: Callable[[Progress], None], repo: str, at: int) -> int:
     async def leave() -> None:
         downloads = Downloads()
         download = downloads.join("it", hub.work(repo, None))
-        await until(lambda: download.progress.get("completed", 0) >= at, 20)
+        await until(lambda: download.progress.get("completed", 0) >= at, what=f"byte {at}")
         await downloads.close()
-        await until(lambda: threading.active_count() == 1, 20)
+        await until(lambda: threading.active_count() == 1, what="the end of the thread")
 
     asyncio.run(leave())
     return threading.active_count()

@@ -19,7 +19,7 @@ from tests.harness import ROOT, environment, until
 from tests.hub_calls import Bench, bench
 
 __all__ = ["bench"]  # fixture
-TIMEOUT_S = 30.0
+TIMEOUT_S = 100.0
 
 
 def argv(name: str, config: Path | None = None) -> list[str]:

@@ -49,7 +49,7 @@ def fetches(hub: Hub) -> list[str | None]:
 async def halfway(fakes: Fakes) -> None:
     """Return when half of the file is there, and the hub does not go on."""
     blobs = home(fakes) / "hub" / "models--org--repo" / "blobs"
-    await until(lambda: any(file.stat().st_size >= HALF - 8192 for file in blobs.glob("*")), 20, what="half of it")
+    await until(lambda: any(file.stat().st_size >= HALF - 8192 for file in blobs.glob("*")), what="half of it")
 
 
 def test_proxy_processes_of_tests_have_an_empty_cache() -> None:
@@ -67,7 +67,7 @@ async def test_a_model_of_the_hub_answers_on_real_llama_cpp(
     async with running_proxy(embedded(models), env=hub.env(tmp_path / "home")) as proxy:
         answer = await chat(proxy, "far", max_tokens=8)
         assert answer.status == 200 and answer.json()["choices"][0]["message"]["content"]
-        assert "hf.co/org/repo:*F32.gguf: download complete" in proxy.log
+        await until(lambda: "hf.co/org/repo:*F32.gguf: download complete" in proxy.log, what="the line of the log")
     async with running_proxy(embedded(models), env=hub.env(tmp_path / "home", HF_HUB_OFFLINE="1")) as proxy:
         assert (await chat(proxy, "far", max_tokens=8)).status == 200
         assert "download" not in proxy.log
@@ -103,9 +103,10 @@ async def test_D5_fifty_chats_wait_for_one_download(hub: Hub, fakes: Fakes) -> N
         async def all_wait() -> bool:
             return await queued(proxy, "far") == 50
 
-        await until(all_wait, 20)
+        await until(all_wait)
         hub.behave(FILE)
         assert {answer.status for answer in await asyncio.gather(*waiting)} == {200}
+        await until(lambda: "download complete" in proxy.log, what="the line of the log")
         assert proxy.log.count("download begins") == 1
     assert fetches(hub) == [None] and len(fakes.events("start")) == 1
 
@@ -136,7 +137,7 @@ async def test_a_client_who_leaves_leaves_the_download(hub: Hub, fakes: Fakes) -
         await until(gone)
         assert await state(proxy, "far") == "loading"
         hub.behave(FILE)
-        await until(lambda: "download complete" in proxy.log, 20)
+        await until(lambda: "download complete" in proxy.log)
         assert fakes.events("start") == []
         assert (await chat(proxy, "far")).status == 200
     assert fetches(hub) == [None]
@@ -178,7 +179,7 @@ async def test_a_preloaded_model_is_fetched_at_the_start(hub: Hub, fakes: Fakes)
         async def loaded() -> bool:
             return await state(proxy, "far") == "loaded"
 
-        await until(loaded, 20)
+        await until(loaded)
         assert 0 < (await instance(proxy, "far"))["expires_in_s"] <= 300
     assert fetches(hub) == [None]
 

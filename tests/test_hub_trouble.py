@@ -18,6 +18,8 @@ from tests.hub_calls import Bench, bench, calling, small_disk
 
 __all__ = ["bench", "small_disk"]  # fixtures
 SIZE = 1_000_000
+PART, SLOW = 100_000, 400_000
+"""At so many bytes a second there are two seconds left to break a download off that has come so far."""
 
 
 def add(bench: Bench, repo: str, **manners: object) -> bytes:
@@ -56,7 +58,7 @@ def test_D2_a_connection_that_ends_at_37_percent_is_resumed_there(bench: Bench) 
 async def test_D2_a_server_that_is_gone_for_a_moment_is_asked_again(bench: Bench) -> None:
     data = add(bench, "drop/more", drop=0.37)
     bench.calls.begin("pull", "drop/more")
-    await until(lambda: len(ranges(bench, "drop/more")) == 2)
+    await until(lambda: len(ranges(bench, "drop/more")) >= 2)
     bench.hub.behave("drop/more/m-Q4_K_M.gguf")
     assert bench.calls.end().message == ""
     assert fetched(bench, "drop/more") == data
@@ -64,8 +66,8 @@ async def test_D2_a_server_that_is_gone_for_a_moment_is_asked_again(bench: Bench
 
 
 def test_D2_a_server_without_ranges_is_read_from_the_start(bench: Bench) -> None:
-    data = add(bench, "drop/ranges", slow=2_000_000)
-    bench.calls("cancel", "drop/ranges", 300_000)
+    data = add(bench, "drop/ranges", slow=SLOW)
+    bench.calls("cancel", "drop/ranges", PART)
     bench.hub.behave("drop/ranges/m-Q4_K_M.gguf", no_ranges=1)
     assert bench.calls("pull", "drop/ranges").message == ""
     assert fetched(bench, "drop/ranges") == data
@@ -85,10 +87,10 @@ def test_D2_when_it_stays_away_the_next_pull_goes_on(bench: Bench) -> None:
 
 
 def test_D2_a_download_that_is_broken_off_ends_its_thread_and_keeps_what_came(bench: Bench) -> None:
-    data = add(bench, "cancelled/repo", slow=2_000_000)
-    assert bench.calls("cancel", "cancelled/repo", 300_000).result == 1
+    data = add(bench, "cancelled/repo", slow=SLOW)
+    assert bench.calls("cancel", "cancelled/repo", PART).result == 1
     kept = bench.partial("cancelled/repo").stat().st_size
-    assert 300_000 <= kept < SIZE and fetched(bench, "cancelled/repo") is None
+    assert PART <= kept < SIZE and fetched(bench, "cancelled/repo") is None
     bench.hub.behave("cancelled/repo/m-Q4_K_M.gguf")
     assert bench.calls("pull", "cancelled/repo").message == ""
     assert fetched(bench, "cancelled/repo") == data
@@ -96,8 +98,8 @@ def test_D2_a_download_that_is_broken_off_ends_its_thread_and_keeps_what_came(be
 
 
 def test_D2_another_etag_starts_anew_and_clears_away_the_old_bytes(bench: Bench) -> None:
-    add(bench, "etag/repo", slow=2_000_000)
-    bench.calls("cancel", "etag/repo", 300_000)
+    add(bench, "etag/repo", slow=SLOW)
+    bench.calls("cancel", "etag/repo", PART)
     old = bench.partial("etag/repo")
     data = add(bench, "etag/repo")
     assert bench.calls("pull", "etag/repo").message == ""
@@ -110,7 +112,7 @@ async def test_D2_after_kill_9_at_any_point_the_next_process_goes_on_with_the_ne
     bench: Bench, kills: int
 ) -> None:
     repo = f"killed/repo{kills}"
-    data = add(bench, repo, slow=2_000_000)
+    data = add(bench, repo)
     folder = bench.folder(repo) / "blobs"
     points = sorted(random.sample(range(0, SIZE - 100_000, 1000), kills))
     kept = []
@@ -119,9 +121,10 @@ async def test_D2_after_kill_9_at_any_point_the_next_process_goes_on_with_the_ne
         return sum(file.stat().st_size for file in folder.glob("*")) if folder.exists() else -1
 
     async def reached(point: int) -> None:
-        await until(lambda: size() >= point, 30, what=f"byte {point}")
+        await until(lambda: size() >= point, 60, what=f"byte {point}")
 
-    for point in points:
+    for point in points:  # the hub does not go on much further, so that no process can complete the file
+        bench.hub.behave(f"{repo}/m-Q4_K_M.gguf", slow=2_000_000, hold=(point + 80_000) / SIZE)
         process = start_pull(bench, f"hf.co/{repo}")
         await reached(point)
         process.kill()
@@ -129,7 +132,7 @@ async def test_D2_after_kill_9_at_any_point_the_next_process_goes_on_with_the_ne
         kept.append(size())
         assert fetched(bench, repo) is None
     bench.hub.behave(f"{repo}/m-Q4_K_M.gguf")
-    assert start_pull(bench, f"hf.co/{repo}").wait(30) == 0
+    assert start_pull(bench, f"hf.co/{repo}").wait(90) == 0
     assert fetched(bench, repo) == data
     expected = [f"bytes={size}-{SIZE - 1}" if size > 0 else None for size in kept]
     asked = ranges(bench, repo)  # a process that was killed before it got so far has asked for nothing
@@ -203,8 +206,8 @@ def test_D3_what_is_not_what_was_announced_is_never_loaded(bench: Bench, lie: st
 @pytest.mark.parametrize("lie", ["range", "html"])
 def test_D3_a_resumed_download_is_not_spoilt_by_a_wrong_answer(bench: Bench, lie: str) -> None:
     repo = f"lies/resumed-{lie}"
-    data = add(bench, repo, slow=2_000_000)
-    bench.calls("cancel", repo, 300_000)
+    data = add(bench, repo, slow=SLOW)
+    bench.calls("cancel", repo, PART)
     kept = bench.partial(repo).stat().st_size
     bench.hub.behave(f"{repo}/m-Q4_K_M.gguf", lie=lie, **({"no_ranges": 1} if lie == "html" else {}))
     assert bench.calls("pull", repo).code == "download_failed"
@@ -241,7 +244,7 @@ async def test_D1_a_disk_that_fills_up_is_an_error_and_the_download_goes_on_late
     blobs = small_disk / "hub" / "models--space--full" / "blobs"
     with calling(bench.hub.env(small_disk)) as calls:
         calls.begin("pull", "space/full")
-        await until(lambda: any(file.stat().st_size >= 890_000 for file in blobs.glob("*")), 20)
+        await until(lambda: any(file.stat().st_size >= 890_000 for file in blobs.glob("*")))
         free = shutil.disk_usage(small_disk).free
         (small_disk / "filler").write_bytes(bytes(free - 500_000))
         bench.hub.behave("space/full/m-Q4_K_M.gguf")

@@ -44,19 +44,29 @@ class Watch:
         self._client = client
         self._rest = b""
 
-    async def until(self, name: str, **data: object) -> list[Any]:
-        """The events up to the first about `name` whose data has these fields."""
-        seen: list[Any] = []
+    async def until(self, name: str, **data: object) -> Any:
+        """The first event about `name` whose data has these fields."""
+        while (event := await self._next())["model"] != name or not data.items() <= event["data"].items():
+            pass
+        return event
+
+    async def progress(self) -> list[Any]:
+        """What the first event says that tells of bytes of a download: how many of how many."""
+        while (event := await self._next())["event"] != "download_progress" or not any(
+            part["done"] for part in event["data"].values()
+        ):
+            pass
+        return list(event["data"].values())
+
+    async def _next(self) -> Any:
         while True:
             while b"\r\n\r\n" not in self._rest:
                 piece = await self._client.chunk()
-                assert piece, f"the events end without {name} {data}: {seen}"
+                assert piece, "the events end"
                 self._rest += piece
             event, _, self._rest = self._rest.partition(b"\r\n\r\n")
             if event.startswith(b"data: "):
-                seen.append(json.loads(event.removeprefix(b"data: ")))
-                if seen[-1]["model"] == name and data.items() <= seen[-1]["data"].items():
-                    return seen
+                return json.loads(event.removeprefix(b"data: "))
 
 
 @asynccontextmanager
@@ -75,7 +85,7 @@ async def names(proxy: Proxy, path: str = "/v1/models") -> list[str]:
 
 async def test_a_watcher_sees_a_model_come_and_go(hub: Hub, fakes: Fakes) -> None:
     async with proxy_with(hub, fakes) as proxy, watching(proxy) as watch:
-        assert (await watch.until("near", status="unloaded"))[-1]["event"] == "model_status"
+        assert (await watch.until("near", status="unloaded"))["event"] == "model_status"
         assert (await raw_client.post(proxy.port, "/models/load", {"model": "near"})).json() == {"success": True}
         await watch.until("near", status="loaded")
         assert (await raw_client.post(proxy.port, "/models/unload", {"model": "near"})).json() == {"success": True}
@@ -83,10 +93,11 @@ async def test_a_watcher_sees_a_model_come_and_go(hub: Hub, fakes: Fakes) -> Non
 
 
 async def test_a_watcher_is_let_go_when_the_proxy_stops(hub: Hub, fakes: Fakes) -> None:
-    async with proxy_with(hub, fakes) as proxy, watching(proxy) as watch:
+    config = fakes.config({"near": fakes.model()}) | {"server": {"drain_s": 600}}
+    async with running_proxy(config, env=hub.env(fakes.folder / "home")) as proxy, watching(proxy) as watch:
         await watch.until("near", status="unloaded")
         proxy.send(signal.SIGTERM)
-        assert await proxy.ended(5) == 0
+        assert await proxy.ended() == 0
 
 
 @pytest.mark.parametrize("by", ["router", "ollama"])
@@ -104,11 +115,11 @@ async def test_a_model_of_the_hub_is_downloaded_offered_used_and_deleted(by: str
             assert (await client.head())[1] == 200
         await until(lambda: under_way(proxy), what="the download")
         assert NAME not in await names(proxy)
+        assert [part["total"] for part in await watch.progress()] == [SIZE]
         hub.behave(FILE)
-        seen = await watch.until(NAME, status="unloaded")
-        told = [event["data"] for event in seen if event["event"] == "download_progress"]
-        assert any(item["done"] and item["total"] == SIZE for data in told for item in data.values())
-        assert NAME in await names(proxy) and NAME in await names(proxy, "/api/tags")
+        await watch.until(NAME, status="unloaded")
+        for path in ("/v1/models", "/api/tags"):
+            await until(lambda path=path: offered(proxy, path), what=f"the model in {path}")  # type: ignore[misc]
         assert (await chat(proxy, NAME)).status == 200
         if by == "router":
             gone = await raw_client.ask(proxy.port, request("DELETE", "/models?model=org/repo:Q4_K_M", close=True))
@@ -118,7 +129,16 @@ async def test_a_model_of_the_hub_is_downloaded_offered_used_and_deleted(by: str
             await pulling.__aexit__(None, None, None)
             gone = await raw_client.ask(proxy.port, request("DELETE", "/api/delete", body, close=True))
         assert gone.status == 200
-        assert NAME not in await names(proxy) and (await chat(proxy, NAME)).status == 404
+        await until(lambda: no_more_offered(proxy), what="the end of the model in the list")
+        assert (await chat(proxy, NAME)).status == 404
+
+
+async def offered(proxy: Proxy, path: str = "/v1/models") -> bool:
+    return NAME in await names(proxy, path)
+
+
+async def no_more_offered(proxy: Proxy) -> bool:
+    return not await offered(proxy)
 
 
 async def rest(client: RawClient) -> list[bytes]:
