@@ -193,6 +193,6 @@ async def test_a_shutdown_ends_agents_too(stage: tuple[Proxy, Fakes], tmp_path_f
             await client.send(raw_client.request("POST", CHAT, STREAM.body("/asked hi")))
             await until(lambda: notes(fakes, "begun", "asked") == begun + 1)
             proxy.process.terminate()
-            await until(lambda: not proxy.alive, 10, what="the end of the proxy")
+            await until(lambda: not proxy.alive, what="the end of the proxy")
         proxy._expected_end = True
     assert notes(fakes, "ended", "asked") == begun + 1

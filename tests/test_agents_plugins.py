@@ -229,7 +229,7 @@ async def test_a_saved_agent_is_loaded_anew(fakes: Fakes) -> None:
             assert not (fakes.folder / "closed").exists(), "the old one is still in use"
             (fakes.folder / "go").touch()
         assert waiting.result() == "old", "a request ends with the agent it began with"
-        assert (fakes.folder / "closed").exists(), "then that is closed"
+        await until((fakes.folder / "closed").exists, what="its end")
         assert await asked(proxy, "/slow hi") == "anew"
 
 

@@ -199,8 +199,8 @@ async def test_no_more_than_so_many_are_asked_at_once(stage: tuple[Proxy, Fakes]
 
 
 async def test_tokens_and_time_are_limited_too(fakes: Fakes) -> None:
-    models = {"fast": fakes.model(TOKENS=50), "slow": fakes.model(TOKENS=8, TOKEN_MS=100)}
-    limits = {"side_tokens": 9, "side_call_s": 0.3}
+    models = {"fast": fakes.model(TOKENS=50), "slow": fakes.model(TOKENS=8, TOKEN_MS=200)}
+    limits = {"side_tokens": 9, "side_call_s": 1.2}
     async with proxy_with_agents(fakes, {"first": ASK + AGENTS["first"]}, models=models, agent_limits=limits) as proxy:
         for model, code in (("fast", "agent_budget"), ("slow", "side_call_timeout")):
             await WHOLE.ask(proxy, WHOLE.steered(model=model, tokens=1))  # loads it
@@ -235,7 +235,7 @@ async def test_what_cannot_be_asked_is_told(stage: tuple[Proxy, Fakes]) -> None:
     proxy, _ = stage
     said = await WHOLE.ask(proxy, WHOLE.body("/odd hi"))
     assert said.text == "['agent_failed', 'invalid_request', 'model_not_found', 'invalid_json'] []", said
-    assert proxy.log.count("agent odd: a side call failed") == 1
+    await until(lambda: proxy.log.count("agent odd: a side call failed") == 1, what="the line of the log")
     del proxy._log[:]  # has its traceback
 
 

