@@ -82,9 +82,10 @@ async def test_one_model_is_sampled_also_more_often_than_it_has_slots(proxy: Pro
 
 
 async def test_what_it_cost_is_the_sum(proxy: Proxy) -> None:
-    one = {"model": "smollm2", "max_tokens": 4, "messages": [{"role": "user", "content": "Say hello."}]}
+    """No answer to this ends by itself within four tokens."""
+    one = {"model": "smollm2", "max_tokens": 4, "messages": [{"role": "user", "content": "Tell me a story."}]}
     alone = (await raw_client.post(proxy.port, CHAT, one)).json()["usage"]
-    body = WHOLE.body("/parallel n=2 strategy=vote Say hello.", model="smollm2", max_tokens=4)
+    body = WHOLE.body("/parallel n=2 strategy=vote Tell me a story.", model="smollm2", max_tokens=4)
     both = (await raw_client.post(proxy.port, CHAT, body)).json()["usage"]
     assert both == {
         "prompt_tokens": alone["prompt_tokens"],

@@ -150,8 +150,8 @@ async def test_a_schema_is_kept_to(client: openai.AsyncOpenAI, stream: bool) -> 
 
 @needs_llama_cpp
 async def test_both_names_of_the_limit_are_kept_to(client: openai.AsyncOpenAI) -> None:
-    newer = await client.chat.completions.create(model="tiny", messages=HELLO, max_completion_tokens=3)
-    older = await client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=4)
+    newer = await client.chat.completions.create(model="tiny", messages=HELLO, max_completion_tokens=3, temperature=0)
+    older = await client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=4, temperature=0)
     assert newer.usage is not None and older.usage is not None
     assert (newer.usage.completion_tokens, older.usage.completion_tokens) == (3, 4)
     stopped = await client.chat.completions.create(model="smollm2", messages=HELLO, stop=["e", "o"], temperature=0)

@@ -65,11 +65,11 @@ async def test_a_model_of_the_hub_answers_on_real_llama_cpp(
     hub.add("org/repo/tiny-F32.gguf", tiny_models["tiny-a"].read_bytes())
     models = {"far": {"repo": "org/repo", "variant": "*F32.gguf", "args": ["-t", "1"], "ctx": 2048}}
     async with running_proxy(embedded(models), env=hub.env(tmp_path / "home")) as proxy:
-        answer = await chat(proxy, "far", max_tokens=8)
+        answer = await chat(proxy, "far", max_tokens=8, temperature=0)
         assert answer.status == 200 and answer.json()["choices"][0]["message"]["content"]
         await until(lambda: "hf.co/org/repo:*F32.gguf: download complete" in proxy.log, what="the line of the log")
     async with running_proxy(embedded(models), env=hub.env(tmp_path / "home", HF_HUB_OFFLINE="1")) as proxy:
-        assert (await chat(proxy, "far", max_tokens=8)).status == 200
+        assert (await chat(proxy, "far", max_tokens=8, temperature=0)).status == 200
         assert "download" not in proxy.log
     assert fetches(hub) == [None]
 
