@@ -20,6 +20,7 @@ import pytest
 
 from backends.llamacpp import child_env, server_command
 from tests.gguf_fixture import tiny_models
+from tests.harness import free_port
 
 __all__ = ["tiny_models"]  # a fixture
 
@@ -46,7 +47,7 @@ class Server:
         """Returns once /health says 200; raises when the process ends or the deadline passes before."""
         deadline = time.monotonic() + DEADLINE_S
         while time.monotonic() < deadline and self.process.poll() is None:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, http.client.HTTPException):
                 if self.call("/health", key=None)[0] == 200:
                     return self
             time.sleep(0.01)
@@ -89,13 +90,6 @@ class Server:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @contextlib.contextmanager
