@@ -37,7 +37,9 @@ class Server:
 
     def __init__(self, log: Path, *arguments: str, key: str = KEY, port: int | None = None) -> None:
         self.log, self.port = log, free_port() if port is None else port
-        command = [*server_command("embedded"), "--host", "127.0.0.1", "--port", str(self.port), *arguments]
+        one_thread = ["-t", "1"]  # the threads of llama.cpp wait for each other by spinning, on a busy machine for long
+        command = [*server_command("embedded"), "--host", "127.0.0.1", "--port", str(self.port), *one_thread]
+        command += arguments
         with log.open("wb") as output:
             self.process = subprocess.Popen(
                 command, env=child_env(os.environ, {}, key), stdout=output, stderr=subprocess.STDOUT, cwd="/"
