@@ -46,14 +46,19 @@ class Server:
             )
 
     def until_ready(self) -> Server:
-        """Returns once /health says 200; raises when the process ends or the deadline passes before."""
+        """Once /health says 200 and signals are heard; raises when the process ends or the deadline passes before."""
         deadline = time.monotonic() + DEADLINE_S
         while time.monotonic() < deadline and self.process.poll() is None:
             with contextlib.suppress(OSError, http.client.HTTPException):
-                if self.call("/health", key=None)[0] == 200:
+                if self.call("/health", key=None)[0] == 200 and self.takes_signals():
                     return self
             time.sleep(0.01)
         raise AssertionError(f"not ready, status {self.process.poll()}:\n{self.output()}")
+
+    def takes_signals(self) -> bool:
+        """Whether it has its signal handlers, which it gets a moment after /health says 200."""
+        caught = int(Path(f"/proc/{self.process.pid}/status").read_text().partition("SigCgt:")[2].split()[0], 16)
+        return all(caught >> (number - 1) & 1 for number in (signal.SIGTERM, signal.SIGINT))
 
     def request(self, path: str, body: object | None, key: str | None) -> http.client.HTTPConnection:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=DEADLINE_S)
