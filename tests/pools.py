@@ -52,7 +52,8 @@ class Fakes:
         """What the fakes wrote down, oldest first: all events of one kind, or only those of requests for `path`."""
         if not self.log.exists():
             return []
-        found = [json.loads(line) for line in self.log.read_text().splitlines()]
+        whole, _, _ = self.log.read_text().rpartition("\n")  # behind it a line that is being written
+        found = [json.loads(line) for line in whole.splitlines()]
         return [event for event in found if event["event"] == kind and path in (None, event.get("path"))]
 
     @property

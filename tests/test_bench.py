@@ -17,7 +17,7 @@ from tests.bench import apis, wire
 from tests.bench.measure import CHAINED, CROSSINGS, KINDS, QUICK
 from tests.bench.process import ROOT, environment, tree
 from tests.bench.summary import ALL, CHAINS, CROSSED, GOALS, TOKEN
-from tests.harness import UNTIL_S
+from tests.harness import PATIENCE_S
 
 TIMEOUT_S = 240
 
@@ -82,7 +82,7 @@ def test_interrupted_run_leaves_no_process_behind(tmp_path: Path) -> None:
         finally:
             run.terminate()
     assert len(started) >= 2
-    deadline = time.monotonic() + UNTIL_S
+    deadline = time.monotonic() + PATIENCE_S
     while left := [process for process in started if alive(process)]:
         assert time.monotonic() < deadline, left
         time.sleep(0.02)

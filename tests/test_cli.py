@@ -18,7 +18,7 @@ from proxy import __version__
 from tests import raw_client
 from tests.harness import ROOT, environment, free_port, running_proxy
 
-TIMEOUT_S = 30.0
+TIMEOUT_S = 60.0
 INSTALLED = Path(sys.executable).with_name("llama-smart-proxy")
 
 

@@ -255,7 +255,7 @@ async def test_answer_left_unread_closes_its_connection_at_once() -> None:
         async with pool.request(POST) as response:
             await response.first_piece()
             assert upstream.open_links == 1
-        await until(lambda: upstream.open_links == 0, 0.25, what="the closed connection")
+        await until(lambda: upstream.open_links == 0, what="the closed connection")
 
 
 async def test_cancelled_while_waiting_for_the_answer_closes_its_connection() -> None:
@@ -268,7 +268,7 @@ async def test_cancelled_while_waiting_for_the_answer_closes_its_connection() ->
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
-        await until(lambda: upstream.open_links == 0, 0.25, what="the closed connection")
+        await until(lambda: upstream.open_links == 0, what="the closed connection")
 
 
 async def test_server_that_talks_unasked_is_not_listened_to() -> None:
@@ -314,6 +314,7 @@ async def test_silence_is_a_504(said: str) -> None:
         with pytest.raises(UpstreamFailed) as caught:
             await fetch(pool)
         assert (caught.value.status, caught.value.code) == (504, "upstream_timeout")
+        await until(lambda: upstream.requests, what="the request")  # even if all of this was late
         await until(lambda: upstream.open_links == 0, what="the closed connection")
         assert len(upstream.requests) == 1
 

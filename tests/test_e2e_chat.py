@@ -27,7 +27,7 @@ from tests.e2e_support import (
     tiny,
 )
 from tests.gguf_fixture import tiny_models
-from tests.harness import Proxy, session_proxy
+from tests.harness import Proxy, session_proxy, until
 
 __all__ = ["tiny_models"]  # a fixture
 pytestmark = needs_llama_cpp
@@ -70,17 +70,22 @@ async def test_smollm2_answers_a_chat(llama: Proxy) -> None:
     assert answer.header("x-request-id")
 
 
-async def test_tokens_of_smollm2_arrive_one_by_one(llama: Proxy) -> None:
-    async with streaming(llama, "smollm2", max_tokens=24, temperature=0) as stream:
-        pieces = []
-        while piece := await stream.client.chunk():
-            pieces.append(piece)
+async def test_tokens_of_smollm2_arrive_while_the_rest_is_generated(llama: Proxy) -> None:
+    async def busy_slots() -> int:
+        slots = (await raw_client.get(llama.port, "/slots?model=smollm2")).json()
+        return sum(slot["is_processing"] for slot in slots)
+
+    async with streaming(llama, "smollm2", max_tokens=1500, ignore_eos=True, temperature=0) as stream:
         assert stream.headers["content-type"] == "text/event-stream"
-    events = events_of(b"".join(pieces))
-    assert events[-1] == DONE and text_of(events).strip()
-    tokens = [piece for piece in pieces if b'"content":"' in piece]
-    assert len(tokens) > 8, "the answer came in a lump"
-    assert max(piece.count(b"data: ") for piece in tokens[:-2]) <= 2
+        for _ in range(3):
+            stream.events.clear()
+            await stream.until_text()
+            assert await busy_slots() == 1, "the answer came in a lump"
+
+    async def rested() -> bool:
+        return await busy_slots() == 0
+
+    await until(rested, what="the end of the answer that nobody wants any more")
 
 
 async def test_a_streamed_answer_says_what_the_whole_one_says(llama: Proxy) -> None:

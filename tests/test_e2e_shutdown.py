@@ -16,10 +16,12 @@ from tests import raw_client
 from tests.e2e_support import (
     DONE,
     Fakes,
+    Gate,
     asking,
     chat,
     embedded,
     fakes,
+    gate,
     instance,
     live_children,
     needs_llama_cpp,
@@ -33,25 +35,31 @@ from tests.gguf_fixture import tiny_models
 from tests.harness import START_S, Proxy, launch, running_proxy, until
 from tests.raw_client import BrokenAnswer
 
-__all__ = ["fakes", "tiny_models"]  # fixtures
+__all__ = ["fakes", "gate", "tiny_models"]  # fixtures
+PATIENT = {"server": {"drain_s": 120}}
+"""Far longer than a test waits for the end of a proxy."""
 
 
 async def refuses(proxy: Proxy) -> bool:
-    """Whether the proxy takes no new work: it says so itself while it drains."""
-    health = await raw_client.get(proxy.port, "/health")
-    chat = await raw_client.post(proxy.port, "/v1/chat/completions", {"model": "m"})
-    return health.status == 503 and chat.status == 503 and chat.json()["error"]["code"] == "shutting_down"
+    """Whether the proxy takes no new work: it says so itself while it drains. As it begins to, it closes a connection
+    whose request has not come yet."""
+    with suppress(OSError, BrokenAnswer):
+        health = await raw_client.get(proxy.port, "/health")
+        chat = await raw_client.post(proxy.port, "/v1/chat/completions", {"model": "m"})
+        return health.status == 503 and chat.status == 503 and chat.json()["error"]["code"] == "shutting_down"
+    return False
 
 
 # -- SIGTERM -----------------------------------------------------------------------------------------------------------
 
 
-async def test_sigterm_lets_a_stream_run_to_its_end(fakes: Fakes) -> None:
-    async with running_proxy(fakes.config({"m": fakes.model(TOKENS=30, TOKEN_MS=25)})) as proxy:
-        async with streaming(proxy, "m") as stream:
+async def test_sigterm_lets_a_stream_run_to_its_end(fakes: Fakes, gate: Gate) -> None:
+    async with running_proxy(fakes.config({"m": fakes.model(TOKENS=30)}) | PATIENT) as proxy:
+        async with streaming(proxy, "m", fake={"last_at": str(gate)}) as stream:
             await stream.until_text()
             proxy.send(signal.SIGTERM)
             await until(lambda: refuses(proxy), what="its refusal of new work")
+            gate.open()
             events = await stream.rest()
         assert events[-1] == DONE and len(text_of(events).split()) == 30
         assert await proxy.ended() == 0
@@ -71,27 +79,25 @@ async def test_sigterm_lets_a_stream_of_llama_cpp_run_to_its_end(tiny_models: di
 
 
 async def test_sigterm_ends_an_idle_proxy_at_once_even_with_idle_connections(fakes: Fakes) -> None:
-    async with running_proxy(fakes.config({"m": fakes.model()})) as proxy:
+    async with running_proxy(fakes.config({"m": fakes.model()}) | PATIENT) as proxy:
         await chat(proxy, "m")
         async with raw_client.connected(proxy.port) as silent, raw_client.connected(proxy.port) as kept:
             await kept.send(raw_client.request("GET", "/health"))
             await kept.answer(method="GET")
             proxy.send(signal.SIGTERM)
-            started = time.monotonic()
             assert await proxy.ended() == 0
-            assert time.monotonic() - started < 3.0
             assert await silent.rest() == b"" == await kept.rest()
 
 
 async def test_when_the_time_to_drain_is_over_a_stream_is_told_in_band(fakes: Fakes) -> None:
-    config = fakes.config({"m": fakes.model(TOKENS=1000, TOKEN_MS=25)}) | {"server": {"drain_s": 0.5}}
+    config = fakes.config({"m": fakes.model(TOKENS=4800, TOKEN_MS=25)}) | {"server": {"drain_s": 0.5}}
     async with running_proxy(config) as proxy:
         async with streaming(proxy, "m") as stream:
             await stream.until_text()
-            proxy.send(signal.SIGTERM)
             started = time.monotonic()
+            proxy.send(signal.SIGTERM)
             events = await stream.rest()
-            assert 0.4 < time.monotonic() - started < 3.0
+            assert time.monotonic() - started > 0.4
         assert events[-1] == DONE
         error = json.loads(events[-2])["error"]
         assert error["type"] in ("server_error", "unavailable_error") and error["message"]
@@ -111,27 +117,27 @@ async def test_who_waits_for_a_model_at_the_end_is_told_so(fakes: Fakes) -> None
         assert await proxy.ended() == 0
 
 
-async def test_who_waits_for_a_model_at_sigterm_is_served_if_there_is_time(fakes: Fakes) -> None:
-    async with running_proxy(fakes.config({"m": fakes.model(LOAD_S=0.5)})) as proxy:
+async def test_who_waits_for_a_model_at_sigterm_is_served_if_there_is_time(fakes: Fakes, gate: Gate) -> None:
+    async with running_proxy(fakes.config({"m": fakes.model(LOAD_UNTIL=gate)}) | PATIENT) as proxy:
         async with asking(proxy, "m") as client:
             await until(lambda: fakes.events("start"))
             proxy.send(signal.SIGTERM)
+            await until(lambda: "draining" in proxy.log)
+            gate.open()
             assert (await client.answer()).status == 200
         assert await proxy.ended() == 0
 
 
 async def test_a_second_sigterm_ends_it_at_once(fakes: Fakes) -> None:
-    async with running_proxy(fakes.config({"m": fakes.model(TOKENS=10_000, TOKEN_MS=25)})) as proxy:
+    async with running_proxy(fakes.config({"m": fakes.model(TOKENS=10_000, TOKEN_MS=25)}) | PATIENT) as proxy:
         async with streaming(proxy, "m") as stream:
             await stream.until_text()
             proxy.send(signal.SIGTERM)
             await until(lambda: "draining" in proxy.log)
-            await stream.event()
+            assert await stream.event()
             proxy.send(signal.SIGTERM)
-            started = time.monotonic()
             assert (await stream.rest())[-1] == DONE
             assert await proxy.ended() == 0
-            assert time.monotonic() - started < 4.0
         assert owned_by(proxy.pid) == []
 
 
@@ -169,13 +175,11 @@ async def kill_under_load(tiny_models: dict[str, Path]) -> None:
             await until(proxy.started, START_S)
             load = asyncio.get_running_loop().create_task(loaded_clients(proxy, "ab"))
             for name in models:
-                await until(lambda name=name: serving(proxy, name), 10)  # type: ignore[misc]
+                await until(lambda name=name: serving(proxy, name))  # type: ignore[misc]
             servers = owned_by(proxy.pid)
             assert len(servers) == 2
             proxy.send(signal.SIGKILL)
-            killed = time.monotonic()
-            await until(lambda: owned_by(proxy.pid) == [], 3.0, what="the end of the servers")
-            assert time.monotonic() - killed < 3.5
+            await until(lambda: owned_by(proxy.pid) == [], what="the end of the servers")
             await load
         finally:
             proxy.stop()
@@ -204,7 +208,7 @@ async def test_k3_a_proxy_killed_while_it_loads_leaves_no_server(fakes: Fakes) -
         assert await queued(proxy, "m") == 1 and live_children(proxy.pid) == 1
         proxy.send(signal.SIGKILL)
         assert await proxy.ended() == -signal.SIGKILL
-        await until(lambda: owned_by(proxy.pid) == [], 1.0, what="the end of the servers")
+        await until(lambda: owned_by(proxy.pid) == [], what="the end of the servers")
 
 
 async def test_l13_the_next_proxy_ends_what_a_killed_one_could_not_take_along(fakes: Fakes) -> None:
@@ -214,9 +218,10 @@ async def test_l13_the_next_proxy_ends_what_a_killed_one_could_not_take_along(fa
         (grandchild,) = (event["pid"] for event in fakes.events("fork"))
         proxy.send(signal.SIGKILL)
         assert await proxy.ended() == -signal.SIGKILL
-        await until(lambda: owned_by(proxy.pid) == [grandchild], what="the end of the server itself")
+        # Or of the grandchild as well: every proxy that starts ends it, and so may one of another test.
+        await until(lambda: set(owned_by(proxy.pid)) <= {grandchild}, what="the end of the server itself")
     async with running_proxy(config) as successor:
-        await until(lambda: owned_by(proxy.pid) == [], 2.0, what="the end of the leftover")
+        await until(lambda: owned_by(proxy.pid) == [], what="the end of the leftover")
         assert (await chat(successor, "m")).status == 200
         assert len(owned_by(successor.pid)) == 2  # its own server, and what that forked
         await raw_client.post(successor.port, "/models/unload", {"model": "m"})

@@ -20,6 +20,7 @@ import pytest
 
 from backends.llamacpp import child_env, server_command
 from tests.gguf_fixture import tiny_models
+from tests.harness import free_port
 
 __all__ = ["tiny_models"]  # a fixture
 
@@ -36,21 +37,28 @@ class Server:
 
     def __init__(self, log: Path, *arguments: str, key: str = KEY, port: int | None = None) -> None:
         self.log, self.port = log, free_port() if port is None else port
-        command = [*server_command("embedded"), "--host", "127.0.0.1", "--port", str(self.port), *arguments]
+        one_thread = ["-t", "1"]  # the threads of llama.cpp wait for each other by spinning, on a busy machine for long
+        command = [*server_command("embedded"), "--host", "127.0.0.1", "--port", str(self.port), *one_thread]
+        command += arguments
         with log.open("wb") as output:
             self.process = subprocess.Popen(
                 command, env=child_env(os.environ, {}, key), stdout=output, stderr=subprocess.STDOUT, cwd="/"
             )
 
     def until_ready(self) -> Server:
-        """Returns once /health says 200; raises when the process ends or the deadline passes before."""
+        """Once /health says 200 and signals are heard; raises when the process ends or the deadline passes before."""
         deadline = time.monotonic() + DEADLINE_S
         while time.monotonic() < deadline and self.process.poll() is None:
-            with contextlib.suppress(OSError):
-                if self.call("/health", key=None)[0] == 200:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                if self.call("/health", key=None)[0] == 200 and self.takes_signals():
                     return self
             time.sleep(0.01)
         raise AssertionError(f"not ready, status {self.process.poll()}:\n{self.output()}")
+
+    def takes_signals(self) -> bool:
+        """Whether it has its signal handlers, which it gets a moment after /health says 200."""
+        caught = int(Path(f"/proc/{self.process.pid}/status").read_text().partition("SigCgt:")[2].split()[0], 16)
+        return all(caught >> (number - 1) & 1 for number in (signal.SIGTERM, signal.SIGINT))
 
     def request(self, path: str, body: object | None, key: str | None) -> http.client.HTTPConnection:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=DEADLINE_S)
@@ -89,13 +97,6 @@ class Server:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @contextlib.contextmanager

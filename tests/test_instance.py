@@ -18,10 +18,15 @@ import pytest
 from backends import Call
 from backends.instance import Instance, State
 from backends.ports import Ports, is_free
+from backends.spawn import Child
 from proxy.config import Config, ModelConfig
 from proxy.errors import StartFailed, UpstreamFailed
 from tests.harness import free_port, until
 from tests.pools import Fakes, chat, children, open_fds, own_tasks, warm_up
+
+SOON_S = 20.0
+STOP_S = 120.0
+"""A quarter of it passes before the second SIGTERM: what has stopped within `SOON_S` did so at the first one."""
 
 
 @pytest.fixture
@@ -58,27 +63,27 @@ Start = Callable[..., Instance]
 
 
 async def ready(instance: Instance) -> Instance:
-    await until(lambda: instance.state is not State.STARTING, 10, what="the end of the start")
+    await until(lambda: instance.state is not State.STARTING, what="the end of the start")
     assert instance.error is None
     assert instance.state is State.READY
     return instance
 
 
-async def failed(instance: Instance, deadline_s: float = 10) -> StartFailed:
-    await until(lambda: instance.error is not None, deadline_s, what="a failure")
+async def failed(instance: Instance) -> StartFailed:
+    await until(lambda: instance.error is not None, what="a failure")
     assert instance.error is not None
     return instance.error
 
 
 async def test_a_ready_instance_answers_and_stops_quietly(fakes: Fakes, start: Start) -> None:
     changes: list[State] = []
-    instance = await ready(start(fakes.model(parallel=3), fakes.config(), changes))
+    instance = await ready(start(fakes.model(parallel=3), fakes.config(stop_timeout_s=STOP_S), changes))
     assert instance.slots == 3
-    assert instance.load_s is not None and 0 < instance.load_s < 5
+    assert instance.load_s is not None and instance.load_s > 0
     assert b"t0 t1 " in await chat(instance, tokens=2)
     instance.stop("done")
     assert instance.state is State.STOPPING
-    assert await instance.wait_stopped(5)
+    assert await instance.wait_stopped(SOON_S)
     assert changes == [State.READY, State.STOPPED]
     assert [event["ignored"] for event in fakes.events("stop")] == [False]
 
@@ -90,7 +95,7 @@ async def test_readiness_is_noticed_soon_after_it_is_there(fakes: Fakes, start: 
         late.append(time.monotonic() - fakes.events("loaded")[-1]["time"])
         instance.stop("next")
         await instance.wait_stopped()
-    assert sorted(late)[1] < 0.025 + 0.025  # ours, and what `until` adds on a busy machine
+    assert min(late) < 0.5  # one of them is not disturbed by what else the machine does; it takes 20 ms
 
 
 async def test_keys_are_in_no_argument_log_or_message(fakes: Fakes, start: Start) -> None:
@@ -117,7 +122,7 @@ async def test_L3_an_exit_while_loading_is_told_at_once(fakes: Fakes, start: Sta
     assert error.status == 503 and error.code == "model_load_failed"
     assert told in error.message
     assert "fake: about to end by" in error.message
-    assert await instance.wait_stopped(5)
+    assert await instance.wait_stopped(SOON_S)
     assert changes == [State.STOPPING, State.STOPPED]
 
 
@@ -155,7 +160,7 @@ def memory_cgroup(limit_bytes: int) -> Iterator[Path]:
 async def test_L3_killed_for_lack_of_memory(fakes: Fakes, start: Start) -> None:
     with memory_cgroup(24 * 2**20) as group:
         fakes.program.write_text(f"#!/bin/sh\necho $$ > {group}\nexec tail /dev/zero\n")  # holds all it has read
-        error = await failed(start(fakes.model(), fakes.config()), 20)
+        error = await failed(start(fakes.model(), fakes.config()))
         assert "was killed by SIGKILL (out of memory?)" in error.message
         await until(lambda: not group.read_text(), what="an empty control group")
 
@@ -166,13 +171,13 @@ async def test_L4_never_ready_fails_at_the_load_timeout(fakes: Fakes, start: Sta
     instance = start(fakes.model(fake={"NEVER": manner}), fakes.config(load_timeout_s=1.0))
     error = await failed(instance)
     assert error.status == 504 and error.code == "model_load_timeout"
-    assert 0.9 < time.monotonic() - begun < 5
-    assert await instance.wait_stopped(1)
+    assert time.monotonic() - begun > 0.9
+    assert await instance.wait_stopped(SOON_S)
 
 
 async def test_L4_output_of_a_loading_server_starts_the_count_anew(fakes: Fakes, start: Start) -> None:
-    model = fakes.model(fake={"LOAD_S": 1.5, "LOG_LOAD": 1})
-    await ready(start(model, fakes.config(load_timeout_s=0.5)))
+    model = fakes.model(fake={"LOAD_S": 3.5, "LOG_LOAD": 1})  # the limit leaves time to start Python on a busy machine
+    await ready(start(model, fakes.config(load_timeout_s=3.0)))
 
 
 @asynccontextmanager
@@ -205,10 +210,9 @@ async def test_L6_ports_that_others_hold_are_passed_over(fakes: Fakes, start: St
 async def test_L6_no_free_port_fails_at_once(fakes: Fakes, start: Start) -> None:
     port = free_port()
     with socket.create_server(("127.0.0.1", port)):
-        begun = time.monotonic()
-        error = await failed(start(fakes.model(), fakes.config(port_start=port, port_end=port)))
+        error = await failed(start(fakes.model(), fakes.config(port_start=port, port_end=port, load_timeout_s=120)))
         assert error.code == "no_free_port" and error.status == 503
-        assert time.monotonic() - begun < 3
+        assert fakes.spawns == 0
 
 
 class Grabber(Ports):
@@ -285,7 +289,7 @@ async def test_a_crash_is_noticed_when_it_happens(fakes: Fakes, start: Start) ->
     answer = asyncio.ensure_future(chat(instance, tokens=1000, token_ms=10))
     await until(lambda: fakes.events("request", "/v1/chat/completions"), what="the request")
     os.kill(instance.pid, signal.SIGSEGV)
-    await until(lambda: instance.error is not None, 1, what="the crash")
+    await until(lambda: instance.error is not None, what="the crash")
     assert changes == [State.READY, State.STOPPED]
     assert instance.error is not None and "killed by SIGSEGV" in instance.error.message
     with pytest.raises(UpstreamFailed):
@@ -295,28 +299,35 @@ async def test_a_crash_is_noticed_when_it_happens(fakes: Fakes, start: Start) ->
 
 
 async def test_stopping_cuts_streams_and_needs_no_kill(fakes: Fakes, start: Start) -> None:
-    instance = await ready(start(fakes.model(), fakes.config(stop_timeout_s=4.0)))
-    answer = asyncio.ensure_future(chat(instance, tokens=1000, token_ms=10))
+    instance = await ready(start(fakes.model(), fakes.config(stop_timeout_s=STOP_S)))
+    answer = asyncio.ensure_future(chat(instance, tokens=12_000, token_ms=10))
     await until(lambda: fakes.events("request", "/v1/chat/completions"), what="the request")
-    begun = time.monotonic()
     instance.stop("enough")
     with pytest.raises(UpstreamFailed):
         await answer
-    assert time.monotonic() - begun < 3.5
-    assert await instance.wait_stopped(3)
-    assert fakes.events("closed")
+    assert await instance.wait_stopped(SOON_S)
+    assert len(fakes.events("stop")) == 1  # it ends at the first SIGTERM once nobody has a stream any more
 
 
-async def test_L12_a_server_that_ignores_term_is_killed(fakes: Fakes, start: Start) -> None:
+async def test_L12_a_server_that_ignores_term_is_killed(
+    fakes: Fakes, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[signal.Signals] = []
+
+    def signal_group(child: Child, number: signal.Signals) -> None:
+        sent.append(number)
+        os.killpg(child.pid, number)
+
     model = fakes.model(fake={"IGNORE_TERM": 1, "FORK": 1})
     instance = await ready(start(model, fakes.config(stop_timeout_s=0.8)))
+    monkeypatch.setattr(Child, "_signal", signal_group)
     begun = time.monotonic()
     instance.stop("enough")
-    assert await instance.wait_stopped(5)
-    assert 0.7 < time.monotonic() - begun < 4
-    assert len(fakes.events("stop")) == 2
+    assert await instance.wait_stopped(SOON_S)
+    assert time.monotonic() - begun > 0.7
+    assert sent[:3] == [signal.SIGTERM, signal.SIGTERM, signal.SIGKILL]
     grandchild = fakes.events("fork")[0]["pid"]
-    await until(lambda: not psutil.pid_exists(grandchild) or _is_zombie(grandchild), 1, what="the grandchild's end")
+    await until(lambda: not psutil.pid_exists(grandchild) or _is_zombie(grandchild), what="the grandchild's end")
 
 
 def _is_zombie(pid: int) -> bool:
@@ -334,5 +345,5 @@ async def test_a_start_can_be_broken_off_at_any_time(fakes: Fakes, start: Start,
             await asyncio.sleep(0)
         instance.stop("changed my mind")
         instance.stop("really")
-        assert await instance.wait_stopped(2)
+        assert await instance.wait_stopped(SOON_S)
         assert instance.error is None

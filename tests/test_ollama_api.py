@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from tests import raw_client
-from tests.e2e_support import MESSAGES, Fakes, fakes, needs_llama_cpp, state, steered
+from tests.e2e_support import MESSAGES, Fakes, Gate, fakes, gate, needs_llama_cpp, state, steered
 from tests.harness import Proxy, running_proxy, until
 from tests.raw_client import Answer
 from tests.stages import Chain, Stage
 
-__all__ = ["fakes"]  # a fixture
+__all__ = ["fakes", "gate"]  # a fixture
 ASKING = ["/api/chat", "/api/generate", "/api/embed", "/api/embeddings"]
 ABOUT = ["/api/show", "/api/pull", "/api/copy", "/api/create", "/api/push"]
 CONTINUE_LINE = re.compile(r'^(\S+)\s+((?:".*")|\S+)$')
@@ -184,9 +184,9 @@ async def test_keep_alive_is_a_number_or_a_duration_and_the_last_one_counts(
         assert seconds - 25 < expires.timestamp() - time.time() <= seconds + 1
 
 
-async def test_a_model_that_is_loading_is_not_running_yet_but_visible(fakes: Fakes) -> None:
+async def test_a_model_that_is_loading_is_not_running_yet_but_visible(fakes: Fakes, gate: Gate) -> None:
     async with (
-        running_proxy(fakes.config({"slow": fakes.model(HOLD=fakes.gguf)})) as proxy,
+        running_proxy(fakes.config({"slow": fakes.model(LOAD_UNTIL=gate)})) as proxy,
         raw_client.connected(proxy.port) as client,
     ):
         await client.send(raw_client.request("POST", "/api/generate", {"model": "slow", "prompt": ""}))
@@ -196,7 +196,7 @@ async def test_a_model_that_is_loading_is_not_running_yet_but_visible(fakes: Fak
 
         await until(loading, what="the load")
         assert await loaded(proxy) == {}
-        fakes.gguf.unlink()
+        gate.open()
         assert (await client.answer()).json()["done_reason"] == "load"
         [item] = (await loaded(proxy)).values()
         assert all(isinstance(item[key], int) for key in ("size", "size_vram", "context_length"))

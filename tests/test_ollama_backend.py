@@ -12,7 +12,7 @@ from backends import Call
 from backends.ollama import Ollama
 from backends.ollama_host import LISTING_TIMEOUT_S, TAGS_FRESH_S, key_of
 from proxy.errors import ModelNotFound, UpstreamFailed
-from tests.harness import UNTIL_S, free_port, until
+from tests.harness import PATIENCE_S, free_port, until
 from tests.ollamas import FakeOllama, ask, black_hole, chat, opened, patient, running_ollama
 
 LATE_S = 600.0
@@ -167,10 +167,10 @@ async def test_dead_and_silent_hosts_neither_delay_a_list_nor_hide_others() -> N
             "listing_timeout_s": LISTING_TIMEOUT_S,
         }
         upstream = await stack.enter_async_context(opened(hole, free_port(), mute.port, fake.port, **slow))
-        async with asyncio.timeout(UNTIL_S):
+        async with asyncio.timeout(PATIENCE_S):
             await upstream.listed()
         patient(upstream, LATE_S)  # from now on who waits for the silent ones is seen to do so
-        async with asyncio.timeout(UNTIL_S):
+        async with asyncio.timeout(PATIENCE_S):
             assert upstream.models == ("m:latest",)
             assert [item["name"] for item in upstream.items()] == ["m:latest"]
             assert upstream.loaded() == []
@@ -187,7 +187,7 @@ async def test_a_silent_host_delays_the_answer_that_a_model_is_unknown_by_two_se
     with black_hole() as hole:
         slow: dict[str, Any] = {"connect_timeout_s": LATE_S, "listing_timeout_s": LISTING_TIMEOUT_S}
         async with running_ollama("m") as fake, opened(fake.port, hole, pull="never", **slow) as upstream:
-            async with asyncio.timeout(UNTIL_S):
+            async with asyncio.timeout(PATIENCE_S):
                 assert await upstream.find("unknown") is None
         assert LISTING_TIMEOUT_S == 2.0
 

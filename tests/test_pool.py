@@ -15,7 +15,7 @@ import pytest
 from backends.pool import Pool
 from proxy.config import Config, ModelConfig
 from proxy.errors import Overloaded
-from tests.harness import UNTIL_S, until
+from tests.harness import PATIENCE_S, until
 from tests.pools import Fakes, ask, chat, children, open_pool
 
 
@@ -263,7 +263,7 @@ async def test_unloading_breaks_off_a_load(fakes: Fakes) -> None:
     async with open_pool(fakes.config(load_timeout_s=600)) as pool:
         waiter = asyncio.ensure_future(ask(pool, "a", fakes.model(fake={"LOAD_S": 600})))
         await until(lambda: pool.state("a") == "loading" and children())
-        async with asyncio.timeout(UNTIL_S):
+        async with asyncio.timeout(PATIENCE_S):
             await pool.unload("a")
         await refused(waiter, "unloaded")
         assert not children()
@@ -308,7 +308,7 @@ async def test_closing_lets_those_inside_finish(fakes: Fakes) -> None:
         await until(lambda: pool._scheduler.closing)
         await refused(ask(pool, "a", model), "shutting_down")
         await asyncio.gather(*inside)
-        async with asyncio.timeout(UNTIL_S):
+        async with asyncio.timeout(PATIENCE_S):
             await closing
 
 
@@ -322,7 +322,7 @@ async def test_a_second_close_cuts_the_drain_short(fakes: Fakes) -> None:
         closing = asyncio.ensure_future(pool.close(drain_s=600))
         await asyncio.wait({closing}, timeout=0.1)
         assert not closing.done()
-        async with asyncio.timeout(UNTIL_S):
+        async with asyncio.timeout(PATIENCE_S):
             await pool.close(drain_s=0)
             await closing
         await refused(waiter, "shutting_down")

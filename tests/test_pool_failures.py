@@ -15,7 +15,7 @@ from backends import backoff
 from backends.pool import Pool
 from proxy.config import ModelConfig
 from proxy.errors import StartFailed, UpstreamFailed
-from tests.harness import UNTIL_S, until
+from tests.harness import PATIENCE_S, until
 from tests.pools import Fakes, ask, chat, open_fds, open_pool
 
 
@@ -45,7 +45,7 @@ async def test_L3_all_who_wait_are_told_at_once(fakes: Fakes, how: str) -> None:
             error = await failure(pool, model)
             assert error.status == 503 and "fake: about to end" in error.message
 
-        async with asyncio.timeout(UNTIL_S):  # no timeout of the pool has told them, but the exit
+        async with asyncio.timeout(PATIENCE_S):  # no timeout of the pool has told them, but the exit
             await asyncio.gather(*(wait() for _ in range(20)))
         assert fakes.spawns == 1
         message = pool.failed("bad")
@@ -157,7 +157,7 @@ async def test_a_crash_after_work_is_followed_by_a_fresh_start(fakes: Fakes) -> 
             assert pool.status()[0]["restarts"] == count
             async with pool.lease("a", model) as instance:
                 os.kill(instance.pid, signal.SIGKILL)
-                assert await instance.wait_stopped(UNTIL_S)
+                assert await instance.wait_stopped(PATIENCE_S)
             assert pool.state("a") == "unloaded"
             assert "killed by SIGKILL" in (pool.failed("a") or "")
 
@@ -171,7 +171,7 @@ async def test_a_request_that_broke_can_be_sent_again_at_once(fakes: Fakes) -> N
                 try:
                     await chat(instance)
                 finally:
-                    await instance.wait_stopped(UNTIL_S)
+                    await instance.wait_stopped(PATIENCE_S)
         assert b"t0" in await ask(pool, "a", model)
         assert fakes.spawns == 2
 
@@ -186,7 +186,7 @@ async def test_a_server_that_dies_on_every_first_request_is_left_alone(fakes: Fa
                     try:
                         await chat(instance)
                     finally:
-                        await instance.wait_stopped(UNTIL_S)
+                        await instance.wait_stopped(PATIENCE_S)
         error = await failure(pool, model, "a")
         assert "crashed" in error.message and error.retry_after_s in range(1, 61)
         assert fakes.spawns == 2

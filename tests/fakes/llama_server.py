@@ -14,12 +14,13 @@ A request body may carry `"fake": {...}`, or a last message whose text is that o
     tool_call=[name, args]   behind the text                refuse=[status, text]   an error in place of an answer
     error_after=n            as FAKE_INBAND_ERROR           answer=text    in place of tokens
     texts=[...]              the tokens                     thoughts=text  in front of them (chats, streamed)
+    last_at=file             the last token comes when that file is there
     cut_at=[n, m] cut_by=close|reset|end    after n chunks of a stream and m bytes of the next one; -m: all but m bytes
 
 The environment switches manners on, most easily through a model's `env:`:
 
     FAKE_LOAD_S=1.5          loading takes so long          FAKE_LOG_LOAD=1    and prints a line each 100 ms
-    FAKE_HOLD=file           loading takes until that file is gone
+    FAKE_LOAD_UNTIL=file     loading takes until that file is there
     FAKE_EXIT=3 | SIGSEGV    ends so at start; `3@loaded`: once ready instead
     FAKE_NEVER=nobind|mute|503   never becomes healthy: does not listen | accepts and stays silent | loads for ever
     FAKE_TOKENS=8 FAKE_TOKEN_MS=0    tokens of an answer, and the pause before each
@@ -107,7 +108,7 @@ class Server:
             if "FAKE_LOG_LOAD" in ENV:
                 say(f"load_model: {left:.1f} s to go")
             time.sleep(min(left, 0.1))
-        while os.path.exists(ENV.get("FAKE_HOLD", "")):
+        while (file := ENV.get("FAKE_LOAD_UNTIL")) and not os.path.exists(file):
             time.sleep(0.01)
         if ENV.get("FAKE_NEVER") == "503":
             return
@@ -244,7 +245,7 @@ class Answer:
         self.cut = manner("CUT")
         self.error_after = int(steer.get("error_after", manner("INBAND_ERROR") or -1))
         self.refusal = steer.get("refuse")
-        self.mute, self.pings = "mute" in steer, "pings" in steer
+        self.mute, self.pings, self.last_at = "mute" in steer, "pings" in steer, steer.get("last_at")
         self.cut_at, self.cut_by, self.chunks = steer.get("cut_at", [-1, 0]), steer.get("cut_by"), 0
         texts = steer.get("texts") or [f"t{n} " for n in range(self.tokens)]
         if (answer := steer.get("answer", ENV.get("FAKE_ANSWER"))) is not None and "texts" not in steer:
@@ -270,6 +271,8 @@ class Answer:
         if index == self.die_after:
             os.kill(os.getpid(), signal.SIGKILL)
         self.connection.pause(1e6 if index == self.stall_after else self.token_s)
+        while self.last_at and index == self.tokens - 1 and not os.path.exists(self.last_at):
+            self.connection.pause(0.01)
 
     def send_whole(self, reset_after_headers: bool) -> None:
         connection = self.connection
