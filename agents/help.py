@@ -15,11 +15,11 @@ class Help(Agent):
 
     async def on_request(self, request: ChatRequest, ctx: Context) -> ChunkStream | None:
         commands = [*(about for about in ctx.agents if about.command is not None), _OF_THE_PROXY]
-        asked = request.last_user_text.strip().removeprefix("/")
+        asked = (request.last_user_text.split() or [""])[0].removeprefix("/")
         one = [about for about in commands if about.command == asked]
         lines = _entries(one) if one else _overview(commands, ctx.agents)
         if asked and not one:
-            lines = [f"There is no command `/{asked.split()[0][:40]}`.", "", *lines]
+            lines = [f"There is no command `/{asked[:40]}`.", "", *lines]
         return say("\n".join(lines).translate(_BRACKETS))
 
 

@@ -213,7 +213,7 @@ class AgentChat:
         self, request: ChatRequest, timing: Timing, stream: AsyncIterator[Chunk], source: Source | None
     ) -> web.StreamResponse:
         writer = self.face.writer(request, timing)
-        if source is None:
+        if source is None and (self.family == "openai" or not request.stream):
             stream = _accounted(stream)
         try:
             if not request.stream:

@@ -17,12 +17,13 @@ from multidict import CIMultiDictProxy
 from pydantic import BaseModel, ValidationError
 
 from agents.base import About
+from backends.ollama_host import key_of
 from proxy.chat import ChatRequest, Json
 from proxy.chats import CHAT_ID_HEADERS, Chats, chat_id, is_named
-from proxy.config import AgentConfig, Config
+from proxy.config import AgentConfig, Config, ModelConfig
 from proxy.errors import AgentError, BadRequest
 from proxy.plugins import ALWAYS_THERE, Made, Plugin, Plugins
-from proxy.router import by_any_name, name_in
+from proxy.router import spelled
 from proxy.slash import MOST, Called, leading_commands, may_call
 
 HEADER = "X-Agents"
@@ -83,9 +84,12 @@ class Chain:
         self.chats = Chats()
         self._slash = config.slash_commands
         models = config.models | config.virtual
-        self._of_model = {name: model.agents for name, model in models.items()}
+        self._barred = {name for name, model in models.items() if model.agents is None}
+        self._names = spelled(models)
+        self._names = {key_of(key): name for key, name in self._names.items()} | self._names
+        self._models = models
+        self._of_model = {name: self._entries(model) for name, model in models.items()}
         self._models_have_some = any(self._of_model.values())
-        self._names = by_any_name(models)
 
     def concerns(self, headers: Mapping[str, str], body: Json, model: str) -> bool:
         """Whether agents may have to do with this request, in whatever API: a cheap look. A False is final."""
@@ -95,7 +99,7 @@ class Chain:
             or FIELD in body
             or HEADER in headers
             or (self._slash and may_call(body))
-            or (self._models_have_some and bool(self._agents_of(model)))
+            or (self._models_have_some and bool(self._of_model.get(self._name(model))))
         )
 
     def check_unneeded(self, headers: CIMultiDictProxy[str], model: str) -> None:
@@ -120,15 +124,15 @@ class Chain:
         named = _named(_header(headers), field)
         picked = Picked(chat_id(headers, request))
         wishes = self._own(model)
-        if named is None or self._agents_of(model) is None:
+        if named is None or self._name(model) in self._barred:
             wishes = {name: wish for name, wish in wishes.items() if wish.settings.required}
         else:
-            called = self._called(request)
+            called, known = self._called(request), chats or is_named(headers)
             if called is not None and (word := self._control_word(called, request)) is not None:
-                known = chats or is_named(headers)
                 picked.words = self._control(picked.chat_id if known else None, called, word, wishes)
                 return picked
-            self._add_switched(wishes, picked.chat_id)
+            if known:
+                self._add_switched(wishes, picked.chat_id)
             self._add_named(wishes, named)
             for call in called or ():
                 wish = self._add(wishes, self.plugins.commands()[call.command])
@@ -140,10 +144,15 @@ class Chain:
 
     # -- who wants which -------------------------------------------------------------------------------------------
 
-    def _agents_of(self, model: str) -> list[AgentConfig] | None:
-        """Those that the configuration has for the model; None if that says that no agent shall run."""
-        name = name_in(self._names, model)
-        return [] if name is None else self._of_model[name]
+    def _name(self, model: str) -> str:
+        """The name in the configuration, which an Ollama may spell in another way."""
+        return self._names.get(model.lower()) or self._names.get(key_of(model)) or ""
+
+    def _entries(self, model: ModelConfig) -> list[AgentConfig]:
+        """The agents that the configuration has for the model: a virtual one's base may require some."""
+        base = self._models.get(self._name(model.model or ""))
+        required = [entry for entry in base.agents or () if entry.required] if base is not None else []
+        return [*required, *(model.agents or ())]
 
     def _own(self, model: str) -> dict[str, _Wish]:
         """The agents that run in every chat with this model, for all anybody says."""
@@ -151,7 +160,7 @@ class Chain:
         for plugin in self.plugins:
             if plugin.always:
                 self._add(wishes, plugin).wanted = True
-        for entry in self._agents_of(model) or ():
+        for entry in self._of_model.get(self._name(model), ()):
             self._add(wishes, self.plugins.by_name[entry.name]).obey(entry)
         return wishes
 
@@ -201,7 +210,8 @@ class Chain:
         if called[0].command == FIELD:
             return FIELD
         word = request.last_user_text.strip()
-        return word if word in ("on", "off") and called[0].command != ALWAYS_THERE else None
+        asks_help = any(call.command == ALWAYS_THERE for call in called)
+        return word if word in ("on", "off") and not asks_help else None
 
     def _control(self, chat: str | None, called: list[Called], word: str, wishes: dict[str, _Wish]) -> str:
         """The answer to `/rag on`, `/rag off` and `/agents`, in a chat that runs `wishes` by itself; without `chat`
@@ -260,10 +270,7 @@ def _header(headers: CIMultiDictProxy[str]) -> str:
 
 def _named(header: str, body: object) -> list[str] | None:
     """The agents that the request names; None if it wants none at all, which either of the two may say."""
-    if body is False or (isinstance(body, str) and body.strip().lower() in _OFF):
-        return None
-    in_header = [name.strip() for name in header.split(",")]
-    if any(name.lower() in _OFF for name in in_header):
+    if body is False:
         return None
     if body is not None and body is not True and not isinstance(body, str | list):
         raise BadRequest("agents must be a list of names, or false", param=FIELD)
@@ -272,7 +279,8 @@ def _named(header: str, body: object) -> list[str] | None:
         raise BadRequest(f"agents names over {MOST} agents", param=FIELD)
     if not all(isinstance(name, str) for name in given):
         raise BadRequest("agents must be a list of names, or false", param=FIELD)
-    return [name.strip().removeprefix("/") for name in [*in_header, *given] if name.strip()]
+    names = [name.strip() for name in [*header.split(","), *given] if name.strip()]
+    return None if any(name.lower() in _OFF for name in names) else [name.removeprefix("/") for name in names]
 
 
 def _usable(wish: _Wish) -> bool:

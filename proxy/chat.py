@@ -259,12 +259,16 @@ class Chunk:
 
     @property
     def reasoning(self) -> str:
-        """What it adds to the thoughts before the answer."""
-        return self.delta.get("reasoning_content") or ""
+        """What it adds to the thoughts before the answer, which some servers call `reasoning`."""
+        delta = self.delta
+        thought = delta.get("reasoning_content") or delta.get("reasoning") or ""
+        return thought if isinstance(thought, str) else ""
 
     @reasoning.setter
     def reasoning(self, text: str) -> None:
-        self._set("reasoning_content", text)
+        delta = self.delta
+        plain = "reasoning" in delta and "reasoning_content" not in delta
+        self._set("reasoning" if plain else "reasoning_content", text)
 
     @property
     def tool_calls(self) -> list[Json]:
@@ -316,8 +320,10 @@ class Chunk:
     def _set(self, key: str, text: str) -> None:
         choice = self._ensured()
         delta = choice["delta"] = choice.get("delta") or {}
-        if delta.get(key) != text:
-            choice.pop("logprobs", None)  # they tell what was said before
+        if (delta.get(key) or "") != text:  # what else tells what was said before goes
+            choice.pop("logprobs", None)
+            for other in () if key == "content" else ("reasoning_content", "reasoning", "reasoning_details"):
+                delta.pop(other, None)
         delta[key] = text
         if not text:
             del delta[key]

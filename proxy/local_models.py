@@ -44,10 +44,9 @@ class LocalModels:
         for spawned in self._configured:
             for key in (spawned.name, *spawned.model.aliases):
                 self._by_key[key.lower()] = spawned
-        self._by_key = {key.removesuffix(":latest"): spawned for key, spawned in self._by_key.items()} | self._by_key
 
     def get(self, name: str) -> SpawnedModel | None:
-        """The model of that name. Case does not matter, nor does a `:latest` that is there or missing."""
+        """The model of that name. Case is ignored, and a `:latest` that is not configured."""
         key = name.lower()
         plain = key.removesuffix(":latest")
         found = self._by_key.get(key) or self._by_key.get(plain)

@@ -45,7 +45,7 @@ class Plugin:
     took part in, `failures` those it failed in, `spent_s` the seconds of its own that it added to all of them.
 
     One that is not enabled `everywhere`, but for some models, has the options of the first of them where it is called
-    in a chat with another one.
+    in a chat with another one. `of_models` are the options that each model has for it.
     """
 
     name: str
@@ -55,6 +55,7 @@ class Plugin:
     made: Made | None = None
     error: str | None = None
     stamp: tuple[tuple[str, int], ...] = ()
+    of_models: list[dict[str, Any]] = field(default_factory=list)
     calls: int = 0
     failures: int = 0
     spent_s: float = 0.0
@@ -86,6 +87,8 @@ class Plugin:
         try:
             cls = self.place.load()
             config = cls.Config(**self.settings.options)
+            for options in self.of_models:
+                cls.Config(**options)
             self.made = Made(cls(config))
         except ValidationError:
             raise
@@ -145,7 +148,9 @@ class Plugins:
                 plugin = self.by_name[entry.name] = Plugin(entry.name, settings, place, everywhere)
                 plugin.load()
             if plugin.made is not None and not everywhere:
-                plugin.config_for({**plugin.settings.options, **entry.options} if plugin.everywhere else entry.options)
+                options = {**plugin.settings.options, **entry.options} if plugin.everywhere else entry.options
+                plugin.config_for(options)
+                plugin.of_models.append(options)
         except ValidationError as exc:
             return option_problems(exc, f"{path}.{entry.name}")
         return []
@@ -191,7 +196,7 @@ class Plugins:
                 await self._reload(plugin)
 
     async def _reload(self, plugin: Plugin) -> None:
-        fresh = Plugin(plugin.name, plugin.settings, plugin.place, plugin.everywhere)
+        fresh = Plugin(plugin.name, plugin.settings, plugin.place, plugin.everywhere, of_models=plugin.of_models)
         plugin.stamp = plugin.place.stamp()  # before anything is awaited: others need not do it too
         try:
             fresh.load()

@@ -19,7 +19,6 @@ from proxy.config import Config, ModelConfig
 from proxy.errors import BadRequest, ModelNotFound, UpstreamFailed
 from proxy.local_models import LocalModels
 
-LATEST = ":latest"
 SHOWN_NAMES = 20
 """Most names listed in an error message."""
 
@@ -78,7 +77,7 @@ class Router:
             by_ollama = {name: model for name, model in config.models.items() if config.backend_of(name) == "ollama"}
             self.ollama = Ollama(config.ollama, downloads, by_ollama)
         self.created = int(time.time())
-        self._virtual = by_any_name(config.virtual)
+        self._names = spelled(config.models | config.virtual)
         self._base = {name: str(model.model) for name, model in config.virtual.items()}
         self._virtual_aliases = {name: list(model.aliases) for name, model in config.virtual.items()}
         self._places = config.server_pool.size
@@ -92,8 +91,9 @@ class Router:
         """
         if not isinstance(name, str) or not name:
             return self._unnamed(name)
-        if self._virtual and (virtual := name_in(self._virtual, name)) is not None:
-            return replace(await self._find(self._base[virtual], pull=pull), virtual=virtual)
+        key = name.lower()
+        if (known := self._names.get(key) or self._names.get(key.removesuffix(":latest"))) in self._base:
+            return replace(await self._find(self._base[known], pull=pull), virtual=known)
         return await self._find(name, pull=pull)
 
     async def _find(self, name: str, *, pull: bool) -> Target:
@@ -228,16 +228,9 @@ class Router:
         return Entry(model, "ollama", "loaded" if ollama.has_loaded(model) else "unloaded")
 
 
-def by_any_name(models: Mapping[str, ModelConfig]) -> dict[str, str]:
-    """The names of `models` by each name that `name_in` finds them by."""
-    names = {key.lower(): name for name, model in models.items() for key in (name, *model.aliases)}
-    return {key.removesuffix(LATEST): name for key, name in names.items()} | names
-
-
-def name_in(names: Mapping[str, str], asked: str) -> str | None:
-    """The name of the model that `asked` means: case does not matter, nor does a `:latest` that is there or missing."""
-    key = asked.lower()
-    return names.get(key) or names.get(key.removesuffix(LATEST))
+def spelled(models: Mapping[str, ModelConfig]) -> dict[str, str]:
+    """The names of `models` by all their names in lower case."""
+    return {key.lower(): name for name, model in models.items() for key in (name, *model.aliases)}
 
 
 def _remote_entry(remote: Remote, model: str) -> Entry:

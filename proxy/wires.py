@@ -33,7 +33,7 @@ def native_wire(family: str, backend: Backend) -> Wire | None:
         return None
     if family == "anthropic":
         return anthropic.WIRE
-    return replace(openai.WIRE, encode=openai.as_asked) if family == "openai" else wire_of(backend)
+    return openai.OWN_WIRE if family == "openai" else wire_of(backend)
 
 
 def server_of(backend: Backend) -> str:

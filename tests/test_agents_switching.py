@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
+from agents.base import Context
+from agents.redact import Redact
+from proxy.chat import Chunk
 from tests import raw_client
-from tests.agent_clients import WAYS, Way, proxy_with_agents
+from tests.agent_clients import WAYS, Way, proxy_with_agents, write_agent
 from tests.e2e_support import CHAT, Fakes, fakes
 from tests.harness import Proxy
 
@@ -59,9 +64,9 @@ async def test_a_model_whose_name_ends_in_latest_has_its_agents(fakes: Fakes) ->
     chosen = models(fakes) | {"q:latest": {**fakes.model(), "agents": ["guard"]}, "w:latest": {"model": "m"}}
     chosen["w:latest"]["agents"] = ["guard"]
     async with proxy_with_agents(fakes, {"guard": GUARD}, [], models=chosen) as proxy:
-        for model in ("q:latest", "Q", "w:latest", "w"):
+        for model in ("q:latest", "Q:LATEST", "w:latest"):
             assert (await said(proxy, "hi", model=model)).startswith("G"), model
-        shown = (await raw_client.get(proxy.port, "/v1/models/W")).json()
+        shown = (await raw_client.get(proxy.port, "/v1/models/W:latest")).json()
         assert shown["id"] == "w:latest", "a virtual model goes by the name that it was given"
 
 
@@ -81,6 +86,22 @@ async def test_what_a_model_requires_cannot_be_avoided_there(fakes: Fakes) -> No
         for model, status in (("strict", 403), ("loose", 200)):
             body = {"model": model, "prompt": "hi"}
             assert (await raw_client.post(proxy.port, "/completion", body)).status == status, model
+
+
+async def test_a_virtual_model_has_what_its_base_requires(fakes: Fakes) -> None:
+    chosen = {"m": fakes.model(), "strict": {**fakes.model(), "aliases": ["s"]}, "v": {"model": "s"}}
+    chosen["strict"]["agents"] = [{"guard": {"required": True}}]
+    async with proxy_with_agents(fakes, {"guard": GUARD}, [], models=chosen) as proxy:
+        for model, begins in (("strict", True), ("v", True), ("m", False)):
+            told = await said(proxy, "hi", ("X-Agents", "off"), model=model)
+            assert told.startswith("G") is begins, model
+
+
+async def test_a_name_means_the_model_that_is_spelled_so(fakes: Fakes) -> None:
+    chosen = models(fakes) | {"w": fakes.model(), "w:latest": {"model": "m", "agents": ["guard"]}}
+    async with proxy_with_agents(fakes, {"guard": GUARD}, [], models=chosen) as proxy:
+        assert not (await said(proxy, "hi", model="w")).startswith("G")
+        assert (await said(proxy, "hi", model="w:latest")).startswith("G")
 
 
 async def test_only_what_generates_needs_the_required_agents(fakes: Fakes) -> None:
@@ -132,11 +153,22 @@ async def test_nothing_is_switched_where_nothing_tells_the_chat(fakes: Fakes, wa
         assert (await said(proxy, "hi", chat, way=way)).startswith("G")
 
 
+async def test_what_knows_no_chats_has_no_part_in_one_that_begins_alike(fakes: Fakes) -> None:
+    async with proxy_with_agents(fakes, {"guard": GUARD}) as proxy:
+        chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hi!"}]
+        body = {"model": "m", "stream": False, "messages": [*chat, {"role": "user", "content": "/guard on"}]}
+        assert (await raw_client.post(proxy.port, "/api/chat", body)).status == 200
+        assert (await said(proxy, "hi", way=Way("/api/chat", stream=False))).startswith("G")
+        assert not (await said(proxy, "hi", way=Way("/api/generate", stream=False))).startswith("G")
+
+
 async def test_the_header_may_come_twice(fakes: Fakes) -> None:
     async with proxy_with_agents(fakes, {"guard": GUARD, "needy": NEEDY}, ["guard", {"needy": {"word": "w"}}]) as proxy:
         both = [("X-Agents", "guard"), ("X-Agents", "needy")]
         assert await said(proxy, "hi", *both) == "Gw w!"
         assert not (await said(proxy, "hi", ("X-Agents", "guard"), ("X-Agents", "off"))).startswith("G")
+        for off in (["guard", "off"], "guard,off", ["off"]):
+            assert not (await said(proxy, "hi", agents=off)).startswith("G")
 
 
 async def test_help_tells_of_what_is_asked_about(fakes: Fakes) -> None:
@@ -146,6 +178,7 @@ async def test_help_tells_of_what_is_asked_about(fakes: Fakes) -> None:
         for text in ("/help agents", "/help /agents"):
             assert await said(proxy, text) == "- `/agents` Tells which agents run in this chat.", text
         assert (await said(proxy, "/help on")).startswith("There is no command `/on`.")
+        assert (await said(proxy, "/guard /help on")).endswith("`/guard off` ends it."), "it is not on in the chat"
         assert await said(proxy, "/agents") == "Agents that run in this chat: none."
 
 
@@ -178,3 +211,28 @@ async def test_a_servers_refusal_is_told_in_its_own_words_with_agents_too(fakes:
         ]
         assert guarded == plain | {"param": None}
         assert (guarded["type"], guarded["code"]) == ("server_error", 400), "not what we would call it"
+
+
+async def test_a_saved_agent_has_to_fit_the_options_of_every_model(fakes: Fakes) -> None:
+    source = NEEDY.replace("word: str", 'word: str = "none"')
+    chosen = models(fakes, v=[{"needy": {"word": "one"}}], w=[{"needy": {"mark": "?"}}])
+    async with proxy_with_agents(
+        fakes, {"needy": source}, [], models=chosen, args=["--reload"], clean_log=False
+    ) as proxy:
+        assert await said(proxy, "hi", model="w") == "one none?"
+        write_agent(fakes.folder / "agents", "needy", NEEDY)
+        assert await said(proxy, "hi", model="w") == "one none?", "it goes on as it was"
+        assert "needy was saved, but cannot be loaded" in proxy.log
+
+
+async def test_redacted_thoughts_keep_the_name_that_the_server_has_for_them() -> None:
+    config = Redact.Config(patterns=["email"])
+    ctx = cast(Context, SimpleNamespace(config=config, state={}))
+
+    async def source() -> AsyncIterator[Chunk]:
+        for thought in ("to a@", "b.io", " so"):
+            yield Chunk({"choices": [{"index": 0, "delta": {"reasoning": thought}}]})
+
+    made = [chunk async for chunk in Redact(config).on_response(source(), ctx)]
+    assert "".join(chunk.delta.get("reasoning", "") for chunk in made) == "to [email] so"
+    assert not any("reasoning_content" in chunk.delta for chunk in made)

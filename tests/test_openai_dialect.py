@@ -170,6 +170,36 @@ def test_thoughts_have_one_name_whatever_the_server_calls_them() -> None:
         assert EventReader(REQUEST).read(event) == {"choices": [{"index": 0, "delta": thought}]}
 
 
+def test_thoughts_stay_where_the_server_put_them_for_clients_of_its_api() -> None:
+    read = openai.OWN_WIRE.reader(REQUEST).read(b'data: {"choices":[{"index":0,"delta":{"reasoning":"Hm."}}]}')
+    assert read is not None
+    chunk = Chunk(read)
+    assert (chunk.reasoning, chunk.delta) == ("Hm.", {"reasoning": "Hm."})
+    chunk.reasoning = "Oh."
+    assert chunk.delta == {"reasoning": "Oh."}
+    both = Chunk({"choices": [{"index": 0, "delta": {"reasoning": "a", "reasoning_content": "a"}, "logprobs": 1}]})
+    both.reasoning = "a"
+    assert both.choice["logprobs"] == 1 and both.delta == {"reasoning": "a", "reasoning_content": "a"}
+    both.reasoning = "b"
+    assert both.choice == {"index": 0, "delta": {"reasoning_content": "b"}}
+
+
+def test_what_is_said_as_before_keeps_its_logprobs() -> None:
+    for delta in ({"content": "a"}, {"role": "assistant", "content": None}, {"reasoning_content": "a"}):
+        chunk = Chunk({"choices": [{"index": 0, "delta": delta, "logprobs": {"content": []}}]})
+        chunk.text, chunk.reasoning = chunk.text, chunk.reasoning
+        assert "logprobs" in chunk.choice
+        chunk.text = "b"
+        assert "logprobs" not in chunk.choice
+
+
+def test_only_what_is_known_of_a_servers_error_is_passed_on() -> None:
+    error = {"message": "no", "type": "exceed", "code": 400, "n_ctx": 8, "key": "sk", "param": "x" * 201, "n_bad": [1]}
+    assert openai.error_details({"error": error}) == {"type": "exceed", "code": 400, "n_ctx": 8}
+    for body in ({"error": "no"}, {"detail": "no"}, ["no"], None):
+        assert openai.error_details(body) == {}
+
+
 def test_fill_in_the_middle_goes_to_llama_servers_own_endpoint() -> None:
     request = openai.TEXT.decode({"model": "m", "prompt": "a", "suffix": "c", "max_tokens": 3, "temperature": 0})
     path, body = openai.LLAMA_CPP.encode(request)

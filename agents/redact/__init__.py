@@ -146,7 +146,7 @@ class _Answer:
         self._matchers = matchers
         self._hold = hold
         self._naming = naming
-        self._kind = ""  # of what is being said: `content` or `reasoning_content`
+        self._kind = ""  # of what is being said: `content`, or the name that the server has for thoughts
         self._scrubber = Scrubber(matchers, hold, naming)
         self._calls: list[Chunk] = []
 
@@ -163,7 +163,7 @@ class _Answer:
 
     def _take(self, chunk: Chunk) -> list[Chunk]:
         said = chunk.reasoning or chunk.text
-        made = self._begin("reasoning_content" if chunk.reasoning else "content") if said else []
+        made = self._begin(_kind(chunk)) if said else []
         if said:
             held = self._scrubber.holds
             told = self._scrubber.feed(said) + (self._scrubber.end() if chunk.finish_reason else "")
@@ -219,6 +219,13 @@ def _parts(chunk: Chunk) -> list[Chunk]:
         made.append(Chunk.of(chunk.text, index=chunk.index))
         chunk.text = ""
     return [*made, chunk]
+
+
+def _kind(chunk: Chunk) -> str:
+    """The name of what the chunk says."""
+    if not chunk.reasoning:
+        return "content"
+    return "reasoning_content" if chunk.delta.get("reasoning_content") else "reasoning"
 
 
 def _functions(data: Json) -> Iterator[tuple[int, Json]]:

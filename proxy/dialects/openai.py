@@ -9,7 +9,6 @@ from __future__ import annotations
 import secrets
 import time
 from functools import partial
-from types import NoneType
 from typing import Any
 
 import orjson
@@ -128,6 +127,10 @@ def _text_choice(choice: Json, message: Json) -> Json:
 class EventReader:
     """Reads the events of a chat, of a text completion and of llama-server's `/infill`."""
 
+    renames = True
+    """Whether thoughts get the one name that they have in a chunk. vLLM, since 0.11, and OpenRouter call them
+    `reasoning`, where others have `reasoning_content`; some have both."""
+
     def __init__(self, request: ChatRequest) -> None:
         self.done = False
 
@@ -145,7 +148,7 @@ class EventReader:
         for choice in event["choices"]:
             if "text" in choice:
                 choice["delta"] = {"content": choice.pop("text")}
-            elif "reasoning" in (choice.get("delta") or ()):
+            elif self.renames and "reasoning" in (choice.get("delta") or ()):
                 _rename_thoughts(choice["delta"])
         return event
 
@@ -176,12 +179,15 @@ class EventReader:
 
 
 def error_details(body: Any) -> Json:
-    """What else than words the error object of a server's error body holds, as far as that is no object itself."""
+    """What else than words the error object of a server's error body holds: its kind, and llama-server's numbers."""
     error = body.get("error") if isinstance(body, dict) else None
-    said = error.items() if isinstance(error, dict) else ()
-    return {
-        name: value for name, value in said if name != "message" and isinstance(value, str | int | float | NoneType)
-    }
+    said = error if isinstance(error, dict) else {}
+    names = (name for name in said if name in ("type", "code", "param") or name.startswith("n_"))
+    return {name: said[name] for name in names if _is_short(said[name])}
+
+
+def _is_short(value: Any) -> bool:
+    return value is None or isinstance(value, int | float) or (isinstance(value, str) and len(value) <= 200)
 
 
 def error_text(body: Any) -> str:
@@ -192,8 +198,13 @@ def error_text(body: Any) -> str:
     return error if isinstance(error, str) else orjson.dumps(error).decode()
 
 
+class OwnEventReader(EventReader):
+    """Reads them for a client of the same API, which is to find every field where the server has put it."""
+
+    renames = False
+
+
 def _rename_thoughts(delta: Json) -> None:
-    """vLLM, since 0.11, and OpenRouter have `reasoning` where others have `reasoning_content`; some have both."""
     thought = delta.pop("reasoning")
     if isinstance(thought, str) and not delta.get("reasoning_content"):
         delta["reasoning_content"] = thought
@@ -238,5 +249,7 @@ TEXT = Face(OPENAI, partial(_decode, "prompt"), _encode, TextWriter)
 """`POST /v1/completions`."""
 WIRE = Wire(OPENAI, EventSplitter, _to_openai, EventReader)
 """Any OpenAI-style server."""
+OWN_WIRE = Wire(OPENAI, EventSplitter, as_asked, OwnEventReader)
+"""The same, for clients of that API."""
 LLAMA_CPP = Wire(OPENAI, EventSplitter, _to_llama_cpp, EventReader)
 """llama-server."""
