@@ -15,7 +15,7 @@ from proxy.chat import Chunk
 from tests import raw_client
 from tests.agent_clients import WAYS, Way, proxy_with_agents, write_agent
 from tests.e2e_support import CHAT, Fakes, fakes
-from tests.harness import Proxy
+from tests.harness import Proxy, until
 
 __all__ = ["fakes"]
 WAY = Way(CHAT, stream=False)
@@ -216,13 +216,12 @@ async def test_a_servers_refusal_is_told_in_its_own_words_with_agents_too(fakes:
 async def test_a_saved_agent_has_to_fit_the_options_of_every_model(fakes: Fakes) -> None:
     source = NEEDY.replace("word: str", 'word: str = "none"')
     chosen = models(fakes, v=[{"needy": {"word": "one"}}], w=[{"needy": {"mark": "?"}}])
-    async with proxy_with_agents(
-        fakes, {"needy": source}, [], models=chosen, args=["--reload"], clean_log=False
-    ) as proxy:
+    served = {"models": chosen, "args": ["--reload"], "clean_log": False}
+    async with proxy_with_agents(fakes, {"needy": source}, [], **cast(Any, served)) as proxy:
         assert await said(proxy, "hi", model="w") == "one none?"
         write_agent(fakes.folder / "agents", "needy", NEEDY)
         assert await said(proxy, "hi", model="w") == "one none?", "it goes on as it was"
-        assert "needy was saved, but cannot be loaded" in proxy.log
+        await until(lambda: "needy was saved, but cannot be loaded" in proxy.log)
 
 
 async def test_redacted_thoughts_keep_the_name_that_the_server_has_for_them() -> None:
