@@ -17,7 +17,7 @@ import pytest
 
 from tests import raw_client
 from tests.fakes.llama_server import install
-from tests.harness import Proxy, ports
+from tests.harness import Proxy, logged, ports
 from tests.raw_client import Answer, RawClient
 
 CHAT = "/v1/chat/completions"
@@ -78,11 +78,7 @@ class Fakes:
 
     def events(self, *kinds: str) -> list[dict[str, Any]]:
         """The events of these kinds (none named: all), in the order they were written."""
-        with suppress(FileNotFoundError):
-            whole, _, _ = self.log.read_text().rpartition("\n")  # behind it a line that is being written
-            found = [json.loads(line) for line in whole.splitlines()]
-            return [event for event in found if not kinds or event["event"] in kinds]
-        return []
+        return [event for event in logged(self.log) if not kinds or event["event"] in kinds]
 
     def generated(self) -> list[dict[str, Any]]:
         """The bodies of the chats that reached a server."""

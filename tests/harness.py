@@ -192,7 +192,7 @@ class Proxy:
                 wrong.append(f"the proxy still ran {STOP_S:g} s after SIGTERM")
                 self.process.kill()
                 self.process.wait()
-        for child in _living(children, ORPHAN_S):
+        for child in living(children, ORPHAN_S):
             wrong.append(f"child {child.pid} outlived the proxy")
             with suppress(psutil.NoSuchProcess):
                 child.kill()
@@ -207,7 +207,15 @@ class Proxy:
                 del self._log[:-LOG_BYTES]
 
 
-def _living(processes: list[psutil.Process], patience_s: float) -> list[psutil.Process]:
+def logged(log: Path) -> list[dict[str, Any]]:
+    """The events that fakes have written down there, a line of JSON each, oldest first."""
+    with suppress(FileNotFoundError):
+        whole, _, _ = log.read_text().rpartition("\n")  # behind it a line that is being written
+        return [json.loads(line) for line in whole.splitlines()]
+    return []
+
+
+def living(processes: list[psutil.Process], patience_s: float) -> list[psutil.Process]:
     """Those that still live after so many seconds, or none as soon as all are dead."""
     ends = time.monotonic() + patience_s
     while (left := [process for process in processes if not _is_dead(process)]) and time.monotonic() < ends:

@@ -20,7 +20,7 @@ from backends.downloads import Downloads
 from backends.ollama import Ollama
 from proxy.config import ModelConfig, OllamaConfig
 from tests import raw_client
-from tests.harness import companions, environment, until
+from tests.harness import companions, environment, logged, until
 from tests.pools import open_fds, own_tasks, warm_up
 
 
@@ -43,8 +43,7 @@ class FakeOllama:
 
     def events(self, kind: str, path: str | None = None) -> list[dict[str, Any]]:
         """What it wrote down, oldest first: all events of one kind, or only those of requests for `path`."""
-        found = [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
-        return [event for event in found if event["event"] == kind and path in (None, event.get("path"))]
+        return [event for event in logged(self.log) if event["event"] == kind and path in (None, event.get("path"))]
 
     async def kill(self) -> None:
         """End it; its port refuses connections from then on."""

@@ -19,7 +19,7 @@ from backends.pool import Pool
 from proxy.config import Config, ModelConfig
 from tests import harness
 from tests.fakes.llama_server import install
-from tests.harness import free_port, ports, until
+from tests.harness import free_port, logged, ports, until
 
 QUICK = {"stop_timeout_s": 1.0, "load_timeout_s": 60.0, "queue_timeout_s": 60.0, "swap_after_s": 0.2}
 
@@ -50,11 +50,7 @@ class Fakes:
 
     def events(self, kind: str, path: str | None = None) -> list[dict[str, Any]]:
         """What the fakes wrote down, oldest first: all events of one kind, or only those of requests for `path`."""
-        if not self.log.exists():
-            return []
-        whole, _, _ = self.log.read_text().rpartition("\n")  # behind it a line that is being written
-        found = [json.loads(line) for line in whole.splitlines()]
-        return [event for event in found if event["event"] == kind and path in (None, event.get("path"))]
+        return [event for event in logged(self.log) if event["event"] == kind and path in (None, event.get("path"))]
 
     @property
     def spawns(self) -> int:

@@ -10,14 +10,13 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.bench import apis, wire
 from tests.bench.measure import CHAINED, CROSSINGS, KINDS, QUICK
 from tests.bench.process import ROOT, environment, tree
 from tests.bench.summary import ALL, CHAINS, CROSSED, GOALS, TOKEN
-from tests.harness import PATIENCE_S
+from tests.harness import PATIENCE_S, living
 
 TIMEOUT_S = 240
 
@@ -27,14 +26,6 @@ def bench(*options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         argv, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_S, check=False
     )
-
-
-def alive(process: psutil.Process) -> bool:
-    """Whether it runs; one that nobody has reaped does not."""
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def as_stream(body: bytes) -> bytes:
@@ -82,10 +73,7 @@ def test_interrupted_run_leaves_no_process_behind(tmp_path: Path) -> None:
         finally:
             run.terminate()
     assert len(started) >= 2
-    deadline = time.monotonic() + PATIENCE_S
-    while left := [process for process in started if alive(process)]:
-        assert time.monotonic() < deadline, left
-        time.sleep(0.02)
+    assert living(started, PATIENCE_S) == []
 
 
 @pytest.mark.parametrize(
