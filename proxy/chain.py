@@ -73,7 +73,7 @@ class _Wish:
         """Settings and options that a model has for the agent, on top of those for all models if there are any."""
         said = entry.model_fields_set & {"on_error", "timeout_s", "required"}
         self.settings = self.settings.model_copy(update={name: getattr(entry, name) for name in said})
-        self.options = {**self.options, **entry.options} if self.plugin.everywhere else entry.options
+        self.options = self.plugin.options_with(entry, self.options)
 
 
 class Chain:
@@ -85,10 +85,9 @@ class Chain:
         self._slash = config.slash_commands
         models = config.models | config.virtual
         self._barred = {name for name, model in models.items() if model.agents is None}
-        self._names = spelled(models)
-        self._names = {key_of(key): name for key, name in self._names.items()} | self._names
-        self._models = models
-        self._of_model = {name: self._entries(model) for name, model in models.items()}
+        names = spelled(models)
+        self._names = {key_of(key): name for key, name in names.items()} | names
+        self._of_model = {name: self._entries(model, models) for name, model in models.items()}
         self._models_have_some = any(self._of_model.values())
 
     def concerns(self, headers: Mapping[str, str], body: Json, model: str) -> bool:
@@ -148,9 +147,9 @@ class Chain:
         """The name in the configuration, which an Ollama may spell in another way."""
         return self._names.get(model.lower()) or self._names.get(key_of(model)) or ""
 
-    def _entries(self, model: ModelConfig) -> list[AgentConfig]:
+    def _entries(self, model: ModelConfig, models: Mapping[str, ModelConfig]) -> list[AgentConfig]:
         """The agents that the configuration has for the model: a virtual one's base may require some."""
-        base = self._models.get(self._name(model.model or ""))
+        base = models.get(self._name(model.model or ""))
         required = [entry for entry in base.agents or () if entry.required] if base is not None else []
         return [*required, *(model.agents or ())]
 

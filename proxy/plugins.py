@@ -73,6 +73,10 @@ class Plugin:
     def command(self) -> str | None:
         return type(self.made.agent).command if self.made is not None else None
 
+    def options_with(self, entry: AgentConfig, options: dict[str, Any]) -> dict[str, Any]:
+        """What becomes of `options` where a model has this entry: they are those for all models, or another one's."""
+        return {**options, **entry.options} if self.everywhere else entry.options
+
     def config_for(self, options: Mapping[str, Any]) -> BaseModel:
         """Its configuration with these options. Raises: ValidationError."""
         assert self.made is not None
@@ -148,7 +152,7 @@ class Plugins:
                 plugin = self.by_name[entry.name] = Plugin(entry.name, settings, place, everywhere)
                 plugin.load()
             if plugin.made is not None and not everywhere:
-                options = {**plugin.settings.options, **entry.options} if plugin.everywhere else entry.options
+                options = plugin.options_with(entry, plugin.settings.options)
                 plugin.config_for(options)
                 plugin.of_models.append(options)
         except ValidationError as exc:
