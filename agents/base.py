@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
-from proxy.chat import ChatRequest, Chunk, ChunkStream, Reply
+from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, ChunkStream, Reply
 
 
 class Options(BaseModel):

@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator
 
 from pydantic import Field
 
-from agents.base import Agent, Context, Options
-from proxy.chat import ChatRequest, Chunk, ChunkStream
+from llama_smart_proxy.agents.base import Agent, Context, Options
+from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, ChunkStream
 
 
 class Example(Agent):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from agents.base import About, Agent, Context
-from proxy.chat import ChatRequest, ChunkStream, say
+from llama_smart_proxy.agents.base import About, Agent, Context
+from llama_smart_proxy.proxy.chat import ChatRequest, ChunkStream, say
 
 
 class Help(Agent):

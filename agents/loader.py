@@ -21,13 +21,14 @@ from types import ModuleType
 
 from pydantic import BaseModel
 
-from agents import base
-from agents.base import Agent
+from llama_smart_proxy.agents import base
+from llama_smart_proxy.agents.base import Agent
 
 GROUP = "llama_smart_proxy.agents"
 RESERVED = frozenset({"always", "required", "on_error", "timeout_s"})
 """What the configuration says of any agent beside the agent's own options."""
 _HERE = Path(base.__file__).parent
+_PACKAGE = base.__name__.rpartition(".")[0]
 _OURS = {"base", "loader"}
 _NAME = re.compile(r"[a-z][a-z0-9_-]*")
 _serial = itertools.count(1)
@@ -81,8 +82,8 @@ class Place:
             loaded = self.entry.load()
             return loaded if isinstance(loaded, ModuleType) else _holding(loaded)
         if self.path is None:
-            _forget(f"agents.{self.name}")
-            return importlib.import_module(f"agents.{self.name}")
+            _forget(f"{_PACKAGE}.{self.name}")
+            return importlib.import_module(f"{_PACKAGE}.{self.name}")
         name = f"_agent{next(_serial)}_{re.sub(r'[^A-Za-z0-9_]', '_', self.name)}"  # another one at every import
         if self.path.suffix == ".py":
             return _exec(name, self.path, None)

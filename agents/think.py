@@ -7,8 +7,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from agents.base import Agent, Context, Options
-from proxy.chat import ChatRequest, Chunk, ChunkStream, Json, first_text_part
+from llama_smart_proxy.agents.base import Agent, Context, Options
+from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, ChunkStream, Json, first_text_part
 
 
 class Think(Agent):

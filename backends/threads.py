@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TypeVar
 
-from proxy.errors import StartFailed
+from llama_smart_proxy.proxy.errors import StartFailed
 
 T = TypeVar("T")
 

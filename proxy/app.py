@@ -7,17 +7,16 @@ from collections.abc import AsyncIterator
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from backends.downloads import Downloads
-from backends.pool import Pool
-from proxy import ollama_models as ollama
-from proxy import router_mode
-from proxy.admin import health, plugins_listed
-from proxy.chain import Chain
-from proxy.config import Config
-from proxy.handlers import SLOT_ACTION, RelayHandler, list_models, show_model
-from proxy.plugins import Plugins
-from proxy.router import Router
-from proxy.shared import PROXY, Proxy
+from llama_smart_proxy.backends.pool.pool import Pool
+from llama_smart_proxy.backends.weights.downloads import Downloads
+from llama_smart_proxy.proxy.api import ollama, router_mode
+from llama_smart_proxy.proxy.api.admin import health, plugins_listed
+from llama_smart_proxy.proxy.api.endpoints import SLOT_ACTION, RelayHandler, list_models, show_model
+from llama_smart_proxy.proxy.api.state import PROXY, Proxy
+from llama_smart_proxy.proxy.config import Config
+from llama_smart_proxy.proxy.middleware.chain import Chain
+from llama_smart_proxy.proxy.middleware.plugins import Plugins
+from llama_smart_proxy.proxy.models.router import Router
 
 OLLAMA_ROUTES: list[tuple[str, str, Handler]] = [
     ("GET", "/", ollama.root),

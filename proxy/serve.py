@@ -14,15 +14,15 @@ from contextlib import suppress
 import uvloop
 from aiohttp import web
 
-from backends.llamacpp import server_command
-from proxy import __version__
-from proxy.app import build_app
-from proxy.config import Config
-from proxy.frontier import Frontier
-from proxy.ingress import FrontServer
-from proxy.plugins import Plugins
-from proxy.scope import PATIENCE_S, make_task
-from proxy.shared import PROXY
+from llama_smart_proxy.backends.llamacpp.command import server_command
+from llama_smart_proxy.proxy import __version__
+from llama_smart_proxy.proxy.api.dispatcher import Frontier
+from llama_smart_proxy.proxy.api.state import PROXY
+from llama_smart_proxy.proxy.app import build_app
+from llama_smart_proxy.proxy.config import Config
+from llama_smart_proxy.proxy.http.server import FrontServer
+from llama_smart_proxy.proxy.middleware.plugins import Plugins
+from llama_smart_proxy.proxy.middleware.scope import PATIENCE_S, make_task
 
 logger = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ HEAD = """
 from collections.abc import AsyncIterator
 from typing import Any
 import asyncio
-from agents.base import Agent, Context, Options
-from proxy.chat import ChatRequest, Chunk, ChunkStream, Reply, fold, say
+from llama_smart_proxy.agents.base import Agent, Context, Options
+from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, ChunkStream, Reply, fold, say
 """
 """Put in front of every agent that a test writes."""
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from proxy.config import Config, load_config
-from proxy.errors import ConfigError
+from llama_smart_proxy.proxy.config import Config, load_config
+from llama_smart_proxy.proxy.errors import ConfigError
 
 Env = Mapping[str, str] | None
 

@@ -236,7 +236,7 @@ def launch(config: Mapping[str, Any], folder: Path, *, env: Mapping[str, str] | 
     whole = {"log_level": "info", **config, "server": {"port": 0, **config.get("server", {})}}
     file = folder / "config.yaml"
     file.write_text(json.dumps(whole, default=str))
-    argv = [sys.executable, "-m", "proxy", "serve", "--config", str(file), *args]
+    argv = [sys.executable, "-m", "llama_smart_proxy", "serve", "--config", str(file), *args]
     return Proxy(
         subprocess.Popen(argv, cwd=ROOT, env=environment(env), stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
     )

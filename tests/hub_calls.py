@@ -116,21 +116,21 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def pull(tell: Callable[[Progress], None], repo: str, variant: str | None = None) -> None:
-    from backends import hub
+    from llama_smart_proxy.backends.weights import hub
 
     hub.pull(repo, variant, tell, threading.Event())
 
 
 def cached(tell: Callable[[Progress], None]) -> dict[str, str]:
     """Names and files of what `hub.cached_models` finds."""
-    from backends import hub
+    from llama_smart_proxy.backends.weights import hub
 
     return {name: str(model.variant) for name, model in hub.cached_models().items()}
 
 
 def reads(tell: Callable[[Progress], None]) -> int:
     """How many files and folders are opened to say what is in a cache that was looked at before."""
-    from backends import hub
+    from llama_smart_proxy.backends.weights import hub
 
     hub.cached_models()
     seen: list[str] = []
@@ -154,23 +154,23 @@ def scan(tell: Callable[[Progress], None]) -> list[str]:
 
 
 def locate(tell: Callable[[Progress], None], repo: str, variant: str) -> str | None:
-    from backends.models import locate
-    from proxy.config import ModelConfig
+    from llama_smart_proxy.backends.weights.files import locate
+    from llama_smart_proxy.proxy.config import ModelConfig
 
     path = locate("m", ModelConfig(repo=repo, variant=variant))
     return str(path) if path is not None else None
 
 
 def delete(tell: Callable[[Progress], None], repo: str, file: str) -> None:
-    from backends import hub
+    from llama_smart_proxy.backends.weights import hub
 
     hub.delete(repo, file)
 
 
 def watch(tell: Callable[[Progress], None], repo: str, watchers: int) -> list[list[Progress]]:
     """What so many see who want the same model at the same time."""
-    from backends import hub
-    from backends.downloads import Downloads
+    from llama_smart_proxy.backends.weights import hub
+    from llama_smart_proxy.backends.weights.downloads import Downloads
 
     async def one(downloads: Downloads) -> list[Progress]:
         download = downloads.join(hub.download_name(repo, None), hub.work(repo, None))
@@ -185,8 +185,8 @@ def watch(tell: Callable[[Progress], None], repo: str, watchers: int) -> list[li
 
 def cancel(tell: Callable[[Progress], None], repo: str, at: int) -> int:
     """Begin to fetch, and leave once `at` bytes are there; how many threads are left after that."""
-    from backends import hub
-    from backends.downloads import Downloads
+    from llama_smart_proxy.backends.weights import hub
+    from llama_smart_proxy.backends.weights.downloads import Downloads
     from tests.harness import until
 
     async def leave() -> None:
@@ -207,7 +207,7 @@ CALLS: dict[str, Callable[..., Any]] = {
 
 def main() -> None:
     """Answer until stdin ends."""
-    from proxy.errors import ProxyError
+    from llama_smart_proxy.proxy.errors import ProxyError
 
     for line in sys.stdin:
         name, *args = json.loads(line)

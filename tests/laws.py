@@ -8,7 +8,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from proxy.chat import Json
+from llama_smart_proxy.proxy.chat import Json
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 """Texts that JSON can carry: anything but lone surrogates."""

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from backends import Backend, Call
-from backends.downloads import Downloads
-from backends.ollama import Ollama
-from proxy.config import ModelConfig, OllamaConfig
+from llama_smart_proxy.backends.base import Backend, Call
+from llama_smart_proxy.backends.ollama.hosts import Ollama
+from llama_smart_proxy.backends.weights.downloads import Downloads
+from llama_smart_proxy.proxy.config import ModelConfig, OllamaConfig
 from tests import raw_client
 from tests.harness import companions, environment, logged, until
 from tests.pools import open_fds, own_tasks, warm_up

@@ -13,10 +13,10 @@ from typing import Any
 
 import psutil
 
-from backends import Call
-from backends.instance import Instance
-from backends.pool import Pool
-from proxy.config import Config, ModelConfig
+from llama_smart_proxy.backends.base import Call
+from llama_smart_proxy.backends.pool.instance import Instance
+from llama_smart_proxy.backends.pool.pool import Pool
+from llama_smart_proxy.proxy.config import Config, ModelConfig
 from tests import harness
 from tests.fakes.llama_server import install
 from tests.harness import free_port, logged, ports, until

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from agents.parallel.members import Event, Member, Usage, members_of
-from agents.parallel.merging import best, judges_of, majority, normalised, question_of, read_grade, synthesis
-from agents.parallel.sections import Sections, closing
-from proxy.chat import ChatRequest
-from proxy.errors import UpstreamFailed
+from llama_smart_proxy.agents.parallel.members import Event, Member, Usage, members_of
+from llama_smart_proxy.agents.parallel.merging import (
+    best,
+    judges_of,
+    majority,
+    normalised,
+    question_of,
+    read_grade,
+    synthesis,
+)
+from llama_smart_proxy.agents.parallel.sections import Sections, closing
+from llama_smart_proxy.proxy.chat import ChatRequest
+from llama_smart_proxy.proxy.errors import UpstreamFailed
 
 
 def test_grades_are_read_from_whatever_stands_around_them() -> None:

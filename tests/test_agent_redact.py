@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from agents.base import Context
-from agents.redact import Redact
-from agents.redact.matching import Scrubber, compiled, scrubbed
-from agents.redact.presets import PRESETS
-from proxy.chat import ChatRequest, Chunk
+from llama_smart_proxy.agents.base import Context
+from llama_smart_proxy.agents.redact import Redact
+from llama_smart_proxy.agents.redact.matching import Scrubber, compiled, scrubbed
+from llama_smart_proxy.agents.redact.presets import PRESETS
+from llama_smart_proxy.proxy.chat import ChatRequest, Chunk
 from tests import raw_client
 from tests.agent_clients import WAYS, Way
 from tests.e2e_support import CHAT, Fakes

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from agents.shield import BEGINNINGS, Kind, Shield, is_background
-from proxy.chat import ChatRequest
+from llama_smart_proxy.agents.shield import BEGINNINGS, Kind, Shield, is_background
+from llama_smart_proxy.proxy.chat import ChatRequest
 from tests import raw_client
 from tests.agent_clients import WAYS, Way
 from tests.e2e_support import CHAT, SMOLLM2, Fakes, embedded, fakes, instance, needs_llama_cpp

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agents.base import Context
-from agents.think import Think
-from proxy.chat import ChatRequest, Chunk
+from llama_smart_proxy.agents.base import Context
+from llama_smart_proxy.agents.think import Think
+from llama_smart_proxy.proxy.chat import ChatRequest, Chunk
 from tests import raw_client
 from tests.agent_clients import WAYS
 from tests.e2e_support import CHAT, Fakes

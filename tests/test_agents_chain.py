@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from proxy.chat import ChatRequest
-from proxy.chats import Chats, chat_id
+from llama_smart_proxy.proxy.chat import ChatRequest
+from llama_smart_proxy.proxy.middleware.chats import Chats, chat_id
 from tests import raw_client
 from tests.agent_clients import WAYS, Said, Way, write_agent
 from tests.e2e_support import CHAT, Fakes
@@ -223,7 +223,7 @@ def _last_text(stage: tuple[Proxy, Fakes]) -> str:
 async def test_an_agent_can_leave_others_out_but_none_that_is_wanted(tmp_path: Path) -> None:
     fakes = Fakes(tmp_path)
     lone = """
-        from proxy.errors import BadRequest
+        from llama_smart_proxy.proxy.errors import BadRequest
 
         class Lone(Agent):
             async def on_request(self, request: ChatRequest, ctx: Context) -> ChunkStream | None:

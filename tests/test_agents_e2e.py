@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from proxy.chat import Fold
+from llama_smart_proxy.proxy.chat import Fold
 from tests import raw_client
 from tests.agent_clients import WAYS, Way, proxy_with_agents
 from tests.e2e_support import Fakes, fakes

@@ -13,20 +13,20 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from agents.base import Agent, Context
-from agents.loader import Place
-from proxy.agent_context import AgentContext, RequestFacts
-from proxy.chain import Active, Picked
-from proxy.chat import ChatRequest, Chunk, ChunkStream, Timing
-from proxy.config import AgentConfig, LimitsConfig
-from proxy.dialects import ANTHROPIC, anthropic, ollama, openai
-from proxy.dialects.codec import Face, Wire
-from proxy.errors import ProxyError, UpstreamFailed
-from proxy.layers import layer
-from proxy.outlet import Outlet
-from proxy.plugins import Made, Plugin
-from proxy.scope import Scope
-from proxy.source import Frames
+from llama_smart_proxy.agents.base import Agent, Context
+from llama_smart_proxy.agents.loader import Place
+from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, ChunkStream, Timing
+from llama_smart_proxy.proxy.config import AgentConfig, LimitsConfig
+from llama_smart_proxy.proxy.dialects import ANTHROPIC, anthropic, ollama, openai
+from llama_smart_proxy.proxy.dialects.base import Face, Wire
+from llama_smart_proxy.proxy.errors import ProxyError, UpstreamFailed
+from llama_smart_proxy.proxy.middleware.chain import Active, Picked
+from llama_smart_proxy.proxy.middleware.context import AgentContext, RequestFacts
+from llama_smart_proxy.proxy.middleware.hooks import layer
+from llama_smart_proxy.proxy.middleware.plugins import Made, Plugin
+from llama_smart_proxy.proxy.middleware.scope import Scope
+from llama_smart_proxy.proxy.stream.outlet import Outlet
+from llama_smart_proxy.proxy.stream.source import Frames
 from tests.agent_clients import Said, Way
 
 REQUEST = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 9}

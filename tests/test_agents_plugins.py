@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from agents.loader import discover
-from proxy.errors import ConfigError
-from proxy.plugins import Plugins
+from llama_smart_proxy.agents.loader import discover
+from llama_smart_proxy.proxy.errors import ConfigError
+from llama_smart_proxy.proxy.middleware.plugins import Plugins
 from tests import raw_client
 from tests.agent_clients import Way, proxy_with_agents, write_agent
 from tests.config_files import load
@@ -155,7 +155,7 @@ def test_the_command_line_tells_of_a_typo_and_of_what_cannot_be_imported(tmp_pat
         ("[broken]", 0, "warning: agents: broken cannot be loaded: ModuleNotFoundError"),
     ):
         config.write_text(f"agents_dirs: [mine]\nagents: {agents}\n")
-        argv = [sys.executable, "-m", "proxy", "check", "--config", str(config)]
+        argv = [sys.executable, "-m", "llama_smart_proxy", "check", "--config", str(config)]
         done = subprocess.run(argv, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60)
         assert (done.returncode, words in done.stderr) == (status, True), done.stderr
         if status:

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import yaml
 
-from agents.loader import GROUP
-from proxy.config import Config
-from proxy.side_calls import DEEPEST
+from llama_smart_proxy.agents.loader import GROUP
+from llama_smart_proxy.proxy.config import Config
+from llama_smart_proxy.proxy.middleware.side_calls import DEEPEST
 from tests import raw_client
 from tests.agent_clients import WAYS
 from tests.e2e_support import Fakes

@@ -9,9 +9,9 @@ from typing import Any, cast
 
 import pytest
 
-from agents.base import Context
-from agents.redact import Redact
-from proxy.chat import Chunk
+from llama_smart_proxy.agents.base import Context
+from llama_smart_proxy.agents.redact import Redact
+from llama_smart_proxy.proxy.chat import Chunk
 from tests import raw_client
 from tests.agent_clients import WAYS, Way, proxy_with_agents, write_agent
 from tests.e2e_support import CHAT, Fakes, fakes

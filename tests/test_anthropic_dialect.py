@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from proxy.chat import ChatRequest, Json, bare
-from proxy.dialects.anthropic import MESSAGES, count_tokens
-from proxy.errors import BadRequest
+from llama_smart_proxy.proxy.chat import ChatRequest, Json, bare
+from llama_smart_proxy.proxy.dialects.anthropic import MESSAGES, count_tokens
+from llama_smart_proxy.proxy.errors import BadRequest
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
 PDF = {"type": "base64", "media_type": "application/pdf", "data": "JVBE"}

@@ -10,9 +10,9 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from proxy.chat import Fold, Json, Timing
-from proxy.dialects.anthropic import MESSAGES, count_tokens
-from proxy.errors import BadRequest, UpstreamFailed
+from llama_smart_proxy.proxy.chat import Fold, Json, Timing
+from llama_smart_proxy.proxy.dialects.anthropic import MESSAGES, count_tokens
+from llama_smart_proxy.proxy.errors import BadRequest, UpstreamFailed
 
 
 def delta(finish: str | None = None, **fields: Any) -> Json:

@@ -8,8 +8,8 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy.chat import ChatRequest, Json, Kept, bare, kept
-from proxy.dialects.anthropic import MESSAGES
+from llama_smart_proxy.proxy.chat import ChatRequest, Json, Kept, bare, kept
+from llama_smart_proxy.proxy.dialects.anthropic import MESSAGES
 from tests.laws import JSON_VALUES, TEXT, objects_in, unknown_fields
 
 KNOWN = frozenset(

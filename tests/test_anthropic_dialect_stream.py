@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy.chat import ChatRequest, Fold, Json, Timing, kept
-from proxy.dialects.anthropic import MESSAGES, reader
-from proxy.dialects.codec import Writer
-from proxy.dialects.openai import WIRE
-from proxy.errors import Overloaded, UpstreamFailed
-from proxy.framing import EventSplitter, event_data
+from llama_smart_proxy.proxy.chat import ChatRequest, Fold, Json, Timing, kept
+from llama_smart_proxy.proxy.dialects.anthropic import MESSAGES, reader
+from llama_smart_proxy.proxy.dialects.base import Writer
+from llama_smart_proxy.proxy.dialects.framing import EventSplitter, event_data
+from llama_smart_proxy.proxy.dialects.openai import WIRE
+from llama_smart_proxy.proxy.errors import Overloaded, UpstreamFailed
 from tests.laws import TEXT, splits
 
 REQUEST = ChatRequest({"model": "asked", "messages": [{"role": "user", "content": "12345678"}]}, stream=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from backends.backoff import BUDGET, WINDOW_S, Backoff
+from llama_smart_proxy.backends.pool.backoff import BUDGET, WINDOW_S, Backoff
 
 
 def test_first_failures_cost_one_and_two_seconds() -> None:

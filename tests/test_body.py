@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy.body import parse_object, serialise
-from proxy.errors import BadRequest
+from llama_smart_proxy.proxy.errors import BadRequest
+from llama_smart_proxy.proxy.http.body import parse_object, serialise
 from tests import toxic
 from tests.harness import Proxy
 from tests.raw_client import post

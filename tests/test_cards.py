@@ -17,11 +17,20 @@ import gguf
 import numpy as np
 import pytest
 
-from backends.gguf import GgufInfo
-from backends.pool import Pool
-from backends.spawned import SpawnedModel
-from proxy.cards import QUANTIZATIONS, Card, Cards, capabilities, details, ps_item, show, tags_item
-from proxy.config import ModelConfig
+from llama_smart_proxy.backends.llamacpp.spawned import SpawnedModel
+from llama_smart_proxy.backends.pool.pool import Pool
+from llama_smart_proxy.backends.weights.gguf import GgufInfo
+from llama_smart_proxy.proxy.config import ModelConfig
+from llama_smart_proxy.proxy.models.cards import (
+    QUANTIZATIONS,
+    Card,
+    Cards,
+    capabilities,
+    details,
+    ps_item,
+    show,
+    tags_item,
+)
 from tests.pools import Fakes, ask, open_pool
 
 CONTINUE = re.compile(r'^(\S+)\s+((?:".*")|\S+)$')

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from proxy import __version__
+from llama_smart_proxy.proxy import __version__
 from tests import raw_client
 from tests.harness import ROOT, environment, free_port, running_proxy
 
@@ -26,7 +26,7 @@ def run(
     *words: str, env: Mapping[str, str] | None = None, cwd: Path = ROOT, program: tuple[str, ...] = ()
 ) -> subprocess.CompletedProcess[str]:
     """`python -m proxy` (or `program`) with these words, to its end."""
-    argv = [*(program or (sys.executable, "-m", "proxy")), *words]
+    argv = [*(program or (sys.executable, "-m", "llama_smart_proxy")), *words]
     return subprocess.run(argv, cwd=cwd, env=environment(env), capture_output=True, text=True, timeout=TIMEOUT_S)
 
 
@@ -123,7 +123,7 @@ def test_schema_is_the_json_schema_of_the_file() -> None:
 
 def test_serve_is_the_default_command_and_reads_config_yaml(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(f"server: {{port: {free_port()}}}\nmodels: {{here: {{path: x.gguf}}}}\n")
-    argv = [sys.executable, "-m", "proxy"]
+    argv = [sys.executable, "-m", "llama_smart_proxy"]
     with subprocess.Popen(argv, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         try:

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from proxy.cli_config import check_command, schema_command
-from proxy.config import Config, ModelConfig, Section, load_config, read_config, schema_json
-from proxy.config.text import parse
+from llama_smart_proxy.proxy.cli.check import check_command, schema_command
+from llama_smart_proxy.proxy.config import Config, ModelConfig, Section, load_config, read_config, schema_json
+from llama_smart_proxy.proxy.config.text import parse
 from tests.config_files import load
 
 SHIPPED = Path(__file__).parent.parent / "config.yaml"

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.config import load_config
-from proxy.config.text import parse
-from proxy.errors import ConfigError
+from llama_smart_proxy.proxy.config import load_config
+from llama_smart_proxy.proxy.config.text import parse
+from llama_smart_proxy.proxy.errors import ConfigError
 from tests.config_files import load, model, problems
 
 MANY_PROBLEMS = """

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from proxy.config import parse_duration
-from proxy.config.expansion import expand
+from llama_smart_proxy.proxy.config import parse_duration
+from llama_smart_proxy.proxy.config.expansion import expand
 from tests.config_files import load, model, problems
 
 

@@ -9,10 +9,10 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from backends import Call
-from backends.connection import ConnectionPool, Endpoint
-from backends.exchange import Timeouts
-from proxy.errors import UpstreamFailed
+from llama_smart_proxy.backends.base import Call
+from llama_smart_proxy.backends.http.connection import ConnectionPool, Endpoint
+from llama_smart_proxy.backends.http.exchange import Timeouts
+from llama_smart_proxy.proxy.errors import UpstreamFailed
 from tests import toxic
 from tests.harness import free_port, until
 from tests.toxic import LAST_CHUNK, Link, RawUpstream, Request, Script, chunk, cut_short, head, plain, raw_upstream

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from backends.downloads import Download, Downloads, Progress
-from proxy.errors import Overloaded, StartFailed
+from llama_smart_proxy.backends.weights.downloads import Download, Downloads, Progress
+from llama_smart_proxy.proxy.errors import Overloaded, StartFailed
 from tests.harness import until
 
 
@@ -150,7 +150,7 @@ async def test_closing_ends_all_and_begins_no_more() -> None:
 
 
 async def test_the_log_tells_of_downloads_that_move_bytes(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "backends.downloads")
+    caplog.set_level(logging.INFO, "llama_smart_proxy.backends.weights.downloads")
     for moves in (False, True):
         downloads, job = Downloads(), Job()
         download = await begun(downloads, job)

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from backends.llamacpp import child_env, server_command
+from llama_smart_proxy.backends.llamacpp.command import child_env, server_command
 from tests.gguf_fixture import tiny_models
 from tests.harness import free_port
 
@@ -33,7 +33,7 @@ DEADLINE_S = 60.0
 
 
 class Server:
-    """One `python -m backends.embedded`, its output in a file."""
+    """One `python -m llama_smart_proxy.backends.llamacpp.embedded`, its output in a file."""
 
     def __init__(self, log: Path, *arguments: str, key: str = KEY, port: int | None = None) -> None:
         self.log, self.port = log, free_port() if port is None else port
@@ -150,7 +150,7 @@ def test_a_start_that_cannot_work_ends_with_one_clear_line(arguments: list[str],
 
 def test_a_missing_wheel_names_the_extra(tiny_models: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "xllamacpp.py").write_text("raise ModuleNotFoundError('xllamacpp')")
-    env = child_env(os.environ, {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parent.parent}"}, KEY)
+    env = child_env(os.environ, {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parent.parent / 'src'}"}, KEY)
     command = [*server_command("embedded"), "-m", str(tiny_models["tiny-a"])]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=DEADLINE_S)
     assert done.returncode == 1

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from backends.embedded import complete, to_params
-from backends.flags import SWITCHES, UsageError, parse
+from llama_smart_proxy.backends.llamacpp.embedded import complete, to_params
+from llama_smart_proxy.backends.llamacpp.flags import SWITCHES, UsageError, parse
 
 
 def test_flags_are_read_in_every_spelling_of_llama_server() -> None:

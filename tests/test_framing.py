@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from proxy.framing import MAX_FRAME, EventSplitter, FrameTooLong
+from llama_smart_proxy.proxy.dialects.framing import MAX_FRAME, EventSplitter, FrameTooLong
 
 
 def parse_events(data: bytes) -> list[tuple[str, str]]:

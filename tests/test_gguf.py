@@ -16,7 +16,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from backends.gguf import MAX_KEYS, MAX_STRINGS, MAX_TENSORS, Elided, GgufError, GgufInfo, read_info
+from llama_smart_proxy.backends.weights.gguf import (
+    MAX_KEYS,
+    MAX_STRINGS,
+    MAX_TENSORS,
+    Elided,
+    GgufError,
+    GgufInfo,
+    read_info,
+)
 from tests.gguf_fixture import write_tiny_gguf
 
 U8, U32, I32, F32, BOOL, STRING, ARRAY, U64 = 0, 4, 5, 6, 7, 8, 9, 10

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from proxy.headers import downstream_headers
+from llama_smart_proxy.proxy.http.headers import downstream_headers
 from tests import toxic
 from tests.harness import Proxy
 from tests.raw_client import Answer, ask, post, request

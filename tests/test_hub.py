@@ -9,8 +9,8 @@ from socket import AF_INET
 import psutil
 import pytest
 
-from backends import hub as backends_hub
-from backends.hub_http import INTERNET, MACHINE, NETWORK, NOWHERE, reach
+from llama_smart_proxy.backends.weights import hub as backends_hub
+from llama_smart_proxy.backends.weights.hub_http import INTERNET, MACHINE, NETWORK, NOWHERE, reach
 from tests.fakes.hub import Hub, gguf, running_hub
 from tests.hub_calls import Bench, Calls, Outcome, bench, calling
 

@@ -24,7 +24,7 @@ TIMEOUT_S = 100.0
 
 def argv(name: str, config: Path | None = None) -> list[str]:
     given = ["--config", str(config)] if config is not None else []
-    return [sys.executable, "-m", "proxy", "pull", name, *given]
+    return [sys.executable, "-m", "llama_smart_proxy", "pull", name, *given]
 
 
 def pull(bench: Bench, name: str, config: Path | None = None) -> subprocess.CompletedProcess[str]:

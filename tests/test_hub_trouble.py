@@ -141,7 +141,7 @@ async def test_D2_after_kill_9_at_any_point_the_next_process_goes_on_with_the_ne
 
 
 def start_pull(bench: Bench, name: str) -> subprocess.Popen[bytes]:
-    argv = [sys.executable, "-m", "proxy", "pull", name]
+    argv = [sys.executable, "-m", "llama_smart_proxy", "pull", name]
     quiet = subprocess.DEVNULL
     return subprocess.Popen(argv, cwd=ROOT, env=environment(bench.hub.env(bench.home)), stdout=quiet, stderr=quiet)
 

@@ -15,12 +15,12 @@ from typing import Any
 import psutil
 import pytest
 
-from backends import Call
-from backends.instance import Instance, State
-from backends.ports import Ports, is_free
-from backends.spawn import Child
-from proxy.config import Config, ModelConfig
-from proxy.errors import StartFailed, UpstreamFailed
+from llama_smart_proxy.backends.base import Call
+from llama_smart_proxy.backends.pool.instance import Instance, State
+from llama_smart_proxy.backends.pool.ports import Ports, is_free
+from llama_smart_proxy.backends.pool.spawn import Child
+from llama_smart_proxy.proxy.config import Config, ModelConfig
+from llama_smart_proxy.proxy.errors import StartFailed, UpstreamFailed
 from tests.harness import free_port, until
 from tests.pools import Fakes, chat, children, open_fds, own_tasks, warm_up
 

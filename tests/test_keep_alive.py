@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from backends.pool import Pool
-from backends.seats import Line
-from proxy.config import ModelConfig
-from proxy.errors import Overloaded
+from llama_smart_proxy.backends.pool.placement import Line
+from llama_smart_proxy.backends.pool.pool import Pool
+from llama_smart_proxy.proxy.config import ModelConfig
+from llama_smart_proxy.proxy.errors import Overloaded
 from tests.harness import until
 from tests.pools import Fakes, ask, chat, children, open_pool
 

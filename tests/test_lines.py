@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy.framing import MAX_FRAME, EventSplitter, FrameTooLong, LineSplitter, event_data
+from llama_smart_proxy.proxy.dialects.framing import MAX_FRAME, EventSplitter, FrameTooLong, LineSplitter, event_data
 from tests.laws import splits
 from tests.test_framing import EVENT, parse_events
 

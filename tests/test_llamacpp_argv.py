@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from backends.flags import parse
-from backends.llamacpp import EMBEDDED, build_argv, child_env, server_command
-from proxy.config import ModelConfig
-from proxy.errors import ConfigError
+from llama_smart_proxy.backends.llamacpp.command import EMBEDDED, build_argv, child_env, server_command
+from llama_smart_proxy.backends.llamacpp.flags import parse
+from llama_smart_proxy.proxy.config import ModelConfig
+from llama_smart_proxy.proxy.errors import ConfigError
 
 
 def program(folder: Path, name: str, mode: int = 0o755) -> Path:
@@ -32,7 +32,7 @@ def test_without_llama_server_on_path_the_embedded_one_is_spawned(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert server_command(None) == [sys.executable, "-P", "-m", "backends.embedded"]
+    assert server_command(None) == [sys.executable, "-P", "-m", "llama_smart_proxy.backends.llamacpp.embedded"]
 
 
 def test_llama_server_on_path_is_preferred_unless_embedded_is_asked_for(
@@ -105,7 +105,7 @@ def test_L17_a_child_inherits_no_secret_and_no_setting_of_ours() -> None:
         "secret",
     )
     child = child_env(ours | secret, {}, "k1")
-    assert child == ours | {"LLAMA_API_KEY": "k1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    assert child == ours | {"LLAMA_API_KEY": "k1", "PYTHONPATH": str(Path(__file__).parents[1] / "src")}
 
 
 def test_a_models_env_is_added_but_cannot_replace_the_key() -> None:

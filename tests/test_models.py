@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from backends.filenames import choose, quantisation
-from backends.models import locate, resolve, scan_models_dir
-from proxy.config import ModelConfig
-from proxy.errors import ConfigError, ModelNotFound, StartFailed
+from llama_smart_proxy.backends.weights.filenames import choose, quantisation
+from llama_smart_proxy.backends.weights.files import locate, resolve, scan_models_dir
+from llama_smart_proxy.proxy.config import ModelConfig
+from llama_smart_proxy.proxy.errors import ConfigError, ModelNotFound, StartFailed
 
 
 def gguf(path: Path) -> Path:

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from backends import Call
-from backends.ollama import Ollama
-from backends.ollama_host import LISTING_TIMEOUT_S, TAGS_FRESH_S, key_of
-from proxy.errors import ModelNotFound, UpstreamFailed
+from llama_smart_proxy.backends.base import Call
+from llama_smart_proxy.backends.ollama.host import LISTING_TIMEOUT_S, TAGS_FRESH_S, key_of
+from llama_smart_proxy.backends.ollama.hosts import Ollama
+from llama_smart_proxy.proxy.errors import ModelNotFound, UpstreamFailed
 from tests.harness import PATIENCE_S, free_port, until
 from tests.ollamas import FakeOllama, ask, black_hole, chat, opened, patient, running_ollama
 

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from backends.ollama import LOADED_STALE_S, Ollama
+from llama_smart_proxy.backends.ollama.hosts import LOADED_STALE_S, Ollama
 from tests.harness import until
 from tests.ollamas import FakeOllama, ask, chat, opened, running_ollama, unwatched
 

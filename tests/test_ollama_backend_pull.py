@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from backends.downloads import Download, Progress
-from backends.ollama_host import PULL_FAILED
-from proxy.errors import BadRequest, ModelNotFound, ProxyError, UpstreamFailed
+from llama_smart_proxy.backends.ollama.host import PULL_FAILED
+from llama_smart_proxy.backends.weights.downloads import Download, Progress
+from llama_smart_proxy.proxy.errors import BadRequest, ModelNotFound, ProxyError, UpstreamFailed
 from tests.harness import free_port, until
 from tests.ollamas import ask, chat, opened, running_ollama
 

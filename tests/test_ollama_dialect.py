@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from proxy.chat import ChatRequest, Json, bare, kept
-from proxy.dialects.ollama import CHAT, GENERATE, WIRE, as_text, is_load, keep_alive_s, load_reply
-from proxy.dialects.ollama_options import WHOLE_CONTEXT
+from llama_smart_proxy.proxy.chat import ChatRequest, Json, bare, kept
+from llama_smart_proxy.proxy.dialects.ollama import CHAT, GENERATE, WIRE, as_text, is_load, keep_alive_s, load_reply
+from llama_smart_proxy.proxy.dialects.ollama.options import WHOLE_CONTEXT
 
 ASK = [{"role": "user", "content": "hi"}]
 PNG, JPEG = b"\x89PNG\r\n\x1a\n" + bytes(30), b"\xff\xd8\xff\xe0" + bytes(30)

@@ -11,10 +11,10 @@ from typing import Any
 import orjson
 import pytest
 
-from proxy.chat import ChatRequest, Chunk, Fold, Json, Timing, kept
-from proxy.dialects.ollama import CHAT, GENERATE, WIRE, OllamaReader, OllamaWriter
-from proxy.dialects.ollama_writing import LONGEST_TEXT
-from proxy.errors import UpstreamFailed
+from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, Fold, Json, Timing, kept
+from llama_smart_proxy.proxy.dialects.ollama import CHAT, GENERATE, WIRE, OllamaReader, OllamaWriter
+from llama_smart_proxy.proxy.dialects.ollama.writing import LONGEST_TEXT
+from llama_smart_proxy.proxy.errors import UpstreamFailed
 
 GOLDEN = {
     file.stem: json.loads(file.read_text(encoding="utf-8"))

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from proxy.chat import Json
-from proxy.dialects import OLLAMA
-from proxy.dialects.codec import Face
-from proxy.dialects.ollama import CHAT, GENERATE, keep_alive_s
-from proxy.errors import BadRequest
+from llama_smart_proxy.proxy.chat import Json
+from llama_smart_proxy.proxy.dialects import OLLAMA
+from llama_smart_proxy.proxy.dialects.base import Face
+from llama_smart_proxy.proxy.dialects.ollama import CHAT, GENERATE, keep_alive_s
+from llama_smart_proxy.proxy.errors import BadRequest
 
 QUESTION = {"role": "user", "content": "hi"}
 LEVELS = '"high", "medium", "low", "max", true, or false'

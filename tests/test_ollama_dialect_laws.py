@@ -10,11 +10,10 @@ import orjson
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy.chat import Json, Timing, bare
-from proxy.dialects import ollama_fields as fields
-from proxy.dialects.codec import Face
-from proxy.dialects.ollama import CHAT, GENERATE, WIRE, OllamaWriter
-from proxy.dialects.ollama_options import SAMPLING
+from llama_smart_proxy.proxy.chat import Json, Timing, bare
+from llama_smart_proxy.proxy.dialects.base import Face
+from llama_smart_proxy.proxy.dialects.ollama import CHAT, GENERATE, WIRE, OllamaWriter, fields
+from llama_smart_proxy.proxy.dialects.ollama.options import SAMPLING
 from tests.laws import JSON_VALUES, TEXT, splits, unknown_fields
 
 KNOWN = {

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from proxy.chat import ChatRequest, Json, keep
-from proxy.dialects.ollama import WIRE
-from proxy.errors import BadRequest
+from llama_smart_proxy.proxy.chat import ChatRequest, Json, keep
+from llama_smart_proxy.proxy.dialects.ollama import WIRE
+from llama_smart_proxy.proxy.errors import BadRequest
 
 ASK = [{"role": "user", "content": "hi"}]
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 1}}, "additionalProperties": False}

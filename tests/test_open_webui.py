@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from backends.remote import Listing
-from proxy.app import build_app
-from proxy.config import Config
+from llama_smart_proxy.backends.openai import Listing
+from llama_smart_proxy.proxy.app import build_app
+from llama_smart_proxy.proxy.config import Config
 from tests import raw_client, toxic
 from tests.conftest import Shared
 from tests.e2e_support import Fakes, fakes, idle, state, steered

@@ -9,12 +9,12 @@ import orjson
 import pytest
 from hypothesis import given, settings
 
-from proxy.chat import ChatRequest, Chunk, Fold, Json, Kept, Timing, bare, keep, kept
-from proxy.dialects import openai
-from proxy.dialects.openai import ChatWriter, EventReader, TextWriter
-from proxy.errors import BadRequest, UpstreamFailed
-from proxy.framing import EventSplitter
-from proxy.translate import Translation
+from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, Fold, Json, Kept, Timing, bare, keep, kept
+from llama_smart_proxy.proxy.dialects import openai
+from llama_smart_proxy.proxy.dialects.framing import EventSplitter
+from llama_smart_proxy.proxy.dialects.openai import ChatWriter, EventReader, TextWriter
+from llama_smart_proxy.proxy.errors import BadRequest, UpstreamFailed
+from llama_smart_proxy.proxy.stream.translate import Translation
 from tests.laws import splits, unknown_fields
 
 ASK: Json = {"model": "m", "messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]}

@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from backends import orphans
-from backends.orphans import kill_orphans, owner_mark
+from llama_smart_proxy.backends.pool import orphans
+from llama_smart_proxy.backends.pool.orphans import kill_orphans, owner_mark
 from tests.fakes.llama_server import install
 from tests.harness import PATIENCE_S, ROOT
 
@@ -26,12 +26,12 @@ OWNER = "LSP_OWNER_IN_A_TEST"
 # A stand-in for the proxy: makes children, says so, and waits to be killed.
 PARENT = (
     f"""
-import backends.orphans
+import llama_smart_proxy.backends.pool.orphans
 backends.orphans.OWNER = {OWNER!r}
 """
     + """
 import asyncio, os, sys
-from backends.spawn import spawn
+from llama_smart_proxy.backends.pool.spawn import spawn
 async def main():
     env = {name: value for name, value in os.environ.items() if name.startswith("FAKE_")}
     heard = asyncio.Event()

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from backends.pool import Pool
-from proxy.config import Config, ModelConfig
-from proxy.errors import Overloaded
+from llama_smart_proxy.backends.pool.pool import Pool
+from llama_smart_proxy.proxy.config import Config, ModelConfig
+from llama_smart_proxy.proxy.errors import Overloaded
 from tests.harness import PATIENCE_S, until
 from tests.pools import Fakes, ask, chat, children, open_pool
 

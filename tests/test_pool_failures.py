@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from backends import backoff
-from backends.pool import Pool
-from proxy.config import ModelConfig
-from proxy.errors import StartFailed, UpstreamFailed
+from llama_smart_proxy.backends.pool import backoff
+from llama_smart_proxy.backends.pool.pool import Pool
+from llama_smart_proxy.proxy.config import ModelConfig
+from llama_smart_proxy.proxy.errors import StartFailed, UpstreamFailed
 from tests.harness import PATIENCE_S, until
 from tests.pools import Fakes, ask, chat, open_fds, open_pool
 

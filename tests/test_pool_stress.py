@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from backends import backoff
-from backends.connection import UNREACHABLE
-from backends.instance import State
-from backends.pool import Pool
-from proxy.config import ModelConfig
-from proxy.errors import ProxyError
+from llama_smart_proxy.backends.http.connection import UNREACHABLE
+from llama_smart_proxy.backends.pool import backoff
+from llama_smart_proxy.backends.pool.instance import State
+from llama_smart_proxy.backends.pool.pool import Pool
+from llama_smart_proxy.proxy.config import ModelConfig
+from llama_smart_proxy.proxy.errors import ProxyError
 from tests.harness import until
 from tests.pools import Census, Fakes, chat, elapse, open_pool
 

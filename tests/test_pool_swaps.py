@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backends.instance import State
-from backends.pool import Pool
-from backends.seats import choose_to_drain, choose_victim
-from proxy.config import ModelConfig
-from proxy.errors import Overloaded
+from llama_smart_proxy.backends.pool.instance import State
+from llama_smart_proxy.backends.pool.placement import choose_to_drain, choose_victim
+from llama_smart_proxy.backends.pool.pool import Pool
+from llama_smart_proxy.proxy.config import ModelConfig
+from llama_smart_proxy.proxy.errors import Overloaded
 from tests.harness import until
 from tests.pools import Census, Fakes, ask, chat, elapse, open_pool
 

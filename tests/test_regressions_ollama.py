@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from backends import ollama
-from backends.connection import UNREACHABLE
-from backends.downloads import Downloads, Progress
-from backends.hub import download_name
-from backends.ollama import REFUSAL_KEPT_S, Ollama
-from backends.ollama_host import PULL_FAILED
-from proxy.config import OllamaConfig
-from proxy.errors import ModelNotFound, UpstreamFailed
+from llama_smart_proxy.backends.http.connection import UNREACHABLE
+from llama_smart_proxy.backends.ollama import hosts as ollama
+from llama_smart_proxy.backends.ollama.host import PULL_FAILED
+from llama_smart_proxy.backends.ollama.hosts import REFUSAL_KEPT_S, Ollama
+from llama_smart_proxy.backends.weights.downloads import Downloads, Progress
+from llama_smart_proxy.backends.weights.hub import download_name
+from llama_smart_proxy.proxy.config import OllamaConfig
+from llama_smart_proxy.proxy.errors import ModelNotFound, UpstreamFailed
 from tests import raw_client
 from tests.config_files import load, model, problems
 from tests.harness import free_port, until

@@ -13,9 +13,9 @@ from urllib.parse import parse_qs, quote, urlsplit
 
 import pytest
 
-from backends import Call
-from backends.exchange import BUFFER_LIMIT
-from proxy.errors import UpstreamFailed
+from llama_smart_proxy.backends.base import Call
+from llama_smart_proxy.backends.http.exchange import BUFFER_LIMIT
+from llama_smart_proxy.proxy.errors import UpstreamFailed
 from tests import e2e_support, pools
 from tests.e2e_support import CHAT, DONE, Stream, chat, events_of, fakes, instance, streaming
 from tests.harness import Proxy, running_proxy, until

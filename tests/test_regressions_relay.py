@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from backends.exchange import BUFFER_LIMIT
-from proxy.app import build_app
-from proxy.config import Config
-from proxy.frontier import Frontier
-from proxy.ingress import FrontServer
-from proxy.shared import PROXY
+from llama_smart_proxy.backends.http.exchange import BUFFER_LIMIT
+from llama_smart_proxy.proxy.api.dispatcher import Frontier
+from llama_smart_proxy.proxy.api.state import PROXY
+from llama_smart_proxy.proxy.app import build_app
+from llama_smart_proxy.proxy.config import Config
+from llama_smart_proxy.proxy.http.server import FrontServer
 from tests.harness import Proxy, running_proxy, until
 from tests.raw_client import BrokenAnswer, RawClient, connected, get, post, request
 from tests.toxic import (

@@ -9,9 +9,9 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from proxy.chat import Fold, Json
-from proxy.dialects import OLLAMA
-from proxy.translate import ANSWER_LIMIT
+from llama_smart_proxy.proxy.chat import Fold, Json
+from llama_smart_proxy.proxy.dialects import OLLAMA
+from llama_smart_proxy.proxy.stream.translate import ANSWER_LIMIT
 from tests.e2e_support import MESSAGES
 from tests.harness import Proxy, running_proxy, until
 from tests.raw_client import Answer, BrokenAnswer, connected, post, request

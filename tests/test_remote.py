@@ -8,9 +8,9 @@ import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from backends.connection import ConnectionPool, Endpoint
-from backends.remote import Listing, Remote
-from proxy.config import RemoteConfig
+from llama_smart_proxy.backends.http.connection import ConnectionPool, Endpoint
+from llama_smart_proxy.backends.openai import Listing, Remote
+from llama_smart_proxy.proxy.config import RemoteConfig
 from tests.harness import free_port, until
 from tests.pools import own_tasks
 from tests.toxic import plain, raw_upstream

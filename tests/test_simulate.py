@@ -23,7 +23,7 @@ ROW = re.compile(r"(?P<step>.+?) +(?P<verdict>pass|FAIL|skip) ")
 
 def simulate(config: dict[str, Any] | None, folder: Path) -> tuple[int, dict[str, str], str]:
     """Exit status, verdict of each step, and everything printed; None is the shipped configuration."""
-    words = [sys.executable, "-m", "proxy", "simulate"]
+    words = [sys.executable, "-m", "llama_smart_proxy", "simulate"]
     if config is not None:
         file = folder / "simulated.yaml"
         file.write_text(json.dumps(config))

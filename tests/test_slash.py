@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.slash import MOST, Called, leading_commands, may_call
+from llama_smart_proxy.proxy.middleware.slash import MOST, Called, leading_commands, may_call
 from tests import raw_client
 from tests.agent_clients import Way, write_agent
 from tests.e2e_support import CHAT, Fakes

@@ -22,10 +22,10 @@ import psutil
 import pytest
 import uvloop
 
-from backends.logring import LINE_BYTES, LINES, LogRing
-from backends.orphans import OWNER
-from backends.spawn import Child, spawn
-from proxy.errors import StartFailed
+from llama_smart_proxy.backends.pool.logring import LINE_BYTES, LINES, LogRing
+from llama_smart_proxy.backends.pool.orphans import OWNER
+from llama_smart_proxy.backends.pool.spawn import Child, spawn
+from llama_smart_proxy.proxy.errors import StartFailed
 from tests.harness import PATIENCE_S, ROOT, until
 from tests.pools import Fakes, children, open_fds
 
@@ -212,8 +212,8 @@ async def test_L8_no_file_descriptors_left_is_a_clean_failure(watch: Watch) -> N
 FORK_FAILS = """
 import asyncio, os, subprocess, sys
 subprocess._USE_VFORK = False  # what is made to fail is fork()
-from backends.spawn import spawn
-from proxy.errors import StartFailed
+from llama_smart_proxy.backends.pool.spawn import spawn
+from llama_smart_proxy.proxy.errors import StartFailed
 async def main():
     before = os.listdir("/proc/self/fd")
     for _ in range(20):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from agents.parallel.members import Member
+from llama_smart_proxy.agents.parallel.members import Member
 
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})(.*)")
 

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
-from agents.base import Agent, Context, Options
-from agents.redact.matching import (
+from llama_smart_proxy.agents.base import Agent, Context, Options
+from llama_smart_proxy.agents.redact.matching import (
     HOLD,
     Matcher,
     Naming,
@@ -18,8 +18,8 @@ from agents.redact.matching import (
     scrubbed,
     scrubbed_json,
 )
-from agents.redact.presets import PRESETS
-from proxy.chat import ChatRequest, Chunk, ChunkStream, Json
+from llama_smart_proxy.agents.redact.presets import PRESETS
+from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, ChunkStream, Json
 
 
 class Pattern(Options):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import regex
 
-from agents.redact.matching import Matcher
+from llama_smart_proxy.agents.redact.matching import Matcher
 
 
 def _luhn(text: str) -> int:

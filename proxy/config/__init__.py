@@ -9,9 +9,9 @@ them all.
 
 from __future__ import annotations
 
-from proxy.config.duration import Duration, Seconds, parse_duration
-from proxy.config.loading import Reading, load_config, read_config
-from proxy.config.schema import (
+from llama_smart_proxy.proxy.config.duration import Duration, Seconds, parse_duration
+from llama_smart_proxy.proxy.config.loading import Reading, load_config, read_config
+from llama_smart_proxy.proxy.config.schema import (
     AgentConfig,
     BackendName,
     Config,
@@ -26,7 +26,7 @@ from proxy.config.schema import (
     UpstreamConfig,
     schema_json,
 )
-from proxy.config.shapes import checked_name
+from llama_smart_proxy.proxy.config.shapes import checked_name
 
 __all__ = [
     "AgentConfig",

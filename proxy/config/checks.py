@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from proxy.config.problems import Loc, Problem, dotted
-from proxy.config.schema import Config, ModelConfig
+from llama_smart_proxy.proxy.config.problems import Loc, Problem, dotted
+from llama_smart_proxy.proxy.config.schema import Config, ModelConfig
 
 Clean = Callable[[Loc], bool]
 """Tells whether nothing at or below a path is known to be wrong, so that looking at it makes sense."""

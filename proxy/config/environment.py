@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from proxy.config import text
-from proxy.config.problems import Loc
+from llama_smart_proxy.proxy.config import text
+from llama_smart_proxy.proxy.config.problems import Loc
 
 PREFIX = "LSP_"
 NOT_FIELDS = {"LSP_CONFIG", "LSP_OWNER"}  # which file to read, and the mark that our child processes carry

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from proxy.config.problems import Loc, Problem, dotted
+from llama_smart_proxy.proxy.config.problems import Loc, Problem, dotted
 
 MOVED: dict[Loc, tuple[Loc, ...]] = {
     ("server_host",): (("server", "host"),),

@@ -12,12 +12,12 @@ from typing import Any, get_args, get_origin
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from proxy.config import environment, legacy, text
-from proxy.config.checks import cross_checks
-from proxy.config.expansion import expand_all
-from proxy.config.problems import Loc, Problem, dotted
-from proxy.config.schema import Config, Section
-from proxy.errors import ConfigError
+from llama_smart_proxy.proxy.config import environment, legacy, text
+from llama_smart_proxy.proxy.config.checks import cross_checks
+from llama_smart_proxy.proxy.config.expansion import expand_all
+from llama_smart_proxy.proxy.config.problems import Loc, Problem, dotted
+from llama_smart_proxy.proxy.config.schema import Config, Section
+from llama_smart_proxy.proxy.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)

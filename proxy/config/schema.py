@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, field_validator, model_validator
 
-from proxy.config import shapes
-from proxy.config.duration import Duration, Seconds
+from llama_smart_proxy.proxy.config import shapes
+from llama_smart_proxy.proxy.config.duration import Duration, Seconds
 
 BackendName = Literal["llama.cpp", "ollama"]
 Port = Annotated[int, Field(ge=1, le=65535)]

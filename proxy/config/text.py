@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from proxy.config.problems import Loc, Problem
+from llama_smart_proxy.proxy.config.problems import Loc, Problem
 
 _NULL = re.compile(r"(?:~|null|Null|NULL)?")
 _BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import orjson
 
-from proxy.errors import ModelNotFound, ProxyError, UpstreamRefused
+from llama_smart_proxy.proxy.errors import ModelNotFound, ProxyError, UpstreamRefused
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,11 +13,11 @@ from typing import Any
 
 import orjson
 
-from proxy.chat import KEPT, ChatRequest, Json, Timing, bare
-from proxy.dialects import OPENAI
-from proxy.dialects.codec import Face, Wire
-from proxy.errors import BadRequest, ProxyError, UpstreamFailed
-from proxy.framing import EventSplitter, event_data
+from llama_smart_proxy.proxy.chat import KEPT, ChatRequest, Json, Timing, bare
+from llama_smart_proxy.proxy.dialects import OPENAI
+from llama_smart_proxy.proxy.dialects.base import Face, Wire
+from llama_smart_proxy.proxy.dialects.framing import EventSplitter, event_data
+from llama_smart_proxy.proxy.errors import BadRequest, ProxyError, UpstreamFailed
 
 _TOKEN_LIMITS = ("max_completion_tokens", "max_tokens")
 

@@ -8,8 +8,8 @@ MARK = "!"
 """What the rewriter adds to each text: how to tell that it ran."""
 HEAD = """
 from collections.abc import AsyncIterator
-from agents.base import Agent, Context
-from proxy.chat import Chunk, ChunkStream
+from llama_smart_proxy.agents.base import Agent, Context
+from llama_smart_proxy.proxy.chat import Chunk, ChunkStream
 """
 WHOLE = """
 class Whole{number}(Agent):

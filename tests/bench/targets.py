@@ -147,7 +147,7 @@ def relay_command(directory: Path, port: int, stub_port: int) -> list[str]:
     )  # fmt: skip
     config.write_text(text)
     options = ["--config", str(config), "--host", "127.0.0.1", "--port", str(port), "--log-level", "warning"]
-    return [sys.executable, "-m", "proxy", "serve", *options]
+    return [sys.executable, "-m", "llama_smart_proxy", "serve", *options]
 
 
 def reference_command(directory: Path, port: int, stub_port: int) -> list[str]:

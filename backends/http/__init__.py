@@ -1,0 +1,1 @@
+"""The HTTP client side: connections to model servers and their answers."""

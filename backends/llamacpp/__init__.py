@@ -1,0 +1,1 @@
+"""llama.cpp: its command line, its processes, the embedded server."""

@@ -1,0 +1,87 @@
+"""From a model's configuration to the command that serves it: which program, its arguments, its environment.
+
+Pure functions; the spawning is done elsewhere. Nothing here comes from a request: the program, its arguments and its
+environment are the local configuration's alone.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llama_smart_proxy.proxy.errors import ConfigError
+
+if TYPE_CHECKING:
+    from llama_smart_proxy.proxy.config import ModelConfig
+
+EMBEDDED = (sys.executable, "-P", "-m", "llama_smart_proxy.backends.llamacpp.embedded")
+SOURCE_ROOT = Path(__file__).absolute().parents[3]
+"""The folder on which `import llama_smart_proxy` depends; not resolved, as in a checkout it holds links."""
+
+# What a child may know of our environment: where things are, its language, and how to find and drive an accelerator.
+# Anything else stays here, so that no key, proxy or setting of ours (HF_TOKEN, AIP_*, LLAMA_ARG_*, LSP_*) gets in.
+INHERITED = re.compile(
+    r"""PATH | HOME | USER | LOGNAME | SHELL | LANG | LANGUAGE | LC_\w+ | TZ | TMPDIR | TERM | NO_COLOR
+    | LD_LIBRARY_PATH | DYLD_\w+ | XDG_\w+
+    | CUDA_\w+ | NVIDIA_\w+ | NCCL_\w+ | HIP_\w+ | ROCR?_\w+ | HSA_\w+ | AMD_\w+ | GPU_\w+
+    | VK_\w+ | GGML_\w+ | OMP_\w+ | GOMP_\w+ | KMP_\w+ | OPENBLAS_\w+ | ONEAPI_\w+ | SYCL_\w+ | ZE_\w+ | MKL_\w+
+    """,
+    re.VERBOSE,
+)
+
+
+def server_command(server: str | None) -> list[str]:
+    """The program to spawn for `llama_cpp.server`, as the head of an argument list.
+
+    `embedded` is the llama.cpp of the wheel; None is the llama-server on PATH, or else the embedded one; anything else
+    is a path (`~` allowed) or the name of a program on PATH.
+
+    Raises: `ConfigError` when that program is missing or not executable.
+    """
+    if server == "embedded":
+        return list(EMBEDDED)
+    if server is None:
+        found = shutil.which("llama-server")
+        return [os.path.abspath(found)] if found else list(EMBEDDED)
+    found = shutil.which(os.path.expanduser(server))
+    if found is None:
+        raise ConfigError([f"llama_cpp.server: {server}: no such program, or not executable"])
+    return [os.path.abspath(found)]
+
+
+def build_argv(
+    command: Sequence[str],
+    *,
+    name: str,
+    model: ModelConfig,
+    gguf: Path,
+    host: str,
+    port: int,
+    default_args: Sequence[str] = (),
+) -> list[str]:
+    """The whole argument list that serves `gguf` as `name` on `host:port`.
+
+    Each value is an element of its own, no shell is involved, and the API key is not among them. llama-server takes the
+    last of two equal flags, so `default_args` beat ours and the model's own `args` beat both.
+    """
+    argv = [*command, "--model", os.path.abspath(gguf), "--host", host, "--port", str(port), "--alias", name]
+    if model.ctx is not None:
+        argv += ["--ctx-size", str(model.ctx)]
+    if model.parallel is not None:
+        argv += ["--parallel", str(model.parallel)]
+    return [*argv, "--jinja", "--metrics", "--slots", "--no-webui", *default_args, *model.args]
+
+
+def child_env(environ: Mapping[str, str], model_env: Mapping[str, str], key: str) -> dict[str, str]:
+    """The environment of a server: what `INHERITED` lets through, then the model's own `env`, then its API `key`.
+
+    `PYTHONPATH` is for the embedded server, which is started without the working directory on its path; a native one
+    does not look at it.
+    """
+    inherited = {name: value for name, value in environ.items() if INHERITED.fullmatch(name)}
+    return {**inherited, "PYTHONPATH": str(SOURCE_ROOT), **model_env, "LLAMA_API_KEY": key}

@@ -1,0 +1,189 @@
+"""Servers somebody else runs: any OpenAI-compatible API, reached by the same relay; and what all such servers share."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import secrets
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Any, ClassVar
+from urllib.parse import urlsplit
+
+import orjson
+
+from llama_smart_proxy.backends.base import Call
+from llama_smart_proxy.backends.http.connection import ConnectionPool, Endpoint
+from llama_smart_proxy.backends.http.exchange import Response, Timeouts
+from llama_smart_proxy.proxy.config import RemoteConfig, UpstreamConfig
+from llama_smart_proxy.proxy.errors import UpstreamFailed
+
+logger = logging.getLogger(__name__)
+
+OUR_VIA = f"1.1 llama-smart-proxy-{secrets.token_hex(4)}"
+"""The `Via` of all we send to servers of others, another one in each run: a request that comes back to us with it went
+round in a circle."""
+
+LISTING_TIMEOUT_S = 5.0
+LISTING_FRESH_S = 60.0
+"""How old the list of a remote's models may be before it is fetched anew, in the background."""
+
+LISTING_PAUSE_S = 2.0
+"""Least time between two listings that requests for unknown models cause, and after one that failed."""
+
+
+def connections_to(url: str, config: UpstreamConfig, *, idle_timeout_s: float | None = None) -> ConnectionPool:
+    """Connections to the server at `url`, with the key and the time limits of `config`."""
+    parts = urlsplit(url)
+    tls = parts.scheme == "https"
+    key = config.api_key.get_secret_value() if config.api_key else ""
+    return ConnectionPool(
+        Endpoint(parts.hostname or "", parts.port or (443 if tls else 80), tls, parts.path),
+        headers=[("Via", OUR_VIA), *([("Authorization", f"Bearer {key}")] if key else [])],
+        timeouts=Timeouts(
+            config.connect_timeout_s, config.first_byte_timeout_s, idle_timeout_s or config.idle_timeout_s
+        ),
+    )
+
+
+class Listing:
+    """What `GET path` of a server says, asked in the background whenever it is old: one question at a time.
+
+    `take` gets each answer, parsed; it raises ValueError, KeyError or TypeError for one of another shape. `error` says
+    why the last question got no answer. `heard_at` is when the last one that did was sent, on the event loop's clock.
+    """
+
+    def __init__(
+        self,
+        owner: str,
+        connections: ConnectionPool,
+        path: str,
+        take: Callable[[Any], None],
+        *,
+        fresh_s: float,
+        timeout_s: float = LISTING_TIMEOUT_S,
+        log_level: int = logging.WARNING,
+    ) -> None:
+        self.error: str | None = None
+        self.heard_at = -math.inf
+        self._owner = owner
+        self._connections = connections
+        self._path = path
+        self._take = take
+        self._fresh_s = fresh_s
+        self._timeout_s = timeout_s
+        self._log_level = log_level
+        self._known_at = -math.inf
+        self._outdated_at = -math.inf
+        self._task: asyncio.Task[None] | None = None
+
+    def refresh(self) -> None:
+        """Ask in the background if the answer is old or outdated, or if there was none."""
+        fresh_s = self._fresh_s if self.error is None else LISTING_PAUSE_S
+        if self._known_at <= self._limit(fresh_s):
+            self._ask()
+
+    async def younger_than(self, age_s: float) -> None:
+        """Return once the server was asked less than `age_s` seconds before this call (infinite: ever), with or without
+        an answer. Whoever waits may leave: the question is asked to its end."""
+        limit = self._limit(age_s)
+        while self._known_at <= limit:
+            await asyncio.shield(self._ask())
+
+    def outdated(self) -> None:
+        """From now on the server would say something else."""
+        self._outdated_at = asyncio.get_running_loop().time()
+
+    def fail(self, error: str) -> None:
+        """The server is known not to answer, if only until it is asked again."""
+        if error != self.error:
+            logger.log(self._log_level, "%s: %s", self._owner, error)
+        self.error = error
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+    def _limit(self, age_s: float) -> float:
+        """When the server must have been asked at the latest, or it has to be asked anew."""
+        return max(asyncio.get_running_loop().time() - age_s, self._outdated_at)
+
+    def _ask(self) -> asyncio.Task[None]:
+        if self._task is None or self._task.done():
+            # One task at most, held here and ended by close().
+            self._task = asyncio.get_running_loop().create_task(self._fetch(), name=f"{self._owner}: {self._path}")
+        return self._task
+
+    async def _fetch(self) -> None:
+        sent_at = asyncio.get_running_loop().time()
+        try:
+            status, body = await self._connections.fetch(Call("GET", self._path), timeout_s=self._timeout_s)
+            if status != 200:
+                raise UpstreamFailed(f"GET {self._path} answered {status}")
+            self._take(orjson.loads(body))
+            self.error = None
+            self.heard_at = self._known_at = sent_at
+            return
+        except UpstreamFailed as exc:
+            self.fail(exc.message)
+        except (ValueError, KeyError, TypeError):
+            self.fail(f"GET {self._path} did not answer what it should")
+        self._known_at = asyncio.get_running_loop().time()
+
+
+class Remote:
+    """One remote server: its connections, and the models it offers. `Backend` for each of them.
+
+    `models` answers from memory at once; a server that is down keeps the list it last gave.
+    """
+
+    speaks: ClassVar[frozenset[str]] = frozenset({"openai", "responses", "anthropic", "native"})
+    """The API families whose requests it takes as they are."""
+
+    def __init__(self, name: str, config: RemoteConfig) -> None:
+        self.name = name
+        self.connections = connections_to(config.url, config)
+        self._fixed = config.models is not None
+        self._models: tuple[str, ...] = tuple(config.models or ())
+        self._listing = Listing(
+            f"remote {name}", self.connections, "/v1/models", self._take_models, fresh_s=LISTING_FRESH_S
+        )
+
+    @property
+    def error(self) -> str | None:
+        """Why the models could not be listed the last time."""
+        return self._listing.error
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The model ids known now; asks the server again in the background when they are old."""
+        self.begin_listing()
+        return self._models
+
+    def begin_listing(self) -> None:
+        """Have the list of models fetched if it is old and not given by the configuration."""
+        if not self._fixed:
+            self._listing.refresh()
+
+    async def listed(self) -> None:
+        """Return once the server has been asked for its models since the start, with or without an answer."""
+        if not self._fixed:
+            await self._listing.younger_than(math.inf)
+
+    async def find(self, model: str) -> bool:
+        """Whether the server has `model`, asking it if memory says no and was not refreshed just now."""
+        if model not in self._models and not self._fixed:
+            await self._listing.younger_than(LISTING_PAUSE_S)
+        return model in self._models
+
+    def open(self, call: Call) -> AbstractAsyncContextManager[Response]:
+        return self.connections.request(call)
+
+    async def close(self) -> None:
+        self.connections.close("the proxy is shutting down", code="shutting_down")
+        await self._listing.close()
+
+    def _take_models(self, answer: Any) -> None:
+        self._models = tuple(str(item["id"]) for item in answer["data"])

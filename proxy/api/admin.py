@@ -1,0 +1,80 @@
+"""For operators: how the proxy and its processes are."""
+
+from __future__ import annotations
+
+import time
+
+from aiohttp import web
+
+from llama_smart_proxy.agents.base import Agent
+from llama_smart_proxy.proxy import __version__
+from llama_smart_proxy.proxy.api.state import PROXY
+from llama_smart_proxy.proxy.middleware.chain import description
+from llama_smart_proxy.proxy.middleware.plugins import HOOKS, Plugin
+
+STARTED = time.monotonic()
+
+
+async def health(http: web.Request) -> web.Response:
+    """`GET /health`: 200 while requests are served, 503 once the proxy is stopping.
+
+    `instances` has one object for each model that has a process or waiters, or whose last start failed. `degraded` is
+    a proxy that serves without an agent that could not be loaded; `/plugins` tells why. `proxy` and `upstream` are what
+    one of the replaced projects answered here.
+    """
+    proxy = http.app[PROXY]
+    draining = proxy.draining.is_set()
+    instances = proxy.router.pool.status()
+    remotes = [
+        {"name": remote.name, "url": str(remote.connections.endpoint), "models": len(remote.models)}
+        | ({"error": remote.error} if remote.error else {})
+        for remote in proxy.router.remotes
+    ]
+    ollama = proxy.router.ollama
+    remotes += ollama.status() if ollama is not None else []
+    broken = proxy.chain.plugins.broken
+    body = {
+        "status": "unhealthy" if draining else "degraded" if broken else "healthy",
+        "proxy": "stopping" if draining else "Ok",
+        "upstream": "error" if any("error" in remote for remote in remotes) else "Ok",
+        "version": __version__,
+        "uptime_s": round(time.monotonic() - STARTED, 1),
+        "instances": instances,
+        "remotes": remotes,
+        "agents": {
+            "loaded": [plugin.name for plugin in proxy.chain.plugins if plugin.made is not None],
+            "failed": broken,
+        },
+        "downloads": proxy.router.downloads.status(),
+    }
+    return web.json_response(body, status=503 if draining else 200)
+
+
+async def plugins_listed(http: web.Request) -> web.Response:
+    """`GET /plugins`: every enabled agent, and how it is doing."""
+    return web.json_response([_plugin(plugin) for plugin in http.app[PROXY].chain.plugins])
+
+
+def _plugin(plugin: Plugin) -> dict[str, object]:
+    """`mean_latency_ms` is what it added to each of its requests on average, questions to models included."""
+    entry: dict[str, object] = {
+        "name": plugin.name,
+        "status": "failed" if plugin.error is not None else "loaded",
+        "source": plugin.place.source,
+    }
+    if plugin.error is not None:
+        entry["error"] = plugin.error
+    if plugin.made is not None:
+        cls = type(plugin.made.agent)
+        entry |= {
+            "command": f"/{cls.command}" if cls.command is not None else None,
+            "description": description(plugin.made),
+            "hooks": [hook for hook in HOOKS if getattr(cls, hook) is not getattr(Agent, hook)],
+            "always": plugin.always,
+            "required": plugin.settings.required,
+            "on_error": plugin.settings.on_error,
+            "options_per_call": sorted(cls.per_call),
+            "config_schema": cls.Config.model_json_schema(),
+        }
+    mean_ms = plugin.spent_s / plugin.calls * 1000 if plugin.calls else 0.0
+    return entry | {"calls": plugin.calls, "errors": plugin.failures, "mean_latency_ms": round(mean_ms, 3)}

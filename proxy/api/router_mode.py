@@ -1,0 +1,148 @@
+"""llama-server's router-mode API: load, unload, download and delete models, and watch them. Open WebUI uses it when a
+connection's provider is "llama.cpp".
+
+Source: llama.cpp tools/server/README.md, b11434.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from typing import Any
+
+import orjson
+from aiohttp import web
+from aiohttp_sse import sse_response
+
+from llama_smart_proxy.backends.base import Backend
+from llama_smart_proxy.backends.llamacpp.spawned import SpawnedModel
+from llama_smart_proxy.backends.ollama.hosts import OllamaModel
+from llama_smart_proxy.backends.openai import Remote
+from llama_smart_proxy.backends.weights import hub
+from llama_smart_proxy.proxy.api.state import MODEL, PROXY
+from llama_smart_proxy.proxy.errors import BadRequest, ModelNotFound, Overloaded
+from llama_smart_proxy.proxy.http.body import read_json
+from llama_smart_proxy.proxy.http.headers import own_headers
+from llama_smart_proxy.proxy.models.router import Router
+from llama_smart_proxy.proxy.stream.translate import question
+
+EVENTS_S = 0.5
+"""Seconds between two looks at the models on behalf of one who watches them."""
+
+
+async def load_model(http: web.Request) -> web.Response:
+    """`POST /models/load`: answers at once, the load goes on; but an Ollama answers when it has loaded."""
+    backend = await _resolved(http, await _named(http))
+    if isinstance(backend, SpawnedModel):
+        backend.pool.begin_load(backend.name, backend.model)
+    elif isinstance(backend, OllamaModel):
+        await question(backend, "/api/generate", {"model": backend.name})
+    return web.json_response({"success": True})
+
+
+async def unload_model(http: web.Request) -> web.Response:
+    """`POST /models/unload`: answers once the process has ended; one that is answering ends after its answers. Breaks
+    off a download, too."""
+    name = await _named(http)
+    download = http.app[PROXY].router.downloads.get(_download_name(name))
+    if download is not None:
+        download.stop(Overloaded(f"The download of '{download.name}' was broken off.", code="download_cancelled"))
+        return web.json_response({"success": True})
+    backend = await _resolved(http, name)
+    if isinstance(backend, SpawnedModel):
+        await backend.pool.unload(backend.name)
+    elif isinstance(backend, OllamaModel):
+        await question(backend, "/api/generate", {"model": backend.name, "keep_alive": 0})
+    return web.json_response({"success": True})
+
+
+async def download_model(http: web.Request) -> web.Response:
+    """`POST /models`: begins to download `org/repo:Q4_K_M` from the Hugging Face hub."""
+    name = await _named(http)
+    found = hub.parse_name(_hub_name(name))
+    if found is None:
+        raise BadRequest(f"{name[:100]!r} is not org/repo:variant", param="model")
+    download = http.app[PROXY].router.downloads.join(hub.download_name(*found), hub.work(*found))
+    download.wanted = True
+    return web.json_response({"success": True})
+
+
+async def delete_model(http: web.Request) -> web.Response:
+    """`DELETE /models?model=...`: of what was downloaded; not of what is configured."""
+    name = http.query.get("model", "")
+    local = http.app[PROXY].router.local
+    await local.refresh(at_once=True)
+    spawned = local.get(name) or local.get(_hub_name(name))
+    if spawned is None:
+        raise ModelNotFound(f"model {name[:100]!r} not found")
+    if not local.is_cached(spawned):
+        raise BadRequest(f"model {name[:100]!r} is part of this proxy's configuration; remove it there")
+    http[MODEL] = spawned.name
+    await local.delete(spawned)
+    return web.json_response({"success": True})
+
+
+async def model_events(http: web.Request) -> web.StreamResponse:
+    """`GET /models/sse`: an event for each model whose status changes, and for the progress of downloads; first the
+    status of every model. Ends when the proxy is asked to stop."""
+    if http.method == "HEAD":
+        return web.Response(content_type="text/event-stream")
+    proxy = http.app[PROXY]
+    before: dict[str, Any] = {}
+    async with sse_response(http, headers=dict(own_headers(http))) as response:
+        while response.is_connected() and not proxy.draining.is_set():
+            await proxy.router.local.refresh()
+            now = _told(proxy.router)
+            for key, event in now.items():
+                if before.get(key) != event:
+                    await response.send(orjson.dumps(event).decode())
+            before = now
+            with suppress(TimeoutError):
+                async with asyncio.timeout(EVENTS_S):
+                    await proxy.draining.wait()
+    return response
+
+
+def _told(router: Router) -> dict[str, Any]:
+    """What there is to tell now: the status of each model, the progress of each download."""
+    told: dict[str, Any] = {}
+    for entry in router.catalogue():
+        status = entry.as_openai(router.created)["status"]
+        told[f"model {entry.id}"] = {
+            "model": entry.id,
+            "event": "model_status",
+            "data": {"status": status.pop("value"), **status},
+        }
+    for progress in router.downloads.status():
+        bytes_ = {"done": progress.get("completed", 0), "total": progress.get("total", 0)}
+        told[f"download {progress['model']}"] = {
+            "model": progress["model"],
+            "event": "download_progress",
+            "data": {progress.get("digest", progress["model"]): bytes_},
+        }
+    return told
+
+
+async def _named(http: web.Request) -> str:
+    name = (await read_json(http, http.app[PROXY].max_body_bytes)).get("model")
+    if not isinstance(name, str) or not name:
+        raise BadRequest("model is required", param="model")
+    return name
+
+
+async def _resolved(http: web.Request, name: str) -> Backend:
+    target = await http.app[PROXY].router.resolve(name, pull=False)
+    http[MODEL] = target.model
+    if isinstance(target.backend, Remote):
+        raise BadRequest(f"model {name[:100]!r} is on a server that loads its models itself", param="model")
+    return target.backend
+
+
+def _hub_name(name: str) -> str:
+    """The name as it is among ours; llama-server knows no other hub and writes no prefix."""
+    return name if hub.parse_name(name) else f"{hub.PREFIXES[0]}{name}"
+
+
+def _download_name(name: str) -> str:
+    found = hub.parse_name(_hub_name(name))
+    return hub.download_name(*found) if found is not None else name

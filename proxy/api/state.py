@@ -1,0 +1,33 @@
+"""What all handlers share: the state of the proxy, and the keys under which a request carries things."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from aiohttp import web
+
+from llama_smart_proxy.proxy.config import Config
+from llama_smart_proxy.proxy.middleware.chain import Chain
+from llama_smart_proxy.proxy.models.cards import Cards
+from llama_smart_proxy.proxy.models.router import Router
+
+
+@dataclass(frozen=True, slots=True)
+class Proxy:
+    """The running proxy. `draining` is set from the moment it was asked to stop."""
+
+    config: Config
+    router: Router
+    chain: Chain
+    cards: Cards = field(default_factory=Cards)
+    draining: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def max_body_bytes(self) -> int:
+        return self.config.server.max_body_mib * 2**20
+
+
+PROXY = web.AppKey("proxy", Proxy)
+MODEL = web.RequestKey("model", str)
+"""The model that a request turned out to be for; the access line shows it."""

@@ -1,0 +1,105 @@
+"""A streamed answer, made into one. No I/O."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llama_smart_proxy.proxy.chat import Json
+
+MAX_TOOL_CALLS = 1024
+"""Most calls in one answer; a server that numbers them higher would have us make room for all between."""
+
+
+class Fold:
+    """Chunks in, one `chat.completion` out: the answer to a client that did not ask for a stream."""
+
+    def __init__(self) -> None:
+        self._whole: Json = {}
+        self._choices: dict[int, Json] = {}
+
+    def add(self, chunk: Json) -> bytes:
+        """Take in the next chunk. Fields beside `choices` stay as they were said last. Nothing is sent for it."""
+        for choice in chunk.get("choices") or ():
+            index = choice.get("index", 0)
+            whole = self._choices.setdefault(index, {"index": index, "message": {"role": "assistant", "content": ""}})
+            _add_delta(whole["message"], choice.get("delta") or {})
+            _add_logprobs(whole, choice.get("logprobs"))
+            whole.update({k: v for k, v in choice.items() if k not in ("index", "delta", "logprobs") and v is not None})
+        said = {k: v for k, v in chunk.items() if k != "choices" and v is not None}
+        if "usage" in said and not chunk.get("choices"):
+            said["usage"] = self._summed(said["usage"])
+        self._whole.update(said)
+        return b""
+
+    def _summed(self, usage: Any) -> Any:
+        """What was told with what is told now: of several answers (`n`) llama-server counts each by itself, behind all
+        of them; their prompt is the same one. Source: llama.cpp tools/server, b11434."""
+        before = self._whole.get("usage")
+        if len(self._choices) < 2 or not isinstance(before, dict) or not isinstance(usage, dict):
+            return usage
+        prompt = max(before.get("prompt_tokens", 0), usage.get("prompt_tokens", 0))
+        completion = before.get("completion_tokens", 0) + usage.get("completion_tokens", 0)
+        counts = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        return {**usage, **counts}
+
+    def completion(self) -> Json:
+        """The whole answer; `choices` in the order of their indices, at least one."""
+        choices = [
+            {"finish_reason": "stop", **choice, "message": _joined(choice["message"])}
+            for _, choice in sorted(self._choices.items())
+        ]
+        message = {"role": "assistant", "content": ""}
+        return self._whole | {
+            "object": "chat.completion",
+            "choices": choices or [{"index": 0, "message": message, "finish_reason": "stop"}],
+        }
+
+
+class _Text(list[str]):
+    """A text in pieces: adding each to a whole one would take time in the square of its length."""
+
+
+def _add_delta(message: Json, delta: Json) -> None:
+    for key, value in delta.items():
+        if key == "tool_calls":
+            for call in value or ():
+                _add_tool_call(message.setdefault("tool_calls", []), call)
+        elif isinstance(value, str) and key != "role":
+            pieces = message.get(key)
+            if not isinstance(pieces, _Text):
+                pieces = message[key] = _Text()
+            pieces.append(value)
+        elif value is not None:
+            message[key] = value
+
+
+def _joined(value: Any) -> Any:
+    """`value` with its texts in one piece."""
+    if isinstance(value, _Text):
+        return "".join(value)
+    if isinstance(value, dict):
+        return {key: _joined(item) for key, item in value.items()}
+    return [_joined(item) for item in value] if isinstance(value, list) else value
+
+
+def _add_tool_call(calls: list[Json], delta: Json) -> None:
+    """A call comes in parts: first its id and name, then its arguments piece by piece, told apart by `index`."""
+    index = delta.get("index", len(calls))
+    if not 0 <= index < MAX_TOOL_CALLS:
+        raise ValueError("a tool call with an impossible index")
+    while len(calls) <= index:
+        calls.append({"type": "function", "function": {"name": "", "arguments": _Text()}})
+    call = calls[index]
+    call.update({key: value for key, value in delta.items() if key not in ("index", "function") and value is not None})
+    for key, value in (delta.get("function") or {}).items():
+        if key == "arguments":
+            call["function"][key].append(value or "")
+        elif value:  # some servers send the name with every part
+            call["function"][key] = value
+
+
+def _add_logprobs(choice: Json, logprobs: Json | None) -> None:
+    for key, items in (logprobs or {}).items():
+        if isinstance(items, list):
+            choice.setdefault("logprobs", {}).setdefault(key, []).extend(items)

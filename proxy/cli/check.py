@@ -1,0 +1,74 @@
+"""`llama-smart-proxy check` and `llama-smart-proxy schema`: what an operator asks about a configuration file."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sized
+from pathlib import Path
+
+from llama_smart_proxy.backends.llamacpp.command import server_command
+from llama_smart_proxy.proxy.config import Config, read_config, schema_json
+from llama_smart_proxy.proxy.errors import ConfigError
+from llama_smart_proxy.proxy.middleware.plugins import Plugins
+
+
+def check_command(path: Path | None, env: Mapping[str, str]) -> int:
+    """Reports every problem and remark on stderr, one a line; `OK: ...` on stdout if there is no problem.
+
+    Returns the exit status: 0, or 2 if the proxy would refuse to start.
+    """
+    reading = read_config(path, env=env)
+    for line in reading.problems:
+        print(line, file=sys.stderr)
+    for line in reading.warnings:
+        print(f"warning: {line}", file=sys.stderr)
+    missing = [*machine_problems(reading.config), *agent_problems(reading.config)] if reading.config is not None else []
+    for line in missing:
+        print(f"{path or 'defaults'}: {line}", file=sys.stderr)
+    if reading.config is None or missing:
+        return 2
+    config = reading.config
+    counts = [_count(config.models | config.virtual, "model"), _count(config.remotes, "remote")]
+    if config.uses_ollama:
+        counts.append(_count(config.ollama.urls, "Ollama host"))
+    print(f"OK: {path or 'defaults'} ({', '.join(counts)})")
+    return 0
+
+
+def machine_problems(config: Config) -> list[str]:
+    """What the configuration names and this machine does not have, each as `path: problem`."""
+    found = []
+    try:
+        server_command(config.llama_cpp.server)
+    except ConfigError as exc:
+        found += exc.problems
+    folder = config.llama_cpp.models_dir
+    if folder is not None and not folder.is_dir():
+        found.append(f"llama_cpp.models_dir: {folder}: no such folder")
+    return found
+
+
+def agent_problems(config: Config) -> list[str]:
+    """Agents that are not there, and bad options of those that are; but one that cannot be imported is only told, as
+    the proxy would serve without it."""
+    try:
+        plugins = Plugins.of(config)
+    except ConfigError as exc:
+        return exc.problems
+    for folder in config.agents_dirs:
+        if not folder.is_dir():
+            print(f"warning: agents_dirs: {folder}: no such folder", file=sys.stderr)
+    for plugin in plugins:
+        if plugin.error is not None:
+            print(f"warning: agents: {plugin.name} cannot be loaded: {plugin.error}", file=sys.stderr)
+    return []
+
+
+def schema_command() -> int:
+    """Prints the JSON schema of the file. Returns 0."""
+    print(schema_json())
+    return 0
+
+
+def _count(things: Sized, noun: str) -> str:
+    return f"{len(things)} {noun}{'' if len(things) == 1 else 's'}"

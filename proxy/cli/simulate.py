@@ -1,0 +1,188 @@
+"""`llama-smart-proxy simulate`: the proof that an installation works, with the user's own models."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from llama_smart_proxy.proxy.config import Config, load_config
+
+START_S = 20.0
+ANSWER_S = 900.0
+"""A first answer may include a download and a slow load."""
+MESSAGES = [{"role": "user", "content": "Say hello in five words."}]
+
+
+def run(path: Path | None) -> int:
+    """Start the proxy with the configuration at `path`, on a free port and with one place in its pool, so that a second
+    model means a swap. Returns 0 if every step passed, else 1."""
+    config = load_config(path, env=os.environ, overrides={})
+    return asyncio.run(_simulate(config, path))
+
+
+class StepFailed(Exception):
+    """A step did not give what it should."""
+
+
+def _expect(ok: object, message: str) -> None:
+    if not ok:
+        raise StepFailed(message)
+
+
+async def _simulate(config: Config, path: Path | None) -> int:
+    port = _free_port()
+    words = [sys.executable, "-m", "llama_smart_proxy", "serve", "--host", "127.0.0.1", "--port", str(port)]
+    words += ["--log-level", "warning", *(["--config", str(path)] if path else [])]
+    env = os.environ | {"LSP_SERVER_POOL__SIZE": "1"}
+    process = await asyncio.create_subprocess_exec(*words, env=env)
+    try:
+        timeout = aiohttp.ClientTimeout(total=ANSWER_S)
+        async with aiohttp.ClientSession(f"http://127.0.0.1:{port}", timeout=timeout) as session:
+            return await _steps(session, config, process)
+    finally:
+        if process.returncode is None:
+            process.send_signal(signal.SIGTERM)
+        await process.wait()
+
+
+async def _steps(session: aiohttp.ClientSession, config: Config, process: asyncio.subprocess.Process) -> int:
+    chats, embedder = _models(config)
+    rows: list[tuple[str, str, float, str]] = []
+
+    async def step(name: str, work: Callable[[], Awaitable[str]]) -> bool:
+        started = time.monotonic()
+        try:
+            detail, verdict = await work(), "pass"
+        except (aiohttp.ClientError, TimeoutError, StepFailed, KeyError, ValueError) as exc:
+            detail, verdict = f"{type(exc).__name__}: {exc}", "FAIL"
+        rows.append((name, verdict, time.monotonic() - started, detail))
+        return verdict == "pass"
+
+    if await step("proxy starts", lambda: _ready(session, process)):
+        await step("model list", lambda: _list(session))
+        if chats:
+            await step("chat", lambda: _chat(session, chats[0]))
+            await step("chat, streamed", lambda: _stream(session, chats[0]))
+        if embedder:
+            await step("embedding", lambda: _embed(session, embedder))
+        if chats and (embedder or chats[1:]):
+            await step("model swap", lambda: _swap(session, chats, embedder))
+        await step("health", lambda: _healthy(session))
+    _print(rows, skipped=[*([] if chats else ["chat"]), *([] if embedder else ["embedding"])])
+    return 0 if all(verdict == "pass" for _, verdict, _, _ in rows) else 1
+
+
+def _models(config: Config) -> tuple[list[str], str | None]:
+    """The chat models, and the embedding model if one is configured."""
+    chats, embedder = [], None
+    for name, model in config.models.items():
+        if any(flag in ("--embedding", "--embeddings") for flag in model.args):
+            embedder = embedder or name
+        else:
+            chats.append(name)
+    return chats, embedder
+
+
+async def _ready(session: aiohttp.ClientSession, process: asyncio.subprocess.Process) -> str:
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline:
+        _expect(process.returncode is None, f"the proxy exited with status {process.returncode}")
+        try:
+            async with session.get("/health") as response:
+                return str((await response.json())["version"])
+        except aiohttp.ClientConnectionError:
+            await asyncio.sleep(0.05)
+    raise TimeoutError(f"not listening after {START_S:g} s")
+
+
+async def _json(session: aiohttp.ClientSession, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    async with session.post(path, json=body) as response:
+        answer: dict[str, Any] = await response.json()
+        _expect(response.status == 200, f"{response.status} {answer}")
+        return answer
+
+
+async def _list(session: aiohttp.ClientSession) -> str:
+    async with session.get("/v1/models") as response:
+        names = [item["id"] for item in (await response.json())["data"]]
+    _expect(names, "no model is offered")
+    return ", ".join(names)
+
+
+async def _chat(session: aiohttp.ClientSession, model: str) -> str:
+    answer = await _json(session, "/v1/chat/completions", {"model": model, "messages": MESSAGES, "max_tokens": 16})
+    text = answer["choices"][0]["message"]["content"]
+    _expect(text, "the answer is empty")
+    return f"{model}: {text!r}"
+
+
+async def _stream(session: aiohttp.ClientSession, model: str) -> str:
+    body = {"model": model, "messages": MESSAGES, "max_tokens": 16, "stream": True}
+    events = []
+    async with session.post("/v1/chat/completions", json=body) as response:
+        if response.status != 200:
+            raise StepFailed(f"{response.status} {await response.text()}")
+        async for line in response.content:
+            if line.startswith(b"data: "):
+                events.append(line[6:].strip())
+    _expect(events and events[-1] == b"[DONE]", "the stream did not end with [DONE]")
+    for event in events:
+        _expect(not event.startswith(b'{"error"'), event.decode())
+    return f"{model}: {len(events) - 1} events, then [DONE]"
+
+
+async def _embed(session: aiohttp.ClientSession, model: str) -> str:
+    answer = await _json(session, "/v1/embeddings", {"model": model, "input": "hello"})
+    return f"{model}: {len(answer['data'][0]['embedding'])} dimensions"
+
+
+async def _swap(session: aiohttp.ClientSession, chats: list[str], embedder: str | None) -> str:
+    """Ask a second model, see that it has taken the first one's place, and ask the first again."""
+    if embedder:
+        await _embed(session, embedder)
+    else:
+        await _chat(session, chats[1])
+    second = embedder or chats[1]
+    held = await _loaded(session)
+    _expect(held == {second}, f"{second} was asked, but {', '.join(held) or 'nothing'} is loaded")
+    await _chat(session, chats[0])
+    held = await _loaded(session)
+    _expect(held == {chats[0]}, f"{chats[0]} was asked, but {', '.join(held) or 'nothing'} is loaded")
+    return f"{chats[0]} -> {second} -> {chats[0]}"
+
+
+async def _loaded(session: aiohttp.ClientSession) -> set[str]:
+    async with session.get("/health") as response:
+        return {item["model"] for item in (await response.json())["instances"]}
+
+
+async def _healthy(session: aiohttp.ClientSession) -> str:
+    async with session.get("/health") as response:
+        health = await response.json()
+    failed = ", ".join(health.get("agents", {}).get("failed", ()))
+    words = f"{health['status']}{f': these agents cannot be loaded: {failed}' if failed else ''}"
+    _expect(response.status == 200 and health["status"] == "healthy", words)
+    return ", ".join(f"{item['model']} {item['state']}" for item in health["instances"])
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _print(rows: list[tuple[str, str, float, str]], skipped: list[str]) -> None:
+    for name, verdict, seconds, detail in rows:
+        print(f"{name:<16} {verdict:<5} {seconds:7.2f} s  {detail[:160]}")
+    for name in skipped:
+        print(f"{name:<16} skip             no such model is configured")

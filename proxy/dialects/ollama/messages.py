@@ -1,0 +1,249 @@
+"""The messages of a chat, between Ollama's shape and OpenAI's.
+
+Ollama's content is one text with `images` beside it, its tool calls have objects for arguments and often no ids, and a
+tool's result names the tool. Source: Ollama's api/types.go and llm/llama_server.go.
+"""
+
+from __future__ import annotations
+
+import binascii
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import orjson
+
+from llama_smart_proxy.proxy.chat import Json
+from llama_smart_proxy.proxy.dialects.ollama.fields import (
+    CALL_FIELDS,
+    FUNCTION_FIELDS,
+    MESSAGE_FIELDS,
+    checked,
+    mismatch,
+    remember,
+    restored,
+)
+from llama_smart_proxy.proxy.errors import BadRequest
+
+_IMAGES = {
+    b"\x89PNG\r\n\x1a\n": "image/png",
+    b"\xff\xd8\xff": "image/jpeg",
+    b"GIF8": "image/gif",
+    b"BM": "image/bmp",
+}
+_DATA_URL = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
+_NOT_BASE64 = re.compile(r"[^A-Za-z0-9+/\r\n]")
+_LINE_ENDS = str.maketrans("", "", "\r\n")
+
+
+class _Calls:
+    """The tool calls of a conversation so far: which ids there are, and whose result is still missing."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, str] = {}
+        self._open: dict[str, str] = {}
+
+    def made(self, given: str | None, name: str) -> str:
+        """The id of the next call: the one given, else one that is the same whenever this conversation is sent."""
+        number = len(self._names)
+        while not given and f"call_{number}" in self._names:
+            number += 1
+        known = given or f"call_{number}"
+        self._names[known] = self._open[known] = name
+        return known
+
+    def answered(self, given: str | None, name: str | None) -> tuple[str | None, str | None]:
+        """Id and name of the call that the next result belongs to: the first open one that fits what is given."""
+        if not given:
+            fitting = (known for known, called in self._open.items() if name in (None, "", called))
+            given = next(fitting, None)
+        if given is None:
+            return None, name
+        self._open.pop(given, None)
+        return given, name or self._names.get(given)
+
+
+def checked_messages(said: Sequence[object]) -> list[Json]:
+    """`said`, if it is a list of messages as Ollama knows them, with all names of fields in lower case."""
+    return [_checked_message(item) for item in said]
+
+
+def decode_messages(said: Sequence[Json]) -> list[Json]:
+    """OpenAI's messages for checked ones, without what those say beyond; that is for `remember_messages`."""
+    calls = _Calls()
+    return [_decode_message(item, calls) for item in said]
+
+
+def remember_messages(messages: Sequence[Json], said: Sequence[Json], back: Sequence[Json]) -> None:
+    """Set aside in each of `messages`, and in its tool calls, what the client said otherwise than the way `back` does,
+    which is what `encode_messages` makes of them."""
+    for message, theirs, ours in zip(messages, said, back, strict=True):
+        if message.get("tool_calls"):
+            theirs, ours = dict(theirs), dict(ours)
+            calls = zip(message["tool_calls"], theirs.pop("tool_calls"), ours.pop("tool_calls"), strict=True)
+            for call, their_call, our_call in calls:
+                remember(call["function"], their_call["function"], our_call.pop("function"))
+                remember(call, {key: value for key, value in their_call.items() if key != "function"}, our_call)
+        remember(message, theirs, ours)
+
+
+def encode_messages(messages: Sequence[Any]) -> list[Json]:
+    """Ollama's messages. Several parts stay one message; names of tools are looked up for results that lack them.
+
+    Raises: BadRequest for what Ollama cannot be told, such as an image that is not in the request itself.
+    """
+    names: dict[str, str] = {}
+    return [_encode_message(message, names) for message in messages]
+
+
+def content_of(text: str | None, images: Sequence[object] | None, path: str) -> str | list[Json]:
+    """OpenAI's content for a text and Ollama's `images`, which are base64 and may hold sound, too. `path` is theirs."""
+    if not images:
+        return text or ""
+    return ([{"type": "text", "text": text}] if text else []) + [_media_part(image, path) for image in images]
+
+
+def text_and_media(content: Any) -> tuple[str, list[str]]:
+    """The one text and the base64 `images` of OpenAI's content, which is a text, None or a list of parts."""
+    if content is None or isinstance(content, str):
+        return content or "", []
+    if not isinstance(content, list):
+        raise BadRequest("a message's content must be a text or a list of parts", param="messages")
+    texts, images = [], []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind in ("text", "refusal") and isinstance(part.get(kind), str):
+            texts.append(part[kind])
+        elif kind == "image_url":
+            images.append(_image_data(part.get("image_url")))
+        elif kind == "input_audio" and isinstance(part.get("input_audio"), dict):
+            images.append(str(part["input_audio"].get("data", "")))
+        else:
+            raise BadRequest(f"Ollama has no content part of type {str(kind)!r}", param="messages")
+    return "\n".join(texts), images
+
+
+def _checked_message(said: object) -> Json:
+    where = "ChatRequest.messages"
+    message = checked(said, MESSAGE_FIELDS, where, "api.Message")
+    if not message.get("tool_calls"):
+        return message
+    calls = [checked(call, CALL_FIELDS, f"{where}.tool_calls", "api.ToolCall") for call in message["tool_calls"]]
+    where, go_type = f"{where}.tool_calls.function", "api.ToolCallFunction"
+    functions = [checked(call.get("function"), FUNCTION_FIELDS, where, go_type) for call in calls]
+    pairs = zip(calls, functions, strict=True)
+    return message | {"tool_calls": [call | {"function": function} for call, function in pairs]}
+
+
+def _decode_message(said: Json, calls: _Calls) -> Json:
+    message: Json = {}
+    if said.get("role") is not None:
+        message["role"] = said["role"].lower()
+    message["content"] = content_of(said.get("content"), said.get("images"), "ChatRequest.messages.images")
+    if said.get("thinking"):
+        message["reasoning_content"] = said["thinking"]
+    if said.get("tool_calls"):
+        message["tool_calls"] = [_decode_call(call, calls) for call in said["tool_calls"]]
+    call_id, name = said.get("tool_call_id"), said.get("tool_name")
+    if message.get("role") == "tool":
+        call_id, name = calls.answered(call_id, name)
+    message |= {key: value for key, value in (("tool_call_id", call_id), ("name", name)) if value}
+    return message
+
+
+def _decode_call(call: Json, calls: _Calls) -> Json:
+    function = call["function"]
+    name = function.get("name") or ""
+    try:
+        arguments = orjson.dumps(function.get("arguments") or {}).decode()
+    except TypeError as exc:  # orjson.JSONEncodeError
+        raise BadRequest(f"the arguments of a tool call cannot be passed on: {exc}", param="messages") from None
+    known = calls.made(call.get("id"), name)
+    return {"id": known, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def _encode_message(message: Any, names: dict[str, str]) -> Json:
+    if not isinstance(message, dict):
+        raise BadRequest("a message must be an object", param="messages")
+    role = message.get("role")
+    role = {"developer": "system", "function": "tool"}.get(role, role) if isinstance(role, str) else None
+    text, images = text_and_media(message.get("content"))
+    fresh: Json = {"content": text} if role is None else {"role": role, "content": text}
+    if images:
+        fresh["images"] = images
+    if message.get("reasoning_content"):
+        fresh["thinking"] = message["reasoning_content"]
+    if message.get("tool_calls"):
+        if not isinstance(message["tool_calls"], list):
+            raise BadRequest("tool_calls must be a list", param="messages")
+        fresh["tool_calls"] = [_encode_call(call, names) for call in message["tool_calls"]]
+    call_id = str(message.get("tool_call_id") or "")
+    name = message.get("name") or names.get(call_id)
+    if call_id:
+        fresh["tool_call_id"] = call_id
+    if role == "tool" and name:
+        fresh["tool_name"] = name
+    return restored(fresh, message)
+
+
+def _encode_call(call: Any, names: dict[str, str]) -> Json:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise BadRequest("a tool call must name a function", param="messages")
+    fresh: Json = {}
+    if call.get("id"):
+        fresh["id"] = call["id"]
+        names[str(call["id"])] = function["name"]
+    arguments = arguments_object(function.get("arguments"))
+    if arguments is None:
+        raise BadRequest(f"the arguments of the call of {function['name']!r} are not a JSON object", param="messages")
+    return restored(fresh | {"function": restored({"name": function["name"], "arguments": arguments}, function)}, call)
+
+
+def arguments_object(text: Any) -> Json | None:
+    """The arguments of a tool call, which OpenAI's API tells as a text; None if that is not a JSON object."""
+    if isinstance(text, str):
+        try:
+            text = orjson.loads(text or "{}")
+        except orjson.JSONDecodeError:
+            return None
+    return text if isinstance(text, dict) else None
+
+
+def _image_data(image: Any) -> str:
+    url = image.get("url") if isinstance(image, dict) else image
+    found = _DATA_URL.match(url) if isinstance(url, str) else None
+    if found is None:
+        raise BadRequest(
+            "an image for an Ollama model must be in the request itself, as a data: URL with base64", param="messages"
+        )
+    return str(url)[found.end() :]
+
+
+def _media_part(image: Any, path: str) -> Json:
+    data = _checked_base64(image, path)
+    start = binascii.a2b_base64(data[:32])
+    riff = start[8:12] if start.startswith(b"RIFF") else b""
+    if riff == b"WAVE" or start.startswith(b"ID3") or (start[:1] == b"\xff" and start[1:2] >= b"\xe0"):
+        audio = "wav" if riff == b"WAVE" else "mp3"
+        return {"type": "input_audio", "input_audio": {"data": data, "format": audio}}
+    found = (mime for mark, mime in _IMAGES.items() if start.startswith(mark))
+    mime = "image/webp" if riff == b"WEBP" else next(found, "image/jpeg")
+    return {"type": "image_url", "image_url": {"url": f"data:{mime};base64,{data}"}}
+
+
+def _checked_base64(image: Any, path: str) -> str:
+    """The base64 text without line ends, which Go skips.
+
+    Raises: BadRequest with the place of the first wrong character, as Go counts it.
+    """
+    if not isinstance(image, str):
+        raise mismatch(image, path, "api.ImageData")
+    data = image.translate(_LINE_ENDS) if "\n" in image or "\r" in image else image
+    try:
+        binascii.a2b_base64(data, strict_mode=True)
+    except ValueError:
+        wrong = _NOT_BASE64.search(image)
+        place = wrong.start() if wrong else len(image)
+        raise BadRequest(f"illegal base64 data at input byte {place}", param="images") from None
+    return data

@@ -1,0 +1,131 @@
+"""What an Ollama server answers, line by line, in OpenAI's shape. Source: Ollama's api/types.go."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import orjson
+
+from llama_smart_proxy.proxy.chat import ChatRequest, Json, keep
+from llama_smart_proxy.proxy.dialects.ollama.fields import NAME
+from llama_smart_proxy.proxy.errors import UpstreamFailed
+
+_MS = 1e6  # nanoseconds
+
+
+class OllamaReader:
+    """Reads the lines of `/api/chat` and of `/api/generate`.
+
+    The last line becomes one chunk with `finish_reason`, `usage` and llama.cpp's `timings`. What has no place there is
+    set aside in the chunk: `total_duration` and `load_duration` (nanoseconds), `context`, `done_reason` "load" and
+    "unload", unknown fields; those of the message, too, and there those of its tool calls.
+    """
+
+    __slots__ = ("_calls", "done")
+
+    def __init__(self, request: ChatRequest | None = None) -> None:
+        self.done = False
+        self._calls = 0
+
+    def read(self, frame: bytes) -> Json | None:
+        """The chunk that one line means, None for a line that says nothing.
+
+        Raises: UpstreamFailed for an error line and for what is not a line of an answer.
+        """
+        if frame.isspace():
+            return None
+        try:
+            line = orjson.loads(frame)
+            if "error" in line:
+                raise UpstreamFailed(_error_text(line["error"]), code="upstream_error")
+            return self._chunk(line)
+        except (ValueError, TypeError, KeyError, AttributeError):  # ValueError: not JSON
+            raise UpstreamFailed(
+                "the Ollama server sent a line that cannot be read", code="upstream_bad_frame"
+            ) from None
+
+    def _chunk(self, line: Json) -> Json | None:
+        created_at, model = line.pop("created_at", ""), line.pop("model", None)
+        message = line.pop("message", None)
+        if message is None:
+            delta = self._delta(line, "response", created_at)
+        else:
+            message.pop("role", None)
+            delta = self._delta(message, "content", created_at)
+            if message:
+                line["message"] = message
+        choice: Json = {"index": 0, "delta": delta, "finish_reason": None}
+        if logprobs := line.pop("logprobs", None):
+            choice["logprobs"] = {"content": logprobs}
+        chunk: Json = {"model": model, "choices": [choice]} if model else {"choices": [choice]}
+        if line.pop("done", False):
+            self.done = True
+            choice["finish_reason"] = self._finish(line)
+            _read_metrics(line, chunk)
+        elif not delta and not line and not logprobs:
+            return None
+        return keep(chunk, NAME, line)
+
+    def _delta(self, source: Json, text_field: str, created_at: str) -> Json:
+        """The delta that `source` means; what it takes from there is gone afterwards."""
+        delta: Json = {}
+        if text := source.pop(text_field, None):
+            delta["content"] = text + ""  # a TypeError for what is no text
+        if thinking := source.pop("thinking", None):
+            delta["reasoning_content"] = thinking + ""
+        if calls := source.pop("tool_calls", None):
+            delta["tool_calls"] = [self._call(call, created_at) for call in calls]
+            if any(calls):
+                source["tool_calls"] = calls
+        return delta
+
+    def _call(self, call: Json, created_at: str) -> Json:
+        index, self._calls = self._calls, self._calls + 1
+        function = call.pop("function")
+        name, arguments = function.pop("name"), orjson.dumps(function.pop("arguments", None) or {})
+        function.pop("index", None)
+        if function:
+            call["function"] = function
+        known = call.pop("id", None)
+        if not known:  # the same at every reading of these bytes, another one in every answer
+            seed = f"{created_at} {index} {name} ".encode() + arguments
+            known = f"call_{hashlib.blake2s(seed, digest_size=8).hexdigest()}"
+        whole = {"name": name + "", "arguments": arguments.decode()}
+        return {"index": index, "id": known, "type": "function", "function": whole}
+
+    def _finish(self, line: Json) -> str:
+        reason = line.get("done_reason")
+        if reason in (None, "stop", "length"):
+            line.pop("done_reason", None)
+        return "length" if reason == "length" else "tool_calls" if self._calls else "stop"
+
+
+def _read_metrics(line: Json, chunk: Json) -> None:
+    """Counts as `usage`, counts and times as `timings`. Ollama counts the cached tokens of a prompt, llama.cpp does
+    not; newer versions of Ollama say how many there were."""
+    prompt, predicted = line.pop("prompt_eval_count", 0), line.pop("eval_count", 0)
+    cached = line.get("prompt_eval_cached_count")
+    line.get("load_duration", 0) + 0  # a TypeError for what is no number
+    prompt_ms, predicted_ms = line.pop("prompt_eval_duration", 0) / _MS, line.pop("eval_duration", 0) / _MS
+    usage: Json = {"prompt_tokens": prompt, "completion_tokens": predicted, "total_tokens": prompt + predicted}
+    timings: Json = {
+        "prompt_n": prompt - (cached or 0),
+        "prompt_ms": prompt_ms,
+        "predicted_n": predicted,
+        "predicted_ms": predicted_ms,
+    }
+    if cached is not None:
+        usage["prompt_tokens_details"] = {"cached_tokens": cached}
+        timings = {"cache_n": cached} | timings
+    if prompt_ms:
+        timings["prompt_per_second"] = timings["prompt_n"] / prompt_ms * 1e3
+    if predicted_ms:
+        timings["predicted_per_second"] = predicted / predicted_ms * 1e3
+    chunk["usage"], chunk["timings"] = usage, timings
+
+
+def _error_text(error: Any) -> str:
+    """Ollama's error is a text; other servers of its API have been seen to send an object."""
+    text = error.get("message") if isinstance(error, dict) else error
+    return text if isinstance(text, str) and text else "the Ollama server failed without saying why"

@@ -1,0 +1,244 @@
+"""Answers for Ollama clients: newline-delimited JSON, or one object.
+
+Source: Ollama's api/types.go and server/routes.go. A line always has `message.content` or `response`; whatever is empty
+besides is left out; no line is blank, and none but the last is without content.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import orjson
+
+from llama_smart_proxy.proxy.chat import ChatRequest, Json, Timing, kept
+from llama_smart_proxy.proxy.dialects import OLLAMA
+from llama_smart_proxy.proxy.dialects.ollama.fields import NAME, restored
+from llama_smart_proxy.proxy.dialects.ollama.messages import arguments_object
+from llama_smart_proxy.proxy.dialects.ollama.options import encode_logprobs
+from llama_smart_proxy.proxy.errors import ProxyError, UpstreamFailed
+
+LONGEST_TEXT = 1_000_000
+"""Most characters in one line. Each takes up to 6 bytes; Ollama's Go client gives up at 8 MB a line."""
+
+_NS = 1e9
+_LINE_ENDS = [(char.encode(), f"\\u{ord(char):04x}".encode()) for char in "\x85\u2028\u2029"]
+
+
+class OllamaWriter:
+    """Writes the answer to one request, in the form of `/api/chat` or of `/api/generate`.
+
+    `timing.extra` goes into the last line, or the one object (the `context` of a generated text). `clock` counts the
+    seconds that `timing` is in; by default `time.monotonic`.
+
+    Raises: UpstreamFailed, from any method, for a tool call whose arguments are no JSON object. Only the last call of
+    an answer that ran into its limit may be cut off; it is left out.
+    """
+
+    content_type = "application/x-ndjson"
+
+    def __init__(
+        self,
+        request: ChatRequest,
+        timing: Timing,
+        *,
+        chat: bool,
+        clock: Callable[[], float] = time.monotonic,
+        wall_ns: Callable[[], int] = time.time_ns,
+    ) -> None:
+        self._model = request.model
+        self._timing = timing
+        self._chat = chat
+        self._clock = clock
+        self._stamp = Stamp(wall_ns)
+        asked = restored(encode_logprobs(request.body), request.body)
+        self._unasked = {"id"} if asked.get("top_logprobs") else {"id", "top_logprobs"}
+        self._calls: dict[int, Json] = {}
+        self._with_calls: Json = {}  # fields of Ollama's that came with them
+        self._held: Json = {}  # fields of Ollama's for the last line
+        self._logprobs: list[Json] = []
+        self._last: Json = {}  # usage, timings, finish_reason, as they were told last
+
+    def chunk(self, chunk: Json) -> bytes:
+        """The lines that this chunk becomes now; tool calls wait until they are whole."""
+        for name in ("usage", "timings"):
+            if chunk.get(name):
+                self._last[name] = chunk[name]
+        choices = chunk.get("choices")
+        if not choices or choices[0].get("index"):
+            return b""
+        choice = choices[0]
+        delta = choice.get("delta") or {}
+        content, thinking, calls = delta.get("content"), delta.get("reasoning_content"), delta.get("tool_calls")
+        fields = dict(kept(chunk, NAME))
+        of_calls: Json = {name: fields.pop(name) for name in ("message", "tool_calls") if calls and name in fields}
+        if choice.get("finish_reason"):
+            self._last["finish_reason"] = choice["finish_reason"]
+        if choice.get("finish_reason") or not (content or thinking):
+            self._held |= fields
+            fields = {}
+        if choice.get("logprobs"):
+            self._logprobs += choice["logprobs"].get("content") or ()
+        lines = b""
+        if content or thinking:
+            lines = self._flush_calls() + self._say(content or "", thinking or "", fields)
+        return lines + self._add_calls(calls, of_calls) if calls else lines
+
+    def adopt(self, chunk: Json) -> None:
+        """Nothing: no line depends on an earlier one."""
+
+    def end(self) -> bytes:
+        """The line with `done`, behind the tool calls if there are any left."""
+        cut = self._last.get("finish_reason") == "length"
+        return self._flush_calls(cut=cut) + _dump(self._closed(self._object("", {})))
+
+    def error(self, exc: ProxyError) -> bytes:
+        """The line that tells of a failure; nothing may follow it."""
+        return OLLAMA.error_event(exc)
+
+    def reply(self, completion: Json) -> bytes:
+        """The one object of an answer that is not streamed."""
+        choice = completion["choices"][0]
+        message = choice["message"]
+        self._last = {name: completion[name] for name in ("usage", "timings") if completion.get(name)}
+        self._last["finish_reason"] = choice.get("finish_reason")
+        self._held = dict(kept(completion, NAME))
+        self._logprobs = list((choice.get("logprobs") or {}).get("content") or ())
+        fields: Json = {"thinking": message["reasoning_content"]} if message.get("reasoning_content") else {}
+        if message.get("tool_calls"):
+            self._add_calls([{**call, "index": index} for index, call in enumerate(message["tool_calls"])], {})
+        if calls := _written_calls(self._calls, cut=choice.get("finish_reason") == "length"):
+            fields["tool_calls"] = calls
+        return orjson.dumps(self._closed(self._object(message.get("content") or "", fields)))
+
+    def _say(self, content: str, thinking: str, besides: Json) -> bytes:
+        if len(content) + len(thinking) <= LONGEST_TEXT:
+            return self._say_piece(content, thinking, besides)
+        pieces = [self._say_piece("", piece, {}) for piece in _pieces(thinking)]
+        return b"".join(pieces + [self._say_piece(piece, "", {}) for piece in _pieces(content)])
+
+    def _say_piece(self, content: str, thinking: str, besides: Json) -> bytes:
+        line = self._object(content, {"thinking": thinking} if thinking else {})
+        if besides:
+            line = _merged(line, besides)
+        if self._logprobs:
+            line["logprobs"] = self._take_logprobs()
+        return _dump(line)
+
+    def _object(self, content: str, fields: Json) -> Json:
+        line = {"model": self._model, "created_at": self._stamp.now()}
+        if self._chat:
+            return line | {"message": {"role": "assistant", "content": content, **fields}, "done": False}
+        return line | {"response": content, **fields, "done": False}
+
+    def _add_calls(self, deltas: list[Json], besides: Json) -> bytes:
+        """Take in parts of tool calls; a call that is new means that those before are whole."""
+        new = deltas[0].get("index", 0) not in self._calls
+        lines = self._flush_calls() if new else b""
+        self._with_calls |= besides
+        for delta in deltas:
+            call = self._calls.setdefault(delta.get("index", 0), {"id": "", "name": "", "arguments": ""})
+            function = delta.get("function") or {}
+            call["id"] = delta.get("id") or call["id"]
+            call["name"] += function.get("name") or ""
+            call["arguments"] += function.get("arguments") or ""
+        return lines
+
+    def _flush_calls(self, *, cut: bool = False) -> bytes:
+        if not self._calls:
+            return b""
+        calls, besides = _written_calls(self._calls, cut=cut), self._with_calls
+        self._calls, self._with_calls = {}, {}
+        return _dump(_merged(self._object("", {"tool_calls": calls}), besides)) if calls else b""
+
+    def _take_logprobs(self) -> list[Json]:
+        """Those not told yet, without llama-server's token ids; alternatives only if they were asked for."""
+        taken, self._logprobs = self._logprobs, []
+        told = [{key: value for key, value in item.items() if key not in self._unasked} for item in taken]
+        for item in told:
+            if item.get("top_logprobs"):
+                item["top_logprobs"] = [{k: v for k, v in top.items() if k != "id"} for top in item["top_logprobs"]]
+        return told
+
+    def _closed(self, line: Json) -> Json:
+        """`line` with what only the last one tells."""
+        besides = {name: value for name, value in self._held.items() if name not in ("total_duration", "load_duration")}
+        reason = "length" if self._last.get("finish_reason") == "length" else "stop"
+        line |= {"done": True, "done_reason": besides.get("done_reason", reason), **self._metrics()}
+        if self._logprobs:
+            line["logprobs"] = self._take_logprobs()
+        return {**_merged(line, besides), **self._timing.extra}
+
+    def _metrics(self) -> Json:
+        """Counts, and times in nanoseconds; those that are 0 or not known are left out. What an Ollama server took to
+        load the model is part of our `load_duration`, as the wait for its turn is."""
+        now = self._clock()
+        arrived, sent = self._timing.arrived_s, self._timing.sent_s or self._timing.arrived_s
+        usage, timings = self._last.get("usage") or {}, self._last.get("timings") or {}
+        prompt = (
+            timings["prompt_n"] + timings.get("cache_n", 0) if "prompt_n" in timings else usage.get("prompt_tokens")
+        )
+        metrics = {
+            "total_duration": (now - arrived) * _NS,
+            "load_duration": (sent - arrived) * _NS + self._held.get("load_duration", 0),
+            "prompt_eval_count": prompt,
+            "prompt_eval_duration": timings.get("prompt_ms", 0) * 1e6,
+            "eval_count": timings.get("predicted_n", usage.get("completion_tokens")),
+            "eval_duration": timings.get("predicted_ms", 0) * 1e6,
+        }
+        return {name: round(value) for name, value in metrics.items() if value and value > 0}
+
+
+class Stamp:
+    """Writes times as Ollama does: RFC 3339, UTC, with nanoseconds."""
+
+    __slots__ = ("_second", "_text", "_wall_ns")
+
+    def __init__(self, wall_ns: Callable[[], int] = time.time_ns) -> None:
+        self._wall_ns = wall_ns
+        self._second = -1
+        self._text = ""
+
+    def now(self) -> str:
+        second, nanosecond = divmod(self._wall_ns(), 10**9)
+        if second != self._second:
+            self._second, self._text = second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+        return f"{self._text}.{nanosecond:09d}Z"
+
+
+def _written_calls(calls: Mapping[int, Json], *, cut: bool) -> list[Json]:
+    """Whole calls as Ollama tells them; `cut`: the last one may be incomplete."""
+    written = []
+    for index in sorted(calls):
+        name, arguments = calls[index]["name"], arguments_object(calls[index]["arguments"])
+        if arguments is None:
+            if cut and index == max(calls):
+                break
+            raise UpstreamFailed(f"the model gave invalid arguments for the tool {name!r}", code="invalid_tool_call")
+        known: Json = {"id": calls[index]["id"]} if calls[index]["id"] else {}
+        written.append(known | {"function": {"index": index, "name": name, "arguments": arguments}})
+    return written
+
+
+def _merged(line: Any, besides: Any) -> Any:
+    """`line` with the fields that `besides` has at every level and it has not."""
+    if isinstance(line, dict) and isinstance(besides, dict):
+        return besides | {key: _merged(value, besides.get(key)) for key, value in line.items()}
+    if isinstance(line, list) and isinstance(besides, list):
+        return [_merged(*pair) for pair in zip(line, besides, strict=False)] + line[len(besides) :]
+    return line
+
+
+def _pieces(text: str) -> list[str]:
+    return [text[start : start + LONGEST_TEXT] for start in range(0, len(text), LONGEST_TEXT)]
+
+
+def _dump(line: Json) -> bytes:
+    """`line` as JSON, without the characters that some clients (ollama-python among them) take for the end of a line;
+    Go escapes the last two of them, too."""
+    data = orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
+    for separator, escaped in _LINE_ENDS:
+        if separator in data:
+            data = data.replace(separator, escaped)
+    return data

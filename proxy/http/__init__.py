@@ -1,0 +1,1 @@
+"""HTTP towards clients: the server, headers, bodies, responses."""

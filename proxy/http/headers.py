@@ -1,0 +1,117 @@
+"""Which headers cross the proxy. One place, both directions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from email.utils import formatdate
+from functools import lru_cache
+
+from aiohttp import web
+from multidict import MultiMapping
+
+from llama_smart_proxy.proxy import __version__
+
+REQUEST_ID = web.RequestKey("request_id", str)
+ANSWERED = web.RequestKey("answered", int)
+"""The status of an answer of which the client has all but the end mark. Many leave before they get that."""
+SERVER = f"llama-smart-proxy/{__version__}"
+
+HOP_BY_HOP = frozenset(
+    {
+        "connection",
+        "keep-alive",
+        "proxy-authenticate",
+        "proxy-authorization",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    }
+)
+"""RFC 9110 7.6.1: meant for the next hop alone."""
+
+_NOT_UPSTREAM = HOP_BY_HOP | {
+    "host",
+    "content-length",
+    "content-type",  # the body is serialised anew, as JSON
+    "content-encoding",
+    "accept-encoding",
+    "expect",
+    "authorization",  # the client's credentials are for us; the model server has its own
+    "x-api-key",
+    "cookie",
+    "cookie2",
+    "origin",
+    "referer",
+    "forwarded",  # nothing a client says about its own address is believed or passed on
+    "x-real-ip",
+    "x-agents",  # of ours; the next proxy has others
+}
+_NOT_UPSTREAM_PREFIXES = ("x-forwarded-", "proxy-", "sec-", "access-control-")
+
+_NOT_DOWNSTREAM = HOP_BY_HOP | {
+    "content-length",
+    "date",
+    "server",
+    "set-cookie",
+    "set-cookie2",
+    "alt-svc",
+    "strict-transport-security",
+    "www-authenticate",
+    "x-request-id",
+}
+_NOT_DOWNSTREAM_PREFIXES = ("access-control-", "proxy-")
+
+
+def upstream_headers(client: MultiMapping[str], *, has_body: bool) -> list[tuple[str, str]]:
+    """The client's headers that a model server gets to see."""
+    named = client.getall("Connection", ())
+    banned = _named_by_connection(",".join(named)) if named else frozenset()
+    kept = [("Content-Type", "application/json")] if has_body else []
+    for name, value in client.items():
+        key = name.lower()
+        if key not in _NOT_UPSTREAM and key not in banned and not key.startswith(_NOT_UPSTREAM_PREFIXES):
+            kept.append((name, value))
+    return kept
+
+
+def downstream_headers(upstream: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """A model server's headers (names in lower case) that the client gets to see."""
+    kept = []
+    banned: frozenset[str] = frozenset()
+    for key, value in upstream:
+        if key == "connection":
+            banned |= _named_by_connection(value)
+        elif key not in _NOT_DOWNSTREAM and not key.startswith(_NOT_DOWNSTREAM_PREFIXES):
+            kept.append((key, value))
+    return [pair for pair in kept if pair[0] not in banned] if banned else kept
+
+
+def own_headers(http: web.BaseRequest) -> list[tuple[str, str]]:
+    """What every answer of ours carries."""
+    return [("server", SERVER), ("x-request-id", http[REQUEST_ID]), ("date", _date(int(time.time())))]
+
+
+def shown_path(http: web.BaseRequest) -> str:
+    """The path for a log line: as it came, as a decoded line break would forge lines, and without the query."""
+    return http.raw_path.partition("?")[0]
+
+
+def shown(name: str) -> str:
+    """A client's name of something for a log line: what is not printable ASCII would forge lines."""
+    name = name[:255]
+    return name if name.isascii() and name.isprintable() else ascii(name)[1:-1]
+
+
+@lru_cache(maxsize=1)
+def _date(seconds: int) -> str:
+    return formatdate(seconds, usegmt=True)
+
+
+def _named_by_connection(value: str) -> frozenset[str]:
+    """`Connection: close, X-Secret` makes `X-Secret` hop-by-hop too."""
+    if not value or value.lower() in ("keep-alive", "close"):
+        return frozenset()
+    return frozenset(name.strip().lower() for name in value.split(","))

@@ -1,0 +1,1 @@
+"""Agents around a chat: which take part, their hooks, limits and questions to models."""

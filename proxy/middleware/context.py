@@ -1,0 +1,102 @@
+"""What the proxy tells an agent of the request at hand: the implementation of `agents.base.Context`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import aclosing
+from functools import cached_property
+from typing import Any
+
+from llama_smart_proxy.agents.base import About
+from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, ChunkStream, Reply, fold
+from llama_smart_proxy.proxy.middleware.chain import Active, Picked
+from llama_smart_proxy.proxy.middleware.scope import Scope, Turn
+from llama_smart_proxy.proxy.middleware.side_calls import SideCalls
+
+_NOT_TOLD = frozenset({"authorization", "x-api-key", "cookie", "proxy-authorization"})
+
+
+class RequestFacts:
+    """What is the same for all agents of a request; the fields are those of `Context`."""
+
+    def __init__(self, headers: Mapping[str, str], api: str, request_id: str, server: str, picked: Picked) -> None:
+        self._all_headers = headers
+        self.api = api
+        self.request_id = request_id
+        self.server = server
+        self.picked = picked
+
+    @cached_property
+    def headers(self) -> dict[str, str]:
+        told = ((name.lower(), value) for name, value in self._all_headers.items())
+        return {name: value for name, value in told if name not in _NOT_TOLD}
+
+
+class AgentContext:
+    """The context of one agent in one request, with its clock."""
+
+    def __init__(self, active: Active, facts: RequestFacts, scope: Scope, calls: SideCalls) -> None:
+        limits = calls.limits
+        self.active = active
+        self.name = active.plugin.name
+        self.config: Any = active.config
+        self.state: dict[str, Any] = {}
+        self.request_id, self.api, self.server = facts.request_id, facts.api, facts.server
+        self.chat_id = facts.picked.chat_id
+        own_s = active.settings.timeout_s
+        self.turn = Turn(scope, self.name, limits.timeout_s if own_s is None else own_s)
+        self.output_limit = limits.output_kib * 1024
+        self.failed = False
+        self.leaves_out: set[str] = set()
+        self._facts = facts
+        self._calls = calls
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return self._facts.headers
+
+    @property
+    def forward_headers(self) -> Mapping[str, str]:
+        return dict(self._calls.headers)
+
+    @property
+    def agents(self) -> Sequence[About]:
+        return self._facts.picked.about()
+
+    def leave_out(self, *names: str) -> None:
+        self.leaves_out.update(names)
+
+    def chat(self, request: ChatRequest) -> ChunkStream:
+        return _Timed(self._calls.ask(self.name, request), self.turn)
+
+    async def complete(self, request: ChatRequest) -> Reply:
+        stream = _Timed(self._calls.ask(self.name, request), self.turn)
+        async with aclosing(stream):
+            return await fold(stream)
+
+    async def embed(self, texts: Sequence[str], model: str) -> list[list[float]]:
+        with self.turn.awaiting_model():
+            return await self._calls.embed(self.name, texts, model)
+
+    async def fitting(self, models: Sequence[str]) -> list[list[str]]:
+        with self.turn.awaiting_model():
+            return await self._calls.router.fitting(models)
+
+
+class _Timed:
+    """A side call's stream, the wait for which is not held against the agent."""
+
+    def __init__(self, stream: Any, turn: Turn) -> None:
+        self._stream = stream
+        self._turn = turn
+
+    def __aiter__(self) -> _Timed:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        with self._turn.awaiting_model():
+            chunk: Chunk = await self._stream.__anext__()
+            return chunk
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()

@@ -1,0 +1,222 @@
+"""Questions that agents ask models on behalf of a request.
+
+Each is read to its end in a task of its own, so a slot that one holds never depends on the pace of whoever asked; and
+none waits for a slot while the request's own answer holds one. So no request can wait for itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
+from typing import cast
+
+from llama_smart_proxy.backends.base import Backend, Call
+from llama_smart_proxy.backends.http.exchange import Response
+from llama_smart_proxy.proxy.api.embeddings import vectors_of
+from llama_smart_proxy.proxy.chat import ChatRequest, Chunk
+from llama_smart_proxy.proxy.config import LimitsConfig
+from llama_smart_proxy.proxy.errors import AgentError, Overloaded, ProxyError, UpstreamFailed
+from llama_smart_proxy.proxy.http.body import serialise
+from llama_smart_proxy.proxy.middleware.scope import Scope
+from llama_smart_proxy.proxy.models.router import Router
+from llama_smart_proxy.proxy.stream.source import Source
+from llama_smart_proxy.proxy.stream.translate import ANSWER_LIMIT, JSON_HEADERS
+from llama_smart_proxy.proxy.stream.wires import wire_of
+
+logger = logging.getLogger(__name__)
+
+DEPTH = "X-Agents-Depth"
+"""How many agents, each asking the next proxy, a request has come through."""
+DEEPEST = 3
+"""A request that has come through so many runs none any more."""
+
+
+class SideCalls:
+    """All side calls of one request, and what is left of its budget.
+
+    `depth` is what the client's `X-Agents-Depth` says. `replying` is set while the request's own answer holds a slot;
+    `waiting` are the calls that wait for one, and `room` is left by each call when it is over.
+    """
+
+    def __init__(self, scope: Scope, router: Router, limits: LimitsConfig, depth: int) -> None:
+        self.router = router
+        self.limits = limits
+        self.depth = depth
+        self.tokens = 0
+        self._scope = scope
+        self._calls = 0
+        self.room = asyncio.Semaphore(limits.side_calls_at_once)
+        self.waiting: set[SideCall | _Hasty] = set()
+        self.replying = False
+
+    @property
+    def headers(self) -> list[tuple[str, str]]:
+        return [(DEPTH, str(self.depth + 1))]
+
+    def reply_began(self) -> None:
+        """The request's own answer holds a slot from now on: what still waits for one might wait for that."""
+        self.replying = True
+        for call in list(self.waiting):
+            call.fail(Overloaded("A side call found no free slot before the answer itself began.", code="no_slot_now"))
+
+    def reply_ended(self) -> None:
+        self.replying = False
+
+    def ask(self, agent: str, request: ChatRequest) -> SideCall:
+        """Start one. Raises: AgentError when the budget is used up."""
+        self._take(agent)
+        call = SideCall(self, agent, request.copy())
+        call.start(self._scope)
+        return call
+
+    async def embed(self, agent: str, texts: Sequence[str], model: str) -> list[list[float]]:
+        """A vector for each of `texts`. Raises: as a side call does."""
+        self._take(agent)
+        hasty: _Hasty | None = None
+        try:
+            async with self.room, asyncio.timeout(self.limits.side_call_s) as limit:
+                target = await self.router.resolve(model)
+                hasty = _Hasty(self, target.backend, limit)
+                return await vectors_of(cast(Backend, hasty), target.model, texts)
+        except TimeoutError:
+            if hasty is not None and hasty.failure is not None:
+                raise hasty.failure from None
+            raise self.too_long() from None
+
+    def too_long(self) -> UpstreamFailed:
+        words = f"a side call took over {self.limits.side_call_s:g} s"
+        return UpstreamFailed(words, status=504, code="side_call_timeout")
+
+    def _take(self, agent: str) -> None:
+        if self._calls >= self.limits.side_calls:
+            raise _used_up(agent, f"{self.limits.side_calls} side calls")
+        self._calls += 1
+
+    async def source(self, request: ChatRequest, call: SideCall) -> Source:
+        """Where the chunks come from."""
+        target = await self.router.resolve(request.model)
+        request.model = target.model
+        wire = wire_of(target.backend)
+        path, body = wire.encode(request)
+        headers = [*JSON_HEADERS, *self.headers]
+        sent = Call("POST", path, serialise(body), headers, wait=not self.replying)
+        return Source(target.backend, sent, wire, request, opened=call.opened)
+
+
+class SideCall:
+    """One answer on its way, as an async iterator of chunks."""
+
+    def __init__(self, calls: SideCalls, agent: str, request: ChatRequest) -> None:
+        self._calls = calls
+        self._agent = agent
+        self._request = request
+        self._chunks: deque[Chunk] = deque()
+        self._done = False
+        self._failure: ProxyError | None = None
+        self._news = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self, scope: Scope) -> None:
+        self._task = scope.spawn(self._read())
+
+    def opened(self, upstream: Response) -> None:
+        """A slot is held."""
+        self._calls.waiting.discard(self)
+
+    def fail(self, failure: ProxyError) -> None:
+        """Break it off."""
+        if not self._done:
+            self._done, self._failure = True, failure
+            self._news.set()
+        if self._task is not None:
+            self._task.cancel()
+
+    def __aiter__(self) -> SideCall:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        while not self._chunks:
+            if self._failure is not None:
+                raise self._failure
+            if self._done:
+                raise StopAsyncIteration
+            self._news.clear()
+            await self._news.wait()
+        return self._chunks.popleft()
+
+    async def aclose(self) -> None:
+        """Nobody wants it any more."""
+        self._chunks.clear()
+        self._done = True  # the task will not tell if it has not begun
+        self._news.set()
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _read(self) -> None:
+        try:
+            async with self._calls.room, asyncio.timeout(self._calls.limits.side_call_s):
+                await self._take_all()
+        except ProxyError as exc:
+            self._failure = exc
+        except TimeoutError:
+            self._failure = self._calls.too_long()
+        except Exception as exc:
+            logger.error("agent %s: a side call failed", self._agent, exc_info=exc)
+            self._failure = AgentError(self._agent, f"asked what cannot be asked: {type(exc).__name__}")
+        finally:
+            self._calls.waiting.discard(self)
+            self._done = True
+            self._news.set()
+
+    async def _take_all(self) -> None:
+        self._calls.waiting.add(self)
+        source = await self._calls.source(self._request, self)
+        size = 0
+        async with aclosing(source.chunks()) as stream:
+            async for chunk in stream:
+                size += chunk.size
+                self._calls.tokens += bool(chunk.text or chunk.reasoning or chunk.tool_calls)
+                if self._calls.tokens > self._calls.limits.side_tokens:
+                    raise _used_up(self._agent, f"{self._calls.limits.side_tokens} tokens in side calls")
+                if size > ANSWER_LIMIT:
+                    raise UpstreamFailed("the answer to a side call is too large", code="upstream_error")
+                self._chunks.append(chunk)
+                self._news.set()
+
+
+class _Hasty:
+    """A backend whose calls wait for a slot only as long as they may, and within `limit`."""
+
+    def __init__(self, calls: SideCalls, backend: Backend, limit: asyncio.Timeout) -> None:
+        self.failure: ProxyError | None = None
+        self._calls = calls
+        self._backend = backend
+        self._limit = limit
+
+    @property
+    def speaks(self) -> frozenset[str]:
+        return self._backend.speaks
+
+    @asynccontextmanager
+    async def open(self, call: Call) -> AsyncIterator[Response]:
+        waiting = self._calls.waiting
+        waiting.add(self)
+        try:
+            async with self._backend.open(replace(call, wait=not self._calls.replying)) as upstream:
+                waiting.discard(self)
+                yield upstream
+        finally:
+            waiting.discard(self)
+
+    def fail(self, failure: ProxyError) -> None:
+        """Wait no more."""
+        self.failure = failure
+        self._limit.reschedule(asyncio.get_running_loop().time())
+
+
+def _used_up(agent: str, what: str) -> AgentError:
+    return AgentError(agent, f"has used up what a request may take: {what}", code="agent_budget")

@@ -1,0 +1,1 @@
+"""Names of models, and the providers that hold them."""

@@ -1,0 +1,1 @@
+"""Answers on their way from a model's server to a client."""
