@@ -6,7 +6,7 @@ CONFIG ?= config.yaml
 
 bin := .venv/bin
 
-.PHONY: help run test test-full lint fix check bench simulate clean
+.PHONY: help run test test-unit test-full lint fix check bench simulate clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -21,11 +21,14 @@ run: .venv/run ## serve with CONFIG= (config.yaml) on HOST= and PORT= (127.0.0.1
 test: .venv/dev ## all quick tests, two at a time (about 7 minutes on two cores)
 	$(bin)/python -m pytest -m "not full" -n 2
 
+test-unit: .venv/dev ## the tests of functions alone, without a server
+	$(bin)/python -m pytest -m "not full" -n 2 tests/unit
+
 # One stream lasts five and a half minutes, and needs next to nothing: it runs beside the others.
 test-full: .venv/dev ## the long tests: load, endurance, attacks
 	@mkdir -p build
-	@$(bin)/python -m pytest -m full --timeout 500 tests/test_relay_long.py >build/long.log 2>&1 & long=$$!; \
-	$(bin)/python -m pytest -m full --timeout 500 --ignore tests/test_relay_long.py; rest=$$?; \
+	@$(bin)/python -m pytest -m full --timeout 500 tests/system/test_relay_long.py >build/long.log 2>&1 & long=$$!; \
+	$(bin)/python -m pytest -m full --timeout 500 --ignore tests/system/test_relay_long.py; rest=$$?; \
 	wait $$long || { cat build/long.log; exit 1; }; tail -n 1 build/long.log; exit $$rest
 
 lint: .venv/dev ## ruff and mypy --strict

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests import harness
-from tests.e2e_support import matrix
-from tests.gguf_fixture import tiny_models
-from tests.harness import Proxy, free_port, session_proxy
-from tests.stages import chain, recorded, scripted, served, stage
-from tests.toxic import RawUpstream, raw_upstream
+from tests.support import harness
+from tests.support.e2e_support import matrix
+from tests.support.gguf_fixture import tiny_models
+from tests.support.harness import Proxy, free_port, session_proxy
+from tests.support.stages import chain, recorded, scripted, served, stage
+from tests.support.toxic import RawUpstream, raw_upstream
 
 __all__ = ["chain", "recorded", "scripted", "served", "stage", "tiny_models"]  # fixtures
 LOG_TAIL = 8000
@@ -101,7 +101,7 @@ def long_stream() -> Iterator[Future[None]]:
 
     It runs in a thread, with a proxy of its own, so that the other long tests need not wait for it.
     """
-    from tests.test_relay_long import paced_stream
+    from tests.system.test_relay_long import paced_stream
 
     started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[None]]] = Future()
 

@@ -1,0 +1,132 @@
+"""`num_ctx`: one policy per model, so that clients that differ do not have it loaded anew in turns."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from llama_smart_proxy.backends.ollama.hosts import LOADED_STALE_S, Ollama
+from tests.support.harness import until
+from tests.support.ollamas import FakeOllama, ask, chat, opened, running_ollama, unwatched
+
+
+async def use(upstream: Ollama, asked: int | None, model: str = "m") -> int | None:
+    """One request of a client that asks for so much; what was sent for it."""
+    await upstream.find(model)
+    backend = upstream.model(model)
+    sent = backend.num_ctx(asked)
+    assert (await ask(backend, chat(model, num_ctx=sent)))[0] == 200
+    return sent
+
+
+def loads(fake: FakeOllama) -> list[int]:
+    """The context sizes the model was loaded with, in turn."""
+    events = fake.events("load") + fake.events("reload")
+    return [event["ctx"] for event in sorted(events, key=lambda event: float(event["time"]))]
+
+
+@pytest.mark.parametrize("absent_ctx_counts", [False, True])
+@pytest.mark.parametrize("one", [512, 2048, None])
+@pytest.mark.parametrize("other", [8192, None])
+async def test_two_clients_in_turns_cause_one_reload_at_most(
+    one: int | None, other: int | None, absent_ctx_counts: bool
+) -> None:
+    async with running_ollama("m", absent_ctx_counts=absent_ctx_counts) as fake, opened(fake.port) as upstream:
+        for _ in range(10):
+            await use(upstream, one)
+            await use(upstream, other)
+        assert len(fake.events("load")) == 1
+        assert len(fake.events("reload")) <= 1
+        assert len(fake.events("request", "/api/chat")) == 20
+
+
+async def test_clients_at_the_same_time_are_sent_the_largest_size_asked_so_far() -> None:
+    async with running_ollama("m", load_s=0.1) as fake, opened(fake.port) as upstream:
+        sizes = (512, 1024, 4096, 1024, 512, 2048, 4096, 512)
+        assert await asyncio.gather(*(use(upstream, size) for size in sizes)) == [512, 1024] + [4096] * 6
+        assert await use(upstream, 512) == 4096
+        before = len(loads(fake))
+        assert before <= 5  # whatever the order in which they arrive
+        await asyncio.gather(*(use(upstream, size) for size in sizes))
+        assert len(loads(fake)) == before
+
+
+async def test_a_size_only_grows() -> None:
+    async with running_ollama("m") as fake, opened(fake.port) as upstream:
+        await unwatched(upstream)
+        sent = [await use(upstream, asked) for asked in (None, 512, 2048, 512, None, 4096, 2048, None, 0, -1)]
+        assert sent == [None, 512, 2048, 2048, 2048, 4096, 4096, 4096, 4096, 4096]
+        assert loads(fake) == [4096, 512, 2048, 4096]
+
+
+async def test_a_pinned_size_is_always_sent() -> None:
+    async with (
+        running_ollama("m") as fake,
+        opened(fake.port, configured={"M:latest": {"ctx": 1024, "aliases": ["fast"]}}) as upstream,
+    ):
+        assert [await use(upstream, asked) for asked in (None, 512, 8192)] == [1024, 1024, 1024]
+        assert loads(fake) == [1024]
+
+
+async def test_what_somebody_else_loaded_is_not_loaded_anew_for_less() -> None:
+    async with running_ollama("m") as fake:
+        async with opened(fake.port) as other:
+            await use(other, 8192)
+        async with opened(fake.port) as upstream:
+            await upstream.listed()
+            await until(lambda: upstream.has_loaded("m"), what="the loaded model")
+            assert await use(upstream, 2048) == 8192
+            assert await use(upstream, None) == 8192
+            assert loads(fake) == [8192]
+
+
+async def test_a_size_that_ollama_cut_down_is_asked_for_as_before() -> None:
+    async with running_ollama("m", train_ctx=2048) as fake, opened(fake.port) as upstream:
+        await use(upstream, 8192)
+        upstream.hosts[0].outdated()
+        await until(lambda: [item["context_length"] for item in upstream.loaded()] == [2048], what="the size")
+        assert await use(upstream, 4096) == 8192
+        assert loads(fake) == [8192]
+
+
+async def test_a_size_that_nobody_asked_for_is_left_to_ollama() -> None:
+    async with running_ollama("m", train_ctx=2048) as fake, opened(fake.port) as upstream:
+        await use(upstream, None)
+        upstream.hosts[0].outdated()
+        await until(lambda: upstream.has_loaded("m"), what="the loaded model")
+        assert await use(upstream, None) is None
+        assert loads(fake) == [4096]
+
+
+async def test_a_size_is_forgotten_when_the_model_was_unloaded() -> None:
+    async with running_ollama("m") as fake, opened(fake.port) as upstream:
+        assert await use(upstream, 8192) == 8192
+        upstream.hosts[0].outdated()
+        await until(lambda: upstream.has_loaded("m"), what="the loaded model")
+        await fake.set(unload="m")
+        upstream.hosts[0].outdated()
+        await until(lambda: not upstream.loaded(), what="the news that it is gone")
+        assert await use(upstream, 512) == 512
+        assert loads(fake) == [8192, 512]
+        assert LOADED_STALE_S < 60  # looked after also when nobody asks: an unloaded model is soon noticed
+
+
+async def test_a_size_is_not_forgotten_while_the_model_is_loading() -> None:
+    async with running_ollama("m", load_s=2.5) as fake, opened(fake.port) as upstream:
+        first = asyncio.ensure_future(use(upstream, 8192))
+        await until(lambda: fake.events("load"), what="the load")
+        await upstream.hosts[0].looked_up(0)
+        assert not upstream.has_loaded("m")
+        assert upstream.model("m").num_ctx(512) == 8192
+        assert await first == 8192
+
+
+async def test_each_model_has_a_size_of_its_own() -> None:
+    async with running_ollama("m", "n") as fake, opened(fake.port) as upstream:
+        assert [await use(upstream, 8192, "m"), await use(upstream, 512, "n"), await use(upstream, None, "M")] == [
+            8192,
+            512,
+            8192,
+        ]
+        assert len(fake.events("reload")) == 0

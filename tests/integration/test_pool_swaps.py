@@ -1,0 +1,249 @@
+"""Making room: who is evicted, when, and who never is."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llama_smart_proxy.backends.pool.instance import State
+from llama_smart_proxy.backends.pool.placement import choose_to_drain, choose_victim
+from llama_smart_proxy.backends.pool.pool import Pool
+from llama_smart_proxy.proxy.config import ModelConfig
+from llama_smart_proxy.proxy.errors import Overloaded
+from tests.support.harness import until
+from tests.support.pools import Census, Fakes, ask, chat, elapse, open_pool
+
+
+@pytest.fixture
+def fakes(tmp_path: Path) -> Fakes:
+    return Fakes(tmp_path)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What the choice looks at."""
+
+    state: State = State.READY
+    pinned: bool = False
+    leases: int = 0
+    wanted: bool = False
+    draining: bool = False
+    released_at: float = 0.0
+
+
+standings = st.lists(
+    st.builds(
+        Standing,
+        state=st.sampled_from(State),
+        pinned=st.booleans(),
+        leases=st.integers(0, 2),
+        wanted=st.booleans(),
+        draining=st.booleans(),
+        released_at=st.floats(0, 100),
+    ),
+    max_size=6,
+)
+
+
+@given(standings)
+def test_leased_pinned_or_ending_instances_are_never_victims(seats: list[Standing]) -> None:
+    victim = choose_victim(seats)
+    if victim is not None:
+        assert victim.leases == 0 and not victim.pinned
+        assert victim.state in (State.READY, State.STARTING)
+        assert not victim.wanted or (victim.draining and victim.state is State.READY)
+    else:
+        assert not [s for s in seats if s.state is State.READY and not (s.leases or s.pinned or s.wanted)]
+
+
+def test_the_least_recently_released_goes_first() -> None:
+    old, new = Standing(released_at=1), Standing(released_at=2)
+    assert choose_victim([new, old]) is old
+    assert choose_victim([old, Standing(leases=1)]) is old
+    assert choose_victim([old, Standing(draining=True, wanted=True, released_at=9)]) != old
+    assert choose_victim([new, Standing(state=State.STARTING)]) is new
+    assert choose_victim([Standing(state=State.STARTING, wanted=True)]) is None
+    assert choose_to_drain([Standing(leases=1, released_at=3), busy := Standing(leases=1, released_at=2)]) is busy
+
+
+@asynccontextmanager
+async def busy(pool: Pool, name: str, model: ModelConfig) -> AsyncIterator[asyncio.Event]:
+    """Hold a lease until the yielded event is set, or the block is left."""
+    let_go, held = asyncio.Event(), asyncio.Event()
+
+    async def hold() -> None:
+        async with pool.lease(name, model):
+            held.set()
+            await let_go.wait()
+
+    task = asyncio.ensure_future(hold())
+    try:
+        await held.wait()
+        yield let_go
+    finally:
+        let_go.set()
+        await task
+
+
+async def test_the_least_recently_used_model_makes_room(fakes: Fakes) -> None:
+    async with open_pool(fakes.config(size=2)) as pool:
+        model = fakes.model()
+        for name in ("a", "b", "a", "c"):
+            await ask(pool, name, model)
+        assert [pool.state(name) for name in "abc"] == ["loaded", "unloaded", "loaded"]
+        await ask(pool, "b", model)
+        assert [pool.state(name) for name in "abc"] == ["unloaded", "loaded", "loaded"]
+
+
+async def test_pinned_models_stay_and_fill_the_pool(fakes: Fakes) -> None:
+    async with open_pool(fakes.config(size=2)) as pool:
+        pinned, model = fakes.model(pinned=True), fakes.model()
+        await ask(pool, "p", pinned)
+        for name in "abc":
+            await ask(pool, name, model)
+        assert pool.state("p") == "loaded" and fakes.spawns == 4
+        await ask(pool, "q", pinned)
+        with pytest.raises(Overloaded, match="pinned models: p, q"):  # at once: later it would be a queue timeout
+            await ask(pool, "a", model)
+
+
+async def test_L10_a_busy_instance_is_never_evicted(fakes: Fakes) -> None:
+    async with open_pool(fakes.config(size=1, swap_after_s=600)) as pool:
+        model = fakes.model()
+        async with pool.lease("a", model) as instance:
+            other = asyncio.ensure_future(ask(pool, "b", model))
+            assert b"t19" in await chat(instance, tokens=20, token_ms=50)
+            assert not fakes.events("stop") and not other.done()
+        await other  # as soon as the place is free: nothing else makes room within ten minutes
+        assert fakes.events("stop")
+
+
+async def test_L10_a_wait_for_a_busy_place_ends_at_the_queue_timeout(fakes: Fakes) -> None:
+    async with open_pool(fakes.config(size=1, queue_timeout_s=0.5, swap_after_s=0.1)) as pool:
+        model = fakes.model()
+        async with busy(pool, "a", model):
+            begun = time.monotonic()
+            with pytest.raises(Overloaded) as caught:
+                await ask(pool, "b", model)
+            assert caught.value.code == "queue_timeout"
+            assert time.monotonic() - begun > 0.4
+            await ask(pool, "a", model)  # no longer drained: nobody waits for its place
+        assert fakes.spawns == 1
+
+
+async def test_a_busy_model_is_drained_for_one_that_waited_long(fakes: Fakes) -> None:
+    """Without draining, overlapping requests for `a` would keep `b` out for ever."""
+    async with open_pool(fakes.config(size=1, swap_after_s=0.3)) as pool:
+        model, stop = fakes.model(), asyncio.Event()
+
+        async def crowd() -> None:
+            while not stop.is_set():
+                await ask(pool, "a", model, tokens=1, token_ms=20)
+
+        crowds = [asyncio.ensure_future(crowd()) for _ in range(4)]
+        await until(lambda: pool.state("a") == "loaded")
+        begun = time.monotonic()
+        await ask(pool, "b", model)
+        assert time.monotonic() - begun > 0.2  # until then the loaded model's own queue was served
+        stop.set()
+        await asyncio.gather(*crowds)
+
+
+async def test_two_cold_models_can_drain_two_instances(fakes: Fakes) -> None:
+    async with open_pool(fakes.config(size=2, swap_after_s=0.1)) as pool:
+        model = fakes.model()
+        async with busy(pool, "a", model) as a, busy(pool, "b", model) as b:
+            cold = [asyncio.ensure_future(ask(pool, name, model)) for name in ("c", "d")]
+            drained = pool._scheduler.seats
+            await until(lambda: [seat.draining for seat in drained] == [True, True], what="two drained instances")
+            kept_out = [asyncio.ensure_future(ask(pool, name, model)) for name in ("a", "b")]
+            await asyncio.wait(kept_out, timeout=0.1)
+            assert not any(task.done() for task in kept_out)
+            a.set()
+            b.set()
+            await asyncio.gather(*cold, *kept_out)
+
+
+async def test_a_drained_instance_admits_again_when_nobody_wants_its_place(fakes: Fakes) -> None:
+    async with open_pool(fakes.config(size=1, swap_after_s=0.05)) as pool:
+        model = fakes.model()
+        async with busy(pool, "a", model):
+            cold = asyncio.ensure_future(ask(pool, "b", model))
+            await until(lambda: pool._scheduler.seats[0].draining, what="the drain")
+            own = asyncio.ensure_future(ask(pool, "a", model))
+            await asyncio.wait({own}, timeout=0.1)
+            assert not own.done()
+            cold.cancel()
+            await own
+        assert fakes.spawns == 1
+
+
+async def test_a_load_serves_more_than_one_request_under_mixed_load(fakes: Fakes) -> None:
+    async with open_pool(fakes.config(size=1, swap_after_s=0.3)) as pool:
+        model = fakes.model(parallel=1)
+        await asyncio.gather(*(ask(pool, name, model, tokens=1, token_ms=5) for _ in range(40) for name in "ab"))
+        assert fakes.spawns <= 40  # for 80 requests that came in turn; a few on an idle machine
+
+
+@pytest.mark.parametrize("rounds", [10, pytest.param(200, marks=pytest.mark.full)])
+async def test_L9_two_models_race_for_one_place(fakes: Fakes, rounds: int) -> None:
+    async with open_pool(fakes.config(size=1)) as pool, Census() as census:
+        model, chance = fakes.model(), random.Random(9)
+        await ask(pool, "a", model)
+
+        async def racer(name: str) -> None:
+            await elapse(chance.random() * 0.005)
+            await ask(pool, name, model)
+
+        for number in range(rounds):
+            names = [f"x{number % 3}", f"y{number % 3}"]
+            before = fakes.spawns
+            await asyncio.gather(*(racer(name) for name in names))
+            assert fakes.spawns - before == 2
+    assert census.most == 1
+
+
+@pytest.mark.parametrize("rounds", [15, pytest.param(200, marks=pytest.mark.full)])
+async def test_L11_a_request_at_any_moment_of_a_stop_is_served(fakes: Fakes, rounds: int) -> None:
+    async with open_pool(fakes.config(size=1)) as pool, Census() as census:
+        model, chance = fakes.model(), random.Random(11)
+        for number in range(rounds):
+            await ask(pool, "a", model)
+            ending = asyncio.ensure_future(pool.unload("a") if number % 2 else ask(pool, "b", model))
+            await asyncio.wait({ending}, timeout=chance.random() * 0.08)
+            await ask(pool, "a", model)
+            await ending
+    assert census.most == 1
+
+
+@pytest.mark.parametrize(("turns", "burst_s"), [(12, 0.5), pytest.param(500, 2.0, marks=pytest.mark.full)])
+async def test_K5_two_models_in_one_place(fakes: Fakes, turns: int, burst_s: float) -> None:
+    async with open_pool(fakes.config(size=1, swap_after_s=0.1)) as pool, Census() as census:
+        model = fakes.model(fake={"LOAD_S": 0.05})
+        for number in range(turns):
+            await ask(pool, "ab"[number % 2], model, tokens=1)
+        loads: list[int] = []  # the processes that were used, in order
+        waits: list[int] = []  # how often the other model had the place while a request waited
+
+        async def client(name: str) -> None:
+            ends = time.monotonic() + burst_s
+            while time.monotonic() < ends:
+                before = len(loads)
+                async with pool.lease(name, model) as instance:
+                    if loads[-1:] != [instance.pid]:
+                        loads.append(instance.pid)
+                    waits.append(len(loads) - before)
+                    await chat(instance, tokens=1, token_ms=2)
+
+        await asyncio.gather(*(client("ab"[number % 2]) for number in range(6)))
+        assert max(waits) <= 3
+    assert census.most == 1

@@ -1,0 +1,146 @@
+"""A pool in this very process, whose servers are the fake program, and what it must not leave behind."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from llama_smart_proxy.backends.base import Call
+from llama_smart_proxy.backends.pool.instance import Instance
+from llama_smart_proxy.backends.pool.pool import Pool
+from llama_smart_proxy.proxy.config import Config, ModelConfig
+from tests.fakes.llama_server import install
+from tests.support import harness
+from tests.support.harness import free_port, logged, ports, until
+
+QUICK = {"stop_timeout_s": 1.0, "load_timeout_s": 60.0, "queue_timeout_s": 60.0, "swap_after_s": 0.2}
+
+
+@dataclass
+class Fakes:
+    """The fake program, a model file for it, and the events of all its processes."""
+
+    folder: Path
+    program: Path = field(init=False)
+    gguf: Path = field(init=False)
+    log: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.program = install(self.folder)
+        self.gguf = self.folder / "model.gguf"
+        self.gguf.write_bytes(b"GGUF")
+        self.log = self.folder / "events"
+
+    def model(self, *, fake: Mapping[str, object] | None = None, **fields: Any) -> ModelConfig:
+        """A model; `fake` are its manners, without the `FAKE_` (see the fake program)."""
+        manners = {f"FAKE_{name}": str(value) for name, value in (fake or {}).items()}
+        return ModelConfig(path=self.gguf, env={"FAKE_LOG": str(self.log), **manners}, **fields)
+
+    def config(self, **server_pool: Any) -> Config:
+        pool = QUICK | ports() | server_pool
+        return Config.model_validate({"llama_cpp": {"server": str(self.program)}, "server_pool": pool})
+
+    def events(self, kind: str, path: str | None = None) -> list[dict[str, Any]]:
+        """What the fakes wrote down, oldest first: all events of one kind, or only those of requests for `path`."""
+        return [event for event in logged(self.log) if event["event"] == kind and path in (None, event.get("path"))]
+
+    @property
+    def spawns(self) -> int:
+        return len(self.events("start"))
+
+
+def children() -> list[psutil.Process]:
+    """Living children of this process, zombies too; not the proxies that other tests share, and theirs."""
+    shared = set(harness.companions)
+    for proxy in harness.proxies:
+        with suppress(psutil.NoSuchProcess):
+            shared |= {proxy.pid, *(child.pid for child in psutil.Process(proxy.pid).children(recursive=True))}
+    return [child for child in psutil.Process().children(recursive=True) if child.pid not in shared]
+
+
+def own_tasks() -> set[asyncio.Task[Any]]:
+    return asyncio.all_tasks() - {task for task in [asyncio.current_task()] if task is not None}
+
+
+@asynccontextmanager
+async def open_pool(config: Config) -> AsyncIterator[Pool]:
+    """A started pool. On leaving it is closed, and must have left no process, task, or file descriptor."""
+    await warm_up()
+    before, tasks, fds = {child.pid for child in children()}, own_tasks(), open_fds()
+    pool = Pool(config)
+    await pool.start()
+    try:
+        yield pool
+    finally:
+        await pool.close(drain_s=0)
+    assert {child.pid for child in children()} <= before
+    await until(lambda: own_tasks() <= tasks, what="the end of all tasks")
+    await until(lambda: open_fds() <= fds, what="the closing of all files")
+
+
+def open_fds() -> int:
+    """How many file descriptors this process has."""
+    return len(os.listdir("/proc/self/fd"))
+
+
+async def warm_up() -> None:
+    """Have the event loop open what it opens with its first socket and keeps: libuv does that."""
+    with suppress(OSError):
+        await asyncio.open_connection("127.0.0.1", free_port())
+
+
+async def chat(instance: Instance, **fake: object) -> bytes:
+    """Have the fake generate an answer; `fake` steers it."""
+    call = Call("POST", "/v1/chat/completions", json.dumps({"fake": fake}).encode())
+    status, body = await instance.connections.fetch(call, timeout_s=60)
+    assert status == 200, body
+    instance.worked = True
+    return body
+
+
+async def ask(pool: Pool, name: str, model: ModelConfig, **fake: object) -> bytes:
+    """One request as the proxy makes it."""
+    async with pool.lease(name, model) as instance:
+        return await chat(instance, **fake)
+
+
+async def elapse(seconds: float) -> None:
+    """Let so much time pass: to set things off at odd moments, never to wait for something."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await asyncio.Event().wait()
+
+
+def live_children() -> int:
+    """How many direct children this process has, zombies too, but for the programs that other tests share; cheap enough
+    to be asked every few milliseconds."""
+    direct = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    return len({int(pid) for pid in direct} - {proxy.pid for proxy in harness.proxies} - harness.companions)
+
+
+class Census:
+    """Counts living children every few milliseconds, while it is entered; `most` is the highest count."""
+
+    def __init__(self) -> None:
+        self.most = 0
+        self._handle: asyncio.TimerHandle | None = None
+
+    def _count(self) -> None:
+        self.most = max(self.most, live_children())
+        self._handle = asyncio.get_running_loop().call_later(0.005, self._count)
+
+    async def __aenter__(self) -> Census:
+        self._count()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        assert self._handle is not None
+        self._handle.cancel()

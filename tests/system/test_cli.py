@@ -1,0 +1,184 @@
+"""The command line, run as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from llama_smart_proxy.proxy import __version__
+from tests.support import raw_client
+from tests.support.harness import ROOT, environment, free_port, running_proxy
+
+TIMEOUT_S = 60.0
+INSTALLED = Path(sys.executable).with_name("llama-smart-proxy")
+
+
+def run(
+    *words: str, env: Mapping[str, str] | None = None, cwd: Path = ROOT, program: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
+    """`python -m proxy` (or `program`) with these words, to its end."""
+    argv = [*(program or (sys.executable, "-m", "llama_smart_proxy")), *words]
+    return subprocess.run(argv, cwd=cwd, env=environment(env), capture_output=True, text=True, timeout=TIMEOUT_S)
+
+
+def wrong_file(folder: Path) -> Path:
+    file = folder / "wrong.yaml"
+    file.write_text(
+        "server: {port: many}\nmodels: {m: {pathh: x.gguf}, n: {path: a, package: b, file: c}}\nnonsense: 1\n"
+    )
+    return file
+
+
+# -- version, help, mistakes -------------------------------------------------------------------------------------------
+
+
+def test_version() -> None:
+    done = run("--version")
+    assert (done.returncode, done.stdout.strip()) == (0, f"llama-smart-proxy {__version__}")
+
+
+@pytest.mark.skipif(not INSTALLED.exists(), reason="the package is not installed")
+def test_the_installed_command_is_the_same_program() -> None:
+    done = run("--version", program=(str(INSTALLED),))
+    assert done.stdout.strip() == f"llama-smart-proxy {__version__}"
+
+
+def test_help_names_the_commands_and_their_flags() -> None:
+    done = run("--help")
+    assert done.returncode == 0 and all(name in done.stdout for name in ("serve", "check", "schema", "simulate"))
+    done = run("serve", "--help")
+    assert all(flag in done.stdout for flag in ("--config", "--host", "--port", "--log-level"))
+
+
+@pytest.mark.parametrize("words", [["--nonsense"], ["serve", "--nonsense"], ["fly"], ["--port", "many"]])
+def test_a_wrong_command_line_is_status_2_and_a_line_that_says_why(words: list[str]) -> None:
+    done = run(*words)
+    assert done.returncode == 2
+    assert words[-1] in done.stderr and "usage: llama-smart-proxy" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# -- check and schema --------------------------------------------------------------------------------------------------
+
+
+def test_check_passes_the_shipped_configuration() -> None:
+    done = run("check")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "OK: config.yaml (2 models, 0 remotes)\n"
+
+
+def test_check_reports_every_problem_as_file_path_problem(tmp_path: Path) -> None:
+    file = wrong_file(tmp_path)
+    done = run("check", "--config", str(file))
+    assert done.returncode == 2 and done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert all(line.startswith(f"{file}: ") and line.count(": ") >= 2 for line in lines)
+    places = [line.split(": ")[1] for line in lines]
+    assert sorted(places) == ["models.m", "models.m.pathh", "models.n", "nonsense", "server.port"]
+
+
+def test_serve_refuses_a_wrong_file_with_the_same_lines(tmp_path: Path) -> None:
+    file = wrong_file(tmp_path)
+    served, checked = run("serve", "--config", str(file)), run("check", "--config", str(file))
+    assert served.returncode == 2 and served.stderr == checked.stderr
+
+
+@pytest.mark.parametrize("command", ["serve", "check", "simulate"])
+def test_a_missing_file_is_told_by_name(tmp_path: Path, command: str) -> None:
+    done = run(command, "--config", str(tmp_path / "none.yaml"))
+    assert done.returncode == 2
+    assert done.stderr == f"{tmp_path}/none.yaml: cannot be read: No such file or directory\n"
+
+
+def test_check_without_any_file_checks_the_defaults(tmp_path: Path) -> None:
+    done = run("check", cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout == "OK: defaults (0 models, 0 remotes)\n"
+
+
+def test_a_wrong_variable_is_told_by_its_own_name(tmp_path: Path) -> None:
+    done = run("check", env={"LSP_SERVER__PORT": "many", "LSP_SERVER__NONSENSE": "1"})
+    assert done.returncode == 2
+    assert "LSP_SERVER__PORT" in done.stderr and "LSP_SERVER__NONSENSE" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_schema_is_the_json_schema_of_the_file() -> None:
+    done = run("schema")
+    schema = json.loads(done.stdout)
+    assert done.returncode == 0 and schema["$schema"].startswith("https://json-schema.org/")
+    assert {"server", "server_pool", "llama_cpp", "models", "remotes"} <= schema["properties"].keys()
+
+
+# -- serving -----------------------------------------------------------------------------------------------------------
+
+
+def test_serve_is_the_default_command_and_reads_config_yaml(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(f"server: {{port: {free_port()}}}\nmodels: {{here: {{path: x.gguf}}}}\n")
+    argv = [sys.executable, "-m", "llama_smart_proxy"]
+    with subprocess.Popen(argv, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        try:
+            first = process.stderr.readline()
+            port = int(first.rpartition(":")[2])
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=TIMEOUT_S) as answer:
+                assert [item["id"] for item in json.load(answer)["data"]] == ["here"]
+        finally:
+            process.terminate()
+        assert process.wait(TIMEOUT_S) == 0
+
+
+async def test_flags_beat_variables_and_variables_beat_the_file() -> None:
+    file, variable, flag = free_port(), free_port(), free_port()
+    async with running_proxy({"server": {"port": file}}) as proxy:
+        assert proxy.port == file
+    async with running_proxy({"server": {"port": file}}, env={"LSP_SERVER__PORT": str(variable)}) as proxy:
+        assert proxy.port == variable
+    env = {"LSP_SERVER__PORT": str(variable), "LSP_SERVER__HOST": "0.0.0.0"}
+    async with running_proxy({"server": {"port": file}}, env=env, args=["--port", str(flag)]) as proxy:
+        assert (proxy.host, proxy.port) == ("0.0.0.0", flag)
+    async with running_proxy({"log_level": "info"}, args=["--host", "127.0.0.1", "--log-level", "info"]) as proxy:
+        assert proxy.host == "127.0.0.1" and (await raw_client.get(proxy.port, "/health")).status == 200
+
+
+def test_a_variable_may_name_the_file(tmp_path: Path) -> None:
+    file = wrong_file(tmp_path)
+    done = run("check", env={"LSP_CONFIG": str(file)})
+    assert done.returncode == 2 and done.stderr.startswith(f"{file}: ")
+
+
+def test_a_port_in_use_is_status_1_and_one_clear_line(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as owner:
+        port = owner.getsockname()[1]
+        done = run("serve", "--port", str(port), cwd=tmp_path)
+    assert done.returncode == 1
+    assert f"cannot listen on 127.0.0.1 port {port}: " in done.stderr and "in use" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_address_that_is_not_ours_is_status_1_and_one_clear_line(tmp_path: Path) -> None:
+    done = run("serve", "--host", "192.0.2.1", "--port", str(free_port()), cwd=tmp_path)
+    assert done.returncode == 1
+    assert "cannot listen on 192.0.2.1" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+def test_make_run_passes_host_port_and_config_on() -> None:
+    words = ["make", "--dry-run", "run", "HOST=0.0.0.0", "PORT=8080", "CONFIG=my.yaml"]
+    done = subprocess.run(words, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert "serve --config my.yaml --host 0.0.0.0 --port 8080 --reload" in done.stdout
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+def test_make_alone_lists_the_targets() -> None:
+    done = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S)
+    targets = [line.split()[1] for line in done.stdout.splitlines()]
+    assert {"run", "test", "lint", "fix", "check", "bench", "simulate", "clean"} <= set(targets)

@@ -1,0 +1,248 @@
+"""The end of the proxy, by SIGTERM or by SIGKILL: what clients see of it, and that no server outlives it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from tests.support import raw_client
+from tests.support.e2e_support import (
+    DONE,
+    Fakes,
+    Gate,
+    asking,
+    chat,
+    embedded,
+    fakes,
+    gate,
+    instance,
+    live_children,
+    needs_llama_cpp,
+    owned_by,
+    queued,
+    streaming,
+    text_of,
+    tiny,
+)
+from tests.support.gguf_fixture import tiny_models
+from tests.support.harness import START_S, Proxy, launch, running_proxy, until
+from tests.support.raw_client import BrokenAnswer
+
+__all__ = ["fakes", "gate", "tiny_models"]  # fixtures
+PATIENT = {"server": {"drain_s": 120}}
+"""Far longer than a test waits for the end of a proxy."""
+
+
+async def refuses(proxy: Proxy) -> bool:
+    """Whether the proxy takes no new work: it says so itself while it drains. As it begins to, it closes a connection
+    whose request has not come yet."""
+    with suppress(OSError, BrokenAnswer):
+        health = await raw_client.get(proxy.port, "/health")
+        chat = await raw_client.post(proxy.port, "/v1/chat/completions", {"model": "m"})
+        return health.status == 503 and chat.status == 503 and chat.json()["error"]["code"] == "shutting_down"
+    return False
+
+
+# -- SIGTERM -----------------------------------------------------------------------------------------------------------
+
+
+async def test_sigterm_lets_a_stream_run_to_its_end(fakes: Fakes, gate: Gate) -> None:
+    async with running_proxy(fakes.config({"m": fakes.model(TOKENS=30)}) | PATIENT) as proxy:
+        async with streaming(proxy, "m", fake={"last_at": str(gate)}) as stream:
+            await stream.until_text()
+            proxy.send(signal.SIGTERM)
+            await until(lambda: refuses(proxy), what="its refusal of new work")
+            gate.open()
+            events = await stream.rest()
+        assert events[-1] == DONE and len(text_of(events).split()) == 30
+        assert await proxy.ended() == 0
+        assert owned_by(proxy.pid) == []
+
+
+@needs_llama_cpp
+async def test_sigterm_lets_a_stream_of_llama_cpp_run_to_its_end(tiny_models: dict[str, Path]) -> None:
+    async with running_proxy(embedded({"tiny": tiny(tiny_models["tiny-a"])})) as proxy:
+        async with streaming(proxy, "tiny", ignore_eos=True, max_tokens=1000) as stream:
+            await stream.until_text()
+            proxy.send(signal.SIGTERM)
+            events = await stream.rest()
+        assert events[-1] == DONE and json.loads(events[-2])["timings"]["predicted_n"] == 1000
+        assert await proxy.ended() == 0
+        assert owned_by(proxy.pid) == []
+
+
+async def test_sigterm_ends_an_idle_proxy_at_once_even_with_idle_connections(fakes: Fakes) -> None:
+    async with running_proxy(fakes.config({"m": fakes.model()}) | PATIENT) as proxy:
+        await chat(proxy, "m")
+        async with raw_client.connected(proxy.port) as silent, raw_client.connected(proxy.port) as kept:
+            await kept.send(raw_client.request("GET", "/health"))
+            await kept.answer(method="GET")
+            proxy.send(signal.SIGTERM)
+            assert await proxy.ended() == 0
+            assert await silent.rest() == b"" == await kept.rest()
+
+
+async def test_when_the_time_to_drain_is_over_a_stream_is_told_in_band(fakes: Fakes) -> None:
+    config = fakes.config({"m": fakes.model(TOKENS=4800, TOKEN_MS=25)}) | {"server": {"drain_s": 0.5}}
+    async with running_proxy(config) as proxy:
+        async with streaming(proxy, "m") as stream:
+            await stream.until_text()
+            started = time.monotonic()
+            proxy.send(signal.SIGTERM)
+            events = await stream.rest()
+            assert time.monotonic() - started > 0.4
+        assert events[-1] == DONE
+        error = json.loads(events[-2])["error"]
+        assert error["type"] in ("server_error", "unavailable_error") and error["message"]
+        assert await proxy.ended() == 0
+        assert owned_by(proxy.pid) == []
+
+
+async def test_who_waits_for_a_model_at_the_end_is_told_so(fakes: Fakes) -> None:
+    config = fakes.config({"m": fakes.model(LOAD_S=60)}) | {"server": {"drain_s": 0.3}}
+    async with running_proxy(config) as proxy:
+        async with asking(proxy, "m") as client:
+            await until(lambda: fakes.events("start"))
+            proxy.send(signal.SIGTERM)
+            answer = await client.answer()
+        assert answer.status == 503 and answer.error["code"] == "shutting_down"
+        assert answer.header("retry-after")
+        assert await proxy.ended() == 0
+
+
+async def test_who_waits_for_a_model_at_sigterm_is_served_if_there_is_time(fakes: Fakes, gate: Gate) -> None:
+    async with running_proxy(fakes.config({"m": fakes.model(LOAD_UNTIL=gate)}) | PATIENT) as proxy:
+        async with asking(proxy, "m") as client:
+            await until(lambda: fakes.events("start"))
+            proxy.send(signal.SIGTERM)
+            await until(lambda: "draining" in proxy.log)
+            gate.open()
+            assert (await client.answer()).status == 200
+        assert await proxy.ended() == 0
+
+
+async def test_a_second_sigterm_ends_it_at_once(fakes: Fakes) -> None:
+    async with running_proxy(fakes.config({"m": fakes.model(TOKENS=10_000, TOKEN_MS=25)}) | PATIENT) as proxy:
+        async with streaming(proxy, "m") as stream:
+            await stream.until_text()
+            proxy.send(signal.SIGTERM)
+            await until(lambda: "draining" in proxy.log)
+            assert await stream.event()
+            proxy.send(signal.SIGTERM)
+            assert (await stream.rest())[-1] == DONE
+            assert await proxy.ended() == 0
+        assert owned_by(proxy.pid) == []
+
+
+async def test_sigint_is_sigterm(fakes: Fakes) -> None:
+    async with running_proxy(fakes.config({"m": fakes.model()})) as proxy:
+        await chat(proxy, "m")
+        proxy.send(signal.SIGINT)
+        assert await proxy.ended() == 0
+        assert owned_by(proxy.pid) == []
+
+
+# -- K3: SIGKILL -------------------------------------------------------------------------------------------------------
+
+
+async def loaded_clients(proxy: Proxy, models: str) -> None:
+    """Three clients of each model that ask until the connection breaks."""
+
+    async def client(model: str, stream: bool) -> None:
+        with suppress(OSError, BrokenAnswer):
+            while True:
+                await chat(proxy, model, stream=stream, ignore_eos=True, max_tokens=300)
+
+    async with asyncio.TaskGroup() as clients:
+        for model in models:
+            for stream in (True, True, False):
+                clients.create_task(client(model, stream))
+
+
+async def kill_under_load(tiny_models: dict[str, Path]) -> None:
+    """One round of K3."""
+    models = {name: tiny(tiny_models[f"tiny-{name}"]) for name in "ab"}
+    with tempfile.TemporaryDirectory() as folder:
+        proxy = launch(embedded(models, size=2), Path(folder), env=None, args=())
+        try:
+            await until(proxy.started, START_S)
+            load = asyncio.get_running_loop().create_task(loaded_clients(proxy, "ab"))
+            for name in models:
+                await until(lambda name=name: serving(proxy, name))  # type: ignore[misc]
+            servers = owned_by(proxy.pid)
+            assert len(servers) == 2
+            proxy.send(signal.SIGKILL)
+            await until(lambda: owned_by(proxy.pid) == [], what="the end of the servers")
+            await load
+        finally:
+            proxy.stop()
+
+
+async def serving(proxy: Proxy, model: str) -> bool:
+    return bool((await instance(proxy, model)).get("leases"))
+
+
+@needs_llama_cpp
+async def test_k3_no_server_outlives_a_proxy_that_is_killed_under_load(tiny_models: dict[str, Path]) -> None:
+    for _ in range(3):
+        await kill_under_load(tiny_models)
+
+
+@pytest.mark.full
+@needs_llama_cpp
+async def test_k3_no_server_outlives_any_of_twenty_killed_proxies(tiny_models: dict[str, Path]) -> None:
+    for _ in range(20):
+        await kill_under_load(tiny_models)
+
+
+async def test_k3_a_proxy_killed_while_it_loads_leaves_no_server(fakes: Fakes) -> None:
+    async with running_proxy(fakes.config({"m": fakes.model(LOAD_S=60)})) as proxy, asking(proxy, "m"):
+        await until(lambda: fakes.events("start"))
+        assert await queued(proxy, "m") == 1 and live_children(proxy.pid) == 1
+        proxy.send(signal.SIGKILL)
+        assert await proxy.ended() == -signal.SIGKILL
+        await until(lambda: owned_by(proxy.pid) == [], what="the end of the servers")
+
+
+async def test_l13_the_next_proxy_ends_what_a_killed_one_could_not_take_along(fakes: Fakes) -> None:
+    config = fakes.config({"m": fakes.model(FORK=1)})
+    async with running_proxy(config) as proxy:
+        await chat(proxy, "m")
+        (grandchild,) = (event["pid"] for event in fakes.events("fork"))
+        proxy.send(signal.SIGKILL)
+        assert await proxy.ended() == -signal.SIGKILL
+        # Or of the grandchild as well: every proxy that starts ends it, and so may one of another test.
+        await until(lambda: set(owned_by(proxy.pid)) <= {grandchild}, what="the end of the server itself")
+    async with running_proxy(config) as successor:
+        await until(lambda: owned_by(proxy.pid) == [], what="the end of the leftover")
+        assert (await chat(successor, "m")).status == 200
+        assert len(owned_by(successor.pid)) == 2  # its own server, and what that forked
+        await raw_client.post(successor.port, "/models/unload", {"model": "m"})
+        await until(lambda: owned_by(successor.pid) == [], what="the end of both")
+
+
+async def test_a_download_that_hangs_does_not_delay_the_end(fakes: Fakes) -> None:
+    """The hub takes the connection and says nothing, which is how a download over a bad line looks."""
+    called = asyncio.Event()
+
+    async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        called.set()
+        await reader.read()
+        writer.close()
+
+    silent = await asyncio.start_server(listen, "127.0.0.1", 0)
+    port = silent.sockets[0].getsockname()[1]
+    env = {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(fakes.folder), "HF_HUB_DOWNLOAD_TIMEOUT": "60"}
+    config = fakes.config({"m": {"repo": "org/model-GGUF", "variant": "Q4_K_M"}}) | {"server": {"drain_s": 0.2}}
+    async with running_proxy(config, env=env) as proxy, asking(proxy, "m"):
+        await until(lambda: called.is_set(), what="the call to the hub")
+        proxy.send(signal.SIGTERM)
+        assert await proxy.ended() == 0
+    silent.close()

@@ -1,0 +1,114 @@
+"""P4 and K6 at full size: a thousand slow heads, and hundreds of streams, while others are served."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import statistics
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.support import toxic
+from tests.support.harness import Proxy, running_proxy, until
+from tests.support.raw_client import connected, get, post, request
+from tests.support.toxic import DONE, EVENT_HEAD, LAST_CHUNK, Link, RawUpstream, Request, chunk, raw_upstream, token
+
+CHAT = "/v1/chat/completions"
+STREAM = {"model": "m", "stream": True}
+
+pytestmark = [pytest.mark.full, pytest.mark.usefixtures("long_stream")]
+
+
+@asynccontextmanager
+async def own_proxy() -> AsyncIterator[tuple[Proxy, RawUpstream]]:
+    async with raw_upstream(toxic.plain(b"{}")) as upstream:
+        remote = {"url": f"http://127.0.0.1:{upstream.port}", "models": ["m"]}
+        async with running_proxy({"log_level": "info", "remotes": {"up": remote}}) as proxy:
+            yield proxy, upstream
+
+
+async def times_while(busy: Callable[[], bool], proxy: Proxy, path: str = "") -> list[float]:
+    """Seconds that each of many requests took, one after the other while `busy()`. Half of them must be quick: one or
+    the other is delayed by what else the machine does."""
+    times = []
+    while busy():
+        began = time.monotonic()
+        answer = await (get(proxy.port, path) if path else post(proxy.port, CHAT, {"model": "m"}))
+        assert answer.status == 200
+        times.append(time.monotonic() - began)
+        await asyncio.sleep(0.01)
+    assert statistics.median(times) < 1.0, sorted(times)[-5:]
+    return times
+
+
+def p99(times: list[float]) -> float:
+    return statistics.quantiles(times, n=100)[98]
+
+
+@pytest.mark.skipif(shutil.which("slowhttptest") is None, reason="slowhttptest is not installed")
+async def test_p4_a_thousand_slow_heads_are_each_cut_off_while_they_go_on(tmp_path: Path) -> None:
+    async with own_proxy() as (proxy, _):
+        fds = proxy.fds()
+        argv = f"-H -c 1000 -r 500 -i 5 -l 40 -t GET -u {proxy.url}/v1/models"
+        with (tmp_path / "out").open("wb") as out:
+            attack = await asyncio.create_subprocess_exec("slowhttptest", *argv.split(), stdout=out, stderr=out)
+        try:
+            await until(lambda: proxy.fds() > fds + 500, what="the attack")
+            began = time.monotonic()
+            most = proxy.fds()
+
+            def under_attack() -> bool:
+                nonlocal most
+                most = max(most, now := proxy.fds())
+                return now > fds + 10 and time.monotonic() - began < 30
+
+            times = await times_while(under_attack, proxy)
+            lasted = time.monotonic() - began
+            assert proxy.fds() <= fds + 10, "the attack lasts for 40 s, our patience with each head for 10 s"
+        finally:
+            if attack.returncode is None:
+                attack.terminate()
+            await attack.wait()
+        print(f"{most - fds} connections, all gone after {lasted:.1f} s; others' p99 {p99(times) * 1e3:.1f} ms")
+        assert most - fds > 500
+
+
+async def test_k6_health_is_quick_beside_200_streams() -> None:
+    async def script(link: Link, request: Request) -> None:
+        await link.send(EVENT_HEAD)
+        for number in range(200):
+            await link.send(chunk(token(str(number))))
+            await asyncio.sleep(0.05)
+        await link.send(chunk(DONE) + LAST_CHUNK)
+
+    whole = b"".join(token(str(number)) for number in range(200)) + DONE
+    async with own_proxy() as (proxy, upstream), AsyncExitStack() as stack:
+        upstream.script = script
+        fds = proxy.fds()
+        clients = [await stack.enter_async_context(connected(proxy.port)) for _ in range(200)]
+        for client in clients:
+            await client.send(request("POST", CHAT, STREAM))
+        answers = asyncio.gather(*(client.answer() for client in clients))
+        times = await times_while(lambda: not answers.done(), proxy, "/health")
+        print(f"/health beside 200 streams: p99 {p99(times) * 1e3:.1f} ms, longest {max(times) * 1e3:.1f} ms")
+        assert all(answer.body == whole for answer in await answers)
+        for client in clients:
+            client.leave()
+        await until(lambda: proxy.fds() <= fds + 5 + upstream.open_links, what="the freed file descriptors")
+
+
+async def test_p5_a_body_that_comes_by_drops_is_given_up() -> None:
+    async with own_proxy() as (proxy, upstream), connected(proxy.port) as client:
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: test\r\nContent-Length: 1000\r\n\r\n"
+        began = time.monotonic()
+        await client.send(head.encode())
+        with pytest.raises(ConnectionError):
+            while time.monotonic() - began < 60:
+                await client.send(b" ")
+                await asyncio.sleep(0.25)
+        assert time.monotonic() - began > 9, "a slow start is no reason"
+        assert upstream.requests == []

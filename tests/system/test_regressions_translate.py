@@ -1,0 +1,257 @@
+"""Defects of answers in another dialect that were found once and must not come back. Each test says what holds now."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+
+from llama_smart_proxy.proxy.chat import Fold, Json
+from llama_smart_proxy.proxy.dialects import OLLAMA
+from llama_smart_proxy.proxy.stream.translate import ANSWER_LIMIT
+from tests.support.e2e_support import MESSAGES
+from tests.support.harness import Proxy, running_proxy, until
+from tests.support.raw_client import Answer, BrokenAnswer, connected, post, request
+from tests.support.stages import Stage
+from tests.support.toxic import (
+    DONE,
+    EVENT_HEAD,
+    LAST_CHUNK,
+    Link,
+    RawUpstream,
+    Request,
+    Script,
+    chunk,
+    event,
+    head,
+    plain,
+    raw_upstream,
+    stream,
+    token,
+)
+from tests.system.test_regressions_relay import peak_rss_bytes
+
+MIB = 2**20
+PIECE = "x" * 60
+ASKED = {"model": "m", "messages": MESSAGES, "prompt": "hi", "max_tokens": 8, "stream": False}
+"""A body that is good for every endpoint that generates."""
+LINES = head(200, [("Content-Type", "application/x-ndjson"), ("Transfer-Encoding", "chunked")])
+
+
+def line(message: str, rest: str = '"done":false') -> bytes:
+    """A line of Ollama's `/api/chat`."""
+    return f'{{"model":"m","created_at":"x","message":{{"role":"assistant",{message}}},{rest}}}\n'.encode()
+
+
+def calling(arguments: str) -> bytes:
+    """One with a tool call."""
+    return line(f'"content":"","tool_calls":[{{"function":{{"name":"set_todo","arguments":{arguments}}}}}]')
+
+
+@asynccontextmanager
+async def ollama_proxy(script: Script) -> AsyncIterator[tuple[Proxy, RawUpstream]]:
+    """A proxy in front of an Ollama that lists `m` and answers everything else by `script`."""
+    item = b'{"name":"m:latest","model":"m:latest","size":1,"digest":"0","modified_at":"2026-01-01T00:00:00Z"}'
+
+    async def serve(link: Link, request: Request) -> None:
+        if request.line.split()[1] in ("/api/tags", "/api/ps", "/api/version"):
+            await link.send(plain(b'{"version":"0.13.0","models":[%b]}' % item))
+        else:
+            await (link.send(script) if isinstance(script, bytes) else script(link, request))
+
+    async with raw_upstream(serve) as upstream:
+        config = {"backend": "ollama", "ollama": {"host": f"http://127.0.0.1:{upstream.port}"}}
+        async with running_proxy(config) as proxy:
+            yield proxy, upstream
+
+
+# -- where an answer ends ----------------------------------------------------------------------------------------------
+
+NOT_LAST = {
+    "an argument called done": calling('{"done":true}'),
+    "an argument called done, spaced": calling('{"done": true}'),
+    "an argument called status": calling('{"status":"success"}'),
+    "arguments within arguments": calling('{"list":[{"done":true,"status":"success"}]}'),
+    "a text about it": line(r'"content":"{\"done\":true}"'),
+    "a pull that goes on": b'{"status":"verifying success"}\n',
+    "a list": b'[{"done":true}]\n',
+    "no JSON": b'"done":true\n',
+}
+LAST = {
+    "an answer's end": line('"content":""', '"done_reason":"stop","done":true'),
+    "an answer's end, spaced": line('"content":""', '"done": true'),
+    "with a call": line('"content":"","tool_calls":[{"function":{"name":"f","arguments":{}}}]', '"done":true'),
+    "a pull's end": b'{"status":"success"}\n',
+    "behind another line": calling('{"done":false}') + line('"content":""', '"done":true'),
+}
+
+
+@pytest.mark.parametrize("name", NOT_LAST)
+def test_what_stands_within_a_line_does_not_make_it_the_last(name: str) -> None:
+    assert not OLLAMA.is_end(NOT_LAST[name])
+
+
+@pytest.mark.parametrize("name", LAST)
+def test_the_last_line_is_known(name: str) -> None:
+    assert OLLAMA.is_end(LAST[name])
+
+
+@pytest.mark.parametrize("arguments", ['{"done":true}', '{"status":"success"}'])
+async def test_an_answer_that_breaks_off_behind_a_call_about_being_done_is_broken(
+    arguments: str,
+) -> None:
+    said = calling(arguments)
+    async with ollama_proxy(LINES + chunk(said) + LAST_CHUNK) as (proxy, _), connected(proxy.port) as client:
+        await client.send(request("POST", "/api/chat", ASKED | {"stream": True}))
+        assert (await client.head())[1] == 200
+        assert await client.chunk() == said
+        assert (await client.chunk()).startswith(b'{"error":"')
+        with pytest.raises(BrokenAnswer):
+            await client.chunk()
+
+
+# -- embeddings --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inputs", [["a", "", "ccc"], ["", "", "x"], ["", ""], [""]])
+async def test_there_is_a_vector_for_each_input_in_its_place(
+    proxy: Proxy, upstream: RawUpstream, inputs: list[str]
+) -> None:
+    """Each is told apart by its length."""
+
+    async def script(link: Link, request: Request) -> None:
+        got = request.json()["input"]
+        data = [
+            {"object": "embedding", "index": place, "embedding": [float(len(text))]} for place, text in enumerate(got)
+        ]
+        await link.send(plain(json.dumps({"data": data[::-1], "usage": {"prompt_tokens": 3}}).encode()))
+
+    upstream.script = script
+    answer = await post(proxy.port, "/api/embed", {"model": "m", "input": inputs})
+    assert answer.json()["embeddings"] == [[len(text)] for text in inputs]
+    assert upstream.requests[-1].json()["input"] == inputs
+
+
+# -- answers that are folded -------------------------------------------------------------------------------------------
+
+
+async def test_an_answer_without_end_is_refused_at_a_limit(proxy: Proxy, upstream: RawUpstream) -> None:
+    piece = chunk(token("x" * MIB))
+    sent = 0
+
+    async def script(link: Link, request: Request) -> None:
+        nonlocal sent
+        await link.send(EVENT_HEAD)
+        while sent < 2 * ANSWER_LIMIT:
+            await link.send(piece)
+            sent += len(piece)
+        await link.send(chunk(DONE) + LAST_CHUNK)
+
+    upstream.script = script
+    answer = await post(proxy.port, "/api/chat", ASKED)
+    assert (answer.status, list(answer.json())) == (502, ["error"])
+    assert "64 MiB" in answer.json()["error"]
+    await until(lambda: upstream.open_links == 0, what="the closing of the connection")
+    assert sent < ANSWER_LIMIT + 16 * MIB
+    assert len(upstream.requests) == 1, "it would be no shorter the second time"
+
+
+def piece_of(kind: str, index: int) -> Json:
+    """A chunk with a little more of the answer."""
+    choice: Json = {"index": 0, "delta": {}, "finish_reason": None}
+    if kind == "logprobs":
+        choice["logprobs"] = {"content": [{"token": "ab", "logprob": -index}]}
+    elif kind == "arguments":
+        choice["delta"] = {"tool_calls": [{"index": 0, "function": {"name": "f", "arguments": PIECE}}]}
+    else:
+        choice["delta"] = {kind: PIECE}
+    return {"choices": [choice]}
+
+
+def cpu_s(work: Callable[[], object]) -> float:
+    """The least processor time that it takes, of a few runs."""
+    spent = []
+    for _ in range(4):
+        started = time.process_time()
+        work()
+        spent.append(time.process_time() - started)
+    return min(spent)
+
+
+@pytest.mark.parametrize("kind", ["content", "reasoning_content", "logprobs", "arguments"])
+def test_folding_sixteen_times_as_much_takes_about_sixteen_times_as_long(kind: str) -> None:
+    pieces = [piece_of(kind, index) for index in range(32_000)]
+
+    def fold(count: int) -> Json:
+        whole = Fold()
+        for piece in pieces[:count]:
+            whole.add(piece)
+        return whole.completion()
+
+    (choice,) = fold(len(pieces))["choices"]
+    if kind == "logprobs":
+        assert len(choice["logprobs"]["content"]) == len(pieces)
+    else:
+        (call,) = choice["message"].get("tool_calls", [{"function": choice["message"]}])
+        assert call["function"][kind] == PIECE * len(pieces)
+    # Were each piece added to a copy of the whole, it would be 256 times.
+    assert cpu_s(lambda: fold(len(pieces))) < 64 * cpu_s(lambda: fold(len(pieces) // 16))
+
+
+@pytest.mark.parametrize("index", [20_000_000, -1])
+@pytest.mark.parametrize("path", ["/api/chat", "/api/generate"])
+async def test_a_tool_call_with_an_absurd_number_is_refused(
+    proxy: Proxy, upstream: RawUpstream, path: str, index: int
+) -> None:
+    call = {"index": index, "id": "x", "function": {"name": "f", "arguments": "{}"}}
+    choice = {"index": 0, "delta": {"tool_calls": [call]}, "finish_reason": None}
+    upstream.script = stream(event({"choices": [choice]}), DONE)
+    before = peak_rss_bytes(proxy)
+    answer = await post(proxy.port, path, ASKED)
+    assert answer.status == 502
+    assert words_of(answer) == "the model server's answer cannot be understood"
+    assert peak_rss_bytes(proxy) - before < 64 * MIB
+    assert len(upstream.requests) == 1
+
+
+# -- errors that a server tells ----------------------------------------------------------------------------------------
+
+
+def words_of(answer: Answer) -> str:
+    """The words of an error, in whatever form."""
+    error = answer.json()["error"]
+    return str(error["message"] if isinstance(error, dict) else error)
+
+
+@pytest.mark.parametrize("path", ["/api/chat", "/api/generate"])
+async def test_a_server_that_told_an_error_is_not_asked_again(proxy: Proxy, upstream: RawUpstream, path: str) -> None:
+    error = {"error": {"code": 500, "message": "out of memory", "type": "server_error"}}
+    upstream.script = stream(token("abc"), event(error))
+    answer = await post(proxy.port, path, ASKED)
+    assert (answer.status, "out of memory" in words_of(answer)) == (502, True)
+    assert len(upstream.requests) == 1
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/messages"])
+async def test_an_ollama_that_told_an_error_is_not_asked_again(stage: Stage, path: str) -> None:
+    await stage.distant.set(error_after=2)
+    seen = len(stage.distant.events("request"))
+    answer = await post(stage.proxy.port, path, ASKED | {"model": "distant"})
+    assert (answer.status, "unexpected EOF" in words_of(answer)) == (502, True)
+    generating = [item["path"] for item in stage.distant.events("request")[seen:]]
+    assert len([path for path in generating if path in ("/api/chat", "/api/generate")]) == 1
+
+
+async def test_a_server_that_broke_off_is_asked_again(proxy: Proxy, upstream: RawUpstream) -> None:
+    """Nobody has told an error then."""
+
+    async def script(link: Link, request: Request) -> None:
+        await link.send(EVENT_HEAD + chunk(token("abc")))
+        link.close()
+
+    upstream.script = script
+    assert (await post(proxy.port, "/api/chat", ASKED)).status == 502
+    assert len(upstream.requests) == 2

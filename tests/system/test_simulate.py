@@ -1,0 +1,72 @@
+"""`simulate`: the proof that an installation works, and the verdict when it does not."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.e2e_support import Fakes, embedded, fakes, needs_llama_cpp, tiny
+from tests.support.gguf_fixture import tiny_models
+from tests.support.harness import ROOT, environment
+
+__all__ = ["fakes", "tiny_models"]  # fixtures
+ONE_THREAD = {"LSP_LLAMA_CPP__ARGS": '["-t", "1"]'}
+"""The threads of llama.cpp wait for each other by spinning, on a busy machine for minutes."""
+ROW = re.compile(r"(?P<step>.+?) +(?P<verdict>pass|FAIL|skip) ")
+
+
+def simulate(config: dict[str, Any] | None, folder: Path) -> tuple[int, dict[str, str], str]:
+    """Exit status, verdict of each step, and everything printed; None is the shipped configuration."""
+    words = [sys.executable, "-m", "llama_smart_proxy", "simulate"]
+    if config is not None:
+        file = folder / "simulated.yaml"
+        file.write_text(json.dumps(config))
+        words += ["--config", str(file)]
+    done = subprocess.run(words, cwd=ROOT, env=environment(ONE_THREAD), capture_output=True, text=True, timeout=250)
+    rows = [match for line in done.stdout.splitlines() if (match := ROW.match(line))]
+    return done.returncode, {row["step"]: row["verdict"] for row in rows}, done.stdout + done.stderr
+
+
+@needs_llama_cpp
+@pytest.mark.timeout(300)  # two models on both cores, beside another test: seconds, or a minute and more
+def test_the_shipped_configuration_passes_every_step(tmp_path: Path) -> None:
+    status, verdicts, said = simulate(None, tmp_path)
+    assert status == 0, said
+    assert list(verdicts) == [
+        *("proxy starts", "model list", "chat", "chat, streamed", "embedding", "model swap", "health")
+    ]
+    assert set(verdicts.values()) == {"pass"}
+    assert "smollm2 -> smollm2-embed -> smollm2" in said
+
+
+@needs_llama_cpp
+def test_two_chat_models_are_swapped_where_nothing_embeds(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
+    models = {name: tiny(tiny_models[name]) for name in ("tiny-a", "tiny-b")}
+    status, verdicts, said = simulate(embedded(models), tmp_path)
+    assert status == 0, said
+    assert verdicts["model swap"] == "pass" and verdicts["embedding"] == "skip"
+
+
+def test_a_model_that_cannot_load_fails_with_its_last_words(tmp_path: Path, fakes: Fakes) -> None:
+    status, verdicts, said = simulate(fakes.config({"broken": fakes.model(EXIT=3)}), tmp_path)
+    assert status == 1
+    assert verdicts["proxy starts"] == verdicts["model list"] == "pass"
+    assert verdicts["chat"] == verdicts["chat, streamed"] == "FAIL"
+    assert "exited with code 3" in said and "Traceback" not in said
+
+
+def test_a_stream_that_breaks_off_fails(tmp_path: Path, fakes: Fakes) -> None:
+    status, verdicts, said = simulate(fakes.config({"m": fakes.model(CUT="chunked_no_end")}), tmp_path)
+    assert status == 1 and verdicts["chat, streamed"] == "FAIL"
+    assert "Traceback" not in said
+
+
+def test_a_configuration_without_models_fails(tmp_path: Path) -> None:
+    status, verdicts, said = simulate({"models": {}}, tmp_path)
+    assert status == 1 and verdicts["model list"] == "FAIL" and "no model is offered" in said

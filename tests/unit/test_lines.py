@@ -1,0 +1,55 @@
+"""Laws of the line splitter, and of frames: what is cut out of a stream does not depend on how it arrived."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llama_smart_proxy.proxy.dialects.framing import MAX_FRAME, EventSplitter, FrameTooLong, LineSplitter, event_data
+from tests.support.laws import splits
+from tests.unit.test_framing import EVENT, parse_events
+
+LINES = st.lists(st.text('{}"a€😀\u2028\x85\x0b', max_size=8), max_size=8).map(lambda lines: "\n".join(lines).encode())
+
+
+@given(st.data(), LINES)
+@settings(max_examples=1000, deadline=None)
+def test_lines_come_out_whole_and_unchanged_however_they_arrive(data: st.DataObject, stream: bytes) -> None:
+    splitter = LineSplitter()
+    passed = [splitter.push(piece) for piece in data.draw(splits(stream))]
+    assert b"".join(passed) + splitter.rest == stream
+    assert all(piece == b"" or piece.endswith(b"\n") for piece in passed)
+    frames = [frame for piece in passed for frame in splitter.frames(piece)] + splitter.frames(splitter.rest)
+    assert frames == [line for line in stream.split(b"\n") if line.strip()]
+
+
+def test_a_line_over_the_limit_is_refused_and_one_below_passes() -> None:
+    splitter = LineSplitter()
+    almost = b"x" * (MAX_FRAME - 1)
+    assert splitter.push(almost) == b""
+    assert splitter.push(b"\ny") == almost + b"\n"
+    assert splitter.push(b"x" * (MAX_FRAME - 1)) == b""
+    with pytest.raises(FrameTooLong):
+        splitter.push(b"z")
+
+
+@given(st.data(), st.lists(EVENT, max_size=6).map("".join))
+@settings(max_examples=1000, deadline=None)
+def test_the_data_of_events_is_what_the_standard_says(data: st.DataObject, stream: str) -> None:
+    splitter = EventSplitter()
+    frames: list[bytes] = []
+    for piece in data.draw(splits(stream.encode())):
+        frames += splitter.frames(splitter.push(piece))
+    found = [found.decode() for frame in frames if (found := event_data(frame)) is not None]
+    expected = [data for _, data in parse_events(stream.encode())]
+    # A CR at the very end may be half of a CRLF, so the event before it is still held back.
+    assert found == expected[: len(found)]
+    assert len(expected) - len(found) <= stream.endswith("\r")
+
+
+@pytest.mark.parametrize(
+    ("blank", "says"), [(b"\n", False), (b"\r\n", False), (b'{"a":1}\n', True), (b"\n\n{}\n", True)]
+)
+def test_blank_lines_say_nothing(blank: bytes, says: bool) -> None:
+    assert LineSplitter().says_something(blank) is says
