@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
 
-if TYPE_CHECKING:
-    from llama_smart_proxy.proxy.chat import Json
+from llama_smart_proxy.proxy.chat.chunk import Chunk
+from llama_smart_proxy.proxy.chat.extensions import Json
 
 MAX_TOOL_CALLS = 1024
 """Most calls in one answer; a server that numbers them higher would have us make room for all between."""
@@ -103,3 +105,49 @@ def _add_logprobs(choice: Json, logprobs: Json | None) -> None:
     for key, items in (logprobs or {}).items():
         if isinstance(items, list):
             choice.setdefault("logprobs", {}).setdefault(key, []).extend(items)
+
+
+@dataclass(slots=True)
+class Reply:
+    """A whole answer. `data` is OpenAI's `chat.completion`, of whose first choice the properties tell."""
+
+    data: Json
+
+    @property
+    def message(self) -> Json:
+        message: Json = self.data["choices"][0]["message"]
+        return message
+
+    @property
+    def text(self) -> str:
+        return self.message.get("content") or ""
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts of all choices; with `n` > 1 there are several."""
+        return [choice["message"].get("content") or "" for choice in self.data["choices"]]
+
+    @property
+    def reasoning(self) -> str:
+        return self.message.get("reasoning_content") or ""
+
+    @property
+    def tool_calls(self) -> list[Json]:
+        return self.message.get("tool_calls") or []
+
+    @property
+    def finish_reason(self) -> str:
+        reason: str = self.data["choices"][0]["finish_reason"]
+        return reason
+
+    @property
+    def usage(self) -> Json | None:
+        return self.data.get("usage")
+
+
+async def fold(stream: AsyncIterator[Chunk]) -> Reply:
+    """The whole of an answer."""
+    whole = Fold()
+    async for chunk in stream:
+        whole.add(chunk.seen)
+    return Reply(whole.completion())

@@ -1,0 +1,141 @@
+"""A request for a generated answer, in one shape for all APIs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from llama_smart_proxy.proxy.chat.extensions import Json, Kept
+
+
+@dataclass(slots=True)
+class ChatRequest:
+    """One request for a generated answer.
+
+    `body` is OpenAI's: with `messages` (`/v1/chat/completions`), or with `prompt` and perhaps `suffix`
+    (`/v1/completions`). `stream` is what the client wants, whether its API says so by a field or by default. The
+    properties read and write the body.
+    """
+
+    body: Json
+    stream: bool = True
+
+    @property
+    def model(self) -> str:
+        return str(self.body.get("model", ""))
+
+    @model.setter
+    def model(self, name: str) -> None:
+        self.body["model"] = name
+
+    @property
+    def is_text(self) -> bool:
+        """Whether a text is to be continued, rather than a chat."""
+        return "messages" not in self.body
+
+    @property
+    def messages(self) -> list[Json]:
+        """The messages of a chat, to be read and changed in place; an empty list, of no effect, for a text."""
+        messages: list[Json] = self.body.get("messages", [])
+        return messages
+
+    @property
+    def tools(self) -> list[Json]:
+        """The tools that the model may call, in OpenAI's shape."""
+        return self.body.get("tools") or []
+
+    @property
+    def system(self) -> str:
+        """The text of the first message, if that is a system message, else empty. Setting it makes or replaces that
+        message; an empty text removes it."""
+        first = self.messages[0] if self.messages else {}
+        return text_of(first.get("content")) if first.get("role") in ("system", "developer") else ""
+
+    @system.setter
+    def system(self, text: str) -> None:
+        if self.is_text:
+            return
+        if self.messages and self.messages[0].get("role") in ("system", "developer"):
+            del self.messages[0]
+        if text:
+            self.messages.insert(0, {"role": "system", "content": text})
+
+    @property
+    def last_user_text(self) -> str:
+        """What the user said last: the prompt of a text, or the text of the last user message, of which it is the first
+        text part if it has parts; empty if there is none. Setting it leaves all else in that message, such as images,
+        as it is: a message of parts gets a text part if it has none, and loses it with an empty text."""
+        holder, key = self._last_user_place()
+        text = holder.get(key) if isinstance(holder, dict) else holder and holder[key]
+        return text if isinstance(text, str) else ""
+
+    @last_user_text.setter
+    def last_user_text(self, text: str) -> None:
+        message = last_user_message(self.messages)
+        if message is not None and isinstance(message.get("content"), list):
+            _set_text(message["content"], text)
+            return
+        holder, key = self._last_user_place()
+        if holder is not None:
+            holder[key] = text
+
+    def _last_user_place(self) -> tuple[Any, Any]:
+        """The object that holds the last user text, and the key under which it does; None without one."""
+        if self.is_text:
+            prompt = self.body.get("prompt")
+            alone = isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str)
+            return (prompt, 0) if alone else (self.body, "prompt")
+        message = last_user_message(self.body["messages"])
+        if message is None:
+            return None, None
+        if isinstance(parts := message.get("content"), list):
+            part = first_text_part(parts)
+            return (None, None) if part is None else (part, "text")
+        return message, "content"
+
+    def copy(self) -> ChatRequest:
+        """One that can be changed without changing this one. Texts and what is set aside are shared."""
+        return ChatRequest(_copied(self.body), self.stream)
+
+
+def last_user_message(messages: Iterable[Any]) -> Json | None:
+    """The last message of role `user`, in the body of any API that has messages."""
+    for message in reversed(messages if isinstance(messages, list) else []):
+        if isinstance(message, dict) and message.get("role") == "user":
+            return message
+    return None
+
+
+def first_text_part(parts: Iterable[Any]) -> Json | None:
+    """The first part of a message's content that is a text, in OpenAI's and in Anthropic's API."""
+    for part in parts:
+        if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+            return part
+    return None
+
+
+def _set_text(parts: list[Any], text: str) -> None:
+    """Have the first text part be that. An empty one is not kept beside others: not every API takes it."""
+    part = first_text_part(parts)
+    if part is None:
+        parts[:0] = [{"type": "text", "text": text}] if text else []
+    elif text or len(parts) == 1:
+        part["text"] = text
+    else:
+        parts.remove(part)
+
+
+def text_of(content: Any) -> str:
+    """The text of a message's content, which is a text, a list of parts, or None."""
+    if isinstance(content, list):
+        return "\n".join(part["text"] for part in content if first_text_part([part]) is not None)
+    return content if isinstance(content, str) else ""
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Kept):
+        return value
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, list) else value
