@@ -13,9 +13,9 @@ from urllib.parse import urlsplit
 
 import orjson
 
-from llama_smart_proxy.backends.base import Call
+from llama_smart_proxy.backends.base import UpstreamRequest
 from llama_smart_proxy.backends.http.connection import ConnectionPool, Endpoint
-from llama_smart_proxy.backends.http.exchange import Response, Timeouts
+from llama_smart_proxy.backends.http.exchange import Timeouts, UpstreamResponse
 from llama_smart_proxy.proxy.config import RemoteConfig, UpstreamConfig
 from llama_smart_proxy.proxy.errors import UpstreamFailed
 
@@ -119,7 +119,7 @@ class Listing:
     async def _fetch(self) -> None:
         sent_at = asyncio.get_running_loop().time()
         try:
-            status, body = await self._connections.fetch(Call("GET", self._path), timeout_s=self._timeout_s)
+            status, body = await self._connections.fetch(UpstreamRequest("GET", self._path), timeout_s=self._timeout_s)
             if status != 200:
                 raise UpstreamFailed(f"GET {self._path} answered {status}")
             self._take(orjson.loads(body))
@@ -178,7 +178,7 @@ class Remote:
             await self._listing.younger_than(LISTING_PAUSE_S)
         return model in self._models
 
-    def open(self, call: Call) -> AbstractAsyncContextManager[Response]:
+    def open(self, call: UpstreamRequest) -> AbstractAsyncContextManager[UpstreamResponse]:
         return self.connections.request(call)
 
     async def close(self) -> None:

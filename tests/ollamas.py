@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llama_smart_proxy.backends.base import Backend, Call
+from llama_smart_proxy.backends.base import Backend, UpstreamRequest
 from llama_smart_proxy.backends.ollama.hosts import Ollama
 from llama_smart_proxy.backends.weights.downloads import Downloads
 from llama_smart_proxy.proxy.config import ModelConfig, OllamaConfig
@@ -132,15 +132,15 @@ async def unwatched(upstream: Ollama) -> None:
         host._ps_listing._fresh_s = math.inf
 
 
-def chat(model: str, *, num_ctx: int | None = None, stream: bool = False) -> Call:
+def chat(model: str, *, num_ctx: int | None = None, stream: bool = False) -> UpstreamRequest:
     """A chat as a request of ours."""
     body: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": "hi"}], "stream": stream}
     if num_ctx is not None:
         body["options"] = {"num_ctx": num_ctx}
-    return Call("POST", "/api/chat", json.dumps(body).encode())
+    return UpstreamRequest("POST", "/api/chat", json.dumps(body).encode())
 
 
-async def ask(backend: Backend, call: Call) -> tuple[int, Any]:
+async def ask(backend: Backend, call: UpstreamRequest) -> tuple[int, Any]:
     """Status and JSON of the answer to `call`."""
     async with backend.open(call) as response:
         return response.status, json.loads(await response.read(2**20) or b"null")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llama_smart_proxy.backends.base import Call
+from llama_smart_proxy.backends.base import UpstreamRequest
 from llama_smart_proxy.backends.ollama.host import LISTING_TIMEOUT_S, TAGS_FRESH_S, key_of
 from llama_smart_proxy.backends.ollama.hosts import Ollama
 from llama_smart_proxy.proxy.errors import ModelNotFound, UpstreamFailed
@@ -309,7 +309,7 @@ async def test_a_model_deleted_behind_our_back_is_asked_from_the_next_host() -> 
 async def test_answers_pass_as_they_are_also_refusals() -> None:
     async with running_ollama("m", error=[400, "no tools"]) as fake, opened(fake.port) as upstream:
         assert await ask(upstream.model("m"), chat("m")) == (400, {"error": "no tools"})
-        async with upstream.model("m").open(Call("POST", "/api/nothing", b"{}")) as response:
+        async with upstream.model("m").open(UpstreamRequest("POST", "/api/nothing", b"{}")) as response:
             assert (response.status, await response.read(100)) == (404, b"404 page not found")
 
 
@@ -346,7 +346,7 @@ async def test_what_concerns_no_model_yet_goes_to_the_first_host_that_answers() 
         await upstream.listed()
         host = await upstream.host_for(None)
         assert host.url == fake.url
-        assert (await ask(host, Call("POST", "/api/create", b'{"model": "new", "stream": false}')))[0] == 200
+        assert (await ask(host, UpstreamRequest("POST", "/api/create", b'{"model": "new", "stream": false}')))[0] == 200
         host.outdated()
         assert await upstream.find("new") == "new:latest"
         assert (await upstream.host_for("new")).url == fake.url

@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import ClassVar
 
-from llama_smart_proxy.backends.base import Call
-from llama_smart_proxy.backends.http.exchange import Response
+from llama_smart_proxy.backends.base import UpstreamRequest
+from llama_smart_proxy.backends.http.exchange import UpstreamResponse
 from llama_smart_proxy.backends.pool.pool import Pool
 from llama_smart_proxy.proxy.config import ModelConfig
 from llama_smart_proxy.proxy.errors import UpstreamFailed
@@ -27,7 +27,7 @@ class SpawnedModel:
         self.model = model
 
     @asynccontextmanager
-    async def open(self, call: Call) -> AsyncIterator[Response]:
+    async def open(self, call: UpstreamRequest) -> AsyncIterator[UpstreamResponse]:
         async with self.pool.lease(self.name, self.model, slot=call.slot, wait=call.wait) as instance:
             try:
                 async with instance.connections.request(call) as response:

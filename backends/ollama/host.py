@@ -14,9 +14,9 @@ from typing import Any, ClassVar, TypeGuard
 
 import orjson
 
-from llama_smart_proxy.backends.base import Call
+from llama_smart_proxy.backends.base import UpstreamRequest
 from llama_smart_proxy.backends.http.connection import ConnectionPool
-from llama_smart_proxy.backends.http.exchange import Response
+from llama_smart_proxy.backends.http.exchange import UpstreamResponse
 from llama_smart_proxy.backends.openai import Listing, connections_to
 from llama_smart_proxy.backends.weights.downloads import Progress
 from llama_smart_proxy.proxy.config import OllamaConfig, checked_name
@@ -131,7 +131,7 @@ class OllamaHost:
 
     # -- what it does ----------------------------------------------------------------------------------------------
 
-    def open(self, call: Call, key: str = "") -> AbstractAsyncContextManager[Response]:
+    def open(self, call: UpstreamRequest, key: str = "") -> AbstractAsyncContextManager[UpstreamResponse]:
         """Send `call`, which is about the model `key`, if about any."""
         return self._exchange(self.connections, call, key)
 
@@ -142,7 +142,7 @@ class OllamaHost:
         """
         lines = _PullLines(tell)
         body = orjson.dumps({"model": name, "stream": True})
-        call = Call("POST", "/api/pull", body, [("Content-Type", "application/json"), *via], slot=False)
+        call = UpstreamRequest("POST", "/api/pull", body, [("Content-Type", "application/json"), *via], slot=False)
         async with self._exchange(self._pulls, call, "") as response:
             await response.pipe(lines)
         lines.end(name)
@@ -155,7 +155,9 @@ class OllamaHost:
             await listing.close()
 
     @asynccontextmanager
-    async def _exchange(self, connections: ConnectionPool, call: Call, key: str) -> AsyncIterator[Response]:
+    async def _exchange(
+        self, connections: ConnectionPool, call: UpstreamRequest, key: str
+    ) -> AsyncIterator[UpstreamResponse]:
         self.in_flight += 1
         self.using[key] += 1
         exchange = connections.request(call)

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
-from llama_smart_proxy.backends.base import Call
+from llama_smart_proxy.backends.base import UpstreamRequest
 from llama_smart_proxy.backends.http.connection import UNREACHABLE
-from llama_smart_proxy.backends.http.exchange import Response
+from llama_smart_proxy.backends.http.exchange import UpstreamResponse
 from llama_smart_proxy.backends.http.sweep import Sweeper
 from llama_smart_proxy.backends.ollama.host import PULL_FAILED, Json, OllamaHost, is_name, key_of
 from llama_smart_proxy.backends.openai import LISTING_PAUSE_S
@@ -54,7 +54,7 @@ class _Context:
             self.worked = max(self.worked, self.failed)
         return max(self.worked, *(size for size in self.trying if size != self.failed), 0)
 
-    async def tried(self, size: int, answer: Awaitable[Response]) -> Response:
+    async def tried(self, size: int, answer: Awaitable[UpstreamResponse]) -> UpstreamResponse:
         """The `answer` to a call with that size; it shows whether the size works."""
         self.trying.append(size)
         worked = False
@@ -227,7 +227,7 @@ class Ollama:
             size = max(asked, size, *loaded)
         return size or None
 
-    async def tried(self, name: str, num_ctx: int | None, answer: Awaitable[Response]) -> Response:
+    async def tried(self, name: str, num_ctx: int | None, answer: Awaitable[UpstreamResponse]) -> UpstreamResponse:
         """The `answer` to a call about the model with this `num_ctx`, which is kept for others if it works."""
         key = key_of(name)
         if num_ctx is None or key in self._pinned:
@@ -344,7 +344,7 @@ class OllamaModel:
         return self._num_ctx
 
     @asynccontextmanager
-    async def open(self, call: Call) -> AsyncIterator[Response]:
+    async def open(self, call: UpstreamRequest) -> AsyncIterator[UpstreamResponse]:
         """Raises: BadRequest, ModelNotFound, UpstreamFailed."""
         async with AsyncExitStack() as stack:
             try:
@@ -352,7 +352,7 @@ class OllamaModel:
             finally:
                 self.ollama.used(self.name)
 
-    async def _begin(self, call: Call, stack: AsyncExitStack) -> Response:
+    async def _begin(self, call: UpstreamRequest, stack: AsyncExitStack) -> UpstreamResponse:
         response = await self._try_holders(call, stack)
         if response is None:
             if not self.ollama.may_pull(self.name):
@@ -363,7 +363,7 @@ class OllamaModel:
             response = await stack.enter_async_context(self.ollama.likeliest(self._key).open(call, self._key))
         return response
 
-    async def _try_holders(self, call: Call, stack: AsyncExitStack) -> Response | None:
+    async def _try_holders(self, call: UpstreamRequest, stack: AsyncExitStack) -> UpstreamResponse | None:
         """The answer of the first host that gives one; None if none has the model.
 
         A host that cannot be reached is passed over, not one that failed with the request: it may have been at work on

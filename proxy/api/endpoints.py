@@ -10,8 +10,8 @@ from functools import partial
 
 from aiohttp import web
 
-from llama_smart_proxy.backends.base import Backend, Call
-from llama_smart_proxy.backends.http.exchange import Response
+from llama_smart_proxy.backends.base import Backend, UpstreamRequest
+from llama_smart_proxy.backends.http.exchange import UpstreamResponse
 from llama_smart_proxy.backends.ollama.hosts import OllamaModel
 from llama_smart_proxy.proxy.api import embeddings
 from llama_smart_proxy.proxy.api.ollama import LISTING_S
@@ -160,13 +160,13 @@ class RelayHandler:
             answer = partial(_relay_json, answer)
         return await ask(http, target.backend, call, answer)
 
-    async def _call(self, http: web.Request, target: Target, body: Json) -> Call:
+    async def _call(self, http: web.Request, target: Target, body: Json) -> UpstreamRequest:
         has_body = http.method == "POST"
         if has_body:
             body["model"] = target.model
             if isinstance(target.backend, OllamaModel):
                 hold_context(target.backend, body)
-        return Call(
+        return UpstreamRequest(
             method=http.method,
             path=_upstream_path(http, target.model),
             body=await to_bytes(http, body) if has_body else b"",
@@ -211,7 +211,7 @@ class RelayHandler:
 
 
 async def _relay_json(
-    passing: Callable[[Response], Awaitable[web.StreamResponse]], upstream: Response
+    passing: Callable[[UpstreamResponse], Awaitable[web.StreamResponse]], upstream: UpstreamResponse
 ) -> web.StreamResponse:
     """Pass on what an Ollama says; but an error page of what stands in front of it as an error its clients can read."""
     if upstream.status >= 400 and not upstream.header("content-type").startswith("application/json"):

@@ -16,7 +16,7 @@ import aiohttp
 import orjson
 from aiohttp import web
 
-from llama_smart_proxy.backends.base import Call
+from llama_smart_proxy.backends.base import UpstreamRequest
 from llama_smart_proxy.backends.llamacpp.spawned import SpawnedModel
 from llama_smart_proxy.backends.ollama.host import key_of
 from llama_smart_proxy.backends.ollama.hosts import Ollama, OllamaModel
@@ -245,9 +245,9 @@ async def _forward(
             host.outdated()
 
 
-def _call(http: web.Request, body: Json) -> Call:
+def _call(http: web.Request, body: Json) -> UpstreamRequest:
     headers = upstream_headers(http.headers, has_body=True)
-    return Call(http.method, http.path.rstrip("/"), serialise(body), headers, slot=False)
+    return UpstreamRequest(http.method, http.path.rstrip("/"), serialise(body), headers, slot=False)
 
 
 def _ollama(proxy: Proxy) -> Ollama:

@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 from aiohttp import web
 
-from llama_smart_proxy.backends.base import Backend, Call
+from llama_smart_proxy.backends.base import Backend, UpstreamRequest
 from llama_smart_proxy.backends.http.connection import ConnectionPool
 from llama_smart_proxy.backends.llamacpp.spawned import SpawnedModel
 from llama_smart_proxy.proxy.api.state import Proxy
@@ -115,7 +115,7 @@ async def _tokens(server: ConnectionPool, text: str) -> Json:
 
 
 async def _ask(server: ConnectionPool, path: str, body: Json) -> Json:
-    call = Call("POST", path, serialise(body), JSON_HEADERS)
+    call = UpstreamRequest("POST", path, serialise(body), JSON_HEADERS)
     return understood((await server.fetch(call, timeout_s=QUESTION_S))[1])
 
 

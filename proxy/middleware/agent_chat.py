@@ -12,8 +12,8 @@ from functools import partial
 
 from aiohttp import web
 
-from llama_smart_proxy.backends.base import Backend, Call
-from llama_smart_proxy.backends.http.exchange import Response
+from llama_smart_proxy.backends.base import Backend, UpstreamRequest
+from llama_smart_proxy.backends.http.exchange import UpstreamResponse
 from llama_smart_proxy.proxy.api.ollama_chat import check_capabilities, set_keep_alive, with_context
 from llama_smart_proxy.proxy.api.state import MODEL, Proxy
 from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, Json, Timing, bare, fold, say
@@ -180,18 +180,18 @@ class AgentChat:
         path, data = await self._written(contexts, wire, backend, request)
         headers = upstream_headers(self.http.headers, has_body=True)
 
-        def opened(upstream: Response) -> None:
+        def opened(upstream: UpstreamResponse) -> None:
             timing.sent_s = upstream.sent_s
             calls.reply_began()
 
-        def amend(refused: UpstreamRefused) -> Call | None:
+        def amend(refused: UpstreamRefused) -> UpstreamRequest | None:
             if self.family == "ollama" or not without_thoughts(request, refused):
                 return None
             path, body = wire.encode(request)
-            return Call("POST", path, serialise(body), headers)
+            return UpstreamRequest("POST", path, serialise(body), headers)
 
         return Source(
-            backend, Call("POST", path, data, headers), wire, request,
+            backend, UpstreamRequest("POST", path, data, headers), wire, request,
             verbatim=verbatim and _same_form(path, self.http.path),
             opened=opened, closing=closing, closed=calls.reply_ended, amend=amend,
         )  # fmt: skip
@@ -283,7 +283,7 @@ async def _accounted(stream: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:
         yield Chunk({"choices": [], "usage": dict.fromkeys(_COUNTS, 0)})
 
 
-async def _tell_context(epilogue: Epilogue, timing: Timing, said: str, upstream: Response) -> None:
+async def _tell_context(epilogue: Epilogue, timing: Timing, said: str, upstream: UpstreamResponse) -> None:
     timing.extra = await epilogue(said, upstream.pool)
 
 

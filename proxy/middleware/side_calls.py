@@ -14,8 +14,8 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from typing import cast
 
-from llama_smart_proxy.backends.base import Backend, Call
-from llama_smart_proxy.backends.http.exchange import Response
+from llama_smart_proxy.backends.base import Backend, UpstreamRequest
+from llama_smart_proxy.backends.http.exchange import UpstreamResponse
 from llama_smart_proxy.proxy.api.embeddings import vectors_of
 from llama_smart_proxy.proxy.chat import ChatRequest, Chunk
 from llama_smart_proxy.proxy.config import LimitsConfig
@@ -103,7 +103,7 @@ class SideCalls:
         wire = wire_of(target.backend)
         path, body = wire.encode(request)
         headers = [*JSON_HEADERS, *self.headers]
-        sent = Call("POST", path, serialise(body), headers, wait=not self.replying)
+        sent = UpstreamRequest("POST", path, serialise(body), headers, wait=not self.replying)
         return Source(target.backend, sent, wire, request, opened=call.opened)
 
 
@@ -123,7 +123,7 @@ class SideCall:
     def start(self, scope: Scope) -> None:
         self._task = scope.spawn(self._read())
 
-    def opened(self, upstream: Response) -> None:
+    def opened(self, upstream: UpstreamResponse) -> None:
         """A slot is held."""
         self._calls.waiting.discard(self)
 
@@ -202,7 +202,7 @@ class _Hasty:
         return self._backend.speaks
 
     @asynccontextmanager
-    async def open(self, call: Call) -> AsyncIterator[Response]:
+    async def open(self, call: UpstreamRequest) -> AsyncIterator[UpstreamResponse]:
         waiting = self._calls.waiting
         waiting.add(self)
         try:

@@ -20,8 +20,8 @@ from typing import Any
 from aiohttp import HttpVersion10, HttpVersion11, web
 from multidict import CIMultiDict
 
-from llama_smart_proxy.backends.base import Backend, Call
-from llama_smart_proxy.backends.http.exchange import BUFFER_LIMIT, Response
+from llama_smart_proxy.backends.base import Backend, UpstreamRequest
+from llama_smart_proxy.backends.http.exchange import BUFFER_LIMIT, UpstreamResponse
 from llama_smart_proxy.proxy.dialects import Dialect
 from llama_smart_proxy.proxy.dialects.framing import EventSplitter, FrameTooLong, LineSplitter, Splitter
 from llama_smart_proxy.proxy.errors import ProxyError, UpstreamFailed
@@ -34,7 +34,10 @@ PLAIN_LIMIT = 1024 * 1024
 
 
 async def ask(
-    http: web.Request, backend: Backend, call: Call, answer: Callable[[Response], Awaitable[web.StreamResponse]]
+    http: web.Request,
+    backend: Backend,
+    call: UpstreamRequest,
+    answer: Callable[[UpstreamResponse], Awaitable[web.StreamResponse]],
 ) -> web.StreamResponse:
     """Open `call` and have `answer` pass on what comes. While the client has no byte yet, a server that broke off gets
     one more chance: by then its instance is gone, and the second try meets a fresh one."""
@@ -58,7 +61,9 @@ def may_try_again(exc: UpstreamFailed) -> bool:
     return exc.status == 502 and exc.code not in SAID
 
 
-async def relay(http: web.Request, upstream: Response, dialect: Dialect, *, stall_s: float) -> web.StreamResponse:
+async def relay(
+    http: web.Request, upstream: UpstreamResponse, dialect: Dialect, *, stall_s: float
+) -> web.StreamResponse:
     """Answer `http` with `upstream`.
 
     A failure before the client got a byte is raised (`UpstreamFailed`), so the caller may try again; a later one is
@@ -86,7 +91,7 @@ class WholeAnswer(web.StreamResponse):
     """An upstream answer that is there as a whole. It leaves in one write, which takes a quarter of the CPU time of
     aiohttp's own response class."""
 
-    def __init__(self, http: web.Request, upstream: Response, body: bytes, stall_s: float) -> None:
+    def __init__(self, http: web.Request, upstream: UpstreamResponse, body: bytes, stall_s: float) -> None:
         super().__init__(status=upstream.status)
         self._http = http
         self._upstream = upstream
@@ -133,7 +138,7 @@ def _write(transport: asyncio.Transport, data: bytes) -> None:
 
 
 async def _relay_frames(
-    http: web.Request, upstream: Response, dialect: Dialect, splitter: Splitter, stall_s: float
+    http: web.Request, upstream: UpstreamResponse, dialect: Dialect, splitter: Splitter, stall_s: float
 ) -> web.StreamResponse:
     answer = await begin_stream(http, upstream.status, downstream_headers(upstream.headers))
     sink = _FrameSink(http, stall_s, splitter, chunked=answer.chunked)
@@ -146,7 +151,7 @@ async def _relay_frames(
     return await finish(http, answer, stall_s)
 
 
-async def _relay_large(http: web.Request, upstream: Response, stall_s: float) -> web.StreamResponse:
+async def _relay_large(http: web.Request, upstream: UpstreamResponse, stall_s: float) -> web.StreamResponse:
     length = upstream.header("content-length")
     answer = await begin_stream(http, upstream.status, downstream_headers(upstream.headers), length=length)
     try:

@@ -6,8 +6,8 @@ import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 
-from llama_smart_proxy.backends.base import Backend, Call
-from llama_smart_proxy.backends.http.exchange import Response
+from llama_smart_proxy.backends.base import Backend, UpstreamRequest
+from llama_smart_proxy.backends.http.exchange import UpstreamResponse
 from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, Json
 from llama_smart_proxy.proxy.dialects import ANTHROPIC
 from llama_smart_proxy.proxy.dialects.base import Wire
@@ -133,14 +133,14 @@ class Source:
     """
 
     backend: Backend
-    call: Call
+    call: UpstreamRequest
     wire: Wire
     request: ChatRequest
     verbatim: bool = False
-    opened: Callable[[Response], None] | None = None
-    closing: Callable[[str, Response], Awaitable[None]] | None = None
+    opened: Callable[[UpstreamResponse], None] | None = None
+    closing: Callable[[str, UpstreamResponse], Awaitable[None]] | None = None
     closed: Callable[[], None] | None = None
-    amend: Callable[[UpstreamRefused], Call | None] | None = None
+    amend: Callable[[UpstreamRefused], UpstreamRequest | None] | None = None
     tail: bytes = b""
     count: int = 0
 
@@ -178,14 +178,14 @@ class Source:
                 if self.closed is not None:
                     self.closed()
 
-    async def _begin(self, upstream: Response) -> Frames:
+    async def _begin(self, upstream: UpstreamResponse) -> Frames:
         if upstream.status != 200:
             raise await refusal(upstream)
         if self.opened is not None:
             self.opened(upstream)
         return Frames(self.wire, self.request, verbatim=self.verbatim, keeps_text=self.closing is not None)
 
-    async def _end(self, upstream: Response, frames: Frames) -> None:
+    async def _end(self, upstream: UpstreamResponse, frames: Frames) -> None:
         if self.closing is not None:
             await self.closing("".join(frames.said), upstream)
         self.tail, self.count = frames.tail, frames.count

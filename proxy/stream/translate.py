@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import orjson
 from aiohttp import web
 
-from llama_smart_proxy.backends.base import Backend, Call
+from llama_smart_proxy.backends.base import Backend, UpstreamRequest
 from llama_smart_proxy.backends.http.connection import ConnectionPool
-from llama_smart_proxy.backends.http.exchange import Response
+from llama_smart_proxy.backends.http.exchange import UpstreamResponse
 from llama_smart_proxy.proxy.chat import ChatRequest, Fold, Json, Timing
 from llama_smart_proxy.proxy.dialects.base import Face, Reader, Wire, Writer
 from llama_smart_proxy.proxy.dialects.framing import FrameTooLong, Splitter
@@ -115,10 +115,10 @@ class Exchange:
         Errors are as on the relay: raised while the client has no byte, told in-stream in the client's dialect later.
         """
         path, body = self.wire.encode(self.request)
-        call = Call("POST", path, await to_bytes(self.http, body), headers)
+        call = UpstreamRequest("POST", path, await to_bytes(self.http, body), headers)
         return await ask(self.http, backend, call, self._answer)
 
-    async def _answer(self, upstream: Response) -> web.StreamResponse:
+    async def _answer(self, upstream: UpstreamResponse) -> web.StreamResponse:
         self.timing.sent_s = upstream.sent_s
         if upstream.status != 200:
             raise await refusal(upstream)
@@ -130,7 +130,7 @@ class Exchange:
             raise incomplete()
         return await self._stream(upstream, writer)
 
-    async def _stream(self, upstream: Response, writer: Writer) -> web.StreamResponse:
+    async def _stream(self, upstream: UpstreamResponse, writer: Writer) -> web.StreamResponse:
         head = [("content-type", writer.content_type), ("cache-control", "no-cache")]
         stream = await begin_stream(self.http, 200, head)
         said: list[str] = []
@@ -155,7 +155,7 @@ class Exchange:
         sink.say(last)
         return await finish(self.http, stream, self.stall_s)
 
-    async def _whole(self, upstream: Response, writer: Writer) -> web.StreamResponse:
+    async def _whole(self, upstream: UpstreamResponse, writer: Writer) -> web.StreamResponse:
         fold = Fold()
         translation = self._translation(fold.add)
         try:
@@ -181,7 +181,7 @@ async def question(backend: Backend, path: str, body: Json, *, slot: bool = Fals
 
     Raises: UpstreamRefused with the server's words, UpstreamFailed.
     """
-    call = Call("POST", path, serialise(body), JSON_HEADERS, slot)
+    call = UpstreamRequest("POST", path, serialise(body), JSON_HEADERS, slot)
     try:
         return await _question(backend, call)
     except UpstreamFailed as exc:
@@ -190,7 +190,7 @@ async def question(backend: Backend, path: str, body: Json, *, slot: bool = Fals
     return await _question(backend, call)
 
 
-async def _question(backend: Backend, call: Call) -> Json:
+async def _question(backend: Backend, call: UpstreamRequest) -> Json:
     async with backend.open(call) as upstream:
         if upstream.status != 200:
             raise await refusal(upstream)
@@ -209,7 +209,7 @@ def understood(body: bytes | None) -> Json:
     raise UpstreamFailed("the model server's answer cannot be understood", code="upstream_error")
 
 
-async def refusal(upstream: Response) -> ProxyError:
+async def refusal(upstream: UpstreamResponse) -> ProxyError:
     """The error for an answer that is none, in the server's own words."""
     body = await upstream.read(ERROR_LIMIT) or b""
     words, details = body.decode(errors="replace").strip(), Json()
@@ -270,7 +270,7 @@ class _Sink(Sink):
             raise self._translation.failure
         await super().drained()
 
-    async def take(self, upstream: Response) -> ProxyError | None:
+    async def take(self, upstream: UpstreamResponse) -> ProxyError | None:
         """Pass on the whole answer; what went wrong, if anything did."""
         try:
             await upstream.pipe(self)
