@@ -107,14 +107,6 @@ class ModelInfo:
     """The item as the server lists it, by the name of the API: passed on as it is to clients of that API."""
 
 
-class Backend(Protocol):
-    """What `Model` will replace."""
-
-    speaks: ClassVar[frozenset[str]]
-
-    def open(self, request: UpstreamRequest) -> AbstractAsyncContextManager[UpstreamResponse]: ...
-
-
 class Model(Protocol):
     """One model of a provider.
 

@@ -6,18 +6,18 @@ import asyncio
 import logging
 import math
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 import orjson
 
-from llama_smart_proxy.backends.base import UpstreamRequest
+from llama_smart_proxy.backends.base import Feature, Json, ModelInfo, ModelState, UpstreamRequest
 from llama_smart_proxy.backends.http.connection import ConnectionPool, Endpoint
 from llama_smart_proxy.backends.http.exchange import Timeouts, UpstreamResponse
 from llama_smart_proxy.proxy.config import RemoteConfig, UpstreamConfig
-from llama_smart_proxy.proxy.errors import UpstreamFailed
+from llama_smart_proxy.proxy.errors import BadRequest, UpstreamFailed
 
 logger = logging.getLogger(__name__)
 
@@ -37,14 +37,19 @@ def connections_to(url: str, config: UpstreamConfig, *, idle_timeout_s: float | 
     """Connections to the server at `url`, with the key and the time limits of `config`."""
     parts = urlsplit(url)
     tls = parts.scheme == "https"
-    key = config.api_key.get_secret_value() if config.api_key else ""
     return ConnectionPool(
         Endpoint(parts.hostname or "", parts.port or (443 if tls else 80), tls, parts.path),
-        headers=[("Via", OUR_VIA), *([("Authorization", f"Bearer {key}")] if key else [])],
+        headers=[("Via", OUR_VIA), *credentials(config)],
         timeouts=Timeouts(
             config.connect_timeout_s, config.first_byte_timeout_s, idle_timeout_s or config.idle_timeout_s
         ),
     )
+
+
+def credentials(config: UpstreamConfig) -> list[tuple[str, str]]:
+    """The headers that carry the key, if there is one."""
+    key = config.api_key.get_secret_value() if config.api_key else ""
+    return [("Authorization", f"Bearer {key}")] if key else []
 
 
 class Listing:
@@ -134,13 +139,10 @@ class Listing:
 
 
 class Remote:
-    """One remote server: its connections, and the models it offers. `Backend` for each of them.
+    """One remote server: its connections, and the names of the models it offers.
 
     `models` answers from memory at once; a server that is down keeps the list it last gave.
     """
-
-    speaks: ClassVar[frozenset[str]] = frozenset({"openai", "responses", "anthropic", "native"})
-    """The API families whose requests it takes as they are."""
 
     def __init__(self, name: str, config: RemoteConfig) -> None:
         self.name = name
@@ -178,12 +180,49 @@ class Remote:
             await self._listing.younger_than(LISTING_PAUSE_S)
         return model in self._models
 
-    def open(self, call: UpstreamRequest) -> AbstractAsyncContextManager[UpstreamResponse]:
-        return self.connections.request(call)
-
     async def close(self) -> None:
         self.connections.close("the proxy is shutting down", code="shutting_down")
         await self._listing.close()
 
     def _take_models(self, answer: Any) -> None:
         self._models = tuple(str(item["id"]) for item in answer["data"])
+
+
+class RemoteModel:
+    """`Model` for one of a remote server, which loads its models itself."""
+
+    kind: ClassVar[str] = "remote"
+    codec: ClassVar[str] = "openai"
+    speaks: ClassVar[frozenset[str]] = frozenset({"openai", "responses", "anthropic", "native"})
+    features: ClassVar[frozenset[Feature]] = frozenset()
+    aliases: ClassVar[Sequence[str]] = ()
+    state: ClassVar[ModelState] = ModelState("loaded")
+
+    def __init__(self, remote: Remote, name: str) -> None:
+        self.name = name
+        self.owner = remote.name
+        self._connections = remote.connections
+
+    def open(self, request: UpstreamRequest) -> AbstractAsyncContextManager[UpstreamResponse]:
+        return self._connections.request(request)
+
+    def prepare(self, body: Json) -> None:
+        """Nothing is known of the server that would call for it."""
+
+    async def load(self, *, wait: bool = True) -> None:
+        """Nothing."""
+
+    async def unload(self) -> None:
+        """Nothing."""
+
+    def keep_loaded(self, seconds: float) -> None:
+        """Nothing."""
+
+    async def delete(self, headers: Sequence[tuple[str, str]]) -> None:
+        raise BadRequest(f"model {self.name!r} is part of this proxy's configuration; remove it there")
+
+    async def info(self) -> ModelInfo:
+        return ModelInfo(self.name)
+
+    async def residence(self) -> None:
+        """Nothing is known of it."""

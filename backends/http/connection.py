@@ -51,11 +51,11 @@ class ConnectionPool:
         self, endpoint: Endpoint, *, headers: Sequence[tuple[str, str]] = (), timeouts: Timeouts | None = None
     ) -> None:
         self.endpoint = endpoint
-        self._timeouts = timeouts or Timeouts()
+        self.timeouts = timeouts or Timeouts()
         self._idle: list[Connection] = []
         self._active: set[Connection] = set()
         self._closed = False
-        limits = self._timeouts
+        limits = self.timeouts
         self._sweeper = Sweeper(min(1.0, limits.first_byte_s / 4, limits.idle_s / 4), self._sweep)
         self._tls = ssl.create_default_context() if endpoint.tls else None
         fixed = [("Host", endpoint.authority), ("Accept-Encoding", "identity"), *headers]
@@ -111,7 +111,7 @@ class ConnectionPool:
         connection = self._pop_idle() or await self._connect()
         self._active.add(connection)
         self._sweeper.wake()
-        response = UpstreamResponse(self, connection, request.method, self._timeouts)
+        response = UpstreamResponse(self, connection, request.method, self.timeouts)
         try:
             connection.send(response, self._head(request) + request.body)
             await response.head()
@@ -125,7 +125,7 @@ class ConnectionPool:
     async def _connect(self) -> Connection:
         if self._closed:
             raise UpstreamFailed(f"{self.endpoint} is being stopped")
-        limit_s = self._timeouts.connect_s
+        limit_s = self.timeouts.connect_s
         try:
             async with asyncio.timeout(limit_s):
                 _, connection = await asyncio.get_running_loop().create_connection(

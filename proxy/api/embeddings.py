@@ -18,14 +18,13 @@ from typing import Any
 import orjson
 from aiohttp import web
 
-from llama_smart_proxy.backends.base import Backend
-from llama_smart_proxy.backends.llamacpp.spawned import SpawnedModel
+from llama_smart_proxy.backends.base import Model
 from llama_smart_proxy.proxy.api.ollama_chat import set_keep_alive
 from llama_smart_proxy.proxy.chat import Json
 from llama_smart_proxy.proxy.errors import BadRequest, UpstreamFailed, UpstreamRefused
 from llama_smart_proxy.proxy.stream.translate import question
 
-Convert = Callable[[Backend, str, Json], Awaitable[Json]]
+Convert = Callable[[Model, str, Json], Awaitable[Json]]
 """Makes the answer of one endpoint from the backend, the model's name there and the client's body."""
 Vectors = list[list[float]]
 MANY = 64
@@ -33,7 +32,7 @@ MANY = 64
 _TOO_LONG = re.compile(r"batch size: (\d+)|context size \((\d+)|n_ctx_slot = (\d+)|maximum context length is (\d+)")
 
 
-async def openai_from_ollama(backend: Backend, model: str, body: Json) -> Json:
+async def openai_from_ollama(backend: Model, model: str, body: Json) -> Json:
     """Answer `POST /v1/embeddings` from `/api/embed`. Extra fields that Ollama knows are passed on."""
     wanted = body.get("input")
     inputs = [wanted] if isinstance(wanted, str) else wanted
@@ -58,7 +57,7 @@ async def openai_from_ollama(backend: Backend, model: str, body: Json) -> Json:
     }
 
 
-async def ollama_from_openai(backend: Backend, model: str, body: Json) -> Json:
+async def ollama_from_openai(backend: Model, model: str, body: Json) -> Json:
     """Answer `POST /api/embed` from `/v1/embeddings`."""
     started_ns = time.monotonic_ns()
     wanted = body.get("input")
@@ -72,15 +71,15 @@ async def ollama_from_openai(backend: Backend, model: str, body: Json) -> Json:
     return answer | ({"prompt_eval_count": tokens} if tokens else {})
 
 
-async def vectors_of(backend: Backend, model: str, texts: Sequence[str]) -> Vectors:
+async def vectors_of(backend: Model, model: str, texts: Sequence[str]) -> Vectors:
     """A vector for each text, by whatever API the backend's server speaks; one that is too long counts to its limit."""
     if "openai" in backend.speaks:
-        return (await _embed(backend, model, list(texts), truncate=True))[0]
+        return (await _embed(backend, model, list(texts), truncate=True))[0] if texts else []
     answer = await question(backend, "/api/embed", {"model": model, "input": list(texts)}, slot=True)
     return _vectors(answer.get("embeddings"))
 
 
-async def legacy_from_openai(backend: Backend, model: str, body: Json) -> Json:
+async def legacy_from_openai(backend: Model, model: str, body: Json) -> Json:
     """Answer `POST /api/embeddings`, of one prompt."""
     prompt = body.get("prompt", "")
     if not isinstance(prompt, str):
@@ -90,18 +89,17 @@ async def legacy_from_openai(backend: Backend, model: str, body: Json) -> Json:
     return {"embedding": vectors[0] if vectors else []}
 
 
-def _obey(backend: Backend, body: Json) -> None:
+def _obey(backend: Model, body: Json) -> None:
     """Check the `options` of a good request, none of which means anything here, and heed its `keep_alive`."""
     if not isinstance(body.get("options") or {}, dict):
         raise BadRequest("options must be an object")
     set_keep_alive(backend, body)
 
 
-async def _embed(backend: Backend, model: str, inputs: list[str], truncate: object) -> tuple[Vectors, int]:
+async def _embed(backend: Model, model: str, inputs: list[str], truncate: object) -> tuple[Vectors, int]:
     """The vectors of `inputs`, in order, and how many tokens they had."""
     if not inputs:
-        if isinstance(backend, SpawnedModel):
-            await backend.pool.load(backend.name, backend.model)
+        await backend.load()
         return [], 0
     try:
         return await _ask(backend, model, inputs)
@@ -115,7 +113,7 @@ async def _embed(backend: Backend, model: str, inputs: list[str], truncate: obje
     return await _ask(backend, model, [await _shortened(backend, text, most) for text in inputs])
 
 
-async def _ask(backend: Backend, model: str, inputs: list[Any]) -> tuple[Vectors, int]:
+async def _ask(backend: Model, model: str, inputs: list[Any]) -> tuple[Vectors, int]:
     answer = await question(backend, "/v1/embeddings", {"model": model, "input": inputs}, slot=True)
     items = answer.get("data")
     if not isinstance(items, list):
@@ -129,7 +127,7 @@ async def _ask(backend: Backend, model: str, inputs: list[Any]) -> tuple[Vectors
     return _vectors(vectors), tokens if isinstance(tokens, int) else 0
 
 
-async def _shortened(backend: Backend, text: str, most: int) -> list[int]:
+async def _shortened(backend: Model, text: str, most: int) -> list[int]:
     """The first tokens of `text`, so many that the server takes them."""
     tokens = (await question(backend, "/tokenize", {"content": text, "add_special": True})).get("tokens")
     if not isinstance(tokens, list):

@@ -10,9 +10,8 @@ from functools import partial
 
 from aiohttp import web
 
-from llama_smart_proxy.backends.base import Backend, UpstreamRequest
+from llama_smart_proxy.backends.base import Model, UpstreamRequest
 from llama_smart_proxy.backends.http.exchange import UpstreamResponse
-from llama_smart_proxy.backends.ollama.hosts import OllamaModel
 from llama_smart_proxy.proxy.api import embeddings
 from llama_smart_proxy.proxy.api.ollama import LISTING_S
 from llama_smart_proxy.proxy.api.ollama_chat import answer_load, check_capabilities, set_keep_alive, with_context
@@ -37,7 +36,7 @@ from llama_smart_proxy.proxy.middleware.agent_chat import AgentChat
 from llama_smart_proxy.proxy.models.router import Target
 from llama_smart_proxy.proxy.stream.relay import ask, relay
 from llama_smart_proxy.proxy.stream.translate import Epilogue, Exchange, refusal
-from llama_smart_proxy.proxy.stream.wires import hold_context, wire_of, without_thoughts
+from llama_smart_proxy.proxy.stream.wires import wire_of, without_thoughts
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +59,7 @@ class Api:
     """Whether it does without a face: agents do not run there."""
 
 
-async def _count_tokens(backend: Backend, model: str, body: Json) -> Json:
+async def _count_tokens(backend: Model, model: str, body: Json) -> Json:
     """`POST /v1/messages/count_tokens` where the server has no tokenizer to ask: an estimate."""
     return {"input_tokens": anthropic.count_tokens(body)}
 
@@ -161,24 +160,23 @@ class RelayHandler:
         return await ask(http, target.backend, call, answer)
 
     async def _call(self, http: web.Request, target: Target, body: Json) -> UpstreamRequest:
-        has_body = http.method == "POST"
+        has_body, prepared = http.method == "POST", None
         if has_body:
             body["model"] = target.model
-            if isinstance(target.backend, OllamaModel):
-                hold_context(target.backend, body)
+            prepared = target.backend.prepare(body)
         return UpstreamRequest(
             method=http.method,
             path=_upstream_path(http, target.model),
             body=await to_bytes(http, body) if has_body else b"",
             headers=upstream_headers(http.headers, has_body=has_body),
             slot=self.api.slot,
+            prepared=prepared,
         )
 
     async def _translate(self, http: web.Request, target: Target, body: Json) -> web.StreamResponse:
         api, backend = self.api, target.backend
         body["model"] = target.model
         if api.convert is not None:
-            hold_context(backend, body)
             return await embeddings.as_response(await api.convert(backend, target.model, body))
         if api.face is None:
             words = f"model {target.model[:100]!r} is on a server that does not have this endpoint"
@@ -187,7 +185,7 @@ class RelayHandler:
             loaded = await answer_load(backend, target.model, body, chat=api.face is ollama.CHAT)
             if loaded is not None:
                 return loaded
-            await check_capabilities(self._proxy, backend, body)
+            await check_capabilities(backend, body)
         timing = Timing(time.monotonic())
         request = await aside(http, api.face.decode, body)
         epilogue: Epilogue | None = None
@@ -198,9 +196,7 @@ class RelayHandler:
         exchange = Exchange(http, api.face, wire_of(backend), request, timing, self._stall_s, epilogue)
         return await self._exchange(exchange, backend, upstream_headers(http.headers, has_body=True))
 
-    async def _exchange(
-        self, exchange: Exchange, backend: Backend, headers: list[tuple[str, str]]
-    ) -> web.StreamResponse:
+    async def _exchange(self, exchange: Exchange, backend: Model, headers: list[tuple[str, str]]) -> web.StreamResponse:
         try:
             return await exchange.run(backend, headers)
         except UpstreamRefused as exc:

@@ -16,21 +16,21 @@ import aiohttp
 import orjson
 from aiohttp import web
 
-from llama_smart_proxy.backends.base import UpstreamRequest
-from llama_smart_proxy.backends.llamacpp.spawned import SpawnedModel
-from llama_smart_proxy.backends.ollama.host import key_of
-from llama_smart_proxy.backends.ollama.hosts import Ollama, OllamaModel
+from llama_smart_proxy.backends.base import ModelInfo, UpstreamRequest
+from llama_smart_proxy.backends.names import key_of
+from llama_smart_proxy.backends.ollama.hosts import Hosts
+from llama_smart_proxy.backends.ollama.model import OllamaModel
 from llama_smart_proxy.backends.weights import hub
 from llama_smart_proxy.backends.weights.downloads import Download
 from llama_smart_proxy.proxy.api.state import MODEL, PROXY, Proxy
 from llama_smart_proxy.proxy.chat import Json
 from llama_smart_proxy.proxy.config import checked_name
 from llama_smart_proxy.proxy.dialects import OLLAMA
+from llama_smart_proxy.proxy.dialects.ollama import models
 from llama_smart_proxy.proxy.errors import BadRequest, ModelNotFound, ProxyError, UpstreamFailed
 from llama_smart_proxy.proxy.http.body import read_json, serialise
 from llama_smart_proxy.proxy.http.headers import upstream_headers
 from llama_smart_proxy.proxy.http.server import FrontConnection
-from llama_smart_proxy.proxy.models import cards
 from llama_smart_proxy.proxy.models.router import Router
 from llama_smart_proxy.proxy.stream.relay import PLAIN_LIMIT, ask, begin_stream, finish, patiently, relay
 
@@ -57,9 +57,9 @@ async def tags(http: web.Request) -> web.Response:
     proxy = http.app[PROXY]
     router = proxy.router
     await router.heard_of_all(LISTING_S)
-    items = list(await asyncio.gather(*(proxy.cards.tags_item(spawned) for spawned in router.local.all())))
+    items = [models.tags_item(info) for info in await asyncio.gather(*(own.info() for own in router.local.all()))]
     for remote in router.remotes:
-        items += [cards.tags_item(model, None) for model in remote.models]
+        items += [models.tags_item(ModelInfo(model)) for model in remote.models]
     if router.ollama is not None:
         items += router.ollama.items()
     items += _of_virtual(router, items)
@@ -70,7 +70,11 @@ async def tags(http: web.Request) -> web.Response:
 async def ps(http: web.Request) -> web.Response:
     """`GET /api/ps`: the models that are loaded, the longest-lived first."""
     proxy = http.app[PROXY]
-    items = [item for spawned in proxy.router.local.all() if (item := await proxy.cards.ps_item(spawned)) is not None]
+    items = []
+    for own in proxy.router.local.all():
+        residence = await own.residence()
+        if residence is not None:
+            items.append(models.ps_item(await own.info(), residence))
     ollama = proxy.router.ollama
     if ollama is not None:
         with suppress(TimeoutError):
@@ -89,7 +93,7 @@ def _of_virtual(router: Router, items: list[Json], *, only_known: bool = False) 
     for name, base in router.virtual.items():
         item = known.get(key_of(base))
         if item is not None or not only_known:
-            named.append({**(item or cards.tags_item(name, None)), "name": name, "model": name})
+            named.append({**(item or models.tags_item(ModelInfo(name))), "name": name, "model": name})
     return named
 
 
@@ -102,11 +106,8 @@ async def show(http: web.Request) -> web.StreamResponse:
     http[MODEL] = target.model
     if isinstance(target.backend, OllamaModel):
         return await _forward(http, proxy, target.model, {**body, "model": target.model}, changes=False)
-    if isinstance(target.backend, SpawnedModel):
-        agent = http.headers.get("User-Agent", "")
-        answer = await proxy.cards.show(target.backend, name, verbose=body.get("verbose") is True, user_agent=agent)
-    else:
-        answer = cards.show(target.model, None)
+    info, agent = await target.backend.info(), http.headers.get("User-Agent", "")
+    answer = models.show(info, verbose=body.get("verbose") is True, requested_name=name, user_agent=agent)
     return web.json_response(answer, dumps=_dumps)
 
 
@@ -166,14 +167,7 @@ async def delete(http: web.Request) -> web.StreamResponse:
     body = await read_json(http, proxy.max_body_bytes)
     name = http[MODEL] = _named(body)
     target = await proxy.router.resolve(name, pull=False)
-    if isinstance(target.backend, OllamaModel):
-        for host in (await _ollama(proxy).holders(target.model))[1:]:
-            async with host.open(_call(http, {**body, "model": target.model})):
-                host.outdated()
-        return await _forward(http, proxy, target.model, {**body, "model": target.model})
-    if not isinstance(target.backend, SpawnedModel) or not proxy.router.local.is_cached(target.backend):
-        raise BadRequest(f"model {name!r} is part of this proxy's configuration; remove it there")
-    await proxy.router.local.delete(target.backend)
+    await target.backend.delete(upstream_headers(http.headers, has_body=True))
     return web.Response()
 
 
@@ -196,11 +190,9 @@ async def change(http: web.Request) -> web.StreamResponse:
 async def blob(http: web.Request) -> web.StreamResponse:
     """`HEAD` and `POST /api/blobs/sha256:...`: a file for `/api/create`, passed on to the first Ollama as it comes."""
     host = await _ollama(http.app[PROXY]).host_for(None)
-    key = host.config.api_key
-    timeout = aiohttp.ClientTimeout(
-        total=None, connect=host.config.connect_timeout_s, sock_read=host.config.first_byte_timeout_s
-    )
-    headers = {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}
+    limits = host.timeouts
+    timeout = aiohttp.ClientTimeout(total=None, connect=limits.connect_s, sock_read=limits.first_byte_s)
+    headers = dict(host.headers)
     headers |= {"Content-Length": str(http.content_length)} if http.content_length is not None else {}
     connection = http.protocol
     slowly = connection.receiving_body() if isinstance(connection, FrontConnection) else nullcontext()
@@ -210,7 +202,7 @@ async def blob(http: web.Request) -> web.StreamResponse:
                 aiohttp.ClientSession(timeout=timeout, trust_env=False) as session,
                 session.request(
                     http.method,
-                    f"{host.connections.endpoint}{http.path}",
+                    f"{host.url}{http.path}",
                     data=http.content if http.can_read_body else None,
                     headers=headers,
                     allow_redirects=False,
@@ -242,7 +234,7 @@ async def _forward(
         return await ask(http, host, _call(http, body), passing)
     finally:
         if changes:
-            host.outdated()
+            host.changed()
 
 
 def _call(http: web.Request, body: Json) -> UpstreamRequest:
@@ -250,7 +242,7 @@ def _call(http: web.Request, body: Json) -> UpstreamRequest:
     return UpstreamRequest(http.method, http.path.rstrip("/"), serialise(body), headers, slot=False)
 
 
-def _ollama(proxy: Proxy) -> Ollama:
+def _ollama(proxy: Proxy) -> Hosts:
     if proxy.router.ollama is None:
         raise BadRequest("no Ollama is configured, and only an Ollama can do this", status=404)
     return proxy.router.ollama

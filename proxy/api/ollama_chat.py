@@ -12,10 +12,8 @@ from typing import Any
 import orjson
 from aiohttp import web
 
-from llama_smart_proxy.backends.base import Backend, UpstreamRequest
+from llama_smart_proxy.backends.base import Feature, Model, UpstreamRequest
 from llama_smart_proxy.backends.http.connection import ConnectionPool
-from llama_smart_proxy.backends.llamacpp.spawned import SpawnedModel
-from llama_smart_proxy.proxy.api.state import Proxy
 from llama_smart_proxy.proxy.chat import ChatRequest, Json, bare, kept
 from llama_smart_proxy.proxy.dialects import ollama
 from llama_smart_proxy.proxy.errors import BadRequest, ProxyError, UpstreamRefused
@@ -28,44 +26,43 @@ QUESTION_S = 10.0
 """Seconds that a question to a server may take which is asked while an answer waits."""
 
 
-async def answer_load(backend: Backend, model: str, body: Json, *, chat: bool) -> web.Response | None:
+async def answer_load(backend: Model, model: str, body: Json, *, chat: bool) -> web.Response | None:
     """The answer to a request that only loads the model, or with `keep_alive` 0 unloads it; None for any other one."""
     if not ollama.is_load(body, chat=chat):
         return None
     unload = ollama.keep_alive_s(body.get("keep_alive")) == 0
-    if isinstance(backend, SpawnedModel):
-        if unload:
-            await backend.pool.unload(backend.name)
-        else:
-            set_keep_alive(backend, body)
-            await backend.pool.load(backend.name, backend.model)
+    if unload:
+        await backend.unload()
+    else:
+        set_keep_alive(backend, body)
+        await backend.load()
     reply = ollama.load_reply(model, chat=chat, reason="unload" if unload else "load")
     return web.Response(body=orjson.dumps(reply), content_type="application/json")
 
 
-def set_keep_alive(backend: Backend, body: Json) -> None:
+def set_keep_alive(backend: Model, body: Json) -> None:
     """What the request says of how long the model stays; the last request's word counts."""
     seconds = ollama.keep_alive_s(body.get("keep_alive"))
-    if seconds is not None and isinstance(backend, SpawnedModel):
-        backend.pool.set_keep_alive(backend.name, backend.model, seconds)
+    if seconds is not None:
+        backend.keep_loaded(seconds)
 
 
-async def check_capabilities(proxy: Proxy, backend: Backend, body: Json) -> None:
-    """Refuse `think` where the model cannot, as Ollama does. Raises: BadRequest."""
-    if not body.get("think") or not isinstance(backend, SpawnedModel):
+async def check_capabilities(backend: Model, body: Json) -> None:
+    """Refuse `think` where the model is known not to, as Ollama does. Raises: BadRequest."""
+    if not body.get("think"):
         return
-    card = await proxy.cards.of(backend.name, backend.model)
-    if card is not None and "thinking" not in card.capabilities:
+    able = (await backend.info()).capabilities
+    if able and "thinking" not in able:
         raise BadRequest(f'"{backend.name}" does not support thinking')
 
 
-async def with_context(backend: Backend, request: ChatRequest) -> tuple[ChatRequest, Epilogue | None]:
+async def with_context(backend: Model, request: ChatRequest) -> tuple[ChatRequest, Epilogue | None]:
     """The request with the conversation so far in front of it, and what tells the new conversation's tokens at the end.
 
     Only llama-server can do that; of other servers a `context` is refused, and none is told.
     """
     context: Any = kept(request.body, "ollama").get("context")
-    if not isinstance(backend, SpawnedModel):
+    if Feature.TOKENS not in backend.features:
         if context:
             raise BadRequest("the server of this model takes no context")
         return request, None

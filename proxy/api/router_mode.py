@@ -14,17 +14,13 @@ import orjson
 from aiohttp import web
 from aiohttp_sse import sse_response
 
-from llama_smart_proxy.backends.base import Backend
-from llama_smart_proxy.backends.llamacpp.spawned import SpawnedModel
-from llama_smart_proxy.backends.ollama.hosts import OllamaModel
-from llama_smart_proxy.backends.openai import Remote
+from llama_smart_proxy.backends.base import Feature, Model
 from llama_smart_proxy.backends.weights import hub
 from llama_smart_proxy.proxy.api.state import MODEL, PROXY
 from llama_smart_proxy.proxy.errors import BadRequest, ModelNotFound, Overloaded
 from llama_smart_proxy.proxy.http.body import read_json
 from llama_smart_proxy.proxy.http.headers import own_headers
 from llama_smart_proxy.proxy.models.router import Router
-from llama_smart_proxy.proxy.stream.translate import question
 
 EVENTS_S = 0.5
 """Seconds between two looks at the models on behalf of one who watches them."""
@@ -33,10 +29,7 @@ EVENTS_S = 0.5
 async def load_model(http: web.Request) -> web.Response:
     """`POST /models/load`: answers at once, the load goes on; but an Ollama answers when it has loaded."""
     backend = await _resolved(http, await _named(http))
-    if isinstance(backend, SpawnedModel):
-        backend.pool.begin_load(backend.name, backend.model)
-    elif isinstance(backend, OllamaModel):
-        await question(backend, "/api/generate", {"model": backend.name})
+    await backend.load(wait=False)
     return web.json_response({"success": True})
 
 
@@ -49,10 +42,7 @@ async def unload_model(http: web.Request) -> web.Response:
         download.stop(Overloaded(f"The download of '{download.name}' was broken off.", code="download_cancelled"))
         return web.json_response({"success": True})
     backend = await _resolved(http, name)
-    if isinstance(backend, SpawnedModel):
-        await backend.pool.unload(backend.name)
-    elif isinstance(backend, OllamaModel):
-        await question(backend, "/api/generate", {"model": backend.name, "keep_alive": 0})
+    await backend.unload()
     return web.json_response({"success": True})
 
 
@@ -75,10 +65,8 @@ async def delete_model(http: web.Request) -> web.Response:
     spawned = local.get(name) or local.get(_hub_name(name))
     if spawned is None:
         raise ModelNotFound(f"model {name[:100]!r} not found")
-    if not local.is_cached(spawned):
-        raise BadRequest(f"model {name[:100]!r} is part of this proxy's configuration; remove it there")
     http[MODEL] = spawned.name
-    await local.delete(spawned)
+    await spawned.delete(())
     return web.json_response({"success": True})
 
 
@@ -130,10 +118,10 @@ async def _named(http: web.Request) -> str:
     return name
 
 
-async def _resolved(http: web.Request, name: str) -> Backend:
+async def _resolved(http: web.Request, name: str) -> Model:
     target = await http.app[PROXY].router.resolve(name, pull=False)
     http[MODEL] = target.model
-    if isinstance(target.backend, Remote):
+    if Feature.LOADING not in target.backend.features:
         raise BadRequest(f"model {name[:100]!r} is on a server that loads its models itself", param="model")
     return target.backend
 

@@ -9,7 +9,6 @@ from aiohttp import web
 
 from llama_smart_proxy.proxy.config import Config
 from llama_smart_proxy.proxy.middleware.chain import Chain
-from llama_smart_proxy.proxy.models.cards import Cards
 from llama_smart_proxy.proxy.models.router import Router
 
 
@@ -20,7 +19,6 @@ class Proxy:
     config: Config
     router: Router
     chain: Chain
-    cards: Cards = field(default_factory=Cards)
     draining: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property

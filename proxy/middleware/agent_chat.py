@@ -12,7 +12,7 @@ from functools import partial
 
 from aiohttp import web
 
-from llama_smart_proxy.backends.base import Backend, UpstreamRequest
+from llama_smart_proxy.backends.base import Model, UpstreamRequest
 from llama_smart_proxy.backends.http.exchange import UpstreamResponse
 from llama_smart_proxy.proxy.api.ollama_chat import check_capabilities, set_keep_alive, with_context
 from llama_smart_proxy.proxy.api.state import MODEL, Proxy
@@ -32,7 +32,7 @@ from llama_smart_proxy.proxy.stream.outlet import Outlet
 from llama_smart_proxy.proxy.stream.relay import Sink, Stream, begin_stream, finish
 from llama_smart_proxy.proxy.stream.source import Source
 from llama_smart_proxy.proxy.stream.translate import ANSWER_LIMIT, Epilogue
-from llama_smart_proxy.proxy.stream.wires import hold_context, native_wire, server_of, wire_of, without_thoughts
+from llama_smart_proxy.proxy.stream.wires import native_wire, wire_of, without_thoughts
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class AgentChat:
         await self.proxy.chain.plugins.refresh()
         self.keep_alive = body.get("keep_alive")
         if self.family == "ollama":
-            await check_capabilities(self.proxy, target.backend, body)
+            await check_capabilities(target.backend, body)
         named = body.pop(FIELD, None)
         request = await aside(self.http, self.face.decode, body)
         chats = not request.is_text and self.face is not ollama.GENERATE
@@ -89,7 +89,7 @@ class AgentChat:
     ) -> web.StreamResponse:
         calls = SideCalls(scope, self.proxy.router, self.proxy.config.agent_limits, _depth(self.http.headers))
         facts = RequestFacts(
-            self.http.headers, self.http.path.rstrip("/"), self.http[REQUEST_ID], server_of(target.backend), picked
+            self.http.headers, self.http.path.rstrip("/"), self.http[REQUEST_ID], target.backend.kind, picked
         )
         contexts = [AgentContext(active, facts, scope, calls) for active in picked.chain]
         try:
@@ -177,7 +177,7 @@ class AgentChat:
         wire = native_wire(self.family, backend) if self._has_words_for(request) else None
         verbatim = wire is not None and request.stream
         wire = wire or wire_of(backend)
-        path, data = await self._written(contexts, wire, backend, request)
+        path, data, prepared = await self._written(contexts, wire, backend, request)
         headers = upstream_headers(self.http.headers, has_body=True)
 
         def opened(upstream: UpstreamResponse) -> None:
@@ -188,22 +188,24 @@ class AgentChat:
             if self.family == "ollama" or not without_thoughts(request, refused):
                 return None
             path, body = wire.encode(request)
-            return UpstreamRequest("POST", path, serialise(body), headers)
+            prepared = backend.prepare(body)
+            return UpstreamRequest("POST", path, serialise(body), headers, prepared=prepared)
 
         return Source(
-            backend, UpstreamRequest("POST", path, data, headers), wire, request,
+            backend, UpstreamRequest("POST", path, data, headers, prepared=prepared), wire, request,
             verbatim=verbatim and _same_form(path, self.http.path),
             opened=opened, closing=closing, closed=calls.reply_ended, amend=amend,
         )  # fmt: skip
 
     async def _written(
-        self, contexts: list[AgentContext], wire: Wire, backend: Backend, request: ChatRequest
-    ) -> tuple[str, bytes]:
-        """Path and body of the request in the server's API. Raises: AgentError if agents made it unspeakable."""
+        self, contexts: list[AgentContext], wire: Wire, backend: Model, request: ChatRequest
+    ) -> tuple[str, bytes, object]:
+        """Path and body of the request in the server's API, and what the model prepared for it. Raises: AgentError if
+        agents made it unspeakable."""
         try:
             path, body = wire.encode(request)
-            hold_context(backend, body)
-            return path, await to_bytes(self.http, body)
+            prepared = backend.prepare(body)
+            return path, await to_bytes(self.http, body), prepared
         except _GARBLED as exc:
             raise _unspeakable(contexts) from exc
 

@@ -17,7 +17,7 @@ from multidict import CIMultiDictProxy
 from pydantic import BaseModel, ValidationError
 
 from llama_smart_proxy.agents.base import About
-from llama_smart_proxy.backends.ollama.host import key_of
+from llama_smart_proxy.backends.names import key_of
 from llama_smart_proxy.proxy.chat import ChatRequest, Json
 from llama_smart_proxy.proxy.config import AgentConfig, Config, ModelConfig
 from llama_smart_proxy.proxy.errors import AgentError, BadRequest

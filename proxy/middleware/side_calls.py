@@ -14,10 +14,10 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from typing import cast
 
-from llama_smart_proxy.backends.base import Backend, UpstreamRequest
+from llama_smart_proxy.backends.base import Model, UpstreamRequest
 from llama_smart_proxy.backends.http.exchange import UpstreamResponse
 from llama_smart_proxy.proxy.api.embeddings import vectors_of
-from llama_smart_proxy.proxy.chat import ChatRequest, Chunk
+from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, Json
 from llama_smart_proxy.proxy.config import LimitsConfig
 from llama_smart_proxy.proxy.errors import AgentError, Overloaded, ProxyError, UpstreamFailed
 from llama_smart_proxy.proxy.http.body import serialise
@@ -81,7 +81,7 @@ class SideCalls:
             async with self.room, asyncio.timeout(self.limits.side_call_s) as limit:
                 target = await self.router.resolve(model)
                 hasty = _Hasty(self, target.backend, limit)
-                return await vectors_of(cast(Backend, hasty), target.model, texts)
+                return await vectors_of(cast(Model, hasty), target.model, texts)
         except TimeoutError:
             if hasty is not None and hasty.failure is not None:
                 raise hasty.failure from None
@@ -102,8 +102,9 @@ class SideCalls:
         request.model = target.model
         wire = wire_of(target.backend)
         path, body = wire.encode(request)
+        prepared = target.backend.prepare(body)
         headers = [*JSON_HEADERS, *self.headers]
-        sent = UpstreamRequest("POST", path, serialise(body), headers, wait=not self.replying)
+        sent = UpstreamRequest("POST", path, serialise(body), headers, wait=not self.replying, prepared=prepared)
         return Source(target.backend, sent, wire, request, opened=call.opened)
 
 
@@ -191,7 +192,7 @@ class SideCall:
 class _Hasty:
     """A backend whose calls wait for a slot only as long as they may, and within `limit`."""
 
-    def __init__(self, calls: SideCalls, backend: Backend, limit: asyncio.Timeout) -> None:
+    def __init__(self, calls: SideCalls, backend: Model, limit: asyncio.Timeout) -> None:
         self.failure: ProxyError | None = None
         self._calls = calls
         self._backend = backend
@@ -200,6 +201,9 @@ class _Hasty:
     @property
     def speaks(self) -> frozenset[str]:
         return self._backend.speaks
+
+    def prepare(self, body: Json) -> object:
+        return self._backend.prepare(body)
 
     @asynccontextmanager
     async def open(self, call: UpstreamRequest) -> AsyncIterator[UpstreamResponse]:

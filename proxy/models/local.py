@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 
+from llama_smart_proxy.backends.llamacpp.headers import Headers
 from llama_smart_proxy.backends.llamacpp.spawned import SpawnedModel
 from llama_smart_proxy.backends.pool.pool import Pool
 from llama_smart_proxy.backends.threads import in_thread
@@ -29,6 +30,7 @@ class LocalModels:
 
     def __init__(self, config: Config, pool: Pool) -> None:
         self._pool = pool
+        self._headers = Headers()
         self._models_dir = config.llama_cpp.models_dir
         self._scanned_ns = -1
         self._files: dict[str, SpawnedModel] = {}
@@ -37,7 +39,7 @@ class LocalModels:
         self._cached: dict[str, SpawnedModel] = {}
         self._cache_read_s = float("-inf")
         self._configured = [
-            SpawnedModel(pool, name, model)
+            SpawnedModel(pool, name, model, self._headers)
             for name, model in config.models.items()
             if config.backend_of(name) == "llama.cpp"
         ]
@@ -69,10 +71,6 @@ class LocalModels:
         ours = [*self._configured, *self._scan().values()]
         return ours[0] if len(ours) == 1 else None
 
-    def is_cached(self, spawned: SpawnedModel) -> bool:
-        """Whether it is known only because it is in the Hugging Face cache."""
-        return spawned in self._cached.values()
-
     async def refresh(self, *, at_once: bool = False) -> None:
         """Look at the Hugging Face cache again, unless that was done a moment ago."""
         now = asyncio.get_running_loop().time()
@@ -91,15 +89,15 @@ class LocalModels:
         keyed: dict[str, SpawnedModel] = {}
         alone = Counter(model.repo for model in found.values())
         for name, model in found.items():
-            spawned = known.get(name) or SpawnedModel(self._pool, name, model)
+            spawned = known.get(name) or SpawnedModel(self._pool, name, model, self._headers, self._remove)
             names = [name, f"hf.co/{model.repo}:{model.variant}"]
             names += [f"hf.co/{model.repo}", f"hf.co/{model.repo}:latest"] if alone[model.repo] == 1 else []
             keyed |= {key.lower(): spawned for key in names if key.lower() not in self._by_key}
         return keyed
 
-    async def delete(self, spawned: SpawnedModel) -> None:
+    async def _remove(self, spawned: SpawnedModel) -> None:
         """Unload a model of the cache and remove its file."""
-        await self._pool.unload(spawned.name)
+        await spawned.unload()
         assert spawned.model.repo is not None and spawned.model.variant is not None
         repo, file = spawned.model.repo, spawned.model.variant
         await in_thread(lambda: hub.delete(repo, file))
@@ -119,7 +117,7 @@ class LocalModels:
         self._scanned_ns = changed_ns
         if files is not None:
             self._files = {
-                name.lower(): self._files.get(name.lower()) or SpawnedModel(self._pool, name, model)
+                name.lower(): self._files.get(name.lower()) or SpawnedModel(self._pool, name, model, self._headers)
                 for name, model in files.items()
                 if name.lower() not in self._by_key
             }

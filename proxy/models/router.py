@@ -9,9 +9,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from llama_smart_proxy.backends.base import Model
 from llama_smart_proxy.backends.llamacpp.spawned import SpawnedModel
-from llama_smart_proxy.backends.ollama.hosts import Ollama, OllamaModel
-from llama_smart_proxy.backends.openai import Remote
+from llama_smart_proxy.backends.ollama.hosts import Hosts
+from llama_smart_proxy.backends.openai import Remote, RemoteModel
 from llama_smart_proxy.backends.pool.pool import Pool
 from llama_smart_proxy.backends.weights import hub
 from llama_smart_proxy.backends.weights.downloads import Downloads
@@ -28,7 +29,7 @@ class Target:
     """Where a request goes: `backend`, and the id by which it knows the model. `virtual` is the name of the virtual
     model that was asked for, if it was one."""
 
-    backend: SpawnedModel | Remote | OllamaModel
+    backend: Model
     model: str
     virtual: str = ""
 
@@ -72,10 +73,10 @@ class Router:
         self.downloads = downloads
         self.local = LocalModels(config, pool)
         self.remotes = [Remote(name, remote) for name, remote in config.remotes.items()]
-        self.ollama: Ollama | None = None
+        self.ollama: Hosts | None = None
         if config.uses_ollama:
             by_ollama = {name: model for name, model in config.models.items() if config.backend_of(name) == "ollama"}
-            self.ollama = Ollama(config.ollama, downloads, by_ollama)
+            self.ollama = Hosts(config.ollama, downloads, by_ollama)
         self.created = int(time.time())
         self._names = spelled(config.models | config.virtual)
         self._base = {name: str(model.model) for name, model in config.virtual.items()}
@@ -113,11 +114,11 @@ class Router:
             return Target(spawned, spawned.name)
         for remote in self.remotes:
             if name in remote.models:
-                return Target(remote, name)
+                return Target(RemoteModel(remote, name), name)
         for remote in self.remotes:
             own = name.removeprefix(f"{remote.name}/")
             if own in remote.models:
-                return Target(remote, own)
+                return Target(RemoteModel(remote, own), own)
         return self._of_ollama(self.ollama.known(name)) if self.ollama is not None else None
 
     async def _ask_around(self, name: str) -> Target | None:
@@ -129,7 +130,7 @@ class Router:
         for remote in sorted(self.remotes, key=lambda remote: not name.startswith(f"{remote.name}/")):
             for model in dict.fromkeys((name.removeprefix(f"{remote.name}/"), name)):
                 if await remote.find(model):
-                    return Target(remote, model)
+                    return Target(RemoteModel(remote, model), model)
         return self._of_ollama(await self.ollama.find(name)) if self.ollama is not None else None
 
     def _of_ollama(self, model: str | None) -> Target | None:
@@ -151,11 +152,11 @@ class Router:
 
     def catalogue(self) -> list[Entry]:
         """Every model, from memory: no server is asked, so a dead one delays nobody."""
-        entries = [self._local_entry(spawned) for spawned in self.local.all()]
+        entries = [_entry(spawned) for spawned in self.local.all()]
         for remote in self.remotes:
-            entries += [_remote_entry(remote, model) for model in remote.models]
+            entries += [_entry(RemoteModel(remote, model)) for model in remote.models]
         if self.ollama is not None:
-            entries += [self._ollama_entry(self.ollama, model) for model in self.ollama.models]
+            entries += [_entry(self.ollama.model(model)) for model in self.ollama.models]
         states = {entry.id: entry.state for entry in entries}
         for name, base in self.virtual.items():
             state = states.get(base, "unloaded")
@@ -190,15 +191,11 @@ class Router:
             entry = self.entry(replace(target, virtual=""))
             aliases = self._virtual_aliases[target.virtual]
             return replace(entry, id=target.virtual, owner="llama-smart-proxy", aliases=aliases)
-        if isinstance(target.backend, SpawnedModel):
-            return self._local_entry(target.backend)
-        if isinstance(target.backend, Remote):
-            return _remote_entry(target.backend, target.model)
-        return self._ollama_entry(target.backend.ollama, target.model)
+        return _entry(target.backend)
 
     async def heard_of_all(self, limit_s: float) -> None:
         """Return when every source of models has been heard of once since the start, or after `limit_s` seconds."""
-        asked = [remote.listed() for remote in self.remotes]
+        asked: list[Any] = [remote.listed() for remote in self.remotes]
         if self.ollama is not None:
             asked.append(self.ollama.listed())
         with suppress(TimeoutError):
@@ -219,19 +216,11 @@ class Router:
         if self.ollama is not None:
             await self.ollama.close()
 
-    def _local_entry(self, spawned: SpawnedModel) -> Entry:
-        state = self.pool.state(spawned.name)
-        error = self.pool.failed(spawned.name) if state == "unloaded" else None
-        return Entry(spawned.name, "llama.cpp", state, list(spawned.model.aliases), error)
-
-    def _ollama_entry(self, ollama: Ollama, model: str) -> Entry:
-        return Entry(model, "ollama", "loaded" if ollama.has_loaded(model) else "unloaded")
-
 
 def spelled(models: Mapping[str, ModelConfig]) -> dict[str, str]:
     """The names of `models` by all their names in lower case."""
     return {key.lower(): name for name, model in models.items() for key in (name, *model.aliases)}
 
 
-def _remote_entry(remote: Remote, model: str) -> Entry:
-    return Entry(model, remote.name, "loaded")
+def _entry(model: Model) -> Entry:
+    return Entry(model.name, model.owner, model.state.value, list(model.aliases), model.state.error)

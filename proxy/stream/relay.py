@@ -20,7 +20,7 @@ from typing import Any
 from aiohttp import HttpVersion10, HttpVersion11, web
 from multidict import CIMultiDict
 
-from llama_smart_proxy.backends.base import Backend, UpstreamRequest
+from llama_smart_proxy.backends.base import Management, Model, UpstreamRequest
 from llama_smart_proxy.backends.http.exchange import BUFFER_LIMIT, UpstreamResponse
 from llama_smart_proxy.proxy.dialects import Dialect
 from llama_smart_proxy.proxy.dialects.framing import EventSplitter, FrameTooLong, LineSplitter, Splitter
@@ -35,7 +35,7 @@ PLAIN_LIMIT = 1024 * 1024
 
 async def ask(
     http: web.Request,
-    backend: Backend,
+    backend: Model | Management,
     call: UpstreamRequest,
     answer: Callable[[UpstreamResponse], Awaitable[web.StreamResponse]],
 ) -> web.StreamResponse:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 
-from llama_smart_proxy.backends.base import Backend, UpstreamRequest
+from llama_smart_proxy.backends.base import Model, UpstreamRequest
 from llama_smart_proxy.backends.http.exchange import UpstreamResponse
 from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, Json
 from llama_smart_proxy.proxy.dialects import ANTHROPIC
@@ -132,7 +132,7 @@ class Source:
     still held, and not any more in `closed`. `tail`, and the `count` of chunks before it, are there when all was read.
     """
 
-    backend: Backend
+    backend: Model
     call: UpstreamRequest
     wire: Wire
     request: ChatRequest

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import orjson
 from aiohttp import web
 
-from llama_smart_proxy.backends.base import Backend, UpstreamRequest
+from llama_smart_proxy.backends.base import Model, UpstreamRequest
 from llama_smart_proxy.backends.http.connection import ConnectionPool
 from llama_smart_proxy.backends.http.exchange import UpstreamResponse
 from llama_smart_proxy.proxy.chat import ChatRequest, Fold, Json, Timing
@@ -109,13 +109,14 @@ class Exchange:
     stall_s: float
     epilogue: Epilogue | None = None
 
-    async def run(self, backend: Backend, headers: Sequence[tuple[str, str]]) -> web.StreamResponse:
+    async def run(self, backend: Model, headers: Sequence[tuple[str, str]]) -> web.StreamResponse:
         """Ask `backend` and answer the client.
 
         Errors are as on the relay: raised while the client has no byte, told in-stream in the client's dialect later.
         """
         path, body = self.wire.encode(self.request)
-        call = UpstreamRequest("POST", path, await to_bytes(self.http, body), headers)
+        prepared = backend.prepare(body)
+        call = UpstreamRequest("POST", path, await to_bytes(self.http, body), headers, prepared=prepared)
         return await ask(self.http, backend, call, self._answer)
 
     async def _answer(self, upstream: UpstreamResponse) -> web.StreamResponse:
@@ -176,12 +177,13 @@ class Exchange:
         return Translation(self.wire.splitter(), self.wire.reader(self.request), take)
 
 
-async def question(backend: Backend, path: str, body: Json, *, slot: bool = False) -> Json:
+async def question(backend: Model, path: str, body: Json, *, slot: bool = False) -> Json:
     """The JSON object that a small request brings. It is asked once more of a server that breaks off.
 
     Raises: UpstreamRefused with the server's words, UpstreamFailed.
     """
-    call = UpstreamRequest("POST", path, serialise(body), JSON_HEADERS, slot)
+    prepared = backend.prepare(body)
+    call = UpstreamRequest("POST", path, serialise(body), JSON_HEADERS, slot, prepared=prepared)
     try:
         return await _question(backend, call)
     except UpstreamFailed as exc:
@@ -190,7 +192,7 @@ async def question(backend: Backend, path: str, body: Json, *, slot: bool = Fals
     return await _question(backend, call)
 
 
-async def _question(backend: Backend, call: UpstreamRequest) -> Json:
+async def _question(backend: Model, call: UpstreamRequest) -> Json:
     async with backend.open(call) as upstream:
         if upstream.status != 200:
             raise await refusal(upstream)
