@@ -2,8 +2,8 @@
 
 A provider is one section of the configuration: the llama.cpp processes, the Ollama hosts, the remote servers. It finds
 models by name. A model answers for itself: which APIs its server takes as they are, how a request is opened, how it is
-loaded and unloaded, what there is to say about it. Nobody asks for the class of either. Bytes only: nothing in
-`backends` knows a chat, a dialect or an agent.
+loaded and unloaded, what is known about it. The class of either is never asked for. Bytes only: nothing in `backends`
+knows a chat, a dialect or an agent.
 """
 
 from __future__ import annotations

@@ -13,10 +13,18 @@ from urllib.parse import urlsplit
 
 import orjson
 
-from llama_smart_proxy.backends.base import Feature, Json, ModelInfo, ModelState, UpstreamRequest
+from llama_smart_proxy.backends.base import (
+    Feature,
+    Json,
+    ModelInfo,
+    ModelState,
+    ProviderStatus,
+    Services,
+    UpstreamRequest,
+)
 from llama_smart_proxy.backends.http.connection import ConnectionPool, Endpoint
 from llama_smart_proxy.backends.http.exchange import Timeouts, UpstreamResponse
-from llama_smart_proxy.proxy.config import RemoteConfig, UpstreamConfig
+from llama_smart_proxy.proxy.config import Config, RemoteConfig, UpstreamConfig
 from llama_smart_proxy.proxy.errors import BadRequest, UpstreamFailed
 
 logger = logging.getLogger(__name__)
@@ -226,3 +234,74 @@ class RemoteModel:
 
     async def residence(self) -> None:
         """Nothing is known of it."""
+
+
+class Remotes:
+    """`Provider` of the models of all remotes, in the order of the configuration, by their own names and as
+    `remote/model`; own names count first."""
+
+    section: ClassVar[str] = "remotes"
+    Config: ClassVar[Any] = dict[str, RemoteConfig]
+
+    def __init__(self, remotes: Sequence[Remote]) -> None:
+        self._remotes = remotes
+
+    @classmethod
+    def create(cls, config: Config, services: Services) -> Remotes | None:
+        return cls([Remote(name, remote) for name, remote in config.remotes.items()]) if config.remotes else None
+
+    async def start(self) -> None:
+        for remote in self._remotes:
+            remote.begin_listing()
+
+    async def close(self) -> None:
+        for remote in self._remotes:
+            await remote.close()
+
+    async def listed(self) -> None:
+        await asyncio.gather(*(remote.listed() for remote in self._remotes))
+
+    def models(self) -> Sequence[RemoteModel]:
+        return [RemoteModel(remote, model) for remote in self._remotes for model in remote.models]
+
+    def known(self, name: str, *, pull: bool = True) -> RemoteModel | None:
+        spelled = [(remote, name) for remote in self._remotes]
+        spelled += [(remote, name.removeprefix(f"{remote.name}/")) for remote in self._remotes]
+        return next((RemoteModel(remote, model) for remote, model in spelled if model in remote.models), None)
+
+    async def find(self, name: str, *, pull: bool) -> RemoteModel | None:
+        """A remote that the name begins with is asked first, so that no other one delays the answer."""
+        for remote in sorted(self._remotes, key=lambda remote: not name.startswith(f"{remote.name}/")):
+            for model in dict.fromkeys((name.removeprefix(f"{remote.name}/"), name)):
+                if await remote.find(model):
+                    return RemoteModel(remote, model)
+        return None
+
+    def missing(self, name: str) -> None:
+        """Nothing: a remote that is down has what it last listed."""
+
+    @property
+    def default(self) -> None:
+        """None: which of them is meant must be named."""
+
+    def can_download(self, name: str) -> bool:
+        return False
+
+    async def download(self, name: str, headers: Sequence[tuple[str, str]]) -> None:
+        """Nothing: `can_download` nothing."""
+
+    async def fitting(self, models: Sequence[str]) -> list[list[str]]:
+        """One group: their servers load them themselves."""
+        return [list(models)]
+
+    async def management(self, api: str, model: str | None) -> None:
+        """Nothing: their servers hold what they like."""
+
+    def status(self) -> ProviderStatus:
+        return ProviderStatus(
+            servers=[
+                {"name": remote.name, "url": str(remote.connections.endpoint), "models": len(remote.models)}
+                | ({"error": remote.error} if remote.error else {})
+                for remote in self._remotes
+            ]
+        )

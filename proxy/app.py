@@ -7,6 +7,10 @@ from collections.abc import AsyncIterator
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from llama_smart_proxy.backends.base import Provider, Services
+from llama_smart_proxy.backends.llamacpp.provider import LlamaCpp
+from llama_smart_proxy.backends.ollama.provider import Ollama
+from llama_smart_proxy.backends.openai import Remotes
 from llama_smart_proxy.backends.pool.pool import Pool
 from llama_smart_proxy.backends.weights.downloads import Downloads
 from llama_smart_proxy.proxy.api import ollama, router_mode
@@ -17,6 +21,9 @@ from llama_smart_proxy.proxy.config import Config
 from llama_smart_proxy.proxy.middleware.chain import Chain
 from llama_smart_proxy.proxy.middleware.plugins import Plugins
 from llama_smart_proxy.proxy.models.router import Router
+
+PROVIDERS: tuple[type[Provider], ...] = (LlamaCpp, Remotes, Ollama)
+"""In the order in which a model is looked for."""
 
 OLLAMA_ROUTES: list[tuple[str, str, Handler]] = [
     ("GET", "/", ollama.root),
@@ -32,7 +39,7 @@ OLLAMA_ROUTES: list[tuple[str, str, Handler]] = [
     ("POST", "/api/blobs/{digest:sha256:[0-9a-f]{64}}", ollama.blob),
     ("HEAD", "/api/blobs/{digest:sha256:[0-9a-f]{64}}", ollama.blob),
 ]
-"""The Ollama API, but for what is asked of a model: that is in `proxy.handlers.APIS`."""
+"""The Ollama API, but for what is asked of a model: that is in `proxy.api.endpoints.APIS`."""
 
 ROUTER_MODE_ROUTES: list[tuple[str, str, Handler]] = [
     ("GET", "/models", list_models),
@@ -46,24 +53,23 @@ ROUTER_MODE_ROUTES: list[tuple[str, str, Handler]] = [
 
 
 def build_app(config: Config) -> web.Application:
-    """The application for `config`: every endpoint but the relayed ones, which `proxy.frontier` serves itself.
+    """The application for `config`: every endpoint but the relayed ones, which `proxy.api.dispatcher` serves itself.
 
-    Its pool and router live from start-up to clean-up of the application.
+    The providers of its models live from start-up to clean-up of the application.
     """
     app = web.Application(client_max_size=config.server.max_body_mib * 2**20)
     downloads = Downloads()
-    pool = Pool(config, downloads)
+    services = Services(downloads, Pool(config, downloads))
+    providers = [provider for kind in PROVIDERS if (provider := kind.create(config, services)) is not None]
     plugins = Plugins.of(config)
-    proxy = app[PROXY] = Proxy(config, Router(config, pool, downloads), Chain(config, plugins))
+    proxy = app[PROXY] = Proxy(config, Router(providers, config, downloads), Chain(config, plugins))
 
     async def backends(app: web.Application) -> AsyncIterator[None]:
-        await pool.start()
-        proxy.router.start()
+        await proxy.router.start()
         await plugins.start()
         yield
         await plugins.close()
         await proxy.router.close()
-        await pool.close(drain_s=0)
 
     app.cleanup_ctx.append(backends)
     _add_routes(app, proxy)

@@ -112,7 +112,6 @@ async def _drain(
         waiting.cancel()
         listener.close()
     impatience.cancel()
-    await app[PROXY].router.pool.close(drain_s=0)
     await app[PROXY].router.close()
     await front.shutdown(LAST_WORDS_S)
 

@@ -53,6 +53,8 @@ TASK_MAKERS = {
     "proxy/stream/relay.py",  # waiting for a slow client
 }
 """Who may start a task that is not bound to an `await`: each of them holds it and ends it."""
+PROVIDERS = ("backends.llamacpp.provider", "backends.llamacpp.spawned", "backends.ollama", "backends.pool.pool")
+"""Who runs models, and how, is known to `proxy.app` alone; to all others models answer for themselves."""
 PROCESS_MAKERS = {"backends/pool/spawn.py", "proxy/cli/simulate.py"}
 
 
@@ -167,6 +169,16 @@ def test_backends_know_errors_and_configuration_of_the_proxy_and_no_more() -> No
         if (name.startswith(("proxy", "agents")) and name not in BACKENDS_MAY_IMPORT)
         or name.startswith("aiohttp.web")
         or (name == "aiohttp" and re.search(r"aiohttp.*\bweb\b", module.source.splitlines()[line - 1]))
+    ]
+    assert wrong == []
+
+
+def test_who_runs_a_model_is_asked_by_no_module_of_the_proxy() -> None:
+    wrong = [
+        f"{module.path}:{line} imports {name}"
+        for module in modules("proxy")
+        for line, name in imports(module)
+        if name.startswith(PROVIDERS) and module.path != "proxy/app.py"
     ]
     assert wrong == []
 

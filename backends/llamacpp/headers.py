@@ -1,4 +1,4 @@
-"""What the headers of GGUF files tell of models: read in a thread, and again only when a file has changed."""
+"""What the headers of GGUF files contain about models: read in a thread, and again only when a file has changed."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ class SpawnedModel:
         return await self._headers.info(self.name, self.model)
 
     async def residence(self) -> Residence | None:
-        """`size_vram` is 0: llama-server does not tell how much of the model it put on a GPU."""
+        """`size_vram` is 0: llama-server does not report how much of the model it put on a GPU."""
         expires_at = self.pool.expires_at(self.name)
         if expires_at is None:
             return None

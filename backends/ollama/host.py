@@ -130,13 +130,15 @@ class OllamaHost:
         """Send `request`, which is about the model `key`, if about any."""
         return self._exchange(self.connections, request, key)
 
-    async def pull(self, name: str, via: Sequence[tuple[str, str]], tell: Callable[[Progress], None]) -> None:
-        """Have it pull a model; returns once it lists it. Cancelling breaks the pull off; Ollama keeps what it has.
+    async def pull(self, name: str, headers: Sequence[tuple[str, str]], tell: Callable[[Progress], None]) -> None:
+        """Have it pull a model; returns once it lists it. Cancelling breaks the pull off; Ollama keeps what it has. Of
+        the `headers` of the request for it, those are passed on that show its way: hosts may be proxies, in a circle.
 
         Raises: ModelNotFound in Ollama's words, UpstreamFailed, with code `pull_failed` if Ollama said why.
         """
         lines = _PullLines(tell)
         body = orjson.dumps({"model": name, "stream": True})
+        via = [pair for pair in headers if pair[0].lower() == "via"]
         request = UpstreamRequest("POST", "/api/pull", body, [*JSON_HEADERS, *via], slot=False)
         async with self._exchange(self._pulls, request, "") as response:
             await response.pipe(lines)

@@ -200,10 +200,10 @@ class Hosts:
         """Whether a request for a model that no host has would have it pulled."""
         return self._pulls and is_name(name) and self._serves(key_of(name))
 
-    def pull(self, name: str, via: Headers = ()) -> Download:
+    def pull(self, name: str, headers: Headers = ()) -> Download:
         """The download of the model, by the host that has it, else by the least busy one: the one under way, or a new
-        one. Allowed whatever `ollama.pull` says: that is about requests that need the model. `via` are the headers that
-        tell the way of the request for it: hosts may be proxies, and in a circle.
+        one. Allowed whatever `ollama.pull` says: that is about requests that need the model. `headers` are those of the
+        request for it.
 
         It raises ModelNotFound in Ollama's words, UpstreamFailed (code `pull_failed` if these are of something else).
         Raises: BadRequest.
@@ -211,9 +211,11 @@ class Hosts:
         if not is_name(name):
             raise BadRequest("invalid model name", param="model")
         key = key_of(name)
-        return self._downloads.join(f"ollama {key}", partial(self._pull, key, name, via))  # the hub's have other names
+        return self._downloads.join(
+            f"ollama {key}", partial(self._pull, key, name, headers)
+        )  # the hub's have other names
 
-    async def pulled(self, name: str, via: Headers) -> None:
+    async def pulled(self, name: str, headers: Headers) -> None:
         """Return once the model has been pulled for a request. What Ollama said against it holds for 10 s.
 
         Raises: what the download raises.
@@ -221,7 +223,7 @@ class Hosts:
         until, refusal = self._refusals.get(key_of(name), (-math.inf, None))
         if refusal is not None and asyncio.get_running_loop().time() < until:
             raise refusal.with_traceback(None)
-        await self.pull(name, via).wait()
+        await self.pull(name, headers).wait()
 
     def num_ctx(self, name: str, asked: int | None) -> int | None:
         """The context size to send with a request about the model, for a client that asked for `asked` tokens, or for
@@ -270,22 +272,22 @@ class Hosts:
             if context.used_at < looked_at and not in_use:
                 del self._contexts[key]
 
-    async def _pull(self, key: str, name: str, via: Headers, tell: Callable[[Progress], None]) -> None:
+    async def _pull(self, key: str, name: str, headers: Headers, tell: Callable[[Progress], None]) -> None:
         now = asyncio.get_running_loop().time
         self._refusals = {key: kept for key, kept in self._refusals.items() if now() < kept[0]}
         self._refusals.pop(key, None)
         try:
-            await self._pull_somewhere(key, name, via, tell)
+            await self._pull_somewhere(key, name, headers, tell)
         except (ModelNotFound, UpstreamFailed) as exc:
             if exc.code in (ModelNotFound.code, PULL_FAILED):
                 self._refusals[key] = now() + REFUSAL_KEPT_S, exc
             raise
 
-    async def _pull_somewhere(self, key: str, name: str, via: Headers, tell: Callable[[Progress], None]) -> None:
+    async def _pull_somewhere(self, key: str, name: str, headers: Headers, tell: Callable[[Progress], None]) -> None:
         failure: UpstreamFailed | None = None
         for host in sorted(self._ranked(key), key=lambda host: (host.error is not None, key not in host.tags)):
             try:
-                return await host.pull(name, via, tell)
+                return await host.pull(name, headers, tell)
             except UpstreamFailed as exc:
                 if failure is None or failure.code != PULL_FAILED:  # which says more than what came of the others
                     failure = exc

@@ -87,7 +87,7 @@ class OllamaModel:
         if response is None:
             if not self._pull or not self._hosts.may_pull(self.name):
                 raise self._hosts.missing(self.name)
-            await self._hosts.pulled(self.name, [pair for pair in request.headers if pair[0].lower() == "via"])
+            await self._hosts.pulled(self.name, request.headers)
             response = await self._try_holders(request, stack)
         if response is None:  # it may go by another name there: an alias, of a proxy like us
             response = await stack.enter_async_context(self._hosts.likeliest(self._key).open(request, self._key))

@@ -24,23 +24,16 @@ async def health(http: web.Request) -> web.Response:
     """
     proxy = http.app[PROXY]
     draining = proxy.draining.is_set()
-    instances = proxy.router.pool.status()
-    remotes = [
-        {"name": remote.name, "url": str(remote.connections.endpoint), "models": len(remote.models)}
-        | ({"error": remote.error} if remote.error else {})
-        for remote in proxy.router.remotes
-    ]
-    ollama = proxy.router.ollama
-    remotes += ollama.status() if ollama is not None else []
+    status = proxy.router.status()
     broken = proxy.chain.plugins.broken
     body = {
         "status": "unhealthy" if draining else "degraded" if broken else "healthy",
         "proxy": "stopping" if draining else "Ok",
-        "upstream": "error" if any("error" in remote for remote in remotes) else "Ok",
+        "upstream": "error" if any("error" in server for server in status.servers) else "Ok",
         "version": __version__,
         "uptime_s": round(time.monotonic() - STARTED, 1),
-        "instances": instances,
-        "remotes": remotes,
+        "instances": status.instances,
+        "remotes": status.servers,
         "agents": {
             "loaded": [plugin.name for plugin in proxy.chain.plugins if plugin.made is not None],
             "failed": broken,

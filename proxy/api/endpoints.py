@@ -33,7 +33,7 @@ from llama_smart_proxy.proxy.errors import BadRequest, UpstreamRefused
 from llama_smart_proxy.proxy.http.body import aside, read_json, to_bytes
 from llama_smart_proxy.proxy.http.headers import upstream_headers
 from llama_smart_proxy.proxy.middleware.agent_chat import AgentChat
-from llama_smart_proxy.proxy.models.router import Target
+from llama_smart_proxy.proxy.models.router import Route
 from llama_smart_proxy.proxy.stream.relay import ask, relay
 from llama_smart_proxy.proxy.stream.translate import Epilogue, Exchange, refusal
 from llama_smart_proxy.proxy.stream.wires import wire_of, without_thoughts
@@ -134,7 +134,7 @@ class RelayHandler:
     def _only_loads(self, body: Json) -> bool:
         return self.api.family == "ollama" and ollama.is_load(body, chat=self.api.face is ollama.CHAT)
 
-    async def _understand(self, http: web.Request) -> tuple[Target, Json]:
+    async def _understand(self, http: web.Request) -> tuple[Route, Json]:
         """Where the request goes, and its body."""
         api = self.api
         body = await read_json(http, self._max_bytes) if http.method == "POST" else {}
@@ -145,44 +145,44 @@ class RelayHandler:
             http.query.get("model") if named in (None, "") else named,
             pull=api.slot and not (api.family == "ollama" and ollama.is_unload(body, chat=api.face is ollama.CHAT)),
         )
-        http[MODEL] = target.model
+        http[MODEL] = target.model.name
         return target, body
 
-    async def _plain(self, http: web.Request, target: Target, body: Json) -> web.StreamResponse:
+    async def _plain(self, http: web.Request, target: Route, body: Json) -> web.StreamResponse:
         """Answer without agents: byte for byte if the model's server speaks the client's API, else translated."""
-        if self.api.family not in target.backend.speaks:
+        if self.api.family not in target.model.speaks:
             return await self._translate(http, target, body)
         call = await self._call(http, target, body)
         del body  # the answer may last for minutes
         answer = partial(relay, http, dialect=self.api.dialect, stall_s=self._stall_s)
         if self.api.family == "ollama":
             answer = partial(_relay_json, answer)
-        return await ask(http, target.backend, call, answer)
+        return await ask(http, target.model, call, answer)
 
-    async def _call(self, http: web.Request, target: Target, body: Json) -> UpstreamRequest:
+    async def _call(self, http: web.Request, target: Route, body: Json) -> UpstreamRequest:
         has_body, prepared = http.method == "POST", None
         if has_body:
-            body["model"] = target.model
-            prepared = target.backend.prepare(body)
+            body["model"] = target.model.name
+            prepared = target.model.prepare(body)
         return UpstreamRequest(
             method=http.method,
-            path=_upstream_path(http, target.model),
+            path=_upstream_path(http, target.model.name),
             body=await to_bytes(http, body) if has_body else b"",
             headers=upstream_headers(http.headers, has_body=has_body),
             slot=self.api.slot,
             prepared=prepared,
         )
 
-    async def _translate(self, http: web.Request, target: Target, body: Json) -> web.StreamResponse:
-        api, backend = self.api, target.backend
-        body["model"] = target.model
+    async def _translate(self, http: web.Request, target: Route, body: Json) -> web.StreamResponse:
+        api, backend = self.api, target.model
+        body["model"] = target.model.name
         if api.convert is not None:
-            return await embeddings.as_response(await api.convert(backend, target.model, body))
+            return await embeddings.as_response(await api.convert(backend, target.model.name, body))
         if api.face is None:
-            words = f"model {target.model[:100]!r} is on a server that does not have this endpoint"
+            words = f"model {target.model.name[:100]!r} is on a server that does not have this endpoint"
             raise BadRequest(words, status=501, code="not_supported")
         if api.family == "ollama":
-            loaded = await answer_load(backend, target.model, body, chat=api.face is ollama.CHAT)
+            loaded = await answer_load(backend, target.model.name, body, chat=api.face is ollama.CHAT)
             if loaded is not None:
                 return loaded
             await check_capabilities(backend, body)
@@ -227,7 +227,7 @@ def _upstream_path(http: web.Request, model: str) -> str:
 async def list_models(http: web.Request) -> web.Response:
     """`GET /v1/models`, and `GET /models` of llama-server's router mode: from memory, at once."""
     router = http.app[PROXY].router
-    await router.heard_of_all(LISTING_S)
+    await router.listed(LISTING_S)
     data = [entry.as_openai(router.created) for entry in router.catalogue()]
     return web.json_response({"object": "list", "data": data})
 

@@ -19,17 +19,17 @@ from llama_smart_proxy.backends.weights import hub
 from llama_smart_proxy.proxy.api.state import MODEL, PROXY
 from llama_smart_proxy.proxy.errors import BadRequest, ModelNotFound, Overloaded
 from llama_smart_proxy.proxy.http.body import read_json
-from llama_smart_proxy.proxy.http.headers import own_headers
+from llama_smart_proxy.proxy.http.headers import own_headers, upstream_headers
 from llama_smart_proxy.proxy.models.router import Router
 
 EVENTS_S = 0.5
-"""Seconds between two looks at the models on behalf of one who watches them."""
+"""Seconds between two looks at the models on behalf of one who watches them, and longest wait for what there is."""
 
 
 async def load_model(http: web.Request) -> web.Response:
     """`POST /models/load`: answers at once, the load goes on; but an Ollama answers when it has loaded."""
-    backend = await _resolved(http, await _named(http))
-    await backend.load(wait=False)
+    model = await _resolved(http, await _named(http))
+    await model.load(wait=False)
     return web.json_response({"success": True})
 
 
@@ -40,33 +40,33 @@ async def unload_model(http: web.Request) -> web.Response:
     download = http.app[PROXY].router.downloads.get(_download_name(name))
     if download is not None:
         download.stop(Overloaded(f"The download of '{download.name}' was broken off.", code="download_cancelled"))
-        return web.json_response({"success": True})
-    backend = await _resolved(http, name)
-    await backend.unload()
+    else:
+        model = await _resolved(http, name)
+        await model.unload()
     return web.json_response({"success": True})
 
 
 async def download_model(http: web.Request) -> web.Response:
-    """`POST /models`: begins to download `org/repo:Q4_K_M` from the Hugging Face hub."""
+    """`POST /models`: begins to download `org/repo:Q4_K_M` from the Hugging Face hub; nothing if it is there."""
     name = await _named(http)
-    found = hub.parse_name(_hub_name(name))
-    if found is None:
+    hub_name = _hub_name(name)
+    if hub.parse_name(hub_name) is None:
         raise BadRequest(f"{name[:100]!r} is not org/repo:variant", param="model")
-    download = http.app[PROXY].router.downloads.join(hub.download_name(*found), hub.work(*found))
-    download.wanted = True
+    download = await http.app[PROXY].router.download(hub_name, upstream_headers(http.headers, has_body=False))
+    if download is not None:
+        download.wanted = True
     return web.json_response({"success": True})
 
 
 async def delete_model(http: web.Request) -> web.Response:
-    """`DELETE /models?model=...`: of what was downloaded; not of what is configured."""
+    """`DELETE /models?model=...`: of what can be fetched again; not of what is configured."""
     name = http.query.get("model", "")
-    local = http.app[PROXY].router.local
-    await local.refresh(at_once=True)
-    spawned = local.get(name) or local.get(_hub_name(name))
-    if spawned is None:
+    router = http.app[PROXY].router
+    model = await router.find(name, pull=False) or await router.find(_hub_name(name), pull=False)
+    if model is None:
         raise ModelNotFound(f"model {name[:100]!r} not found")
-    http[MODEL] = spawned.name
-    await spawned.delete(())
+    http[MODEL] = model.name
+    await model.delete(upstream_headers(http.headers, has_body=True))
     return web.json_response({"success": True})
 
 
@@ -79,7 +79,7 @@ async def model_events(http: web.Request) -> web.StreamResponse:
     before: dict[str, Any] = {}
     async with sse_response(http, headers=dict(own_headers(http))) as response:
         while response.is_connected() and not proxy.draining.is_set():
-            await proxy.router.local.refresh()
+            await proxy.router.listed(EVENTS_S)
             now = _told(proxy.router)
             for key, event in now.items():
                 if before.get(key) != event:
@@ -119,11 +119,11 @@ async def _named(http: web.Request) -> str:
 
 
 async def _resolved(http: web.Request, name: str) -> Model:
-    target = await http.app[PROXY].router.resolve(name, pull=False)
-    http[MODEL] = target.model
-    if Feature.LOADING not in target.backend.features:
+    model = (await http.app[PROXY].router.resolve(name, pull=False)).model
+    http[MODEL] = model.name
+    if Feature.LOADING not in model.features:
         raise BadRequest(f"model {name[:100]!r} is on a server that loads its models itself", param="model")
-    return target.backend
+    return model
 
 
 def _hub_name(name: str) -> str:

@@ -27,7 +27,7 @@ from llama_smart_proxy.proxy.middleware.context import AgentContext, RequestFact
 from llama_smart_proxy.proxy.middleware.hooks import answered, enter, layer
 from llama_smart_proxy.proxy.middleware.scope import Scope
 from llama_smart_proxy.proxy.middleware.side_calls import DEEPEST, DEPTH, SideCalls
-from llama_smart_proxy.proxy.models.router import Target
+from llama_smart_proxy.proxy.models.router import Route
 from llama_smart_proxy.proxy.stream.outlet import Outlet
 from llama_smart_proxy.proxy.stream.relay import Sink, Stream, begin_stream, finish
 from llama_smart_proxy.proxy.stream.source import Source
@@ -41,7 +41,7 @@ _NOT_JSON = re.compile("not JSON serializable|Dict key must")
 """orjson's words for what is no JSON value."""
 _GARBLED = (AttributeError, KeyError, TypeError, ValueError)
 """What is raised where a request or an answer is written that agents have made something else of."""
-Plain = Callable[[Target, Json], Awaitable[web.StreamResponse]]
+Plain = Callable[[Route, Json], Awaitable[web.StreamResponse]]
 """Answers a request, given as the body of the endpoint that was asked, without agents."""
 
 
@@ -56,13 +56,13 @@ class AgentChat:
     plain: Plain
     keep_alive: object = None
 
-    async def answer(self, target: Target, body: Json) -> web.StreamResponse:
+    async def answer(self, target: Route, body: Json) -> web.StreamResponse:
         """Answer it, with the agents that it calls for; without any, as `plain` does."""
         timing = Timing(time.monotonic())
         await self.proxy.chain.plugins.refresh()
         self.keep_alive = body.get("keep_alive")
         if self.family == "ollama":
-            await check_capabilities(target.backend, body)
+            await check_capabilities(target.model, body)
         named = body.pop(FIELD, None)
         request = await aside(self.http, self.face.decode, body)
         chats = not request.is_text and self.face is not ollama.GENERATE
@@ -74,7 +74,7 @@ class AgentChat:
         if _depth(self.http.headers) >= DEEPEST:
             words = f"agents are calling agents: this request has come through {DEEPEST} of them already"
             raise BadRequest(words, status=508, code="agent_depth")
-        request.model = target.model
+        request.model = target.model.name
         scope = Scope()
         for active in picked.chain:
             active.made.users += 1
@@ -85,11 +85,11 @@ class AgentChat:
                 await self.proxy.chain.plugins.release(active.plugin.name, active.made)
 
     async def _chat(
-        self, scope: Scope, picked: Picked, target: Target, request: ChatRequest, timing: Timing
+        self, scope: Scope, picked: Picked, target: Route, request: ChatRequest, timing: Timing
     ) -> web.StreamResponse:
         calls = SideCalls(scope, self.proxy.router, self.proxy.config.agent_limits, _depth(self.http.headers))
         facts = RequestFacts(
-            self.http.headers, self.http.path.rstrip("/"), self.http[REQUEST_ID], target.backend.kind, picked
+            self.http.headers, self.http.path.rstrip("/"), self.http[REQUEST_ID], target.model.kind, picked
         )
         contexts = [AgentContext(active, facts, scope, calls) for active in picked.chain]
         try:
@@ -107,7 +107,7 @@ class AgentChat:
         self,
         open_streams: AsyncExitStack,
         contexts: list[AgentContext],
-        target: Target,
+        target: Route,
         request: ChatRequest,
         timing: Timing,
         calls: SideCalls,
@@ -131,12 +131,12 @@ class AgentChat:
 
     # -- asking ----------------------------------------------------------------------------------------------------
 
-    async def _retarget(self, target: Target, request: ChatRequest) -> Target:
+    async def _retarget(self, target: Route, request: ChatRequest) -> Route:
         """Where the request goes now: an agent may have chosen another model."""
-        if request.model != target.model:
+        if request.model != target.model.name:
             target = await self.proxy.router.resolve(request.model)
-            request.model = target.model
-            self.http[MODEL] = target.model
+            request.model = target.model.name
+            self.http[MODEL] = target.model.name
         return target
 
     def _is_plain(self, request: ChatRequest) -> bool:
@@ -165,10 +165,10 @@ class AgentChat:
             raise _unspeakable(contexts) from exc
 
     async def _source(
-        self, contexts: list[AgentContext], target: Target, request: ChatRequest, timing: Timing, calls: SideCalls
+        self, contexts: list[AgentContext], target: Route, request: ChatRequest, timing: Timing, calls: SideCalls
     ) -> Source:
         """The model's answer, not asked for yet."""
-        backend, closing = target.backend, None
+        backend, closing = target.model, None
         if self.family == "ollama" and "ollama" not in backend.speaks:
             if self.face is ollama.GENERATE:
                 request, epilogue = await with_context(backend, request)

@@ -80,8 +80,8 @@ class SideCalls:
         try:
             async with self.room, asyncio.timeout(self.limits.side_call_s) as limit:
                 target = await self.router.resolve(model)
-                hasty = _Hasty(self, target.backend, limit)
-                return await vectors_of(cast(Model, hasty), target.model, texts)
+                hasty = _Hasty(self, target.model, limit)
+                return await vectors_of(cast(Model, hasty), target.model.name, texts)
         except TimeoutError:
             if hasty is not None and hasty.failure is not None:
                 raise hasty.failure from None
@@ -99,13 +99,13 @@ class SideCalls:
     async def source(self, request: ChatRequest, call: SideCall) -> Source:
         """Where the chunks come from."""
         target = await self.router.resolve(request.model)
-        request.model = target.model
-        wire = wire_of(target.backend)
+        request.model = target.model.name
+        wire = wire_of(target.model)
         path, body = wire.encode(request)
-        prepared = target.backend.prepare(body)
+        prepared = target.model.prepare(body)
         headers = [*JSON_HEADERS, *self.headers]
         sent = UpstreamRequest("POST", path, serialise(body), headers, wait=not self.replying, prepared=prepared)
-        return Source(target.backend, sent, wire, request, opened=call.opened)
+        return Source(target.model, sent, wire, request, opened=call.opened)
 
 
 class SideCall:
