@@ -6,18 +6,26 @@ import asyncio
 import logging
 import math
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 import orjson
 
-from llama_smart_proxy.backends.base import Call
+from llama_smart_proxy.backends.base import (
+    Feature,
+    Json,
+    ModelInfo,
+    ModelState,
+    ProviderStatus,
+    Services,
+    UpstreamRequest,
+)
 from llama_smart_proxy.backends.http.connection import ConnectionPool, Endpoint
-from llama_smart_proxy.backends.http.exchange import Response, Timeouts
-from llama_smart_proxy.proxy.config import RemoteConfig, UpstreamConfig
-from llama_smart_proxy.proxy.errors import UpstreamFailed
+from llama_smart_proxy.backends.http.exchange import Timeouts, UpstreamResponse
+from llama_smart_proxy.proxy.config import Config, RemoteConfig, UpstreamConfig
+from llama_smart_proxy.proxy.errors import BadRequest, UpstreamFailed
 
 logger = logging.getLogger(__name__)
 
@@ -37,14 +45,19 @@ def connections_to(url: str, config: UpstreamConfig, *, idle_timeout_s: float | 
     """Connections to the server at `url`, with the key and the time limits of `config`."""
     parts = urlsplit(url)
     tls = parts.scheme == "https"
-    key = config.api_key.get_secret_value() if config.api_key else ""
     return ConnectionPool(
         Endpoint(parts.hostname or "", parts.port or (443 if tls else 80), tls, parts.path),
-        headers=[("Via", OUR_VIA), *([("Authorization", f"Bearer {key}")] if key else [])],
+        headers=[("Via", OUR_VIA), *credentials(config)],
         timeouts=Timeouts(
             config.connect_timeout_s, config.first_byte_timeout_s, idle_timeout_s or config.idle_timeout_s
         ),
     )
+
+
+def credentials(config: UpstreamConfig) -> list[tuple[str, str]]:
+    """The headers that carry the key, if there is one."""
+    key = config.api_key.get_secret_value() if config.api_key else ""
+    return [("Authorization", f"Bearer {key}")] if key else []
 
 
 class Listing:
@@ -119,7 +132,7 @@ class Listing:
     async def _fetch(self) -> None:
         sent_at = asyncio.get_running_loop().time()
         try:
-            status, body = await self._connections.fetch(Call("GET", self._path), timeout_s=self._timeout_s)
+            status, body = await self._connections.fetch(UpstreamRequest("GET", self._path), timeout_s=self._timeout_s)
             if status != 200:
                 raise UpstreamFailed(f"GET {self._path} answered {status}")
             self._take(orjson.loads(body))
@@ -134,13 +147,10 @@ class Listing:
 
 
 class Remote:
-    """One remote server: its connections, and the models it offers. `Backend` for each of them.
+    """One remote server: its connections, and the names of the models it offers.
 
     `models` answers from memory at once; a server that is down keeps the list it last gave.
     """
-
-    speaks: ClassVar[frozenset[str]] = frozenset({"openai", "responses", "anthropic", "native"})
-    """The API families whose requests it takes as they are."""
 
     def __init__(self, name: str, config: RemoteConfig) -> None:
         self.name = name
@@ -178,12 +188,120 @@ class Remote:
             await self._listing.younger_than(LISTING_PAUSE_S)
         return model in self._models
 
-    def open(self, call: Call) -> AbstractAsyncContextManager[Response]:
-        return self.connections.request(call)
-
     async def close(self) -> None:
         self.connections.close("the proxy is shutting down", code="shutting_down")
         await self._listing.close()
 
     def _take_models(self, answer: Any) -> None:
         self._models = tuple(str(item["id"]) for item in answer["data"])
+
+
+class RemoteModel:
+    """`Model` for one of a remote server, which loads its models itself."""
+
+    kind: ClassVar[str] = "remote"
+    codec: ClassVar[str] = "openai"
+    speaks: ClassVar[frozenset[str]] = frozenset({"openai", "responses", "anthropic", "native"})
+    features: ClassVar[frozenset[Feature]] = frozenset()
+    aliases: ClassVar[Sequence[str]] = ()
+    state: ClassVar[ModelState] = ModelState("loaded")
+
+    def __init__(self, remote: Remote, name: str) -> None:
+        self.name = name
+        self.owner = remote.name
+        self._connections = remote.connections
+
+    def open(self, request: UpstreamRequest) -> AbstractAsyncContextManager[UpstreamResponse]:
+        return self._connections.request(request)
+
+    def prepare(self, body: Json) -> None:
+        """Nothing is known of the server that would call for it."""
+
+    async def load(self, *, wait: bool = True) -> None:
+        """Nothing."""
+
+    async def unload(self) -> None:
+        """Nothing."""
+
+    def keep_loaded(self, seconds: float) -> None:
+        """Nothing."""
+
+    async def delete(self, headers: Sequence[tuple[str, str]]) -> None:
+        raise BadRequest(f"model {self.name!r} is part of this proxy's configuration; remove it there")
+
+    async def info(self) -> ModelInfo:
+        return ModelInfo(self.name)
+
+    async def residence(self) -> None:
+        """Nothing is known of it."""
+
+
+class Remotes:
+    """`Provider` of the models of all remotes, in the order of the configuration, by their own names and as
+    `remote/model`; own names count first."""
+
+    section: ClassVar[str] = "remotes"
+    Config: ClassVar[Any] = dict[str, RemoteConfig]
+
+    def __init__(self, remotes: Sequence[Remote]) -> None:
+        self._remotes = remotes
+
+    @classmethod
+    def create(cls, config: Config, services: Services) -> Remotes | None:
+        return cls([Remote(name, remote) for name, remote in config.remotes.items()]) if config.remotes else None
+
+    async def start(self) -> None:
+        for remote in self._remotes:
+            remote.begin_listing()
+
+    async def close(self) -> None:
+        for remote in self._remotes:
+            await remote.close()
+
+    async def listed(self) -> None:
+        await asyncio.gather(*(remote.listed() for remote in self._remotes))
+
+    def models(self) -> Sequence[RemoteModel]:
+        return [RemoteModel(remote, model) for remote in self._remotes for model in remote.models]
+
+    def known(self, name: str, *, pull: bool = True) -> RemoteModel | None:
+        spelled = [(remote, name) for remote in self._remotes]
+        spelled += [(remote, name.removeprefix(f"{remote.name}/")) for remote in self._remotes]
+        return next((RemoteModel(remote, model) for remote, model in spelled if model in remote.models), None)
+
+    async def find(self, name: str, *, pull: bool) -> RemoteModel | None:
+        """A remote that the name begins with is asked first, so that no other one delays the answer."""
+        for remote in sorted(self._remotes, key=lambda remote: not name.startswith(f"{remote.name}/")):
+            for model in dict.fromkeys((name.removeprefix(f"{remote.name}/"), name)):
+                if await remote.find(model):
+                    return RemoteModel(remote, model)
+        return None
+
+    def missing(self, name: str) -> None:
+        """Nothing: a remote that is down has what it last listed."""
+
+    @property
+    def default(self) -> None:
+        """None: which of them is meant must be named."""
+
+    def can_download(self, name: str) -> bool:
+        return False
+
+    async def download(self, name: str, headers: Sequence[tuple[str, str]]) -> None:
+        """Nothing: `can_download` nothing."""
+
+    async def fitting(self, models: Sequence[str]) -> list[list[str]]:
+        """One group: their servers load them themselves."""
+        return [list(models)]
+
+    async def management(self, api: str, model: str | None) -> None:
+        """Nothing: their servers hold what they like."""
+
+    def status(self) -> ProviderStatus:
+        return ProviderStatus(
+            servers=[
+                {"name": remote.name, "url": str(remote.connections.endpoint), "models": len(remote.models)}
+                | ({"error": remote.error} if remote.error else {})
+                for remote in self._remotes
+            ]
+        )

@@ -1,40 +1,42 @@
-"""Puts the pieces together: configuration in, an aiohttp application out."""
+"""Puts the pieces together: a configuration in, a proxy that answers requests out."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-
-from aiohttp import web
-from aiohttp.typedefs import Handler
-
+from llama_smart_proxy.backends.base import Services
 from llama_smart_proxy.backends.pool.pool import Pool
 from llama_smart_proxy.backends.weights.downloads import Downloads
-from llama_smart_proxy.proxy.api import ollama, router_mode
-from llama_smart_proxy.proxy.api.admin import health, plugins_listed
-from llama_smart_proxy.proxy.api.endpoints import SLOT_ACTION, RelayHandler, list_models, show_model
-from llama_smart_proxy.proxy.api.state import PROXY, Proxy
+from llama_smart_proxy.proxy.api import admin, router_mode
+from llama_smart_proxy.proxy.api import ollama as ollama_api
+from llama_smart_proxy.proxy.api.dispatcher import Dispatcher, Handler
+from llama_smart_proxy.proxy.api.endpoints import EndpointHandler
+from llama_smart_proxy.proxy.api.models import list_models, show_model
+from llama_smart_proxy.proxy.api.state import Proxy
 from llama_smart_proxy.proxy.config import Config
 from llama_smart_proxy.proxy.middleware.chain import Chain
 from llama_smart_proxy.proxy.middleware.plugins import Plugins
 from llama_smart_proxy.proxy.models.router import Router
+from llama_smart_proxy.proxy.registry import Registry
 
-OLLAMA_ROUTES: list[tuple[str, str, Handler]] = [
-    ("GET", "/", ollama.root),
-    ("GET", "/api/version", ollama.version),
-    ("GET", "/api/tags", ollama.tags),
-    ("GET", "/api/ps", ollama.ps),
-    ("POST", "/api/show", ollama.show),
-    ("POST", "/api/pull", ollama.pull),
-    ("DELETE", "/api/delete", ollama.delete),
-    ("POST", "/api/copy", ollama.change),
-    ("POST", "/api/push", ollama.change),
-    ("POST", "/api/create", ollama.change),
-    ("POST", "/api/blobs/{digest:sha256:[0-9a-f]{64}}", ollama.blob),
-    ("HEAD", "/api/blobs/{digest:sha256:[0-9a-f]{64}}", ollama.blob),
-]
-"""The Ollama API, but for what is asked of a model: that is in `proxy.handlers.APIS`."""
-
-ROUTER_MODE_ROUTES: list[tuple[str, str, Handler]] = [
+_BLOB = "/api/blobs/{digest:sha256:[0-9a-f]{64}}"
+ROUTES: list[tuple[str, str, Handler]] = [
+    ("GET", "/health", admin.health),
+    ("GET", "/plugins", admin.plugins_listed),
+    ("GET", "/v1/models", list_models),
+    ("GET", "/v1/models/{id:.+}", show_model),
+    # Ollama's API, but for what is asked of a model
+    ("GET", "/", ollama_api.root),
+    ("GET", "/api/version", ollama_api.version),
+    ("GET", "/api/tags", ollama_api.tags),
+    ("GET", "/api/ps", ollama_api.ps),
+    ("POST", "/api/show", ollama_api.show),
+    ("POST", "/api/pull", ollama_api.pull),
+    ("DELETE", "/api/delete", ollama_api.delete),
+    ("POST", "/api/copy", ollama_api.change),
+    ("POST", "/api/push", ollama_api.change),
+    ("POST", "/api/create", ollama_api.change),
+    ("POST", _BLOB, ollama_api.blob),
+    ("HEAD", _BLOB, ollama_api.blob),
+    # llama-server's router mode
     ("GET", "/models", list_models),
     ("POST", "/models", router_mode.download_model),
     ("DELETE", "/models", router_mode.delete_model),
@@ -42,47 +44,36 @@ ROUTER_MODE_ROUTES: list[tuple[str, str, Handler]] = [
     ("POST", "/models/load", router_mode.load_model),
     ("POST", "/models/unload", router_mode.unload_model),
 ]
-"""llama-server's router mode."""
+"""What is not asked of a model; that is in the registry's endpoints."""
 
 
-def build_app(config: Config) -> web.Application:
-    """The application for `config`: every endpoint but the relayed ones, which `proxy.frontier` serves itself.
+class App:
+    """The proxy for one configuration. `dispatcher` answers requests, from `start` to `close`.
 
-    Its pool and router live from start-up to clean-up of the application.
+    Raises: ConfigError for agents and modules that are not there, and for their options.
     """
-    app = web.Application(client_max_size=config.server.max_body_mib * 2**20)
-    downloads = Downloads()
-    pool = Pool(config, downloads)
-    plugins = Plugins.of(config)
-    proxy = app[PROXY] = Proxy(config, Router(config, pool, downloads), Chain(config, plugins))
 
-    async def backends(app: web.Application) -> AsyncIterator[None]:
-        await pool.start()
-        proxy.router.start()
-        await plugins.start()
-        yield
-        await plugins.close()
-        await proxy.router.close()
-        await pool.close(drain_s=0)
+    def __init__(self, config: Config) -> None:
+        registry = Registry.of(config)
+        downloads = Downloads()
+        self.pool = Pool(config, downloads)
+        self.plugins = Plugins.of(config)
+        services = Services(downloads, self.pool)
+        providers = [provider for cls in registry.providers if (provider := cls.create(config, services)) is not None]
+        self.proxy = Proxy(config, Router(providers, config, downloads), Chain(config, self.plugins))
+        self.dispatcher = Dispatcher(self.proxy, registry.observers)
+        for method, path, handler in ROUTES:
+            self.dispatcher.add([method], path, handler)
+        for path, endpoint in registry.endpoints.items():
+            handle = EndpointHandler(endpoint, self.proxy).handle
+            self.dispatcher.add(endpoint.methods, path, handle, endpoint.dialect)
 
-    app.cleanup_ctx.append(backends)
-    _add_routes(app, proxy)
-    return app
+    async def start(self) -> None:
+        """Begin to load what is to be loaded, and to learn what servers offer."""
+        await self.proxy.router.start()
+        await self.plugins.start()
 
-
-def _add_routes(app: web.Application, proxy: Proxy) -> None:
-    _add(app, "GET", "/health", health)
-    _add(app, "GET", "/plugins", plugins_listed)
-    _add(app, "GET", "/v1/models", list_models)
-    _add(app, "POST", r"/slots/{id:\d+}", RelayHandler(SLOT_ACTION, proxy).handle)
-    app.router.add_get("/v1/models/{id:.+}", show_model)
-    for method, path, handler in (*OLLAMA_ROUTES, *ROUTER_MODE_ROUTES):
-        _add(app, method, path, handler)
-
-
-def _add(app: web.Application, method: str, path: str, handler: Handler) -> None:
-    """With and without a trailing slash: both were documented, and a redirect would turn a POST into a GET."""
-    for variant in dict.fromkeys((path, f"{path.rstrip('/')}/")):
-        app.router.add_route(method, variant, handler)
-        if method == "GET":
-            app.router.add_route("HEAD", variant, handler)
+    async def close(self) -> None:
+        """End everything it has begun: agents, processes, connections."""
+        await self.plugins.close()
+        await self.proxy.router.close()

@@ -12,13 +12,10 @@ import signal
 from contextlib import suppress
 
 import uvloop
-from aiohttp import web
 
 from llama_smart_proxy.backends.llamacpp.command import server_command
 from llama_smart_proxy.proxy import __version__
-from llama_smart_proxy.proxy.api.dispatcher import Frontier
-from llama_smart_proxy.proxy.api.state import PROXY
-from llama_smart_proxy.proxy.app import build_app
+from llama_smart_proxy.proxy.app import App
 from llama_smart_proxy.proxy.config import Config
 from llama_smart_proxy.proxy.http.server import FrontServer
 from llama_smart_proxy.proxy.middleware.plugins import Plugins
@@ -37,30 +34,21 @@ def run(config: Config, *, reload: bool = False) -> int:
     Raises: ConfigError for agents that are not there, and for their options.
     """
     _raise_fd_limit()
-    app = build_app(config)
-    app[PROXY].chain.plugins.reload = reload
+    app = App(config)
+    app.plugins.reload = reload
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.get_loop().set_task_factory(make_task)
-        return runner.run(_serve(app))
+        return runner.run(_serve(app, config))
 
 
-async def _serve(app: web.Application) -> int:
-    config = app[PROXY].config
+async def _serve(app: App, config: Config) -> int:
     signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signals.put_nowait, number)
-    runner = web.AppRunner(app)
-    await runner.setup()
     try:
-        assert runner.server is not None
-        front = FrontServer(
-            Frontier(app[PROXY], runner.server.request_handler),
-            request_factory=runner.server.request_factory,
-            head_timeout_s=config.server.head_timeout_s,
-            keepalive_timeout_s=config.server.keepalive_timeout_s,
-            send_stall_s=config.server.send_stall_s,
-        )
+        await app.start()
+        front = front_server(app, config)
         _calm_garbage_collector()
         try:
             listener = await loop.create_server(front, config.server.host, config.server.port, backlog=1024)
@@ -71,15 +59,25 @@ async def _serve(app: web.Application) -> int:
             host, port = sock.getsockname()[:2]
             logger.info("llama-smart-proxy %s listening on http://%s:%d", __version__, host, port)
         _announce(config)
-        _announce_agents(app[PROXY].chain.plugins)
+        _announce_agents(app.plugins)
         number = await signals.get()
         logger.info("%s: draining for up to %g s", number.name, config.server.drain_s)
         await _drain(app, front, listener, signals, config.server.drain_s)
         return 0
     finally:
-        await runner.cleanup()
+        await app.close()
         await _end_rest()
         logger.info("stopped")
+
+
+def front_server(app: App, config: Config) -> FrontServer:
+    """The server that hands the requests of clients to `app`."""
+    return FrontServer(
+        app.dispatcher,
+        head_timeout_s=config.server.head_timeout_s,
+        keepalive_timeout_s=config.server.keepalive_timeout_s,
+        send_stall_s=config.server.send_stall_s,
+    )
 
 
 async def _end_rest() -> None:
@@ -92,7 +90,7 @@ async def _end_rest() -> None:
 
 
 async def _drain(
-    app: web.Application,
+    app: App,
     front: FrontServer,
     listener: asyncio.Server,
     signals: asyncio.Queue[signal.Signals],
@@ -100,7 +98,7 @@ async def _drain(
 ) -> None:
     """Let answers under way finish for `drain_s` seconds or until a second signal; meanwhile new requests are refused,
     and /health says 503. Then stop the model servers: whoever still streams is told so in-stream."""
-    app[PROXY].draining.set()
+    app.proxy.draining.set()
     loop = asyncio.get_running_loop()
     deadline = loop.time() + drain_s
     impatience = asyncio.ensure_future(signals.get())
@@ -112,8 +110,7 @@ async def _drain(
         waiting.cancel()
         listener.close()
     impatience.cancel()
-    await app[PROXY].router.pool.close(drain_s=0)
-    await app[PROXY].router.close()
+    await app.proxy.router.close()
     await front.shutdown(LAST_WORDS_S)
 
 

@@ -14,8 +14,8 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from functools import lru_cache
 
-from llama_smart_proxy.backends.base import Call
-from llama_smart_proxy.backends.http.exchange import Connection, Response, Timeouts
+from llama_smart_proxy.backends.base import UpstreamRequest
+from llama_smart_proxy.backends.http.exchange import Connection, Timeouts, UpstreamResponse
 from llama_smart_proxy.backends.http.sweep import Sweeper
 from llama_smart_proxy.proxy.errors import UpstreamFailed
 
@@ -45,24 +45,24 @@ class Endpoint:
 
 
 class ConnectionPool:
-    """Connections to one server. `headers` (credentials) go out with every request, ahead of the call's own."""
+    """Connections to one server. `headers` (credentials) go out with every request, ahead of the request's own."""
 
     def __init__(
         self, endpoint: Endpoint, *, headers: Sequence[tuple[str, str]] = (), timeouts: Timeouts | None = None
     ) -> None:
         self.endpoint = endpoint
-        self._timeouts = timeouts or Timeouts()
+        self.timeouts = timeouts or Timeouts()
         self._idle: list[Connection] = []
         self._active: set[Connection] = set()
         self._closed = False
-        limits = self._timeouts
+        limits = self.timeouts
         self._sweeper = Sweeper(min(1.0, limits.first_byte_s / 4, limits.idle_s / 4), self._sweep)
         self._tls = ssl.create_default_context() if endpoint.tls else None
         fixed = [("Host", endpoint.authority), ("Accept-Encoding", "identity"), *headers]
         self._fixed = "".join(f"{name}: {value}\r\n" for name, value in fixed)
 
-    def request(self, call: Call) -> AbstractAsyncContextManager[Response]:
-        """Send `call`; the context yields its response once the headers are in.
+    def request(self, request: UpstreamRequest) -> AbstractAsyncContextManager[UpstreamResponse]:
+        """Send `request`; the context yields its response once the headers are in.
 
         Leaving the context puts the connection back if the answer was read to its end, and closes it at once otherwise,
         which is how llama.cpp learns that nobody listens any more.
@@ -70,15 +70,17 @@ class ConnectionPool:
         Raises: UpstreamFailed, with code `UNREACHABLE` if no connection came about; also when the server closed a
         resting connection in the very moment it was used again: a second request then goes out on a new one.
         """
-        return _Exchange(self, call)
+        return _Exchange(self, request)
 
-    async def fetch(self, call: Call, *, timeout_s: float, limit: int = 16 * 1024 * 1024) -> tuple[int, bytes]:
+    async def fetch(
+        self, request: UpstreamRequest, *, timeout_s: float, limit: int = 16 * 1024 * 1024
+    ) -> tuple[int, bytes]:
         """The status and whole body of a small answer.
 
         Raises: UpstreamFailed, also when it takes over `timeout_s` seconds or exceeds `limit` bytes.
         """
         try:
-            async with asyncio.timeout(timeout_s), self.request(call) as response:
+            async with asyncio.timeout(timeout_s), self.request(request) as response:
                 body = await response.read(limit)
         except TimeoutError:
             raise UpstreamFailed(
@@ -98,20 +100,20 @@ class ConnectionPool:
                 connection.response.fail(f"the model server broke off: {why}", code=code)
             connection.abort()
 
-    def _head(self, call: Call) -> bytes:
-        lines = "".join([f"{name}: {value}\r\n" for name, value in call.headers])
-        if call.body or call.method == "POST":
-            lines += f"Content-Length: {len(call.body)}\r\n"
-        text = f"{call.method} {self.endpoint.prefix}{call.path} HTTP/1.1\r\n{self._fixed}{lines}\r\n"
+    def _head(self, request: UpstreamRequest) -> bytes:
+        lines = "".join([f"{name}: {value}\r\n" for name, value in request.headers])
+        if request.body or request.method == "POST":
+            lines += f"Content-Length: {len(request.body)}\r\n"
+        text = f"{request.method} {self.endpoint.prefix}{request.path} HTTP/1.1\r\n{self._fixed}{lines}\r\n"
         return text.encode("utf-8", "surrogateescape")  # as aiohttp decoded them
 
-    async def _open(self, call: Call) -> tuple[Connection, Response]:
+    async def _open(self, request: UpstreamRequest) -> tuple[Connection, UpstreamResponse]:
         connection = self._pop_idle() or await self._connect()
         self._active.add(connection)
         self._sweeper.wake()
-        response = Response(self, connection, call.method, self._timeouts)
+        response = UpstreamResponse(self, connection, request.method, self.timeouts)
         try:
-            connection.send(response, self._head(call) + call.body)
+            connection.send(response, self._head(request) + request.body)
             await response.head()
         except BaseException as exc:
             self._release(connection, None)
@@ -123,7 +125,7 @@ class ConnectionPool:
     async def _connect(self) -> Connection:
         if self._closed:
             raise UpstreamFailed(f"{self.endpoint} is being stopped")
-        limit_s = self._timeouts.connect_s
+        limit_s = self.timeouts.connect_s
         try:
             async with asyncio.timeout(limit_s):
                 _, connection = await asyncio.get_running_loop().create_connection(
@@ -159,7 +161,7 @@ class ConnectionPool:
         self._drop_rested(now)
         return bool(self._active or self._idle)
 
-    def _release(self, connection: Connection, response: Response | None) -> None:
+    def _release(self, connection: Connection, response: UpstreamResponse | None) -> None:
         """Take the connection back; without a `response` that left it in order, it is closed."""
         if connection.response is not None:
             connection.response.let_go()
@@ -180,17 +182,17 @@ class ConnectionPool:
             self._idle.pop(0).abort()
 
 
-class _Exchange(AbstractAsyncContextManager[Response]):
-    """One call on one connection. A class rather than a generator: this runs for every request."""
+class _Exchange(AbstractAsyncContextManager[UpstreamResponse]):
+    """One request on one connection. A class rather than a generator: this runs for every request."""
 
-    __slots__ = ("_call", "_connection", "_pool", "_response")
+    __slots__ = ("_connection", "_pool", "_request", "_response")
 
-    def __init__(self, pool: ConnectionPool, call: Call) -> None:
+    def __init__(self, pool: ConnectionPool, request: UpstreamRequest) -> None:
         self._pool = pool
-        self._call = call
+        self._request = request
 
-    async def __aenter__(self) -> Response:
-        self._connection, self._response = await self._pool._open(self._call)
+    async def __aenter__(self) -> UpstreamResponse:
+        self._connection, self._response = await self._pool._open(self._request)
         return self._response
 
     async def __aexit__(self, *exc_info: object) -> None:

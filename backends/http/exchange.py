@@ -49,13 +49,13 @@ class Connection(asyncio.Protocol):
 
     def __init__(self) -> None:
         self.transport: asyncio.Transport | None = None
-        self.response: Response | None = None
+        self.response: UpstreamResponse | None = None
         self.idle_until = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)  # uvloop's transports do not inherit from asyncio's
 
-    def send(self, response: Response, data: bytes) -> None:
+    def send(self, response: UpstreamResponse, data: bytes) -> None:
         """Begin an exchange: `data` goes out, and what comes back goes to `response`."""
         self.response = response
         if self.transport is None:
@@ -99,7 +99,7 @@ class Connection(asyncio.Protocol):
             self.transport.abort()
 
 
-class Response:
+class UpstreamResponse:
     """An answer under way. Its reader calls exactly one of `read`, `pipe` and (over and over) `piece`, after
     `first_piece` if it likes.
 

@@ -10,19 +10,18 @@ import re
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Any, ClassVar, TypeGuard
+from typing import Any, TypeGuard
 
 import orjson
 
-from llama_smart_proxy.backends.base import Call
+from llama_smart_proxy.backends.base import Json, UpstreamRequest
 from llama_smart_proxy.backends.http.connection import ConnectionPool
-from llama_smart_proxy.backends.http.exchange import Response
-from llama_smart_proxy.backends.openai import Listing, connections_to
+from llama_smart_proxy.backends.http.exchange import Timeouts, UpstreamResponse
+from llama_smart_proxy.backends.names import key_of
+from llama_smart_proxy.backends.openai import Listing, connections_to, credentials
 from llama_smart_proxy.backends.weights.downloads import Progress
 from llama_smart_proxy.proxy.config import OllamaConfig, checked_name
 from llama_smart_proxy.proxy.errors import ModelNotFound, UpstreamFailed
-
-Json = dict[str, Any]
 
 LISTING_TIMEOUT_S = 2.0
 """Longest a host is waited for that should say what it has; in the background, or for a model that no host knows."""
@@ -39,31 +38,22 @@ LINE_LIMIT = 1024 * 1024
 """Longest progress line accepted, in bytes."""
 PULL_FAILED = "pull_failed"
 """Code of the error for a pull that Ollama gave up, with its words: asked again at once it would say the same."""
+JSON_HEADERS = [("Content-Type", "application/json")]
 NO_SUCH_MODEL = ("file does not exist", "not found", "does not exist")
 """Words of Ollama about a model that the registry does not have."""
 
 
-def key_of(name: str) -> str:
-    """What two names of one model have in common: the tag may be left out if it is `latest`, so may the registry and
-    the user if they are Ollama's own, and case does not matter."""
-    key = name.lower().removeprefix("registry.ollama.ai/").removeprefix("library/")
-    return key if ":" in key.rpartition("/")[2] else f"{key}:latest"
-
-
 class OllamaHost:
-    """One Ollama server. `Backend` for whatever it holds; models are known by their `key_of`.
+    """One Ollama server, and `Management` of its models, which are known by their `key_of`.
 
     `tags` are the items of /api/tags as they came, newest model first; a server that is down keeps those it last gave.
-    `in_flight` counts the calls it is answering, `using` those for each model.
+    `in_flight` counts the requests it is answering, `using` those for each model.
     """
 
-    speaks: ClassVar[frozenset[str]] = frozenset({"ollama", "responses"})
-    """The API families whose requests it takes as they are."""
-
     def __init__(self, url: str, config: OllamaConfig) -> None:
-        self.config = config
         self.connections = connections_to(url, config)
         self.url = str(self.connections.endpoint)
+        self.headers = credentials(config)
         self.tags: dict[str, Json] = {}
         self.version: str | None = None
         self.in_flight = 0
@@ -84,6 +74,11 @@ class OllamaHost:
     @property
     def _listings(self) -> tuple[Listing, ...]:
         return self._tags_listing, self._ps_listing, self._version_listing
+
+    @property
+    def timeouts(self) -> Timeouts:
+        """Those of its connections."""
+        return self.connections.timeouts
 
     # -- what it has -----------------------------------------------------------------------------------------------
 
@@ -120,7 +115,7 @@ class OllamaHost:
         """Return once `tags` are younger than `age_s` seconds or could not be had, after 2 s at the latest."""
         await self._tags_listing.younger_than(age_s)
 
-    def outdated(self) -> None:
+    def changed(self) -> None:
         """Models were made or deleted, or began to be."""
         self._tags_listing.outdated()
         self._ps_listing.outdated()
@@ -131,19 +126,21 @@ class OllamaHost:
 
     # -- what it does ----------------------------------------------------------------------------------------------
 
-    def open(self, call: Call, key: str = "") -> AbstractAsyncContextManager[Response]:
-        """Send `call`, which is about the model `key`, if about any."""
-        return self._exchange(self.connections, call, key)
+    def open(self, request: UpstreamRequest, key: str = "") -> AbstractAsyncContextManager[UpstreamResponse]:
+        """Send `request`, which is about the model `key`, if about any."""
+        return self._exchange(self.connections, request, key)
 
-    async def pull(self, name: str, via: Sequence[tuple[str, str]], tell: Callable[[Progress], None]) -> None:
-        """Have it pull a model; returns once it lists it. Cancelling breaks the pull off; Ollama keeps what it has.
+    async def pull(self, name: str, headers: Sequence[tuple[str, str]], tell: Callable[[Progress], None]) -> None:
+        """Have it pull a model; returns once it lists it. Cancelling breaks the pull off; Ollama keeps what it has. Of
+        the `headers` of the request for it, those are passed on that show its way: hosts may be proxies, in a circle.
 
         Raises: ModelNotFound in Ollama's words, UpstreamFailed, with code `pull_failed` if Ollama said why.
         """
         lines = _PullLines(tell)
         body = orjson.dumps({"model": name, "stream": True})
-        call = Call("POST", "/api/pull", body, [("Content-Type", "application/json"), *via], slot=False)
-        async with self._exchange(self._pulls, call, "") as response:
+        via = [pair for pair in headers if pair[0].lower() == "via"]
+        request = UpstreamRequest("POST", "/api/pull", body, [*JSON_HEADERS, *via], slot=False)
+        async with self._exchange(self._pulls, request, "") as response:
             await response.pipe(lines)
         lines.end(name)
         await self.listed(0)
@@ -155,10 +152,12 @@ class OllamaHost:
             await listing.close()
 
     @asynccontextmanager
-    async def _exchange(self, connections: ConnectionPool, call: Call, key: str) -> AsyncIterator[Response]:
+    async def _exchange(
+        self, connections: ConnectionPool, request: UpstreamRequest, key: str
+    ) -> AsyncIterator[UpstreamResponse]:
         self.in_flight += 1
         self.using[key] += 1
-        exchange = connections.request(call)
+        exchange = connections.request(request)
         try:
             try:
                 response = await exchange.__aenter__()

@@ -5,17 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
 
-from llama_smart_proxy.backends.base import Call
-from llama_smart_proxy.backends.http.connection import UNREACHABLE
-from llama_smart_proxy.backends.http.exchange import Response
+from llama_smart_proxy.backends.base import Json
+from llama_smart_proxy.backends.http.exchange import UpstreamResponse
 from llama_smart_proxy.backends.http.sweep import Sweeper
-from llama_smart_proxy.backends.ollama.host import PULL_FAILED, Json, OllamaHost, is_name, key_of
+from llama_smart_proxy.backends.names import key_of
+from llama_smart_proxy.backends.ollama.host import PULL_FAILED, OllamaHost, is_name
+from llama_smart_proxy.backends.ollama.model import OllamaModel
 from llama_smart_proxy.backends.openai import LISTING_PAUSE_S
 from llama_smart_proxy.backends.weights.downloads import Download, Downloads, Progress
 from llama_smart_proxy.proxy.config import ModelConfig, OllamaConfig
@@ -33,10 +32,10 @@ REFUSAL_KEPT_S = 10.0
 
 @dataclass(slots=True)
 class _Context:
-    """What calls have shown about the context sizes of one model.
+    """What requests have shown about the context sizes of one model.
 
-    `worked` is the largest that was answered with, `trying` are those of calls that wait for their answer, `failed` is
-    the last one that had no success. `used_at` is when the model was last in use, on the event loop's clock.
+    `worked` is the largest that was answered with, `trying` are those of requests that wait for their answer, `failed`
+    is the last one that had no success. `used_at` is when the model was last in use, on the event loop's clock.
     """
 
     worked: int = 0
@@ -54,8 +53,8 @@ class _Context:
             self.worked = max(self.worked, self.failed)
         return max(self.worked, *(size for size in self.trying if size != self.failed), 0)
 
-    async def tried(self, size: int, answer: Awaitable[Response]) -> Response:
-        """The `answer` to a call with that size; it shows whether the size works."""
+    async def tried(self, size: int, answer: Awaitable[UpstreamResponse]) -> UpstreamResponse:
+        """The `answer` to a request with that size; it shows whether the size works."""
         self.trying.append(size)
         worked = False
         try:
@@ -70,7 +69,7 @@ class _Context:
                 self.failed = size
 
 
-class Ollama:
+class Hosts:
     """All Ollama hosts, and the models of backend `ollama` that are `configured`, by name. Names are Ollama's: their
     case does not matter, nor does a `:latest` that is there or missing.
 
@@ -93,7 +92,7 @@ class Ollama:
     @property
     def models(self) -> tuple[str, ...]:
         """The names of all models: those that the hosts list, as these write them, and those of the configuration."""
-        held = {key_of(item["name"]): str(item["name"]) for item in self.items()}
+        held = {key_of(item["name"]): str(item["name"]) for item in (*self.items(), *self.loaded())}
         return tuple((held | {key: name for key, name in self._named.items() if key not in held}).values())
 
     def items(self) -> list[Json]:
@@ -114,7 +113,7 @@ class Ollama:
         """Ollama's version, of the first host that told it."""
         return next((host.version for host in self.hosts if host.version), None)
 
-    def status(self) -> list[dict[str, Any]]:
+    def status(self) -> list[Json]:
         """Each host, for operators; `error` only if it did not answer the last time."""
         return [
             {
@@ -184,18 +183,27 @@ class Ollama:
 
     # -- models ----------------------------------------------------------------------------------------------------
 
-    def model(self, name: str) -> OllamaModel:
-        """The model of that name, whether a host has it yet or not."""
-        return OllamaModel(self, name)
+    def model(self, name: str, *, pull: bool = True) -> OllamaModel:
+        """The model of that name, whether a host has it yet or not. With `pull`, a request to one that none has may
+        have it pulled."""
+        return OllamaModel(self, name, pull=pull)
+
+    def item(self, name: str) -> Json | None:
+        """Its item of /api/tags, from the first host that has it."""
+        return self._first(name, lambda host: host.tags)
+
+    def loaded_item(self, name: str) -> Json | None:
+        """Its item of /api/ps, likewise."""
+        return self._first(name, lambda host: host.loaded)
 
     def may_pull(self, name: str) -> bool:
         """Whether a request for a model that no host has would have it pulled."""
         return self._pulls and is_name(name) and self._serves(key_of(name))
 
-    def pull(self, name: str, via: Headers = ()) -> Download:
+    def pull(self, name: str, headers: Headers = ()) -> Download:
         """The download of the model, by the host that has it, else by the least busy one: the one under way, or a new
-        one. Allowed whatever `ollama.pull` says: that is about requests that need the model. `via` are the headers that
-        tell the way of the request for it: hosts may be proxies, and in a circle.
+        one. Allowed whatever `ollama.pull` says: that is about requests that need the model. `headers` are those of the
+        request for it.
 
         It raises ModelNotFound in Ollama's words, UpstreamFailed (code `pull_failed` if these are of something else).
         Raises: BadRequest.
@@ -203,9 +211,11 @@ class Ollama:
         if not is_name(name):
             raise BadRequest("invalid model name", param="model")
         key = key_of(name)
-        return self._downloads.join(f"ollama {key}", partial(self._pull, key, name, via))  # the hub's have other names
+        return self._downloads.join(
+            f"ollama {key}", partial(self._pull, key, name, headers)
+        )  # the hub's have other names
 
-    async def pulled(self, name: str, via: Headers) -> None:
+    async def pulled(self, name: str, headers: Headers) -> None:
         """Return once the model has been pulled for a request. What Ollama said against it holds for 10 s.
 
         Raises: what the download raises.
@@ -213,10 +223,18 @@ class Ollama:
         until, refusal = self._refusals.get(key_of(name), (-math.inf, None))
         if refusal is not None and asyncio.get_running_loop().time() < until:
             raise refusal.with_traceback(None)
-        await self.pull(name, via).wait()
+        await self.pull(name, headers).wait()
 
     def num_ctx(self, name: str, asked: int | None) -> int | None:
-        """See `OllamaModel.num_ctx`."""
+        """The context size to send with a request about the model, for a client that asked for `asked` tokens, or for
+        none; None: send none.
+
+        A pinned one (`ctx` of the configured model) is always that. Otherwise it only grows: a request never asks for
+        less than the model is loaded with, because any other size, also a smaller one, makes Ollama load the model
+        anew. But a size is kept for others only once a request with it was answered with status 200, or Ollama says
+        that the model is loaded with it. Once the model was unloaded, it begins afresh. A size that Ollama itself chose
+        is never asked for, unless a client wants one that is smaller.
+        """
         key = key_of(name)
         if key in self._pinned:
             return self._pinned[key]
@@ -227,8 +245,8 @@ class Ollama:
             size = max(asked, size, *loaded)
         return size or None
 
-    async def tried(self, name: str, num_ctx: int | None, answer: Awaitable[Response]) -> Response:
-        """The `answer` to a call about the model with this `num_ctx`, which is kept for others if it works."""
+    async def tried(self, name: str, num_ctx: int | None, answer: Awaitable[UpstreamResponse]) -> UpstreamResponse:
+        """The `answer` to a request about the model with this `num_ctx`, which is kept for others if it works."""
         key = key_of(name)
         if num_ctx is None or key in self._pinned:
             return await answer
@@ -254,22 +272,22 @@ class Ollama:
             if context.used_at < looked_at and not in_use:
                 del self._contexts[key]
 
-    async def _pull(self, key: str, name: str, via: Headers, tell: Callable[[Progress], None]) -> None:
+    async def _pull(self, key: str, name: str, headers: Headers, tell: Callable[[Progress], None]) -> None:
         now = asyncio.get_running_loop().time
         self._refusals = {key: kept for key, kept in self._refusals.items() if now() < kept[0]}
         self._refusals.pop(key, None)
         try:
-            await self._pull_somewhere(key, name, via, tell)
+            await self._pull_somewhere(key, name, headers, tell)
         except (ModelNotFound, UpstreamFailed) as exc:
             if exc.code in (ModelNotFound.code, PULL_FAILED):
                 self._refusals[key] = now() + REFUSAL_KEPT_S, exc
             raise
 
-    async def _pull_somewhere(self, key: str, name: str, via: Headers, tell: Callable[[Progress], None]) -> None:
+    async def _pull_somewhere(self, key: str, name: str, headers: Headers, tell: Callable[[Progress], None]) -> None:
         failure: UpstreamFailed | None = None
         for host in sorted(self._ranked(key), key=lambda host: (host.error is not None, key not in host.tags)):
             try:
-                return await host.pull(name, via, tell)
+                return await host.pull(name, headers, tell)
             except UpstreamFailed as exc:
                 if failure is None or failure.code != PULL_FAILED:  # which says more than what came of the others
                     failure = exc
@@ -311,80 +329,13 @@ class Ollama:
                     merged.setdefault(key, item)
         return list(merged.values())
 
+    def _first(self, name: str, source: Callable[[OllamaHost], dict[str, Json]]) -> Json | None:
+        key = key_of(name)
+        return next((found for host in self.hosts if (found := source(host).get(key)) is not None), None)
+
     def missing(self, name: str) -> ModelNotFound | UpstreamFailed:
         """Why there is no host for the model: none has it, or none answers."""
         errors = [host.error for host in self.hosts if host.error is not None]
         if len(errors) == len(self.hosts):
             return UpstreamFailed(f"no Ollama host answers: {'; '.join(errors)}")
         return ModelNotFound(f"model {name[:100]!r} not found")
-
-
-class OllamaModel:
-    """`Backend` for one model on whichever host is best placed; pulled first if none has it and that is allowed."""
-
-    speaks: ClassVar[frozenset[str]] = OllamaHost.speaks
-
-    def __init__(self, ollama: Ollama, name: str) -> None:
-        self.ollama = ollama
-        self.name = name
-        self._key = key_of(name)
-        self._num_ctx: int | None = None
-
-    def num_ctx(self, asked: int | None) -> int | None:
-        """The context size to send with the next call, for a client that asked for `asked` tokens, or for none; None:
-        send none.
-
-        A pinned one (`ctx` of the configured model) is always that. Otherwise it only grows: a request never asks for
-        less than the model is loaded with, because any other size, also a smaller one, makes Ollama load the model
-        anew. But a size is kept for others only once a call with it was answered with status 200, or Ollama says that
-        the model is loaded with it. Once the model was unloaded, it begins afresh. A size that Ollama itself chose is
-        never asked for, unless a client wants one that is smaller.
-        """
-        self._num_ctx = self.ollama.num_ctx(self.name, asked)
-        return self._num_ctx
-
-    @asynccontextmanager
-    async def open(self, call: Call) -> AsyncIterator[Response]:
-        """Raises: BadRequest, ModelNotFound, UpstreamFailed."""
-        async with AsyncExitStack() as stack:
-            try:
-                yield await self.ollama.tried(self.name, self._num_ctx, self._begin(call, stack))
-            finally:
-                self.ollama.used(self.name)
-
-    async def _begin(self, call: Call, stack: AsyncExitStack) -> Response:
-        response = await self._try_holders(call, stack)
-        if response is None:
-            if not self.ollama.may_pull(self.name):
-                raise self.ollama.missing(self.name)
-            await self.ollama.pulled(self.name, [pair for pair in call.headers if pair[0].lower() == "via"])
-            response = await self._try_holders(call, stack)
-        if response is None:  # it may go by another name there: an alias, of a proxy like us
-            response = await stack.enter_async_context(self.ollama.likeliest(self._key).open(call, self._key))
-        return response
-
-    async def _try_holders(self, call: Call, stack: AsyncExitStack) -> Response | None:
-        """The answer of the first host that gives one; None if none has the model.
-
-        A host that cannot be reached is passed over, not one that failed with the request: it may have been at work on
-        it for long. Passed over is also one that says it has no such model and no longer lists it: somebody has deleted
-        it there.
-        """
-        failure: UpstreamFailed | None = None
-        for host in await self.ollama.holders(self.name):
-            try:
-                response = await stack.enter_async_context(host.open(call, self._key))
-            except UpstreamFailed as exc:
-                if exc.code != UNREACHABLE:
-                    raise
-                logger.warning("%s did not answer for %s: %s", host.url, self.name, exc)
-                failure = exc
-                continue
-            if response.status == 404:
-                await host.listed(0)
-            if self._key in host.tags:
-                return response
-            await stack.aclose()
-        if failure is not None:
-            raise failure
-        return None

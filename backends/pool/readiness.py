@@ -6,15 +6,15 @@ import asyncio
 import json
 from collections.abc import Callable
 
-from llama_smart_proxy.backends.base import Call
+from llama_smart_proxy.backends.base import UpstreamRequest
 from llama_smart_proxy.backends.http.connection import ConnectionPool
 from llama_smart_proxy.proxy.errors import UpstreamFailed
 
 POLL_S = 0.015
 ANSWER_S = 2.0
 
-HEALTH = Call("GET", "/health", slot=False)
-PROPS = Call("GET", "/props", slot=False)
+HEALTH = UpstreamRequest("GET", "/health", slot=False)
+PROPS = UpstreamRequest("GET", "/props", slot=False)
 
 
 class NotOurs(Exception):

@@ -15,32 +15,25 @@ from llama_smart_proxy.proxy.middleware.plugins import HOOKS, Plugin
 STARTED = time.monotonic()
 
 
-async def health(http: web.Request) -> web.Response:
+async def health(http: web.BaseRequest) -> web.Response:
     """`GET /health`: 200 while requests are served, 503 once the proxy is stopping.
 
     `instances` has one object for each model that has a process or waiters, or whose last start failed. `degraded` is
     a proxy that serves without an agent that could not be loaded; `/plugins` tells why. `proxy` and `upstream` are what
     one of the replaced projects answered here.
     """
-    proxy = http.app[PROXY]
+    proxy = http[PROXY]
     draining = proxy.draining.is_set()
-    instances = proxy.router.pool.status()
-    remotes = [
-        {"name": remote.name, "url": str(remote.connections.endpoint), "models": len(remote.models)}
-        | ({"error": remote.error} if remote.error else {})
-        for remote in proxy.router.remotes
-    ]
-    ollama = proxy.router.ollama
-    remotes += ollama.status() if ollama is not None else []
+    status = proxy.router.status()
     broken = proxy.chain.plugins.broken
     body = {
         "status": "unhealthy" if draining else "degraded" if broken else "healthy",
         "proxy": "stopping" if draining else "Ok",
-        "upstream": "error" if any("error" in remote for remote in remotes) else "Ok",
+        "upstream": "error" if any("error" in server for server in status.servers) else "Ok",
         "version": __version__,
         "uptime_s": round(time.monotonic() - STARTED, 1),
-        "instances": instances,
-        "remotes": remotes,
+        "instances": status.instances,
+        "remotes": status.servers,
         "agents": {
             "loaded": [plugin.name for plugin in proxy.chain.plugins if plugin.made is not None],
             "failed": broken,
@@ -50,9 +43,9 @@ async def health(http: web.Request) -> web.Response:
     return web.json_response(body, status=503 if draining else 200)
 
 
-async def plugins_listed(http: web.Request) -> web.Response:
+async def plugins_listed(http: web.BaseRequest) -> web.Response:
     """`GET /plugins`: every enabled agent, and how it is doing."""
-    return web.json_response([_plugin(plugin) for plugin in http.app[PROXY].chain.plugins])
+    return web.json_response([_plugin(plugin) for plugin in http[PROXY].chain.plugins])
 
 
 def _plugin(plugin: Plugin) -> dict[str, object]:

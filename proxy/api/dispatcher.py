@@ -1,4 +1,4 @@
-"""The border that every request crosses, in and out."""
+"""The border that every request crosses, in and out: its record, its handler, its errors."""
 
 from __future__ import annotations
 
@@ -6,85 +6,139 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
 from aiohttp import web
 
 from llama_smart_proxy.backends.openai import OUR_VIA
-from llama_smart_proxy.proxy.api.endpoints import APIS, RelayHandler
-from llama_smart_proxy.proxy.api.state import MODEL, Proxy
-from llama_smart_proxy.proxy.dialects import OLLAMA, OPENAI, Dialect
+from llama_smart_proxy.proxy.api.state import PROXY, Proxy
+from llama_smart_proxy.proxy.chat import Observer, RequestRecord
+from llama_smart_proxy.proxy.dialects import OPENAI, Dialect, dialect_of
 from llama_smart_proxy.proxy.errors import BadRequest, Overloaded, ProxyError
-from llama_smart_proxy.proxy.http.headers import ANSWERED, REQUEST_ID, own_headers, shown, shown_path
+from llama_smart_proxy.proxy.http.headers import PARAMS, RECORD, own_headers, shown_path
 from llama_smart_proxy.proxy.http.server import AMBIGUOUS, FrontConnection, check_request
 
 logger = logging.getLogger(__name__)
-access = logging.getLogger("proxy.access")
+
+Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+_PART = re.compile(r"\{(\w+)(?::([^{}]+(?:\{\d+\}[^{}]*)?))?\}")
 
 
-class Frontier:
-    """Checks the head, gives a request id, finds the handler, puts errors into the caller's dialect, logs one line.
+@dataclass(slots=True)
+class Resource:
+    """What is at one path, by method. `dialect` is the API in which errors are reported there."""
 
-    The relayed endpoints are found in a table here; everything else goes to `other`, the aiohttp application. Its
-    router and middlewares would take a fifth of the CPU time of a small relayed request.
+    dialect: Dialect = OPENAI
+    handlers: dict[str, Handler] = field(default_factory=dict)
+
+
+class Dispatcher:
+    """Checks the head of each request, makes its record, finds its handler, reports errors in the caller's API, and
+    shows the record to the observers when the request has ended.
+
+    Paths match with and without a trailing slash: both were documented, and a redirect would turn a POST into a GET.
+    A part of a path in braces, `{name}` or `{name:pattern}`, matches what is in `PARAMS` then.
     """
 
-    def __init__(self, proxy: Proxy, other: Callable[[Any], Awaitable[web.StreamResponse]]) -> None:
+    def __init__(self, proxy: Proxy, observers: Iterable[Observer] = ()) -> None:
         self._proxy = proxy
-        self._other = other
-        self._relays: dict[str, RelayHandler] = {}
-        for path, api in APIS.items():
-            self._relays[path] = self._relays[f"{path}/"] = RelayHandler(api, proxy)
+        self._observers = list(observers)
+        self._exact: dict[str, Resource] = {}
+        self._patterns: list[tuple[re.Pattern[str], Resource]] = []
         self._run = secrets.token_hex(4)
         self._serial = count(1)
 
+    def add(self, methods: Iterable[str], path: str, handler: Handler, dialect: Dialect | None = None) -> None:
+        """Serve `path`; HEAD comes with GET."""
+        plain = path.rstrip("/")
+        resource = self._exact.get(path)
+        if resource is None:
+            resource = Resource(dialect or dialect_of(path))
+            self._exact[path] = self._exact[f"{plain}/"] = resource
+            if "{" in path:
+                self._patterns.append((_pattern(plain), resource))
+        for method in methods:
+            resource.handlers[method] = handler
+            if method == "GET":
+                resource.handlers["HEAD"] = handler
+
     async def __call__(self, http: Any) -> web.StreamResponse:
-        started = time.monotonic()
+        record = RequestRecord(time.monotonic(), request_id=f"{self._run}-{next(self._serial):x}", method=http.method)
+        http[RECORD] = record
         if isinstance(http.protocol, FrontConnection):
             http.protocol.head_complete()
-        http[REQUEST_ID] = f"{self._run}-{next(self._serial):x}"
         response: web.StreamResponse | None = None
         try:
             response = await self._answer(http)
             return response
         finally:
-            if access.isEnabledFor(logging.INFO):
-                _log(http, response, time.monotonic() - started)
+            record.ended_s = time.monotonic()
+            record.path = shown_path(http)
+            # 499: the client left before its answer was complete
+            record.status = response.status if response is not None else record.answered or 499
+            for observe in self._observers:
+                self._show(observe, record)
 
-    async def _answer(self, http: web.Request) -> web.StreamResponse:
+    def _show(self, observe: Observer, record: RequestRecord) -> None:
+        try:
+            observe(record)
+        except Exception as exc:  # an observer's own failure must not be the client's
+            logger.error("an observer of requests failed", exc_info=exc)
+
+    async def _answer(self, http: web.BaseRequest) -> web.StreamResponse:
+        resource = self._exact.get(http.path)
         try:
             check_request(http)
             if "Via" in http.headers or "Origin" in http.headers:
                 _check_sender(http)
             if self._proxy.draining.is_set() and http.path != "/health":
                 raise Overloaded("the proxy is shutting down", code="shutting_down", retry_after_s=5)
-            relay = self._relays.get(http.path)
-            if relay is None:
-                response = await self._other(http)
-                if not response.prepared:
-                    response.headers.extend(own_headers(http))
-                return response
-            if http.method not in relay.api.methods:
-                raise web.HTTPMethodNotAllowed(http.method, relay.api.methods)
-            return await relay.handle(http)
+            if resource is None:
+                resource = self._match(http)
+            handler = resource.handlers.get(http.method)
+            if handler is None:
+                raise web.HTTPMethodNotAllowed(http.method, resource.handlers)
+            http[PROXY] = self._proxy
+            response = await handler(http)
+            if not response.prepared and isinstance(response, web.Response):
+                response.headers.extend(own_headers(http))
+            return response
         except BaseException as exc:
-            return _failed(http, exc)
+            return _failed(http, exc, resource.dialect if resource is not None else dialect_of(http.path))
+
+    def _match(self, http: web.BaseRequest) -> Resource:
+        path = http.path.rstrip("/")
+        for pattern, resource in self._patterns:
+            if (found := pattern.fullmatch(path)) is not None:
+                http[PARAMS] = found.groupdict()
+                return resource
+        raise BadRequest("there is no such endpoint", status=404, code="not_found")
 
 
-def _check_sender(http: web.Request) -> None:
+def _pattern(path: str) -> re.Pattern[str]:
+    """`/a/{name:.+}` as a regular expression."""
+    written, place = "", 0
+    for part in _PART.finditer(path):
+        written += re.escape(path[place : part.start()]) + f"(?P<{part[1]}>{part[2] or '[^/]+'})"
+        place = part.end()
+    return re.compile(written + re.escape(path[place:]))
+
+
+def _check_sender(http: web.BaseRequest) -> None:
     """Refuse a request that went round in a circle, and one that a web page of somebody else's has a browser make.
 
-    Browsers tell by `Origin`. Pages on this machine may ask, and applications, whose scheme is their own; of what has a
-    name in the network nobody knows whether the name is honest (DNS rebinding).
+    Browsers send `Origin`. Pages on this machine may ask, and applications, whose scheme is their own; a name in the
+    network proves nothing (DNS rebinding).
 
     Raises: BadRequest 508 and 403.
     """
     headers = http.headers
     if "Via" in headers and OUR_VIA in ",".join(headers.getall("Via")):
-        words = "this request went round in a circle: this proxy is among its own upstream servers"
-        raise BadRequest(words, status=508, code="loop_detected")
+        message = "this request went round in a circle: this proxy is among its own upstream servers"
+        raise BadRequest(message, status=508, code="loop_detected")
     if "Origin" in headers and http.method not in ("GET", "HEAD", "OPTIONS"):
         scheme, _, rest = headers["Origin"].partition("://")
         if scheme in ("http", "https", "null") and not _LOCAL_ORIGIN.fullmatch(rest):
@@ -94,27 +148,17 @@ def _check_sender(http: web.Request) -> None:
 _LOCAL_ORIGIN = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?")
 
 
-def _log(http: web.Request, response: web.StreamResponse | None, spent_s: float) -> None:
-    """The access line. 499: the client left before its answer was complete."""
-    status = response.status if response is not None else http.get(ANSWERED, 499)
-    model, request_id = shown(http.get(MODEL, "-")), http[REQUEST_ID]
-    access.info(
-        "%s %s %d model=%s %.0f ms %s", http.method, shown_path(http), status, model, spent_s * 1000, request_id
-    )
-
-
-def _failed(http: web.Request, exc: BaseException) -> web.StreamResponse:
+def _failed(http: web.BaseRequest, exc: BaseException, dialect: Dialect) -> web.StreamResponse:
     """The answer to a request that raised, or the exception again where there is nobody to answer."""
     if not isinstance(exc, Exception) or isinstance(exc, ConnectionError) or http.writer.output_size > 0:
         raise exc
     allow = ""
     if isinstance(exc, web.HTTPException):
         allow = exc.headers.get("Allow", "")
-        exc = BadRequest(_http_error_text(exc), status=exc.status, code="not_found" if exc.status == 404 else None)
+        exc = BadRequest(_http_error_text(exc), status=exc.status)
     elif not isinstance(exc, ProxyError):
         logger.error("unhandled error in %s %s", http.method, shown_path(http), exc_info=exc)
         exc = ProxyError("internal error; the proxy's log has the details")
-    dialect = _dialect_of(http)
     response = web.Response(status=exc.status, body=dialect.error_body(exc), content_type="application/json")
     response.headers.extend(own_headers(http))
     if exc.retry_after_s is not None:
@@ -126,16 +170,7 @@ def _failed(http: web.Request, exc: BaseException) -> web.StreamResponse:
     return response
 
 
-def _dialect_of(http: web.Request) -> Dialect:
-    if http.path.startswith("/api/"):
-        return OLLAMA
-    api = APIS.get(http.path.rstrip("/"))
-    return api.dialect if api else OPENAI
-
-
 def _http_error_text(exc: web.HTTPException) -> str:
-    if isinstance(exc, web.HTTPNotFound):
-        return "there is no such endpoint"
     if isinstance(exc, web.HTTPMethodNotAllowed):
         return f"this endpoint takes {' or '.join(sorted(exc.allowed_methods))}"
     return exc.reason

@@ -1,86 +1,85 @@
-"""The reading spine: what happens to a request, top to bottom."""
+"""The endpoints that ask a model: what the proxy knows of each, and how a request to one is answered.
+
+`EndpointHandler.handle` is where to begin reading: it finds the model, and hands a request for a generated answer to
+`proxy.api.chat`; all others are answered here.
+"""
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Awaitable, Callable
+import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
+import orjson
 from aiohttp import web
 
-from llama_smart_proxy.backends.base import Backend, Call
-from llama_smart_proxy.backends.http.exchange import Response
-from llama_smart_proxy.backends.ollama.hosts import OllamaModel
-from llama_smart_proxy.proxy.api import embeddings
-from llama_smart_proxy.proxy.api.ollama import LISTING_S
-from llama_smart_proxy.proxy.api.ollama_chat import answer_load, check_capabilities, set_keep_alive, with_context
-from llama_smart_proxy.proxy.api.state import MODEL, PROXY, Proxy
-from llama_smart_proxy.proxy.chat import Json, Timing
-from llama_smart_proxy.proxy.dialects import (
-    ANTHROPIC,
-    NATIVE,
-    OLLAMA,
-    OPENAI,
-    RESPONSES,
-    Dialect,
-    anthropic,
-    ollama,
-    openai,
+from llama_smart_proxy.proxy.api.chat import Chat, Prologue, relayed
+from llama_smart_proxy.proxy.api.generate_context import with_context
+from llama_smart_proxy.proxy.api.state import Proxy
+from llama_smart_proxy.proxy.chat import Json
+from llama_smart_proxy.proxy.dialects import ANTHROPIC, NATIVE, OLLAMA, OPENAI, RESPONSES, Dialect, anthropic, openai
+from llama_smart_proxy.proxy.dialects import ollama as ollama_dialect
+from llama_smart_proxy.proxy.dialects.base import ClientCodec, Loading
+from llama_smart_proxy.proxy.dialects.embeddings import (
+    OLLAMA_EMBED,
+    OLLAMA_EMBEDDINGS,
+    OPENAI_EMBEDDINGS,
+    EmbeddingClient,
 )
-from llama_smart_proxy.proxy.dialects.base import Face
-from llama_smart_proxy.proxy.errors import BadRequest, UpstreamRefused
-from llama_smart_proxy.proxy.http.body import aside, read_json, to_bytes
-from llama_smart_proxy.proxy.http.headers import upstream_headers
-from llama_smart_proxy.proxy.middleware.agent_chat import AgentChat
-from llama_smart_proxy.proxy.models.router import Target
-from llama_smart_proxy.proxy.stream.relay import ask, relay
-from llama_smart_proxy.proxy.stream.translate import Epilogue, Exchange, refusal
-from llama_smart_proxy.proxy.stream.wires import hold_context, wire_of, without_thoughts
+from llama_smart_proxy.proxy.errors import BadRequest
+from llama_smart_proxy.proxy.http.body import read_json
+from llama_smart_proxy.proxy.http.headers import PARAMS, RECORD
+from llama_smart_proxy.proxy.models.router import Route
+from llama_smart_proxy.proxy.stream.embeddings import embed
 
-logger = logging.getLogger(__name__)
+MANY = 64
+"""More vectors than are turned into text while others wait."""
 
 
 @dataclass(frozen=True, slots=True)
-class Api:
-    """What the proxy knows of an endpoint: its dialect, its methods, and whether a call occupies a slot.
+class Endpoint:
+    """One endpoint that asks a model. A model whose server speaks `api` gets the request as it is; for any other one
+    it is translated: by `codec` if the endpoint generates, by `embeddings`, or answered by `estimate`; without any of
+    these it cannot be had there.
 
-    A server whose backend speaks `family` gets the request as it is. For any other it is translated: with `face` if the
-    endpoint generates, else by `convert`, which makes the answer's JSON; without either it cannot be had there.
+    `slot`: a call occupies one of the server's slots. `prologue` completes a decoded request, with questions to the
+    model. `generates`: without a codec; agents do not run there.
     """
 
     dialect: Dialect = OPENAI
+    api: str = "openai"
     methods: frozenset[str] = frozenset({"POST"})
     slot: bool = True
-    family: str = "openai"
-    face: Face | None = None
-    convert: embeddings.Convert | None = None
+    codec: ClientCodec | None = None
+    prologue: Prologue | None = None
+    embeddings: EmbeddingClient | None = None
+    estimate: Callable[[Json], Json] | None = None
     generates: bool = False
-    """Whether it does without a face: agents do not run there."""
 
 
-async def _count_tokens(backend: Backend, model: str, body: Json) -> Json:
-    """`POST /v1/messages/count_tokens` where the server has no tokenizer to ask: an estimate."""
+def _estimated_tokens(body: Json) -> Json:
+    """`POST /v1/messages/count_tokens` where the server has no tokenizer to ask."""
     return {"input_tokens": anthropic.count_tokens(body)}
 
 
-QUESTION = Api(slot=False, family="native")
-NATIVE_JSON = Api(family="native")
-NATIVE_ANSWER = Api(NATIVE, family="native", generates=True)
+QUESTION = Endpoint(api="native", slot=False)
+NATIVE_JSON = Endpoint(api="native")
+NATIVE_ANSWER = Endpoint(NATIVE, api="native", generates=True)
+_READABLE = frozenset({"GET", "HEAD"})
 
-APIS: dict[str, Api] = {
-    "/v1/chat/completions": Api(face=openai.CHAT),
-    "/v1/completions": Api(face=openai.TEXT),
-    "/v1/embeddings": Api(convert=embeddings.openai_from_ollama),
+ENDPOINTS: dict[str, Endpoint] = {
+    "/v1/chat/completions": Endpoint(codec=openai.CHAT),
+    "/v1/completions": Endpoint(codec=openai.TEXT),
+    "/v1/embeddings": Endpoint(embeddings=OPENAI_EMBEDDINGS),
     "/v1/rerank": NATIVE_JSON,
     "/v1/reranking": NATIVE_JSON,
-    "/v1/responses": Api(RESPONSES, family="responses", generates=True),
-    "/v1/messages": Api(ANTHROPIC, family="anthropic", face=anthropic.MESSAGES),
-    "/v1/messages/count_tokens": Api(ANTHROPIC, slot=False, family="anthropic", convert=_count_tokens),
+    "/v1/responses": Endpoint(RESPONSES, api="responses", generates=True),
+    "/v1/messages": Endpoint(ANTHROPIC, api="anthropic", codec=anthropic.MESSAGES),
+    "/v1/messages/count_tokens": Endpoint(ANTHROPIC, api="anthropic", slot=False, estimate=_estimated_tokens),
     "/v1/chat/completions/input_tokens": QUESTION,
     "/v1/chat/completions/control": QUESTION,
-    "/chat/completions": Api(face=openai.CHAT),
+    "/chat/completions": Endpoint(codec=openai.CHAT),
     "/completion": NATIVE_ANSWER,
     "/completions": NATIVE_ANSWER,
     "/infill": NATIVE_ANSWER,
@@ -91,154 +90,76 @@ APIS: dict[str, Api] = {
     "/tokenize": QUESTION,
     "/detokenize": QUESTION,
     "/apply-template": QUESTION,
-    "/props": Api(methods=frozenset({"GET", "HEAD", "POST"}), slot=False, family="native"),
-    "/slots": Api(methods=frozenset({"GET", "HEAD"}), slot=False, family="native"),
-    "/lora-adapters": Api(methods=frozenset({"GET", "HEAD", "POST"}), slot=False, family="native"),
-    "/api/chat": Api(OLLAMA, family="ollama", face=ollama.CHAT),
-    "/api/generate": Api(OLLAMA, family="ollama", face=ollama.GENERATE),
-    "/api/embed": Api(OLLAMA, family="ollama", convert=embeddings.ollama_from_openai),
-    "/api/embeddings": Api(OLLAMA, family="ollama", convert=embeddings.legacy_from_openai),
+    "/props": Endpoint(api="native", slot=False, methods=_READABLE | {"POST"}),
+    "/slots": Endpoint(api="native", slot=False, methods=_READABLE),
+    r"/slots/{id:\d+}": QUESTION,
+    "/lora-adapters": Endpoint(api="native", slot=False, methods=_READABLE | {"POST"}),
+    "/api/chat": Endpoint(OLLAMA, api="ollama", codec=ollama_dialect.CHAT),
+    "/api/generate": Endpoint(OLLAMA, api="ollama", codec=ollama_dialect.GENERATE, prologue=with_context),
+    "/api/embed": Endpoint(OLLAMA, api="ollama", embeddings=OLLAMA_EMBED),
+    "/api/embeddings": Endpoint(OLLAMA, api="ollama", embeddings=OLLAMA_EMBEDDINGS),
 }
-"""Every endpoint that asks a model's server. Source: llama.cpp tools/server, b11434; Ollama's server/routes.go; the
-OpenAI and Anthropic API references."""
-
-SLOT_ACTION = QUESTION
-"""`POST /slots/{id}?action=save|restore|erase`, the one relayed endpoint whose path varies."""
+"""By path; a part in braces matches one segment of it. Source: llama.cpp tools/server, b11434; Ollama's
+server/routes.go; the OpenAI and Anthropic API references."""
 
 
-class RelayHandler:
-    """Serves one endpoint of `APIS`."""
+class EndpointHandler:
+    """Serves one endpoint."""
 
-    def __init__(self, api: Api, proxy: Proxy) -> None:
-        self.api = api
+    def __init__(self, endpoint: Endpoint, proxy: Proxy) -> None:
+        self._endpoint = endpoint
         self._proxy = proxy
         self._max_bytes = proxy.max_body_bytes
-        self._stall_s = proxy.config.server.send_stall_s
 
-    async def handle(self, http: web.Request) -> web.StreamResponse:
-        """Answer `http`; its parsed body is let go before a relayed answer begins."""
-        chain, api = self._proxy.chain, self.api
-        target, body = await self._understand(http)
+    async def handle(self, http: web.BaseRequest) -> web.StreamResponse:
+        """Answer `http`. Its parsed body is let go before a relayed answer begins, which may last for minutes."""
+        endpoint = self._endpoint
+        body = await read_json(http, self._max_bytes) if http.method == "POST" else {}
         try:
-            if api.face is None:
-                if api.generates:
-                    chain.check_unneeded(http.headers, target.name)
-            elif chain.concerns(http.headers, body, target.name) and not self._only_loads(body):
-                agents = AgentChat(http, self._proxy, api.face, api.family, partial(self._plain, http))
-                return await agents.answer(target, body)
-            answering = self._plain(http, target, body)
-            del body  # only `_plain` has it now, and lets it go when it was sent
+            body = endpoint.dialect.bind(body, http.get(PARAMS) or {})
+            route = await self._route(http, body)
+            if endpoint.codec is not None:
+                answering = Chat(http, self._proxy, endpoint, endpoint.codec).answer(route, body)
+            else:
+                answering = self._answer(http, route, body)
+            del body
             return await answering
         except RecursionError:
             raise BadRequest("the request body is nested too deeply", code="invalid_json") from None
 
-    def _only_loads(self, body: Json) -> bool:
-        return self.api.family == "ollama" and ollama.is_load(body, chat=self.api.face is ollama.CHAT)
-
-    async def _understand(self, http: web.Request) -> tuple[Target, Json]:
-        """Where the request goes, and its body."""
-        api = self.api
-        body = await read_json(http, self._max_bytes) if http.method == "POST" else {}
-        if api.family == "ollama":
-            body = ollama.folded(body)
+    async def _route(self, http: web.BaseRequest, body: Json) -> Route:
+        endpoint = self._endpoint
         named = body.get("model")
-        target = await self._proxy.router.resolve(
-            http.query.get("model") if named in (None, "") else named,
-            pull=api.slot and not (api.family == "ollama" and ollama.is_unload(body, chat=api.face is ollama.CHAT)),
+        unloads = endpoint.codec is not None and endpoint.codec.loading(body) is Loading.UNLOAD
+        route = await self._proxy.router.resolve(
+            http.query.get("model") if named in (None, "") else named, pull=endpoint.slot and not unloads
         )
-        http[MODEL] = target.model
-        return target, body
+        http[RECORD].routed(route.model.name, route.model.kind)
+        return route
 
-    async def _plain(self, http: web.Request, target: Target, body: Json) -> web.StreamResponse:
-        """Answer without agents: byte for byte if the model's server speaks the client's API, else translated."""
-        if self.api.family not in target.backend.speaks:
-            return await self._translate(http, target, body)
-        call = await self._call(http, target, body)
-        del body  # the answer may last for minutes
-        answer = partial(relay, http, dialect=self.api.dialect, stall_s=self._stall_s)
-        if self.api.family == "ollama":
-            answer = partial(_relay_json, answer)
-        return await ask(http, target.backend, call, answer)
-
-    async def _call(self, http: web.Request, target: Target, body: Json) -> Call:
-        has_body = http.method == "POST"
-        if has_body:
-            body["model"] = target.model
-            if isinstance(target.backend, OllamaModel):
-                hold_context(target.backend, body)
-        return Call(
-            method=http.method,
-            path=_upstream_path(http, target.model),
-            body=await to_bytes(http, body) if has_body else b"",
-            headers=upstream_headers(http.headers, has_body=has_body),
-            slot=self.api.slot,
-        )
-
-    async def _translate(self, http: web.Request, target: Target, body: Json) -> web.StreamResponse:
-        api, backend = self.api, target.backend
-        body["model"] = target.model
-        if api.convert is not None:
-            hold_context(backend, body)
-            return await embeddings.as_response(await api.convert(backend, target.model, body))
-        if api.face is None:
-            words = f"model {target.model[:100]!r} is on a server that does not have this endpoint"
-            raise BadRequest(words, status=501, code="not_supported")
-        if api.family == "ollama":
-            loaded = await answer_load(backend, target.model, body, chat=api.face is ollama.CHAT)
-            if loaded is not None:
-                return loaded
-            await check_capabilities(self._proxy, backend, body)
-        timing = Timing(time.monotonic())
-        request = await aside(http, api.face.decode, body)
-        epilogue: Epilogue | None = None
-        if api.face is ollama.GENERATE:
-            request, epilogue = await with_context(backend, request)
-        if api.family == "ollama":
-            set_keep_alive(backend, body)  # not before the request is known to be good, and its questions are answered
-        exchange = Exchange(http, api.face, wire_of(backend), request, timing, self._stall_s, epilogue)
-        return await self._exchange(exchange, backend, upstream_headers(http.headers, has_body=True))
-
-    async def _exchange(
-        self, exchange: Exchange, backend: Backend, headers: list[tuple[str, str]]
-    ) -> web.StreamResponse:
-        try:
-            return await exchange.run(backend, headers)
-        except UpstreamRefused as exc:
-            # On /api that is the answer; the other APIs ask for thoughts as a wish, and clients do so of every model.
-            if self.api.family == "ollama" or not without_thoughts(exchange.request, exc):
-                raise
-        return await exchange.run(backend, headers)
+    async def _answer(self, http: web.BaseRequest, route: Route, body: Json) -> web.StreamResponse:
+        """Answer what generates no chat and no text: as it is if the model's server speaks the API."""
+        endpoint, model = self._endpoint, route.model
+        if endpoint.generates:
+            self._proxy.chain.check_unneeded(http.headers, route.name)
+        if endpoint.api in model.speaks:
+            return await relayed(http, self._proxy, endpoint, route, body)
+        if endpoint.estimate is not None:
+            return web.json_response(endpoint.estimate(body))
+        if endpoint.embeddings is None:
+            message = f"model {model.name[:100]!r} is on a server that does not have this endpoint"
+            raise BadRequest(message, status=501, code="not_supported")
+        request = endpoint.embeddings.decode(body)
+        if request.keep_alive_s is not None:
+            model.keep_loaded(request.keep_alive_s)
+        embedded = await embed(model, request)
+        return await _as_response(endpoint.embeddings.encode(model.name, request, embedded), len(embedded.vectors))
 
 
-async def _relay_json(
-    passing: Callable[[Response], Awaitable[web.StreamResponse]], upstream: Response
-) -> web.StreamResponse:
-    """Pass on what an Ollama says; but an error page of what stands in front of it as an error its clients can read."""
-    if upstream.status >= 400 and not upstream.header("content-type").startswith("application/json"):
-        raise await refusal(upstream)
-    return await passing(upstream)
-
-
-def _upstream_path(http: web.Request, model: str) -> str:
-    """The matched path, without the trailing slash some clients add, and the query as it came; but a model named there
-    by the name the server knows."""
-    path, mark, query = http.raw_path.partition("?")
-    if mark and http.query.get("model", model) != model:
-        query = http.rel_url.update_query(model=model).raw_query_string
-    return (http.path.rstrip("/") if path[-1] == "/" or "%" in path else path) + mark + query
-
-
-async def list_models(http: web.Request) -> web.Response:
-    """`GET /v1/models`, and `GET /models` of llama-server's router mode: from memory, at once."""
-    router = http.app[PROXY].router
-    await router.heard_of_all(LISTING_S)
-    data = [entry.as_openai(router.created) for entry in router.catalogue()]
-    return web.json_response({"object": "list", "data": data})
-
-
-async def show_model(http: web.Request) -> web.Response:
-    """`GET /v1/models/{id}`; ids may hold slashes."""
-    router = http.app[PROXY].router
-    wanted = http.match_info["id"].rstrip("/")
-    entry = router.entry(await router.resolve(wanted, pull=False))
-    return web.json_response(entry.as_openai(router.created))
+async def _as_response(answer: Any, vectors: int) -> web.Response:
+    """Thousands of vectors are turned into text in a thread."""
+    if vectors > MANY:
+        data = await asyncio.get_running_loop().run_in_executor(None, orjson.dumps, answer)
+    else:
+        data = orjson.dumps(answer)
+    return web.Response(body=data, content_type="application/json")

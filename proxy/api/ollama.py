@@ -1,6 +1,5 @@
-"""The part of the Ollama API that is about models rather than chats, over both backends.
+"""The part of the Ollama API that is about models rather than chats, whoever runs them.
 
-What an Ollama holds is passed on as it says it; a model of ours is described from its GGUF file.
 Source: Ollama's server/routes.go and api/types.go.
 """
 
@@ -9,114 +8,106 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
-from contextlib import aclosing, nullcontext, suppress
-from functools import partial
+from contextlib import aclosing, nullcontext
 
 import aiohttp
 import orjson
 from aiohttp import web
 
-from llama_smart_proxy.backends.base import Call
-from llama_smart_proxy.backends.llamacpp.spawned import SpawnedModel
-from llama_smart_proxy.backends.ollama.host import key_of
-from llama_smart_proxy.backends.ollama.hosts import Ollama, OllamaModel
-from llama_smart_proxy.backends.weights import hub
+from llama_smart_proxy.backends.base import Management, Model, ModelInfo, UpstreamRequest
 from llama_smart_proxy.backends.weights.downloads import Download
-from llama_smart_proxy.proxy.api.state import MODEL, PROXY, Proxy
+from llama_smart_proxy.proxy.api.models import LISTING_S
+from llama_smart_proxy.proxy.api.state import PROXY, Proxy
 from llama_smart_proxy.proxy.chat import Json
 from llama_smart_proxy.proxy.config import checked_name
 from llama_smart_proxy.proxy.dialects import OLLAMA
-from llama_smart_proxy.proxy.errors import BadRequest, ModelNotFound, ProxyError, UpstreamFailed
+from llama_smart_proxy.proxy.dialects.ollama import models
+from llama_smart_proxy.proxy.errors import BadRequest, ProxyError, UpstreamFailed
 from llama_smart_proxy.proxy.http.body import read_json, serialise
-from llama_smart_proxy.proxy.http.headers import upstream_headers
+from llama_smart_proxy.proxy.http.headers import RECORD, upstream_headers
+from llama_smart_proxy.proxy.http.response import ResponseWriter
 from llama_smart_proxy.proxy.http.server import FrontConnection
-from llama_smart_proxy.proxy.models import cards
-from llama_smart_proxy.proxy.models.router import Router
-from llama_smart_proxy.proxy.stream.relay import PLAIN_LIMIT, ask, begin_stream, finish, patiently, relay
+from llama_smart_proxy.proxy.models.router import Entry
+from llama_smart_proxy.proxy.stream.relay import PLAIN_LIMIT, relay
 
 logger = logging.getLogger(__name__)
 
 VERSION = "0.13.0"
 """The version of Ollama whose API this is. Clients compare it; Open WebUI fails on anything but digits and dots."""
-LISTING_S = 0.5
-"""Longest wait for an Ollama that has not been heard of yet."""
+FAMILY = models.NAME
+"""This API, among those that a server speaks."""
 
 
-async def root(http: web.Request) -> web.Response:
+async def root(http: web.BaseRequest) -> web.Response:
     """`GET /`: how clients find out that there is an Ollama."""
     return web.Response(text="Ollama is running")
 
 
-async def version(http: web.Request) -> web.Response:
+async def version(http: web.BaseRequest) -> web.Response:
     """`GET /api/version`."""
     return web.json_response({"version": VERSION})
 
 
-async def tags(http: web.Request) -> web.Response:
-    """`GET /api/tags`: every model of every backend, the same names as in `/v1/models`."""
-    proxy = http.app[PROXY]
-    router = proxy.router
-    await router.heard_of_all(LISTING_S)
-    items = list(await asyncio.gather(*(proxy.cards.tags_item(spawned) for spawned in router.local.all())))
-    for remote in router.remotes:
-        items += [cards.tags_item(model, None) for model in remote.models]
-    if router.ollama is not None:
-        items += router.ollama.items()
-    items += _of_virtual(router, items)
-    named = {item["name"]: item for item in reversed(items)}  # of two with the same name the first is the one served
-    return web.json_response({"models": list(reversed(named.values()))}, dumps=_dumps)
+async def tags(http: web.BaseRequest) -> web.Response:
+    """`GET /api/tags`: every model, whoever runs it, by the same names as in `/v1/models`; but not what an Ollama is
+    only configured to pull."""
+    router = http[PROXY].router
+    await router.listed(LISTING_S)
+    return _listing(await asyncio.gather(*map(_tags_item, router.catalogue())))
 
 
-async def ps(http: web.Request) -> web.Response:
+async def _tags_item(entry: Entry) -> Json | None:
+    if entry.model is None:
+        return models.tags_item(ModelInfo(entry.id))
+    info = await entry.model.info()
+    if FAMILY in entry.model.speaks and FAMILY not in info.native and entry.id == info.name:
+        return None
+    return _renamed(models.tags_item(info), entry.id)
+
+
+async def ps(http: web.BaseRequest) -> web.Response:
     """`GET /api/ps`: the models that are loaded, the longest-lived first."""
-    proxy = http.app[PROXY]
-    items = [item for spawned in proxy.router.local.all() if (item := await proxy.cards.ps_item(spawned)) is not None]
-    ollama = proxy.router.ollama
-    if ollama is not None:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(LISTING_S):
-                await ollama.looked_up()
-        items += ollama.loaded()
-    items += _of_virtual(proxy.router, items, only_known=True)
-    items.sort(key=lambda item: str(item.get("expires_at", "")), reverse=True)
-    return web.json_response({"models": items}, dumps=_dumps)
+    items = await asyncio.gather(*map(_ps_item, http[PROXY].router.catalogue()))
+    return _listing(sorted(items, key=lambda item: str((item or {}).get("expires_at", "")), reverse=True))
 
 
-def _of_virtual(router: Router, items: list[Json], *, only_known: bool = False) -> list[Json]:
-    """The items of virtual models: those of the models that they are, under their own names."""
-    known = {key_of(item["name"]): item for item in items}
-    named = []
-    for name, base in router.virtual.items():
-        item = known.get(key_of(base))
-        if item is not None or not only_known:
-            named.append({**(item or cards.tags_item(name, None)), "name": name, "model": name})
-    return named
+async def _ps_item(entry: Entry) -> Json | None:
+    residence = await entry.model.residence() if entry.model is not None else None
+    if entry.model is None or residence is None:
+        return None
+    return _renamed(models.ps_item(await entry.model.info(), residence), entry.id)
 
 
-async def show(http: web.Request) -> web.StreamResponse:
+def _renamed(item: Json, name: str) -> Json:
+    """The item as one of the model called `name`: virtual ones look like those that they stand for."""
+    return item if item["name"] == name else {**item, "name": name, "model": name}
+
+
+def _listing(items: Iterable[Json | None]) -> web.Response:
+    return web.json_response({"models": [item for item in items if item is not None]}, dumps=_dumps)
+
+
+async def show(http: web.BaseRequest) -> web.StreamResponse:
     """`POST /api/show`: what the model is and can do."""
-    proxy = http.app[PROXY]
+    proxy = http[PROXY]
     body = await read_json(http, proxy.max_body_bytes)
     name = _named(body)
-    target = await proxy.router.resolve(name, pull=False)
-    http[MODEL] = target.model
-    if isinstance(target.backend, OllamaModel):
-        return await _forward(http, proxy, target.model, {**body, "model": target.model}, changes=False)
-    if isinstance(target.backend, SpawnedModel):
-        agent = http.headers.get("User-Agent", "")
-        answer = await proxy.cards.show(target.backend, name, verbose=body.get("verbose") is True, user_agent=agent)
-    else:
-        answer = cards.show(target.model, None)
+    model = (await proxy.router.resolve(name, pull=False)).model
+    http[RECORD].routed(model.name, model.kind)
+    if FAMILY in model.speaks:
+        return await _relayed(http, proxy, model, {**body, "model": model.name})
+    info, agent = await model.info(), http.headers.get("User-Agent", "")
+    answer = models.show(info, verbose=body.get("verbose") is True, requested_name=name, user_agent=agent)
     return web.json_response(answer, dumps=_dumps)
 
 
-async def pull(http: web.Request) -> web.StreamResponse:
+async def pull(http: web.BaseRequest) -> web.StreamResponse:
     """`POST /api/pull`: a model of the Hugging Face hub (`hf.co/org/repo:Q4_K_M`), one that is configured here, or one
     that an Ollama of ours shall pull. A pull that nobody but its client wants ends with its client."""
-    proxy = http.app[PROXY]
+    proxy = http[PROXY]
     body = await read_json(http, proxy.max_body_bytes)
-    name = http[MODEL] = _named(body)
-    download = await _download(http, proxy, name)
+    name = http[RECORD].model = _named(body)
+    download = await proxy.router.download(name, upstream_headers(http.headers, has_body=False))
     async with aclosing(_lines(download)) as progress:
         if body.get("stream", True) is False:
             async for line in progress:
@@ -125,31 +116,16 @@ async def pull(http: web.Request) -> web.StreamResponse:
         return await _tell(http, progress, proxy.config.server.send_stall_s)
 
 
-async def _tell(http: web.Request, progress: AsyncIterator[Json], stall_s: float) -> web.StreamResponse:
-    answer = await begin_stream(http, 200, [("content-type", "application/x-ndjson")])
+async def _tell(http: web.BaseRequest, progress: AsyncIterator[Json], stall_s: float) -> web.StreamResponse:
+    response = ResponseWriter(http, stall_s)
+    await response.begin(200, [("content-type", "application/x-ndjson")])
     try:
         async for line in progress:
-            await patiently(http, answer.write(orjson.dumps(line) + b"\n"), stall_s)
+            if not response.feed(orjson.dumps(line) + b"\n"):
+                await response.drained()
     except ProxyError as exc:
-        await patiently(http, answer.write(OLLAMA.error_event(exc)), stall_s)
-    return await finish(http, answer, stall_s)
-
-
-async def _download(http: web.Request, proxy: Proxy, name: str) -> Download | None:
-    """The download that makes `name` available; None when it is there already."""
-    router = proxy.router
-    spawned = router.local.get(name)
-    if spawned is not None:
-        return await spawned.pool.begin_download(spawned.name, spawned.model)
-    ollama = router.ollama
-    if ollama is not None and (proxy.config.backend == "ollama" or hub.parse_name(name) is None):
-        return ollama.pull(name, [("Via", way) for way in http.headers.getall("Via", ())])
-    found = hub.parse_name(name)
-    if found is None:
-        raise ModelNotFound(
-            f"model {name[:100]!r} cannot be pulled: it is neither configured nor hf.co/org/repo:variant"
-        )
-    return router.downloads.join(hub.download_name(*found), hub.work(*found))
+        response.feed(OLLAMA.error_event(exc))
+    return await response.finish()
 
 
 async def _lines(download: Download | None) -> AsyncGenerator[Json, None]:
@@ -160,47 +136,43 @@ async def _lines(download: Download | None) -> AsyncGenerator[Json, None]:
     yield {"status": "success"}
 
 
-async def delete(http: web.Request) -> web.StreamResponse:
+async def delete(http: web.BaseRequest) -> web.StreamResponse:
     """`DELETE /api/delete`: of an Ollama, or what was pulled from the Hugging Face hub; not what is configured."""
-    proxy = http.app[PROXY]
+    proxy = http[PROXY]
     body = await read_json(http, proxy.max_body_bytes)
-    name = http[MODEL] = _named(body)
-    target = await proxy.router.resolve(name, pull=False)
-    if isinstance(target.backend, OllamaModel):
-        for host in (await _ollama(proxy).holders(target.model))[1:]:
-            async with host.open(_call(http, {**body, "model": target.model})):
-                host.outdated()
-        return await _forward(http, proxy, target.model, {**body, "model": target.model})
-    if not isinstance(target.backend, SpawnedModel) or not proxy.router.local.is_cached(target.backend):
-        raise BadRequest(f"model {name!r} is part of this proxy's configuration; remove it there")
-    await proxy.router.local.delete(target.backend)
+    name = http[RECORD].model = _named(body)
+    route = await proxy.router.resolve(name, pull=False)
+    await route.model.delete(upstream_headers(http.headers, has_body=True))
     return web.Response()
 
 
-async def change(http: web.Request) -> web.StreamResponse:
-    """`POST /api/copy`, `/api/push` and `/api/create`: an Ollama's business."""
-    proxy = http.app[PROXY]
+async def change(http: web.BaseRequest) -> web.StreamResponse:
+    """`POST /api/copy`, `/api/push` and `/api/create`: an Ollama's business. What is sent about no model that is known
+    goes to the first Ollama, as blobs do."""
+    proxy = http[PROXY]
     body = await read_json(http, proxy.max_body_bytes)
     source = next((body[key] for key in ("source", "from", "model", "name") if body.get(key)), None)
     if not isinstance(source, str):
         raise BadRequest("model is required")
     _check_names(body.get(key) for key in ("source", "destination", "from", "model", "name"))
-    http[MODEL] = source[:100]
-    if proxy.router.local.get(source) is not None:
-        raise BadRequest(f"model {source[:100]!r} is run by llama.cpp; only models of an Ollama can be changed")
+    http[RECORD].model = source[:100]
+    model = proxy.router.known(source)
+    if model is not None and FAMILY not in model.speaks:
+        raise BadRequest(f"model {source[:100]!r} is run by {model.kind}; only models of an Ollama can be changed")
     creates = http.path.startswith("/api/create")  # of files, or of a model that is yet to be pulled, too
-    known = _ollama(proxy).known(source)
-    return await _forward(http, proxy, source if known or not creates else None, body)
+    server = await _managing(proxy, source if model is not None or not creates else None)
+    try:
+        return await _relayed(http, proxy, server, body)
+    finally:
+        server.changed()
 
 
-async def blob(http: web.Request) -> web.StreamResponse:
+async def blob(http: web.BaseRequest) -> web.StreamResponse:
     """`HEAD` and `POST /api/blobs/sha256:...`: a file for `/api/create`, passed on to the first Ollama as it comes."""
-    host = await _ollama(http.app[PROXY]).host_for(None)
-    key = host.config.api_key
-    timeout = aiohttp.ClientTimeout(
-        total=None, connect=host.config.connect_timeout_s, sock_read=host.config.first_byte_timeout_s
-    )
-    headers = {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}
+    server = await _managing(http[PROXY], None)
+    limits = server.timeouts
+    timeout = aiohttp.ClientTimeout(total=None, connect=limits.connect_s, sock_read=limits.first_byte_s)
+    headers = dict(server.headers)
     headers |= {"Content-Length": str(http.content_length)} if http.content_length is not None else {}
     connection = http.protocol
     slowly = connection.receiving_body() if isinstance(connection, FrontConnection) else nullcontext()
@@ -210,7 +182,7 @@ async def blob(http: web.Request) -> web.StreamResponse:
                 aiohttp.ClientSession(timeout=timeout, trust_env=False) as session,
                 session.request(
                     http.method,
-                    f"{host.connections.endpoint}{http.path}",
+                    f"{server.url}{http.path}",
                     data=http.content if http.can_read_body else None,
                     headers=headers,
                     allow_redirects=False,
@@ -232,28 +204,19 @@ def _check_names(names: Iterable[object]) -> None:
         raise BadRequest("invalid model name") from None
 
 
-async def _forward(
-    http: web.Request, proxy: Proxy, name: str | None, body: Json, *, changes: bool = True
-) -> web.StreamResponse:
-    """Pass the request on to the Ollama that has `name`, for None to the first; what it lists then `changes`."""
-    host = await _ollama(proxy).host_for(name)
-    passing = partial(relay, http, dialect=OLLAMA, stall_s=proxy.config.server.send_stall_s)
-    try:
-        return await ask(http, host, _call(http, body), passing)
-    finally:
-        if changes:
-            host.outdated()
-
-
-def _call(http: web.Request, body: Json) -> Call:
+async def _relayed(http: web.BaseRequest, proxy: Proxy, server: Model | Management, body: Json) -> web.StreamResponse:
+    """Answer with what a server of this API answers to the request, with that body."""
     headers = upstream_headers(http.headers, has_body=True)
-    return Call(http.method, http.path.rstrip("/"), serialise(body), headers, slot=False)
+    request = UpstreamRequest(http.method, http.path.rstrip("/"), serialise(body), headers, slot=False)
+    return await relay(http, server, request, OLLAMA, stall_s=proxy.config.server.send_stall_s)
 
 
-def _ollama(proxy: Proxy) -> Ollama:
-    if proxy.router.ollama is None:
+async def _managing(proxy: Proxy, model: str | None) -> Management:
+    """The Ollama that has `model`; for None the first one."""
+    server = await proxy.router.management(FAMILY, model)
+    if server is None:
         raise BadRequest("no Ollama is configured, and only an Ollama can do this", status=404)
-    return proxy.router.ollama
+    return server
 
 
 def _named(body: Json) -> str:

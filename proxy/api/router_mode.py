@@ -8,90 +8,79 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 import orjson
 from aiohttp import web
 from aiohttp_sse import sse_response
 
-from llama_smart_proxy.backends.base import Backend
-from llama_smart_proxy.backends.llamacpp.spawned import SpawnedModel
-from llama_smart_proxy.backends.ollama.hosts import OllamaModel
-from llama_smart_proxy.backends.openai import Remote
+from llama_smart_proxy.backends.base import Feature, Model
 from llama_smart_proxy.backends.weights import hub
-from llama_smart_proxy.proxy.api.state import MODEL, PROXY
+from llama_smart_proxy.proxy.api.state import PROXY
 from llama_smart_proxy.proxy.errors import BadRequest, ModelNotFound, Overloaded
 from llama_smart_proxy.proxy.http.body import read_json
-from llama_smart_proxy.proxy.http.headers import own_headers
+from llama_smart_proxy.proxy.http.headers import RECORD, own_headers, upstream_headers
 from llama_smart_proxy.proxy.models.router import Router
-from llama_smart_proxy.proxy.stream.translate import question
 
 EVENTS_S = 0.5
-"""Seconds between two looks at the models on behalf of one who watches them."""
+"""Seconds between two looks at the models on behalf of one who watches them, and longest wait for what there is."""
 
 
-async def load_model(http: web.Request) -> web.Response:
+async def load_model(http: web.BaseRequest) -> web.Response:
     """`POST /models/load`: answers at once, the load goes on; but an Ollama answers when it has loaded."""
-    backend = await _resolved(http, await _named(http))
-    if isinstance(backend, SpawnedModel):
-        backend.pool.begin_load(backend.name, backend.model)
-    elif isinstance(backend, OllamaModel):
-        await question(backend, "/api/generate", {"model": backend.name})
+    model = await _resolved(http, await _named(http))
+    await model.load(wait=False)
     return web.json_response({"success": True})
 
 
-async def unload_model(http: web.Request) -> web.Response:
+async def unload_model(http: web.BaseRequest) -> web.Response:
     """`POST /models/unload`: answers once the process has ended; one that is answering ends after its answers. Breaks
     off a download, too."""
     name = await _named(http)
-    download = http.app[PROXY].router.downloads.get(_download_name(name))
+    download = http[PROXY].router.downloads.get(_download_name(name))
     if download is not None:
         download.stop(Overloaded(f"The download of '{download.name}' was broken off.", code="download_cancelled"))
-        return web.json_response({"success": True})
-    backend = await _resolved(http, name)
-    if isinstance(backend, SpawnedModel):
-        await backend.pool.unload(backend.name)
-    elif isinstance(backend, OllamaModel):
-        await question(backend, "/api/generate", {"model": backend.name, "keep_alive": 0})
+    else:
+        model = await _resolved(http, name)
+        await model.unload()
     return web.json_response({"success": True})
 
 
-async def download_model(http: web.Request) -> web.Response:
-    """`POST /models`: begins to download `org/repo:Q4_K_M` from the Hugging Face hub."""
+async def download_model(http: web.BaseRequest) -> web.Response:
+    """`POST /models`: begins to download `org/repo:Q4_K_M` from the Hugging Face hub; nothing if it is there."""
     name = await _named(http)
-    found = hub.parse_name(_hub_name(name))
-    if found is None:
+    hub_name = _hub_name(name)
+    if hub.parse_name(hub_name) is None:
         raise BadRequest(f"{name[:100]!r} is not org/repo:variant", param="model")
-    download = http.app[PROXY].router.downloads.join(hub.download_name(*found), hub.work(*found))
-    download.wanted = True
+    download = await http[PROXY].router.download(hub_name, upstream_headers(http.headers, has_body=False))
+    if download is not None:
+        download.wanted = True
     return web.json_response({"success": True})
 
 
-async def delete_model(http: web.Request) -> web.Response:
-    """`DELETE /models?model=...`: of what was downloaded; not of what is configured."""
+async def delete_model(http: web.BaseRequest) -> web.Response:
+    """`DELETE /models?model=...`: of what can be fetched again; not of what is configured."""
     name = http.query.get("model", "")
-    local = http.app[PROXY].router.local
-    await local.refresh(at_once=True)
-    spawned = local.get(name) or local.get(_hub_name(name))
-    if spawned is None:
+    router = http[PROXY].router
+    model = await router.find(name, pull=False) or await router.find(_hub_name(name), pull=False)
+    if model is None:
         raise ModelNotFound(f"model {name[:100]!r} not found")
-    if not local.is_cached(spawned):
-        raise BadRequest(f"model {name[:100]!r} is part of this proxy's configuration; remove it there")
-    http[MODEL] = spawned.name
-    await local.delete(spawned)
+    http[RECORD].routed(model.name, model.kind)
+    await model.delete(upstream_headers(http.headers, has_body=True))
     return web.json_response({"success": True})
 
 
-async def model_events(http: web.Request) -> web.StreamResponse:
+async def model_events(http: web.BaseRequest) -> web.StreamResponse:
     """`GET /models/sse`: an event for each model whose status changes, and for the progress of downloads; first the
     status of every model. Ends when the proxy is asked to stop."""
     if http.method == "HEAD":
         return web.Response(content_type="text/event-stream")
-    proxy = http.app[PROXY]
+    proxy = http[PROXY]
     before: dict[str, Any] = {}
-    async with sse_response(http, headers=dict(own_headers(http))) as response:
+    # it asks for no more of the request than its base class has
+    async with sse_response(cast(web.Request, http), headers=dict(own_headers(http))) as response:
         while response.is_connected() and not proxy.draining.is_set():
-            await proxy.router.local.refresh()
+            await proxy.router.listed(EVENTS_S)
             now = _told(proxy.router)
             for key, event in now.items():
                 if before.get(key) != event:
@@ -123,19 +112,19 @@ def _told(router: Router) -> dict[str, Any]:
     return told
 
 
-async def _named(http: web.Request) -> str:
-    name = (await read_json(http, http.app[PROXY].max_body_bytes)).get("model")
+async def _named(http: web.BaseRequest) -> str:
+    name = (await read_json(http, http[PROXY].max_body_bytes)).get("model")
     if not isinstance(name, str) or not name:
         raise BadRequest("model is required", param="model")
     return name
 
 
-async def _resolved(http: web.Request, name: str) -> Backend:
-    target = await http.app[PROXY].router.resolve(name, pull=False)
-    http[MODEL] = target.model
-    if isinstance(target.backend, Remote):
+async def _resolved(http: web.BaseRequest, name: str) -> Model:
+    model = (await http[PROXY].router.resolve(name, pull=False)).model
+    http[RECORD].routed(model.name, model.kind)
+    if Feature.LOADING not in model.features:
         raise BadRequest(f"model {name[:100]!r} is on a server that loads its models itself", param="model")
-    return target.backend
+    return model
 
 
 def _hub_name(name: str) -> str:

@@ -1,4 +1,4 @@
-"""What all handlers share: the state of the proxy, and the keys under which a request carries things."""
+"""What all handlers share: the state of the running proxy, and the key under which a request carries it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from aiohttp import web
 
 from llama_smart_proxy.proxy.config import Config
 from llama_smart_proxy.proxy.middleware.chain import Chain
-from llama_smart_proxy.proxy.models.cards import Cards
 from llama_smart_proxy.proxy.models.router import Router
 
 
@@ -20,7 +19,6 @@ class Proxy:
     config: Config
     router: Router
     chain: Chain
-    cards: Cards = field(default_factory=Cards)
     draining: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -28,6 +26,4 @@ class Proxy:
         return self.config.server.max_body_mib * 2**20
 
 
-PROXY = web.AppKey("proxy", Proxy)
-MODEL = web.RequestKey("model", str)
-"""The model that a request turned out to be for; the access line shows it."""
+PROXY = web.RequestKey("proxy", Proxy)

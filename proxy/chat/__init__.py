@@ -13,7 +13,7 @@ from __future__ import annotations
 from llama_smart_proxy.proxy.chat.chunk import Chunk, ChunkStream, say
 from llama_smart_proxy.proxy.chat.extensions import KEPT, Json, Kept, bare, keep, kept
 from llama_smart_proxy.proxy.chat.fold import Fold, Reply, fold
-from llama_smart_proxy.proxy.chat.record import Timing
+from llama_smart_proxy.proxy.chat.record import Observer, RequestRecord, Timing
 from llama_smart_proxy.proxy.chat.request import ChatRequest, first_text_part, last_user_message, text_of
 
 __all__ = [
@@ -24,7 +24,9 @@ __all__ = [
     "Fold",
     "Json",
     "Kept",
+    "Observer",
     "Reply",
+    "RequestRecord",
     "Timing",
     "bare",
     "first_text_part",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from typing import Annotated
@@ -9,8 +10,19 @@ from typing import Annotated
 from pydantic import BeforeValidator, WithJsonSchema
 
 LONGEST_S = 366 * 86400.0
-_UNITS_S = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-_PART = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)")
+_NANOSECONDS = {
+    "ns": 1,
+    "us": 10**3,
+    "µs": 10**3,
+    "μs": 10**3,
+    "ms": 10**6,
+    "s": 10**9,
+    "m": 60 * 10**9,
+    "h": 3600 * 10**9,
+}
+_LONGEST_NS = 2**63 - 1
+_NUMBER = re.compile(r"[0-9]+\.?[0-9]*|\.[0-9]+")
+_UNIT = re.compile(r"[^0-9.]+")
 _HOW = 'write seconds as a number, or a text such as "90s", "5m" or "1h30m"'
 
 
@@ -42,15 +54,45 @@ def _parse_number(value: object) -> float:
     return _checked(float(max(-LONGEST_S - 1, min(value, LONGEST_S + 1))))
 
 
+def go_duration_s(text: str) -> float:
+    """Seconds of a text as Go writes a duration; `math.inf` for a negative one, which means endless to Ollama.
+
+    Raises: ValueError, with Go's message. Source: `time.ParseDuration`.
+    """
+    quoted = json.dumps(text, ensure_ascii=False)
+    position = 1 if text.startswith(("-", "+")) else 0
+    if text[position:] == "0":
+        return 0.0
+    nanoseconds = 0.0
+    while True:
+        number = _NUMBER.match(text, position)
+        if number is None:
+            raise ValueError(f"time: invalid duration {quoted}")
+        unit = _UNIT.match(text, number.end())
+        if unit is None:
+            raise ValueError(f"time: missing unit in duration {quoted}")
+        if unit[0] not in _NANOSECONDS:
+            unknown = json.dumps(unit[0], ensure_ascii=False)
+            raise ValueError(f"time: unknown unit {unknown} in duration {quoted}")
+        nanoseconds += float(number[0]) * _NANOSECONDS[unit[0]]
+        position = unit.end()
+        if position == len(text):
+            break
+    if nanoseconds > _LONGEST_NS:
+        raise ValueError(f"time: invalid duration {quoted}")
+    return math.inf if text.startswith("-") and nanoseconds else nanoseconds / 1e9
+
+
 def _parse_text(text: str) -> float:
-    sign, digits = (-1.0, text[1:]) if text.startswith("-") else (1.0, text)
-    parts = _PART.findall(digits)
-    if parts and "".join(number + unit for number, unit in parts) == digits:
-        return sign * math.fsum(float(number) * _UNITS_S[unit] for number, unit in parts)
     try:
         return _checked(float(text))
     except ValueError:
+        pass
+    try:
+        seconds = go_duration_s(text)
+    except ValueError:
         raise ValueError(f"not a time; {_HOW}") from None
+    return -1.0 if math.isinf(seconds) else seconds
 
 
 def _checked(seconds: float) -> float:

@@ -300,6 +300,12 @@ class Config(Section):
     agents_dirs: Annotated[list[Path], BeforeValidator(shapes.comma_list)] = Field(
         default_factory=list, description="Folders with further agents."
     )
+    modules: Annotated[list[Path], BeforeValidator(shapes.comma_list)] = Field(
+        default_factory=list, description="Python files that add backends, APIs or observers of requests."
+    )
+    sections: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="Settings of the backends that `modules` add, by the name of their section."
+    )
     log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(shapes.lower)] = Field(
         default="info", description="Least important messages to log."
     )

@@ -8,39 +8,100 @@ from __future__ import annotations
 
 import secrets
 import time
-from functools import partial
 from typing import Any
 
 import orjson
 
 from llama_smart_proxy.proxy.chat import KEPT, ChatRequest, Json, Timing, bare
-from llama_smart_proxy.proxy.dialects import OPENAI
-from llama_smart_proxy.proxy.dialects.base import Face, Wire
+from llama_smart_proxy.proxy.dialects.base import ClientCodec, Dialect, UpstreamCodec, counts, has_line, last_objects
 from llama_smart_proxy.proxy.dialects.framing import EventSplitter, event_data
-from llama_smart_proxy.proxy.errors import BadRequest, ProxyError, UpstreamFailed
+from llama_smart_proxy.proxy.errors import BadRequest, ProxyError, UpstreamFailed, UpstreamRefused
+
+
+def _openai_error(exc: ProxyError) -> bytes:
+    details = exc.details if isinstance(exc, UpstreamRefused) else {}
+    error = {"message": exc.message, "type": exc.kind, "param": exc.param, "code": exc.code, **details}
+    return orjson.dumps({"error": error})
+
+
+def _openai_event(exc: ProxyError) -> bytes:
+    return b"data: " + _openai_error(exc) + b"\n\n"
+
+
+def _has_error_event(events: bytes) -> bool:
+    """llama-server sends `data: {"error": ...}` (b11434). `error: {...}` is what some servers send instead."""
+    return has_line(events, b'data: {"error"', b'data:{"error"', b"error: ")
+
+
+def _usage(frames: bytes) -> Json | None:
+    """llama-server sends `timings` with every answer, and `usage` with a stream only if the client asked for it."""
+    for event in last_objects(frames):
+        if isinstance(usage := event.get("usage"), dict):
+            return usage
+        if isinstance(timings := event.get("timings"), dict):
+            cached = timings.get("cache_n", 0)
+            return counts(timings.get("prompt_n", 0) + cached, timings.get("predicted_n"), cached)
+    return None
+
+
+OPENAI = Dialect(
+    name="openai",
+    error_body=_openai_error,
+    error_event=_openai_event,
+    is_end=lambda events: has_line(events, b"data: [DONE]", b"data:[DONE]"),
+    is_error=_has_error_event,
+    ending=b"data: [DONE]\n\n",
+    usage=_usage,
+)
+"""Source: the OpenAI API reference; llama-server and vLLM both end a stream with `[DONE]`."""
+
+NATIVE = Dialect(
+    name="llama.cpp",
+    error_body=_openai_error,
+    error_event=_openai_event,
+    is_end=lambda events: b'"stop":true' in events,
+    is_error=_has_error_event,
+    usage=_usage,
+)
+"""llama-server's own `/completion` and `/infill`: the last event carries `"stop":true`, and no `[DONE]` follows.
+Source: llama.cpp tools/server/server-context.cpp, b11434. A quote inside generated text is escaped, so text cannot
+look like the field."""
+
+
+def _responses_event(exc: ProxyError) -> bytes:
+    event = {"type": "error", "code": exc.code, "message": exc.message, "param": exc.param}
+    return b"event: error\ndata: " + orjson.dumps(event) + b"\n\n"
+
+
+def _usage_of_response(frames: bytes) -> Json | None:
+    for event in last_objects(frames):
+        usage = event.get("response", event).get("usage")
+        if isinstance(usage, dict):
+            return counts(usage.get("input_tokens"), usage.get("output_tokens"))
+    return None
+
+
+RESPONSES = Dialect(
+    name="openai-responses",
+    usage=_usage_of_response,
+    error_body=_openai_error,
+    error_event=_responses_event,
+    is_end=lambda events: has_line(
+        events, b"event: response.completed", b"event: response.incomplete", b"event: response.failed"
+    ),
+    is_error=lambda events: has_line(events, b"event: error") or _has_error_event(events),
+)
+"""Source: the OpenAI API reference, streaming events of the Responses API."""
+
 
 _TOKEN_LIMITS = ("max_completion_tokens", "max_tokens")
 
 
-def _decode(field: str, body: Json) -> ChatRequest:
+def _streams(body: Json) -> bool:
     stream = body.get("stream", False)
     if not isinstance(stream, bool) and stream is not None:
         raise BadRequest("stream must be a boolean", param="stream")
-    if field == "messages":
-        messages = body.get("messages")
-        if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-            raise BadRequest("messages must be a list of objects", param="messages")
-        if not messages:
-            raise BadRequest("messages must not be empty", param="messages")
-    elif "prompt" not in body:
-        raise BadRequest("prompt is required", param="prompt")
-    else:
-        body = {name: value for name, value in body.items() if name != "messages"}  # which would make it a chat
-    return ChatRequest(body, bool(stream))
-
-
-def _encode(request: ChatRequest) -> Json:
-    return request.body
+    return bool(stream)
 
 
 class ChatWriter:
@@ -243,13 +304,50 @@ def _to_llama_cpp(request: ChatRequest) -> tuple[str, Json]:
     return path, body
 
 
-CHAT = Face(OPENAI, partial(_decode, "messages"), _encode, ChatWriter)
-"""`POST /v1/chat/completions`."""
-TEXT = Face(OPENAI, partial(_decode, "prompt"), _encode, TextWriter)
-"""`POST /v1/completions`."""
-WIRE = Wire(OPENAI, EventSplitter, _to_openai, EventReader)
+WIRE = UpstreamCodec(OPENAI, EventSplitter, _to_openai, EventReader)
 """Any OpenAI-style server."""
-OWN_WIRE = Wire(OPENAI, EventSplitter, as_asked, OwnEventReader)
+OWN_WIRE = UpstreamCodec(OPENAI, EventSplitter, as_asked, OwnEventReader)
 """The same, for clients of that API."""
-LLAMA_CPP = Wire(OPENAI, EventSplitter, _to_llama_cpp, EventReader)
+LLAMA_CPP = UpstreamCodec(OPENAI, EventSplitter, _to_llama_cpp, EventReader)
 """llama-server."""
+
+
+class ChatCodec(ClientCodec):
+    """`POST /v1/chat/completions`."""
+
+    dialect = OPENAI
+    same_api = OWN_WIRE
+
+    def decode(self, body: Json) -> ChatRequest:
+        messages = body.get("messages")
+        if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+            raise BadRequest("messages must be a list of objects", param="messages")
+        if not messages:
+            raise BadRequest("messages must not be empty", param="messages")
+        return ChatRequest(body, _streams(body))
+
+    def encode(self, request: ChatRequest) -> Json:
+        return request.body
+
+    def writer(self, request: ChatRequest, timing: Timing) -> ChatWriter:
+        return ChatWriter(request, timing)
+
+    def fits(self, request: ChatRequest) -> bool:
+        return True  # unknown fields pass, too
+
+
+class TextCodec(ChatCodec):
+    """`POST /v1/completions`."""
+
+    def decode(self, body: Json) -> ChatRequest:
+        if "prompt" not in body:
+            raise BadRequest("prompt is required", param="prompt")
+        chat_only = "messages"  # which would make it a chat
+        return ChatRequest({name: value for name, value in body.items() if name != chat_only}, _streams(body))
+
+    def writer(self, request: ChatRequest, timing: Timing) -> TextWriter:
+        return TextWriter(request, timing)
+
+
+CHAT = ChatCodec()
+TEXT = TextCodec()

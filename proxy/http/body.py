@@ -30,7 +30,7 @@ OFF_LOOP_BYTES = 1024 * 1024
 """Larger bodies are parsed in a thread, so that other streams go on."""
 
 
-async def read_json(http: web.Request, max_bytes: int) -> dict[str, Any]:
+async def read_json(http: web.BaseRequest, max_bytes: int) -> dict[str, Any]:
     """The request's JSON object.
 
     Raises: BadRequest 413 over `max_bytes`, 415 for a content encoding, 400 for anything that is not one JSON object.
@@ -48,19 +48,19 @@ async def read_json(http: web.Request, max_bytes: int) -> dict[str, Any]:
     return parse_object(raw)
 
 
-async def to_bytes(http: web.Request, value: dict[str, Any]) -> bytes:
+async def to_bytes(http: web.BaseRequest, value: dict[str, Any]) -> bytes:
     """`serialise(value)`, the body of `http`; in a thread if it is large."""
     return serialise(value) if http.content.total_bytes <= OFF_LOOP_BYTES else await aside(http, serialise, value)
 
 
-async def aside(http: web.Request, work: Callable[[A], R], value: A) -> R:
+async def aside(http: web.BaseRequest, work: Callable[[A], R], value: A) -> R:
     """`work(value)`, which takes time in proportion to the body of `http`: in a thread if that is large."""
     if http.content.total_bytes <= OFF_LOOP_BYTES:
         return work(value)
     return await asyncio.get_running_loop().run_in_executor(None, work, value)
 
 
-async def _upload(http: web.Request, max_bytes: int) -> bytes:
+async def _upload(http: web.BaseRequest, max_bytes: int) -> bytes:
     if http.headers.get("Expect", "").lower() == "100-continue" and http.transport is not None:
         http.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")  # curl waits for it before it sends a large body
     connection = http.protocol

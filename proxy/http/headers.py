@@ -11,10 +11,12 @@ from aiohttp import web
 from multidict import MultiMapping
 
 from llama_smart_proxy.proxy import __version__
+from llama_smart_proxy.proxy.chat import RequestRecord
 
-REQUEST_ID = web.RequestKey("request_id", str)
-ANSWERED = web.RequestKey("answered", int)
-"""The status of an answer of which the client has all but the end mark. Many leave before they get that."""
+RECORD = web.RequestKey("record", RequestRecord)
+"""What is known of a request, under this key of the request itself."""
+PARAMS = web.RequestKey("params", dict[str, str])
+"""The named parts of the path, where its pattern has any."""
 SERVER = f"llama-smart-proxy/{__version__}"
 
 HOP_BY_HOP = frozenset(
@@ -91,18 +93,12 @@ def downstream_headers(upstream: Iterable[tuple[str, str]]) -> list[tuple[str, s
 
 def own_headers(http: web.BaseRequest) -> list[tuple[str, str]]:
     """What every answer of ours carries."""
-    return [("server", SERVER), ("x-request-id", http[REQUEST_ID]), ("date", _date(int(time.time())))]
+    return [("server", SERVER), ("x-request-id", http[RECORD].request_id), ("date", _date(int(time.time())))]
 
 
 def shown_path(http: web.BaseRequest) -> str:
     """The path for a log line: as it came, as a decoded line break would forge lines, and without the query."""
     return http.raw_path.partition("?")[0]
-
-
-def shown(name: str) -> str:
-    """A client's name of something for a log line: what is not printable ASCII would forge lines."""
-    name = name[:255]
-    return name if name.isascii() and name.isprintable() else ascii(name)[1:-1]
 
 
 @lru_cache(maxsize=1)

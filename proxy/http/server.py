@@ -125,7 +125,7 @@ class FrontConnection(web.RequestHandler):
 
 
 class FrontServer(web.Server):
-    """Makes a `FrontConnection` for each client; its requests, as `request_factory` makes them, go to `handler`.
+    """Makes a `FrontConnection` for each client; its requests go to `handler`.
 
     A handler is cancelled at once when its client leaves. A client that needs over `head_timeout_s` seconds for the
     head of a request, or sends its body by drops, is disconnected (slowloris), and so is one that has not taken the
@@ -136,12 +136,11 @@ class FrontServer(web.Server):
         self,
         handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]],
         *,
-        request_factory: Callable[..., web.BaseRequest],
         head_timeout_s: float,
         keepalive_timeout_s: float,
         send_stall_s: float,
     ) -> None:
-        super().__init__(handler, request_factory=request_factory, handler_cancellation=True)
+        super().__init__(handler, handler_cancellation=True)
         self._options: dict[str, Any] = {
             "keepalive_timeout": keepalive_timeout_s,
             "max_line_size": MAX_HEADER_LINE,

@@ -17,7 +17,7 @@ from multidict import CIMultiDictProxy
 from pydantic import BaseModel, ValidationError
 
 from llama_smart_proxy.agents.base import About
-from llama_smart_proxy.backends.ollama.host import key_of
+from llama_smart_proxy.backends.names import key_of
 from llama_smart_proxy.proxy.chat import ChatRequest, Json
 from llama_smart_proxy.proxy.config import AgentConfig, Config, ModelConfig
 from llama_smart_proxy.proxy.errors import AgentError, BadRequest
@@ -45,13 +45,13 @@ class Active:
 
 
 @dataclass(slots=True)
-class Picked:
-    """What is to be done about a request: run `chain` around it, or answer it with `words` of the proxy's own. `about`
-    describes all agents there are: a function, because few agents ask for that."""
+class Selection:
+    """What is to be done about a request: run `chain` around it, or answer it with `reply`, a text of the proxy's own.
+    `about` describes all agents there are: a function, because few agents ask for that."""
 
     chat_id: str = ""
     chain: list[Active] = field(default_factory=list)
-    words: str | None = None
+    reply: str | None = None
     about: Callable[[], list[About]] = list
 
 
@@ -111,35 +111,35 @@ class Chain:
             words = f"agents do not run at this endpoint, so it cannot run {named[0][:100]}"
             raise BadRequest(words, param=HEADER)
 
-    def pick(
-        self, headers: CIMultiDictProxy[str], field: object, request: ChatRequest, model: str, *, chats: bool
-    ) -> Picked:
+    def select(
+        self, headers: CIMultiDictProxy[str], field: object, request: ChatRequest, model: str, *, resends_chat: bool
+    ) -> Selection:
         """The agents of `request`, whose commands are taken out of it. `field` is what stood in its field `agents`,
-        `model` the name of the model; with `chats` its API sends all that was said in a chat with each request.
+        `model` the name of the model; with `resends_chat` its API sends all that was said in a chat with each request.
 
         Raises: BadRequest for an unknown agent that is named outside the text, and for a bad option; AgentError for one
         that is required and broken.
         """
         named = _named(_header(headers), field)
-        picked = Picked(chat_id(headers, request))
+        selection = Selection(chat_id(headers, request))
         wishes = self._own(model)
         if named is None or self._name(model) in self._barred:
             wishes = {name: wish for name, wish in wishes.items() if wish.settings.required}
         else:
-            called, known = self._called(request), chats or is_named(headers)
+            called, known = self._called(request), resends_chat or is_named(headers)
             if called is not None and (word := self._control_word(called, request)) is not None:
-                picked.words = self._control(picked.chat_id if known else None, called, word, wishes)
-                return picked
+                selection.reply = self._control(selection.chat_id if known else None, called, word, wishes)
+                return selection
             if known:
-                self._add_switched(wishes, picked.chat_id)
+                self._add_switched(wishes, selection.chat_id)
             self._add_named(wishes, named)
             for call in called or ():
                 wish = self._add(wishes, self.plugins.commands()[call.command])
                 wish.typed |= call.options
                 wish.wanted = True
-        picked.chain = [_active(wish) for wish in wishes.values() if _usable(wish)]
-        picked.about = partial(self._about, set(wishes))
-        return picked
+        selection.chain = [_active(wish) for wish in wishes.values() if _usable(wish)]
+        selection.about = partial(self._about, set(wishes))
+        return selection
 
     # -- who wants which -------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from llama_smart_proxy.agents.base import About
 from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, ChunkStream, Reply, fold
-from llama_smart_proxy.proxy.middleware.chain import Active, Picked
+from llama_smart_proxy.proxy.middleware.chain import Active, Selection
 from llama_smart_proxy.proxy.middleware.scope import Scope, Turn
 from llama_smart_proxy.proxy.middleware.side_calls import SideCalls
 
@@ -19,12 +19,14 @@ _NOT_TOLD = frozenset({"authorization", "x-api-key", "cookie", "proxy-authorizat
 class RequestFacts:
     """What is the same for all agents of a request; the fields are those of `Context`."""
 
-    def __init__(self, headers: Mapping[str, str], api: str, request_id: str, server: str, picked: Picked) -> None:
+    def __init__(
+        self, headers: Mapping[str, str], api: str, request_id: str, server: str, selection: Selection
+    ) -> None:
         self._all_headers = headers
         self.api = api
         self.request_id = request_id
         self.server = server
-        self.picked = picked
+        self.selection = selection
 
     @cached_property
     def headers(self) -> dict[str, str]:
@@ -42,7 +44,7 @@ class AgentContext:
         self.config: Any = active.config
         self.state: dict[str, Any] = {}
         self.request_id, self.api, self.server = facts.request_id, facts.api, facts.server
-        self.chat_id = facts.picked.chat_id
+        self.chat_id = facts.selection.chat_id
         own_s = active.settings.timeout_s
         self.turn = Turn(scope, self.name, limits.timeout_s if own_s is None else own_s)
         self.output_limit = limits.output_kib * 1024
@@ -61,7 +63,7 @@ class AgentContext:
 
     @property
     def agents(self) -> Sequence[About]:
-        return self._facts.picked.about()
+        return self._facts.selection.about()
 
     def leave_out(self, *names: str) -> None:
         self.leaves_out.update(names)

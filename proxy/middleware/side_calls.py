@@ -9,23 +9,22 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager
-from dataclasses import replace
-from typing import cast
+from collections.abc import Mapping, Sequence
+from contextlib import aclosing
+from functools import partial
 
-from llama_smart_proxy.backends.base import Backend, Call
-from llama_smart_proxy.backends.http.exchange import Response
-from llama_smart_proxy.proxy.api.embeddings import vectors_of
-from llama_smart_proxy.proxy.chat import ChatRequest, Chunk
+from llama_smart_proxy.backends.base import Priority, UpstreamRequest
+from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, Json
 from llama_smart_proxy.proxy.config import LimitsConfig
-from llama_smart_proxy.proxy.errors import AgentError, Overloaded, ProxyError, UpstreamFailed
+from llama_smart_proxy.proxy.dialects import UPSTREAM_CODECS
+from llama_smart_proxy.proxy.dialects.embeddings import EmbeddingRequest
+from llama_smart_proxy.proxy.errors import AgentError, BadRequest, Overloaded, ProxyError, UpstreamFailed
 from llama_smart_proxy.proxy.http.body import serialise
 from llama_smart_proxy.proxy.middleware.scope import Scope
 from llama_smart_proxy.proxy.models.router import Router
-from llama_smart_proxy.proxy.stream.source import Source
-from llama_smart_proxy.proxy.stream.translate import ANSWER_LIMIT, JSON_HEADERS
-from llama_smart_proxy.proxy.stream.wires import wire_of
+from llama_smart_proxy.proxy.stream.answer import ModelAnswer
+from llama_smart_proxy.proxy.stream.embeddings import embed
+from llama_smart_proxy.proxy.stream.upstream import ANSWER_LIMIT, JSON_HEADERS, answer_to
 
 logger = logging.getLogger(__name__)
 
@@ -79,13 +78,31 @@ class SideCalls:
         hasty: _Hasty | None = None
         try:
             async with self.room, asyncio.timeout(self.limits.side_call_s) as limit:
-                target = await self.router.resolve(model)
-                hasty = _Hasty(self, target.backend, limit)
-                return await vectors_of(cast(Backend, hasty), target.model, texts)
+                route = await self.router.resolve(model)
+                hasty = _Hasty(limit)
+
+                async def ask(path: str, body: Json) -> Json:
+                    assert hasty is not None
+                    prepared = route.model.prepare(body)
+                    request = self._request(path, body, prepared)
+                    self.waiting.add(hasty)
+                    try:
+                        return await answer_to(route.model, request, partial(self.waiting.discard, hasty))
+                    finally:
+                        self.waiting.discard(hasty)
+
+                return (await embed(route.model, EmbeddingRequest(list(texts)), ask)).vectors
         except TimeoutError:
             if hasty is not None and hasty.failure is not None:
                 raise hasty.failure from None
             raise self.too_long() from None
+
+    def _request(self, path: str, body: Json, prepared: object) -> UpstreamRequest:
+        headers = [*JSON_HEADERS, *self.headers]
+        return UpstreamRequest(
+            "POST", path, serialise(body), headers,
+            wait=not self.replying, priority=Priority.HELPER, prepared=prepared,
+        )  # fmt: skip
 
     def too_long(self) -> UpstreamFailed:
         words = f"a side call took over {self.limits.side_call_s:g} s"
@@ -96,15 +113,15 @@ class SideCalls:
             raise _used_up(agent, f"{self.limits.side_calls} side calls")
         self._calls += 1
 
-    async def source(self, request: ChatRequest, call: SideCall) -> Source:
-        """Where the chunks come from."""
-        target = await self.router.resolve(request.model)
-        request.model = target.model
-        wire = wire_of(target.backend)
-        path, body = wire.encode(request)
-        headers = [*JSON_HEADERS, *self.headers]
-        sent = Call("POST", path, serialise(body), headers, wait=not self.replying)
-        return Source(target.backend, sent, wire, request, opened=call.opened)
+    async def answer(self, request: ChatRequest, call: SideCall) -> ModelAnswer:
+        """The model's answer, not requested yet."""
+        route = await self.router.resolve(request.model)
+        request.model = route.model.name
+        codec = UPSTREAM_CODECS[route.model.codec]
+        path, body = codec.encode(request)
+        prepared = route.model.prepare(body)
+        sent = self._request(path, body, prepared)
+        return ModelAnswer(route.model, sent, codec, request, opened=call.opened, limit=ANSWER_LIMIT)
 
 
 class SideCall:
@@ -123,7 +140,7 @@ class SideCall:
     def start(self, scope: Scope) -> None:
         self._task = scope.spawn(self._read())
 
-    def opened(self, upstream: Response) -> None:
+    def opened(self) -> None:
         """A slot is held."""
         self._calls.waiting.discard(self)
 
@@ -174,48 +191,37 @@ class SideCall:
 
     async def _take_all(self) -> None:
         self._calls.waiting.add(self)
-        source = await self._calls.source(self._request, self)
-        size = 0
-        async with aclosing(source.chunks()) as stream:
+        answer = await self._calls.answer(self._request, self)
+        async with aclosing(answer.chunks()) as stream:
             async for chunk in stream:
-                size += chunk.size
                 self._calls.tokens += bool(chunk.text or chunk.reasoning or chunk.tool_calls)
                 if self._calls.tokens > self._calls.limits.side_tokens:
                     raise _used_up(self._agent, f"{self._calls.limits.side_tokens} tokens in side calls")
-                if size > ANSWER_LIMIT:
-                    raise UpstreamFailed("the answer to a side call is too large", code="upstream_error")
                 self._chunks.append(chunk)
                 self._news.set()
 
 
 class _Hasty:
-    """A backend whose calls wait for a slot only as long as they may, and within `limit`."""
+    """A request that waits for a slot only as long as it may, and within `limit`."""
 
-    def __init__(self, calls: SideCalls, backend: Backend, limit: asyncio.Timeout) -> None:
+    def __init__(self, limit: asyncio.Timeout) -> None:
         self.failure: ProxyError | None = None
-        self._calls = calls
-        self._backend = backend
         self._limit = limit
-
-    @property
-    def speaks(self) -> frozenset[str]:
-        return self._backend.speaks
-
-    @asynccontextmanager
-    async def open(self, call: Call) -> AsyncIterator[Response]:
-        waiting = self._calls.waiting
-        waiting.add(self)
-        try:
-            async with self._backend.open(replace(call, wait=not self._calls.replying)) as upstream:
-                waiting.discard(self)
-                yield upstream
-        finally:
-            waiting.discard(self)
 
     def fail(self, failure: ProxyError) -> None:
         """Wait no more."""
         self.failure = failure
         self._limit.reschedule(asyncio.get_running_loop().time())
+
+
+def check_depth(headers: Mapping[str, str]) -> int:
+    """How many agents, each asking the next proxy, the request has come through. Raises: BadRequest 508."""
+    given = headers.get(DEPTH, "")
+    depth = min(int(given[:4]), DEEPEST) if given.isascii() and given.isdigit() else 0
+    if depth >= DEEPEST:
+        message = f"agents are calling agents: this request has come through {DEEPEST} of them already"
+        raise BadRequest(message, status=508, code="agent_depth")
+    return depth
 
 
 def _used_up(agent: str, what: str) -> AgentError:

@@ -1,4 +1,4 @@
-"""From the model name in a request to the backend that holds the model; and the catalogue of all there are."""
+"""From the model name in a request to the model itself, whoever runs it; and the catalogue of all there are."""
 
 from __future__ import annotations
 
@@ -6,142 +6,123 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
-from llama_smart_proxy.backends.llamacpp.spawned import SpawnedModel
-from llama_smart_proxy.backends.ollama.hosts import Ollama, OllamaModel
-from llama_smart_proxy.backends.openai import Remote
-from llama_smart_proxy.backends.pool.pool import Pool
-from llama_smart_proxy.backends.weights import hub
-from llama_smart_proxy.backends.weights.downloads import Downloads
+from llama_smart_proxy.backends.base import Management, Model, ModelState, Provider, ProviderStatus
+from llama_smart_proxy.backends.weights.downloads import Download, Downloads
 from llama_smart_proxy.proxy.config import Config, ModelConfig
-from llama_smart_proxy.proxy.errors import BadRequest, ModelNotFound, UpstreamFailed
-from llama_smart_proxy.proxy.models.local import LocalModels
+from llama_smart_proxy.proxy.errors import BadRequest, ModelNotFound
 
 SHOWN_NAMES = 20
 """Most names listed in an error message."""
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
-    """Where a request goes: `backend`, and the id by which it knows the model. `virtual` is the name of the virtual
-    model that was asked for, if it was one."""
+class Route:
+    """Where a request goes. `virtual` is the name of the virtual model that was asked for, if it was one."""
 
-    backend: SpawnedModel | Remote | OllamaModel
-    model: str
+    model: Model
     virtual: str = ""
 
     @property
     def name(self) -> str:
         """The model that was asked for."""
-        return self.virtual or self.model
+        return self.virtual or self.model.name
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
-    """One line of a model list."""
+    """One line of a model list. There is no `model` if it is a virtual one that stands for one which is not known."""
 
     id: str
     owner: str
-    state: str
-    aliases: list[str] = field(default_factory=list)
-    error: str | None = None
+    aliases: Sequence[str]
+    model: Model | None
 
     def as_openai(self, created: int) -> dict[str, Any]:
         """The item of `/v1/models`, with `status` as llama-server's router mode writes it (Open WebUI reads it)."""
-        status: dict[str, Any] = {"value": self.state}
-        if self.error:
-            status |= {"failed": True, "error": self.error}
+        state = self.model.state if self.model is not None else ModelState("unloaded")
+        status: dict[str, Any] = {"value": state.value}
+        if state.error:
+            status |= {"failed": True, "error": state.error}
         return {
             "id": self.id,
             "object": "model",
             "created": created,
             "owned_by": self.owner,
-            "aliases": self.aliases,
+            "aliases": list(self.aliases),
             "status": status,
         }
 
 
 class Router:
-    """Knows every model. Lookup order: configured models and their aliases, `models_dir`, the local Hugging Face cache,
-    remotes in config order, the Ollama hosts."""
+    """Knows every model: what one of the `providers` has counts before what the next one has, and what is known before
+    what would have to be asked for. `created` is when it was made, in seconds since 1970."""
 
-    def __init__(self, config: Config, pool: Pool, downloads: Downloads) -> None:
-        self.pool = pool
+    def __init__(self, providers: Sequence[Provider], config: Config, downloads: Downloads) -> None:
         self.downloads = downloads
-        self.local = LocalModels(config, pool)
-        self.remotes = [Remote(name, remote) for name, remote in config.remotes.items()]
-        self.ollama: Ollama | None = None
-        if config.uses_ollama:
-            by_ollama = {name: model for name, model in config.models.items() if config.backend_of(name) == "ollama"}
-            self.ollama = Ollama(config.ollama, downloads, by_ollama)
         self.created = int(time.time())
+        self._providers = providers
+        self._virtual = config.virtual
         self._names = spelled(config.models | config.virtual)
-        self._base = {name: str(model.model) for name, model in config.virtual.items()}
-        self._virtual_aliases = {name: list(model.aliases) for name, model in config.virtual.items()}
-        self._places = config.server_pool.size
 
-    async def resolve(self, name: object, *, pull: bool = True) -> Target:
-        """The target for the `model` of a request; with one local model in all, none need be named.
+    # -- names -----------------------------------------------------------------------------------------------------
 
-        With `pull`, a model that nobody has is looked for on the hub of an Ollama, once it is asked.
+    async def resolve(self, name: object, *, pull: bool = True) -> Route:
+        """The route for the `model` of a request; with one local model in all, none need be named.
 
-        Raises: BadRequest for a name that is no text, ModelNotFound.
+        With `pull`, a model that is nowhere may be one that its provider fetches for the first request to it.
+
+        Raises: BadRequest for a name that is no text, ModelNotFound, or a provider's `missing` error.
         """
+        return (await self._resolve(name, pull=pull))[1]
+
+    async def find(self, name: str, *, pull: bool) -> Model | None:
+        """The model of that name, which is not a virtual one; None if there is none."""
+        return (await self._locate(name, pull=pull) or (None, None))[1]
+
+    def known(self, name: str) -> Model | None:
+        """The same, as far as memory goes; no request to it has it fetched."""
+        return (self._remembered(name, pull=False) or (None, None))[1]
+
+    async def _resolve(self, name: object, *, pull: bool) -> tuple[Provider, Route]:
         if not isinstance(name, str) or not name:
             return self._unnamed(name)
         key = name.lower()
-        if (known := self._names.get(key) or self._names.get(key.removesuffix(":latest"))) in self._base:
-            return replace(await self._find(self._base[known], pull=pull), virtual=known)
-        return await self._find(name, pull=pull)
+        known = self._names.get(key) or self._names.get(key.removesuffix(":latest"), "")
+        virtual = known if known in self._virtual else ""
+        base = str(self._virtual[virtual].model) if virtual else name
+        located = await self._locate(base, pull=pull)
+        if located is None:
+            for provider in self._providers:
+                if (error := provider.missing(base)) is not None:
+                    raise error
+            raise self._not_found(base)
+        return located[0], Route(located[1], virtual)
 
-    async def _find(self, name: str, *, pull: bool) -> Target:
-        target = self._known(name) or await self._ask_around(name)
-        if target is None and pull and self.ollama is not None and self.ollama.may_pull(name):
-            return Target(self.ollama.model(name), name)
-        if target is None:
-            if self.ollama is not None and isinstance(error := self.ollama.missing(name), UpstreamFailed):
-                raise error
-            raise self._not_found(name)
-        return target
+    async def _locate(self, name: str, *, pull: bool) -> tuple[Provider, Model] | None:
+        if (found := self._remembered(name, pull=pull)) is not None:
+            return found
+        for provider in self._providers:
+            if (model := await provider.find(name, pull=pull)) is not None:
+                return provider, model
+        return None
 
-    def _known(self, name: str) -> Target | None:
-        """The target of that name as far as memory goes: a model of ours, one of a remote, `remote/model`."""
-        spawned = self.local.get(name)
-        if spawned is not None:
-            return Target(spawned, spawned.name)
-        for remote in self.remotes:
-            if name in remote.models:
-                return Target(remote, name)
-        for remote in self.remotes:
-            own = name.removeprefix(f"{remote.name}/")
-            if own in remote.models:
-                return Target(remote, own)
-        return self._of_ollama(self.ollama.known(name)) if self.ollama is not None else None
+    def _remembered(self, name: str, *, pull: bool) -> tuple[Provider, Model] | None:
+        for provider in self._providers:
+            if (model := provider.known(name, pull=pull)) is not None:
+                return provider, model
+        return None
 
-    async def _ask_around(self, name: str) -> Target | None:
-        """The same after looking at the cache again, and asking all servers what they have now."""
-        if hub.parse_name(name) is not None:
-            await self.local.refresh(at_once=True)
-            if (spawned := self.local.get(name)) is not None:
-                return Target(spawned, spawned.name)
-        for remote in sorted(self.remotes, key=lambda remote: not name.startswith(f"{remote.name}/")):
-            for model in dict.fromkeys((name.removeprefix(f"{remote.name}/"), name)):
-                if await remote.find(model):
-                    return Target(remote, model)
-        return self._of_ollama(await self.ollama.find(name)) if self.ollama is not None else None
-
-    def _of_ollama(self, model: str | None) -> Target | None:
-        return Target(self.ollama.model(model), model) if self.ollama is not None and model is not None else None
-
-    def _unnamed(self, name: object) -> Target:
+    def _unnamed(self, name: object) -> tuple[Provider, Route]:
         if name is not None and name != "":
             raise BadRequest("model must be a string", param="model")
-        only = self.local.only_one
-        if only is None or self.remotes or self.ollama is not None:
+        first, *others = self._providers
+        only = first.default
+        if others or only is None:
             raise BadRequest("model is required", param="model")
-        return Target(only, only.name)
+        return first, Route(only)
 
     def _not_found(self, name: str) -> ModelNotFound:
         known = sorted(entry.id for entry in self.catalogue())
@@ -149,89 +130,90 @@ class Router:
         listing = f"known models: {', '.join(known[:SHOWN_NAMES])}{more}" if known else "no model is configured"
         return ModelNotFound(f"model {name[:100]!r} not found", hint=listing)
 
+    # -- all models ------------------------------------------------------------------------------------------------
+
+    def models(self) -> list[Model]:
+        """Every model that is not a virtual one, from memory."""
+        return [model for provider in self._providers for model in provider.models()]
+
     def catalogue(self) -> list[Entry]:
         """Every model, from memory: no server is asked, so a dead one delays nobody."""
-        entries = [self._local_entry(spawned) for spawned in self.local.all()]
-        for remote in self.remotes:
-            entries += [_remote_entry(remote, model) for model in remote.models]
-        if self.ollama is not None:
-            entries += [self._ollama_entry(self.ollama, model) for model in self.ollama.models]
-        states = {entry.id: entry.state for entry in entries}
-        for name, base in self.virtual.items():
-            state = states.get(base, "unloaded")
-            entries.append(Entry(name, "llama-smart-proxy", state, self._virtual_aliases[name]))
+        entries = [self.entry(Route(model)) for model in self.models()]
+        entries += [self._virtual_entry(name, self.known(str(model.model))) for name, model in self._virtual.items()]
         named: dict[str, Entry] = {}
         for entry in entries:
             named.setdefault(entry.id, entry)  # of two with the same name the first is the one served
         return list(named.values())
 
-    @property
-    def virtual(self) -> dict[str, str]:
-        """The virtual models, and the id of the model that each of them is, as far as memory goes."""
-        return {name: target.model if (target := self._known(base)) else base for name, base in self._base.items()}
-
-    async def fitting(self, names: Sequence[str]) -> list[list[str]]:
-        """`names` in groups of models that can be loaded at one time; first those that are. Only models of ours take a
-        place. Raises: ModelNotFound."""
-        targets = [(name, await self.resolve(name)) for name in names]
-        ours = {target.model for _, target in targets if isinstance(target.backend, SpawnedModel)}
-        loaded = [model for model in ours if self.pool.state(model) == "loaded"]
-        order = [*loaded, *sorted(ours - set(loaded))]
-        room = max(1, self._places - self.pool.pinned_besides(ours))
-        group = {model: position // room for position, model in enumerate(order)}
-        groups: dict[int, list[str]] = {}
-        for name, target in targets:
-            groups.setdefault(group.get(target.model, 0) if target.model in ours else 0, []).append(name)
-        return [groups[number] for number in sorted(groups)]
-
-    def entry(self, target: Target) -> Entry:
+    def entry(self, route: Route) -> Entry:
         """The line of one model."""
-        if target.virtual:
-            entry = self.entry(replace(target, virtual=""))
-            aliases = self._virtual_aliases[target.virtual]
-            return replace(entry, id=target.virtual, owner="llama-smart-proxy", aliases=aliases)
-        if isinstance(target.backend, SpawnedModel):
-            return self._local_entry(target.backend)
-        if isinstance(target.backend, Remote):
-            return _remote_entry(target.backend, target.model)
-        return self._ollama_entry(target.backend.ollama, target.model)
+        model = route.model
+        if route.virtual:
+            return self._virtual_entry(route.virtual, model)
+        return Entry(model.name, model.owner, model.aliases, model)
 
-    async def heard_of_all(self, limit_s: float) -> None:
-        """Return when every source of models has been heard of once since the start, or after `limit_s` seconds."""
-        asked = [remote.listed() for remote in self.remotes]
-        if self.ollama is not None:
-            asked.append(self.ollama.listed())
+    def _virtual_entry(self, name: str, model: Model | None) -> Entry:
+        return Entry(name, "llama-smart-proxy", self._virtual[name].aliases, model)
+
+    async def listed(self, limit_s: float) -> None:
+        """Return when every provider has learned what there is, or after `limit_s` seconds."""
         with suppress(TimeoutError):
             async with asyncio.timeout(limit_s):
-                await asyncio.gather(self.local.refresh(), *asked)
+                await asyncio.gather(*(provider.listed() for provider in self._providers))
 
-    def start(self) -> None:
-        """Begin to learn what the servers of others offer."""
-        for remote in self.remotes:
-            remote.begin_listing()
-        if self.ollama is not None:
-            self.ollama.start()
+    async def fitting(self, names: Sequence[str]) -> list[list[str]]:
+        """`names` in groups of models that can be loaded at one time; first those that are. Raises: ModelNotFound."""
+        routes = [(name, *(await self._resolve(name, pull=True))) for name in names]
+        group: dict[tuple[str, str], int] = {}
+        for provider in self._providers:
+            own = dict.fromkeys(route.model.name for _, owner, route in routes if owner is provider)
+            for number, models in enumerate(await provider.fitting(list(own))):
+                group |= {(provider.section, model): number for model in models}
+        groups: dict[int, list[str]] = {}
+        for name, owner, route in routes:
+            groups.setdefault(group[owner.section, route.model.name], []).append(name)
+        return [groups[number] for number in sorted(groups)]
+
+    # -- what goes beyond requests ---------------------------------------------------------------------------------
+
+    async def download(self, name: str, headers: Sequence[tuple[str, str]]) -> Download | None:
+        """The download that makes the model available, by the first provider whose business that is; None when it is
+        there already. `headers` are those of the client's request. Raises: BadRequest, ModelNotFound."""
+        for provider in self._providers:
+            if provider.can_download(name):
+                return await provider.download(name, headers)
+        raise ModelNotFound(
+            f"model {name[:100]!r} cannot be pulled: it is neither configured nor hf.co/org/repo:variant"
+        )
+
+    async def management(self, api: str, model: str | None) -> Management | None:
+        """Where requests go that manage the models of an API: of the server that has `model`, if one is named. None if
+        there is no such server."""
+        for provider in self._providers:
+            if (found := await provider.management(api, model)) is not None:
+                return found
+        return None
+
+    def status(self) -> ProviderStatus:
+        """That of all providers, for operators."""
+        all_of_them = [provider.status() for provider in self._providers]
+        return ProviderStatus(
+            [instance for status in all_of_them for instance in status.instances],
+            [server for status in all_of_them for server in status.servers],
+        )
+
+    async def start(self) -> None:
+        """Start every provider."""
+        for provider in self._providers:
+            await provider.start()
 
     async def close(self) -> None:
+        """Break off all downloads, and close every provider; may be called again."""
         await self.downloads.close()
-        for remote in self.remotes:
-            await remote.close()
-        if self.ollama is not None:
-            await self.ollama.close()
-
-    def _local_entry(self, spawned: SpawnedModel) -> Entry:
-        state = self.pool.state(spawned.name)
-        error = self.pool.failed(spawned.name) if state == "unloaded" else None
-        return Entry(spawned.name, "llama.cpp", state, list(spawned.model.aliases), error)
-
-    def _ollama_entry(self, ollama: Ollama, model: str) -> Entry:
-        return Entry(model, "ollama", "loaded" if ollama.has_loaded(model) else "unloaded")
+        for provider in self._providers:
+            await provider.close()
 
 
 def spelled(models: Mapping[str, ModelConfig]) -> dict[str, str]:
     """The names of `models` by all their names in lower case."""
     return {key.lower(): name for name, model in models.items() for key in (name, *model.aliases)}
-
-
-def _remote_entry(remote: Remote, model: str) -> Entry:
-    return Entry(model, remote.name, "loaded")

@@ -1,31 +1,26 @@
-"""The hot path: an upstream answer to the client, byte for byte.
+"""The path of bytes: a server's answer to a client of the same API, as it came.
 
-A streamed answer is written to the client's transport inside the very callback that received it; no task wakes for a
-token. When the client reads slower than the model writes, the upstream socket is left unread until the client caught
-up, so memory for one slow reader stays near one socket buffer.
+A streamed answer is written to the client's transport inside the very callback that received it. When the client reads
+slower than the model writes, the upstream socket is left unread until the client has caught up.
 """
 
 from __future__ import annotations
 
-import asyncio
-import fcntl
 import logging
-import socket
-import struct
-import termios
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
-from contextlib import suppress
-from typing import Any
+import time
+from collections.abc import Callable
+from functools import partial
 
-from aiohttp import HttpVersion10, HttpVersion11, web
-from multidict import CIMultiDict
+from aiohttp import web
 
-from llama_smart_proxy.backends.base import Backend, Call
-from llama_smart_proxy.backends.http.exchange import BUFFER_LIMIT, Response
+from llama_smart_proxy.backends.base import Management, Model, UpstreamRequest
+from llama_smart_proxy.backends.http.exchange import UpstreamResponse
 from llama_smart_proxy.proxy.dialects import Dialect
 from llama_smart_proxy.proxy.dialects.framing import EventSplitter, FrameTooLong, LineSplitter, Splitter
 from llama_smart_proxy.proxy.errors import ProxyError, UpstreamFailed
-from llama_smart_proxy.proxy.http.headers import ANSWERED, downstream_headers, own_headers, shown_path
+from llama_smart_proxy.proxy.http.headers import RECORD, downstream_headers
+from llama_smart_proxy.proxy.http.response import ResponseWriter, WholeResponse
+from llama_smart_proxy.proxy.stream.upstream import Attempts, frame_too_long, incomplete, refusal
 
 logger = logging.getLogger(__name__)
 
@@ -33,47 +28,43 @@ PLAIN_LIMIT = 1024 * 1024
 """Answers up to this size are read whole before the first byte leaves, so that one cut short is still a true 502."""
 
 
-async def ask(
-    http: web.Request, backend: Backend, call: Call, answer: Callable[[Response], Awaitable[web.StreamResponse]]
+async def relay(
+    http: web.BaseRequest,
+    model: Model | Management,
+    request: UpstreamRequest,
+    dialect: Dialect,
+    *,
+    stall_s: float,
 ) -> web.StreamResponse:
-    """Open `call` and have `answer` pass on what comes. While the client has no byte yet, a server that broke off gets
-    one more chance: by then its instance is gone, and the second try meets a fresh one."""
-    try:
-        async with backend.open(call) as upstream:
-            return await answer(upstream)
-    except UpstreamFailed as exc:
-        if not may_try_again(exc) or http.writer.output_size > 0:
-            raise
-        logger.warning("%s before the first byte: %s; trying once more", shown_path(http), exc)
-    async with backend.open(call) as upstream:
-        return await answer(upstream)
+    """Answer `http`, whose API is `dialect`, with what `model` answers to `request`.
 
-
-SAID = frozenset({"upstream_error", "upstream_frame_too_long", "pull_failed"})
-"""Codes of failures that a server told, or that its answer is. Asked again it would say the same."""
-
-
-def may_try_again(exc: UpstreamFailed) -> bool:
-    """Whether the server broke off, or could not be reached, so that a second try may well succeed."""
-    return exc.status == 502 and exc.code not in SAID
-
-
-async def relay(http: web.Request, upstream: Response, dialect: Dialect, *, stall_s: float) -> web.StreamResponse:
-    """Answer `http` with `upstream`.
-
-    A failure before the client got a byte is raised (`UpstreamFailed`), so the caller may try again; a later one is
-    told in-stream in `dialect`, or, where the body has no form for that, by cutting the connection. A client that takes
-    no byte for `stall_s` seconds is disconnected.
+    A failure before the client has a byte is raised, after a second try; a later one is reported in the stream, or,
+    where the body has no form for that, by cutting the connection. A client that takes no byte for `stall_s` seconds is
+    disconnected.
     """
+    response = ResponseWriter(http, stall_s)
+    async for attempt in Attempts(model, request, lambda: response.begun):
+        async with attempt as upstream:
+            response.record.sent_s = upstream.sent_s
+            return await _pass_on(http, upstream, dialect, response, stall_s)
+    raise AssertionError("the last attempt returns or raises")
+
+
+async def _pass_on(
+    http: web.BaseRequest, upstream: UpstreamResponse, dialect: Dialect, response: ResponseWriter, stall_s: float
+) -> web.StreamResponse:
+    kind = upstream.header("content-type")
+    if dialect.json_errors and upstream.status >= 400 and not kind.startswith("application/json"):
+        raise await refusal(upstream)
     bodiless = upstream.status in (204, 304) or http.method == "HEAD"
-    splitter = None if bodiless else _STREAMS.get(upstream.header("content-type").partition(";")[0].strip())
+    splitter = None if bodiless else _STREAMS.get(kind.partition(";")[0].strip())
     if splitter is not None:
         await upstream.first_piece()  # headers leave with the first byte: until then a failure is a true status code
-        return await _relay_frames(http, upstream, dialect, splitter(), stall_s)
+        return await _stream(upstream, dialect, response, splitter())
     body = await upstream.read(PLAIN_LIMIT)
     if body is None:
-        return await _relay_large(http, upstream, stall_s)
-    return WholeAnswer(http, upstream, body, stall_s)
+        return await _large(upstream, response)
+    return _whole(http, upstream, dialect, body, stall_s)
 
 
 _STREAMS: dict[str, Callable[[], Splitter]] = {
@@ -82,159 +73,65 @@ _STREAMS: dict[str, Callable[[], Splitter]] = {
 }
 
 
-class WholeAnswer(web.StreamResponse):
-    """An upstream answer that is there as a whole. It leaves in one write, which takes a quarter of the CPU time of
-    aiohttp's own response class."""
-
-    def __init__(self, http: web.Request, upstream: Response, body: bytes, stall_s: float) -> None:
-        super().__init__(status=upstream.status)
-        self._http = http
-        self._upstream = upstream
-        self._bytes = body
-        self._stall_s = stall_s
-
-    @property
-    def keep_alive(self) -> bool:
-        return self._http.keep_alive
-
-    async def prepare(self, request: web.BaseRequest) -> None:
-        """Nothing: the head leaves together with the body."""
-
-    async def write_eof(self, data: bytes = b"") -> None:
-        transport = self._http.transport
-        if transport is None:
-            raise ConnectionResetError("the client has left")
-        data = self._head() + self._bytes
-        if self.keep_alive and len(data) + transport.get_write_buffer_size() <= BUFFER_LIMIT:
-            # at the end of this turn of the loop: answers that came together leave together
-            asyncio.get_running_loop().call_soon(_write, transport, data)
-            return
-        transport.write(data)
-        await patiently(self._http, self._http.writer.drain(), self._stall_s)
-
-    def _head(self) -> bytes:
-        headers = downstream_headers(self._upstream.headers)
-        headers += own_headers(self._http)
-        if self._http.method == "HEAD":
-            headers.append(("content-length", self._upstream.header("content-length", "0")))
-        elif self.status not in (204, 304):
-            headers.append(("content-length", str(len(self._bytes))))
-        if not self.keep_alive:
-            headers.append(("connection", "close"))
-        elif self._http.version == HttpVersion10:
-            headers.append(("connection", "keep-alive"))
-        lines = "".join([f"{name}: {value}\r\n" for name, value in headers])
-        return f"HTTP/1.1 {self.status} {self.reason}\r\n{lines}\r\n".encode()
-
-
-def _write(transport: asyncio.Transport, data: bytes) -> None:
-    if not transport.is_closing():
-        transport.write(data)
-
-
-async def _relay_frames(
-    http: web.Request, upstream: Response, dialect: Dialect, splitter: Splitter, stall_s: float
+def _whole(
+    http: web.BaseRequest, upstream: UpstreamResponse, dialect: Dialect, body: bytes, stall_s: float
 ) -> web.StreamResponse:
-    answer = await begin_stream(http, upstream.status, downstream_headers(upstream.headers))
-    sink = _FrameSink(http, stall_s, splitter, chunked=answer.chunked)
+    headers = downstream_headers(upstream.headers)
+    if http.method == "HEAD":
+        headers.append(("content-length", upstream.header("content-length", "0")))
+    elif upstream.status not in (204, 304):
+        headers.append(("content-length", str(len(body))))
+    record = http[RECORD]
+    record.first_byte_s = record.last_byte_s = time.monotonic()
+    record.count_usage = partial(dialect.usage, body)
+    return WholeResponse(http, upstream.status, headers, body, stall_s)
+
+
+async def _stream(
+    upstream: UpstreamResponse, dialect: Dialect, response: ResponseWriter, splitter: Splitter
+) -> web.StreamResponse:
+    record = response.record
+    record.first_byte_s = time.monotonic()
+    await response.begin(upstream.status, downstream_headers(upstream.headers))
+    sink = _FrameSink(response, splitter)
     failure: ProxyError | None = None
     try:
         await upstream.pipe(sink)
     except UpstreamFailed as exc:
         failure = exc
-    answer.cut = sink.end(dialect, failure) and dialect.cuts
-    return await finish(http, answer, stall_s)
+    failed = sink.end(dialect, failure)
+    record.last_byte_s = time.monotonic()
+    record.count_usage = partial(dialect.usage, sink.last_frames)
+    return await response.finish(cut=failed and dialect.cuts)
 
 
-async def _relay_large(http: web.Request, upstream: Response, stall_s: float) -> web.StreamResponse:
+async def _large(upstream: UpstreamResponse, response: ResponseWriter) -> web.StreamResponse:
     length = upstream.header("content-length")
-    answer = await begin_stream(http, upstream.status, downstream_headers(upstream.headers), length=length)
+    await response.begin(upstream.status, downstream_headers(upstream.headers), length=length)
     try:
-        await upstream.pipe(Sink(http, stall_s, chunked=answer.chunked))
+        await upstream.pipe(response)
     except UpstreamFailed as exc:
         logger.warning("a large answer was cut short: %s", exc)
-        _reset(http)
-    return await finish(http, answer, stall_s)
+        response.reset()
+    return await response.finish()
 
 
-class Stream(web.StreamResponse):
-    """An answer under way. One that is `cut` ends by closing the connection where the last chunk should be."""
+class _FrameSink:
+    """Passes on whole frames only, so that an error can be reported in the stream at any moment."""
 
-    def __init__(self, http: web.Request, status: int, headers: Iterable[tuple[str, str]]) -> None:
-        super().__init__(status=status, headers=CIMultiDict(headers))
-        self.cut = False
-        self._http = http
+    __slots__ = ("_before", "_failure", "_last", "_response", "_splitter")
 
-    async def write_eof(self, data: bytes = b"") -> None:
-        transport = self._http.transport
-        if self.cut and transport is not None:
-            transport.close()  # what was written still leaves
-        else:
-            await super().write_eof(data)
-
-
-async def begin_stream(
-    http: web.Request, status: int, headers: Iterable[tuple[str, str]], *, length: str = ""
-) -> Stream:
-    """Send the head of an answer to `http`, whose body follows piece by piece."""
-    answer = Stream(http, status, headers)
-    answer.headers.extend(own_headers(http))
-    answer.headers["X-Accel-Buffering"] = "no"  # nginx in front of us must not hold tokens back
-    if length:
-        answer.content_length = int(length)
-    elif http.version >= HttpVersion11:
-        answer.enable_chunked_encoding()
-    else:
-        answer.force_close()  # HTTP/1.0 marks the end of such a body by closing
-    await answer.prepare(http)
-    return answer
-
-
-async def finish(http: web.Request, answer: Stream, stall_s: float) -> Stream:
-    """Send what is left of an answer whose body is complete. A client that leaves now has missed nothing."""
-    http[ANSWERED] = answer.status
-    await patiently(http, answer.write_eof(), stall_s)
-    return answer
-
-
-class Sink:
-    """Writes pieces to the client's transport; `chunked`: framed as HTTP/1.1 chunks."""
-
-    __slots__ = ("_chunked", "_http", "_stall_s", "_transport", "_unsent", "_write")
-
-    def __init__(self, http: web.Request, stall_s: float, *, chunked: bool) -> None:
-        transport = http.transport
-        if transport is None:
-            raise ConnectionResetError("the client has left")
-        self._http = http
-        self._transport = transport
-        self._chunked = chunked
-        self._stall_s = stall_s
-        self._write = transport.write
-        self._unsent = transport.get_write_buffer_size
-
-    def feed(self, data: bytes) -> bool:
-        try:
-            self._write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
-        except RuntimeError:  # uvloop's word for a transport that is closed
-            raise ConnectionResetError("the client has left") from None
-        return self._unsent() <= BUFFER_LIMIT
-
-    async def drained(self) -> None:
-        """Wait until the client has caught up; cut it off when it takes nothing for `stall_s` seconds."""
-        await patiently(self._http, self._http.writer.drain(), self._stall_s)
-
-
-class _FrameSink(Sink):
-    """Passes on whole frames only, so that an error can be told in-stream at any moment."""
-
-    __slots__ = ("_failure", "_last", "_splitter")
-
-    def __init__(self, http: web.Request, stall_s: float, splitter: Splitter, *, chunked: bool) -> None:
-        super().__init__(http, stall_s, chunked=chunked)
+    def __init__(self, response: ResponseWriter, splitter: Splitter) -> None:
+        self._response = response
         self._splitter = splitter
+        self._before = b""
         self._last = b""
         self._failure: UpstreamFailed | None = None
+
+    @property
+    def last_frames(self) -> bytes:
+        """The last frames that carried something: the count of tokens may come just before the end."""
+        return self._before + self._last
 
     def feed(self, data: bytes) -> bool:
         try:
@@ -242,23 +139,23 @@ class _FrameSink(Sink):
         except FrameTooLong:
             self._failure = frame_too_long()
             return False
-        if whole:
-            if self._splitter.says_something(whole):
-                self._last = whole
-            self._write(b"%x\r\n%b\r\n" % (len(whole), whole) if self._chunked else whole)
-        return self._unsent() <= BUFFER_LIMIT
+        if not whole:
+            return True
+        if self._splitter.says_something(whole):
+            self._before, self._last = self._last, whole
+        return self._response.feed(whole)
 
     async def drained(self) -> None:
         if self._failure is not None:
             raise self._failure
-        await super().drained()
+        await self._response.drained()
 
     def end(self, dialect: Dialect, failure: ProxyError | None) -> bool:
-        """Write what the client still has to be told after the last frame: nothing, after a proper ending. Whether the
+        """Write what the client still waits for after the last frame: nothing, after a proper ending. Whether the
         answer failed."""
         if failure is None and dialect.is_end(self._splitter.rest):
-            self._last = self._splitter.rest  # a clean end, the last line end spared
-            super().feed(self._last)
+            self._before, self._last = self._last, self._splitter.rest  # a clean end, but for the last line end
+            self._response.feed(self._last)
         if dialect.is_end(self._last):
             return False
         closing = dialect.ending
@@ -267,59 +164,5 @@ class _FrameSink(Sink):
             logger.warning("stream broken off: %s", failure)
             closing = dialect.error_event(failure) + closing
         if closing:
-            super().feed(closing)
+            self._response.feed(closing)
         return True
-
-
-def frame_too_long() -> UpstreamFailed:
-    """The error for a frame that does not end."""
-    return UpstreamFailed("the model server sent an event over 8 MiB", code="upstream_frame_too_long")
-
-
-def incomplete() -> UpstreamFailed:
-    """The error for a stream that ends properly, but too early."""
-    return UpstreamFailed("the model server ended its answer before it was complete", code="upstream_incomplete")
-
-
-async def patiently(http: web.Request, flushing: Coroutine[Any, Any, None], stall_s: float) -> None:
-    """Await `flushing`, which waits for the client of `http` to read, for as long as it does read.
-
-    Raises: ConnectionResetError, having disconnected a client that took no byte for `stall_s` seconds.
-    """
-    transport = http.transport
-    flushed = asyncio.ensure_future(flushing)
-    try:
-        left = _untaken(transport)
-        while not (await asyncio.wait({flushed}, timeout=stall_s))[0]:
-            left, before = _untaken(transport), left
-            if left >= before:
-                logger.info("a client took no byte for %g s: disconnected", stall_s)
-                if transport is not None:
-                    transport.abort()
-                raise ConnectionResetError("the client stopped reading")
-        flushed.result()
-    finally:
-        flushed.cancel()
-
-
-def _untaken(transport: asyncio.Transport | None) -> int:
-    """Bytes the client has not acknowledged: ours, and the kernel's. Ours alone stand still for minutes while a slow
-    reader works through a socket buffer of megabytes."""
-    if transport is None:
-        return 0
-    waiting = transport.get_write_buffer_size()
-    sock = transport.get_extra_info("socket")
-    with suppress(OSError, ValueError, AttributeError):
-        (queued,) = struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0" * 4))
-        waiting += queued
-    return waiting
-
-
-def _reset(http: web.Request) -> None:
-    """Cut the connection so that no client takes it for the end of the answer, as HTTP/1.0 takes a mere close."""
-    transport = http.transport
-    if transport is not None:
-        sock = transport.get_extra_info("socket")
-        with suppress(OSError):
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        transport.abort()

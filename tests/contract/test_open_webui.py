@@ -12,15 +12,13 @@ from datetime import datetime
 from typing import Any
 
 import pytest
-from aiohttp import web
 
 from llama_smart_proxy.backends.openai import Listing
-from llama_smart_proxy.proxy.app import build_app
-from llama_smart_proxy.proxy.config import Config
 from tests.conftest import Shared
 from tests.support import raw_client, toxic
 from tests.support.e2e_support import Fakes, fakes, idle, state, steered
 from tests.support.harness import Proxy, free_port, running_proxy, until
+from tests.support.here import served_here
 from tests.support.ollamas import black_hole
 from tests.support.raw_client import Answer
 from tests.support.speakers import SPEAKERS
@@ -156,15 +154,10 @@ async def test_row_7_a_list_does_not_wait_until_silent_servers_are_given_up(
     monkeypatch.setattr(Listing, "_fetch", silent)
     remote = {"url": f"http://127.0.0.1:{free_port()}"}
     config = fakes.config({"local": fakes.model()}) | {"ollama": {"host": remote["url"]}, "remotes": {"far": remote}}
-    runner = web.AppRunner(build_app(Config.model_validate(config)))
-    await runner.setup()
-    try:
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
+    async with served_here(config) as (_, port):
         for path in ("/v1/models", "/api/tags", "/api/ps"):
-            answer = await raw_client.get(runner.addresses[0][1], path)
+            answer = await raw_client.get(port, path)
             assert answer.status == 200 and (path == "/api/ps" or b'"local"' in answer.body), path
-    finally:
-        await runner.cleanup()
 
 
 # -- the stop button ---------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from llama_smart_proxy.backends.base import Call
+from llama_smart_proxy.backends.base import UpstreamRequest
 from llama_smart_proxy.backends.http.connection import ConnectionPool, Endpoint
 from llama_smart_proxy.backends.http.exchange import Timeouts
 from llama_smart_proxy.proxy.errors import UpstreamFailed
@@ -28,8 +28,8 @@ from tests.support.toxic import (
     raw_upstream,
 )
 
-GET = Call("GET", "/x")
-POST = Call("POST", "/x", b'{"a":1}')
+GET = UpstreamRequest("GET", "/x")
+POST = UpstreamRequest("POST", "/x", b'{"a":1}')
 FETCH_S = 10.0
 
 
@@ -44,7 +44,7 @@ async def pooled(script: Script, timeouts: Timeouts | None = None) -> AsyncItera
             pool.close("the test is over")
 
 
-async def fetch(pool: ConnectionPool, call: Call = POST) -> tuple[int, bytes]:
+async def fetch(pool: ConnectionPool, call: UpstreamRequest = POST) -> tuple[int, bytes]:
     return await pool.fetch(call, timeout_s=FETCH_S)
 
 
@@ -53,7 +53,7 @@ async def fetch(pool: ConnectionPool, call: Call = POST) -> tuple[int, bytes]:
 
 async def test_request_is_exactly_what_the_call_says() -> None:
     async with pooled(plain(b"{}")) as (pool, upstream):
-        await fetch(pool, Call("POST", "/a/b?c=%20d", b"{}", [("X-One", "1"), ("X-One", "2")]))
+        await fetch(pool, UpstreamRequest("POST", "/a/b?c=%20d", b"{}", [("X-One", "1"), ("X-One", "2")]))
         await fetch(pool, GET)
     first, second = upstream.requests
     host = ("host", f"127.0.0.1:{upstream.port}")
@@ -99,7 +99,7 @@ async def test_bodiless_answer_is_complete_at_its_headers(status: int | str, pro
     answer = head(code, [("X-Mine", "1"), *PROMISES[promise]]) + BEHIND[behind]
     async with pooled(answer) as (pool, upstream):
         for _ in range(2):  # what follows must not be taken for the next answer either
-            async with pool.request(Call("HEAD", "/x") if status == "HEAD" else POST) as response:
+            async with pool.request(UpstreamRequest("HEAD", "/x") if status == "HEAD" else POST) as response:
                 assert await response.read(1000) == b""
                 assert response.status == code
                 assert response.header("x-mine") == "1" and response.header("x-other") == ""

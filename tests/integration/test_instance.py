@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from llama_smart_proxy.backends.base import Call
+from llama_smart_proxy.backends.base import UpstreamRequest
 from llama_smart_proxy.backends.pool.instance import Instance, State
 from llama_smart_proxy.backends.pool.ports import Ports, is_free
 from llama_smart_proxy.backends.pool.spawn import Child
@@ -295,7 +295,7 @@ async def test_a_crash_is_noticed_when_it_happens(fakes: Fakes, start: Start) ->
     with pytest.raises(UpstreamFailed):
         await answer
     with pytest.raises(UpstreamFailed):
-        await instance.connections.fetch(Call("GET", "/props"), timeout_s=1)
+        await instance.connections.fetch(UpstreamRequest("GET", "/props"), timeout_s=1)
 
 
 async def test_stopping_cuts_streams_and_needs_no_kill(fakes: Fakes, start: Start) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from llama_smart_proxy.backends.base import Call
-from llama_smart_proxy.backends.ollama.host import LISTING_TIMEOUT_S, TAGS_FRESH_S, key_of
-from llama_smart_proxy.backends.ollama.hosts import Ollama
+from llama_smart_proxy.backends.base import UpstreamRequest
+from llama_smart_proxy.backends.names import key_of
+from llama_smart_proxy.backends.ollama.host import LISTING_TIMEOUT_S, TAGS_FRESH_S
+from llama_smart_proxy.backends.ollama.hosts import Hosts
 from llama_smart_proxy.proxy.errors import ModelNotFound, UpstreamFailed
 from tests.support.harness import PATIENCE_S, free_port, until
 from tests.support.ollamas import FakeOllama, ask, black_hole, chat, opened, patient, running_ollama
@@ -19,7 +20,7 @@ LATE_S = 600.0
 """What no list may wait for."""
 
 
-async def answering(upstream: Ollama, *fakes: FakeOllama, model: str, requests: int) -> list[int]:
+async def answering(upstream: Hosts, *fakes: FakeOllama, model: str, requests: int) -> list[int]:
     """How many of so many requests at one time each of the fakes gets."""
     before = [len(fake.events("request", "/api/chat")) for fake in fakes]
     await asyncio.gather(*(ask(upstream.model(model), chat(model)) for _ in range(requests)))
@@ -141,7 +142,7 @@ async def test_a_fixed_list_of_models_is_all_that_is_offered() -> None:
         assert [upstream.may_pull(name) for name in ("gone", "c", "d")] == [True, True, False]
         await load(fake, "d")
         await load(fake, "a")
-        upstream.hosts[0].outdated()
+        upstream.hosts[0].changed()
         await until(upstream.loaded, what="the loaded model")
         assert [item["name"] for item in upstream.loaded()] == ["a:latest"]
         with pytest.raises(ModelNotFound):
@@ -309,7 +310,7 @@ async def test_a_model_deleted_behind_our_back_is_asked_from_the_next_host() -> 
 async def test_answers_pass_as_they_are_also_refusals() -> None:
     async with running_ollama("m", error=[400, "no tools"]) as fake, opened(fake.port) as upstream:
         assert await ask(upstream.model("m"), chat("m")) == (400, {"error": "no tools"})
-        async with upstream.model("m").open(Call("POST", "/api/nothing", b"{}")) as response:
+        async with upstream.model("m").open(UpstreamRequest("POST", "/api/nothing", b"{}")) as response:
             assert (response.status, await response.read(100)) == (404, b"404 page not found")
 
 
@@ -346,8 +347,8 @@ async def test_what_concerns_no_model_yet_goes_to_the_first_host_that_answers() 
         await upstream.listed()
         host = await upstream.host_for(None)
         assert host.url == fake.url
-        assert (await ask(host, Call("POST", "/api/create", b'{"model": "new", "stream": false}')))[0] == 200
-        host.outdated()
+        assert (await ask(host, UpstreamRequest("POST", "/api/create", b'{"model": "new", "stream": false}')))[0] == 200
+        host.changed()
         assert await upstream.find("new") == "new:latest"
         assert (await upstream.host_for("new")).url == fake.url
         assert (await upstream.host_for("newer")).url == fake.url

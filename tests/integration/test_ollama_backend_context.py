@@ -6,16 +6,16 @@ import asyncio
 
 import pytest
 
-from llama_smart_proxy.backends.ollama.hosts import LOADED_STALE_S, Ollama
+from llama_smart_proxy.backends.ollama.hosts import LOADED_STALE_S, Hosts
 from tests.support.harness import until
-from tests.support.ollamas import FakeOllama, ask, chat, opened, running_ollama, unwatched
+from tests.support.ollamas import FakeOllama, ask, chat, opened, running_ollama, sized, unwatched
 
 
-async def use(upstream: Ollama, asked: int | None, model: str = "m") -> int | None:
+async def use(upstream: Hosts, asked: int | None, model: str = "m") -> int | None:
     """One request of a client that asks for so much; what was sent for it."""
     await upstream.find(model)
     backend = upstream.model(model)
-    sent = backend.num_ctx(asked)
+    sent = sized(backend, asked)
     assert (await ask(backend, chat(model, num_ctx=sent)))[0] == 200
     return sent
 
@@ -84,7 +84,7 @@ async def test_what_somebody_else_loaded_is_not_loaded_anew_for_less() -> None:
 async def test_a_size_that_ollama_cut_down_is_asked_for_as_before() -> None:
     async with running_ollama("m", train_ctx=2048) as fake, opened(fake.port) as upstream:
         await use(upstream, 8192)
-        upstream.hosts[0].outdated()
+        upstream.hosts[0].changed()
         await until(lambda: [item["context_length"] for item in upstream.loaded()] == [2048], what="the size")
         assert await use(upstream, 4096) == 8192
         assert loads(fake) == [8192]
@@ -93,7 +93,7 @@ async def test_a_size_that_ollama_cut_down_is_asked_for_as_before() -> None:
 async def test_a_size_that_nobody_asked_for_is_left_to_ollama() -> None:
     async with running_ollama("m", train_ctx=2048) as fake, opened(fake.port) as upstream:
         await use(upstream, None)
-        upstream.hosts[0].outdated()
+        upstream.hosts[0].changed()
         await until(lambda: upstream.has_loaded("m"), what="the loaded model")
         assert await use(upstream, None) is None
         assert loads(fake) == [4096]
@@ -102,10 +102,10 @@ async def test_a_size_that_nobody_asked_for_is_left_to_ollama() -> None:
 async def test_a_size_is_forgotten_when_the_model_was_unloaded() -> None:
     async with running_ollama("m") as fake, opened(fake.port) as upstream:
         assert await use(upstream, 8192) == 8192
-        upstream.hosts[0].outdated()
+        upstream.hosts[0].changed()
         await until(lambda: upstream.has_loaded("m"), what="the loaded model")
         await fake.set(unload="m")
-        upstream.hosts[0].outdated()
+        upstream.hosts[0].changed()
         await until(lambda: not upstream.loaded(), what="the news that it is gone")
         assert await use(upstream, 512) == 512
         assert loads(fake) == [8192, 512]
@@ -118,7 +118,7 @@ async def test_a_size_is_not_forgotten_while_the_model_is_loading() -> None:
         await until(lambda: fake.events("load"), what="the load")
         await upstream.hosts[0].looked_up(0)
         assert not upstream.has_loaded("m")
-        assert upstream.model("m").num_ctx(512) == 8192
+        assert sized(upstream.model("m"), 512) == 8192
         assert await first == 8192
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from llama_smart_proxy.backends.ollama.host import PULL_FAILED
+from llama_smart_proxy.backends.ollama.provider import Ollama
 from llama_smart_proxy.backends.weights.downloads import Download, Progress
 from llama_smart_proxy.proxy.errors import BadRequest, ModelNotFound, ProxyError, UpstreamFailed
 from tests.support.harness import free_port, until
@@ -49,6 +50,21 @@ async def test_never_means_that_a_missing_model_is_not_found() -> None:
         assert fake.events("pull") == []
         await upstream.pull("m").wait()  # who asks for just that may have it
         assert (await ask(upstream.model("m"), chat("m")))[0] == 200
+
+
+async def test_a_request_that_must_not_have_a_model_pulled_does_not() -> None:
+    async with running_ollama() as fake, opened(fake.port, configured={"m": {}}) as upstream:
+        provider = Ollama(upstream)
+        for found in (provider.known("m", pull=False), await provider.find("m", pull=False)):
+            assert found is not None, "it is configured"
+            with pytest.raises(ModelNotFound):
+                await ask(found, chat("m"))
+        assert await provider.find("other", pull=False) is None
+        assert fake.events("pull") == []
+        for name in ("m", "other"):
+            pulled = await provider.find(name, pull=True)
+            assert pulled is not None and (await ask(pulled, chat(name)))[0] == 200
+        assert len(fake.events("pull")) == 2
 
 
 async def test_a_model_that_the_registry_does_not_have_is_not_found_in_the_words_of_ollama() -> None:

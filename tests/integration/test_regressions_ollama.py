@@ -13,7 +13,7 @@ import pytest
 from llama_smart_proxy.backends.http.connection import UNREACHABLE
 from llama_smart_proxy.backends.ollama import hosts as ollama
 from llama_smart_proxy.backends.ollama.host import PULL_FAILED
-from llama_smart_proxy.backends.ollama.hosts import REFUSAL_KEPT_S, Ollama
+from llama_smart_proxy.backends.ollama.hosts import REFUSAL_KEPT_S, Hosts
 from llama_smart_proxy.backends.weights.downloads import Downloads, Progress
 from llama_smart_proxy.backends.weights.hub import download_name
 from llama_smart_proxy.proxy.config import OllamaConfig
@@ -21,16 +21,16 @@ from llama_smart_proxy.proxy.errors import ModelNotFound, UpstreamFailed
 from tests.support import raw_client
 from tests.support.config_files import load, model, problems
 from tests.support.harness import free_port, until
-from tests.support.ollamas import FakeOllama, ask, black_hole, chat, opened, running_ollama, unwatched
+from tests.support.ollamas import FakeOllama, ask, black_hole, chat, opened, running_ollama, sized, unwatched
 
 ABSURD = 10**9
 
 
-async def use(upstream: Ollama, asked: int | None) -> tuple[int | None, int]:
+async def use(upstream: Hosts, asked: int | None) -> tuple[int | None, int]:
     """What is sent for a client that asks for so much, and the status of the answer."""
     await upstream.find("m")
     backend = upstream.model("m")
-    sent = backend.num_ctx(asked)
+    sent = sized(backend, asked)
     return sent, (await ask(backend, chat("m", num_ctx=sent)))[0]
 
 
@@ -70,7 +70,7 @@ async def test_clients_share_a_size_that_is_being_tried_only_until_it_has_failed
             seen = asked_of(fake)
             trying = asyncio.ensure_future(use(upstream, ABSURD))
             await until(lambda seen=seen: asked_of(fake) > seen, what="the request")  # type: ignore[misc]
-            assert upstream.model("m").num_ctx(512) == expected
+            assert sized(upstream.model("m"), 512) == expected
             assert await trying == (ABSURD, 500)
 
 
@@ -86,7 +86,7 @@ async def test_a_size_whose_client_left_before_the_answer_counts_if_the_model_is
         with suppress(asyncio.CancelledError):
             await asking
         await upstream.looked_up()
-        assert upstream.model("m").num_ctx(None) == 8192
+        assert sized(upstream.model("m"), None) == 8192
 
 
 # -- pulls -------------------------------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ async def test_ollama_is_not_asked_again_at_once_for_a_pull_that_it_gave_up(
         assert REFUSAL_KEPT_S <= 30
 
 
-async def failure(upstream: Ollama, name: str) -> str:
+async def failure(upstream: Hosts, name: str) -> str:
     with pytest.raises((UpstreamFailed, ModelNotFound)) as caught:
         await ask(upstream.model(name), chat(name))
     return str(caught.value)
@@ -162,10 +162,10 @@ async def test_a_pull_that_broke_off_may_be_tried_again_at_once() -> None:
 
 
 @asynccontextmanager
-async def downloading(fake: FakeOllama) -> AsyncIterator[tuple[Ollama, Downloads]]:
-    """An `Ollama` whose downloads are shared with others."""
+async def downloading(fake: FakeOllama) -> AsyncIterator[tuple[Hosts, Downloads]]:
+    """Hosts whose downloads are shared with others."""
     downloads = Downloads()
-    upstream = Ollama(OllamaConfig.model_validate({"host": [fake.url]}), downloads, {})
+    upstream = Hosts(OllamaConfig.model_validate({"host": [fake.url]}), downloads, {})
     try:
         yield upstream, downloads
     finally:

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llama_smart_proxy.backends.base import Backend, Call
-from llama_smart_proxy.backends.ollama.hosts import Ollama
+from llama_smart_proxy.backends.base import Management, Model, UpstreamRequest
+from llama_smart_proxy.backends.ollama.hosts import Hosts
+from llama_smart_proxy.backends.ollama.model import OllamaModel
 from llama_smart_proxy.backends.weights.downloads import Downloads
 from llama_smart_proxy.proxy.config import ModelConfig, OllamaConfig
 from tests.support import raw_client
@@ -92,8 +93,8 @@ def black_hole() -> Iterator[int]:
 @asynccontextmanager
 async def opened(
     *ports: int, configured: dict[str, Any] | None = None, listing_timeout_s: float = 30.0, **settings: Any
-) -> AsyncIterator[Ollama]:
-    """An `Ollama` of hosts at these ports; `settings` are fields of its section, `configured` are models by name. Hosts
+) -> AsyncIterator[Hosts]:
+    """The Ollama hosts at these ports; `settings` are fields of its section, `configured` are models by name. Hosts
     may take their time for a list, as a fake on a busy machine does. On leaving it is closed, and must have left no
     task and no socket."""
     await warm_up()
@@ -104,7 +105,7 @@ async def opened(
         name: ModelConfig.model_validate({"backend": "ollama", **fields}) for name, fields in (configured or {}).items()
     }
     downloads = Downloads()
-    upstream = Ollama(config, downloads, own)
+    upstream = Hosts(config, downloads, own)
     patient(upstream, listing_timeout_s)
     upstream.start()
     try:
@@ -116,14 +117,14 @@ async def opened(
     await until(lambda: open_fds() <= fds, what="the closing of all sockets")
 
 
-def patient(upstream: Ollama, seconds: float) -> None:
+def patient(upstream: Hosts, seconds: float) -> None:
     """Have it wait so long for each list of a host."""
     for host in upstream.hosts:
         for listing in host._listings:
             listing._timeout_s = seconds
 
 
-async def unwatched(upstream: Ollama) -> None:
+async def unwatched(upstream: Hosts) -> None:
     """Have it hear now that nothing is loaded, and not look again unless it is told to: when it does is left to chance,
     and what it hears then is the least that it asks for."""
     await upstream.listed()
@@ -132,15 +133,20 @@ async def unwatched(upstream: Ollama) -> None:
         host._ps_listing._fresh_s = math.inf
 
 
-def chat(model: str, *, num_ctx: int | None = None, stream: bool = False) -> Call:
-    """A chat as a request of ours."""
+def chat(model: str, *, num_ctx: int | None = None, stream: bool = False) -> UpstreamRequest:
+    """A chat as a request of ours, of a model that was prepared for that size."""
     body: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": "hi"}], "stream": stream}
     if num_ctx is not None:
         body["options"] = {"num_ctx": num_ctx}
-    return Call("POST", "/api/chat", json.dumps(body).encode())
+    return UpstreamRequest("POST", "/api/chat", json.dumps(body).encode(), prepared=num_ctx)
 
 
-async def ask(backend: Backend, call: Call) -> tuple[int, Any]:
+def sized(model: OllamaModel, asked: int | None) -> int | None:
+    """The context size to send for a client that asks for so much."""
+    return model.prepare({} if asked is None else {"options": {"num_ctx": asked}})
+
+
+async def ask(backend: Model | Management, call: UpstreamRequest) -> tuple[int, Any]:
     """Status and JSON of the answer to `call`."""
     async with backend.open(call) as response:
         return response.status, json.loads(await response.read(2**20) or b"null")

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from llama_smart_proxy.backends.base import Call
+from llama_smart_proxy.backends.base import UpstreamRequest
 from llama_smart_proxy.backends.pool.instance import Instance
 from llama_smart_proxy.backends.pool.pool import Pool
 from llama_smart_proxy.proxy.config import Config, ModelConfig
@@ -99,7 +99,7 @@ async def warm_up() -> None:
 
 async def chat(instance: Instance, **fake: object) -> bytes:
     """Have the fake generate an answer; `fake` steers it."""
-    call = Call("POST", "/v1/chat/completions", json.dumps({"fake": fake}).encode())
+    call = UpstreamRequest("POST", "/v1/chat/completions", json.dumps({"fake": fake}).encode())
     status, body = await instance.connections.fetch(call, timeout_s=60)
     assert status == 200, body
     instance.worked = True

@@ -13,7 +13,7 @@ from urllib.parse import parse_qs, quote, urlsplit
 
 import pytest
 
-from llama_smart_proxy.backends.base import Call
+from llama_smart_proxy.backends.base import UpstreamRequest
 from llama_smart_proxy.backends.http.exchange import BUFFER_LIMIT
 from llama_smart_proxy.proxy.errors import UpstreamFailed
 from tests.support import e2e_support, pools
@@ -105,7 +105,7 @@ async def test_so_is_a_crash_that_is_noticed_by_the_end_of_the_process(tmp_path:
     """Its connection is not read any more, as its reader is slow: the end of that is not seen."""
     fakes = pools.Fakes(tmp_path)
     model = fakes.model()
-    call = Call("POST", CHAT, json.dumps({"stream": True, "fake": {"tokens": 1_000_000}}).encode())
+    call = UpstreamRequest("POST", CHAT, json.dumps({"stream": True, "fake": {"tokens": 1_000_000}}).encode())
     async with (
         pools.open_pool(fakes.config()) as pool,
         pool.lease("m", model) as instance,

@@ -12,15 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from aiohttp import web
 
 from llama_smart_proxy.backends.http.exchange import BUFFER_LIMIT
-from llama_smart_proxy.proxy.api.dispatcher import Frontier
-from llama_smart_proxy.proxy.api.state import PROXY
-from llama_smart_proxy.proxy.app import build_app
-from llama_smart_proxy.proxy.config import Config
 from llama_smart_proxy.proxy.http.server import FrontServer
 from tests.support.harness import Proxy, running_proxy, until
+from tests.support.here import served_here
 from tests.support.raw_client import BrokenAnswer, RawClient, connected, get, post, request
 from tests.support.toxic import (
     DONE,
@@ -204,24 +200,9 @@ async def serving_here(send_stall_s: float = 0.5) -> AsyncIterator[Here]:
     """Clients may rest for 0.5 s and stop reading for `send_stall_s`. Model `m` is at the upstream."""
     async with raw_upstream() as upstream:
         remote = {"url": f"http://127.0.0.1:{upstream.port}", "models": ["m"]}
-        app = build_app(Config.model_validate({"server": {"send_stall_s": send_stall_s}, "remotes": {"up": remote}}))
-        runner = web.AppRunner(app)
-        await runner.setup()
-        assert runner.server is not None
-        front = FrontServer(
-            Frontier(app[PROXY], runner.server.request_handler),
-            request_factory=runner.server.request_factory,
-            head_timeout_s=1.0,
-            keepalive_timeout_s=0.5,
-            send_stall_s=send_stall_s,
-        )
-        listener = await asyncio.get_running_loop().create_server(front, "127.0.0.1", 0)
-        try:
-            yield Here(front, int(listener.sockets[0].getsockname()[1]), upstream)
-        finally:
-            listener.close()
-            await front.shutdown(1.0)
-            await runner.cleanup()
+        limits = {"head_timeout_s": 1.0, "keepalive_timeout_s": 0.5, "send_stall_s": send_stall_s}
+        async with served_here({"server": limits, "remotes": {"up": remote}}) as (front, port):
+            yield Here(front, port, upstream)
 
 
 @pytest.mark.parametrize("close", [False, True])

@@ -11,7 +11,7 @@ import pytest
 
 from llama_smart_proxy.proxy.chat import Fold, Json
 from llama_smart_proxy.proxy.dialects import OLLAMA
-from llama_smart_proxy.proxy.stream.translate import ANSWER_LIMIT
+from llama_smart_proxy.proxy.stream.upstream import ANSWER_LIMIT
 from tests.support.e2e_support import MESSAGES
 from tests.support.harness import Proxy, running_proxy, until
 from tests.support.raw_client import Answer, BrokenAnswer, connected, post, request

@@ -18,19 +18,19 @@ from llama_smart_proxy.agents.loader import Place
 from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, ChunkStream, Timing
 from llama_smart_proxy.proxy.config import AgentConfig, LimitsConfig
 from llama_smart_proxy.proxy.dialects import ANTHROPIC, anthropic, ollama, openai
-from llama_smart_proxy.proxy.dialects.base import Face, Wire
+from llama_smart_proxy.proxy.dialects.base import ClientCodec, UpstreamCodec
 from llama_smart_proxy.proxy.errors import ProxyError, UpstreamFailed
-from llama_smart_proxy.proxy.middleware.chain import Active, Picked
+from llama_smart_proxy.proxy.middleware.chain import Active, Selection
 from llama_smart_proxy.proxy.middleware.context import AgentContext, RequestFacts
 from llama_smart_proxy.proxy.middleware.hooks import layer
 from llama_smart_proxy.proxy.middleware.plugins import Made, Plugin
 from llama_smart_proxy.proxy.middleware.scope import Scope
-from llama_smart_proxy.proxy.stream.outlet import Outlet
-from llama_smart_proxy.proxy.stream.source import Frames
+from llama_smart_proxy.proxy.stream.encoder import StreamEncoder
+from llama_smart_proxy.proxy.stream.upstream import StreamDecoder
 from tests.support.agent_clients import Said, Way
 
 REQUEST = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 9}
-ENDS: dict[str, tuple[Face, Wire, Way]] = {
+ENDS: dict[str, tuple[ClientCodec, UpstreamCodec, Way]] = {
     "openai": (openai.CHAT, openai.WIRE, Way("/v1/chat/completions", stream=True)),
     "ollama": (ollama.CHAT, ollama.WIRE, Way("/api/chat", stream=True)),
     "anthropic": (anthropic.MESSAGES, anthropic.WIRE, Way("/v1/messages", stream=True)),
@@ -143,14 +143,19 @@ def context(agent: Agent, scope: Scope, *, skip: bool = False) -> AgentContext:
     plugin = Plugin("scripted", settings, Place("scripted"), True)
     active = Active(plugin, Made(agent), agent.config, settings, wanted=True)
     calls = cast(Any, SimpleNamespace(limits=LimitsConfig()))
-    return AgentContext(active, RequestFacts({}, "", "", "", Picked()), scope, calls)
+    return AgentContext(active, RequestFacts({}, "", "", "", Selection()), scope, calls)
 
 
 async def answer(
-    face: Face, chain: list[AgentContext], frames: Frames, source: AsyncIterator[Chunk], *, several: bool = False
+    face: ClientCodec,
+    chain: list[AgentContext],
+    frames: StreamDecoder,
+    source: AsyncIterator[Chunk],
+    *,
+    several: bool = False,
 ) -> tuple[bytes, bool]:
     """What the client gets through this chain, and whether its connection is closed properly."""
-    outlet = Outlet(face.writer(ChatRequest(dict(REQUEST), True), Timing(0.0)), face.dialect, several=several)
+    outlet = StreamEncoder(face.writer(ChatRequest(dict(REQUEST), True), Timing(0.0)), face.dialect, several=several)
     written, layers, stream = [], [], source
     for ctx in chain:
         stream = layer(ctx, stream)
@@ -255,9 +260,9 @@ actions = st.sampled_from(
 chains = st.lists(st.lists(actions, min_size=1, max_size=5), min_size=1, max_size=3)
 
 
-def read(wire: Wire, data: bytes, cuts: list[int] = []) -> tuple[Frames, list[Chunk]]:  # noqa: B006
+def read(wire: UpstreamCodec, data: bytes, cuts: list[int] = []) -> tuple[StreamDecoder, list[Chunk]]:  # noqa: B006
     """The chunks of an answer that arrives in these pieces."""
-    frames = Frames(wire, ChatRequest(dict(REQUEST), True), verbatim=True)
+    frames = StreamDecoder(wire, ChatRequest(dict(REQUEST), True), verbatim=True)
     at = sorted(min(cut, len(data)) for cut in cuts)
     chunks = [chunk for a, b in zip([0, *at], [*at, len(data)], strict=True) for chunk in frames.feed(data[a:b])]
     chunks += frames.finish()

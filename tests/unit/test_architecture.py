@@ -28,17 +28,10 @@ ROOMS: list[set[str]] = [
     {"proxy.stream"},
     {"proxy.middleware"},
     {"proxy.api"},
-    {"proxy.app", "proxy.serve"},
+    {"proxy.app", "proxy.registry", "proxy.serve"},
     {"proxy.cli"},
 ]
 """Low to high. A module imports from its own room, without going round in circles, and from lower ones."""
-UNDER_WAY = {
-    "proxy/middleware/agent_chat.py imports proxy.api.ollama_chat",
-    "proxy/middleware/agent_chat.py imports proxy.api.state",
-    "proxy/middleware/side_calls.py imports proxy.api.embeddings",
-}
-"""Upward imports that are still to go."""
-
 BACKENDS_MAY_IMPORT = {"proxy.errors", "proxy.config"}
 AGENTS_MAY_IMPORT = {"proxy.chat", "proxy.errors"}
 TASK_MAKERS = {
@@ -48,11 +41,19 @@ TASK_MAKERS = {
     "backends/pool/instance.py",  # the life of a process
     "backends/pool/pool.py",  # loads that nobody waits for, and the shutdown
     "backends/weights/downloads.py",  # one for all who wait
+    "proxy/http/response.py",  # waiting for a slow client
     "proxy/middleware/scope.py",  # a request with agents, and whatever they start
     "proxy/serve.py",  # waiting for the first of two events
-    "proxy/stream/relay.py",  # waiting for a slow client
 }
 """Who may start a task that is not bound to an `await`: each of them holds it and ends it."""
+PROVIDERS = ("backends.llamacpp.provider", "backends.llamacpp.spawned", "backends.ollama", "backends.pool.pool")
+"""Who runs models, and how, is known where the pieces are put together; to all others models answer for themselves."""
+ASSEMBLY = {"proxy/app.py", "proxy/registry.py"}
+APIS = {"ollama", "openai", "openai-responses", "anthropic", "responses", "native", "llama.cpp", "remote"}
+APIS |= {"OLLAMA", "OPENAI", "ANTHROPIC", "RESPONSES", "NATIVE"}
+"""Names of APIs and of those who run models. What depends on them is said by a dialect or a model, and asked nowhere
+else; the configuration reads them."""
+MAY_COMPARE = ("proxy/dialects/", "proxy/config/", "backends/")
 PROCESS_MAKERS = {"backends/pool/spawn.py", "proxy/cli/simulate.py"}
 
 
@@ -147,7 +148,7 @@ def test_imports_go_downwards() -> None:
         for _, name in our_imports(module)
         if name != "proxy" and (room(name) or 0) > (room(module.name) or 0)
     }
-    assert wrong == UNDER_WAY
+    assert wrong == set()
 
 
 def test_imports_do_not_go_round_in_circles() -> None:
@@ -168,6 +169,48 @@ def test_backends_know_errors_and_configuration_of_the_proxy_and_no_more() -> No
         or name.startswith("aiohttp.web")
         or (name == "aiohttp" and re.search(r"aiohttp.*\bweb\b", module.source.splitlines()[line - 1]))
     ]
+    assert wrong == []
+
+
+def test_who_runs_a_model_is_asked_by_no_module_of_the_proxy() -> None:
+    wrong = [
+        f"{module.path}:{line} imports {name}"
+        for module in modules("proxy")
+        for line, name in imports(module)
+        if name.startswith(PROVIDERS) and module.path not in ASSEMBLY
+    ]
+    assert wrong == []
+
+
+def test_no_branch_depends_on_which_api_or_which_backend_it_is() -> None:
+    def named(node: ast.AST) -> bool:
+        constant = isinstance(node, ast.Constant) and node.value in APIS
+        return constant or (isinstance(node, ast.Name) and node.id in APIS)
+
+    wrong = [
+        f"{module.path}:{node.lineno}: {ast.unparse(node)}"
+        for module in modules("proxy")
+        if not module.path.startswith(MAY_COMPARE)
+        for node in ast.walk(module.tree)
+        if isinstance(node, ast.Compare) and any(map(named, (node.left, *node.comparators)))
+    ]
+    assert wrong == []
+
+
+def test_no_branch_depends_on_the_class_of_a_provider_or_a_model() -> None:
+    classes = {
+        node.name
+        for module in modules("backends")
+        for node in module.tree.body
+        if isinstance(node, ast.ClassDef) and node.name.endswith(("Model", "Remotes", "Ollama", "LlamaCpp", "Provider"))
+    }
+    wrong = [
+        f"{module.path}:{node.lineno}: {ast.unparse(node)}"
+        for module in ours()
+        for node, called in calls(module)
+        if called == "isinstance" and any(isinstance(name, ast.Name) and name.id in classes for name in ast.walk(node))
+    ]
+    assert {"SpawnedModel", "OllamaModel", "RemoteModel"} <= classes
     assert wrong == []
 
 

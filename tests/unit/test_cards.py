@@ -17,20 +17,13 @@ import gguf
 import numpy as np
 import pytest
 
+from llama_smart_proxy.backends.base import ModelInfo, Residence
+from llama_smart_proxy.backends.llamacpp.headers import Headers, capabilities
 from llama_smart_proxy.backends.llamacpp.spawned import SpawnedModel
 from llama_smart_proxy.backends.pool.pool import Pool
 from llama_smart_proxy.backends.weights.gguf import GgufInfo
 from llama_smart_proxy.proxy.config import ModelConfig
-from llama_smart_proxy.proxy.models.cards import (
-    QUANTIZATIONS,
-    Card,
-    Cards,
-    capabilities,
-    details,
-    ps_item,
-    show,
-    tags_item,
-)
+from llama_smart_proxy.proxy.dialects.ollama.models import QUANTIZATIONS, details, ps_item, show, tags_item
 from tests.support.pools import Fakes, ask, open_pool
 
 CONTINUE = re.compile(r'^(\S+)\s+((?:".*")|\S+)$')
@@ -40,7 +33,6 @@ SHOW = {
     *("license", "modelfile", "parameters", "template", "system", "details", "messages", "model_info", "capabilities"),
     "modified_at",
 }
-NO_FILE = GgufInfo(version=0, metadata={}, tensors=0, parameters=0, size_bytes=0, infill=False)
 
 
 def info(parameters: int = 0, *, infill: bool = False, **metadata: object) -> GgufInfo:
@@ -49,8 +41,11 @@ def info(parameters: int = 0, *, infill: bool = False, **metadata: object) -> Gg
     return GgufInfo(3, {"general.architecture": "arch", **keys}, 1, parameters, 1000, infill)
 
 
-def card(about: GgufInfo, args: tuple[str, ...] = ()) -> Card:
-    return Card("0" * 64, 1.7e9, about, capabilities(about, args))
+def card(about: GgufInfo, name: str = "m", num_ctx: int = 0) -> ModelInfo:
+    able = capabilities(about, ())
+    return ModelInfo(
+        name, "0" * 64, 1.7e9, about.size_bytes, about.parameters, "gguf", able, about.metadata, num_ctx=num_ctx
+    )
 
 
 def with_template(template: str) -> GgufInfo:
@@ -90,7 +85,7 @@ def nulls(value: Any) -> bool:
     ],
 )
 def test_sizes_are_written_as_ollama_writes_them(count: int, written: str) -> None:
-    assert details(info(count))["parameter_size"] == written
+    assert details(card(info(count)))["parameter_size"] == written
 
 
 def test_quantisations_have_the_names_of_llama_cpp() -> None:
@@ -99,17 +94,17 @@ def test_quantisations_have_the_names_of_llama_cpp() -> None:
         if kind is not gguf.LlamaFileType.GUESSED:
             name = kind.name.removeprefix("MOSTLY_").removeprefix("ALL_").removesuffix("_MOE")
             assert names[kind] == name
-            assert details(info(general__file_type=int(kind) + 1024))["quantization_level"] == name
+            assert details(card(info(general__file_type=int(kind) + 1024)))["quantization_level"] == name
 
 
 @pytest.mark.parametrize("file_type", [None, "Q4_0", -1, 999, 2**32 - 1, 1.5])
 def test_an_unheard_of_quantisation_is_unknown(file_type: object) -> None:
-    assert details(info(general__file_type=file_type))["quantization_level"] == "unknown"
+    assert details(card(info(general__file_type=file_type)))["quantization_level"] == "unknown"
 
 
 def test_details_tell_lengths_only_if_the_file_does() -> None:
-    assert details(info()).keys() == DETAILS
-    full = details(info(arch__context_length=8192, arch__embedding_length=576))
+    assert details(card(info())).keys() == DETAILS
+    full = details(card(info(arch__context_length=8192, arch__embedding_length=576)))
     assert (full["context_length"], full["embedding_length"]) == (8192, 576)
     assert (full["format"], full["family"], full["families"]) == ("gguf", "arch", ["arch"])
 
@@ -150,7 +145,7 @@ def test_capabilities_follow_from_the_file_and_the_arguments(
 
 
 def test_an_item_of_tags_has_every_key_that_clients_read() -> None:
-    item = tags_item("m:latest", card(info(512, general__file_type=0)))
+    item = tags_item(card(info(512, general__file_type=0), "m:latest"))
     assert item["name"] == item["model"] == "m:latest"
     assert datetime.fromisoformat(item["modified_at"]) == datetime.fromtimestamp(1.7e9, UTC)
     assert item["size"] == 1000 and item["digest"] == "0" * 64
@@ -158,22 +153,22 @@ def test_an_item_of_tags_has_every_key_that_clients_read() -> None:
 
 
 def test_a_model_without_a_file_has_the_same_keys_and_no_null() -> None:
-    whole, bare = tags_item("m", card(info())), tags_item("m", None)
+    whole, bare = tags_item(card(info())), tags_item(ModelInfo("m"))
     assert bare.keys() == whole.keys() and bare["details"].keys() == whole["details"].keys()
     assert bare["size"] == 0 and bare["details"]["format"] == "" and not nulls(bare)
     assert re.fullmatch(r"[0-9a-f]{64}", bare["digest"])
-    assert bare["digest"] != tags_item("n", None)["digest"]
+    assert bare["digest"] != tags_item(ModelInfo("n"))["digest"]
     datetime.fromisoformat(bare["modified_at"])
-    assert show("m", None).keys() == SHOW and not nulls(show("m", None))
-    assert show("m", None)["model_info"]["general.basename"] == "m"
-    running = ps_item("m", None, expires_at=math.inf, size_vram=0, context_length=0)
-    assert running.keys() == ps_item("m", card(info()), expires_at=0, size_vram=0, context_length=0).keys()
+    assert show(ModelInfo("m")).keys() == SHOW and not nulls(show(ModelInfo("m")))
+    assert show(ModelInfo("m"))["model_info"]["general.basename"] == "m"
+    running = ps_item(ModelInfo("m"), Residence(math.inf))
+    assert running.keys() == ps_item(card(info()), Residence(0)).keys()
     assert not nulls(running)
 
 
 @pytest.mark.parametrize("expires_at", [0.0, 1.7e9 + 0.123456, math.inf, 1e300, -1e300])
 def test_when_a_model_expires_can_be_parsed_even_if_never(expires_at: float) -> None:
-    item = ps_item("m", card(info()), expires_at=expires_at, size_vram=7, context_length=2048)
+    item = ps_item(card(info()), Residence(expires_at, 7, 2048))
     assert (item["size_vram"], item["context_length"], item["size"]) == (7, 2048, 1000)
     parsed = datetime.fromisoformat(item["expires_at"])
     assert parsed.tzinfo is not None
@@ -194,7 +189,7 @@ def test_show_has_what_clients_need() -> None:
         arch__context_length=8192,
         tokenizer__chat_template="{{ tools }}",
     )
-    answer = show("m", card(about), num_ctx=2048)
+    answer = show(card(about, num_ctx=2048))
     assert answer.keys() == SHOW and not nulls(answer)
     assert (answer["license"], answer["template"], answer["system"]) == ("apache-2.0", "{{ tools }}", "")
     assert answer["messages"] == [] and answer["capabilities"] == ["completion", "tools"]
@@ -210,26 +205,26 @@ def test_show_has_what_clients_need() -> None:
 
 
 def test_continue_can_take_the_parameters_apart() -> None:
-    [line] = show("m", card(info()), num_ctx=2048)["parameters"].splitlines()
+    [line] = show(card(info(), num_ctx=2048))["parameters"].splitlines()
     match = CONTINUE.match(line)
     assert match is not None and match.groups()[:2] == ("num_ctx", "2048")
-    assert show("m", card(info()))["parameters"] == ""
+    assert show(card(info()))["parameters"] == ""
 
 
 def test_continue_finds_that_a_model_fills_in_and_the_template_means_the_same() -> None:
     template = "{% for m in messages %}<{{ m }}>{% endfor %}"
-    shown = show("m", card(info(infill=True, tokenizer__chat_template=template)))["template"]
+    shown = show(card(info(infill=True, tokenizer__chat_template=template)))["template"]
     assert ".Suffix" in shown
     assert re.fullmatch(r"\{# [^{}#%]+ #\}", shown.removesuffix(template))  # a comment is all that was added
-    assert show("m", card(with_template(template)))["template"] == template
+    assert show(card(with_template(template)))["template"] == template
 
 
 def test_copilot_sees_the_name_it_asked_for() -> None:
     about = card(info(general__basename="base"))
     agent = "GitHubCopilotChat/0.37.1"
-    assert show("m", about, requested_name="M:latest", user_agent=agent)["model_info"]["general.basename"] == "M:latest"
-    assert show("m", about, requested_name="M", user_agent="curl/8")["model_info"]["general.basename"] == "base"
-    assert show("m", card(info()))["model_info"]["general.basename"] == "m"
+    assert show(about, requested_name="M:latest", user_agent=agent)["model_info"]["general.basename"] == "M:latest"
+    assert show(about, requested_name="M", user_agent="curl/8")["model_info"]["general.basename"] == "base"
+    assert show(card(info()))["model_info"]["general.basename"] == "m"
 
 
 def test_long_arrays_are_shown_on_request_and_what_json_lacks_never(tmp_path: Path) -> None:
@@ -240,8 +235,8 @@ def test_long_arrays_are_shown_on_request_and_what_json_lacks_never(tmp_path: Pa
         writer.add_float32("nan", math.nan)
         writer.add_array("infinite", [1.0, math.inf])
 
-    found = asyncio.run(Cards().of("m", ModelConfig(path=write(tmp_path / "m.gguf", change))))
-    brief, verbose = (show("m", found, verbose=verbose)["model_info"] for verbose in (False, True))
+    found = asyncio.run(Headers().info("m", ModelConfig(path=write(tmp_path / "m.gguf", change))))
+    brief, verbose = (show(found, verbose=verbose)["model_info"] for verbose in (False, True))
     assert (brief["five"], brief["six"], brief["hundred"]) == ([1, 2, 3, 4, 5], [], [])
     assert (verbose["six"], verbose["hundred"]) == ([1, 2, 3, 4, 5, 6], [])
     assert not {"nan", "infinite"} & (brief.keys() | verbose.keys())
@@ -252,14 +247,14 @@ def test_long_arrays_are_shown_on_request_and_what_json_lacks_never(tmp_path: Pa
 
 
 async def test_a_card_is_made_anew_when_the_file_has_changed(tmp_path: Path) -> None:
-    cards, model = Cards(), ModelConfig(path=write(tmp_path / "m.gguf"), args=["--mmproj", "p"])
-    first = await cards.of("m", model)
-    assert first is not None and first.info.parameters == 512 and "vision" in first.capabilities
-    again = await cards.of("m", model)
-    assert again == first and again is not None and again.info is first.info
+    headers, model = Headers(), ModelConfig(path=write(tmp_path / "m.gguf"), args=["--mmproj", "p"])
+    first = await headers.info("m", model)
+    assert first.parameters == 512 and "vision" in first.capabilities
+    again = await headers.info("m", model)
+    assert again == first and again.metadata is first.metadata
     write(tmp_path / "m.gguf", lambda writer: writer.add_name("other"))
-    changed = await cards.of("m", model)
-    assert changed is not None and changed.info.metadata["general.name"] == "other"
+    changed = await headers.info("m", model)
+    assert changed.metadata["general.name"] == "other"
     assert changed.digest != first.digest
     assert re.fullmatch(r"[0-9a-f]{64}", changed.digest)
 
@@ -269,17 +264,17 @@ async def test_a_broken_file_has_no_card_and_one_line_in_the_log(
 ) -> None:
     path = write(tmp_path / "m.gguf")
     os.truncate(path, path.stat().st_size - 1)
-    cards, model = Cards(), ModelConfig(path=path)
+    headers, model = Headers(), ModelConfig(path=path)
     with caplog.at_level(logging.WARNING):
-        assert [await cards.of("m", model) for _ in range(3)] == [None] * 3
+        assert [await headers.info("m", model) for _ in range(3)] == [ModelInfo("m")] * 3
     [record] = caplog.records
     assert "cut off" in record.getMessage()
     write(path)
-    assert await cards.of("m", model) is not None
+    assert await headers.info("m", model) != ModelInfo("m")
 
 
 async def test_a_file_that_is_not_here_has_no_card(tmp_path: Path) -> None:
-    assert await Cards().of("m", ModelConfig(path=tmp_path / "none.gguf")) is None
+    assert await Headers().info("m", ModelConfig(path=tmp_path / "none.gguf")) == ModelInfo("m")
 
 
 async def test_a_file_of_the_hugging_face_cache_is_known_by_its_digest(tmp_path: Path) -> None:
@@ -289,14 +284,14 @@ async def test_a_file_of_the_hugging_face_cache_is_known_by_its_digest(tmp_path:
     write(tmp_path / "blobs" / digest)
     link = tmp_path / "snapshots" / "m.gguf"
     link.symlink_to(f"../blobs/{digest}")
-    found = await Cards().of("m", ModelConfig(path=link))
-    assert found is not None and found.digest == digest
+    found = await Headers().info("m", ModelConfig(path=link))
+    assert found.digest == digest
 
 
 async def test_many_who_ask_at_once_get_the_same_card(tmp_path: Path) -> None:
-    cards, model = Cards(), ModelConfig(path=write(tmp_path / "m.gguf"))
-    found = await asyncio.gather(*(cards.of("m", model) for _ in range(20)))
-    assert len({id(card.info) for card in found if card is not None}) == 1 and None not in found
+    headers, model = Headers(), ModelConfig(path=write(tmp_path / "m.gguf"))
+    found = await asyncio.gather(*(headers.info("m", model) for _ in range(20)))
+    assert len({id(card.metadata) for card in found}) == 1 and ModelInfo("m") not in found
 
 
 async def test_a_model_of_the_pool_is_described_in_every_answer(tmp_path: Path) -> None:
@@ -304,20 +299,22 @@ async def test_a_model_of_the_pool_is_described_in_every_answer(tmp_path: Path) 
     write(fakes.gguf)
     async with open_pool(fakes.config()) as pool:
         spawned = _spawned(pool, fakes.model(ctx=2048, parallel=2))
-        cards = Cards()
-        assert (await cards.tags_item(spawned))["details"]["context_length"] == 4096
-        answer = await cards.show(spawned, "M", user_agent="GitHubCopilotChat/1")
+        about = await spawned.info()
+        assert tags_item(about)["details"]["context_length"] == 4096
+        answer = show(about, requested_name="M", user_agent="GitHubCopilotChat/1")
         assert answer["parameters"].split() == ["num_ctx", "1024"]
         assert answer["model_info"]["general.basename"] == "M"
-        assert await cards.ps_item(spawned) is None
+        assert await spawned.residence() is None
         await ask(pool, "m", spawned.model)
-        running = await cards.ps_item(spawned)
-        assert running is not None and running["context_length"] == 1024 and running["size"] > 2048
+        residence = await spawned.residence()
+        assert residence is not None
+        running = ps_item(about, residence)
+        assert running["context_length"] == 1024 and running["size"] > 2048
         assert datetime.fromisoformat(running["expires_at"]) > datetime.now(UTC)
         unset = _spawned(pool, fakes.model(parallel=2))
-        running = await cards.ps_item(unset)
-        assert running is not None and running["context_length"] == 2048
+        residence = await unset.residence()
+        assert residence is not None and residence.context_length == 2048
 
 
 def _spawned(pool: Pool, model: ModelConfig) -> SpawnedModel:
-    return SpawnedModel(pool, "m", model)
+    return SpawnedModel(pool, "m", model, Headers())

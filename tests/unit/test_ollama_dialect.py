@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from llama_smart_proxy.proxy.chat import ChatRequest, Json, bare, kept
-from llama_smart_proxy.proxy.dialects.ollama import CHAT, GENERATE, WIRE, as_text, is_load, keep_alive_s, load_reply
+from llama_smart_proxy.proxy.dialects.base import Loading
+from llama_smart_proxy.proxy.dialects.ollama import CHAT, GENERATE, WIRE, as_text, keep_alive_s
 from llama_smart_proxy.proxy.dialects.ollama.options import WHOLE_CONTEXT
 
 ASK = [{"role": "user", "content": "hi"}]
@@ -304,16 +305,16 @@ def test_a_question_put_into_its_template_is_asked_for_with_the_same_limits() ->
     ],
 )
 def test_an_empty_request_only_loads(body: Json, chat_loads: bool, generate_loads: bool) -> None:
-    assert is_load(body, chat=True) is chat_loads
-    assert is_load(body, chat=False) is generate_loads
+    assert (CHAT.loading(body) is not None) is chat_loads
+    assert (GENERATE.loading(body) is not None) is generate_loads
 
 
 def test_the_answer_to_a_load_is_one_whole_object() -> None:
-    reply = load_reply("m", chat=True, reason="load")
+    reply = CHAT.load_reply("m", Loading.LOAD)
     assert reply.pop("created_at").endswith("Z")
     empty = {"role": "assistant", "content": ""}
     assert reply == {"model": "m", "message": empty, "done": True, "done_reason": "load"}
-    assert load_reply("m", chat=False, reason="unload")["response"] == ""
+    assert GENERATE.load_reply("m", Loading.UNLOAD)["response"] == ""
 
 
 @pytest.mark.parametrize(

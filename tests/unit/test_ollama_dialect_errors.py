@@ -9,7 +9,7 @@ import pytest
 
 from llama_smart_proxy.proxy.chat import Json
 from llama_smart_proxy.proxy.dialects import OLLAMA
-from llama_smart_proxy.proxy.dialects.base import Face
+from llama_smart_proxy.proxy.dialects.base import ClientCodec
 from llama_smart_proxy.proxy.dialects.ollama import CHAT, GENERATE, keep_alive_s
 from llama_smart_proxy.proxy.errors import BadRequest
 
@@ -87,7 +87,7 @@ GENERATE_ONLY: list[tuple[Json, str]] = [
 ]
 
 
-def refusal(face: Face, body: Json) -> BadRequest:
+def refusal(face: ClientCodec, body: Json) -> BadRequest:
     with pytest.raises(BadRequest) as refused:
         face.decode(body)
     return refused.value
@@ -106,7 +106,7 @@ def test_a_field_of_both_endpoints_is_refused_in_ollamas_words(body: Json, text:
 @pytest.mark.parametrize(
     ("face", "body", "text"), [(CHAT, *row) for row in CHAT_ONLY] + [(GENERATE, *row) for row in GENERATE_ONLY]
 )
-def test_a_field_of_one_endpoint_is_refused_in_ollamas_words(face: Face, body: Json, text: str) -> None:
+def test_a_field_of_one_endpoint_is_refused_in_ollamas_words(face: ClientCodec, body: Json, text: str) -> None:
     error = refusal(face, body)
     assert (error.status, error.message) == (400, text)
     assert b'{"error":"' in OLLAMA.error_body(error)

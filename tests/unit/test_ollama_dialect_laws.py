@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_smart_proxy.proxy.chat import Json, Timing, bare
-from llama_smart_proxy.proxy.dialects.base import Face
+from llama_smart_proxy.proxy.dialects.base import ClientCodec
 from llama_smart_proxy.proxy.dialects.ollama import CHAT, GENERATE, WIRE, OllamaWriter, fields
 from llama_smart_proxy.proxy.dialects.ollama.options import SAMPLING
 from tests.support.laws import JSON_VALUES, TEXT, splits, unknown_fields
@@ -88,7 +88,7 @@ BODIES = st.one_of(
 
 @given(BODIES)
 @settings(max_examples=600, deadline=None)
-def test_a_request_comes_back_as_it_was(asked: tuple[Face, Json]) -> None:
+def test_a_request_comes_back_as_it_was(asked: tuple[ClientCodec, Json]) -> None:
     face, said = asked
     request = face.decode(copy.deepcopy(said))
     path = "/api/chat" if face is CHAT else "/api/generate"
@@ -98,7 +98,7 @@ def test_a_request_comes_back_as_it_was(asked: tuple[Face, Json]) -> None:
 
 @given(BODIES)
 @settings(max_examples=150, deadline=None)
-def test_what_an_openai_style_server_gets_holds_nothing_it_does_not_know(asked: tuple[Face, Json]) -> None:
+def test_what_an_openai_style_server_gets_holds_nothing_it_does_not_know(asked: tuple[ClientCodec, Json]) -> None:
     face, said = asked
     body = bare(face.decode(copy.deepcopy(said)).body)
     known = {"model", "messages", "prompt", "suffix", "tools", "response_format", "json_schema", "logprobs"}

@@ -11,10 +11,9 @@ from hypothesis import given, settings
 
 from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, Fold, Json, Kept, Timing, bare, keep, kept
 from llama_smart_proxy.proxy.dialects import openai
-from llama_smart_proxy.proxy.dialects.framing import EventSplitter
-from llama_smart_proxy.proxy.dialects.openai import ChatWriter, EventReader, TextWriter
+from llama_smart_proxy.proxy.dialects.openai import WIRE, ChatWriter, EventReader, TextWriter
 from llama_smart_proxy.proxy.errors import BadRequest, UpstreamFailed
-from llama_smart_proxy.proxy.stream.translate import Translation
+from llama_smart_proxy.proxy.stream.upstream import StreamDecoder
 from tests.support.laws import splits, unknown_fields
 
 ASK: Json = {"model": "m", "messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]}
@@ -52,7 +51,7 @@ def test_a_request_is_what_it_was_with_every_field_it_had(body: Json) -> None:
 @given(unknown_fields({**ASK, "tools": [TOOL]}))
 @settings(max_examples=300, deadline=None)
 def test_a_server_gets_every_field_and_is_asked_for_a_stream_with_usage(body: Json) -> None:
-    path, sent = openai.WIRE.encode(ChatRequest(body, stream=False))
+    path, sent = WIRE.encode(ChatRequest(body, stream=False))
     assert path == "/v1/chat/completions"
     assert (sent.pop("stream"), sent.pop("stream_options")["include_usage"]) == (True, True)
     assert sent == {key: value for key, value in body.items() if key not in ("stream", "stream_options")}
@@ -66,10 +65,10 @@ def test_what_a_client_gets_does_not_depend_on_how_the_answer_arrived(pieces: li
 
 def _translated(pieces: list[bytes]) -> list[Any]:
     """The events an OpenAI client gets, without those fields that are made anew for each answer."""
-    writer = ChatWriter(REQUEST, Timing(0.0))
-    translation = Translation(EventSplitter(), EventReader(REQUEST), writer.chunk)
-    written = b"".join(map(translation.feed, pieces)) + translation.finish() + writer.end()
-    assert translation.failure is None
+    writer, decoder = ChatWriter(REQUEST, Timing(0.0)), StreamDecoder(WIRE, REQUEST)
+    chunks = [chunk for piece in pieces for chunk in decoder.feed(piece)] + decoder.finish()
+    written = b"".join(writer.chunk(chunk.seen) for chunk in chunks) + writer.end()
+    assert decoder.failure is None
     *data, end = [part.removeprefix(b"data: ") for part in written.split(b"\n\n")[:-1]]
     assert end == b"[DONE]"
     return [{k: v for k, v in orjson.loads(item).items() if k != "created"} for item in data]
@@ -77,7 +76,8 @@ def _translated(pieces: list[bytes]) -> list[Any]:
 
 def test_a_stream_becomes_one_completion() -> None:
     fold = Fold()
-    assert Translation(EventSplitter(), EventReader(REQUEST), fold.add).feed(STREAM) == b""
+    for chunk in StreamDecoder(WIRE, REQUEST).feed(STREAM):
+        fold.add(chunk.seen)
     completion = fold.completion()
     assert completion["choices"] == [
         {
@@ -137,17 +137,17 @@ def test_an_error_in_a_stream_is_raised_with_its_words(frame: bytes, words: str)
 
 
 def test_an_event_of_an_unknown_shape_breaks_the_answer_off() -> None:
-    translation = Translation(EventSplitter(), EventReader(REQUEST), ChatWriter(REQUEST, Timing(0.0)).chunk)
-    assert translation.feed(b'data: {"choices":[3]}\n\n') == b""
-    assert translation.failure is not None and translation.failure.code == "upstream_error"
-    assert translation.feed(STREAM) == b""
+    decoder = StreamDecoder(WIRE, REQUEST)
+    assert decoder.feed(b'data: {"choices":[3]}\n\n') == []
+    assert decoder.failure is not None and decoder.failure.code == "upstream_error"
+    assert decoder.feed(STREAM) == []
 
 
 def test_a_stream_that_stops_early_is_incomplete() -> None:
-    translation = Translation(EventSplitter(), EventReader(REQUEST), ChatWriter(REQUEST, Timing(0.0)).chunk)
-    translation.feed(events(delta(content="Hel")).removesuffix(b"data: [DONE]\n\n"))
-    translation.finish()
-    assert translation.failure is not None and translation.failure.code == "upstream_incomplete"
+    decoder = StreamDecoder(WIRE, REQUEST)
+    decoder.feed(events(delta(content="Hel")).removesuffix(b"data: [DONE]\n\n"))
+    decoder.finish()
+    assert decoder.failure is not None and decoder.failure.code == "upstream_incomplete"
 
 
 def test_infill_and_text_completions_are_read_as_chunks() -> None:
@@ -212,7 +212,7 @@ def test_fill_in_the_middle_goes_to_llama_servers_own_endpoint() -> None:
         "stream": True,
     }
     assert not {"prompt", "suffix", "max_tokens"} & body.keys()
-    assert openai.WIRE.encode(request)[0] == "/v1/completions"
+    assert WIRE.encode(request)[0] == "/v1/completions"
 
 
 def test_a_text_completion_is_written_as_one() -> None:

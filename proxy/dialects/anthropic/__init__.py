@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from llama_smart_proxy.proxy.chat import ChatRequest, Json
-from llama_smart_proxy.proxy.dialects import ANTHROPIC
+from llama_smart_proxy.proxy.chat import ChatRequest, Json, Timing
+from llama_smart_proxy.proxy.dialects.anthropic.dialect import ANTHROPIC
 from llama_smart_proxy.proxy.dialects.anthropic.reader import MessageReader
 from llama_smart_proxy.proxy.dialects.anthropic.request import decode, encode
 from llama_smart_proxy.proxy.dialects.anthropic.stream import MessageWriter
 from llama_smart_proxy.proxy.dialects.anthropic.tokens import estimate
-from llama_smart_proxy.proxy.dialects.base import Face, Reader, Wire
+from llama_smart_proxy.proxy.dialects.base import ClientCodec, Reader, UpstreamCodec
 from llama_smart_proxy.proxy.dialects.framing import EventSplitter
-
-MESSAGES = Face(ANTHROPIC, decode, encode, MessageWriter)
-"""`POST /v1/messages`."""
 
 
 def reader(request: ChatRequest | None = None) -> Reader:
@@ -29,5 +26,24 @@ def _upstream(request: ChatRequest) -> tuple[str, Json]:
     return "/v1/messages", encode(request) | {"stream": True}
 
 
-WIRE = Wire(ANTHROPIC, EventSplitter, _upstream, reader)
+WIRE = UpstreamCodec(ANTHROPIC, EventSplitter, _upstream, reader)
 """A server that speaks this API."""
+
+
+class MessagesCodec(ClientCodec):
+    """`POST /v1/messages`."""
+
+    dialect = ANTHROPIC
+    same_api = WIRE
+
+    def decode(self, body: Json) -> ChatRequest:
+        return decode(body)
+
+    def encode(self, request: ChatRequest) -> Json:
+        return encode(request)
+
+    def writer(self, request: ChatRequest, timing: Timing) -> MessageWriter:
+        return MessageWriter(request, timing)
+
+
+MESSAGES = MessagesCodec()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 from llama_smart_proxy.proxy.chat import Json, keep, kept
-from llama_smart_proxy.proxy.dialects import ANTHROPIC
+from llama_smart_proxy.proxy.dialects.anthropic.dialect import ANTHROPIC
 from llama_smart_proxy.proxy.errors import BadRequest
 
 T = TypeVar("T", str, int, bool, list[Any], dict[str, Any])

@@ -11,8 +11,8 @@ from typing import Any
 import orjson
 
 from llama_smart_proxy.proxy.chat import KEPT, ChatRequest, Json, Timing, kept
-from llama_smart_proxy.proxy.dialects import ANTHROPIC
 from llama_smart_proxy.proxy.dialects.anthropic.blocks import input_of
+from llama_smart_proxy.proxy.dialects.anthropic.dialect import ANTHROPIC
 from llama_smart_proxy.proxy.dialects.anthropic.shape import NAME
 from llama_smart_proxy.proxy.dialects.anthropic.tokens import estimate
 from llama_smart_proxy.proxy.errors import ProxyError

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from llama_smart_proxy.proxy.chat import KEPT, Json, Kept
+from llama_smart_proxy.proxy.config.duration import go_duration_s
 from llama_smart_proxy.proxy.errors import BadRequest
 
 NAME = "ollama"
@@ -69,19 +69,7 @@ _KINDS: dict[type, str] = {
     list: "array",
     dict: "object",
 }
-_NANOSECONDS = {
-    "ns": 1,
-    "us": 10**3,
-    "µs": 10**3,
-    "μs": 10**3,
-    "ms": 10**6,
-    "s": 10**9,
-    "m": 60 * 10**9,
-    "h": 3600 * 10**9,
-}
 _LONGEST_NS = 2**63 - 1
-_GO_NUMBER = re.compile(r"[0-9]+\.?[0-9]*|\.[0-9]+")
-_GO_UNIT = re.compile(r"[^0-9.]+")
 
 
 class Said(Kept):
@@ -186,33 +174,11 @@ def keep_alive_s(value: object) -> float | None:
     if value is None:
         return None
     if isinstance(value, str):
-        return _go_duration_s(value)
+        try:
+            return go_duration_s(value)
+        except ValueError as exc:
+            raise BadRequest(str(exc), param="keep_alive") from None
     if isinstance(value, bool) or not isinstance(value, int | float):
         kind = {bool: "bool", list: "[]interface {}", dict: "map[string]interface {}"}.get(type(value), "nil")
         raise BadRequest(f"Unsupported type: '{kind}'", param="keep_alive")
     return math.inf if value < 0 or value * 1e9 > _LONGEST_NS else float(value)
-
-
-def _go_duration_s(text: str) -> float:
-    """Source: `time.ParseDuration`; Ollama takes a negative one for endless."""
-    rest = text[1:] if text.startswith(("-", "+")) else text
-    if rest == "0":
-        return 0.0
-    nanoseconds = 0.0
-    position = len(text) - len(rest)
-    while True:
-        number = _GO_NUMBER.match(text, position)
-        if number is None:
-            raise BadRequest(f"time: invalid duration {_quoted(text)}", param="keep_alive")
-        unit = _GO_UNIT.match(text, number.end())
-        if unit is None:
-            raise BadRequest(f"time: missing unit in duration {_quoted(text)}", param="keep_alive")
-        if unit[0] not in _NANOSECONDS:
-            raise BadRequest(f"time: unknown unit {_quoted(unit[0])} in duration {_quoted(text)}", param="keep_alive")
-        nanoseconds += float(number[0]) * _NANOSECONDS[unit[0]]
-        position = unit.end()
-        if position == len(text):
-            break
-    if nanoseconds > _LONGEST_NS:
-        raise BadRequest(f"time: invalid duration {_quoted(text)}", param="keep_alive")
-    return math.inf if text.startswith("-") and nanoseconds else nanoseconds / 1e9

@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 
 from llama_smart_proxy.proxy.chat import ChatRequest, Json, Timing, kept
-from llama_smart_proxy.proxy.dialects import OLLAMA
+from llama_smart_proxy.proxy.dialects.ollama.dialect import OLLAMA
 from llama_smart_proxy.proxy.dialects.ollama.fields import NAME, restored
 from llama_smart_proxy.proxy.dialects.ollama.messages import arguments_object
 from llama_smart_proxy.proxy.dialects.ollama.options import encode_logprobs

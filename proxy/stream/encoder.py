@@ -8,12 +8,11 @@ end is always there.
 from __future__ import annotations
 
 from llama_smart_proxy.proxy.chat import Chunk
-from llama_smart_proxy.proxy.dialects import ANTHROPIC, OLLAMA, Dialect
-from llama_smart_proxy.proxy.dialects.base import Writer
+from llama_smart_proxy.proxy.dialects.base import Dialect, Writer
 from llama_smart_proxy.proxy.errors import ProxyError
 
 
-class Outlet:
+class StreamEncoder:
     """Writes one streamed answer; or `several` (an `n` over 1), each of which has its end."""
 
     def __init__(self, writer: Writer, dialect: Dialect, *, several: bool = False) -> None:
@@ -58,7 +57,7 @@ class Outlet:
             return written + tail
         for index in sorted(self._begun - self._finished):  # an agent stopped early, or dropped the end
             written += self._write(Chunk.ending(index=index))
-        if self._ended or (self._dialect is ANTHROPIC and self._pure and tail):
+        if self._ended or (self._dialect.stateful_frames and self._pure and tail):
             return written + tail
         ending = self._writer.end()
         return written + (tail if tail and ending == self._dialect.ending else ending)
@@ -84,15 +83,15 @@ class Outlet:
 
     def _write(self, chunk: Chunk) -> bytes:
         frame = chunk.frame
-        if self._dialect is ANTHROPIC:
+        if self._dialect.stateful_frames:
             return self._write_stateful(chunk, frame)
-        if frame is not None and (self._dialect is not OLLAMA or self._may_pass(chunk)):
+        if frame is not None and (not self._dialect.last_frame_sums or self._may_pass(chunk)):
             if chunk.finish_reason:
                 self._ended = self._dialect.is_end(frame)
             if self._expected == 0:
                 self._expected = 1
                 self._writer.adopt(chunk.seen)
-                self._simple = not (self._several or self._finished or self._dialect is OLLAMA)
+                self._simple = not (self._several or self._finished or self._dialect.last_frame_sums)
             self._passed += 1
             return frame
         self._pure = False

@@ -1,0 +1,185 @@
+"""The models that the proxy runs itself: configured ones, files of `models_dir`, and the local Hugging Face cache."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any, ClassVar
+
+from llama_smart_proxy.backends.base import ProviderStatus, Services
+from llama_smart_proxy.backends.llamacpp.headers import Headers
+from llama_smart_proxy.backends.llamacpp.spawned import KIND, SpawnedModel
+from llama_smart_proxy.backends.threads import in_thread
+from llama_smart_proxy.backends.weights import hub
+from llama_smart_proxy.backends.weights.downloads import Download
+from llama_smart_proxy.backends.weights.files import scan_models_dir
+from llama_smart_proxy.proxy.config import Config, LlamaCppConfig, ModelConfig
+from llama_smart_proxy.proxy.errors import ConfigError, ModelNotFound
+
+logger = logging.getLogger(__name__)
+
+CACHE_FRESH_S = 2.0
+"""How old the list of what is in the Hugging Face cache may be before it is read anew."""
+CACHE_READ_S = 2.0
+"""Longest wait for that; the folder may be on a disk that does not answer."""
+
+
+class LlamaCpp:
+    """`Provider` of the models in the pool. Names mean configured ones and their aliases first, then files, then what
+    is in the cache. It starts and closes the pool."""
+
+    section: ClassVar[str] = "llama_cpp"
+    Config: ClassVar[Any] = LlamaCppConfig
+
+    def __init__(self, config: Config, services: Services) -> None:
+        self._pool = services.pool
+        self._downloads = services.downloads
+        self._headers = Headers()
+        self._places = config.server_pool.size
+        self._takes_hub_names = config.backend == KIND
+        self._models_dir = config.llama_cpp.models_dir
+        self._scanned_ns = -1
+        self._files: dict[str, SpawnedModel] = {}
+        self._by_key: dict[str, SpawnedModel] = {}
+        self._reads_cache = config.llama_cpp.hf_cache
+        self._cached: dict[str, SpawnedModel] = {}
+        self._cache_read_s = float("-inf")
+        self._configured = [
+            self._model(name, model) for name, model in config.models.items() if config.backend_of(name) == KIND
+        ]
+        for spawned in self._configured:
+            for key in (spawned.name, *spawned.aliases):
+                self._by_key[key.lower()] = spawned
+
+    @classmethod
+    def create(cls, config: Config, services: Services) -> LlamaCpp:
+        """There always is one: files and the cache come and go."""
+        return cls(config, services)
+
+    async def start(self) -> None:
+        await self._pool.start()
+
+    async def close(self) -> None:
+        await self._pool.close(drain_s=0)
+
+    # -- models ----------------------------------------------------------------------------------------------------
+
+    async def listed(self) -> None:
+        """Return once the list of what is in the cache is at most 2 s old, or could not be read in 2 s."""
+        await self._read_cache()
+
+    def models(self) -> Sequence[SpawnedModel]:
+        return [*self._configured, *self._scan().values(), *dict.fromkeys(self._cached.values())]
+
+    def known(self, name: str, *, pull: bool = True) -> SpawnedModel | None:
+        """The model of that name. Case is ignored, and a `:latest` that is not configured."""
+        key = name.lower()
+        plain = key.removesuffix(":latest")
+        found = self._by_key.get(key) or self._by_key.get(plain)
+        if found is None and self._models_dir is not None:
+            files = self._scan()
+            found = files.get(key) or files.get(plain)
+        if found is None and self._cached:
+            found = self._cached.get(key.replace("huggingface.co/", "hf.co/", 1))
+        return found
+
+    async def find(self, name: str, *, pull: bool) -> SpawnedModel | None:
+        if hub.parse_name(name) is not None:
+            await self._read_cache(at_once=True)
+        return self.known(name)
+
+    def missing(self, name: str) -> None:
+        """Nothing: it always knows."""
+
+    @property
+    def default(self) -> SpawnedModel | None:
+        """The one there is, apart from the cache."""
+        ours = [*self._configured, *self._scan().values()]
+        return ours[0] if len(ours) == 1 else None
+
+    async def fitting(self, models: Sequence[str]) -> list[list[str]]:
+        loaded = [model for model in models if self._pool.state(model) == "loaded"]
+        order = [*loaded, *sorted(set(models) - set(loaded))]
+        room = max(1, self._places - self._pool.pinned_besides(models))
+        return [order[start : start + room] for start in range(0, len(order), room)]
+
+    # -- downloads -------------------------------------------------------------------------------------------------
+
+    def can_download(self, name: str) -> bool:
+        """One of its own, and any of the hub if models run here by default."""
+        return self.known(name) is not None or (self._takes_hub_names and hub.parse_name(name) is not None)
+
+    async def download(self, name: str, headers: Sequence[tuple[str, str]]) -> Download | None:
+        spawned = self.known(name)
+        if spawned is not None:
+            return await self._pool.begin_download(spawned.name, spawned.model)
+        found = hub.parse_name(name)
+        if found is None:
+            raise ModelNotFound(f"model {name[:100]!r} not found")
+        return self._downloads.join(hub.download_name(*found), hub.work(*found))
+
+    async def management(self, api: str, model: str | None) -> None:
+        """Nothing: its models are files."""
+
+    def status(self) -> ProviderStatus:
+        return ProviderStatus(instances=self._pool.status())
+
+    # -- what is on the disk ---------------------------------------------------------------------------------------
+
+    async def _read_cache(self, *, at_once: bool = False) -> None:
+        """Look at the Hugging Face cache again, unless that was done a moment ago."""
+        now = asyncio.get_running_loop().time()
+        if not self._reads_cache or (not at_once and now - self._cache_read_s < CACHE_FRESH_S):
+            return
+        self._cache_read_s = now
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CACHE_READ_S):
+                found = await in_thread(hub.cached_models)
+                self._cached = self._keyed(found)
+
+    def _keyed(self, found: Mapping[str, ModelConfig]) -> dict[str, SpawnedModel]:
+        """The models of the cache under all names they go by: with a quantisation, a file, or, if a repository has
+        only one, nothing behind the colon."""
+        known = {spawned.name: spawned for spawned in self._cached.values()}
+        keyed: dict[str, SpawnedModel] = {}
+        alone = Counter(model.repo for model in found.values())
+        for name, model in found.items():
+            spawned = known.get(name) or self._model(name, model, cached=True)
+            names = [name, f"hf.co/{model.repo}:{model.variant}"]
+            names += [f"hf.co/{model.repo}", f"hf.co/{model.repo}:latest"] if alone[model.repo] == 1 else []
+            keyed |= {key.lower(): spawned for key in names if key.lower() not in self._by_key}
+        return keyed
+
+    async def _remove(self, spawned: SpawnedModel) -> None:
+        """Unload a model of the cache and remove its file."""
+        await spawned.unload()
+        assert spawned.model.repo is not None and spawned.model.variant is not None
+        repo, file = spawned.model.repo, spawned.model.variant
+        await in_thread(lambda: hub.delete(repo, file))
+        await self._read_cache(at_once=True)
+
+    def _scan(self) -> dict[str, SpawnedModel]:
+        """Models of `models_dir` by lower-case name; the folder is read again only when it has changed."""
+        if self._models_dir is None:
+            return {}
+        try:
+            changed_ns = self._models_dir.stat().st_mtime_ns
+            files = scan_models_dir(self._models_dir) if changed_ns != self._scanned_ns else None
+        except (OSError, ConfigError) as exc:
+            changed_ns, files = -2, {}
+            if self._scanned_ns != changed_ns:
+                logger.warning("models_dir cannot be read, its models are not offered: %s", exc)
+        self._scanned_ns = changed_ns
+        if files is not None:
+            self._files = {
+                name.lower(): self._files.get(name.lower()) or self._model(name, model)
+                for name, model in files.items()
+                if name.lower() not in self._by_key
+            }
+        return self._files
+
+    def _model(self, name: str, model: ModelConfig, *, cached: bool = False) -> SpawnedModel:
+        return SpawnedModel(self._pool, name, model, self._headers, self._remove if cached else None)

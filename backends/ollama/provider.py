@@ -1,0 +1,80 @@
+"""The models of the Ollama hosts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from llama_smart_proxy.backends.base import ProviderStatus, Services
+from llama_smart_proxy.backends.ollama.host import OllamaHost
+from llama_smart_proxy.backends.ollama.hosts import Hosts
+from llama_smart_proxy.backends.ollama.model import KIND, OllamaModel
+from llama_smart_proxy.backends.weights.downloads import Download
+from llama_smart_proxy.proxy.config import Config, OllamaConfig
+from llama_smart_proxy.proxy.errors import UpstreamFailed
+
+
+class Ollama:
+    """`Provider` of what the hosts hold, of the configured models of this backend, and of what may be pulled."""
+
+    section: ClassVar[str] = "ollama"
+    Config: ClassVar[Any] = OllamaConfig
+
+    def __init__(self, hosts: Hosts) -> None:
+        self._hosts = hosts
+
+    @classmethod
+    def create(cls, config: Config, services: Services) -> Ollama | None:
+        if not config.uses_ollama:
+            return None
+        own = {name: model for name, model in config.models.items() if config.backend_of(name) == KIND}
+        return cls(Hosts(config.ollama, services.downloads, own))
+
+    async def start(self) -> None:
+        self._hosts.start()
+
+    async def close(self) -> None:
+        await self._hosts.close()
+
+    async def listed(self) -> None:
+        await self._hosts.listed()
+
+    def models(self) -> Sequence[OllamaModel]:
+        return [self._hosts.model(name) for name in self._hosts.models]
+
+    def known(self, name: str, *, pull: bool = True) -> OllamaModel | None:
+        own_name = self._hosts.known(name)
+        return self._hosts.model(own_name, pull=pull) if own_name is not None else None
+
+    async def find(self, name: str, *, pull: bool) -> OllamaModel | None:
+        own_name = await self._hosts.find(name)
+        if own_name is None and pull and self._hosts.may_pull(name):
+            own_name = name
+        return self._hosts.model(own_name, pull=pull) if own_name is not None else None
+
+    def missing(self, name: str) -> UpstreamFailed | None:
+        """That no host answers."""
+        error = self._hosts.missing(name)
+        return error if isinstance(error, UpstreamFailed) else None
+
+    @property
+    def default(self) -> None:
+        """None: hosts hold what they like."""
+
+    def can_download(self, name: str) -> bool:
+        """Whatever is left over: what there is, only the registries know."""
+        return True
+
+    async def download(self, name: str, headers: Sequence[tuple[str, str]]) -> Download:
+        """The pull by a host, also of a model that is there. Raises: BadRequest."""
+        return self._hosts.pull(name, headers)
+
+    async def fitting(self, models: Sequence[str]) -> list[list[str]]:
+        """One group: hosts find room for a model themselves."""
+        return [list(models)]
+
+    async def management(self, api: str, model: str | None) -> OllamaHost | None:
+        return await self._hosts.host_for(model) if api == KIND else None
+
+    def status(self) -> ProviderStatus:
+        return ProviderStatus(servers=self._hosts.status())

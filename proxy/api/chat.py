@@ -1,0 +1,307 @@
+"""A request for a generated answer, from the client's body to the client's bytes, top to bottom.
+
+Three ways lead to an answer. Where the model's server speaks the client's API and no agent looks at the answer, its
+bytes are relayed. Else its chunks are streamed: translated, through the agents that see them. Or an agent answers, and
+no model is asked.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import orjson
+from aiohttp import web
+
+from llama_smart_proxy.backends.base import Model, UpstreamRequest
+from llama_smart_proxy.proxy.api.state import Proxy
+from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, Json, say
+from llama_smart_proxy.proxy.dialects import UPSTREAM_CODECS
+from llama_smart_proxy.proxy.dialects.base import ClientCodec, Loading, UpstreamCodec
+from llama_smart_proxy.proxy.errors import AgentError, BadRequest, ProxyError, UpstreamRefused
+from llama_smart_proxy.proxy.http.body import aside, serialise, to_bytes
+from llama_smart_proxy.proxy.http.headers import RECORD, upstream_headers
+from llama_smart_proxy.proxy.middleware.chain import FIELD, Selection
+from llama_smart_proxy.proxy.middleware.context import AgentContext, RequestFacts
+from llama_smart_proxy.proxy.middleware.hooks import answered, enter, layer
+from llama_smart_proxy.proxy.middleware.scope import Scope
+from llama_smart_proxy.proxy.middleware.side_calls import SideCalls, check_depth
+from llama_smart_proxy.proxy.models.router import Route
+from llama_smart_proxy.proxy.stream.answer import UNENCODABLE, Epilogue, ModelAnswer, respond
+from llama_smart_proxy.proxy.stream.relay import relay
+from llama_smart_proxy.proxy.stream.upstream import ANSWER_LIMIT
+
+if TYPE_CHECKING:
+    from llama_smart_proxy.proxy.api.endpoints import Endpoint
+
+Prologue = Callable[[Model, ChatRequest], Awaitable[tuple[ChatRequest, Epilogue | None]]]
+"""Completes a decoded request for a server that does not speak the client's API."""
+_COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
+_NOT_JSON = re.compile("not JSON serializable|Dict key must")
+"""orjson's messages about what is no JSON value."""
+_THINKING = ("chat_template_kwargs", "reasoning_effort", "think", "thinking_budget_tokens")
+"""Fields that ask a model to think."""
+
+
+@dataclass(slots=True)
+class Chat:
+    """One request to an endpoint that generates, in the API of `codec`."""
+
+    http: web.BaseRequest
+    proxy: Proxy
+    endpoint: Endpoint
+    codec: ClientCodec
+    keep_alive: object = None
+    agents: Sequence[str] = ()
+
+    async def answer(self, route: Route, body: Json) -> web.StreamResponse:
+        """Answer the request, with the agents that it calls for."""
+        self.keep_alive = body.get("keep_alive")
+        loading = self.codec.loading(body)
+        if loading is None and self.proxy.chain.concerns(self.http.headers, body, route.name):
+            return await self._with_agents(route, body)
+        if self._is_native(route.model):
+            relaying = relayed(self.http, self.proxy, self.endpoint, route, body)
+            del body
+            return await relaying
+        if loading is not None:
+            return await self._load(route.model, loading)
+        await self._check_capabilities(route.model, body)
+        body["model"] = route.model.name
+        return await self._stream(route, await aside(self.http, self.codec.decode, body))
+
+    # -- without agents in the answer --------------------------------------------------------------------------------
+
+    def _is_native(self, model: Model) -> bool:
+        return self.endpoint.api in model.speaks
+
+    async def _load(self, model: Model, loading: Loading) -> web.Response:
+        if loading is Loading.UNLOAD:
+            await model.unload()
+        else:
+            self._keep_loaded(model)
+            await model.load()
+        return web.Response(
+            body=orjson.dumps(self.codec.load_reply(model.name, loading)), content_type="application/json"
+        )
+
+    def _keep_loaded(self, model: Model) -> None:
+        """What the request says of how long the model stays; the last request counts."""
+        seconds = self.codec.keep_alive_s({"keep_alive": self.keep_alive})
+        if seconds is not None:
+            model.keep_loaded(seconds)
+
+    async def _check_capabilities(self, model: Model, body: Json) -> None:
+        """Raises: BadRequest if the body asks for what the model cannot do, as far as is known."""
+        needed = self.codec.needs(body)
+        if needed is None or self._is_native(model):
+            return
+        info = await model.info()
+        if info.capabilities and needed not in info.capabilities:
+            raise BadRequest(f'"{model.name}" does not support {needed}')
+
+    async def _send(self, route: Route, chat: ChatRequest) -> web.StreamResponse:
+        """Answer a decoded request, the answer to which no agent sees."""
+        if self._is_native(route.model) and self.codec.fits(chat):
+            return await relayed(self.http, self.proxy, self.endpoint, route, self._encoded(chat))
+        return await self._stream(route, chat)
+
+    async def _stream(self, route: Route, chat: ChatRequest) -> web.StreamResponse:
+        answer = await self._model_answer(route.model, chat)
+        return await respond(self.http, self.codec, answer.chat, answer, None, stall_s=self._stall_s)
+
+    async def _model_answer(self, model: Model, chat: ChatRequest, *, same_api: bool = False) -> ModelAnswer:
+        """The model's answer in chunks, not requested yet; with `same_api` as the client would get it from there."""
+        epilogue: Epilogue | None = None
+        if not self._is_native(model):
+            if self.endpoint.prologue is not None:
+                chat, epilogue = await self.endpoint.prologue(model, chat)
+            self._keep_loaded(model)  # not before the request is known to be good, and its questions are answered
+        own = self.codec.same_api if same_api and self._is_native(model) and self.codec.fits(chat) else None
+        codec = own or UPSTREAM_CODECS[model.codec]
+        request = await self._written(codec, model, chat)
+
+        def amend(refused: UpstreamRefused) -> UpstreamRequest | None:
+            if not self.codec.thinking_is_optional or not _without_thinking(chat, refused):
+                return None
+            path, body = codec.encode(chat)
+            prepared = model.prepare(body)
+            return UpstreamRequest(
+                "POST", path, serialise(body), request.headers, client=request.client, prepared=prepared
+            )
+
+        return ModelAnswer(
+            model, request, codec, chat, self.http[RECORD],
+            verbatim=own is not None and chat.stream and _same_form(request.path, self.http.path),
+            epilogue=epilogue, amend=amend, limit=None if chat.stream else ANSWER_LIMIT,
+        )  # fmt: skip
+
+    def _encoded(self, chat: ChatRequest) -> Json:
+        try:
+            return self.codec.encode(chat)
+        except UNENCODABLE as exc:
+            raise self._unencodable() or exc from exc
+
+    async def _written(self, codec: UpstreamCodec, model: Model, chat: ChatRequest) -> UpstreamRequest:
+        """The request to the model's server. Raises: AgentError if agents made of it what no API can express."""
+        try:
+            path, body = codec.encode(chat)
+            prepared = model.prepare(body)
+            data = await to_bytes(self.http, body)
+        except UNENCODABLE as exc:
+            raise self._unencodable() or exc from exc
+        headers = upstream_headers(self.http.headers, has_body=True)
+        return UpstreamRequest("POST", path, data, headers, prepared=prepared)
+
+    def _unencodable(self) -> AgentError | None:
+        names = " or ".join(self.agents)
+        return AgentError(names, "turned the request into something that cannot be sent") if names else None
+
+    @property
+    def _stall_s(self) -> float:
+        return self.proxy.config.server.send_stall_s
+
+    # -- with agents -------------------------------------------------------------------------------------------------
+
+    async def _with_agents(self, route: Route, body: Json) -> web.StreamResponse:
+        plugins = self.proxy.chain.plugins
+        await plugins.refresh()
+        await self._check_capabilities(route.model, body)
+        named = body.pop(FIELD, None)
+        chat = await aside(self.http, self.codec.decode, body)
+        resends = self.codec.resends_chat and not chat.is_text
+        selection = self.proxy.chain.select(self.http.headers, named, chat, route.name, resends_chat=resends)
+        if selection.reply is not None:
+            return await self._respond(chat, None, say(selection.reply))
+        chat.model = route.model.name
+        if not selection.chain:
+            return await self._send(route, chat)
+        depth = check_depth(self.http.headers)
+        self.agents = self.http[RECORD].agents = [active.plugin.name for active in selection.chain]
+        scope = Scope()
+        for active in selection.chain:
+            active.made.users += 1
+        try:
+            return await scope.run(self._chained(scope, selection, route, chat, depth))
+        finally:
+            for active in selection.chain:
+                await plugins.release(active.plugin.name, active.made)
+
+    async def _chained(
+        self, scope: Scope, selection: Selection, route: Route, chat: ChatRequest, depth: int
+    ) -> web.StreamResponse:
+        calls = SideCalls(scope, self.proxy.router, self.proxy.config.agent_limits, depth)
+        request_id = self.http[RECORD].request_id
+        facts = RequestFacts(self.http.headers, self.http.path.rstrip("/"), request_id, route.model.kind, selection)
+        contexts = [AgentContext(active, facts, scope, calls) for active in selection.chain]
+        try:
+            async with AsyncExitStack() as open_streams:
+                return await self._through(open_streams, contexts, route, chat, calls)
+        except BadRequest as exc:
+            if _NOT_JSON.search(exc.message):  # nothing that was parsed from JSON can be that
+                raise self._unencodable() or exc from exc
+            raise
+        finally:
+            for ctx in contexts:
+                ctx.active.plugin.spent_s += ctx.turn.spent_s
+
+    async def _through(
+        self,
+        open_streams: AsyncExitStack,
+        contexts: list[AgentContext],
+        route: Route,
+        chat: ChatRequest,
+        calls: SideCalls,
+    ) -> web.StreamResponse:
+        """Ask the agents, then the model, and answer through the agents; what is opened is left to `open_streams`."""
+        source: ModelAnswer | None = None
+        entered, answering, stream = await enter(contexts, chat)
+        rewriting = [ctx for ctx in entered if ctx.active.made.rewrites]
+        if answering is not None and stream is not None:
+            stream = answered(answering, stream)
+        else:
+            route = await self._rerouted(route, chat)
+            if not rewriting:
+                return await self._send(route, chat)
+            source = await self._model_answer(route.model, chat, same_api=True)
+            source.opened, source.closed = calls.reply_began, calls.reply_ended
+            stream = source.chunks()
+        await open_streams.enter_async_context(aclosing(stream))
+        for ctx in reversed(rewriting):
+            stream = await open_streams.enter_async_context(aclosing(layer(ctx, stream)))
+        return await self._respond(source.chat if source is not None else chat, source, stream)
+
+    async def _rerouted(self, route: Route, chat: ChatRequest) -> Route:
+        """Where the request goes now: an agent may have chosen another model."""
+        if chat.model != route.model.name:
+            route = await self.proxy.router.resolve(chat.model)
+            chat.model = route.model.name
+            self.http[RECORD].routed(route.model.name, route.model.kind)
+        return route
+
+    async def _respond(
+        self, chat: ChatRequest, source: ModelAnswer | None, stream: AsyncIterator[Chunk]
+    ) -> web.StreamResponse:
+        if source is None:
+            stream = _with_usage(stream)
+        try:
+            return await respond(self.http, self.codec, chat, source, stream, stall_s=self._stall_s)
+        except UNENCODABLE as exc:
+            message = "an agent turned the answer into something that cannot be sent"
+            raise ProxyError(message, code="agent_failed") from exc
+
+
+async def relayed(
+    http: web.BaseRequest, proxy: Proxy, endpoint: Endpoint, route: Route, body: Json
+) -> web.StreamResponse:
+    """Answer `http` with the bytes of the model's server, which speaks the API of `endpoint`; `body` may be changed."""
+    model, has_body = route.model, http.method == "POST"
+    prepared = None
+    if has_body:
+        body["model"] = model.name
+        prepared = model.prepare(body)
+    request = UpstreamRequest(
+        http.method,
+        _upstream_path(http, model.name),
+        await to_bytes(http, body) if has_body else b"",
+        upstream_headers(http.headers, has_body=has_body),
+        endpoint.slot,
+        prepared=prepared,
+    )
+    del body  # the answer may last for minutes
+    return await relay(http, model, request, endpoint.dialect, stall_s=proxy.config.server.send_stall_s)
+
+
+def _upstream_path(http: web.BaseRequest, model: str) -> str:
+    """The matched path, without the trailing slash some clients add, and the query as it came; but a model named there
+    by the name the server knows."""
+    path, mark, query = http.raw_path.partition("?")
+    if mark and http.query.get("model", model) != model:
+        query = http.rel_url.update_query(model=model).raw_query_string
+    return (http.path.rstrip("/") if path[-1] == "/" or "%" in path else path) + mark + query
+
+
+async def _with_usage(stream: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:
+    """An answer that was made here, with the usage that clients expect of every answer: no model was asked, if no chunk
+    has any."""
+    has_usage = False
+    async for chunk in stream:
+        has_usage = has_usage or chunk.usage is not None
+        yield chunk
+    if not has_usage:
+        yield Chunk({"choices": [], "usage": dict.fromkeys(_COUNTS, 0)})
+
+
+def _same_form(path: str, asked: str) -> bool:
+    """Whether the server's answer has the form that the client of `asked` waits for."""
+    return path.removeprefix("/v1") == asked.rstrip("/").removeprefix("/v1")
+
+
+def _without_thinking(chat: ChatRequest, refused: UpstreamRefused) -> bool:
+    """Take back the wish that the model think, if that is what the server refused; whether it was."""
+    if "does not support thinking" not in refused.message:
+        return False
+    return any([chat.body.pop(name, None) is not None for name in _THINKING])

@@ -1,0 +1,57 @@
+"""What can be added to the proxy without a change to it: providers of models, endpoints with their APIs, observers.
+
+A module that the configuration names in `modules` is a Python file with a function `extend(registry: Registry)`.
+Agents come by `agents_dirs`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+
+from llama_smart_proxy.backends.base import Provider
+from llama_smart_proxy.backends.llamacpp.provider import LlamaCpp
+from llama_smart_proxy.backends.ollama.provider import Ollama
+from llama_smart_proxy.backends.openai import Remotes
+from llama_smart_proxy.proxy.api.endpoints import ENDPOINTS, Endpoint
+from llama_smart_proxy.proxy.chat import Observer
+from llama_smart_proxy.proxy.config import Config
+from llama_smart_proxy.proxy.errors import ConfigError
+from llama_smart_proxy.proxy.log import access_line
+
+
+@dataclass(slots=True)
+class Registry:
+    """`providers` in the order in which they are asked for a model; `endpoints` by path; `observers` are shown the
+    record of each request when it has ended."""
+
+    providers: list[type[Provider]] = field(default_factory=lambda: [LlamaCpp, Remotes, Ollama])
+    endpoints: dict[str, Endpoint] = field(default_factory=lambda: dict(ENDPOINTS))
+    observers: list[Observer] = field(default_factory=lambda: [access_line])
+
+    @classmethod
+    def of(cls, config: Config) -> Registry:
+        """What the proxy has, and the modules of `config` add. Raises: ConfigError."""
+        registry = cls()
+        problems = []
+        for number, file in enumerate(config.modules):
+            try:
+                _loaded(file, number).extend(registry)
+            except Exception as exc:  # whatever a module does when it is imported
+                problems.append(f"modules.{number}: {file}: {type(exc).__name__}: {exc}")
+        if problems:
+            raise ConfigError(problems)
+        return registry
+
+
+def _loaded(file: Path, number: int) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"_lsp_module{number}", file)
+    if spec is None or spec.loader is None:
+        raise ImportError("not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, "extend", None)):
+        raise ImportError("has no function extend(registry)")
+    return module

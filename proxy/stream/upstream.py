@@ -1,0 +1,291 @@
+"""One request to a model's server, and its answer: when it is sent again, and how bytes become chunks.
+
+Everything that asks a model goes through `Attempts`: the relay, streams, questions of our own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, suppress
+
+import orjson
+
+from llama_smart_proxy.backends.base import Management, Model, UpstreamRequest
+from llama_smart_proxy.backends.http.exchange import UpstreamResponse
+from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, Json
+from llama_smart_proxy.proxy.dialects.base import UpstreamCodec
+from llama_smart_proxy.proxy.dialects.framing import FrameTooLong
+from llama_smart_proxy.proxy.dialects.openai import error_details, error_text
+from llama_smart_proxy.proxy.errors import ProxyError, UpstreamFailed, UpstreamRefused
+from llama_smart_proxy.proxy.http.body import OFF_LOOP_BYTES, serialise
+
+logger = logging.getLogger(__name__)
+
+ERROR_LIMIT = 1024 * 1024
+"""Largest error body of a server that is read for its message."""
+MESSAGE_LENGTH = 2000
+"""Most characters of a server's error that a client gets to see; some send whole web pages."""
+ANSWER_LIMIT = 64 * 1024 * 1024
+"""Largest answer that is taken whole; thousands of embeddings are large."""
+JSON_HEADERS = [("Content-Type", "application/json")]
+_FINAL = frozenset({"upstream_error", "upstream_frame_too_long", "pull_failed"})
+"""Codes of failures that a server reported, or that its answer is. Asked again it would answer the same."""
+_SIGNS_OF_LIFE = (b":", b"event: ping")
+"""Events that carry nothing, and mean nothing for those after them."""
+
+Amend = Callable[[UpstreamRefused], UpstreamRequest | None]
+"""Makes a request that a server refused into one that it may take; None if there is none."""
+
+
+def _never() -> bool:
+    return False
+
+
+class Attempts(AbstractAsyncContextManager[UpstreamResponse]):
+    """Sends a request, and once more if the server broke off, or could not be reached, while nothing of its answer had
+    been used: by then its instance is gone, and the second try meets a fresh one. A request that the server refuses is
+    sent once more as `amend` makes it.
+
+        async for attempt in Attempts(model, request, begun):
+            async with attempt as upstream: ...
+
+    `begun` tells whether anything of the answer has been used. Raises: what the last try does.
+    """
+
+    def __init__(
+        self,
+        model: Model | Management,
+        request: UpstreamRequest,
+        begun: Callable[[], bool] = _never,
+        *,
+        amend: Amend | None = None,
+    ) -> None:
+        self._model = model
+        self._request = request
+        self._begun = begun
+        self._amend = amend
+        self.again = True
+        """Whether a second try is still allowed; a caller that has used the answer sets it to False."""
+        self._over = False
+
+    def __aiter__(self) -> Attempts:
+        return self
+
+    async def __anext__(self) -> Attempts:
+        if self._over:
+            raise StopAsyncIteration
+        self._over = True
+        return self
+
+    async def __aenter__(self) -> UpstreamResponse:
+        while True:
+            self._exchange = self._model.open(self._request)
+            try:
+                return await self._exchange.__aenter__()
+            except UpstreamFailed as exc:
+                if not self._tries_again(exc):
+                    raise
+
+    async def __aexit__(self, kind: object, exc: BaseException | None, trace: object) -> bool:
+        await self._exchange.__aexit__(kind, exc, trace)  # type: ignore[arg-type]
+        self._over = exc is None or not self._tries_again(exc)
+        return not self._over
+
+    def _tries_again(self, exc: BaseException) -> bool:
+        """Whether `exc` is a reason to send the request again, which happens once."""
+        if not self.again or self._begun():
+            return False
+        if isinstance(exc, UpstreamRefused):
+            amended = self._amend(exc) if self._amend is not None else None
+            if amended is None:
+                return False
+            self._request = amended
+        elif isinstance(exc, UpstreamFailed) and exc.status == 502 and exc.code not in _FINAL:
+            logger.warning("%s before the first byte: %s; trying once more", self._request.path.partition("?")[0], exc)
+        else:
+            return False
+        self.again = False
+        return True
+
+
+class StreamDecoder:
+    """Bytes of a server in, chunks out. With `verbatim` each keeps the bytes it came as, and `tail` are those of the
+    frame that ended the answer: chunks and tail joined are what went in.
+
+    `failure` is what is wrong with the answer, once the chunks before it were returned: also that it grew past `limit`
+    bytes. `text` are the texts of all chunks, if they are kept.
+    """
+
+    def __init__(
+        self,
+        codec: UpstreamCodec,
+        request: ChatRequest,
+        *,
+        verbatim: bool = False,
+        keeps_text: bool = False,
+        limit: int | None = None,
+    ) -> None:
+        self._splitter = codec.splitter()
+        self._reader = codec.reader(request)
+        self._verbatim = verbatim
+        self._grouped = codec.dialect.stateful_frames  # frames that open and close blocks belong to the next chunk
+        self._held = b""
+        self._serial = 0  # of the next chunk
+        self._left = limit
+        self.tail = b""
+        self.usage: Json | None = None
+        """The last count of tokens that a chunk had."""
+        self.failure: ProxyError | None = None
+        self.texts: list[str] | None = [] if keeps_text else None
+
+    @property
+    def done(self) -> bool:
+        """Whether the answer has come to its end."""
+        return self._reader.done
+
+    @property
+    def count(self) -> int:
+        """How many chunks there have been."""
+        return self._serial
+
+    def broke_off(self, failure: ProxyError) -> None:
+        """The connection has; after the end of the answer that does no harm."""
+        if not self.done and self.failure is None:
+            self.failure = failure
+
+    def feed(self, data: bytes) -> list[Chunk]:
+        """The chunks that are complete now; none after a failure."""
+        if self.failure is not None:
+            return []
+        if self._left is not None:
+            self._left -= len(data)
+            if self._left < 0:
+                self.failure = UpstreamFailed(f"the answer is over {ANSWER_LIMIT // 2**20} MiB", code="upstream_error")
+                return []
+        try:
+            return self._chunks(self._splitter.take(data))
+        except FrameTooLong:
+            self.failure = frame_too_long()
+            return []
+
+    def finish(self) -> list[Chunk]:
+        """What a last frame means whose line end is missing."""
+        if self.failure is not None:
+            return []
+        rest = self._splitter.rest
+        last = self._chunks(self._splitter.cut(rest)) if rest else []
+        if not self.done and self.failure is None:
+            self.failure = incomplete()
+        return last
+
+    def _chunks(self, frames: list[bytes]) -> list[Chunk]:
+        made: list[Chunk] = []
+        read = self._reader.read
+        try:
+            for frame in frames:
+                data = read(frame)
+                if data is None:
+                    self._add_silent(frame, made)
+                else:
+                    self._add(data, frame, made)
+        except UpstreamFailed as exc:
+            self.failure = exc
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as exc:
+            self.failure = unreadable(exc)
+        if self.texts is not None:
+            self.texts += [chunk.text for chunk in made if not chunk.index]
+        return made
+
+    def _add_silent(self, frame: bytes, made: list[Chunk]) -> None:
+        """A frame that adds nothing to the answer."""
+        if self.done:
+            self.tail += self._held + frame
+            self._held = b""
+        elif self._grouped and (self._held or not frame.lstrip(b"\r\n").startswith(_SIGNS_OF_LIFE)):
+            self._held += frame
+        elif self._verbatim:
+            made.append(Chunk({}, frame, self._next()))
+
+    def _add(self, data: Json, frame: bytes, made: list[Chunk]) -> None:
+        if self._held:
+            frame, self._held = self._held + frame, b""
+        if "usage" in data:
+            self.usage = data["usage"]
+        choices = data.get("choices") or ()
+        for choice in choices:  # of another shape than the API's, it would have an agent fail that is not to blame
+            delta = choice.get("delta")
+            if delta is not None and (content := delta.get("content")) is not None and content.__class__ is not str:
+                raise TypeError("content that is not text")
+        if len(choices) > 1:  # a chunk has one choice
+            made.extend(Chunk({**data, "choices": [choice]}, serial=self._next()) for choice in choices)
+        else:
+            made.append(Chunk(data, frame if self._verbatim else None, self._serial))
+            self._serial += 1
+
+    def _next(self) -> int:
+        self._serial += 1
+        return self._serial - 1
+
+
+async def question(model: Model, path: str, body: Json, *, slot: bool = False) -> Json:
+    """The JSON object that answers a small request.
+
+    Raises: UpstreamRefused with the server's own message, UpstreamFailed.
+    """
+    prepared = model.prepare(body)
+    request = UpstreamRequest("POST", path, serialise(body), JSON_HEADERS, slot, prepared=prepared)
+    return await answer_to(model, request)
+
+
+async def answer_to(
+    model: Model, request: UpstreamRequest, opened: Callable[[UpstreamResponse], None] | None = None
+) -> Json:
+    """The JSON object that answers `request`. Raises: as `question`."""
+    async for attempt in Attempts(model, request):
+        async with attempt as upstream:
+            if opened is not None:
+                opened(upstream)
+            if upstream.status != 200:
+                raise await refusal(upstream)
+            answer = await upstream.read(ANSWER_LIMIT)
+    if answer is not None and len(answer) > OFF_LOOP_BYTES:
+        return await asyncio.get_running_loop().run_in_executor(None, parsed_answer, answer)
+    return parsed_answer(answer)
+
+
+def parsed_answer(body: bytes | None) -> Json:
+    """The JSON object that a server answered with. Raises: UpstreamFailed if it is none."""
+    with suppress(orjson.JSONDecodeError):
+        answer = orjson.loads(body or b"")
+        if isinstance(answer, dict):
+            return answer
+    raise UpstreamFailed("the model server's answer cannot be understood", code="upstream_error")
+
+
+async def refusal(upstream: UpstreamResponse) -> ProxyError:
+    """The error for an answer with an error status, with the server's own message."""
+    body = await upstream.read(ERROR_LIMIT) or b""
+    message, details = body.decode(errors="replace").strip(), Json()
+    with suppress(orjson.JSONDecodeError):
+        parsed = orjson.loads(body)
+        message, details = error_text(parsed), error_details(parsed)
+    message = message[:MESSAGE_LENGTH] or f"the model server answered with status {upstream.status}"
+    return UpstreamRefused(message, status=upstream.status if upstream.status >= 400 else 502, details=details)
+
+
+def unreadable(exc: Exception) -> UpstreamFailed:
+    """The error for an answer that is not of the API's shape, which `exc` came of."""
+    logger.warning("an answer cannot be understood: %s: %s", type(exc).__name__, exc)
+    return UpstreamFailed("the model server's answer cannot be understood", code="upstream_error")
+
+
+def frame_too_long() -> UpstreamFailed:
+    """The error for a frame that does not end."""
+    return UpstreamFailed("the model server sent an event over 8 MiB", code="upstream_frame_too_long")
+
+
+def incomplete() -> UpstreamFailed:
+    """The error for a stream that ends properly, but too early."""
+    return UpstreamFailed("the model server ended its answer before it was complete", code="upstream_incomplete")
