@@ -116,7 +116,7 @@ async def test_pinned_models_stay_and_fill_the_pool(fakes: Fakes) -> None:
             await ask(pool, "a", model)
 
 
-async def test_L10_a_busy_instance_is_never_evicted(fakes: Fakes) -> None:
+async def test_a_busy_instance_is_never_evicted(fakes: Fakes) -> None:
     async with open_pool(fakes.config(size=1, swap_after_s=600)) as pool:
         model = fakes.model()
         async with pool.lease("a", model) as instance:
@@ -127,7 +127,7 @@ async def test_L10_a_busy_instance_is_never_evicted(fakes: Fakes) -> None:
         assert fakes.events("stop")
 
 
-async def test_L10_a_wait_for_a_busy_place_ends_at_the_queue_timeout(fakes: Fakes) -> None:
+async def test_a_wait_for_a_busy_place_ends_at_the_queue_timeout(fakes: Fakes) -> None:
     async with open_pool(fakes.config(size=1, queue_timeout_s=0.5, swap_after_s=0.1)) as pool:
         model = fakes.model()
         async with busy(pool, "a", model):
@@ -195,7 +195,7 @@ async def test_a_load_serves_more_than_one_request_under_mixed_load(fakes: Fakes
 
 
 @pytest.mark.parametrize("rounds", [10, pytest.param(200, marks=pytest.mark.full)])
-async def test_L9_two_models_race_for_one_place(fakes: Fakes, rounds: int) -> None:
+async def test_two_models_that_race_for_one_place_are_started_once_each(fakes: Fakes, rounds: int) -> None:
     async with open_pool(fakes.config(size=1)) as pool, Census() as census:
         model, chance = fakes.model(), random.Random(9)
         await ask(pool, "a", model)
@@ -213,7 +213,7 @@ async def test_L9_two_models_race_for_one_place(fakes: Fakes, rounds: int) -> No
 
 
 @pytest.mark.parametrize("rounds", [15, pytest.param(200, marks=pytest.mark.full)])
-async def test_L11_a_request_at_any_moment_of_a_stop_is_served(fakes: Fakes, rounds: int) -> None:
+async def test_a_request_at_any_moment_of_a_stop_is_served(fakes: Fakes, rounds: int) -> None:
     async with open_pool(fakes.config(size=1)) as pool, Census() as census:
         model, chance = fakes.model(), random.Random(11)
         for number in range(rounds):
@@ -226,7 +226,9 @@ async def test_L11_a_request_at_any_moment_of_a_stop_is_served(fakes: Fakes, rou
 
 
 @pytest.mark.parametrize(("turns", "burst_s"), [(12, 0.5), pytest.param(500, 2.0, marks=pytest.mark.full)])
-async def test_K5_two_models_in_one_place(fakes: Fakes, turns: int, burst_s: float) -> None:
+async def test_two_models_that_take_turns_in_one_place_neither_run_both_nor_starve(
+    fakes: Fakes, turns: int, burst_s: float
+) -> None:
     async with open_pool(fakes.config(size=1, swap_after_s=0.1)) as pool, Census() as census:
         model = fakes.model(fake={"LOAD_S": 0.05})
         for number in range(turns):

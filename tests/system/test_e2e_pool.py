@@ -93,10 +93,10 @@ async def test_fifty_clients_of_two_models_with_one_place_all_get_whole_answers(
         await until(lambda: idle(proxy))
 
 
-# -- L10: a busy model is never evicted --------------------------------------------------------------------------------
+# -- a busy model is never evicted -------------------------------------------------------------------------------------
 
 
-async def test_l10_eviction_waits_for_the_end_of_a_stream_and_no_longer(fakes: Fakes, gate: Gate) -> None:
+async def test_eviction_waits_for_the_end_of_a_stream_and_no_longer(fakes: Fakes, gate: Gate) -> None:
     models = {"busy": fakes.model(), "other": fakes.model()}
     async with running_proxy(fakes.config(models, size=1, swap_after_s=0.05)) as proxy:
         async with streaming(proxy, "busy", fake={"tokens": 40, "token_ms": 25, "last_at": str(gate)}) as stream:
@@ -113,7 +113,7 @@ async def test_l10_eviction_waits_for_the_end_of_a_stream_and_no_longer(fakes: F
         assert stop["time"] < start["time"]
 
 
-async def test_l10_a_request_that_waits_too_long_for_a_place_is_told_so(fakes: Fakes) -> None:
+async def test_a_request_that_waits_too_long_for_a_place_is_told_so(fakes: Fakes) -> None:
     models = {"busy": fakes.model(TOKENS=4800, TOKEN_MS=25), "other": fakes.model()}
     async with running_proxy(fakes.config(models, size=1, swap_after_s=0.05, queue_timeout_s=0.5)) as proxy:
         async with streaming(proxy, "busy") as stream:
@@ -199,7 +199,7 @@ async def kill_server(proxy: Proxy, model: str) -> int:
 
 
 @needs_llama_cpp
-async def test_s1_a_server_killed_mid_stream_is_told_in_band_and_replaced(tiny_models: dict[str, Path]) -> None:
+async def test_a_server_killed_mid_stream_is_told_in_band_and_replaced(tiny_models: dict[str, Path]) -> None:
     config = embedded({"tiny": tiny(tiny_models["tiny-a"], ctx=32768)})  # half a minute or more of tokens
     async with running_proxy(config) as proxy:
         async with streaming(proxy, "tiny", ignore_eos=True, max_tokens=-1) as stream:
@@ -216,7 +216,7 @@ async def test_s1_a_server_killed_mid_stream_is_told_in_band_and_replaced(tiny_m
         assert fresh["pid"] != killed and fresh["restarts"] == 1
 
 
-async def test_s2_a_server_killed_before_the_first_byte_is_replaced_and_asked_again(fakes: Fakes) -> None:
+async def test_a_server_killed_before_the_first_byte_is_replaced_and_asked_again(fakes: Fakes) -> None:
     model = fakes.model(TOKENS=1, DIE_AFTER=0, TIMES=1, COUNTER=fakes.folder / "deaths")
     async with running_proxy(fakes.config({"m": model})) as proxy:
         answer = await chat(proxy, "m")
@@ -224,7 +224,7 @@ async def test_s2_a_server_killed_before_the_first_byte_is_replaced_and_asked_ag
         assert len(fakes.generated()) == len(fakes.events("start")) == 2
 
 
-async def test_s2_a_request_is_sent_twice_at_most(fakes: Fakes) -> None:
+async def test_a_request_is_sent_twice_at_most(fakes: Fakes) -> None:
     async with running_proxy(fakes.config({"m": fakes.model()})) as proxy:
         await chat(proxy, "m")
         async with asking(proxy, "m", fake={"stall_after": 0}) as client:
@@ -248,7 +248,7 @@ async def test_a_crash_is_noticed_when_it_happens(fakes: Fakes) -> None:
         assert await state(proxy, "other") == "loaded"
 
 
-async def test_k1_streams_on_other_servers_go_on_when_one_is_killed(fakes: Fakes, gate: Gate) -> None:
+async def test_streams_on_other_servers_go_on_when_one_is_killed(fakes: Fakes, gate: Gate) -> None:
     models = {name: fakes.model(TOKENS=30) for name in "ab"}
     held = {"last_at": str(gate)}
     async with running_proxy(fakes.config(models, size=2)) as proxy:

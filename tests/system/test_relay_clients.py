@@ -87,7 +87,7 @@ async def test_client_that_leaves_while_it_sends_causes_no_request(proxy: Proxy,
     assert upstream.links == []
 
 
-async def test_s7_half_closed_client_gets_everything_or_a_clean_end(proxy: Proxy, upstream: RawUpstream) -> None:
+async def test_half_closed_client_gets_everything_or_a_clean_end(proxy: Proxy, upstream: RawUpstream) -> None:
     async def script(link: Link, request: Request) -> None:
         await link.send(EVENT_HEAD + chunk(token("a")))
         await link.send(chunk(DONE) + LAST_CHUNK)
@@ -101,7 +101,7 @@ async def test_s7_half_closed_client_gets_everything_or_a_clean_end(proxy: Proxy
         await client.closed_by_peer()
 
 
-async def test_s7_half_closed_client_frees_the_model_server(proxy: Proxy, upstream: RawUpstream) -> None:
+async def test_half_closed_client_frees_the_model_server(proxy: Proxy, upstream: RawUpstream) -> None:
     """It either gets its answer, however long that takes, or is taken for gone: then the model server hears of it."""
 
     async def script(link: Link, request: Request) -> None:
@@ -165,7 +165,7 @@ async def test_reader_that_stops_stops_the_model_server(proxy: Proxy, upstream: 
     await released(upstream)
 
 
-async def test_s8_reader_that_takes_nothing_is_cut_off_and_a_slow_one_is_not() -> None:
+async def test_reader_that_takes_nothing_is_cut_off_and_a_slow_one_is_not() -> None:
     async with own_proxy(send_stall_s=3.0) as (proxy, upstream), AsyncExitStack() as stack:
         upstream.script = pump
         opening = [connected(proxy.port, receive_buffer=SMALL_BUFFER) for _ in range(6)]
@@ -195,7 +195,7 @@ async def sip(client: RawClient, *, bytes_per_s: int, seconds: float) -> int:
 
 @pytest.mark.full
 @pytest.mark.usefixtures("long_stream")
-async def test_s8_a_hundred_slow_readers_disturb_nobody() -> None:
+async def test_a_hundred_slow_readers_disturb_nobody() -> None:
     async with own_proxy(send_stall_s=5.0) as (proxy, upstream), AsyncExitStack() as stack:
 
         async def script(link: Link, request: Request) -> None:
@@ -231,7 +231,9 @@ async def test_s8_a_hundred_slow_readers_disturb_nobody() -> None:
 # -- connections gone stale --------------------------------------------------------------------------------------------
 
 
-async def test_s13_server_that_closes_idle_connections_at_any_moment(proxy: Proxy, upstream: RawUpstream) -> None:
+async def test_server_that_closes_idle_connections_at_any_moment_costs_no_failure(
+    proxy: Proxy, upstream: RawUpstream
+) -> None:
     """500 requests, none fails, and none is sent more than twice."""
     chance = random.Random(13)
     loop = asyncio.get_running_loop()
@@ -259,7 +261,7 @@ async def test_s13_server_that_closes_idle_connections_at_any_moment(proxy: Prox
     assert len(upstream.links) > 50, "hardly a connection was closed: this proves nothing"
 
 
-async def test_s13_connections_closed_long_ago_cost_no_retry() -> None:
+async def test_connections_closed_long_ago_cost_no_retry() -> None:
     async with own_proxy(plain(b"{}")) as (proxy, upstream):  # whose log nobody else writes to
         for _ in range(5):
             assert (await post(proxy.port, CHAT, {"model": "m"})).status == 200
