@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import concurrent.futures
+import inspect
 import os
 import resource
 import shutil
@@ -25,6 +26,7 @@ import uvloop
 from llama_smart_proxy.backends.pool.logring import LINE_BYTES, LINES, LogRing
 from llama_smart_proxy.backends.pool.orphans import OWNER
 from llama_smart_proxy.backends.pool.spawn import Child, spawn
+from llama_smart_proxy.proxy.cli import simulate
 from llama_smart_proxy.proxy.errors import StartFailed
 from tests.support.harness import PATIENCE_S, ROOT, until
 from tests.support.pools import Fakes, children, open_fds
@@ -160,6 +162,11 @@ async def test_other_threads_may_not_spawn() -> None:
     await asyncio.to_thread(attempt)
 
 
+def place(what: Callable[..., object]) -> str:
+    """The file that defines `what`."""
+    return Path(inspect.getfile(what)).resolve().relative_to(ROOT).as_posix()
+
+
 def test_the_project_makes_processes_in_one_place() -> None:
     makers = {"Popen", "fork", "forkpty", "posix_spawn", "posix_spawnp", "system", "popen", "startfile"}
     makers |= {"create_subprocess_exec", "create_subprocess_shell", "subprocess_exec", "subprocess_shell"}
@@ -173,8 +180,8 @@ def test_the_project_makes_processes_in_one_place() -> None:
                     continue  # a chat's system prompt
                 if name in makers:
                     found.add(path.relative_to(ROOT).as_posix())
-    starts_a_proxy = {"proxy/simulate.py"}
-    assert found - starts_a_proxy == {"backends/spawn.py"}
+    starts_a_proxy = {place(simulate.run)}
+    assert found - starts_a_proxy == {place(spawn)}
 
 
 @contextmanager
