@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import resource
 import signal
@@ -11,10 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from llama_smart_proxy.backends.base import Call
+from llama_smart_proxy.backends.http.exchange import BUFFER_LIMIT
 from llama_smart_proxy.backends.pool import backoff
 from llama_smart_proxy.backends.pool.pool import Pool
 from llama_smart_proxy.proxy.config import ModelConfig
 from llama_smart_proxy.proxy.errors import StartFailed, UpstreamFailed
+from tests.support.e2e_support import CHAT
 from tests.support.harness import PATIENCE_S, until
 from tests.support.pools import Fakes, ask, chat, open_fds, open_pool
 
@@ -174,6 +178,23 @@ async def test_a_request_that_broke_can_be_sent_again_at_once(fakes: Fakes) -> N
                     await instance.wait_stopped(PATIENCE_S)
         assert b"t0" in await ask(pool, "a", model)
         assert fakes.spawns == 2
+
+
+async def test_a_crash_in_mid_stream_that_only_the_end_of_the_process_tells_is_a_disconnection(fakes: Fakes) -> None:
+    """Its connection is not read any more, as its reader is slow: the end of that is not seen."""
+    model = fakes.model()
+    call = Call("POST", CHAT, json.dumps({"stream": True, "fake": {"tokens": 1_000_000}}).encode())
+    async with (
+        open_pool(fakes.config()) as pool,
+        pool.lease("m", model) as instance,
+        instance.connections.request(call) as response,
+    ):
+        await until(lambda: response._held > BUFFER_LIMIT)
+        os.kill(instance.pid, signal.SIGKILL)
+        await until(lambda: pool.state("m") == "unloaded")
+        with pytest.raises(UpstreamFailed) as failure:
+            await response.read(1)
+        assert failure.value.code == "upstream_disconnected"
 
 
 @pytest.mark.usefixtures("long_backoff")

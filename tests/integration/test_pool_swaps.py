@@ -28,6 +28,10 @@ def fakes(tmp_path: Path) -> Fakes:
     return Fakes(tmp_path)
 
 
+LONG_S = 30.0
+"""Nothing here takes so long on any machine; a defect takes for ever."""
+
+
 @dataclass(frozen=True)
 class Standing:
     """What the choice looks at."""
@@ -156,6 +160,28 @@ async def test_a_busy_model_is_drained_for_one_that_waited_long(fakes: Fakes) ->
         assert time.monotonic() - begun > 0.2  # until then the loaded model's own queue was served
         stop.set()
         await asyncio.gather(*crowds)
+
+
+async def test_a_long_answer_does_not_keep_a_cold_model_out_when_another_place_becomes_free(fakes: Fakes) -> None:
+    """Two places: `a` answers one request all the time, `b` many short ones that overlap; `c` has to come in."""
+    async with open_pool(fakes.config(size=2, swap_after_s=0.2)) as pool:
+        models = {name: fakes.model() for name in "abc"}
+        stop = asyncio.Event()
+
+        async def crowd() -> None:
+            while not stop.is_set():
+                await ask(pool, "b", models["b"], tokens=1, token_ms=20)
+
+        async with pool.lease("a", models["a"]):
+            crowds = [asyncio.ensure_future(crowd()) for _ in range(4)]
+            try:
+                await until(lambda: pool.state("b") == "loaded")
+                async with asyncio.timeout(LONG_S):
+                    await ask(pool, "c", models["c"])
+                assert pool.state("a") == "loaded"
+            finally:
+                stop.set()
+                await asyncio.gather(*crowds)
 
 
 async def test_two_cold_models_can_drain_two_instances(fakes: Fakes) -> None:

@@ -10,6 +10,8 @@ import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import pytest
+
 from tests.support.e2e_support import (
     CHAT,
     DONE,
@@ -19,6 +21,7 @@ from tests.support.e2e_support import (
     asking,
     chat,
     embedded,
+    error_of,
     events_of,
     fakes,
     gate,
@@ -27,6 +30,7 @@ from tests.support.e2e_support import (
     live_children,
     needs_llama_cpp,
     queued,
+    stalled_streams,
     state,
     streaming,
     text_of,
@@ -261,3 +265,30 @@ async def test_streams_on_other_servers_go_on_when_one_is_killed(fakes: Fakes, g
             events = await whole.rest()
         assert events[-1] == DONE and len(text_of(events).split()) == 30
         await until(lambda: idle(proxy))
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+async def test_a_model_that_dies_in_every_answer_gets_a_back_off(fakes: Fakes, streamed: bool) -> None:
+    async with running_proxy(fakes.config({"m": fakes.model(DIE_AFTER=3)})) as proxy:
+        answers = [await chat(proxy, "m", stream=streamed) for _ in range(8)]
+    starts = len(fakes.events("start"))
+    assert 1 <= starts <= 3
+    refused = [answer for answer in answers if answer.status == 503]
+    assert len(refused) >= 8 - starts
+    for answer in refused:
+        assert answer.error["code"] == "model_crashed"
+        assert int(answer.header("retry-after") or 0) >= 1
+    if streamed:
+        *tokens, error, end = events_of(answers[0].body)
+        assert b"t2 " in tokens[-1] and b"upstream_disconnected" in error and end == DONE
+
+
+async def test_a_crash_in_mid_stream_is_told_as_a_disconnection(fakes: Fakes) -> None:
+    names = [f"m{number}" for number in range(4)]
+    models = {name: fakes.model(fields={"parallel": 4}) for name in names}
+    async with running_proxy(fakes.config(models, size=4)) as proxy, stalled_streams(proxy, names, 4) as streams:
+        for name in names:
+            os.kill((await instance(proxy, name))["pid"], signal.SIGKILL)
+        errors = [error_of(await stream.rest()) for stream in streams]
+    assert {error["code"] for error in errors} == {"upstream_disconnected"}
+    assert not any("shutting down" in str(error["message"]) for error in errors)

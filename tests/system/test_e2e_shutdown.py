@@ -20,6 +20,7 @@ from tests.support.e2e_support import (
     asking,
     chat,
     embedded,
+    error_of,
     fakes,
     gate,
     instance,
@@ -27,6 +28,7 @@ from tests.support.e2e_support import (
     needs_llama_cpp,
     owned_by,
     queued,
+    stalled_streams,
     streaming,
     text_of,
     tiny,
@@ -36,6 +38,8 @@ from tests.support.harness import START_S, Proxy, launch, running_proxy, until
 from tests.support.raw_client import BrokenAnswer
 
 __all__ = ["fakes", "gate", "tiny_models"]  # fixtures
+LONG_S = 30.0
+"""Nothing here takes so long on any machine; a defect takes for ever."""
 PATIENT = {"server": {"drain_s": 120}}
 """Far longer than a test waits for the end of a proxy."""
 
@@ -147,6 +151,14 @@ async def test_sigint_is_sigterm(fakes: Fakes) -> None:
         proxy.send(signal.SIGINT)
         assert await proxy.ended() == 0
         assert owned_by(proxy.pid) == []
+
+
+async def test_a_stream_cut_off_at_the_end_of_the_drain_is_told_the_proxy_shuts_down(fakes: Fakes) -> None:
+    config = fakes.config({"m": fakes.model()}) | {"server": {"drain_s": 0.3}}
+    async with running_proxy(config) as proxy, stalled_streams(proxy, ["m"], 2) as streams:
+        proxy.send(signal.SIGTERM)
+        assert [error_of(await stream.rest())["code"] for stream in streams] == ["shutting_down"] * 2
+        assert await proxy.ended(LONG_S) == 0
 
 
 # -- SIGKILL -----------------------------------------------------------------------------------------------------------
