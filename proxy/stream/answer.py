@@ -86,7 +86,10 @@ class ModelAnswer:
                 while more and not chunks and decoder.failure is None:
                     more, chunks = await _next(upstream, decoder)
                 if chunks:
-                    await sink.start(chunks)
+                    try:
+                        await sink.start(chunks)
+                    except UNENCODABLE as exc:
+                        decoder.failure = unreadable(exc)
                 if more and decoder.failure is None:
                     await _Pusher(decoder, sink).push(upstream)
                 await self._end(upstream, decoder)

@@ -239,14 +239,12 @@ async def question(model: Model, path: str, body: Json, *, slot: bool = False) -
     return await answer_to(model, request)
 
 
-async def answer_to(
-    model: Model, request: UpstreamRequest, opened: Callable[[UpstreamResponse], None] | None = None
-) -> Json:
+async def answer_to(model: Model, request: UpstreamRequest, opened: Callable[[], None] | None = None) -> Json:
     """The JSON object that answers `request`. Raises: as `question`."""
     async for attempt in Attempts(model, request):
         async with attempt as upstream:
             if opened is not None:
-                opened(upstream)
+                opened()
             if upstream.status != 200:
                 raise await refusal(upstream)
             answer = await upstream.read(ANSWER_LIMIT)

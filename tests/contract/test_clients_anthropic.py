@@ -192,7 +192,7 @@ async def test_a_tool_call_of_a_server_reaches_the_client(
 
 @both_ways
 @each_server
-async def test_s4_an_error_of_a_server_is_raised(
+async def test_an_error_of_a_server_is_raised(
     stage: Stage, staged: anthropic.AsyncAnthropic, model: str, stream: bool
 ) -> None:
     await stage.distant.set(error_after=2)
@@ -242,7 +242,7 @@ async def test_recorded_tool_calls_reach_the_client(replay: anthropic.AsyncAnthr
 
 
 @both_ways
-async def test_s1_an_answer_that_breaks_off_is_raised(replay: anthropic.AsyncAnthropic, stream: bool) -> None:
+async def test_an_answer_that_breaks_off_is_raised(replay: anthropic.AsyncAnthropic, stream: bool) -> None:
     words = "an error was encountered while running the model: unexpected EOF"
     got: list[str] = []
     with pytest.raises(anthropic.APIStatusError, match=words):

@@ -295,7 +295,7 @@ async def test_recorded_listings_reach_the_client(replay: AsyncClient) -> None:
         await replay.pull("nosuch")
 
 
-async def test_s1_an_answer_that_breaks_off_is_raised(replay: AsyncClient) -> None:
+async def test_an_answer_that_breaks_off_is_raised(replay: AsyncClient) -> None:
     words = "an error was encountered while running the model: unexpected EOF"
     got = []
     with pytest.raises(ResponseError, match=words):

@@ -317,7 +317,7 @@ async def test_recorded_likelihoods_reach_the_client(replay: openai.AsyncOpenAI)
 
 
 @both_ways
-async def test_s1_an_answer_that_breaks_off_is_raised(replay: openai.AsyncOpenAI, stream: bool) -> None:
+async def test_an_answer_that_breaks_off_is_raised(replay: openai.AsyncOpenAI, stream: bool) -> None:
     words = "an error was encountered while running the model: unexpected EOF"
     got: list[str] = []
     with pytest.raises(openai.APIError, match=words) as caught:

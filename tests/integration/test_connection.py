@@ -148,7 +148,7 @@ FRAMED = {
 
 @pytest.mark.parametrize("ending", ["close", "reset"])
 @pytest.mark.parametrize("framing", FRAMED)
-async def test_s3_answer_cut_anywhere_is_a_failure(framing: str, ending: str) -> None:
+async def test_answer_cut_anywhere_is_a_failure(framing: str, ending: str) -> None:
     whole = FRAMED[framing]
     async with pooled(b"") as (pool, upstream):
         for cut in range(len(whole)):
@@ -173,7 +173,7 @@ async def test_body_without_length_ends_with_the_connection() -> None:
         assert len(upstream.links) == 2
 
 
-async def test_s3_body_without_length_that_ends_with_a_reset_is_a_failure() -> None:
+async def test_body_without_length_that_ends_with_a_reset_is_a_failure() -> None:
     got_it = asyncio.Event()
 
     async def script(link: Link, request: Request) -> None:

@@ -89,7 +89,7 @@ def test_a_newer_version_is_fetched_by_a_pull_and_is_the_one_that_is_used(bench:
     assert path is not None and path.read_bytes() == data
 
 
-def test_D5_fifty_who_want_the_same_model_share_one_download(bench: Bench) -> None:
+def test_fifty_who_want_the_same_model_share_one_download(bench: Bench) -> None:
     bench.hub.add("fifty/repo/m-Q4_K_M.gguf", gguf(600_000))
     bench.hub.behave("fifty/repo/m-Q4_K_M.gguf", slow=2_000_000)
     streams = bench.calls("watch", "fifty/repo", 50).result
@@ -126,12 +126,12 @@ def test_two_programs_that_want_the_same_file_fetch_it_once(bench: Bench) -> Non
         (f"hf.co/a/{'b' * 95}", None),
     ],
 )
-def test_A10_a_name_of_the_hub_cannot_lead_anywhere_else(name: str, parsed: tuple[str, str] | None) -> None:
+def test_a_name_of_the_hub_cannot_lead_anywhere_else(name: str, parsed: tuple[str, str] | None) -> None:
     assert backends_hub.parse_name(name) == parsed
 
 
 @pytest.mark.parametrize("name", ["../../evil.gguf", "/evil.gguf", "a/../../evil.gguf", "a\\evil.gguf", "e\0vil.gguf"])
-def test_A10_a_hub_cannot_name_a_file_outside_of_the_cache(bench: Bench, name: str) -> None:
+def test_a_hub_cannot_name_a_file_outside_of_the_cache(bench: Bench, name: str) -> None:
     file = f'{{"rfilename": {name!r}, "size": 4, "lfs": {{"sha256": "{"a" * 64}", "size": 4, "pointerSize": 1}}}}'
     siblings = file.replace("'", '"').replace("\\x00", "\\u0000")
     bench.hub.add("evil/repo/x", b"")
@@ -236,7 +236,7 @@ def refused_redirect(hub: Hub, home: Path, target: str) -> Outcome:
         return calls("pull", "away/repo")
 
 
-def test_D3_a_redirect_into_this_machine_is_not_followed(tmp_path: Path) -> None:
+def test_a_redirect_into_this_machine_is_not_followed(tmp_path: Path) -> None:
     addresses = [nic.address for nics in psutil.net_if_addrs().values() for nic in nics if nic.family == AF_INET]
     own = next((address for address in addresses if reach(address) == NETWORK), None)
     if own is None:
@@ -248,7 +248,7 @@ def test_D3_a_redirect_into_this_machine_is_not_followed(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("target", ["http://169.254.169.254/latest/meta-data", "file:///etc/passwd", "{hub}"])
-def test_D3_a_redirect_to_nowhere_or_in_a_circle_is_an_error(bench: Bench, tmp_path: Path, target: str) -> None:
+def test_a_redirect_to_nowhere_or_in_a_circle_is_an_error(bench: Bench, tmp_path: Path, target: str) -> None:
     circle = f"{bench.hub.url}/away/repo/resolve/main/m-Q4_K_M.gguf"
     outcome = refused_redirect(bench.hub, tmp_path, target.replace("{hub}", circle))
     assert outcome.code == "download_failed" and "redirects" in outcome.message
@@ -265,5 +265,5 @@ def test_D3_a_redirect_to_nowhere_or_in_a_circle_is_an_error(bench: Bench, tmp_p
         *((host, NOWHERE) for host in ("2002:7f00:1::", "2001:0:1::1")),
     ],
 )
-def test_G8_how_far_away_an_address_is_cannot_be_disguised(host: str, expected: int) -> None:
+def test_how_far_away_an_address_is_cannot_be_disguised(host: str, expected: int) -> None:
     assert reach(host) == expected

@@ -45,17 +45,17 @@ def ranges(bench: Bench, repo: str) -> list[str | None]:
     return [request["range"] for request in bench.hub.requests(having=f"/{repo}/resolve/")]
 
 
-# -- D2: resuming ------------------------------------------------------------------------------------------------------
+# -- resuming ----------------------------------------------------------------------------------------------------------
 
 
-def test_D2_a_connection_that_ends_at_37_percent_is_resumed_there(bench: Bench) -> None:
+def test_a_connection_that_ends_at_37_percent_is_resumed_there(bench: Bench) -> None:
     data = add(bench, "drop/once", drop=0.37, times=1)
     assert bench.calls("pull", "drop/once").message == ""
     assert fetched(bench, "drop/once") == data
     assert ranges(bench, "drop/once") == [None, f"bytes=370000-{SIZE - 1}"]
 
 
-async def test_D2_a_server_that_is_gone_for_a_moment_is_asked_again(bench: Bench) -> None:
+async def test_a_server_that_is_gone_for_a_moment_is_asked_again(bench: Bench) -> None:
     data = add(bench, "drop/more", drop=0.37)
     bench.calls.begin("pull", "drop/more")
     await until(lambda: len(ranges(bench, "drop/more")) >= 2)
@@ -65,7 +65,7 @@ async def test_D2_a_server_that_is_gone_for_a_moment_is_asked_again(bench: Bench
     assert set(ranges(bench, "drop/more")) == {None, f"bytes=370000-{SIZE - 1}"}
 
 
-def test_D2_a_server_without_ranges_is_read_from_the_start(bench: Bench) -> None:
+def test_a_server_without_ranges_is_read_from_the_start(bench: Bench) -> None:
     data = add(bench, "drop/ranges", slow=SLOW)
     bench.calls("cancel", "drop/ranges", PART)
     bench.hub.behave("drop/ranges/m-Q4_K_M.gguf", no_ranges=1)
@@ -74,7 +74,7 @@ def test_D2_a_server_without_ranges_is_read_from_the_start(bench: Bench) -> None
 
 
 @pytest.mark.full
-def test_D2_when_it_stays_away_the_next_pull_goes_on(bench: Bench) -> None:
+def test_when_a_server_stays_away_the_next_pull_goes_on_where_it_was(bench: Bench) -> None:
     data = add(bench, "drop/always", drop=0.37)
     outcome = bench.calls("pull", "drop/always")
     assert (outcome.code, outcome.status) == ("download_failed", 503) and "cannot reach" in outcome.message
@@ -86,7 +86,7 @@ def test_D2_when_it_stays_away_the_next_pull_goes_on(bench: Bench) -> None:
     assert asked[0] is None and set(asked[1:]) == {f"bytes=370000-{SIZE - 1}"}
 
 
-def test_D2_a_download_that_is_broken_off_ends_its_thread_and_keeps_what_came(bench: Bench) -> None:
+def test_a_download_that_is_broken_off_ends_its_thread_and_keeps_what_came(bench: Bench) -> None:
     data = add(bench, "cancelled/repo", slow=SLOW)
     assert bench.calls("cancel", "cancelled/repo", PART).result == 1
     kept = bench.partial("cancelled/repo").stat().st_size
@@ -97,7 +97,7 @@ def test_D2_a_download_that_is_broken_off_ends_its_thread_and_keeps_what_came(be
     assert ranges(bench, "cancelled/repo") == [None, f"bytes={kept}-{SIZE - 1}"]
 
 
-def test_D2_another_etag_starts_anew_and_clears_away_the_old_bytes(bench: Bench) -> None:
+def test_another_etag_starts_anew_and_clears_away_the_old_bytes(bench: Bench) -> None:
     add(bench, "etag/repo", slow=SLOW)
     bench.calls("cancel", "etag/repo", PART)
     old = bench.partial("etag/repo")
@@ -108,9 +108,7 @@ def test_D2_another_etag_starts_anew_and_clears_away_the_old_bytes(bench: Bench)
 
 
 @pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.full)])
-async def test_D2_after_kill_9_at_any_point_the_next_process_goes_on_with_the_next_byte(
-    bench: Bench, kills: int
-) -> None:
+async def test_after_kill_9_at_any_point_the_next_process_goes_on_with_the_next_byte(bench: Bench, kills: int) -> None:
     repo = f"killed/repo{kills}"
     data = add(bench, repo)
     folder = bench.folder(repo) / "blobs"
@@ -158,7 +156,7 @@ def unverified(bench: Bench, repo: str, data: bytes, announced: bytes) -> Path:
     return file
 
 
-def test_D2_a_file_that_was_never_verified_is_verified_and_not_fetched_again(bench: Bench) -> None:
+def test_a_file_that_was_never_verified_is_verified_and_not_fetched_again(bench: Bench) -> None:
     data = add(bench, "crash/good")
     unverified(bench, "crash/good", data, data)
     assert fetched(bench, "crash/good") is None
@@ -167,7 +165,7 @@ def test_D2_a_file_that_was_never_verified_is_verified_and_not_fetched_again(ben
 
 
 @pytest.mark.parametrize("wrong", ["other bytes", "more bytes"])
-def test_D3_a_wrong_file_that_was_never_verified_is_never_loaded(bench: Bench, wrong: str) -> None:
+def test_a_wrong_file_that_was_never_verified_is_never_loaded(bench: Bench, wrong: str) -> None:
     repo = f"crash/{wrong.partition(' ')[0]}"
     data = add(bench, repo)
     unverified(bench, repo, bytes(SIZE) if wrong == "other bytes" else data + b"x", data)
@@ -179,7 +177,7 @@ def test_D3_a_wrong_file_that_was_never_verified_is_never_loaded(bench: Bench, w
     assert outcome.message == "" and fetched(bench, repo) == data
 
 
-# -- D3: a server that lies --------------------------------------------------------------------------------------------
+# -- a server that lies ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -192,7 +190,7 @@ def test_D3_a_wrong_file_that_was_never_verified_is_never_loaded(bench: Bench, w
         ("content", "another digest"),
     ],
 )
-def test_D3_what_is_not_what_was_announced_is_never_loaded(bench: Bench, lie: str, said: str) -> None:
+def test_what_is_not_what_was_announced_is_never_loaded(bench: Bench, lie: str, said: str) -> None:
     data = add(bench, f"lies/{lie}", lie=lie)
     outcome = bench.calls("pull", f"lies/{lie}")
     assert (outcome.code, outcome.status) == ("download_failed", 503)
@@ -204,7 +202,7 @@ def test_D3_what_is_not_what_was_announced_is_never_loaded(bench: Bench, lie: st
 
 
 @pytest.mark.parametrize("lie", ["range", "html"])
-def test_D3_a_resumed_download_is_not_spoilt_by_a_wrong_answer(bench: Bench, lie: str) -> None:
+def test_a_resumed_download_is_not_spoilt_by_a_wrong_answer(bench: Bench, lie: str) -> None:
     repo = f"lies/resumed-{lie}"
     data = add(bench, repo, slow=SLOW)
     bench.calls("cancel", repo, PART)
@@ -217,17 +215,17 @@ def test_D3_a_resumed_download_is_not_spoilt_by_a_wrong_answer(bench: Bench, lie
     assert fetched(bench, repo) == data
 
 
-def test_D3_a_file_that_is_no_gguf_is_never_loaded(bench: Bench) -> None:
+def test_a_file_that_is_no_gguf_is_never_loaded(bench: Bench) -> None:
     bench.hub.add("lies/pickle/m-Q4_K_M.gguf", b"\x80\x04" + bytes(1000))
     outcome = bench.calls("pull", "lies/pickle")
     assert outcome.code == "download_failed" and "not a GGUF file" in outcome.message
     assert fetched(bench, "lies/pickle") is None and not list((bench.folder("lies/pickle") / "blobs").iterdir())
 
 
-# -- D1: no space left -------------------------------------------------------------------------------------------------
+# -- no space left -----------------------------------------------------------------------------------------------------
 
 
-def test_D1_what_does_not_fit_is_not_begun(bench: Bench, small_disk: Path) -> None:
+def test_what_does_not_fit_is_not_begun(bench: Bench, small_disk: Path) -> None:
     bench.hub.add("space/big/m-Q4_K_M.gguf", gguf(6_000_000))
     with calling(bench.hub.env(small_disk)) as calls:
         outcome = calls("pull", "space/big")
@@ -236,9 +234,7 @@ def test_D1_what_does_not_fit_is_not_begun(bench: Bench, small_disk: Path) -> No
     assert ranges(bench, "space/big") == []
 
 
-async def test_D1_a_disk_that_fills_up_is_an_error_and_the_download_goes_on_later(
-    bench: Bench, small_disk: Path
-) -> None:
+async def test_a_disk_that_fills_up_is_an_error_and_the_download_goes_on_later(bench: Bench, small_disk: Path) -> None:
     data = bench.hub.add("space/full/m-Q4_K_M.gguf", gguf(3_000_000))
     bench.hub.behave("space/full/m-Q4_K_M.gguf", hold=0.3)
     blobs = small_disk / "hub" / "models--space--full" / "blobs"

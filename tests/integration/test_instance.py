@@ -115,7 +115,7 @@ async def test_keys_are_in_no_argument_log_or_message(fakes: Fakes, start: Start
     ("how", "told"),
     [("1", "exited with code 1."), ("132", "code 132 (SIGILL)"), ("SIGSEGV", "by SIGSEGV"), ("2@loaded", "code 2")],
 )
-async def test_L3_an_exit_while_loading_is_told_at_once(fakes: Fakes, start: Start, how: str, told: str) -> None:
+async def test_an_exit_while_loading_is_told_at_once(fakes: Fakes, start: Start, how: str, told: str) -> None:
     changes: list[State] = []
     instance = start(fakes.model(fake={"EXIT": how}), fakes.config(), changes)
     error = await failed(instance)
@@ -126,7 +126,7 @@ async def test_L3_an_exit_while_loading_is_told_at_once(fakes: Fakes, start: Sta
     assert changes == [State.STOPPING, State.STOPPED]
 
 
-async def test_L3_a_corrupt_model_file_is_told_without_a_process(fakes: Fakes, start: Start) -> None:
+async def test_a_corrupt_model_file_is_told_without_a_process(fakes: Fakes, start: Start) -> None:
     fakes.gguf.write_bytes(b"GGML")
     error = await failed(start(fakes.model(), fakes.config()))
     assert "not a GGUF file" in error.message
@@ -157,7 +157,7 @@ def memory_cgroup(limit_bytes: int) -> Iterator[Path]:
         group.rmdir()
 
 
-async def test_L3_killed_for_lack_of_memory(fakes: Fakes, start: Start) -> None:
+async def test_a_server_killed_for_lack_of_memory_is_told_as_such(fakes: Fakes, start: Start) -> None:
     with memory_cgroup(24 * 2**20) as group:
         fakes.program.write_text(f"#!/bin/sh\necho $$ > {group}\nexec tail /dev/zero\n")  # holds all it has read
         error = await failed(start(fakes.model(), fakes.config()))
@@ -166,7 +166,9 @@ async def test_L3_killed_for_lack_of_memory(fakes: Fakes, start: Start) -> None:
 
 
 @pytest.mark.parametrize("manner", ["nobind", "mute", "503"])
-async def test_L4_never_ready_fails_at_the_load_timeout(fakes: Fakes, start: Start, manner: str) -> None:
+async def test_a_server_that_never_gets_ready_fails_at_the_load_timeout(
+    fakes: Fakes, start: Start, manner: str
+) -> None:
     begun = time.monotonic()
     instance = start(fakes.model(fake={"NEVER": manner}), fakes.config(load_timeout_s=1.0))
     error = await failed(instance)
@@ -175,7 +177,7 @@ async def test_L4_never_ready_fails_at_the_load_timeout(fakes: Fakes, start: Sta
     assert await instance.wait_stopped(SOON_S)
 
 
-async def test_L4_output_of_a_loading_server_starts_the_count_anew(fakes: Fakes, start: Start) -> None:
+async def test_output_of_a_loading_server_starts_the_count_anew(fakes: Fakes, start: Start) -> None:
     model = fakes.model(fake={"LOAD_S": 3.5, "LOG_LOAD": 1})  # the limit leaves time to start Python on a busy machine
     await ready(start(model, fakes.config(load_timeout_s=3.0)))
 
@@ -199,7 +201,7 @@ async def foreign_server(port: int, answers: dict[bytes, bytes]) -> AsyncIterato
         server.close()
 
 
-async def test_L6_ports_that_others_hold_are_passed_over(fakes: Fakes, start: Start) -> None:
+async def test_ports_that_others_hold_are_passed_over(fakes: Fakes, start: Start) -> None:
     first = free_port()
     async with foreign_server(first, {}) as received:
         instance = await ready(start(fakes.model(), fakes.config(port_start=first, port_end=first + 50)))
@@ -207,7 +209,7 @@ async def test_L6_ports_that_others_hold_are_passed_over(fakes: Fakes, start: St
         assert received == []
 
 
-async def test_L6_no_free_port_fails_at_once(fakes: Fakes, start: Start) -> None:
+async def test_no_free_port_fails_at_once(fakes: Fakes, start: Start) -> None:
     port = free_port()
     with socket.create_server(("127.0.0.1", port)):
         error = await failed(start(fakes.model(), fakes.config(port_start=port, port_end=port, load_timeout_s=120)))
@@ -236,7 +238,7 @@ class Grabber(Ports):
 
 
 @pytest.mark.parametrize("rounds", [2, pytest.param(50, marks=pytest.mark.full)])
-async def test_L7_a_port_lost_after_the_probe_is_replaced(fakes: Fakes, rounds: int) -> None:
+async def test_a_port_lost_after_the_probe_is_replaced(fakes: Fakes, rounds: int) -> None:
     config = fakes.config()
     for _ in range(rounds):
         ports = Grabber(config.server_pool.ports, times=2)
@@ -250,7 +252,7 @@ async def test_L7_a_port_lost_after_the_probe_is_replaced(fakes: Fakes, rounds: 
         ports.close()
 
 
-async def test_L7_losing_every_port_is_a_failure(fakes: Fakes) -> None:
+async def test_losing_every_port_is_a_failure(fakes: Fakes) -> None:
     ports = Grabber(fakes.config().server_pool.ports, times=9)
     instance = Instance("m", fakes.model(), fakes.config(), ports, lambda instance: None)
     instance.start("a test")
@@ -268,7 +270,7 @@ async def test_L7_losing_every_port_is_a_failure(fakes: Fakes) -> None:
         pytest.param({b"/props": b"404 Not Found"}, id="no-llama-server"),
     ],
 )
-async def test_L6_a_foreign_server_is_never_taken_for_ours(
+async def test_a_foreign_server_is_never_taken_for_ours(
     fakes: Fakes, start: Start, answers: dict[bytes, bytes]
 ) -> None:
     port = free_port()
@@ -309,7 +311,7 @@ async def test_stopping_cuts_streams_and_needs_no_kill(fakes: Fakes, start: Star
     assert len(fakes.events("stop")) == 1  # it ends at the first SIGTERM once nobody has a stream any more
 
 
-async def test_L12_a_server_that_ignores_term_is_killed(
+async def test_a_server_that_ignores_term_is_killed(
     fakes: Fakes, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent: list[signal.Signals] = []

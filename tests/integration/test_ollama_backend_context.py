@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 
 import pytest
 
 from llama_smart_proxy.backends.ollama.hosts import LOADED_STALE_S, Hosts
+from tests.support import raw_client
 from tests.support.harness import until
-from tests.support.ollamas import FakeOllama, ask, chat, opened, running_ollama, sized, unwatched
+from tests.support.ollamas import FakeOllama, ask, asked_of, chat, opened, running_ollama, sized, unwatched
+
+ABSURD = 10**9
 
 
 async def use(upstream: Hosts, asked: int | None, model: str = "m") -> int | None:
@@ -24,6 +28,14 @@ def loads(fake: FakeOllama) -> list[int]:
     """The context sizes the model was loaded with, in turn."""
     events = fake.events("load") + fake.events("reload")
     return [event["ctx"] for event in sorted(events, key=lambda event: float(event["time"]))]
+
+
+async def tried(upstream: Hosts, asked: int | None) -> tuple[int | None, int]:
+    """What is sent for a client that asks for so much, and the status of the answer."""
+    await upstream.find("m")
+    backend = upstream.model("m")
+    sent = sized(backend, asked)
+    return sent, (await ask(backend, chat("m", num_ctx=sent)))[0]
 
 
 @pytest.mark.parametrize("absent_ctx_counts", [False, True])
@@ -130,3 +142,50 @@ async def test_each_model_has_a_size_of_its_own() -> None:
             8192,
         ]
         assert len(fake.events("reload")) == 0
+
+
+async def test_a_size_that_ollama_refuses_is_nobody_elses() -> None:
+    async with running_ollama("m", train_ctx=2048) as fake, opened(fake.port) as upstream:
+        await tried(upstream, 2048)
+        for _ in range(3):
+            await fake.set(error=[500, "model requires more system memory"])
+            assert await tried(upstream, ABSURD) == (ABSURD, 500), "it is passed on as it was asked"
+            await fake.set(error=None)
+            assert await tried(upstream, None) == (2048, 200)
+            assert await tried(upstream, 512) == (2048, 200)
+
+
+async def test_a_size_that_ollama_refuses_is_not_kept_for_a_model_without_one() -> None:
+    async with running_ollama("m", error=[500, "too large"]) as fake, opened(fake.port) as upstream:
+        await unwatched(upstream)
+        assert await tried(upstream, ABSURD) == (ABSURD, 500)
+        await fake.set(error=None)
+        assert await tried(upstream, None) == (None, 200)
+
+
+async def test_clients_share_a_size_that_is_being_tried_only_until_it_has_failed_once() -> None:
+    async with (
+        running_ollama("m", delay_s=1.5, train_ctx=256, error=[500, "too large"]) as fake,
+        opened(fake.port) as upstream,
+    ):
+        for expected in (ABSURD, 512):
+            seen = asked_of(fake)
+            trying = asyncio.ensure_future(tried(upstream, ABSURD))
+            await until(lambda seen=seen: asked_of(fake) > seen, what="the request")  # type: ignore[misc]
+            assert sized(upstream.model("m"), 512) == expected
+            assert await trying == (ABSURD, 500)
+
+
+async def test_a_size_whose_client_left_before_the_answer_counts_if_the_model_is_loaded_with_it() -> None:
+    async with running_ollama("m", delay_s=30) as fake, opened(fake.port) as upstream:
+        asking = asyncio.ensure_future(tried(upstream, 8192))
+
+        async def loaded() -> bool:
+            return bool((await raw_client.get(fake.port, "/api/ps")).json()["models"])
+
+        await until(loaded, what="the load")
+        asking.cancel()
+        with suppress(asyncio.CancelledError):
+            await asking
+        await upstream.looked_up()
+        assert sized(upstream.model("m"), None) == 8192

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from llama_smart_proxy.backends.ollama import hosts as ollama
 from llama_smart_proxy.backends.ollama.host import PULL_FAILED
+from llama_smart_proxy.backends.ollama.hosts import REFUSAL_KEPT_S, Hosts
 from llama_smart_proxy.backends.ollama.provider import Ollama
-from llama_smart_proxy.backends.weights.downloads import Download, Progress
+from llama_smart_proxy.backends.weights.downloads import Download, Downloads, Progress
+from llama_smart_proxy.backends.weights.hub import download_name
+from llama_smart_proxy.proxy.config import OllamaConfig
 from llama_smart_proxy.proxy.errors import BadRequest, ModelNotFound, ProxyError, UpstreamFailed
 from tests.support.harness import free_port, until
-from tests.support.ollamas import ask, chat, opened, running_ollama
+from tests.support.ollamas import FakeOllama, ask, chat, opened, running_ollama
 
 
 async def test_a_missing_model_is_pulled_once_for_all_who_ask_for_it() -> None:
@@ -182,3 +189,102 @@ async def fails_with(error: type[ProxyError], response: object, folder: Path, wo
         with pytest.raises(error, match=words or None):
             await upstream.pull("m").wait()
         assert len(fake.events("request", "/api/pull")) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        ("write /blobs/x: no space left on device", UpstreamFailed),
+        ("dial tcp: lookup registry.example: no such host", UpstreamFailed),
+        ("max retries exceeded: EOF", UpstreamFailed),
+        ("pull model manifest: file does not exist", ModelNotFound),
+        ("pull model manifest: 404: not found", ModelNotFound),
+        ("repository does not exist or may require authorization", ModelNotFound),
+    ],
+)
+async def test_a_pull_fails_as_not_found_only_if_ollama_says_that_of_the_model(
+    words: str, error: type[UpstreamFailed | ModelNotFound]
+) -> None:
+    async with running_ollama(pull_error=words) as fake, opened(fake.port) as upstream:
+        with pytest.raises(error) as caught:
+            await ask(upstream.model("m"), chat("m"))
+        told = (404, "model_not_found") if error is ModelNotFound else (502, PULL_FAILED)
+        assert (caught.value.status, caught.value.code) == told
+        assert words in caught.value.message and "'m'" in caught.value.message
+
+
+async def test_a_pull_that_one_host_has_no_room_for_is_done_by_the_next_or_fails_in_its_words() -> None:
+    async with (
+        running_ollama(pull_error="no space left on device") as full,
+        running_ollama() as roomy,
+        running_ollama(pull_dies=True) as dying,
+    ):
+        async with opened(full.port, roomy.port) as upstream:
+            await upstream.listed()
+            assert (await ask(upstream.model("m"), chat("m")))[0] == 200
+        async with opened(full.port, dying.port, free_port()) as upstream:
+            await upstream.listed()
+            with pytest.raises(UpstreamFailed, match="no space left"):
+                await ask(upstream.model("m"), chat("m"))
+
+
+@pytest.mark.parametrize("manners", [{"registry": []}, {"pull_error": "no space left on device"}])
+async def test_ollama_is_not_asked_again_at_once_for_a_pull_that_it_gave_up(
+    manners: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ollama, "REFUSAL_KEPT_S", 600.0)
+    async with running_ollama(**manners) as fake, opened(fake.port) as upstream:
+        told = {await failure(upstream, name) for name in ("m", "M:latest", "m")}
+        assert len(told) == 1 and len(fake.events("pull")) == 1
+        await failure(upstream, "other")
+        assert len(fake.events("pull")) == 2, "other models are another matter"
+        with pytest.raises((UpstreamFailed, ModelNotFound)):
+            await upstream.pull("m").wait()
+        assert len(fake.events("pull")) == 3, "who asks for just that has it tried"
+        await fake.set(registry=None, pull_error=None)
+        await upstream.pull("m").wait()
+        assert (await ask(upstream.model("m"), chat("m")))[0] == 200
+        assert REFUSAL_KEPT_S <= 30
+
+
+async def failure(upstream: Hosts, name: str) -> str:
+    with pytest.raises((UpstreamFailed, ModelNotFound)) as caught:
+        await ask(upstream.model(name), chat(name))
+    return str(caught.value)
+
+
+async def test_a_pull_that_broke_off_may_be_tried_again_at_once() -> None:
+    async with running_ollama(pull_dies=True) as fake, opened(fake.port) as upstream:
+        await failure(upstream, "m")
+        await fake.set(pull_dies=False)
+        assert (await ask(upstream.model("m"), chat("m")))[0] == 200
+
+
+@asynccontextmanager
+async def downloading(fake: FakeOllama) -> AsyncIterator[tuple[Hosts, Downloads]]:
+    """Hosts whose downloads are shared with others."""
+    downloads = Downloads()
+    upstream = Hosts(OllamaConfig.model_validate({"host": [fake.url]}), downloads, {})
+    try:
+        yield upstream, downloads
+    finally:
+        await downloads.close()
+        await upstream.close()
+
+
+async def test_a_pull_and_a_download_from_the_hub_are_two_even_of_one_name() -> None:
+    name = download_name("org/repo", "q4_k_m")
+    async with running_ollama(pull_step_s=0.2) as fake, downloading(fake) as (upstream, downloads):
+        done = asyncio.Event()
+
+        async def download(tell: Callable[[Progress], None]) -> None:
+            await done.wait()
+
+        from_hub = downloads.join(name, download)
+        pull = upstream.pull(name)
+        assert pull is not from_hub and upstream.pull(name.upper()) is pull
+        assert sorted(item["model"] for item in downloads.status()) == [name, f"ollama {name}"]
+        await pull.wait()
+        assert len(fake.events("pull")) == 1 and not from_hub.ended
+        done.set()
+        await from_hub.wait()

@@ -103,7 +103,7 @@ def parents() -> Iterator[list[Parent]]:
 
 
 @pytest.mark.parametrize("times", [3, pytest.param(20, marks=pytest.mark.full)])
-def test_K3_children_die_with_a_proxy_that_is_killed(parents: list[Parent], tmp_path: Path, times: int) -> None:
+def test_children_die_with_a_proxy_that_is_killed(parents: list[Parent], tmp_path: Path, times: int) -> None:
     for _ in range(times):
         parent = Parent(3, install(tmp_path))
         parents.append(parent)
@@ -112,7 +112,7 @@ def test_K3_children_die_with_a_proxy_that_is_killed(parents: list[Parent], tmp_
         wait_for(lambda: not parent.descendants)  # noqa: B023
 
 
-def test_K3_a_proxy_killed_in_the_middle_of_a_spawn_leaves_nothing(parents: list[Parent], tmp_path: Path) -> None:
+def test_a_proxy_killed_in_the_middle_of_a_spawn_leaves_nothing(parents: list[Parent], tmp_path: Path) -> None:
     code = PARENT.replace("await heard.wait()", "print(flush=True)")
     for _ in range(10):
         command = [sys.executable, "-c", code, "4", str(install(tmp_path)), "--port", "0"]
@@ -124,7 +124,7 @@ def test_K3_a_proxy_killed_in_the_middle_of_a_spawn_leaves_nothing(parents: list
         wait_for(lambda: not marked(process.pid))
 
 
-def test_L13_a_grandchild_that_survived_is_ended_by_the_next_start(parents: list[Parent], tmp_path: Path) -> None:
+def test_a_grandchild_that_survived_is_ended_by_the_next_start(parents: list[Parent], tmp_path: Path) -> None:
     parents.append(Parent(1, install(tmp_path), FORK="setsid"))
     parents.append(Parent(1, install(tmp_path)))
     dead, living = parents
@@ -146,7 +146,7 @@ def test_L13_a_grandchild_that_survived_is_ended_by_the_next_start(parents: list
             process.wait()
 
 
-def test_L13_a_pid_that_is_used_again_does_not_shield_an_orphan() -> None:
+def test_a_pid_that_is_used_again_does_not_shield_an_orphan() -> None:
     pid, ticks, namespace = owner_mark().split(":", 2)
     later = f"{pid}:{int(ticks) - 1}:{namespace}"  # our pid, but a process that started before us
     orphan = subprocess.Popen(["sleep", "100"], env={"PATH": os.environ["PATH"], OWNER: later})

@@ -116,7 +116,7 @@ async def test_the_queue_is_bounded_over_all_models(fakes: Fakes) -> None:
 
 
 @pytest.mark.full
-async def test_O1_a_thousand_requests_on_a_cold_model(fakes: Fakes) -> None:
+async def test_a_thousand_requests_on_a_cold_model_cause_one_load_and_are_served_in_order(fakes: Fakes) -> None:
     async with open_pool(fakes.config(queue_limit=1000)) as pool:
         model, order = fakes.model(fake={"LOAD_S": 0.5}, parallel=4), list[int]()
 
@@ -152,7 +152,7 @@ async def test_the_queue_timeout_does_not_end_a_load(fakes: Fakes) -> None:
 # -- leaving ---------------------------------------------------------------------------------------------------------
 
 
-async def test_L1_who_leaves_is_gone_at_once_and_the_load_goes_on(fakes: Fakes) -> None:
+async def test_who_leaves_is_gone_at_once_and_the_load_goes_on(fakes: Fakes) -> None:
     async with open_pool(fakes.config()) as pool:
         model = fakes.model(fake={"LOAD_S": 2})
         for steps in range(10):
@@ -169,7 +169,7 @@ async def test_L1_who_leaves_is_gone_at_once_and_the_load_goes_on(fakes: Fakes) 
         await ask(pool, "a", model)
 
 
-async def test_L1_a_lease_granted_to_one_who_just_left_goes_to_the_next(fakes: Fakes) -> None:
+async def test_a_lease_granted_to_one_who_just_left_goes_to_the_next(fakes: Fakes) -> None:
     async with open_pool(fakes.config()) as pool:
         model = fakes.model(parallel=1)
         for _ in range(50):

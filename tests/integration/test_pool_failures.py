@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import resource
 import signal
@@ -11,10 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from llama_smart_proxy.backends.base import UpstreamRequest
+from llama_smart_proxy.backends.http.exchange import BUFFER_LIMIT
 from llama_smart_proxy.backends.pool import backoff
 from llama_smart_proxy.backends.pool.pool import Pool
 from llama_smart_proxy.proxy.config import ModelConfig
 from llama_smart_proxy.proxy.errors import StartFailed, UpstreamFailed
+from tests.support.e2e_support import CHAT
 from tests.support.harness import PATIENCE_S, until
 from tests.support.pools import Fakes, ask, chat, open_fds, open_pool
 
@@ -37,7 +41,7 @@ async def failure(pool: Pool, model: ModelConfig, name: str = "bad") -> StartFai
 
 
 @pytest.mark.parametrize("how", ["1@loaded", "SIGSEGV@loaded", "SIGKILL@loaded"])
-async def test_L3_all_who_wait_are_told_at_once(fakes: Fakes, how: str) -> None:
+async def test_a_server_that_ends_while_it_loads_is_told_to_all_who_wait_at_once(fakes: Fakes, how: str) -> None:
     async with open_pool(fakes.config(load_timeout_s=600, queue_timeout_s=600)) as pool:
         model = fakes.model(fake={"EXIT": how, "LOAD_S": 0.3})
 
@@ -55,7 +59,7 @@ async def test_L3_all_who_wait_are_told_at_once(fakes: Fakes, how: str) -> None:
 
 
 @pytest.mark.usefixtures("long_backoff")
-async def test_L3_a_failing_model_is_left_alone_for_a_while(fakes: Fakes) -> None:
+async def test_a_failing_model_is_left_alone_for_a_while(fakes: Fakes) -> None:
     async with open_pool(fakes.config()) as pool:
         model = fakes.model(fake={"EXIT": "3"})
         first = await failure(pool, model)
@@ -66,7 +70,7 @@ async def test_L3_a_failing_model_is_left_alone_for_a_while(fakes: Fakes) -> Non
         await ask(pool, "good", fakes.model())
 
 
-async def test_L3_a_model_that_recovers_is_served_again(fakes: Fakes) -> None:
+async def test_a_model_that_recovers_is_served_again(fakes: Fakes) -> None:
     async with open_pool(fakes.config()) as pool:
         model = fakes.model(fake={"EXIT": "3", "TIMES": 1, "COUNTER": fakes.folder / "counter"})
         begun = time.monotonic()
@@ -85,7 +89,7 @@ async def test_L3_a_model_that_recovers_is_served_again(fakes: Fakes) -> None:
 
 
 @pytest.mark.full
-async def test_L3_three_starts_a_minute_under_steady_demand(fakes: Fakes) -> None:
+async def test_a_failing_model_is_started_three_times_a_minute_under_steady_demand(fakes: Fakes) -> None:
     async with open_pool(fakes.config()) as pool:
         bad, good = fakes.model(fake={"EXIT": "3"}), fakes.model(fake={"LOG": os.devnull})
         ends = time.monotonic() + 12
@@ -96,7 +100,7 @@ async def test_L3_three_starts_a_minute_under_steady_demand(fakes: Fakes) -> Non
         assert (await failure(pool, bad)).retry_after_s in range(30, 61)
 
 
-async def test_L3_other_models_do_not_notice(fakes: Fakes) -> None:
+async def test_other_models_do_not_notice_a_failing_one(fakes: Fakes) -> None:
     async with open_pool(fakes.config()) as pool:
         good, bad = fakes.model(), fakes.model(fake={"EXIT": "SIGILL"})
         await ask(pool, "good", good)
@@ -108,7 +112,7 @@ async def test_L3_other_models_do_not_notice(fakes: Fakes) -> None:
 
 
 @pytest.mark.usefixtures("long_backoff")
-async def test_L4_a_load_timeout_fails_all_who_wait(fakes: Fakes) -> None:
+async def test_a_load_timeout_fails_all_who_wait(fakes: Fakes) -> None:
     async with open_pool(fakes.config(load_timeout_s=0.5)) as pool:
         model = fakes.model(fake={"NEVER": "mute"})
         errors = await asyncio.gather(*(failure(pool, model) for _ in range(5)))
@@ -117,7 +121,7 @@ async def test_L4_a_load_timeout_fails_all_who_wait(fakes: Fakes) -> None:
         assert later.status == 503 and later.retry_after_s is not None
 
 
-async def test_L6_an_exhausted_port_range_fails_at_once_and_costs_no_back_off(fakes: Fakes) -> None:
+async def test_an_exhausted_port_range_fails_at_once_and_costs_no_back_off(fakes: Fakes) -> None:
     start = fakes.config().server_pool.port_start
     async with open_pool(fakes.config(size=2, port_start=start, port_end=start)) as pool:
         model = fakes.model()
@@ -128,7 +132,7 @@ async def test_L6_an_exhausted_port_range_fails_at_once_and_costs_no_back_off(fa
         await ask(pool, "bad", model)
 
 
-async def test_L8_no_file_descriptors_left_fails_one_request_not_the_pool(fakes: Fakes) -> None:
+async def test_no_file_descriptors_left_fails_one_request_not_the_pool(fakes: Fakes) -> None:
     async with open_pool(fakes.config()) as pool:
         model = fakes.model()
         await ask(pool, "good", model)
@@ -174,6 +178,23 @@ async def test_a_request_that_broke_can_be_sent_again_at_once(fakes: Fakes) -> N
                     await instance.wait_stopped(PATIENCE_S)
         assert b"t0" in await ask(pool, "a", model)
         assert fakes.spawns == 2
+
+
+async def test_a_crash_in_mid_stream_that_only_the_end_of_the_process_tells_is_a_disconnection(fakes: Fakes) -> None:
+    """Its connection is not read any more, as its reader is slow: the end of that is not seen."""
+    model = fakes.model()
+    call = UpstreamRequest("POST", CHAT, json.dumps({"stream": True, "fake": {"tokens": 1_000_000}}).encode())
+    async with (
+        open_pool(fakes.config()) as pool,
+        pool.lease("m", model) as instance,
+        instance.connections.request(call) as response,
+    ):
+        await until(lambda: response._held > BUFFER_LIMIT)
+        os.kill(instance.pid, signal.SIGKILL)
+        await until(lambda: pool.state("m") == "unloaded")
+        with pytest.raises(UpstreamFailed) as failure:
+            await response.read(1)
+        assert failure.value.code == "upstream_disconnected"
 
 
 @pytest.mark.usefixtures("long_backoff")

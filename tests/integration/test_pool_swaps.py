@@ -28,6 +28,10 @@ def fakes(tmp_path: Path) -> Fakes:
     return Fakes(tmp_path)
 
 
+LONG_S = 30.0
+"""Nothing here takes so long on any machine; a defect takes for ever."""
+
+
 @dataclass(frozen=True)
 class Standing:
     """What the choice looks at."""
@@ -116,7 +120,7 @@ async def test_pinned_models_stay_and_fill_the_pool(fakes: Fakes) -> None:
             await ask(pool, "a", model)
 
 
-async def test_L10_a_busy_instance_is_never_evicted(fakes: Fakes) -> None:
+async def test_a_busy_instance_is_never_evicted(fakes: Fakes) -> None:
     async with open_pool(fakes.config(size=1, swap_after_s=600)) as pool:
         model = fakes.model()
         async with pool.lease("a", model) as instance:
@@ -127,7 +131,7 @@ async def test_L10_a_busy_instance_is_never_evicted(fakes: Fakes) -> None:
         assert fakes.events("stop")
 
 
-async def test_L10_a_wait_for_a_busy_place_ends_at_the_queue_timeout(fakes: Fakes) -> None:
+async def test_a_wait_for_a_busy_place_ends_at_the_queue_timeout(fakes: Fakes) -> None:
     async with open_pool(fakes.config(size=1, queue_timeout_s=0.5, swap_after_s=0.1)) as pool:
         model = fakes.model()
         async with busy(pool, "a", model):
@@ -156,6 +160,28 @@ async def test_a_busy_model_is_drained_for_one_that_waited_long(fakes: Fakes) ->
         assert time.monotonic() - begun > 0.2  # until then the loaded model's own queue was served
         stop.set()
         await asyncio.gather(*crowds)
+
+
+async def test_a_long_answer_does_not_keep_a_cold_model_out_when_another_place_becomes_free(fakes: Fakes) -> None:
+    """Two places: `a` answers one request all the time, `b` many short ones that overlap; `c` has to come in."""
+    async with open_pool(fakes.config(size=2, swap_after_s=0.2)) as pool:
+        models = {name: fakes.model() for name in "abc"}
+        stop = asyncio.Event()
+
+        async def crowd() -> None:
+            while not stop.is_set():
+                await ask(pool, "b", models["b"], tokens=1, token_ms=20)
+
+        async with pool.lease("a", models["a"]):
+            crowds = [asyncio.ensure_future(crowd()) for _ in range(4)]
+            try:
+                await until(lambda: pool.state("b") == "loaded")
+                async with asyncio.timeout(LONG_S):
+                    await ask(pool, "c", models["c"])
+                assert pool.state("a") == "loaded"
+            finally:
+                stop.set()
+                await asyncio.gather(*crowds)
 
 
 async def test_two_cold_models_can_drain_two_instances(fakes: Fakes) -> None:
@@ -195,7 +221,7 @@ async def test_a_load_serves_more_than_one_request_under_mixed_load(fakes: Fakes
 
 
 @pytest.mark.parametrize("rounds", [10, pytest.param(200, marks=pytest.mark.full)])
-async def test_L9_two_models_race_for_one_place(fakes: Fakes, rounds: int) -> None:
+async def test_two_models_that_race_for_one_place_are_started_once_each(fakes: Fakes, rounds: int) -> None:
     async with open_pool(fakes.config(size=1)) as pool, Census() as census:
         model, chance = fakes.model(), random.Random(9)
         await ask(pool, "a", model)
@@ -213,7 +239,7 @@ async def test_L9_two_models_race_for_one_place(fakes: Fakes, rounds: int) -> No
 
 
 @pytest.mark.parametrize("rounds", [15, pytest.param(200, marks=pytest.mark.full)])
-async def test_L11_a_request_at_any_moment_of_a_stop_is_served(fakes: Fakes, rounds: int) -> None:
+async def test_a_request_at_any_moment_of_a_stop_is_served(fakes: Fakes, rounds: int) -> None:
     async with open_pool(fakes.config(size=1)) as pool, Census() as census:
         model, chance = fakes.model(), random.Random(11)
         for number in range(rounds):
@@ -226,7 +252,9 @@ async def test_L11_a_request_at_any_moment_of_a_stop_is_served(fakes: Fakes, rou
 
 
 @pytest.mark.parametrize(("turns", "burst_s"), [(12, 0.5), pytest.param(500, 2.0, marks=pytest.mark.full)])
-async def test_K5_two_models_in_one_place(fakes: Fakes, turns: int, burst_s: float) -> None:
+async def test_two_models_that_take_turns_in_one_place_neither_run_both_nor_starve(
+    fakes: Fakes, turns: int, burst_s: float
+) -> None:
     async with open_pool(fakes.config(size=1, swap_after_s=0.1)) as pool, Census() as census:
         model = fakes.model(fake={"LOAD_S": 0.05})
         for number in range(turns):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import concurrent.futures
+import inspect
 import os
 import resource
 import shutil
@@ -25,6 +26,7 @@ import uvloop
 from llama_smart_proxy.backends.pool.logring import LINE_BYTES, LINES, LogRing
 from llama_smart_proxy.backends.pool.orphans import OWNER
 from llama_smart_proxy.backends.pool.spawn import Child, spawn
+from llama_smart_proxy.proxy.cli import simulate
 from llama_smart_proxy.proxy.errors import StartFailed
 from tests.support.harness import PATIENCE_S, ROOT, until
 from tests.support.pools import Fakes, children, open_fds
@@ -120,7 +122,7 @@ def test_all_of_it_works_on_uvloop(tmp_path: Path) -> None:
         runner.run(life())
 
 
-async def test_L12_a_grandchild_that_holds_the_pipe_delays_nothing(watch: Watch, tmp_path: Path) -> None:
+async def test_a_grandchild_that_holds_the_pipe_delays_nothing(watch: Watch, tmp_path: Path) -> None:
     fakes = Fakes(tmp_path)
     env = {"FAKE_FORK": "setsid", "FAKE_EXIT": "3", "FAKE_LOG": str(fakes.log)}
     watched = watch([str(fakes.program)], env)
@@ -130,7 +132,7 @@ async def test_L12_a_grandchild_that_holds_the_pipe_delays_nothing(watch: Watch,
     os.kill(fakes.events("fork")[0]["pid"], signal.SIGKILL)
 
 
-async def test_L12_what_is_left_of_the_group_ends_with_the_child(watch: Watch, tmp_path: Path) -> None:
+async def test_what_is_left_of_the_group_ends_with_the_child(watch: Watch, tmp_path: Path) -> None:
     fakes = Fakes(tmp_path)
     watched = watch([str(fakes.program)], {"FAKE_FORK": "1", "FAKE_NEVER": "nobind", "FAKE_LOG": str(fakes.log)})
     await until(lambda: fakes.events("fork"), what="the grandchild")
@@ -140,7 +142,7 @@ async def test_L12_what_is_left_of_the_group_ends_with_the_child(watch: Watch, t
     await until(lambda: not alive(fakes.events("fork")[0]["pid"]), what="the end of the grandchild")
 
 
-async def test_L14_children_outlive_the_threads_of_executors(watch: Watch) -> None:
+async def test_children_outlive_the_threads_of_executors(watch: Watch) -> None:
     made = []
     for _ in range(50):
         with concurrent.futures.ThreadPoolExecutor(4) as executor:
@@ -152,7 +154,7 @@ async def test_L14_children_outlive_the_threads_of_executors(watch: Watch) -> No
     assert all(alive(watched.child.pid) for watched in made)
 
 
-async def test_L14_other_threads_may_not_spawn() -> None:
+async def test_other_threads_may_not_spawn() -> None:
     def attempt() -> None:
         with pytest.raises(RuntimeError, match="main thread"):
             spawn(SLEEP, ENV, lambda data: None, lambda code: None)
@@ -160,7 +162,12 @@ async def test_L14_other_threads_may_not_spawn() -> None:
     await asyncio.to_thread(attempt)
 
 
-def test_L14_the_project_makes_processes_in_one_place() -> None:
+def place(what: Callable[..., object]) -> str:
+    """The file that defines `what`."""
+    return Path(inspect.getfile(what)).resolve().relative_to(ROOT).as_posix()
+
+
+def test_the_project_makes_processes_in_one_place() -> None:
     makers = {"Popen", "fork", "forkpty", "posix_spawn", "posix_spawnp", "system", "popen", "startfile"}
     makers |= {"create_subprocess_exec", "create_subprocess_shell", "subprocess_exec", "subprocess_shell"}
     found = set()
@@ -173,8 +180,8 @@ def test_L14_the_project_makes_processes_in_one_place() -> None:
                     continue  # a chat's system prompt
                 if name in makers:
                     found.add(path.relative_to(ROOT).as_posix())
-    starts_a_proxy = {"proxy/simulate.py"}
-    assert found - starts_a_proxy == {"backends/spawn.py"}
+    starts_a_proxy = {place(simulate.run)}
+    assert found - starts_a_proxy == {place(spawn)}
 
 
 @contextmanager
@@ -190,7 +197,7 @@ def few_files(more: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
-async def test_L8_no_file_descriptors_left_is_a_clean_failure(watch: Watch) -> None:
+async def test_no_file_descriptors_left_is_a_clean_failure(watch: Watch) -> None:
     await watch(["/bin/true"]).child.wait()
     before, failures = open_fds(), 0
     for more in range(12):
@@ -227,7 +234,7 @@ asyncio.run(main())
 """
 
 
-def test_L8_a_failing_fork_is_a_clean_failure() -> None:
+def test_a_failing_fork_is_a_clean_failure() -> None:
     fiu = shutil.which("fiu-run")
     if fiu is None:
         pytest.skip("fiu-run (Debian package fiu-utils) is not installed")
@@ -250,7 +257,7 @@ async def turns_meanwhile(until_done: Coroutine[Any, Any, None]) -> int:
 
 
 @pytest.mark.parametrize("seconds", [1.5, pytest.param(10, marks=pytest.mark.full)])
-async def test_L16_a_flood_of_output_blocks_neither_side(watch: Watch, tmp_path: Path, seconds: float) -> None:
+async def test_a_flood_of_output_blocks_neither_side(watch: Watch, tmp_path: Path, seconds: float) -> None:
     fakes = Fakes(tmp_path)
     rss = psutil.Process().memory_info().rss
     watched = watch([str(fakes.program)], {"FAKE_SPAM": "100", "FAKE_NEVER": "nobind"})
@@ -261,7 +268,7 @@ async def test_L16_a_flood_of_output_blocks_neither_side(watch: Watch, tmp_path:
     assert sum(map(len, watched.ring.tail())) <= LINE_BYTES
 
 
-async def test_L17_a_child_has_nothing_it_should_not_have(watch: Watch) -> None:
+async def test_a_child_has_nothing_it_should_not_have(watch: Watch) -> None:
     held = os.dup(0)
     os.set_inheritable(held, True)
     watched = watch(SLEEP)
@@ -285,7 +292,7 @@ async def test_L17_a_child_has_nothing_it_should_not_have(watch: Watch) -> None:
 
 
 @pytest.mark.full
-async def test_L15_many_crashes_leave_nothing(watch: Watch) -> None:
+async def test_many_crashes_leave_nothing(watch: Watch) -> None:
     await watch(["/bin/true"]).child.wait()
     before, threads = open_fds(), threading.active_count()
     for number in range(200):

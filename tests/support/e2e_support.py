@@ -8,7 +8,7 @@ import json
 import statistics
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -188,6 +188,25 @@ async def asking(proxy: Proxy, model: str, **fields: object) -> AsyncIterator[Ra
     async with raw_client.connected(proxy.port) as client:
         await client.send(raw_client.request("POST", CHAT, body_of(model, **fields)))
         yield client
+
+
+@asynccontextmanager
+async def stalled_streams(proxy: Proxy, models: list[str], each: int) -> AsyncIterator[list[Stream]]:
+    """So many streams of each model, all of which have had their first token and get no third one."""
+    async with AsyncExitStack() as stack:
+        opening = [streaming(proxy, model, fake={"stall_after": 2}) for model in models for _ in range(each)]
+        streams = [await stack.enter_async_context(stream) for stream in opening]
+        for stream in streams:
+            await stream.until_text()
+        yield streams
+
+
+def error_of(events: list[bytes]) -> dict[str, object]:
+    """The error that a broken-off stream ends with."""
+    assert events[-1] == DONE
+    error = json.loads(events[-2])["error"]
+    assert isinstance(error, dict)
+    return error
 
 
 # -- looking -----------------------------------------------------------------------------------------------------------

@@ -145,6 +145,11 @@ class Proxy:
         """Resident memory of the proxy process alone."""
         return int(psutil.Process(self.pid).memory_info().rss)
 
+    def peak_rss_bytes(self) -> int:
+        """The most memory that the proxy process ever had."""
+        lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
     def cpu_s(self) -> float:
         """Processor seconds the proxy process has used."""
         times = psutil.Process(self.pid).cpu_times()

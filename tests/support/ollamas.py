@@ -150,3 +150,8 @@ async def ask(backend: Model | Management, call: UpstreamRequest) -> tuple[int, 
     """Status and JSON of the answer to `call`."""
     async with backend.open(call) as response:
         return response.status, json.loads(await response.read(2**20) or b"null")
+
+
+def asked_of(*fakes: FakeOllama) -> list[int]:
+    """How many chats each of them was sent."""
+    return [len(fake.events("request", "/api/chat")) for fake in fakes]

@@ -265,3 +265,9 @@ async def own_proxy(script: Script = b"", **server: float) -> AsyncIterator[tupl
         remote = {"url": f"http://127.0.0.1:{upstream.port}", "models": ["m"]}
         async with running_proxy({"server": server, "remotes": {"up": remote}}) as proxy:
             yield proxy, upstream
+
+
+def forget(upstream: RawUpstream) -> None:
+    """Drop what the upstream remembers of connections that are closed."""
+    upstream.links[:] = [link for link in upstream.links if link.closed is None]
+    upstream.requests.clear()

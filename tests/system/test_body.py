@@ -1,4 +1,4 @@
-"""P8: JSON that two parsers could read differently is refused with status 400, and the rest passes unchanged."""
+"""JSON that two parsers could read differently is refused with status 400, and the rest passes unchanged."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ WRONG_MODEL: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("body", [pytest.param(body, id=name) for name, body in (BAD_JSON | WRONG_MODEL).items()])
-async def test_p8_ambiguous_json_is_a_400_that_never_reaches_the_model(
+async def test_ambiguous_json_is_a_400_that_never_reaches_the_model(
     proxy: Proxy, upstream: RawUpstream, body: bytes
 ) -> None:
     answer = await post(proxy.port, CHAT, body)
@@ -100,7 +100,7 @@ async def test_p8_ambiguous_json_is_a_400_that_never_reaches_the_model(
     assert upstream.received == b""
 
 
-async def test_p8_lone_surrogate_in_the_model_name_is_told_as_json(proxy: Proxy, upstream: RawUpstream) -> None:
+async def test_lone_surrogate_in_the_model_name_is_told_as_json(proxy: Proxy, upstream: RawUpstream) -> None:
     answer = await post(proxy.port, CHAT, b'{"model":"\\ud800"}')
     assert answer.status in (400, 404), answer
     assert answer.error["message"]
@@ -108,7 +108,7 @@ async def test_p8_lone_surrogate_in_the_model_name_is_told_as_json(proxy: Proxy,
 
 
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses", "/completion", "/tokenize", "/models/load"])
-async def test_p8_every_endpoint_answers_bad_json_in_its_own_words(proxy: Proxy, path: str) -> None:
+async def test_every_endpoint_answers_bad_json_in_its_own_words(proxy: Proxy, path: str) -> None:
     answer = await post(proxy.port, path, b'{"model":"m","model":"n"}')
     assert answer.status == 400
     assert "twice" in answer.error["message"]
@@ -145,7 +145,7 @@ def requests(draw: st.DrawFn) -> dict[str, Any]:
 
 @given(requests())
 @settings(max_examples=500, deadline=None)
-def test_p9_what_is_sent_is_what_was_parsed(value: dict[str, Any]) -> None:
+def test_what_is_sent_is_what_was_parsed(value: dict[str, Any]) -> None:
     for ascii_only in (True, False):
         parsed = parse_object(json.dumps(value, ensure_ascii=ascii_only).encode())
         sent = serialise(parsed)
@@ -166,7 +166,7 @@ def same(one: Any, other: Any) -> bool:
 
 @given(st.binary(max_size=40) | st.text(max_size=40).map(lambda text: text.encode("utf-8", "surrogatepass")))
 @settings(max_examples=1000, deadline=None)
-def test_p8_any_bytes_are_an_object_or_a_bad_request(data: bytes) -> None:
+def test_any_bytes_are_an_object_or_a_bad_request(data: bytes) -> None:
     try:
         serialise(parse_object(data))
     except BadRequest as exc:

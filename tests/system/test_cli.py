@@ -104,6 +104,32 @@ def test_check_without_any_file_checks_the_defaults(tmp_path: Path) -> None:
     assert done.returncode == 0 and done.stdout == "OK: defaults (0 models, 0 remotes)\n"
 
 
+@pytest.mark.parametrize("command", ["check", "serve"])
+def test_what_the_machine_does_not_have_is_reported(tmp_path: Path, command: str) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("llama_cpp: {server: ./bin/llama-server, models_dir: ./models}\n")
+    done = run(command, "--config", str(file))
+    lines = done.stderr.splitlines()
+    assert done.returncode == 2 and done.stdout == ""
+    assert [line.split(": ")[:2] for line in lines] == [
+        [str(file), "llama_cpp.server"],
+        [str(file), "llama_cpp.models_dir"],
+    ]
+    assert str(tmp_path / "bin/llama-server") in lines[0] and str(tmp_path / "models") in lines[1]
+
+
+@pytest.mark.parametrize("flag", ["--api_key", "--api-key", "--api_key=secret", "--api_key_file"])
+@pytest.mark.parametrize("where", ["llama_cpp.args", "models.m.args"])
+def test_check_refuses_a_flag_of_ours_in_either_spelling(tmp_path: Path, flag: str, where: str) -> None:
+    args = f"args: ['{flag}', x]"
+    file = tmp_path / "config.yaml"
+    file.write_text(f"llama_cpp: {{{args}}}" if where == "llama_cpp.args" else f"models: {{m: {{path: x, {args}}}}}")
+    done = run("check", "--config", str(file))
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"{file}: {where}: must not hold {flag.partition('=')[0]}: ")
+    assert "secret" not in done.stderr
+
+
 def test_a_wrong_variable_is_told_by_its_own_name(tmp_path: Path) -> None:
     done = run("check", env={"LSP_SERVER__PORT": "many", "LSP_SERVER__NONSENSE": "1"})
     assert done.returncode == 2

@@ -1,4 +1,4 @@
-"""K1: servers are killed at random under load, and nobody hangs, nothing leaks, no answer is silently cut short."""
+"""Servers are killed at random under load, and nobody hangs, nothing leaks, no answer is silently cut short."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ async def chaos(fakes: Fakes, *, clients: int) -> AsyncIterator[Chaos]:
 WELL = {"killed", "whole", "whole stream", "stream told of a failure", *(f"whole of {name}" for name in MODELS)}
 
 
-async def test_k1_servers_that_are_killed_under_load_cost_only_streams_that_had_begun(fakes: Fakes) -> None:
+async def test_servers_that_are_killed_under_load_cost_only_streams_that_had_begun(fakes: Fakes) -> None:
     async with chaos(fakes, clients=20) as scene:
         await scene.kill_fairly(4)
     outcomes = scene.outcomes
@@ -129,7 +129,7 @@ async def test_k1_servers_that_are_killed_under_load_cost_only_streams_that_had_
 
 
 @pytest.mark.full
-async def test_k1_a_dozen_servers_that_are_killed_one_after_the_other(fakes: Fakes) -> None:
+async def test_a_dozen_servers_killed_one_after_the_other_cost_only_streams_that_had_begun(fakes: Fakes) -> None:
     async with chaos(fakes, clients=50) as scene:
         await scene.kill_fairly(12)
     outcomes = scene.outcomes
@@ -138,7 +138,7 @@ async def test_k1_a_dozen_servers_that_are_killed_one_after_the_other(fakes: Fak
 
 
 @pytest.mark.full
-async def test_k1_killing_faster_than_servers_can_work(fakes: Fakes) -> None:
+async def test_killing_faster_than_servers_can_work_hangs_nobody_and_leaks_nothing(fakes: Fakes) -> None:
     async with chaos(fakes, clients=50) as scene:
         await scene.kill_anybody(75, 0.2)
     assert scene.outcomes["killed"] and scene.outcomes["stream told of a failure"], scene.outcomes

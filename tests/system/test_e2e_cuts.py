@@ -1,4 +1,4 @@
-"""S1, S4: an answer of a server that is cut off anywhere, for every API over every backend, is never a silent success.
+"""An answer of a server that is cut off anywhere, for every API over every backend, is never a silent success.
 
 What the client then has is the beginning of the answer, and the error in the one form that its API has for it.
 """
@@ -89,7 +89,9 @@ async def ollama() -> AsyncIterator[Proxy]:
 
 @each_extent
 @each_api
-async def test_s1_s4_llama_server_breaks_off_anywhere(stage: Stage, speaker: Speaker, places: list[int]) -> None:
+async def test_a_llama_server_that_breaks_off_anywhere_is_no_silent_success(
+    stage: Stage, speaker: Speaker, places: list[int]
+) -> None:
     async def ask(cut: Cut, stream: bool) -> None:
         text = steered(tokens=3, cut_at=[cut.frames, cut.place], cut_by=cut.by)
         outcome = await speaker.ask(stage.proxy.port, speaker.body("local", text, stream=stream))
@@ -103,7 +105,9 @@ async def test_s1_s4_llama_server_breaks_off_anywhere(stage: Stage, speaker: Spe
 
 @each_extent
 @each_api
-async def test_s1_s4_an_ollama_breaks_off_anywhere(ollama: Proxy, speaker: Speaker, places: list[int]) -> None:
+async def test_an_ollama_that_breaks_off_anywhere_is_no_silent_success(
+    ollama: Proxy, speaker: Speaker, places: list[int]
+) -> None:
     async def ask(cut: Cut, stream: bool) -> None:
         body = speaker.body("m", json.dumps([cut.frames, cut.place, cut.by]), stream=stream)
         check(speaker, await speaker.ask(ollama.port, body), cut, stream=stream)

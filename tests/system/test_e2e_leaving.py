@@ -44,7 +44,7 @@ def waits(proxy: Proxy, model: str, number: int) -> Callable[[], Awaitable[bool]
     return check
 
 
-async def test_l1_clients_that_leave_while_their_model_loads_leave_no_trace(fakes: Fakes, gate: Gate) -> None:
+async def test_clients_that_leave_while_their_model_loads_leave_no_trace(fakes: Fakes, gate: Gate) -> None:
     async with running_proxy(fakes.config({"m": fakes.model(LOAD_UNTIL=gate)})) as proxy:
         async with AsyncExitStack() as stack:
             clients = [await stack.enter_async_context(asking(proxy, "m")) for _ in range(10)]
@@ -64,7 +64,7 @@ async def test_l1_clients_that_leave_while_their_model_loads_leave_no_trace(fake
         assert len(fakes.events("start")) == 1
 
 
-async def test_l1_a_load_that_others_wait_for_goes_on_for_them(fakes: Fakes, gate: Gate) -> None:
+async def test_a_load_that_others_wait_for_goes_on_for_them(fakes: Fakes, gate: Gate) -> None:
     async with running_proxy(fakes.config({"m": fakes.model(LOAD_UNTIL=gate)})) as proxy:
         async with asking(proxy, "m", user="first") as first, asking(proxy, "m", user="second") as second:
             await until(waits(proxy, "m", 2))
@@ -76,7 +76,7 @@ async def test_l1_a_load_that_others_wait_for_goes_on_for_them(fakes: Fakes, gat
         assert len(fakes.events("start")) == 1
 
 
-async def test_l1_clients_that_leave_the_queue_of_a_busy_model_leave_no_trace(fakes: Fakes) -> None:
+async def test_clients_that_leave_the_queue_of_a_busy_model_leave_no_trace(fakes: Fakes) -> None:
     model = fakes.model(**ENDLESS, fields={"args": ["--parallel", "1"]})
     async with running_proxy(fakes.config({"m": model})) as proxy:
         async with streaming(proxy, "m") as stream, AsyncExitStack() as stack:
@@ -92,7 +92,7 @@ async def test_l1_clients_that_leave_the_queue_of_a_busy_model_leave_no_trace(fa
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
-async def test_l1_a_client_that_leaves_an_answer_closes_it_upstream(fakes: Fakes, stream: bool) -> None:
+async def test_a_client_that_leaves_an_answer_closes_it_upstream(fakes: Fakes, stream: bool) -> None:
     async with running_proxy(fakes.config({"m": fakes.model(**ENDLESS)})) as proxy:
         async with asking(proxy, "m", stream=stream) as client:
             if stream:
@@ -104,7 +104,7 @@ async def test_l1_a_client_that_leaves_an_answer_closes_it_upstream(fakes: Fakes
         assert await state(proxy, "m") == "loaded"
 
 
-async def test_s7_a_client_that_closes_only_its_sending_side_gets_its_answer_or_a_clean_close(fakes: Fakes) -> None:
+async def test_a_client_that_closes_only_its_sending_side_gets_its_answer_or_a_clean_close(fakes: Fakes) -> None:
     async with running_proxy(fakes.config({"m": fakes.model(TOKENS=3, TOKEN_MS=50)})) as proxy:
         async with asking(proxy, "m") as client:
             client.half_close()
@@ -115,7 +115,7 @@ async def test_s7_a_client_that_closes_only_its_sending_side_gets_its_answer_or_
 
 @needs_llama_cpp
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
-async def test_s6_a_slot_of_llama_cpp_is_idle_soon_after_its_client_has_left(
+async def test_a_slot_of_llama_cpp_is_idle_soon_after_its_client_has_left(
     tiny_models: dict[str, Path], stream: bool
 ) -> None:
     context = 32768  # half a minute or more of tokens

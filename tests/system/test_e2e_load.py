@@ -41,7 +41,7 @@ def many_files() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-# -- O1: a herd on a cold model ----------------------------------------------------------------------------------------
+# -- a herd on a cold model --------------------------------------------------------------------------------------------
 
 
 async def herd(proxy: Proxy, stack: AsyncExitStack, number: int) -> list[RawClient]:
@@ -77,12 +77,14 @@ async def one_load_serves_all_in_order(fakes: Fakes, gate: Gate, number: int) ->
         latencies.check()
 
 
-async def test_o1_a_herd_on_a_cold_model_causes_one_load_and_is_served_in_order(fakes: Fakes, gate: Gate) -> None:
+async def test_a_herd_on_a_cold_model_causes_one_load_and_is_served_in_order(fakes: Fakes, gate: Gate) -> None:
     await one_load_serves_all_in_order(fakes, gate, 100)
 
 
 @pytest.mark.full
-async def test_o1_k6_a_thousand_requests_on_a_cold_model(fakes: Fakes, gate: Gate) -> None:
+async def test_a_thousand_requests_on_a_cold_model_cause_one_load_and_leave_health_quick(
+    fakes: Fakes, gate: Gate
+) -> None:
     await one_load_serves_all_in_order(fakes, gate, 1000)
 
 
@@ -106,16 +108,16 @@ async def overfull(fakes: Fakes, gate: Gate, number: int, limit: int) -> None:
         assert len(fakes.events("start")) == 1
 
 
-async def test_o1_beyond_the_queue_limit_requests_are_refused_at_once(fakes: Fakes, gate: Gate) -> None:
+async def test_beyond_the_queue_limit_requests_are_refused_at_once(fakes: Fakes, gate: Gate) -> None:
     await overfull(fakes, gate, 80, 20)
 
 
 @pytest.mark.full
-async def test_o1_of_a_thousand_requests_a_hundred_are_queued(fakes: Fakes, gate: Gate) -> None:
+async def test_of_a_thousand_requests_a_hundred_are_queued_and_the_rest_refused(fakes: Fakes, gate: Gate) -> None:
     await overfull(fakes, gate, 1000, 100)
 
 
-# -- K5: swap thrash ---------------------------------------------------------------------------------------------------
+# -- swap thrash -------------------------------------------------------------------------------------------------------
 
 
 async def sampled_children(proxy: Proxy, most: list[int]) -> None:
@@ -145,16 +147,16 @@ async def thrash(fakes: Fakes, turns: int, burst: int) -> None:
         await until(lambda: idle(proxy))
 
 
-async def test_k5_two_models_that_take_turns_in_one_place(fakes: Fakes) -> None:
+async def test_two_models_that_take_turns_in_one_place_never_run_both(fakes: Fakes) -> None:
     await thrash(fakes, 20, 30)
 
 
 @pytest.mark.full
-async def test_k5_k6_five_hundred_swaps(fakes: Fakes) -> None:
+async def test_five_hundred_swaps_never_run_both_models_and_leave_health_quick(fakes: Fakes) -> None:
     await thrash(fakes, 500, 200)
 
 
-# -- L11: requests in the moment of a stop -----------------------------------------------------------------------------
+# -- requests in the moment of a stop ----------------------------------------------------------------------------------
 
 
 async def ask_around_stops(fakes: Fakes, times: int) -> None:
@@ -176,16 +178,16 @@ async def ask_around_stops(fakes: Fakes, times: int) -> None:
         await until(lambda: idle(proxy))
 
 
-async def test_l11_requests_in_the_moment_of_a_stop_are_served(fakes: Fakes) -> None:
+async def test_requests_in_the_moment_of_a_stop_are_served(fakes: Fakes) -> None:
     await ask_around_stops(fakes, 15)
 
 
 @pytest.mark.full
-async def test_l11_requests_at_two_hundred_moments_of_a_stop_are_served(fakes: Fakes) -> None:
+async def test_requests_at_two_hundred_moments_of_a_stop_are_served(fakes: Fakes) -> None:
     await ask_around_stops(fakes, 200)
 
 
-# -- L8: no file descriptors left --------------------------------------------------------------------------------------
+# -- no file descriptors left ------------------------------------------------------------------------------------------
 
 
 def limit_files(proxy: Proxy, number: int) -> None:
@@ -193,7 +195,7 @@ def limit_files(proxy: Proxy, number: int) -> None:
     psutil.Process(proxy.pid).rlimit(psutil.RLIMIT_NOFILE, (number, 8192))
 
 
-async def test_l8_a_proxy_out_of_file_descriptors_neither_spins_nor_dies_and_recovers(fakes: Fakes) -> None:
+async def test_a_proxy_out_of_file_descriptors_neither_spins_nor_dies_and_recovers(fakes: Fakes) -> None:
     async with running_proxy(fakes.config({"m": fakes.model()}), clean_log=False) as proxy:
         await chat(proxy, "m")
         limit_files(proxy, 64)
@@ -213,7 +215,7 @@ async def test_l8_a_proxy_out_of_file_descriptors_neither_spins_nor_dies_and_rec
         await until(answers)
 
 
-async def test_l8_a_server_that_cannot_be_spawned_for_want_of_files_is_a_503(fakes: Fakes) -> None:
+async def test_a_server_that_cannot_be_spawned_for_want_of_files_is_a_503(fakes: Fakes) -> None:
     async with running_proxy(fakes.config({"m": fakes.model(), "other": fakes.model()})) as proxy:
         await chat(proxy, "other")
         async with raw_client.connected(proxy.port) as client:

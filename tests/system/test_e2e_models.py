@@ -303,3 +303,28 @@ async def test_loads_are_visible_in_health(fakes: Fakes) -> None:
         assert item["rss_bytes"] > 2**20 and before - 1 <= item["last_used"] <= time.time() + 1  # it is rounded
         whole = await proxy.health()
         assert whole["status"] == "healthy" and whole["uptime_s"] >= 0 and whole["version"]
+
+
+async def test_models_dir_that_cannot_be_read_hides_its_models_and_nothing_else(fakes: Fakes) -> None:
+    folder = fakes.folder / "models"
+    folder.mkdir()
+    (folder / "found.gguf").write_bytes(b"GGUF")
+    config = fakes.config({"m": fakes.model()})
+    config["llama_cpp"] |= {"models_dir": str(folder)}
+
+    async def offered() -> set[str]:
+        answer = await raw_client.get(proxy.port, "/v1/models")
+        assert answer.status == 200
+        return {item["id"] for item in answer.json()["data"]}
+
+    async with running_proxy(config) as proxy:
+        assert await offered() == {"m", "found"}
+        folder.rename(fakes.folder / "away")
+        for _ in range(3):
+            assert await offered() == {"m"}
+        assert (await chat(proxy, "m")).status == 200
+        assert (await chat(proxy, "found")).status == 404
+        await until(lambda: "models_dir cannot be read" in proxy.log, what="the warning")
+        assert proxy.log.count("models_dir cannot be read") == 1
+        (fakes.folder / "away").rename(folder)
+        assert await offered() == {"m", "found"}

@@ -10,6 +10,8 @@ import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import pytest
+
 from tests.support.e2e_support import (
     CHAT,
     DONE,
@@ -19,6 +21,7 @@ from tests.support.e2e_support import (
     asking,
     chat,
     embedded,
+    error_of,
     events_of,
     fakes,
     gate,
@@ -27,6 +30,7 @@ from tests.support.e2e_support import (
     live_children,
     needs_llama_cpp,
     queued,
+    stalled_streams,
     state,
     streaming,
     text_of,
@@ -93,10 +97,10 @@ async def test_fifty_clients_of_two_models_with_one_place_all_get_whole_answers(
         await until(lambda: idle(proxy))
 
 
-# -- L10: a busy model is never evicted --------------------------------------------------------------------------------
+# -- a busy model is never evicted -------------------------------------------------------------------------------------
 
 
-async def test_l10_eviction_waits_for_the_end_of_a_stream_and_no_longer(fakes: Fakes, gate: Gate) -> None:
+async def test_eviction_waits_for_the_end_of_a_stream_and_no_longer(fakes: Fakes, gate: Gate) -> None:
     models = {"busy": fakes.model(), "other": fakes.model()}
     async with running_proxy(fakes.config(models, size=1, swap_after_s=0.05)) as proxy:
         async with streaming(proxy, "busy", fake={"tokens": 40, "token_ms": 25, "last_at": str(gate)}) as stream:
@@ -113,7 +117,7 @@ async def test_l10_eviction_waits_for_the_end_of_a_stream_and_no_longer(fakes: F
         assert stop["time"] < start["time"]
 
 
-async def test_l10_a_request_that_waits_too_long_for_a_place_is_told_so(fakes: Fakes) -> None:
+async def test_a_request_that_waits_too_long_for_a_place_is_told_so(fakes: Fakes) -> None:
     models = {"busy": fakes.model(TOKENS=4800, TOKEN_MS=25), "other": fakes.model()}
     async with running_proxy(fakes.config(models, size=1, swap_after_s=0.05, queue_timeout_s=0.5)) as proxy:
         async with streaming(proxy, "busy") as stream:
@@ -199,7 +203,7 @@ async def kill_server(proxy: Proxy, model: str) -> int:
 
 
 @needs_llama_cpp
-async def test_s1_a_server_killed_mid_stream_is_told_in_band_and_replaced(tiny_models: dict[str, Path]) -> None:
+async def test_a_server_killed_mid_stream_is_told_in_band_and_replaced(tiny_models: dict[str, Path]) -> None:
     config = embedded({"tiny": tiny(tiny_models["tiny-a"], ctx=32768)})  # half a minute or more of tokens
     async with running_proxy(config) as proxy:
         async with streaming(proxy, "tiny", ignore_eos=True, max_tokens=-1) as stream:
@@ -216,7 +220,7 @@ async def test_s1_a_server_killed_mid_stream_is_told_in_band_and_replaced(tiny_m
         assert fresh["pid"] != killed and fresh["restarts"] == 1
 
 
-async def test_s2_a_server_killed_before_the_first_byte_is_replaced_and_asked_again(fakes: Fakes) -> None:
+async def test_a_server_killed_before_the_first_byte_is_replaced_and_asked_again(fakes: Fakes) -> None:
     model = fakes.model(TOKENS=1, DIE_AFTER=0, TIMES=1, COUNTER=fakes.folder / "deaths")
     async with running_proxy(fakes.config({"m": model})) as proxy:
         answer = await chat(proxy, "m")
@@ -224,7 +228,7 @@ async def test_s2_a_server_killed_before_the_first_byte_is_replaced_and_asked_ag
         assert len(fakes.generated()) == len(fakes.events("start")) == 2
 
 
-async def test_s2_a_request_is_sent_twice_at_most(fakes: Fakes) -> None:
+async def test_a_request_is_sent_twice_at_most(fakes: Fakes) -> None:
     async with running_proxy(fakes.config({"m": fakes.model()})) as proxy:
         await chat(proxy, "m")
         async with asking(proxy, "m", fake={"stall_after": 0}) as client:
@@ -248,7 +252,7 @@ async def test_a_crash_is_noticed_when_it_happens(fakes: Fakes) -> None:
         assert await state(proxy, "other") == "loaded"
 
 
-async def test_k1_streams_on_other_servers_go_on_when_one_is_killed(fakes: Fakes, gate: Gate) -> None:
+async def test_streams_on_other_servers_go_on_when_one_is_killed(fakes: Fakes, gate: Gate) -> None:
     models = {name: fakes.model(TOKENS=30) for name in "ab"}
     held = {"last_at": str(gate)}
     async with running_proxy(fakes.config(models, size=2)) as proxy:
@@ -261,3 +265,30 @@ async def test_k1_streams_on_other_servers_go_on_when_one_is_killed(fakes: Fakes
             events = await whole.rest()
         assert events[-1] == DONE and len(text_of(events).split()) == 30
         await until(lambda: idle(proxy))
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+async def test_a_model_that_dies_in_every_answer_gets_a_back_off(fakes: Fakes, streamed: bool) -> None:
+    async with running_proxy(fakes.config({"m": fakes.model(DIE_AFTER=3)})) as proxy:
+        answers = [await chat(proxy, "m", stream=streamed) for _ in range(8)]
+    starts = len(fakes.events("start"))
+    assert 1 <= starts <= 3
+    refused = [answer for answer in answers if answer.status == 503]
+    assert len(refused) >= 8 - starts
+    for answer in refused:
+        assert answer.error["code"] == "model_crashed"
+        assert int(answer.header("retry-after") or 0) >= 1
+    if streamed:
+        *tokens, error, end = events_of(answers[0].body)
+        assert b"t2 " in tokens[-1] and b"upstream_disconnected" in error and end == DONE
+
+
+async def test_a_crash_in_mid_stream_is_told_as_a_disconnection(fakes: Fakes) -> None:
+    names = [f"m{number}" for number in range(4)]
+    models = {name: fakes.model(fields={"parallel": 4}) for name in names}
+    async with running_proxy(fakes.config(models, size=4)) as proxy, stalled_streams(proxy, names, 4) as streams:
+        for name in names:
+            os.kill((await instance(proxy, name))["pid"], signal.SIGKILL)
+        errors = [error_of(await stream.rest()) for stream in streams]
+    assert {error["code"] for error in errors} == {"upstream_disconnected"}
+    assert not any("shutting down" in str(error["message"]) for error in errors)

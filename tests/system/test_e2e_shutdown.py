@@ -20,6 +20,7 @@ from tests.support.e2e_support import (
     asking,
     chat,
     embedded,
+    error_of,
     fakes,
     gate,
     instance,
@@ -27,6 +28,7 @@ from tests.support.e2e_support import (
     needs_llama_cpp,
     owned_by,
     queued,
+    stalled_streams,
     streaming,
     text_of,
     tiny,
@@ -36,6 +38,8 @@ from tests.support.harness import START_S, Proxy, launch, running_proxy, until
 from tests.support.raw_client import BrokenAnswer
 
 __all__ = ["fakes", "gate", "tiny_models"]  # fixtures
+LONG_S = 30.0
+"""Nothing here takes so long on any machine; a defect takes for ever."""
 PATIENT = {"server": {"drain_s": 120}}
 """Far longer than a test waits for the end of a proxy."""
 
@@ -149,7 +153,15 @@ async def test_sigint_is_sigterm(fakes: Fakes) -> None:
         assert owned_by(proxy.pid) == []
 
 
-# -- K3: SIGKILL -------------------------------------------------------------------------------------------------------
+async def test_a_stream_cut_off_at_the_end_of_the_drain_is_told_the_proxy_shuts_down(fakes: Fakes) -> None:
+    config = fakes.config({"m": fakes.model()}) | {"server": {"drain_s": 0.3}}
+    async with running_proxy(config) as proxy, stalled_streams(proxy, ["m"], 2) as streams:
+        proxy.send(signal.SIGTERM)
+        assert [error_of(await stream.rest())["code"] for stream in streams] == ["shutting_down"] * 2
+        assert await proxy.ended(LONG_S) == 0
+
+
+# -- SIGKILL -----------------------------------------------------------------------------------------------------------
 
 
 async def loaded_clients(proxy: Proxy, models: str) -> None:
@@ -167,7 +179,7 @@ async def loaded_clients(proxy: Proxy, models: str) -> None:
 
 
 async def kill_under_load(tiny_models: dict[str, Path]) -> None:
-    """One round of K3."""
+    """One proxy that is killed under load."""
     models = {name: tiny(tiny_models[f"tiny-{name}"]) for name in "ab"}
     with tempfile.TemporaryDirectory() as folder:
         proxy = launch(embedded(models, size=2), Path(folder), env=None, args=())
@@ -190,19 +202,19 @@ async def serving(proxy: Proxy, model: str) -> bool:
 
 
 @needs_llama_cpp
-async def test_k3_no_server_outlives_a_proxy_that_is_killed_under_load(tiny_models: dict[str, Path]) -> None:
+async def test_no_server_outlives_a_proxy_that_is_killed_under_load(tiny_models: dict[str, Path]) -> None:
     for _ in range(3):
         await kill_under_load(tiny_models)
 
 
 @pytest.mark.full
 @needs_llama_cpp
-async def test_k3_no_server_outlives_any_of_twenty_killed_proxies(tiny_models: dict[str, Path]) -> None:
+async def test_no_server_outlives_any_of_twenty_killed_proxies(tiny_models: dict[str, Path]) -> None:
     for _ in range(20):
         await kill_under_load(tiny_models)
 
 
-async def test_k3_a_proxy_killed_while_it_loads_leaves_no_server(fakes: Fakes) -> None:
+async def test_a_proxy_killed_while_it_loads_leaves_no_server(fakes: Fakes) -> None:
     async with running_proxy(fakes.config({"m": fakes.model(LOAD_S=60)})) as proxy, asking(proxy, "m"):
         await until(lambda: fakes.events("start"))
         assert await queued(proxy, "m") == 1 and live_children(proxy.pid) == 1
@@ -211,7 +223,7 @@ async def test_k3_a_proxy_killed_while_it_loads_leaves_no_server(fakes: Fakes) -
         await until(lambda: owned_by(proxy.pid) == [], what="the end of the servers")
 
 
-async def test_l13_the_next_proxy_ends_what_a_killed_one_could_not_take_along(fakes: Fakes) -> None:
+async def test_the_next_proxy_ends_what_a_killed_one_could_not_take_along(fakes: Fakes) -> None:
     config = fakes.config({"m": fakes.model(FORK=1)})
     async with running_proxy(config) as proxy:
         await chat(proxy, "m")

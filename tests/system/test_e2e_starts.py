@@ -44,14 +44,14 @@ async def test_a_llama_server_on_path_is_what_is_spawned(fakes: Fakes) -> None:
     assert start["argv"][:2] == ["--model", str(fakes.gguf)]
 
 
-# -- L3: servers that end at once --------------------------------------------------------------------------------------
+# -- servers that end at once ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("how", "told"),
     [("1", "exited with code 1"), ("132", "exited with code 132 (SIGILL)"), ("SIGSEGV", "was killed by SIGSEGV")],
 )
-async def test_l3_a_server_that_ends_at_once_is_a_503_with_its_last_words(fakes: Fakes, how: str, told: str) -> None:
+async def test_a_server_that_ends_at_once_is_a_503_with_its_last_words(fakes: Fakes, how: str, told: str) -> None:
     async with running_proxy(fakes.config({"m": fakes.model(EXIT=how)})) as proxy:
         answer = await chat(proxy, "m", stream=True)  # long before `load_timeout_s` is over
         assert answer.status == 503 and answer.header("content-type") == "application/json"
@@ -61,7 +61,7 @@ async def test_l3_a_server_that_ends_at_once_is_a_503_with_its_last_words(fakes:
         assert int(answer.header("retry-after") or 0) >= 1
 
 
-async def test_l3_all_who_wait_are_told_and_a_crash_loop_is_throttled(fakes: Fakes) -> None:
+async def test_all_who_wait_are_told_and_a_crash_loop_is_throttled(fakes: Fakes) -> None:
     async with running_proxy(fakes.config({"bad": fakes.model(EXIT=1), "good": fakes.model()})) as proxy:
         assert (await chat(proxy, "good")).status == 200
         deadline = time.monotonic() + 3.0
@@ -76,7 +76,7 @@ async def test_l3_all_who_wait_are_told_and_a_crash_loop_is_throttled(fakes: Fak
 
 
 @needs_llama_cpp
-async def test_l3_llama_cpps_own_words_about_a_corrupt_file_reach_the_client(
+async def test_llama_cpps_own_words_about_a_corrupt_file_reach_the_client(
     tmp_path: Path, tiny_models: dict[str, Path]
 ) -> None:
     corrupt = tmp_path / "cut.gguf"
@@ -92,17 +92,17 @@ async def test_l3_llama_cpps_own_words_about_a_corrupt_file_reach_the_client(
 
 
 @needs_llama_cpp
-async def test_l3_an_unknown_flag_is_told_by_name(tiny_models: dict[str, Path]) -> None:
+async def test_an_unknown_flag_is_told_by_name(tiny_models: dict[str, Path]) -> None:
     async with running_proxy(embedded({"m": tiny(tiny_models["tiny-a"], "--frobnicate")})) as proxy:
         answer = await chat(proxy, "m")
         assert answer.status == 503 and "--frobnicate" in answer.error["message"]
 
 
-# -- L4: servers that never get ready ----------------------------------------------------------------------------------
+# -- servers that never get ready --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["nobind", "mute", "503"])
-async def test_l4_a_server_that_never_gets_ready_is_given_up(fakes: Fakes, how: str) -> None:
+async def test_a_server_that_never_gets_ready_is_given_up(fakes: Fakes, how: str) -> None:
     async with running_proxy(fakes.config({"m": fakes.model(NEVER=how)}, load_timeout_s=0.7)) as proxy:
         started = time.monotonic()
         answer = await chat(proxy, "m")
@@ -112,13 +112,13 @@ async def test_l4_a_server_that_never_gets_ready_is_given_up(fakes: Fakes, how: 
         await until(lambda: owned_by(proxy.pid) == [], what="the end of the server")
 
 
-async def test_l4_a_slow_load_that_shows_signs_of_life_is_waited_for(fakes: Fakes) -> None:
+async def test_a_slow_load_that_shows_signs_of_life_is_waited_for(fakes: Fakes) -> None:
     model = fakes.model(LOAD_S=3.5, LOG_LOAD=1)  # the limit leaves time to start Python on a busy machine
     async with running_proxy(fakes.config({"m": model}, load_timeout_s=3.0)) as proxy:
         assert (await chat(proxy, "m")).status == 200
 
 
-# -- L6: foreign servers on our ports ----------------------------------------------------------------------------------
+# -- foreign servers on our ports --------------------------------------------------------------------------------------
 
 
 @asynccontextmanager
@@ -135,7 +135,7 @@ async def foreign_servers(number: int) -> AsyncIterator[tuple[int, list[RawUpstr
     raise AssertionError("no range of ports is free")
 
 
-async def test_l6_a_foreign_server_on_our_port_is_never_sent_a_request(fakes: Fakes) -> None:
+async def test_a_foreign_server_on_our_port_is_never_sent_a_request(fakes: Fakes) -> None:
     async with foreign_servers(3) as (start, servers):
         config = fakes.config({"m": fakes.model()}, port_start=start, port_end=start + 5)
         async with running_proxy(config) as proxy:
@@ -144,7 +144,7 @@ async def test_l6_a_foreign_server_on_our_port_is_never_sent_a_request(fakes: Fa
         assert [server.requests for server in servers] == [[], [], []]
 
 
-async def test_l6_without_a_free_port_a_request_fails_at_once(fakes: Fakes) -> None:
+async def test_without_a_free_port_a_request_fails_at_once(fakes: Fakes) -> None:
     async with foreign_servers(2) as (start, servers):
         config = fakes.config({"m": fakes.model()}, port_start=start, port_end=start + 1)
         async with running_proxy(config) as proxy:
@@ -154,11 +154,11 @@ async def test_l6_without_a_free_port_a_request_fails_at_once(fakes: Fakes) -> N
         assert [server.requests for server in servers] == [[], []]
 
 
-# -- L12: servers that will not end ------------------------------------------------------------------------------------
+# -- servers that will not end -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("manner", ["IGNORE_TERM", "FORK"])
-async def test_l12_a_server_that_ignores_sigterm_or_forks_is_gone_in_time(fakes: Fakes, manner: str) -> None:
+async def test_a_server_that_ignores_sigterm_or_forks_is_gone_in_time(fakes: Fakes, manner: str) -> None:
     async with running_proxy(fakes.config({"m": fakes.model(fields=None, **{manner: 1})}, stop_timeout_s=0.5)) as proxy:
         await chat(proxy, "m")
         assert len(owned_by(proxy.pid)) == (2 if manner == "FORK" else 1)
@@ -168,7 +168,7 @@ async def test_l12_a_server_that_ignores_sigterm_or_forks_is_gone_in_time(fakes:
         await raw_client.post(proxy.port, "/models/unload", {"model": "m"})
 
 
-async def test_l12_a_grandchild_that_left_the_group_with_the_output_pipe_hangs_nothing(fakes: Fakes) -> None:
+async def test_a_grandchild_that_left_the_group_with_the_output_pipe_hangs_nothing(fakes: Fakes) -> None:
     async with running_proxy(fakes.config({"m": fakes.model(FORK="setsid")}, stop_timeout_s=0.5)) as proxy:
         await chat(proxy, "m")
         (grandchild,) = [event["pid"] for event in fakes.events("fork")]
@@ -179,7 +179,7 @@ async def test_l12_a_grandchild_that_left_the_group_with_the_output_pipe_hangs_n
             os.kill(grandchild, signal.SIGKILL)
 
 
-# -- L16: a server that floods its output ------------------------------------------------------------------------------
+# -- a server that floods its output -----------------------------------------------------------------------------------
 
 
 async def flooded(fakes: Fakes, seconds: float) -> None:
@@ -196,16 +196,16 @@ async def flooded(fakes: Fakes, seconds: float) -> None:
         latencies.check()
 
 
-async def test_l16_a_server_that_floods_its_output_disturbs_nobody(fakes: Fakes) -> None:
+async def test_a_server_that_floods_its_output_disturbs_nobody(fakes: Fakes) -> None:
     await flooded(fakes, 2.0)
 
 
 @pytest.mark.full
-async def test_l16_ten_seconds_of_flood(fakes: Fakes) -> None:
+async def test_ten_seconds_of_flood_disturb_nobody(fakes: Fakes) -> None:
     await flooded(fakes, 10.0)
 
 
-# -- L17: what a server gets from us -----------------------------------------------------------------------------------
+# -- what a server gets from us ----------------------------------------------------------------------------------------
 
 SECRETS = {
     "HF_TOKEN": "hf-secret",
@@ -235,7 +235,7 @@ def kernel_objects(pid: int) -> set[str]:
     return {name for name in found if name.startswith(("socket:", "pipe:", "anon_inode:[event"))}
 
 
-async def test_l17_a_server_inherits_nothing_it_should_not_have(fakes: Fakes) -> None:
+async def test_a_server_inherits_nothing_it_should_not_have(fakes: Fakes) -> None:
     models = {name: fakes.model(fields={"keep_alive": -1}) for name in "ab"}
     async with running_proxy(fakes.config(models), env=SECRETS) as proxy:
         keys = set()
@@ -255,7 +255,7 @@ async def test_l17_a_server_inherits_nothing_it_should_not_have(fakes: Fakes) ->
         assert not any(key in proxy.log for key in keys)
 
 
-async def test_l17_a_server_is_confined(fakes: Fakes) -> None:
+async def test_a_server_is_confined(fakes: Fakes) -> None:
     async with running_proxy(fakes.config({"m": fakes.model()})) as proxy:
         await chat(proxy, "m")
         pid = (await instance(proxy, "m"))["pid"]
@@ -271,7 +271,7 @@ async def test_l17_a_server_is_confined(fakes: Fakes) -> None:
 
 
 @needs_llama_cpp
-async def test_l17_a_server_of_ours_answers_only_to_the_proxy(tiny_models: dict[str, Path]) -> None:
+async def test_a_server_of_ours_answers_only_to_the_proxy(tiny_models: dict[str, Path]) -> None:
     async with running_proxy(embedded({"m": tiny(tiny_models["tiny-a"])})) as proxy:
         await chat(proxy, "m", max_tokens=1)
         port = (await instance(proxy, "m"))["port"]

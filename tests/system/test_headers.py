@@ -1,4 +1,4 @@
-"""P10: which headers cross the proxy, seen at the far end of a real one."""
+"""Which headers cross the proxy, seen at the far end of a real one."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ async def ask_with(proxy: Proxy, upstream: RawUpstream, headers: list[tuple[str,
 
 
 @pytest.mark.parametrize("case", [str.title, str.upper, str.lower])
-async def test_p10_what_is_not_for_the_model_server_does_not_reach_it(
+async def test_what_is_not_for_the_model_server_does_not_reach_it(
     proxy: Proxy, upstream: RawUpstream, case: type[str]
 ) -> None:
     seen = await ask_with(proxy, upstream, [(case(name), value) for name, value in NEVER_UPSTREAM])
@@ -89,13 +89,13 @@ async def test_p10_what_is_not_for_the_model_server_does_not_reach_it(
     assert seen.header("accept-encoding") == "identity"
 
 
-async def test_p10_every_connection_header_counts(proxy: Proxy, upstream: RawUpstream) -> None:
+async def test_every_connection_header_counts(proxy: Proxy, upstream: RawUpstream) -> None:
     headers = [("Connection", "keep-alive"), ("Connection", "X-Named"), ("X-Named", CANARY)]
     seen = await ask_with(proxy, upstream, headers)
     assert seen.header("x-named") is None
 
 
-async def test_p10_all_other_request_headers_reach_the_model_server(proxy: Proxy, upstream: RawUpstream) -> None:
+async def test_all_other_request_headers_reach_the_model_server(proxy: Proxy, upstream: RawUpstream) -> None:
     mine = [
         ("X-Session-Id", "abc"),
         ("anthropic-version", "2023-06-01"),
@@ -137,7 +137,7 @@ async def answer_with(proxy: Proxy, upstream: RawUpstream, headers: list[tuple[s
 
 
 @pytest.mark.parametrize("kind", ["plain", "stream", "large"])
-async def test_p10_what_is_not_for_the_client_does_not_reach_it(proxy: Proxy, upstream: RawUpstream, kind: str) -> None:
+async def test_what_is_not_for_the_client_does_not_reach_it(proxy: Proxy, upstream: RawUpstream, kind: str) -> None:
     answer = await answer_with(proxy, upstream, NEVER_DOWNSTREAM, kind)
     assert CANARY not in str(answer.headers)
     assert "aiohttp" not in str(answer.headers)
@@ -190,7 +190,7 @@ async def test_the_way_a_request_came_is_told_on_so_that_circles_are_noticed() -
         ("null", 403),
     ],
 )
-async def test_a5_only_pages_of_this_machine_may_ask(origin: str, status: int) -> None:
+async def test_only_pages_of_this_machine_may_ask(origin: str, status: int) -> None:
     async with own_proxy(toxic.plain(b"{}")) as (proxy, upstream):
         answer = await ask(proxy.port, request("POST", CHAT, BODY, headers=[("Origin", origin)]))
         assert answer.status == status

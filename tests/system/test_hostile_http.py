@@ -1,4 +1,4 @@
-"""P1: heads and framings that two parsers could read differently. Each is refused, and no byte goes further."""
+"""Heads and framings that two parsers could read differently. Each is refused, and no byte goes further."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ async def verdict(client: RawClient) -> bytes:
 
 
 @pytest.mark.parametrize("name", MALFORMED)
-async def test_p1_what_parsers_disagree_on_is_refused_and_goes_no_further(
+async def test_what_parsers_disagree_on_is_refused_and_goes_no_further(
     proxy: Proxy, upstream: RawUpstream, name: str
 ) -> None:
     upstream.script = toxic.plain(b'{"reached":"upstream"}')
@@ -263,7 +263,7 @@ async def test_odd_but_valid_is_served_in_the_proxys_own_words(proxy: Proxy, ups
 
 
 @pytest.mark.parametrize("step", [1, 7])
-async def test_p1_the_verdict_is_the_same_in_small_segments(proxy: Proxy, upstream: RawUpstream, step: int) -> None:
+async def test_the_verdict_is_the_same_in_small_segments(proxy: Proxy, upstream: RawUpstream, step: int) -> None:
     upstream.script = toxic.plain(b"{}")
     for name in (
         "CL.TE smuggling",

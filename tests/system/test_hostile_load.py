@@ -1,4 +1,4 @@
-"""P4 and K6 at full size: a thousand slow heads, and hundreds of streams, while others are served."""
+"""At full size: a thousand slow heads, and hundreds of streams, while others are served."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def p99(times: list[float]) -> float:
 
 
 @pytest.mark.skipif(shutil.which("slowhttptest") is None, reason="slowhttptest is not installed")
-async def test_p4_a_thousand_slow_heads_are_each_cut_off_while_they_go_on(tmp_path: Path) -> None:
+async def test_a_thousand_slow_heads_are_each_cut_off_while_they_go_on(tmp_path: Path) -> None:
     async with own_proxy() as (proxy, _):
         fds = proxy.fds()
         argv = f"-H -c 1000 -r 500 -i 5 -l 40 -t GET -u {proxy.url}/v1/models"
@@ -77,7 +77,7 @@ async def test_p4_a_thousand_slow_heads_are_each_cut_off_while_they_go_on(tmp_pa
         assert most - fds > 500
 
 
-async def test_k6_health_is_quick_beside_200_streams() -> None:
+async def test_health_is_quick_beside_200_streams() -> None:
     async def script(link: Link, request: Request) -> None:
         await link.send(EVENT_HEAD)
         for number in range(200):
@@ -101,7 +101,7 @@ async def test_k6_health_is_quick_beside_200_streams() -> None:
         await until(lambda: proxy.fds() <= fds + 5 + upstream.open_links, what="the freed file descriptors")
 
 
-async def test_p5_a_body_that_comes_by_drops_is_given_up() -> None:
+async def test_a_body_that_comes_by_drops_is_given_up() -> None:
     async with own_proxy() as (proxy, upstream), connected(proxy.port) as client:
         head = f"POST {CHAT} HTTP/1.1\r\nHost: test\r\nContent-Length: 1000\r\n\r\n"
         began = time.monotonic()

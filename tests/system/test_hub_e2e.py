@@ -104,7 +104,7 @@ async def test_a_download_takes_no_place_and_delays_nobody(hub: Hub, fakes: Fake
         assert await state(proxy, "far") == "loaded"
 
 
-async def test_D5_fifty_chats_wait_for_one_download(hub: Hub, fakes: Fakes) -> None:
+async def test_fifty_chats_wait_for_one_download(hub: Hub, fakes: Fakes) -> None:
     hub.add(FILE, gguf(WHOLE))
     hub.behave(FILE, hold=0.5)
     config = fakes.config({"far": far(fakes)})
@@ -243,7 +243,7 @@ async def test_offline_is_told(hub: Hub, fakes: Fakes) -> None:
     assert hub.requests(having="") == []
 
 
-async def test_D1_a_full_disk_is_told_and_other_models_go_on(hub: Hub, fakes: Fakes, small_disk: Path) -> None:
+async def test_a_full_disk_is_told_and_other_models_go_on(hub: Hub, fakes: Fakes, small_disk: Path) -> None:
     hub.add(FILE, gguf(6_000_000))
     config = fakes.config({"far": far(fakes), "near": fakes.model()})
     async with running_proxy(config, env=hub.env(small_disk)) as proxy:

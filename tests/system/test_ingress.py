@@ -1,4 +1,4 @@
-"""P2, P4 and P6: heads and bodies that are too large or too slow, and who is served meanwhile."""
+"""Heads and bodies that are too large or too slow, and who is served meanwhile."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def status_of(said: bytes) -> int:
     return int(said.split(b" ", 2)[1])
 
 
-# -- P2 ----------------------------------------------------------------------------------------------------------------
+# -- heads over the limits ---------------------------------------------------------------------------------------------
 
 GET = b"GET /health HTTP/1.1\r\nHost: test\r\n"
 TOO_LARGE = {
@@ -49,7 +49,7 @@ TOO_LARGE = {
 
 
 @pytest.mark.parametrize("name", TOO_LARGE)
-async def test_p2_head_over_a_limit_is_refused(proxy: Proxy, name: str) -> None:
+async def test_head_over_a_limit_is_refused(proxy: Proxy, name: str) -> None:
     before = proxy.rss_bytes()
     for _ in range(10):
         async with connected(proxy.port) as client:
@@ -62,7 +62,7 @@ async def test_p2_head_over_a_limit_is_refused(proxy: Proxy, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["a line of 9 KiB", "fields without end", "101 fields"])
-async def test_p2_head_over_a_limit_is_refused_in_segments_of_one_byte(proxy: Proxy, name: str) -> None:
+async def test_head_over_a_limit_is_refused_in_segments_of_one_byte(proxy: Proxy, name: str) -> None:
     before, cpu = proxy.rss_bytes(), proxy.cpu_s()
     async with connected(proxy.port) as client:
         with contextlib.suppress(ConnectionError):
@@ -74,14 +74,14 @@ async def test_p2_head_over_a_limit_is_refused_in_segments_of_one_byte(proxy: Pr
     assert proxy.cpu_s() - cpu < 2
 
 
-async def test_p2_head_within_the_limits_is_served(proxy: Proxy) -> None:
+async def test_head_within_the_limits_is_served(proxy: Proxy) -> None:
     for lines in ([b"X-A: " + b"a" * 8000], [b"X-%d: %b" % (n, b"a" * 600) for n in range(90)]):
         async with connected(proxy.port) as client:
             await client.send(GET + b"\r\n".join([*lines, b"", b""]))
             assert (await client.answer()).status == 200
 
 
-# -- P4 ----------------------------------------------------------------------------------------------------------------
+# -- slow heads --------------------------------------------------------------------------------------------------------
 
 
 async def drip(client: RawClient, data: bytes, every_s: float) -> None:
@@ -93,7 +93,7 @@ async def drip(client: RawClient, data: bytes, every_s: float) -> None:
                 await asyncio.sleep(every_s)
 
 
-async def test_p4_head_that_does_not_end_is_cut_off() -> None:
+async def test_head_that_does_not_end_is_cut_off() -> None:
     starts = [b"", b"GET", GET, GET + b"X-A: ", request("GET", "/health") + b"GET /heal"]
     limits = {"head_timeout_s": 2.0, "keepalive_timeout_s": 2.0}
     async with own_proxy(plain(b"{}"), **limits) as (proxy, _), AsyncExitStack() as stack:
@@ -117,7 +117,7 @@ async def test_p4_head_that_does_not_end_is_cut_off() -> None:
         await until(lambda: proxy.fds() <= fds + 5, what="the freed file descriptors")
 
 
-async def test_p4_second_head_on_a_connection_has_no_more_time_than_the_first() -> None:
+async def test_second_head_on_a_connection_has_no_more_time_than_the_first() -> None:
     async with (
         own_proxy(plain(b"{}"), head_timeout_s=1.0, keepalive_timeout_s=60) as (proxy, _),
         connected(proxy.port) as client,
@@ -131,7 +131,7 @@ async def test_p4_second_head_on_a_connection_has_no_more_time_than_the_first() 
         assert time.monotonic() - began > 0.9
 
 
-async def test_p4_time_limit_of_the_head_spares_everything_else() -> None:
+async def test_time_limit_of_the_head_spares_everything_else() -> None:
     """Neither the pause between two requests, nor a slow body, nor a slow answer is cut by it."""
     whole, longer_s = request("POST", CHAT, {"model": "m"}), 1.5  # the limit leaves a busy client time for its head
 
@@ -172,7 +172,7 @@ async def test_idle_connection_is_closed_after_its_time() -> None:
         assert await within(25, client.closed_by_peer()) == b""  # by default after 75 s
 
 
-# -- P6 ----------------------------------------------------------------------------------------------------------------
+# -- large bodies ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +180,7 @@ def large_head() -> bytes:
     return b"POST " + CHAT.encode() + b" HTTP/1.1\r\nHost: test\r\n"
 
 
-async def test_p6_promise_of_10_gib_is_refused_before_it_is_read(proxy: Proxy, large_head: bytes) -> None:
+async def test_promise_of_10_gib_is_refused_before_it_is_read(proxy: Proxy, large_head: bytes) -> None:
     for expect in (b"", b"Expect: 100-continue\r\n"):
         async with connected(proxy.port) as client:
             await client.send(large_head + expect + b"Content-Length: %d\r\n\r\n" % (10 * 2**30))
@@ -191,7 +191,7 @@ async def test_p6_promise_of_10_gib_is_refused_before_it_is_read(proxy: Proxy, l
             await within(UNASKED_S, client.closed_by_peer())
 
 
-async def test_p6_large_body_is_read_no_further_than_the_limit(large_head: bytes) -> None:
+async def test_large_body_is_read_no_further_than_the_limit(large_head: bytes) -> None:
     async with own_proxy(plain(b"{}"), max_body_mib=1) as (proxy, upstream):
         for framing in ("length", "chunks"):
             before = proxy.rss_bytes()
@@ -244,8 +244,8 @@ BIG = {
 
 
 @pytest.mark.parametrize("kind", BIG)
-async def test_p6_large_json_delays_nobody_else(proxy: Proxy, upstream: RawUpstream, kind: str) -> None:
-    """K6 wants less than 250 ms for a `/health` meanwhile. Processor time is what the proxy itself spends of that, even
+async def test_large_json_delays_nobody_else(proxy: Proxy, upstream: RawUpstream, kind: str) -> None:
+    """A `/health` meanwhile is to take less than 250 ms. Processor time is what the proxy itself spends of that, even
     on a machine that is busy with something else."""
     upstream.script = plain(b"{}")
     body = BIG[kind]()

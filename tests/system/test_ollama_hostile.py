@@ -58,11 +58,11 @@ def body_of(model: object, **fields: Any) -> dict[str, Any]:
     return own | {"source": model, "destination": "x", **fields}
 
 
-# -- O5 ----------------------------------------------------------------------------------------------------------------
+# -- an Ollama that is not there ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["refuses", "silent", "dies", "hangs"])
-async def test_o5_lists_are_quick_and_partial_with_an_ollama_that(how: str, fakes: Fakes) -> None:
+async def test_lists_are_quick_and_partial_with_an_ollama_that(how: str, fakes: Fakes) -> None:
     with black_hole() as hole:
         async with running_ollama("far", hang=["/api/tags", "/api/ps"] if how == "hangs" else []) as fake:
             port = {"refuses": free_port(), "silent": hole}.get(how, fake.port)
@@ -83,11 +83,11 @@ async def test_o5_lists_are_quick_and_partial_with_an_ollama_that(how: str, fake
                 assert answer.status == (404 if how == "hangs" else 502)
 
 
-# -- A10 ---------------------------------------------------------------------------------------------------------------
+# -- names that lead elsewhere -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", [*ASKING, *ABOUT])
-async def test_a10_a_name_that_is_no_name_is_refused_and_goes_nowhere(stage: Stage, path: str) -> None:
+async def test_a_name_that_is_no_name_is_refused_and_goes_nowhere(stage: Stage, path: str) -> None:
     asked = len(stage.distant.events("request", path)) + len(stage.distant.events("pull"))
     starts = len(stage.local.events("start"))
     for name in TRICKS + (FLAGS if path not in ("/api/pull", "/api/create", "/api/copy", "/api/push") else []):
@@ -101,13 +101,13 @@ async def test_a10_a_name_that_is_no_name_is_refused_and_goes_nowhere(stage: Sta
     assert len(stage.local.events("start")) == starts
 
 
-async def test_a10_a_name_in_the_path_leads_nowhere(stage: Stage) -> None:
+async def test_a_name_in_the_path_leads_nowhere(stage: Stage) -> None:
     for name in ("../../etc/passwd", "..%2f..%2fetc%2fpasswd", "%2fetc%2fpasswd", "a%00b", "local/../../x"):
         answer = await raw_client.get(stage.proxy.port, f"/v1/models/{name}")
         assert answer.status in (400, 404) and b"root:" not in answer.body
 
 
-async def test_a10_a_folder_of_models_offers_files_and_opens_nothing_else(fakes: Fakes, tmp_path: Path) -> None:
+async def test_a_folder_of_models_offers_files_and_opens_nothing_else(fakes: Fakes, tmp_path: Path) -> None:
     """A pipe would hold up whoever opens it, and a device has no end."""
     folder = tmp_path / "models"
     (folder / "folder.gguf").mkdir(parents=True)
@@ -127,7 +127,7 @@ async def test_a10_a_folder_of_models_offers_files_and_opens_nothing_else(fakes:
         assert (await ask(proxy, "/api/show", {"model": "good"})).status == 200
 
 
-# -- A11 ---------------------------------------------------------------------------------------------------------------
+# -- flags and fields in a command line --------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -154,7 +154,7 @@ INJECTIONS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("fields", INJECTIONS, ids=["load-options", "flags", "fields", "texts"])
 @pytest.mark.parametrize("path", ["/api/chat", "/api/generate", "/v1/chat/completions"])
-async def test_a11_nothing_that_a_client_says_gets_into_a_command_line(
+async def test_nothing_that_a_client_says_gets_into_a_command_line(
     stage: Stage, template: list[str], path: str, fields: dict[str, Any]
 ) -> None:
     for load in (False, True):
@@ -169,7 +169,7 @@ async def test_a11_nothing_that_a_client_says_gets_into_a_command_line(
     "fields",
     [{"keep_alive": "--host 0.0.0.0"}, {"keep_alive": "5m\n--host"}, {"options": {"num_ctx": "9 --host 0.0.0.0"}}],
 )
-async def test_a11_flags_in_place_of_numbers_are_refused(stage: Stage, fields: dict[str, Any]) -> None:
+async def test_flags_in_place_of_numbers_are_refused(stage: Stage, fields: dict[str, Any]) -> None:
     for path in ("/api/chat", "/api/generate"):
         assert (await ask(stage.proxy, path, body_of("local", **fields))).status == 400
 

@@ -31,6 +31,8 @@ from tests.support.toxic import (
 
 CHAT = "/v1/chat/completions"
 STREAM = {"model": "m", "stream": True}
+EVENTS = ("Content-Type", "text/event-stream")
+CHUNKED = ("Transfer-Encoding", "chunked")
 EXAMPLES = settings(
     max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
@@ -287,3 +289,53 @@ async def test_official_client_streams(shared: Shared, upstream: RawUpstream) ->
             model="m", messages=[{"role": "user", "content": "x"}], stream=True
         )
         assert [item.choices[0].delta.content async for item in stream] == ["a", "b"]
+
+
+# -- what HTTP says ----------------------------------------------------------------------------------------------------
+
+NO_BODY = {
+    "204": ("POST", CHAT, head(204, [EVENTS])),
+    "304": ("POST", CHAT, head(304, [EVENTS])),
+    "204, chunked": ("POST", CHAT, head(204, [EVENTS, CHUNKED])),
+    "HEAD": ("HEAD", "/slots?model=m", head(200, [EVENTS])),
+    "HEAD, chunked": ("HEAD", "/slots?model=m", head(200, [EVENTS, CHUNKED])),
+}
+
+
+@pytest.mark.parametrize("name", NO_BODY)
+async def test_an_answer_that_can_have_no_body_has_none(proxy: Proxy, upstream: RawUpstream, name: str) -> None:
+    method, path, script = NO_BODY[name]
+    upstream.script = script
+    async with connected(proxy.port) as client:
+        await client.send(request(method, path, STREAM if method == "POST" else None))
+        answer = await client.answer(method=method)
+        assert answer.status == int(script.split()[1])
+        assert answer.header("transfer-encoding") is None
+        upstream.script = plain(b'{"next": 1}')
+        await client.send(request("POST", CHAT, {"model": "m"}))
+        assert (await client.answer()).json() == {"next": 1}, "the next answer follows at once"
+
+
+TRAILERS = b"0\r\nX-Evil: 1\r\nContent-Type: text/html\r\nLocation: http://evil\r\n\r\n"
+
+
+@pytest.mark.parametrize("kind", ["application/json", "text/event-stream"])
+async def test_trailers_do_not_become_headers(proxy: Proxy, upstream: RawUpstream, kind: str) -> None:
+    body = token("a") + DONE
+    upstream.script = head(200, [("Content-Type", kind), CHUNKED]) + chunk(body) + TRAILERS
+    answer = await post(proxy.port, CHAT, STREAM)
+    assert answer.body == body
+    assert [value for name, value in answer.headers if name == "content-type"] == [kind]
+    assert answer.header("x-evil") is None and answer.header("location") is None
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [("GET", CHAT, {"POST"}), ("DELETE", "/props", {"GET", "HEAD", "POST"}), ("POST", "/health", {"GET", "HEAD"})],
+)
+async def test_405_says_what_is_allowed(proxy: Proxy, method: str, path: str, allowed: set[str]) -> None:
+    async with connected(proxy.port) as client:
+        await client.send(request(method, path, {"model": "m"}))
+        answer = await client.answer()
+    assert answer.status == 405
+    assert {word.strip() for word in (answer.header("allow") or "").split(",")} == allowed

@@ -14,7 +14,7 @@ from functools import partial
 import pytest
 
 from tests.support import raw_client, toxic
-from tests.support.harness import Proxy, until
+from tests.support.harness import Proxy, running_proxy, until
 from tests.support.raw_client import RawClient, connected, get, post, request
 from tests.support.toxic import (
     DONE,
@@ -31,7 +31,10 @@ from tests.support.toxic import (
 )
 
 CHAT = "/v1/chat/completions"
+PLAIN = {"model": "m"}
 STREAM = {"model": "m", "stream": True}
+EVENTS = ("Content-Type", "text/event-stream")
+CHUNKED = ("Transfer-Encoding", "chunked")
 MIB = 2**20
 TRIES = 5
 SMALL_BUFFER = 128 * 1024
@@ -87,7 +90,20 @@ async def test_client_that_leaves_while_it_sends_causes_no_request(proxy: Proxy,
     assert upstream.links == []
 
 
-async def test_s7_half_closed_client_gets_everything_or_a_clean_end(proxy: Proxy, upstream: RawUpstream) -> None:
+async def test_a_client_that_leaves_has_an_access_line() -> None:
+    async def script(link: Link, request: Request) -> None:
+        await link.send(EVENT_HEAD + chunk(token("a")))
+        await link.gone()
+
+    async with own_proxy() as (proxy, upstream):
+        upstream.script = script
+        async with connected(proxy.port) as client:
+            await client.send(request("POST", CHAT, STREAM))
+            await client.head()
+        await until(lambda: f"POST {CHAT} 499 model=m " in proxy.log)
+
+
+async def test_half_closed_client_gets_everything_or_a_clean_end(proxy: Proxy, upstream: RawUpstream) -> None:
     async def script(link: Link, request: Request) -> None:
         await link.send(EVENT_HEAD + chunk(token("a")))
         await link.send(chunk(DONE) + LAST_CHUNK)
@@ -101,7 +117,7 @@ async def test_s7_half_closed_client_gets_everything_or_a_clean_end(proxy: Proxy
         await client.closed_by_peer()
 
 
-async def test_s7_half_closed_client_frees_the_model_server(proxy: Proxy, upstream: RawUpstream) -> None:
+async def test_half_closed_client_frees_the_model_server(proxy: Proxy, upstream: RawUpstream) -> None:
     """It either gets its answer, however long that takes, or is taken for gone: then the model server hears of it."""
 
     async def script(link: Link, request: Request) -> None:
@@ -165,7 +181,7 @@ async def test_reader_that_stops_stops_the_model_server(proxy: Proxy, upstream: 
     await released(upstream)
 
 
-async def test_s8_reader_that_takes_nothing_is_cut_off_and_a_slow_one_is_not() -> None:
+async def test_reader_that_takes_nothing_is_cut_off_and_a_slow_one_is_not() -> None:
     async with own_proxy(send_stall_s=3.0) as (proxy, upstream), AsyncExitStack() as stack:
         upstream.script = pump
         opening = [connected(proxy.port, receive_buffer=SMALL_BUFFER) for _ in range(6)]
@@ -195,7 +211,7 @@ async def sip(client: RawClient, *, bytes_per_s: int, seconds: float) -> int:
 
 @pytest.mark.full
 @pytest.mark.usefixtures("long_stream")
-async def test_s8_a_hundred_slow_readers_disturb_nobody() -> None:
+async def test_a_hundred_slow_readers_disturb_nobody() -> None:
     async with own_proxy(send_stall_s=5.0) as (proxy, upstream), AsyncExitStack() as stack:
 
         async def script(link: Link, request: Request) -> None:
@@ -231,7 +247,9 @@ async def test_s8_a_hundred_slow_readers_disturb_nobody() -> None:
 # -- connections gone stale --------------------------------------------------------------------------------------------
 
 
-async def test_s13_server_that_closes_idle_connections_at_any_moment(proxy: Proxy, upstream: RawUpstream) -> None:
+async def test_server_that_closes_idle_connections_at_any_moment_costs_no_failure(
+    proxy: Proxy, upstream: RawUpstream
+) -> None:
     """500 requests, none fails, and none is sent more than twice."""
     chance = random.Random(13)
     loop = asyncio.get_running_loop()
@@ -259,7 +277,7 @@ async def test_s13_server_that_closes_idle_connections_at_any_moment(proxy: Prox
     assert len(upstream.links) > 50, "hardly a connection was closed: this proves nothing"
 
 
-async def test_s13_connections_closed_long_ago_cost_no_retry() -> None:
+async def test_connections_closed_long_ago_cost_no_retry() -> None:
     async with own_proxy(plain(b"{}")) as (proxy, upstream):  # whose log nobody else writes to
         for _ in range(5):
             assert (await post(proxy.port, CHAT, {"model": "m"})).status == 200
@@ -270,3 +288,52 @@ async def test_s13_connections_closed_long_ago_cost_no_retry() -> None:
         assert len(upstream.requests) == 5
         await until(lambda: proxy.log.count(f"POST {CHAT} 200") == 5, what="the log")
         assert "trying once more" not in proxy.log
+
+
+class Hasty(asyncio.Protocol):
+    """A server that answers 413 to the first bytes of a request and then reads no more."""
+
+    def __init__(self, connections: list[Hasty]) -> None:
+        connections.append(self)
+        self.open = True
+        self.transport: asyncio.Transport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.open = False
+
+    def data_received(self, data: bytes) -> None:
+        self.transport.pause_reading()
+        self.transport.write(plain(b"{}", 413))
+
+
+async def test_a_connection_whose_request_was_not_written_whole_is_not_used_again() -> None:
+    connections: list[Hasty] = []
+    server = await asyncio.get_running_loop().create_server(lambda: Hasty(connections), "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    remote = {"url": f"http://127.0.0.1:{port}", "models": ["m"], "first_byte_timeout_s": 60}
+    async with running_proxy({"remotes": {"up": remote}}) as proxy:
+        assert (await post(proxy.port, CHAT, PLAIN | {"text": "y" * 20_000_000})).status == 413
+        assert (await post(proxy.port, CHAT, PLAIN)).status == 413
+    server.close()
+    for connection in connections:
+        connection.transport.abort()
+    await until(lambda: not any(connection.open for connection in connections))
+    assert len(connections) == 2
+
+
+@pytest.mark.parametrize(("streamed", "links"), [(True, 5), (False, 1)])
+async def test_a_stream_of_llama_server_is_the_last_on_its_connection(
+    proxy: Proxy, upstream: RawUpstream, streamed: bool, links: int
+) -> None:
+    """It closes the connection behind a stream, without having said so."""
+    ours = ("Server", "llama.cpp")
+    events = head(200, [ours, EVENTS, CHUNKED]) + chunk(token("a")) + chunk(DONE) + LAST_CHUNK
+    upstream.script = events if streamed else plain(b"{}", headers=[ours])
+    for _ in range(5):
+        assert (await post(proxy.port, CHAT, PLAIN | {"stream": streamed})).status == 200
+    assert len(upstream.links) == links
+    assert len(upstream.requests) == 5

@@ -107,12 +107,14 @@ def check_failed(api: Api, body: bytes, before: bytes, code: str) -> None:
     assert b"finish_reason" not in frame and b"stop" not in frame
 
 
-# -- S1 ----------------------------------------------------------------------------------------------------------------
+# -- in mid-stream -----------------------------------------------------------------------------------------------------
 
 
 @every_api
 @pytest.mark.parametrize("ending", ["reset", "close"])
-async def test_s1_server_that_dies_after_n_events(proxy: Proxy, upstream: RawUpstream, api: Api, ending: str) -> None:
+async def test_server_that_dies_after_n_events_is_told_in_the_stream(
+    proxy: Proxy, upstream: RawUpstream, api: Api, ending: str
+) -> None:
     for count in range(1, len(api.events)):
         got_it = asyncio.Event()
 
@@ -135,7 +137,7 @@ async def test_s1_server_that_dies_after_n_events(proxy: Proxy, upstream: RawUps
         assert len(upstream.requests) == count, "after the first byte nothing is sent twice"
 
 
-async def test_s1_http_1_0_client_is_told_too(proxy: Proxy, upstream: RawUpstream) -> None:
+async def test_http_1_0_client_is_told_too(proxy: Proxy, upstream: RawUpstream) -> None:
     async def script(link: Link, request: Request) -> None:
         await link.send(EVENT_HEAD + chunk(token("a")))
         link.close()
@@ -145,7 +147,7 @@ async def test_s1_http_1_0_client_is_told_too(proxy: Proxy, upstream: RawUpstrea
     check_failed(APIS["chat"], answer.body, token("a"), DIED)
 
 
-async def test_s1_official_client_raises(shared: Shared, upstream: RawUpstream) -> None:
+async def test_official_client_raises_when_the_server_dies(shared: Shared, upstream: RawUpstream) -> None:
     async def script(link: Link, request: Request) -> None:
         await link.send(EVENT_HEAD + chunk(token("a")) + chunk(token("b")))
         link.close()
@@ -162,7 +164,7 @@ async def test_s1_official_client_raises(shared: Shared, upstream: RawUpstream) 
         assert texts == ["a", "b"]
 
 
-# -- S2 ----------------------------------------------------------------------------------------------------------------
+# -- before the first byte ---------------------------------------------------------------------------------------------
 
 EARLY: dict[str, tuple[bytes, str]] = {
     "reset at once": (b"", "reset"),
@@ -188,7 +190,7 @@ async def warm_up(proxy: Proxy, upstream: RawUpstream) -> None:
 @pytest.mark.parametrize("streaming", [True, False])
 @pytest.mark.parametrize("warm", [False, True])
 @pytest.mark.parametrize("early", EARLY)
-async def test_s2_death_before_the_first_byte_is_retried_once(
+async def test_death_before_the_first_byte_is_retried_once(
     proxy: Proxy, upstream: RawUpstream, early: str, warm: bool, streaming: bool
 ) -> None:
     said, ending = EARLY[early]
@@ -218,17 +220,17 @@ async def test_s2_death_before_the_first_byte_is_retried_once(
     assert len(upstream.requests) == 2
 
 
-async def test_s2_nobody_listening_is_a_502(shared: Shared) -> None:
+async def test_nobody_listening_is_a_502(shared: Shared) -> None:
     answer = await post(shared.proxy.port, CHAT, {"model": "m"})
     assert (answer.status, answer.error["code"]) == (502, "upstream_unreachable")
 
 
-# -- S3 ----------------------------------------------------------------------------------------------------------------
+# -- cut anywhere ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ending", ["close", "reset"])
 @every_api
-async def test_s3_stream_cut_anywhere_is_never_a_silent_success(
+async def test_stream_cut_anywhere_is_never_a_silent_success(
     proxy: Proxy, upstream: RawUpstream, api: Api, ending: str
 ) -> None:
     """At every single byte. What arrives of a frame that was cut is not passed on."""
@@ -249,7 +251,7 @@ async def test_s3_stream_cut_anywhere_is_never_a_silent_success(
 
 @pytest.mark.parametrize("ending", ["close", "reset"])
 @pytest.mark.parametrize("framing", ["length", "chunks"])
-async def test_s3_plain_answer_cut_anywhere_is_a_502(
+async def test_plain_answer_cut_anywhere_is_a_502(
     proxy: Proxy, upstream: RawUpstream, framing: str, ending: str
 ) -> None:
     wire = plain(b'{"a":"0123456789"}')
@@ -265,7 +267,7 @@ async def test_s3_plain_answer_cut_anywhere_is_a_502(
 
 @pytest.mark.parametrize("ending", ["close", "reset"])
 @pytest.mark.parametrize("version", ["HTTP/1.1", "HTTP/1.0"])
-async def test_s3_large_answer_cut_short_is_a_broken_answer(
+async def test_large_answer_cut_short_is_a_broken_answer(
     proxy: Proxy, upstream: RawUpstream, version: str, ending: str
 ) -> None:
     async def script(link: Link, request: Request) -> None:
@@ -279,7 +281,7 @@ async def test_s3_large_answer_cut_short_is_a_broken_answer(
         # HTTP/1.0 has no mark for the end of a body but a reset
 
 
-# -- S4 and S5 ---------------------------------------------------------------------------------------------------------
+# -- errors of the model server, and answers without a proper end ------------------------------------------------------
 
 THEIRS = {
     "chat": event({"error": {"message": "theirs", "type": "server_error", "code": 500}}),
@@ -304,7 +306,7 @@ async def answer_of(proxy: Proxy, upstream: RawUpstream, api: Api, *pieces: byte
 
 @pytest.mark.parametrize("ending", ["", "close"])
 @pytest.mark.parametrize("name", APIS)
-async def test_s4_error_of_the_model_server_is_forwarded_once(
+async def test_error_of_the_model_server_is_forwarded_once(
     proxy: Proxy, upstream: RawUpstream, name: str, ending: str
 ) -> None:
     api, theirs = APIS[name], THEIRS[name]
@@ -316,7 +318,7 @@ async def test_s4_error_of_the_model_server_is_forwarded_once(
             assert answer.body == b"".join(pieces) + api.ending
 
 
-async def test_s4_official_client_raises(shared: Shared, upstream: RawUpstream) -> None:
+async def test_official_client_raises_an_error_of_the_model_server(shared: Shared, upstream: RawUpstream) -> None:
     upstream.script = toxic.stream(token("a"), THEIRS["chat"])
     async with openai.AsyncOpenAI(base_url=f"{shared.proxy.url}/v1", api_key="k", max_retries=0) as client:
         stream = await client.chat.completions.create(
@@ -328,16 +330,14 @@ async def test_s4_official_client_raises(shared: Shared, upstream: RawUpstream) 
 
 
 @every_api
-async def test_s4_unknown_events_pass_as_they_are(proxy: Proxy, upstream: RawUpstream, api: Api) -> None:
+async def test_unknown_events_pass_as_they_are(proxy: Proxy, upstream: RawUpstream, api: Api) -> None:
     unknown = [b"event: surprise\ndata: {}\n\n", b"id: 3\nretry: 5\n\n", b": comment\n\n", b"data\n\n"]
     pieces = [*unknown, *api.events]
     assert (await answer_of(proxy, upstream, api, *pieces)).body == b"".join(pieces)
 
 
 @every_api
-async def test_s5_proper_framing_without_a_proper_end_is_incomplete(
-    proxy: Proxy, upstream: RawUpstream, api: Api
-) -> None:
+async def test_proper_framing_without_a_proper_end_is_incomplete(proxy: Proxy, upstream: RawUpstream, api: Api) -> None:
     for count in range(len(api.events)):
         before = b"".join(api.events[:count])
         for rest in (b"", b"data: {"):
@@ -346,7 +346,7 @@ async def test_s5_proper_framing_without_a_proper_end_is_incomplete(
 
 
 @pytest.mark.parametrize("name", ["chat", "native"])
-async def test_s5_words_of_an_answer_are_not_its_end(proxy: Proxy, upstream: RawUpstream, name: str) -> None:
+async def test_words_of_an_answer_are_not_its_end(proxy: Proxy, upstream: RawUpstream, name: str) -> None:
     api = APIS[name]
     for filling in range(80):  # wherever the mark of the end falls
         for mark in ("data: [DONE]", '"stop":true', "\ndata: [DONE]", "event: message_stop"):
@@ -356,14 +356,14 @@ async def test_s5_words_of_an_answer_are_not_its_end(proxy: Proxy, upstream: Raw
 
 
 @pytest.mark.parametrize("end", ["\r\n", "\r", "\n"])
-async def test_s5_the_end_is_known_with_any_line_ends(proxy: Proxy, upstream: RawUpstream, end: str) -> None:
+async def test_the_end_is_known_with_any_line_ends(proxy: Proxy, upstream: RawUpstream, end: str) -> None:
     api = APIS["chat"]
     pieces = [piece.replace(b"\n", end.encode()) for piece in (token("a"), token("b"), DONE)]
     for cut in (pieces, [b"".join(pieces)]):
         assert (await answer_of(proxy, upstream, api, *cut)).body == b"".join(pieces)
 
 
-async def test_s5_the_last_blank_line_may_be_spared(proxy: Proxy, upstream: RawUpstream) -> None:
+async def test_the_last_blank_line_may_be_spared(proxy: Proxy, upstream: RawUpstream) -> None:
     for done in (b"data: [DONE]", b"data: [DONE]\n", b"data:[DONE]\n\n"):
         answer = await answer_of(proxy, upstream, APIS["chat"], token("a"), done)
         assert answer.body == token("a") + done

@@ -1,4 +1,4 @@
-"""S11: long streams and long events."""
+"""Long streams and long events."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STREAM = {"model": "m", "stream": True}
 MIB = 2**20
 
 
-async def test_s11_event_of_6_mib_passes(proxy: Proxy, upstream: RawUpstream) -> None:
+async def test_event_of_6_mib_passes(proxy: Proxy, upstream: RawUpstream) -> None:
     large = token("x" * (6 * MIB))
 
     async def script(link: Link, request: Request) -> None:
@@ -30,7 +30,7 @@ async def test_s11_event_of_6_mib_passes(proxy: Proxy, upstream: RawUpstream) ->
 
 
 @pytest.mark.parametrize("before", [b"", token("a")])
-async def test_s11_event_of_9_mib_is_an_error(proxy: Proxy, upstream: RawUpstream, before: bytes) -> None:
+async def test_event_of_9_mib_is_an_error(proxy: Proxy, upstream: RawUpstream, before: bytes) -> None:
     large = token("x" * (9 * MIB))
 
     async def script(link: Link, request: Request) -> None:
@@ -73,13 +73,13 @@ async def paced_stream(*, tokens: int, every_s: float, remote: dict[str, float],
             assert (await client.answer()).status == 200
 
 
-async def test_s11_stream_longer_than_every_timeout_is_not_cut() -> None:
+async def test_stream_longer_than_every_timeout_is_not_cut() -> None:
     remote = {"connect_timeout_s": 2.5, "first_byte_timeout_s": 2.5, "idle_timeout_s": 2.5}
     server = {"head_timeout_s": 2.5, "keepalive_timeout_s": 2.5, "send_stall_s": 2.5}
     await paced_stream(tokens=12, every_s=0.4, remote=remote, server=server)
 
 
-async def test_s11_stream_that_falls_silent_is_told_so() -> None:
+async def test_stream_that_falls_silent_is_told_so() -> None:
     async def script(link: Link, request: Request) -> None:
         await link.send(EVENT_HEAD + chunk(token("a")))
         await link.gone()
@@ -94,6 +94,6 @@ async def test_s11_stream_that_falls_silent_is_told_so() -> None:
 
 @pytest.mark.full
 @pytest.mark.timeout(480)
-def test_s11_stream_of_330_seconds_is_not_cut(long_stream: Future[None]) -> None:
+def test_stream_of_330_seconds_is_not_cut(long_stream: Future[None]) -> None:
     """It runs beside the other long tests: see `long_stream`."""
     long_stream.result(timeout=450)

@@ -16,7 +16,7 @@ def test_first_failures_cost_one_and_two_seconds() -> None:
     assert backoff.wait_s(101) == 2
 
 
-def test_L3_no_more_than_three_failing_starts_a_minute() -> None:
+def test_no_more_than_three_failing_starts_a_minute() -> None:
     backoff = Backoff()
     starts: list[float] = []
     now = 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -175,6 +176,28 @@ def test_secrets_are_never_echoed(tmp_path: Path) -> None:
 def test_a_merge_key_is_not_a_duplicate(tmp_path: Path) -> None:
     config = load(tmp_path, "models:\n  a: &a {path: a, ctx: 1}\n  b: {<<: *a, ctx: 2}")
     assert (config.models["b"].path, config.models["b"].ctx) == (config.models["a"].path, 2)
+
+
+WITHOUT_EFFECT: dict[str, Any] = {
+    "args": ["-ngl", "1"],
+    "env": {"A": "b"},
+    "parallel": 2,
+    "keep_alive": "10m",
+    "preload": True,
+    "pinned": True,
+}
+
+
+def test_every_setting_that_ollama_would_not_get_is_a_problem(tmp_path: Path) -> None:
+    assert problems(tmp_path, model(backend="ollama", aliases=["x"], ctx=1024, **WITHOUT_EFFECT)) == [
+        f"config.yaml: models.m.{field}: has no effect on a model of backend ollama; leave it out"
+        for field in WITHOUT_EFFECT
+    ]
+
+
+def test_settings_at_their_defaults_and_those_of_llama_cpp_are_none(tmp_path: Path) -> None:
+    load(tmp_path, model(backend="ollama", preload=False, args=[], keep_alive=None))
+    load(tmp_path, model(path="a.gguf", **WITHOUT_EFFECT))
 
 
 @given(st.text(alphabet="{}[]:,-#&*!|>'\"%@`?$ \nab1/\\", max_size=60))

@@ -60,7 +60,7 @@ def pieces(draw: st.DrawFn, whole: st.SearchStrategy[bytes]) -> list[bytes]:
 @settings(max_examples=2000, deadline=None)
 @example([b"data: a\r", b"\n\r", b"\n"])
 @example([b"data: a\r", b"\r", b"\n", b"\n"])
-def test_s9_no_byte_is_lost_changed_or_passed_on_early(cut: list[bytes]) -> None:
+def test_no_byte_is_lost_changed_or_passed_on_early(cut: list[bytes]) -> None:
     splitter = EventSplitter()
     went_in = came_out = b""
     for piece in cut:
@@ -75,7 +75,7 @@ def test_s9_no_byte_is_lost_changed_or_passed_on_early(cut: list[bytes]) -> None
 @settings(max_examples=2000, deadline=None)
 @example([b"data: \xe2", b"\x82\xac\n", b"\n"])
 @example([b"data: \r\rdata: \r\r"])
-def test_s9_any_split_gives_the_same_events(cut: list[bytes]) -> None:
+def test_any_split_gives_the_same_events(cut: list[bytes]) -> None:
     splitter = EventSplitter()
     came_out = b"".join(splitter.push(piece) for piece in cut)
     whole = b"".join(cut)
@@ -87,7 +87,7 @@ def test_s9_any_split_gives_the_same_events(cut: list[bytes]) -> None:
 
 @given(pieces(STREAM))
 @settings(max_examples=300, deadline=None)
-def test_s9_byte_by_byte_is_no_different(cut: list[bytes]) -> None:
+def test_byte_by_byte_is_no_different(cut: list[bytes]) -> None:
     whole = b"".join(cut)
     at_once, slowly = EventSplitter(), EventSplitter()
     came_at_once = at_once.push(whole)

@@ -76,7 +76,7 @@ def test_a_models_own_args_come_after_the_defaults_so_that_they_win() -> None:
     assert parse(words[1:], {})["n_ctx"] == 4096
 
 
-def test_A11_values_that_look_like_flags_or_shell_stay_values() -> None:
+def test_values_that_look_like_flags_or_shell_stay_values() -> None:
     odd = Path("/models/--host 0.0.0.0;\n$(id).gguf")
     fields = parse(argv(ModelConfig(path=odd), name="--slot-save-path", gguf=odd)[1:], {})
     assert fields["model.path"] == str(odd)
@@ -90,7 +90,7 @@ def test_a_relative_file_is_made_absolute(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert argv(ModelConfig(path=Path("m.gguf")), gguf=Path("m.gguf"))[2] == str(tmp_path / "m.gguf")
 
 
-def test_L17_a_child_inherits_no_secret_and_no_setting_of_ours() -> None:
+def test_a_child_inherits_no_secret_and_no_setting_of_ours() -> None:
     ours = {
         **{"PATH": "/bin", "HOME": "/home/u", "LANG": "C", "LC_ALL": "C", "LD_LIBRARY_PATH": "/lib"},
         **{"CUDA_VISIBLE_DEVICES": "1", "GGML_CUDA_ENABLE_UNIFIED_MEMORY": "1", "OMP_NUM_THREADS": "2"},

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from llama_smart_proxy.proxy.chat import ChatRequest, Json, keep
+from llama_smart_proxy.proxy.dialects import OLLAMA
 from llama_smart_proxy.proxy.dialects.ollama import WIRE
 from llama_smart_proxy.proxy.errors import BadRequest
 
@@ -169,3 +170,45 @@ def test_what_ollama_cannot_be_asked_is_refused(body: Json) -> None:
     with pytest.raises(BadRequest) as refused:
         WIRE.encode(ChatRequest(asked, stream=True))
     assert refused.value.status == 400
+
+
+# -- where an answer ends ----------------------------------------------------------------------------------------------
+
+
+def line(message: str, rest: str = '"done":false') -> bytes:
+    """A line of Ollama's `/api/chat`."""
+    return f'{{"model":"m","created_at":"x","message":{{"role":"assistant",{message}}},{rest}}}\n'.encode()
+
+
+def calling(arguments: str) -> bytes:
+    """One with a tool call."""
+    return line(f'"content":"","tool_calls":[{{"function":{{"name":"set_todo","arguments":{arguments}}}}}]')
+
+
+NOT_LAST = {
+    "an argument called done": calling('{"done":true}'),
+    "an argument called done, spaced": calling('{"done": true}'),
+    "an argument called status": calling('{"status":"success"}'),
+    "arguments within arguments": calling('{"list":[{"done":true,"status":"success"}]}'),
+    "a text about it": line(r'"content":"{\"done\":true}"'),
+    "a pull that goes on": b'{"status":"verifying success"}\n',
+    "a list": b'[{"done":true}]\n',
+    "no JSON": b'"done":true\n',
+}
+LAST = {
+    "an answer's end": line('"content":""', '"done_reason":"stop","done":true'),
+    "an answer's end, spaced": line('"content":""', '"done": true'),
+    "with a call": line('"content":"","tool_calls":[{"function":{"name":"f","arguments":{}}}]', '"done":true'),
+    "a pull's end": b'{"status":"success"}\n',
+    "behind another line": calling('{"done":false}') + line('"content":""', '"done":true'),
+}
+
+
+@pytest.mark.parametrize("name", NOT_LAST)
+def test_what_stands_within_a_line_does_not_make_it_the_last(name: str) -> None:
+    assert not OLLAMA.is_end(NOT_LAST[name])
+
+
+@pytest.mark.parametrize("name", LAST)
+def test_the_last_line_is_known(name: str) -> None:
+    assert OLLAMA.is_end(LAST[name])

@@ -1,16 +1,13 @@
-"""Defects of answers in another dialect that were found once and must not come back. Each test says what holds now."""
+"""Answers in another dialect than the server's: what is folded has a limit, and errors are told for what they are."""
 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
 
-from llama_smart_proxy.proxy.chat import Fold, Json
-from llama_smart_proxy.proxy.dialects import OLLAMA
 from llama_smart_proxy.proxy.stream.upstream import ANSWER_LIMIT
 from tests.support.e2e_support import MESSAGES
 from tests.support.harness import Proxy, running_proxy, until
@@ -32,23 +29,18 @@ from tests.support.toxic import (
     stream,
     token,
 )
-from tests.system.test_regressions_relay import peak_rss_bytes
 
 MIB = 2**20
-PIECE = "x" * 60
 ASKED = {"model": "m", "messages": MESSAGES, "prompt": "hi", "max_tokens": 8, "stream": False}
 """A body that is good for every endpoint that generates."""
 LINES = head(200, [("Content-Type", "application/x-ndjson"), ("Transfer-Encoding", "chunked")])
 
 
-def line(message: str, rest: str = '"done":false') -> bytes:
-    """A line of Ollama's `/api/chat`."""
-    return f'{{"model":"m","created_at":"x","message":{{"role":"assistant",{message}}},{rest}}}\n'.encode()
-
-
 def calling(arguments: str) -> bytes:
-    """One with a tool call."""
-    return line(f'"content":"","tool_calls":[{{"function":{{"name":"set_todo","arguments":{arguments}}}}}]')
+    """A line of Ollama's `/api/chat` with a tool call."""
+    call = f'{{"function":{{"name":"set_todo","arguments":{arguments}}}}}'
+    message = f'{{"role":"assistant","content":"","tool_calls":[{call}]}}'
+    return f'{{"model":"m","created_at":"x","message":{message},"done":false}}\n'.encode()
 
 
 @asynccontextmanager
@@ -68,37 +60,6 @@ async def ollama_proxy(script: Script) -> AsyncIterator[tuple[Proxy, RawUpstream
             yield proxy, upstream
 
 
-# -- where an answer ends ----------------------------------------------------------------------------------------------
-
-NOT_LAST = {
-    "an argument called done": calling('{"done":true}'),
-    "an argument called done, spaced": calling('{"done": true}'),
-    "an argument called status": calling('{"status":"success"}'),
-    "arguments within arguments": calling('{"list":[{"done":true,"status":"success"}]}'),
-    "a text about it": line(r'"content":"{\"done\":true}"'),
-    "a pull that goes on": b'{"status":"verifying success"}\n',
-    "a list": b'[{"done":true}]\n',
-    "no JSON": b'"done":true\n',
-}
-LAST = {
-    "an answer's end": line('"content":""', '"done_reason":"stop","done":true'),
-    "an answer's end, spaced": line('"content":""', '"done": true'),
-    "with a call": line('"content":"","tool_calls":[{"function":{"name":"f","arguments":{}}}]', '"done":true'),
-    "a pull's end": b'{"status":"success"}\n',
-    "behind another line": calling('{"done":false}') + line('"content":""', '"done":true'),
-}
-
-
-@pytest.mark.parametrize("name", NOT_LAST)
-def test_what_stands_within_a_line_does_not_make_it_the_last(name: str) -> None:
-    assert not OLLAMA.is_end(NOT_LAST[name])
-
-
-@pytest.mark.parametrize("name", LAST)
-def test_the_last_line_is_known(name: str) -> None:
-    assert OLLAMA.is_end(LAST[name])
-
-
 @pytest.mark.parametrize("arguments", ['{"done":true}', '{"status":"success"}'])
 async def test_an_answer_that_breaks_off_behind_a_call_about_being_done_is_broken(
     arguments: str,
@@ -111,9 +72,6 @@ async def test_an_answer_that_breaks_off_behind_a_call_about_being_done_is_broke
         assert (await client.chunk()).startswith(b'{"error":"')
         with pytest.raises(BrokenAnswer):
             await client.chunk()
-
-
-# -- embeddings --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("inputs", [["a", "", "ccc"], ["", "", "x"], ["", ""], [""]])
@@ -133,9 +91,6 @@ async def test_there_is_a_vector_for_each_input_in_its_place(
     answer = await post(proxy.port, "/api/embed", {"model": "m", "input": inputs})
     assert answer.json()["embeddings"] == [[len(text)] for text in inputs]
     assert upstream.requests[-1].json()["input"] == inputs
-
-
-# -- answers that are folded -------------------------------------------------------------------------------------------
 
 
 async def test_an_answer_without_end_is_refused_at_a_limit(proxy: Proxy, upstream: RawUpstream) -> None:
@@ -159,46 +114,10 @@ async def test_an_answer_without_end_is_refused_at_a_limit(proxy: Proxy, upstrea
     assert len(upstream.requests) == 1, "it would be no shorter the second time"
 
 
-def piece_of(kind: str, index: int) -> Json:
-    """A chunk with a little more of the answer."""
-    choice: Json = {"index": 0, "delta": {}, "finish_reason": None}
-    if kind == "logprobs":
-        choice["logprobs"] = {"content": [{"token": "ab", "logprob": -index}]}
-    elif kind == "arguments":
-        choice["delta"] = {"tool_calls": [{"index": 0, "function": {"name": "f", "arguments": PIECE}}]}
-    else:
-        choice["delta"] = {kind: PIECE}
-    return {"choices": [choice]}
-
-
-def cpu_s(work: Callable[[], object]) -> float:
-    """The least processor time that it takes, of a few runs."""
-    spent = []
-    for _ in range(4):
-        started = time.process_time()
-        work()
-        spent.append(time.process_time() - started)
-    return min(spent)
-
-
-@pytest.mark.parametrize("kind", ["content", "reasoning_content", "logprobs", "arguments"])
-def test_folding_sixteen_times_as_much_takes_about_sixteen_times_as_long(kind: str) -> None:
-    pieces = [piece_of(kind, index) for index in range(32_000)]
-
-    def fold(count: int) -> Json:
-        whole = Fold()
-        for piece in pieces[:count]:
-            whole.add(piece)
-        return whole.completion()
-
-    (choice,) = fold(len(pieces))["choices"]
-    if kind == "logprobs":
-        assert len(choice["logprobs"]["content"]) == len(pieces)
-    else:
-        (call,) = choice["message"].get("tool_calls", [{"function": choice["message"]}])
-        assert call["function"][kind] == PIECE * len(pieces)
-    # Were each piece added to a copy of the whole, it would be 256 times.
-    assert cpu_s(lambda: fold(len(pieces))) < 64 * cpu_s(lambda: fold(len(pieces) // 16))
+def words_of(answer: Answer) -> str:
+    """The words of an error, in whatever form."""
+    error = answer.json()["error"]
+    return str(error["message"] if isinstance(error, dict) else error)
 
 
 @pytest.mark.parametrize("index", [20_000_000, -1])
@@ -209,21 +128,12 @@ async def test_a_tool_call_with_an_absurd_number_is_refused(
     call = {"index": index, "id": "x", "function": {"name": "f", "arguments": "{}"}}
     choice = {"index": 0, "delta": {"tool_calls": [call]}, "finish_reason": None}
     upstream.script = stream(event({"choices": [choice]}), DONE)
-    before = peak_rss_bytes(proxy)
+    before = proxy.peak_rss_bytes()
     answer = await post(proxy.port, path, ASKED)
     assert answer.status == 502
     assert words_of(answer) == "the model server's answer cannot be understood"
-    assert peak_rss_bytes(proxy) - before < 64 * MIB
+    assert proxy.peak_rss_bytes() - before < 64 * MIB
     assert len(upstream.requests) == 1
-
-
-# -- errors that a server tells ----------------------------------------------------------------------------------------
-
-
-def words_of(answer: Answer) -> str:
-    """The words of an error, in whatever form."""
-    error = answer.json()["error"]
-    return str(error["message"] if isinstance(error, dict) else error)
 
 
 @pytest.mark.parametrize("path", ["/api/chat", "/api/generate"])
