@@ -61,7 +61,7 @@ class Chat:
         """Answer the request, with the agents that it calls for."""
         self.keep_alive = body.get("keep_alive")
         loading = self.codec.loading(body)
-        if loading is None and self.proxy.chain.concerns(self.http.headers, body, route.name):
+        if loading is None and self.proxy.chain.concerns(self.http.headers, body, route.name, self.codec):
             return await self._with_agents(route, body)
         if self._is_native(route.model):
             relaying = relayed(self.http, self.proxy, self.endpoint, route, body)

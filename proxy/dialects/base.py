@@ -14,7 +14,7 @@ from typing import ClassVar, Protocol
 
 import orjson
 
-from llama_smart_proxy.proxy.chat import ChatRequest, Json, Timing, bare
+from llama_smart_proxy.proxy.chat import ChatRequest, Json, Timing, bare, first_text_part
 from llama_smart_proxy.proxy.dialects.framing import Splitter
 from llama_smart_proxy.proxy.errors import BadRequest, ProxyError
 
@@ -164,6 +164,21 @@ class ClientCodec:
     def writer(self, request: ChatRequest, timing: Timing) -> Writer:
         """Writes the answer to `request`."""
         raise NotImplementedError
+
+    def user_text(self, body: Json) -> str:
+        """What the user's text in an undecoded body begins with, as far as a cheap look tells; empty if there is none."""
+        messages = body.get("messages")
+        if not isinstance(messages, list):
+            prompt = body.get("prompt")
+            prompt = prompt[0] if isinstance(prompt, list) and len(prompt) == 1 else prompt
+            return prompt if isinstance(prompt, str) else ""
+        for message in reversed(messages):
+            if isinstance(message, dict) and message.get("role") == "user":
+                content = message.get("content")
+                part = first_text_part(content) if isinstance(content, list) else None
+                if part is not None or isinstance(content, str):
+                    return str(part["text"]) if part is not None else str(content)
+        return ""
 
     def fits(self, request: ChatRequest) -> bool:
         """Whether a body of this endpoint can express all of `request`: an agent may have set fields that only a server

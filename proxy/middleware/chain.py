@@ -20,10 +20,11 @@ from llama_smart_proxy.agents.base import About
 from llama_smart_proxy.backends.names import key_of
 from llama_smart_proxy.proxy.chat import ChatRequest, Json
 from llama_smart_proxy.proxy.config import AgentConfig, Config, ModelConfig
+from llama_smart_proxy.proxy.dialects.base import ClientCodec
 from llama_smart_proxy.proxy.errors import AgentError, BadRequest
 from llama_smart_proxy.proxy.middleware.chats import CHAT_ID_HEADERS, Chats, chat_id, is_named
 from llama_smart_proxy.proxy.middleware.plugins import ALWAYS_THERE, Made, Plugin, Plugins
-from llama_smart_proxy.proxy.middleware.slash import MOST, Called, leading_commands, may_call
+from llama_smart_proxy.proxy.middleware.slash import MOST, Called, leading_commands
 from llama_smart_proxy.proxy.models.router import spelled
 
 HEADER = "X-Agents"
@@ -90,14 +91,14 @@ class Chain:
         self._of_model = {name: self._entries(model, models) for name, model in models.items()}
         self._models_have_some = any(self._of_model.values())
 
-    def concerns(self, headers: Mapping[str, str], body: Json, model: str) -> bool:
+    def concerns(self, headers: Mapping[str, str], body: Json, model: str, codec: ClientCodec) -> bool:
         """Whether agents may have to do with this request, in whatever API: a cheap look. A False is final."""
         return (
             self.plugins.some_always
             or len(self.chats) > 0
             or FIELD in body
             or HEADER in headers
-            or (self._slash and may_call(body))
+            or (self._slash and codec.user_text(body).startswith("/"))
             or (self._models_have_some and bool(self._of_model.get(self._name(model))))
         )
 

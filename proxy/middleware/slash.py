@@ -5,9 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-from llama_smart_proxy.proxy.chat import Json, first_text_part
 
 _COMMAND = re.compile(r"/([a-z][a-z0-9_-]*)(?=\s|\Z)")
 _OPTION = re.compile(r"([a-z][a-z0-9_]*)=(\"[^\"]*\"|\S+)(?=\s|\Z)")
@@ -43,24 +40,6 @@ def leading_commands(text: str, known: Mapping[str, frozenset[str]]) -> tuple[li
             called[-1].options[option[1]] = _unquoted(option[2])
             place = _behind_space(text, option.end())
     return called, text[place:] if called else text
-
-
-def may_call(body: Json) -> bool:
-    """Whether the request might begin with a command: a cheap look at the body in whatever API. A False is final."""
-    messages: Any = body.get("messages")
-    if not isinstance(messages, list):
-        prompt = body.get("prompt")
-        prompt = prompt[0] if isinstance(prompt, list) and len(prompt) == 1 else prompt
-        return isinstance(prompt, str) and prompt.startswith("/")
-    for message in reversed(messages):
-        if isinstance(message, dict) and message.get("role") == "user":
-            content = message.get("content")
-            if isinstance(content, str):
-                return content.startswith("/")
-            part = first_text_part(content) if isinstance(content, list) else None
-            if part is not None:
-                return str(part["text"]).startswith("/")
-    return False
 
 
 def _unquoted(value: str) -> str:
