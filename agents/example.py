@@ -9,8 +9,7 @@ from collections.abc import AsyncIterator
 
 from pydantic import Field
 
-from llama_smart_proxy.agents.base import Agent, Context, Options
-from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, ChunkStream
+from llama_smart_proxy import Agent, ChatRequest, Chunk, ChunkStream, Context, Options
 
 
 class Example(Agent):

@@ -11,8 +11,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from llama_smart_proxy.agents.base import Agent, Context, Options
-from llama_smart_proxy.proxy.chat import ChatRequest, ChunkStream
+from llama_smart_proxy import Agent, ChatRequest, ChunkStream, Context, Options
 
 Kind = Literal["title", "tags", "follow_ups", "queries", "image_prompt", "autocomplete", "emoji"]
 BEGINNINGS: dict[Kind, tuple[str, ...]] = {

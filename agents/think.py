@@ -7,8 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from llama_smart_proxy.agents.base import Agent, Context, Options
-from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, ChunkStream, Json, first_text_part
+from llama_smart_proxy import Agent, ChatRequest, Chunk, ChunkStream, Context, Json, Options, first_text_part
 
 
 class Think(Agent):

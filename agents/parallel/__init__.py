@@ -6,11 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from llama_smart_proxy.agents.base import Agent, Context, Options
+from llama_smart_proxy import Agent, BadRequest, ChatRequest, ChunkStream, Context, Options
 from llama_smart_proxy.agents.parallel.merging import has_question
 from llama_smart_proxy.agents.parallel.session import Session
-from llama_smart_proxy.proxy.chat import ChatRequest, ChunkStream
-from llama_smart_proxy.proxy.errors import BadRequest
 
 MOST = 16
 """Most answers to one question."""

@@ -8,9 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from llama_smart_proxy.agents.base import Context
-from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, Json
-from llama_smart_proxy.proxy.errors import ProxyError, UpstreamFailed
+from llama_smart_proxy import ChatRequest, Chunk, Context, Json, ProxyError, UpstreamFailed
 
 NOT_FOR_MEMBERS = ("tools", "tool_choice", "parallel_tool_calls", "functions", "function_call", "stream_options", "n")
 """Fields of a request that a member does not get: its answer is a draft, and calls nothing."""

@@ -11,10 +11,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from llama_smart_proxy.agents.base import Context
+from llama_smart_proxy import ChatRequest, Context, ProxyError, first_text_part, last_user_message, text_of
 from llama_smart_proxy.agents.parallel.members import NOT_FOR_MEMBERS, Member, Usage
-from llama_smart_proxy.proxy.chat import ChatRequest, first_text_part, last_user_message, text_of
-from llama_smart_proxy.proxy.errors import ProxyError
 
 GRADE_TOKENS = 512
 """Most tokens of a grade; some models think before they give one."""

@@ -6,12 +6,10 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from llama_smart_proxy.agents.base import Context
+from llama_smart_proxy import ChatRequest, Chunk, Context, UpstreamFailed
 from llama_smart_proxy.agents.parallel.members import Member, Round, Usage, members_of
 from llama_smart_proxy.agents.parallel.merging import best, graded, majority, synthesis
 from llama_smart_proxy.agents.parallel.sections import Sections
-from llama_smart_proxy.proxy.chat import ChatRequest, Chunk
-from llama_smart_proxy.proxy.errors import UpstreamFailed
 
 
 class Session:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
-from llama_smart_proxy.agents.base import Agent, Context, Options
+from llama_smart_proxy import Agent, ChatRequest, Chunk, ChunkStream, Context, Json, Options
 from llama_smart_proxy.agents.redact.matching import (
     HOLD,
     Matcher,
@@ -19,7 +19,6 @@ from llama_smart_proxy.agents.redact.matching import (
     scrubbed_json,
 )
 from llama_smart_proxy.agents.redact.presets import PRESETS
-from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, ChunkStream, Json
 
 
 class Pattern(Options):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import re
 import subprocess
@@ -40,7 +41,12 @@ UNDER_WAY = {
 """Upward imports that are still to go."""
 
 BACKENDS_MAY_IMPORT = {"proxy.errors", "proxy.config"}
-AGENTS_MAY_IMPORT = {"proxy.chat", "proxy.errors"}
+FACE = "llama_smart_proxy"
+AGENT_MACHINERY = {
+    "agents.base": {"proxy.chat"},
+    "agents.loader": {"agents.base"},
+}
+"""Modules in `agents` that are no agents, and what of ours each may import."""
 TASK_MAKERS = {
     "agents/parallel/members.py",  # whoever is asked; ends with the answer
     "backends/ollama/hosts.py",  # listings in the background
@@ -171,14 +177,23 @@ def test_backends_know_errors_and_configuration_of_the_proxy_and_no_more() -> No
     assert wrong == []
 
 
-def test_agents_know_chats_errors_and_each_others_base_and_no_more() -> None:
+def test_agents_import_the_public_face_and_their_own_package_and_no_more() -> None:
     wrong = [
         f"{module.path}:{line} imports {name}"
         for module in modules("agents")
         for line, name in our_imports(module)
-        if name not in AGENTS_MAY_IMPORT | {"agents.base"} and not name.startswith(f"{module.package}.")
+        if name not in AGENT_MACHINERY.get(module.name, ())
+        and not (module.package != "agents" and f"{name}.".startswith(f"{module.package}."))
     ]
     assert wrong == []
+
+
+def test_the_public_face_has_what_it_lists() -> None:
+    face = importlib.import_module(FACE)
+    assert face.__all__ == sorted(face.__all__) and set(face.__all__) <= set(dir(face))
+    assert all(getattr(face, name) is not None for name in face.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = face.nothing
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -210,7 +225,7 @@ def test_no_function_is_longer_than_40_lines() -> None:
 
 
 def test_every_module_and_every_public_class_and_function_says_what_it_is_for() -> None:
-    wrong = [module.path for module in modules(*PACKAGES, "tests") if not ast.get_docstring(module.tree)]
+    wrong = [module.path for module in modules(*PACKAGES, "src", "tests") if not ast.get_docstring(module.tree)]
     definitions = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     wrong += [
         f"{module.path}:{node.lineno} {node.name}"
