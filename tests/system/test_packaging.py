@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import ROOT, environment
+from tests.support.harness import ROOT, environment
 
 OURS = "llama_smart_proxy"
 TREES = ("agents", "backends", "proxy")
