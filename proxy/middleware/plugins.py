@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 ALWAYS_THERE = "help"
 """The agent that is enabled unasked: it only answers when it is called."""
+OWN_COMMAND = "agents"
+"""The command of the proxy itself."""
 START_S = 60.0
 """Seconds that an agent may take to start, and to close; one that needs longer is broken."""
 HOOKS = ("on_request", "on_chunk", "on_response", "start", "close")
@@ -117,22 +119,23 @@ class Plugins:
     @classmethod
     def of(cls, config: Config) -> Plugins:
         """Those that `config` names. Raises: ConfigError with every unknown name and bad option."""
-        places = discover(config.agents_dirs)
-        entries = config.agents
-        if "agents" not in config.model_fields_set:
-            own = [name for name, place in places.items() if place.path is not None]
-            entries = [AgentConfig(name=name) for name in own]
+        found = discover(config.agents_dirs, config.plugins_dir)
+        places = {name: place for name, place in found.items() if not place.off}
         plugins, problems = cls(), list[str]()
-        for path, entry, everywhere in _all_entries(config, entries):
+        for path, entry, everywhere in _all_entries(config, [*config.agents, *_unlisted(config, places)]):
             place = places.get(entry.name)
-            if place is None:
+            if place is None and entry.name in found:
+                problems.append(
+                    f"{path}: the agent {entry.name} is not enabled in {found[entry.name].path}/config.json"
+                )
+            elif place is None:
                 known = ", ".join(sorted(places))
                 problems.append(f"{path}: unknown agent {entry.name}; known agents: {known}")
             elif everywhere and entry.name in plugins.by_name:
                 problems.append(f"{path}: the agent {entry.name} is named twice")
             else:
                 problems += plugins._enable(entry, place, path, everywhere)
-        problems += plugins._bad_commands()
+        problems += plugins._settle_commands()
         plugins._note_always()
         if problems:
             raise ConfigError(problems)
@@ -159,14 +162,20 @@ class Plugins:
             return option_problems(exc, f"{path}.{entry.name}")
         return []
 
-    def _bad_commands(self) -> list[str]:
-        owner: dict[str, str] = {"agents": "the proxy itself"}
+    def _settle_commands(self) -> list[str]:
+        """Have each command belong to one agent. A shipped one gives way to the operator's own, as with names, unless
+        some model requires it; the problems with all others."""
+        owners: dict[str, Plugin] = {}
         wrong = []
-        for plugin in self:
-            if plugin.command is not None and owner.setdefault(plugin.command, plugin.name) != plugin.name:
-                wrong.append(
-                    f"agents: {plugin.name} and {owner[plugin.command]} both want the command /{plugin.command}"
-                )
+        for plugin in sorted(self, key=lambda plugin: plugin.place.is_shipped):
+            owner = owners.setdefault(plugin.command, plugin) if plugin.command is not None else plugin
+            if plugin.command == OWN_COMMAND:
+                wrong.append(f"agents: {plugin.name} and the proxy itself both want the command /{plugin.command}")
+            elif owner is not plugin and plugin.place.is_shipped and not plugin.of_models:
+                logger.warning("the agent %s is left out: /%s calls %s", plugin.name, plugin.command, owner.name)
+                del self.by_name[plugin.name]
+            elif owner is not plugin:
+                wrong.append(f"agents: {plugin.name} and {owner.name} both want the command /{plugin.command}")
         return wrong
 
     def _note_always(self) -> None:
@@ -226,6 +235,20 @@ class Plugins:
         made.users -= 1
         if made.retired and not made.users:
             await _close(name, made)
+
+
+def _unlisted(config: Config, places: Mapping[str, Place]) -> list[AgentConfig]:
+    """Those that are enabled though `agents` does not name them: all of the operator's where there is no such list;
+    plugins of the replaced projects, as they were there."""
+    by_itself = {config.plugins_dir, *config.enabled_dirs}
+    listed = {entry.name for entry in config.agents}
+    return [
+        AgentConfig(name=name)
+        for name, place in places.items()
+        if place.path is not None
+        and name not in listed
+        and ("agents" not in config.model_fields_set or place.path.parent in by_itself)
+    ]
 
 
 def _all_entries(config: Config, entries: list[AgentConfig]) -> Iterator[tuple[str, AgentConfig, bool]]:

@@ -1,8 +1,8 @@
 """One process between chat UIs and local models; and what an agent imports.
 
-Whatever an agent requires has its name here, and nothing else of this project is its business: where the modules
-stand may change. The names are imported when they are first used: a program that needs one module of the package,
-such as the embedded model server, does not pay for all others.
+All that an agent requires of this project has a name here, and these names are stable; where the modules stand is not.
+A name is imported when it is first used: a program that requires one module of the package, such as the embedded model
+server, does not pay for all others.
 """
 
 from __future__ import annotations

@@ -44,7 +44,15 @@ BACKENDS_MAY_IMPORT = {"proxy.errors", "proxy.config"}
 FACE = "llama_smart_proxy"
 AGENT_MACHINERY = {
     "agents.base": {"proxy.chat"},
-    "agents.loader": {"agents.base"},
+    "agents.loader": {"agents.base", "agents.compat"},
+    "agents.compat.adapter": {"agents.base", "proxy.chat", "proxy.errors"},
+    "agents.compat.views": {
+        "agents.base",
+        "proxy.chat",
+        "proxy.dialects.ollama.fields",
+        "proxy.dialects.ollama.options",
+        "proxy.errors",
+    },
 }
 """Modules in `agents` that are no agents, and what of ours each may import."""
 TASK_MAKERS = {
