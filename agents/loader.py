@@ -85,8 +85,8 @@ class Place:
                     found = adapted(classes, self.path)
         except Misfit as exc:
             raise Broken(str(exc)) from exc
-        except (Exception, SystemExit) as exc:  # whatever a stranger's module does when it is imported
-            raise Broken(_words(exc)) from exc
+        except (Exception, SystemExit) as exc:  # the module is not ours, and may raise anything
+            raise Broken(_reason(exc)) from exc
         if len(found) != 1:
             names = ", ".join(sorted(cls.__name__ for cls in found))
             raise Broken(f"holds several agents ({names}); keep one" if found else "holds no class derived from Agent")
@@ -146,7 +146,7 @@ def _in_folder(folder: Path | None) -> list[Path]:
 
 
 def _setting(folder: Path) -> object:
-    """What the plugin's own `config.json` has for `enabled`; true if it cannot be read, which its import will tell."""
+    """What the plugin's own `config.json` has for `enabled`; true if it cannot be read, which its import reports."""
     try:
         return (manifest(folder) or {}).get("enabled")
     except Misfit:
@@ -166,7 +166,7 @@ def _classes_of(module: ModuleType) -> list[type[Any]]:
 
 
 def _problem(cls: type[Agent]) -> str | None:
-    """What is wrong with the class, if anything can be told without using it."""
+    """What is wrong with the class, as far as that can be seen without using it."""
     if not (inspect.isclass(cls.Config) and issubclass(cls.Config, BaseModel)):
         return "its Config must be a class derived from pydantic's BaseModel"
     if cls.command is not None and not _NAME.fullmatch(cls.command):
@@ -217,8 +217,8 @@ def _changed_ns(file: Path) -> int:
         return 0
 
 
-def _words(exc: BaseException) -> str:
-    """One line that tells what went wrong, and in which line of whose file."""
+def _reason(exc: BaseException) -> str:
+    """What went wrong, and in which line of which file, on one line."""
     if isinstance(exc, SyntaxError):
         return f"SyntaxError: {exc.msg} (line {exc.lineno})"
     trace = exc.__traceback__

@@ -55,8 +55,7 @@ class Shield(Agent):
 
     A prompt is recognised by how the request begins, and by there being no answer before it. A text that quotes such a
     prompt further on is the user's. The answer is relayed untouched. Agents with a command that the model has, or that
-    are switched on in the chat, are for what the user asks, and have no part in it: nobody waits for three models to
-    find a title.
+    are switched on in the chat, are for what the user asks, and have no part in it: a title is not worth three models.
     """
 
     class Config(Options):

@@ -36,7 +36,7 @@ class Made:
 
     @property
     def rewrites(self) -> bool:
-        """Whether it wants to see answers."""
+        """Whether it has a hook for answers."""
         cls = type(self.agent)
         return cls.on_chunk is not Agent.on_chunk or cls.on_response is not Agent.on_response
 
@@ -100,7 +100,7 @@ class Plugin:
             raise
         except Broken as exc:
             self.error = str(exc)
-        except Exception as exc:  # whatever a stranger's __init__ does
+        except Exception as exc:  # its `__init__` is not ours, and may raise anything
             self.error = f"{type(exc).__name__}: {exc}"
 
 
@@ -170,12 +170,12 @@ class Plugins:
         for plugin in sorted(self, key=lambda plugin: plugin.place.is_shipped):
             owner = owners.setdefault(plugin.command, plugin) if plugin.command is not None else plugin
             if plugin.command == OWN_COMMAND:
-                wrong.append(f"agents: {plugin.name} and the proxy itself both want the command /{plugin.command}")
+                wrong.append(f"agents: {plugin.name} and the proxy itself both have the command /{plugin.command}")
             elif owner is not plugin and plugin.place.is_shipped and not plugin.of_models:
                 logger.warning("the agent %s is left out: /%s calls %s", plugin.name, plugin.command, owner.name)
                 del self.by_name[plugin.name]
             elif owner is not plugin:
-                wrong.append(f"agents: {plugin.name} and {owner.name} both want the command /{plugin.command}")
+                wrong.append(f"agents: {plugin.name} and {owner.name} both have the command /{plugin.command}")
         return wrong
 
     def _note_always(self) -> None:
@@ -219,8 +219,8 @@ class Plugins:
             await _start(fresh)
         if fresh.made is None or fresh.error is not None:
             plugin.error = fresh.error
-            words = "it goes on as it was" if plugin.made is not None else "it does not run"
-            logger.error("the agent %s was saved, but cannot be loaded; %s: %s", plugin.name, words, fresh.error)
+            state = "it goes on as it was" if plugin.made is not None else "it does not run"
+            logger.error("the agent %s was saved, but cannot be loaded; %s: %s", plugin.name, state, fresh.error)
             return
         old, plugin.made, plugin.error = plugin.made, fresh.made, None
         self._note_always()
@@ -267,8 +267,8 @@ def option_problems(exc: ValidationError, path: str) -> list[str]:
     problems = []
     for error in exc.errors(include_url=False, include_input=False):
         where = ".".join([path, *map(str, error["loc"])])
-        words = "unknown option" if error["type"] == "extra_forbidden" else error["msg"].removeprefix("Value error, ")
-        problems.append(f"{where}: {words}")
+        problem = "unknown option" if error["type"] == "extra_forbidden" else error["msg"].removeprefix("Value error, ")
+        problems.append(f"{where}: {problem}")
     return problems
 
 
@@ -277,8 +277,8 @@ async def _start(plugin: Plugin) -> None:
     try:
         async with asyncio.timeout(START_S):
             await plugin.made.agent.start()
-    except BaseException as exc:  # an agent's own failure must not be the proxy's, whatever it raises
-        _unless_told_to_end(exc)
+    except BaseException as exc:  # an agent's own failure must not be the proxy's, be it a BaseException
+        _unless_cancelled(exc)
         logger.debug("start of %s", plugin.name, exc_info=exc)
         plugin.error = f"start: {_first_line(exc)}"
         plugin.made = None
@@ -289,11 +289,11 @@ async def _close(name: str, made: Made) -> None:
         async with asyncio.timeout(START_S):
             await made.agent.close()
     except BaseException as exc:  # as above
-        _unless_told_to_end(exc)
+        _unless_cancelled(exc)
         logger.error("the agent %s did not close properly: %s", name, _first_line(exc), exc_info=exc)
 
 
-def _unless_told_to_end(exc: BaseException) -> None:
+def _unless_cancelled(exc: BaseException) -> None:
     """Raises: `exc`, if it is the cancellation of the task that runs the agent, rather than the agent's invention."""
     task = asyncio.current_task()
     if isinstance(exc, asyncio.CancelledError) and task is not None and task.cancelling():

@@ -139,8 +139,8 @@ def test_two_agents_with_one_command_are_a_config_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         Plugins.of(config)
     assert caught.value.problems == [
-        "agents: two and one both want the command /hey",
-        "agents: three and the proxy itself both want the command /agents",
+        "agents: two and one both have the command /hey",
+        "agents: three and the proxy itself both have the command /agents",
     ]
 
 
