@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,7 +15,8 @@ from typing import Any
 BASE_AGENT = ("src.shared.base_agent", "shared.base_agent")
 """Where that project had its base class: the folder `src` was on its path, too."""
 PLUGINS = ("plugins", "src.plugins")
-"""The packages under which a plugin found modules of its own."""
+"""The packages in which a plugin found modules of its own."""
+_PACKAGES = {"src", "src.shared", "shared", *PLUGINS}
 
 
 class BaseAgent:
@@ -33,35 +36,40 @@ def standing_in(path: Path | None) -> Iterator[None]:
     """Within, `src.shared.base_agent` can be imported, and modules of the plugin in the folder `path` as
     `plugins.NAME.MODULE`; a real module of such a name takes precedence. Afterwards the stand-ins, and what was
     imported from them, are gone from `sys.modules`, so that they hide no module of these names."""
-    made: list[str] = []
+    if path is None:
+        yield
+        return
+    finder = _Finder(path)
+    sys.meta_path.append(finder)  # behind those that find real modules
     try:
-        if path is not None:
-            for name in BASE_AGENT:
-                if not _exists(name):
-                    _put(name, [], made).BaseAgent = BaseAgent  # type: ignore[attr-defined]
-        if path is not None and path.is_dir():
-            for name in PLUGINS:
-                if name not in sys.modules and not _exists(f"{name}.{path.name}"):
-                    _put(name, [str(path.parent)], made)
         yield
     finally:
-        for name in [known for known in sys.modules if any(f"{known}.".startswith(f"{top}.") for top in made)]:
+        sys.meta_path.remove(finder)
+        tops = tuple(f"{name}." for name in finder.found)
+        for name in [known for known in sys.modules if f"{known}.".startswith(tops)]:
             del sys.modules[name]
 
 
-def _exists(name: str) -> bool:
-    try:
-        return find_spec(name) is not None
-    except Exception:  # the packages around it are imported for this, and may raise anything
-        return False
+class _Finder(MetaPathFinder, Loader):
+    """Finds the stand-ins for the plugin at `path`, and loads the one with the base class. `found` are the names that
+    it was asked for and has."""
 
+    def __init__(self, path: Path) -> None:
+        self.found: list[str] = []
+        self._folders = {f"{package}.{path.name}": path for package in PLUGINS} if path.is_dir() else {}
 
-def _put(name: str, search: list[str], made: list[str]) -> ModuleType:
-    """A module of this name, in packages that are made where there are none; names of what is new go into `made`."""
-    parent, _, _ = name.rpartition(".")
-    if parent and parent not in sys.modules:
-        _put(parent, [], made)
-    module = sys.modules[name] = ModuleType(name)
-    module.__path__ = search
-    made.append(name)
-    return module
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        spec: ModuleSpec | None = None
+        if name in BASE_AGENT:
+            spec = ModuleSpec(name, self)
+        elif name in self._folders and (self._folders[name] / "__init__.py").is_file():
+            spec = spec_from_file_location(name, self._folders[name] / "__init__.py")
+        elif name in _PACKAGES or name in self._folders:
+            spec = ModuleSpec(name, None, is_package=True)
+            spec.submodule_search_locations = [str(self._folders[name])] if name in self._folders else []
+        if spec is not None:
+            self.found.append(name)
+        return spec
+
+    def exec_module(self, module: ModuleType) -> None:
+        vars(module)["BaseAgent"] = BaseAgent

@@ -89,6 +89,17 @@ def test_the_real_modules_go_before(tmp_path: Path) -> None:
     assert "src.shared.base_agent" in sys.modules, "it is theirs, and stays"
 
 
+def test_packages_of_these_names_are_imported_only_by_who_asks_for_them(tmp_path: Path) -> None:
+    for name in ("src", "shared", "plugins"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise RuntimeError('not asked for')\n")
+    sys.modules.pop("src", None)
+    sys.path.insert(0, str(tmp_path))
+    assert plugin(tmp_path / "mine", "a", "class A:\n    def process_request(self, r): ...\n").load().command == "a"
+    with pytest.raises(Broken, match="not asked for"):
+        plugin(tmp_path / "mine", "b").load()
+
+
 @pytest.mark.parametrize(
     ("source", "words"),
     [
