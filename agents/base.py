@@ -1,6 +1,6 @@
-"""What an agent is: a class with hooks around a chat, in a file of its own. `agents/README.md` tells how to make one.
+"""What an agent is: a class with hooks around a chat, in a file of its own. `agents/README.md` shows how to write one.
 
-An agent imports `agents.base`, `proxy.chat` and `proxy.errors`, and nothing else of this project.
+An agent imports these names from `llama_smart_proxy`, and nothing else of this project.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class Agent:
     The docstring of the subclass is what users read about it. Hooks that are not overridden cost nothing; with
     `on_request` alone the answer passes the proxy as untouched bytes.
 
-    A hook that raises ends the chat with an error that names the agent, or, with `on_error: skip` in the configuration,
-    goes by without it. `proxy.errors.BadRequest` and its like are for telling the client what is wrong. Tasks that a
-    hook starts are cancelled when the request has ended, or its client has left.
+    A hook that raises ends the chat with an error that names the agent; with `on_error: skip` in the configuration the
+    chat goes on without it. `BadRequest` and the other errors of the proxy reach the client as they are raised. Tasks
+    that a hook starts are cancelled when the request has ended, or its client has left.
     """
 
     command: ClassVar[str | None] = None
@@ -38,7 +38,7 @@ class Agent:
     """Fields of `Config` that a command may set for its request: `/rag top_k=3 What is ...`."""
 
     class Config(Options):
-        """What `config.yaml` may say behind the agent's name; `Field(description=...)` documents a field."""
+        """The options behind the agent's name in `config.yaml`; `Field(description=...)` documents one."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -64,7 +64,7 @@ class Agent:
     async def on_response(self, stream: ChunkStream, ctx: Context) -> AsyncIterator[Chunk]:
         """The whole answer, as an async generator: hold back, drop, split, inject, stop early.
 
-        State goes into local variables, an end into `finally`. Whatever was held back has to be yielded before
+        State goes into local variables, an end into `finally`. Text that was held back has to be yielded before
         returning. By default it drives `on_chunk`.
         """
         async for chunk in stream:
@@ -75,7 +75,7 @@ class Agent:
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What users can be told of an agent: its `name`, its `command` (without the slash), its docstring's first
+    """The description of an agent for users: its `name`, its `command` (without the slash), its docstring's first
     paragraph, and the `options` that a call may set, each with its description. `running`: it takes part in this
     request."""
 
@@ -90,7 +90,7 @@ class Context(Protocol):
     """What an agent knows of the request at hand, and how it asks models. Its own: agents do not see each other's.
 
     Side calls (`chat`, `complete`, `embed`) go to any model the proxy offers, through the same queues as every request,
-    but without agents. They are read to their end in the background, whatever the pace of the agent, and are broken off
+    but without agents. They are read to their end in the background, at a pace of their own, and are broken off
     when the request ends. While the model is answering the request itself, a side call gets a free slot at once or
     fails with `Overloaded`: it might wait for the very slot that the answer holds. All side calls of a request share a
     budget (`agent_limits` in the configuration).
@@ -102,7 +102,7 @@ class Context(Protocol):
 
     @property
     def state(self) -> dict[str, Any]:
-        """A place for what a hook wants to tell a later hook of the same request."""
+        """Values that one hook leaves for a later hook of the same request."""
 
     @property
     def request_id(self) -> str:
@@ -139,7 +139,7 @@ class Context(Protocol):
     def chat(self, request: ChatRequest) -> ChunkStream:
         """Ask a model: the one that `request` names. Starts now; `request` may be changed afterwards.
 
-        With `n` in its body the answers come interleaved, told apart by `Chunk.index`; their prompt is evaluated once.
+        With `n` in its body the answers come interleaved, each with its `Chunk.index`; the prompt is evaluated once.
         Raises, while the stream is read: any `ProxyError` (`ModelNotFound`, `Overloaded`, `UpstreamFailed`, ...).
         """
 

@@ -9,8 +9,7 @@ from collections.abc import AsyncIterator
 
 from pydantic import Field
 
-from llama_smart_proxy.agents.base import Agent, Context, Options
-from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, ChunkStream
+from llama_smart_proxy import Agent, ChatRequest, Chunk, ChunkStream, Context, Options
 
 
 class Example(Agent):
@@ -37,14 +36,14 @@ class Example(Agent):
 
     async def on_response(self, stream: ChunkStream, ctx: Context) -> AsyncIterator[Chunk]:
         # Nothing about a request is kept on `self`, which serves all of them at once: it goes into variables here, and
-        # what one hook wants to tell the other into `ctx.state`.
-        begun: set[int] = set()  # with `n` > 1 several answers come interleaved, told apart by `index`
+        # what one hook leaves for the other into `ctx.state`.
+        begun: set[int] = set()  # with `n` > 1 several answers come interleaved, each with its `index`
         # One turn for each piece of the answer, as it arrives. Without `stream` in the request it is all the same.
         async for chunk in stream:
             if chunk.text and chunk.index not in begun:
                 begun.add(chunk.index)
                 yield Chunk.of(ctx.config.prefix, index=chunk.index)  # a chunk of our own
-            yield chunk  # one that nobody changes leaves as the very bytes it came as
+            yield chunk  # one that is not changed leaves as the very bytes it came as
         # Behind the last piece of text: the proxy holds back the end of the answer until here.
         for index in begun:
             yield Chunk.of(ctx.config.suffix, index=index)

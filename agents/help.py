@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llama_smart_proxy.agents.base import About, Agent, Context
-from llama_smart_proxy.proxy.chat import ChatRequest, ChunkStream, say
+from llama_smart_proxy import About, Agent, ChatRequest, ChunkStream, Context, say
 
 
 class Help(Agent):

@@ -1,7 +1,8 @@
-"""Finds agents and imports them: the ones here, installed packages', and those in folders of the operator's.
+"""Finds agents and imports them: the ones here, those of installed packages, and those in folders of the operator's.
 
 A folder holds single files (`name.py`) and folders with an `agent.py`; an installed package names its agents in the
 entry-point group `llama_smart_proxy.agents`. Of two with one name the operator's own wins, then the installed one.
+What `compat` can adapt, plugins of the replaced projects, counts as an agent.
 """
 
 from __future__ import annotations
@@ -15,21 +16,26 @@ import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from pydantic import BaseModel
 
 from llama_smart_proxy.agents import base
 from llama_smart_proxy.agents.base import Agent
+from llama_smart_proxy.agents.compat import Misfit, adapted, manifest, standing_in
 
 GROUP = "llama_smart_proxy.agents"
 RESERVED = frozenset({"always", "required", "on_error", "timeout_s"})
 """What the configuration says of any agent beside the agent's own options."""
 _HERE = Path(base.__file__).parent
 _PACKAGE = base.__name__.rpartition(".")[0]
-_OURS = {"base", "loader"}
+_OURS = {"base", "compat", "loader"}
+_NO_AGENTS = ("_*", ".*", "test_*.py", "*_test.py", "conftest.py")
+"""Names of what may lie beside agents."""
 _NAME = re.compile(r"[a-z][a-z0-9_-]*")
 _serial = itertools.count(1)
 
@@ -41,11 +47,17 @@ class Broken(Exception):
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where an agent comes from: a module of ours, an `entry` of an installed package, or a `path`: a file, or the
-    folder that holds an `agent.py`."""
+    folder that holds an `agent.py`. One that is `off` by its own `config.json` is not to be used."""
 
     name: str
     path: Path | None = None
     entry: EntryPoint | None = None
+    off: bool = False
+
+    @property
+    def is_shipped(self) -> bool:
+        """Whether it is one of ours."""
+        return self.path is None and self.entry is None
 
     @property
     def source(self) -> str:
@@ -66,10 +78,15 @@ class Place:
     def load(self) -> type[Agent]:
         """The agent's class, of a fresh import. Raises: Broken."""
         try:
-            module = self._import()
-        except (Exception, SystemExit) as exc:  # whatever a stranger's module does when it is imported
-            raise Broken(_words(exc)) from exc
-        found = _agents_of(module)
+            with standing_in(self.path):
+                classes = _classes_of(self._import())
+                found = [cls for cls in classes if issubclass(cls, Agent)]
+                if not found and self.path is not None:
+                    found = adapted(classes, self.path)
+        except Misfit as exc:
+            raise Broken(str(exc)) from exc
+        except (Exception, SystemExit) as exc:  # the module is not ours, and may raise anything
+            raise Broken(_reason(exc)) from exc
         if len(found) != 1:
             names = ", ".join(sorted(cls.__name__ for cls in found))
             raise Broken(f"holds several agents ({names}); keep one" if found else "holds no class derived from Agent")
@@ -95,37 +112,61 @@ class Place:
         return _exec(f"{name}.agent", self.path / "agent.py", None)
 
 
-def discover(folders: Iterable[Path]) -> dict[str, Place]:
-    """Every agent there is, by name; none is imported yet. A folder that cannot be read holds none."""
+def discover(folders: Iterable[Path], plugins: Path | None = None) -> dict[str, Place]:
+    """Every agent there is, by name; none is imported yet. A folder that cannot be read holds none.
+
+    `plugins` is a folder of which only those count that have a `config.json` beside their `agent.py`.
+    """
     found = {info.name: Place(info.name) for info in pkgutil.iter_modules([str(_HERE)]) if info.name not in _OURS}
     for entry in entry_points(group=GROUP):
         found[entry.name] = Place(entry.name, entry=entry)
+    for path in _in_folder(plugins):
+        if holds_plugin(path):
+            found[path.name] = Place(path.name, path, off=not _setting(path))
     for folder in folders:
-        for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-            if path.name.startswith((".", "_")):
-                continue
+        for path in _in_folder(folder):
             if (path / "agent.py").is_file():
-                found[path.name] = Place(path.name, path)
+                found[path.name] = Place(path.name, path, off=_setting(path) is False)
             elif path.suffix == ".py" and path.is_file():
                 found[path.stem] = Place(path.stem, path)
     return found
 
 
-def _agents_of(module: ModuleType) -> list[type[Agent]]:
-    """The agents that the module defines itself, rather than imports; but a package may import its own."""
+def holds_plugin(folder: Path) -> bool:
+    """Whether it is laid out as a plugin of llama-smart-proxy's."""
+    return (folder / "agent.py").is_file() and (folder / "config.json").is_file()
+
+
+def _in_folder(folder: Path | None) -> list[Path]:
+    try:
+        paths = sorted(folder.iterdir()) if folder is not None and folder.is_dir() else []
+    except OSError:
+        return []
+    return [path for path in paths if not any(fnmatchcase(path.name, name) for name in _NO_AGENTS)]
+
+
+def _setting(folder: Path) -> object:
+    """What the plugin's own `config.json` has for `enabled`; true if it cannot be read, which its import reports."""
+    try:
+        return (manifest(folder) or {}).get("enabled")
+    except Misfit:
+        return True
+
+
+def _classes_of(module: ModuleType) -> list[type[Any]]:
+    """The classes that the module defines itself, rather than imports; but a package may import its own."""
     own = module.__name__.removesuffix(".agent")
     return [
         value
         for value in dict.fromkeys(filter(inspect.isclass, vars(module).values()))
-        if issubclass(value, Agent)
-        and value is not Agent
+        if value is not Agent
         and not value.__name__.startswith("_")
         and (value.__module__ == module.__name__ or value.__module__.startswith(f"{own}."))
     ]
 
 
 def _problem(cls: type[Agent]) -> str | None:
-    """What is wrong with the class, if anything can be told without using it."""
+    """What is wrong with the class, as far as that can be seen without using it."""
     if not (inspect.isclass(cls.Config) and issubclass(cls.Config, BaseModel)):
         return "its Config must be a class derived from pydantic's BaseModel"
     if cls.command is not None and not _NAME.fullmatch(cls.command):
@@ -176,8 +217,8 @@ def _changed_ns(file: Path) -> int:
         return 0
 
 
-def _words(exc: BaseException) -> str:
-    """One line that tells what went wrong, and in which line of whose file."""
+def _reason(exc: BaseException) -> str:
+    """What went wrong, and in which line of which file, on one line."""
     if isinstance(exc, SyntaxError):
         return f"SyntaxError: {exc.msg} (line {exc.lineno})"
     trace = exc.__traceback__

@@ -11,8 +11,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from llama_smart_proxy.agents.base import Agent, Context, Options
-from llama_smart_proxy.proxy.chat import ChatRequest, ChunkStream
+from llama_smart_proxy import Agent, ChatRequest, ChunkStream, Context, Options
 
 Kind = Literal["title", "tags", "follow_ups", "queries", "image_prompt", "autocomplete", "emoji"]
 BEGINNINGS: dict[Kind, tuple[str, ...]] = {
@@ -56,8 +55,7 @@ class Shield(Agent):
 
     A prompt is recognised by how the request begins, and by there being no answer before it. A text that quotes such a
     prompt further on is the user's. The answer is relayed untouched. Agents with a command that the model has, or that
-    are switched on in the chat, are for what the user asks, and have no part in it: nobody waits for three models to
-    find a title.
+    are switched on in the chat, are for what the user asks, and have no part in it: a title is not worth three models.
     """
 
     class Config(Options):

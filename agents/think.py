@@ -1,4 +1,4 @@
-"""The agent that keeps a model's thoughts apart from its answer, whichever way the model and the client tell them."""
+"""The agent that keeps a model's thoughts apart from its answer, in the form that the client understands."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from typing import Literal
 
 from pydantic import Field
 
-from llama_smart_proxy.agents.base import Agent, Context, Options
-from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, ChunkStream, Json, first_text_part
+from llama_smart_proxy import Agent, ChatRequest, Chunk, ChunkStream, Context, Json, Options, first_text_part
 
 
 class Think(Agent):
     """Turns `<think>` text at the beginning of an answer into reasoning (`reasoning_content`, Ollama's `thinking`), or,
     with `to: text`, reasoning into `<think>` text; live, also where a tag comes in two pieces.
 
-    Only thoughts in front of the answer count: a tag further on is part of what is said.
+    Only thoughts in front of the answer count: a tag further on is part of the answer.
     """
 
     class Config(Options):
@@ -153,19 +152,19 @@ class _Text:
         thought, text = chunk.reasoning, chunk.text
         if not thought and not self._inside:
             return [chunk]
-        told = ""
+        written = ""
         if thought:
-            told, self._inside = ("" if self._inside else f"{self._open}\n") + thought, True
+            written, self._inside = ("" if self._inside else f"{self._open}\n") + thought, True
         ends = bool(text or chunk.tool_calls or chunk.finish_reason)
         if self._inside and ends:
-            told += f"\n{self._close}\n\n"
+            written += f"\n{self._close}\n\n"
             self._inside = False
-        if not thought and not text and told:
-            return [Chunk.of(told, index=self._index), chunk]
+        if not thought and not text and written:
+            return [Chunk.of(written, index=self._index), chunk]
         if thought:
             chunk.reasoning = ""
-        if told:
-            chunk.text = told + text
+        if written:
+            chunk.text = written + text
         return [chunk]
 
     def end(self) -> list[Chunk]:
@@ -178,7 +177,7 @@ def _beginning_at_end(text: str, tag: str) -> int:
 
 
 def _set_apart(message: Json, tags: list[tuple[str, str]]) -> None:
-    """Take a leading thought out of an earlier answer's text; it is told as reasoning if nothing is told there yet."""
+    """Take a leading thought out of an earlier answer's text; it becomes reasoning, unless the message has some."""
     content = message.get("content")
     holder, key = (first_text_part(content), "text") if isinstance(content, list) else (message, "content")
     if holder is None or not isinstance(holder.get(key), str):

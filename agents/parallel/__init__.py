@@ -6,11 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from llama_smart_proxy.agents.base import Agent, Context, Options
+from llama_smart_proxy import Agent, BadRequest, ChatRequest, ChunkStream, Context, Options
 from llama_smart_proxy.agents.parallel.merging import has_question
 from llama_smart_proxy.agents.parallel.session import Session
-from llama_smart_proxy.proxy.chat import ChatRequest, ChunkStream
-from llama_smart_proxy.proxy.errors import BadRequest
 
 MOST = 16
 """Most answers to one question."""
@@ -25,7 +23,7 @@ class Parallel(Agent):
     """Asks several models, or the same one several times, and makes one answer of theirs: `strategy=synthesize` has a
     model merge them, `judge` has them grade each other, `vote` takes what most say, `show` shows all.
 
-    Everybody gets the whole conversation, without tools. Who fails does not spoil the answer. Models that cannot be
+    Each gets the whole conversation, without tools. One that fails does not spoil the answer. Models that cannot be
     loaded together are asked one after the other, each of them once; only for grades they may have to come back.
     """
 
@@ -47,7 +45,7 @@ class Parallel(Agent):
             default="synthesize", description="What becomes of the answers: synthesize, judge, vote or show."
         )
         chairman: str | None = Field(default=None, description="The model that merges; by default the chat's own.")
-        progress: bool = Field(default=True, description="Tell what is going on, as the answer's thoughts.")
+        progress: bool = Field(default=True, description="Show what is going on, as the answer's thoughts.")
         temperature: float = Field(default=0.8, ge=0, description="For answers of one model, if the request sets none.")
         quorum: int = Field(default=1, ge=1, description="How many have to answer, or the request fails.")
         member_s: float = Field(

@@ -1,4 +1,4 @@
-"""Asks the members of a round, and tells what they say as they say it."""
+"""Asks the members of a round, and passes on their answers as they come."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from llama_smart_proxy.agents.base import Context
-from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, Json
-from llama_smart_proxy.proxy.errors import ProxyError, UpstreamFailed
+from llama_smart_proxy import ChatRequest, Chunk, Context, Json, ProxyError, UpstreamFailed
 
 NOT_FOR_MEMBERS = ("tools", "tool_choice", "parallel_tool_calls", "functions", "function_call", "stream_options", "n")
 """Fields of a request that a member does not get: its answer is a draft, and calls nothing."""
@@ -21,7 +19,7 @@ COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
 
 @dataclass(eq=False, slots=True)
 class Member:
-    """One who is asked, and what it has said, as far as `Round.events` has told; `failure` is why it has not.
+    """One model that is asked, and its answer so far, as `Round.events` has yielded it; `failure` is why it has none.
 
     `sample` numbers those of one model, from 0.
     """
@@ -35,13 +33,13 @@ class Member:
     finish: str = "stop"
     """Why its answer ended: `stop` or `length`."""
     begun: bool = False
-    """Whether anything of its answer has come, told or not yet."""
+    """Whether anything of its answer has come, be it yielded or not yet."""
     over: bool = False
     """Whether nothing more will come."""
 
     @property
     def text(self) -> str:
-        """The whole answer; nobody needs the white space around it."""
+        """The whole answer, without white space around it."""
         return "".join(self.pieces).strip()
 
     @property
@@ -50,7 +48,7 @@ class Member:
 
 
 def members_of(models: Sequence[str]) -> list[Member]:
-    """One for each of `models`; those of one model are told apart by a number."""
+    """One for each of `models`; those of one model are numbered."""
     made: list[Member] = []
     for at, model in enumerate(models):
         sample = models[:at].count(model)
@@ -70,27 +68,27 @@ class Usage:
                 self._sum[name] = self._sum.get(name, 0) + usage[name]
 
     def add_shared(self, usages: Sequence[Any]) -> None:
-        """Of several answers to one prompt, which llama-server tells with each of them, but reads once."""
-        told = [usage for usage in usages if isinstance(usage, dict)]
-        prompt, said = ([n for usage in told if isinstance(n := usage.get(name), int)] for name in COUNTS[:2])
-        if prompt or said:
-            counted = (max(prompt, default=0), sum(said))
+        """Of several answers to one prompt, which llama-server reports with each of them, but reads once."""
+        known = [usage for usage in usages if isinstance(usage, dict)]
+        prompt, completion = ([n for usage in known if isinstance(n := usage.get(name), int)] for name in COUNTS[:2])
+        if prompt or completion:
+            counted = (max(prompt, default=0), sum(completion))
             self.add(dict(zip(COUNTS, (*counted, sum(counted)), strict=True)))
 
     def chunks(self) -> list[Chunk]:
-        """The chunk that tells it, if anybody told us."""
+        """The chunk with it, if any server has reported one."""
         return [Chunk({"choices": [], "usage": dict(self._sum)})] if self._sum else []
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """`member` has said `text` more; or, without one, it is done, with a `failure` or without."""
+    """`text` is the next piece of the answer of `member`; without one it is done, with a `failure` or without."""
 
     member: Member
     text: str = ""
     failure: ProxyError | None = None
 
-    def tell(self) -> None:
+    def record(self) -> None:
         """Put it on record."""
         if self.text:
             self.member.pieces.append(self.text)
@@ -101,7 +99,7 @@ class Event:
 class Round:
     """Asks all members: first those whose models are loaded, or fit beside them; and each model in one go.
 
-    `plan` says in which order, `events` what they say until all are done. A member that fails is done, too.
+    `plan` finds the order, `events` yields their answers until all are done. A member that fails is done, too.
     """
 
     def __init__(self, ctx: Context, request: ChatRequest, members: Sequence[Member], usage: Usage):
@@ -135,7 +133,7 @@ class Round:
         task = asyncio.create_task(self._run())
         try:
             while (event := await self._events.get()) is not None:
-                event.tell()
+                event.record()
                 yield event
             await task
         finally:
@@ -170,8 +168,8 @@ class Round:
         does as if it had not been asked to."""
         usages: list[Any] = []
         try:
-            async with asyncio.timeout(self._member_s), aclosing(self._chat(members[0], n=len(members))) as said:
-                async for chunk in said:
+            async with asyncio.timeout(self._member_s), aclosing(self._chat(members[0], n=len(members))) as answer:
+                async for chunk in answer:
                     usages.append(chunk.usage)
                     if chunk.index < len(members):
                         self._take(members[chunk.index], chunk)
@@ -187,8 +185,8 @@ class Round:
 
     async def _ask_one(self, member: Member, began: asyncio.Event) -> None:
         try:
-            async with asyncio.timeout(self._member_s), aclosing(self._chat(member)) as said:
-                async for chunk in said:
+            async with asyncio.timeout(self._member_s), aclosing(self._chat(member)) as answer:
+                async for chunk in answer:
                     self._usage.add(chunk.usage)
                     self._take(member, chunk)
                     if chunk.text or chunk.reasoning:

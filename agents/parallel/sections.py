@@ -18,28 +18,28 @@ class Sections:
         self._members = members
         self._shown: list[Member] = []
 
-    def said(self, member: Member, text: str) -> str:
-        """What is to be shown now that `member` has said `text`, and that is on record."""
+    def add(self, member: Member, text: str) -> str:
+        """What is to be shown now that `text` was added to the answer of `member`."""
         if not self._shown:
             return self._show(member)
         return text if member is self._shown[-1] else ""
 
     def done(self, member: Member) -> str:
         """What is to be shown now that `member` is done."""
-        told = _failure(member) if self._shown and member is self._shown[-1] else ""
+        shown = _failure(member) if self._shown and member is self._shown[-1] else ""
         while not self._shown or self._shown[-1].done:
             begun = (other for other in self._members if other not in self._shown and other.pieces)
             if (following := next(begun, None)) is None:
                 break
-            told += self._show(following)
-        return told
+            shown += self._show(following)
+        return shown
 
     def end(self) -> str:
         """What is to be shown when all are done."""
         return "".join(self._show(member) for member in self._members if member not in self._shown)
 
     def _show(self, member: Member) -> str:
-        """Its heading, and what it has said so far."""
+        """Its heading, and its answer so far."""
         before = f"{_left_open(self._shown[-1])}\n\n" if self._shown else ""
         self._shown.append(member)
         failure = _failure(member) if member.done else ""

@@ -6,12 +6,10 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from llama_smart_proxy.agents.base import Context
+from llama_smart_proxy import ChatRequest, Chunk, Context, UpstreamFailed
 from llama_smart_proxy.agents.parallel.members import Member, Round, Usage, members_of
 from llama_smart_proxy.agents.parallel.merging import best, graded, majority, synthesis
 from llama_smart_proxy.agents.parallel.sections import Sections
-from llama_smart_proxy.proxy.chat import ChatRequest, Chunk
-from llama_smart_proxy.proxy.errors import UpstreamFailed
 
 
 class Session:
@@ -54,7 +52,7 @@ class Session:
     # -- asking --------------------------------------------------------------------------------------------------------
 
     async def _plan(self) -> None:
-        """What is bound to fail does so before anything is said, with a true status."""
+        """What is bound to fail does so before anything is sent, with a true status."""
         merges = self._config.strategy == "synthesize"
         if merges:
             await self._ctx.fitting([self._chairman])
@@ -68,22 +66,22 @@ class Session:
             raise failures[0]
 
     def _answered(self) -> list[Member]:
-        """Those that have. Raises: UpstreamFailed if nobody has, for no reason that anybody has told."""
+        """Those that have. Raises: UpstreamFailed if none has, and none with an error."""
         answered = [member for member in self._round.members if member.answered]
         if not answered:
             raise UpstreamFailed("nobody has answered", code="upstream_error")
         return answered
 
-    def _progress(self, words: str) -> list[Chunk]:
-        return [Chunk.of(reasoning=f"{words}\n")] if self._config.progress else []
+    def _progress(self, text: str) -> list[Chunk]:
+        return [Chunk.of(reasoning=f"{text}\n")] if self._config.progress else []
 
     def _asking(self) -> list[Chunk]:
         members = self._round.members
         groups = [[member.label for member in members if member.model in group] for group in self._round.groups]
         asked = self._progress(f"Asking {'; then '.join(map(', '.join, groups))}.")
-        return asked + [chunk for member in members if member.done for chunk in self._told(member)]
+        return asked + [chunk for member in members if member.done for chunk in self._progress_of(member)]
 
-    def _told(self, member: Member) -> list[Chunk]:
+    def _progress_of(self, member: Member) -> list[Chunk]:
         if member.failure is not None:
             return self._progress(f"{member.label} failed: {member.failure.message}")
         return self._progress(f"{member.label} has answered ({len(member.text.split())} words).")
@@ -94,7 +92,7 @@ class Session:
             async for event in events:
                 if not event.text:
                     self._check_quorum()
-                    for chunk in self._told(event.member):
+                    for chunk in self._progress_of(event.member):
                         yield chunk
 
     # -- what becomes of the answers -----------------------------------------------------------------------------------
@@ -109,8 +107,8 @@ class Session:
         answered = self._answered()
         grades = await graded(self._ctx, self._request, answered, self._usage)
         winner = answered[best(grades)]
-        told = [f"{m.label}: {'no grade' if g is None else f'{g:g}'}" for m, g in zip(answered, grades, strict=True)]
-        for chunk in self._progress(f"Grades: {', '.join(told)}. The answer of {winner.label} it is."):
+        shown = [f"{m.label}: {'no grade' if g is None else f'{g:g}'}" for m, g in zip(answered, grades, strict=True)]
+        for chunk in self._progress(f"Grades: {', '.join(shown)}. The answer of {winner.label} it is."):
             yield chunk
         yield self._chosen(winner)
 
@@ -143,27 +141,27 @@ class Session:
         async with aclosing(self._round.events()) as events:
             async for event in events:
                 self._check_quorum()
-                told = sections.said(event.member, event.text) if event.text else sections.done(event.member)
-                if told:
-                    yield Chunk.of(told)
-        if told := sections.end():
-            yield Chunk.of(told)
+                shown = sections.add(event.member, event.text) if event.text else sections.done(event.member)
+                if shown:
+                    yield Chunk.of(shown)
+        if text := sections.end():
+            yield Chunk.of(text)
 
     async def _choices(self) -> AsyncGenerator[Chunk, None]:
-        """All at once, told apart by their numbers; a failure stands where the answer would."""
+        """All at once, each with its number; a failure stands where the answer would."""
         members = self._round.members
         begun: set[Member] = set()
 
-        def said(member: Member, text: str) -> Chunk:
+        def piece(member: Member, text: str) -> Chunk:
             delta = {"content": text} | ({} if member in begun else {"role": "assistant"})
             begun.add(member)
             return Chunk({"choices": [{"index": members.index(member), "delta": delta, "finish_reason": None}]})
 
         for member in members:
             if member.failure is not None:
-                yield said(member, member.failure.message)
+                yield piece(member, member.failure.message)
         async with aclosing(self._round.events()) as events:
             async for event in events:
                 self._check_quorum()
-                if told := event.text or (event.failure.message if event.failure is not None else ""):
-                    yield said(event.member, told)
+                if text := event.text or (event.failure.message if event.failure is not None else ""):
+                    yield piece(event.member, text)

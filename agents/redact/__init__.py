@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
-from llama_smart_proxy.agents.base import Agent, Context, Options
+from llama_smart_proxy import Agent, ChatRequest, Chunk, ChunkStream, Context, Json, Options
 from llama_smart_proxy.agents.redact.matching import (
     HOLD,
     Matcher,
@@ -19,7 +19,6 @@ from llama_smart_proxy.agents.redact.matching import (
     scrubbed_json,
 )
 from llama_smart_proxy.agents.redact.presets import PRESETS
-from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, ChunkStream, Json
 
 
 class Pattern(Options):
@@ -69,8 +68,8 @@ class Redact(Agent):
                     self._matchers.append(PRESETS[given])
                 else:
                     known = ", ".join(sorted(PRESETS))
-                    words = "one of your own is written {name: ticket, pattern: 'T-[0-9]+'}"
-                    raise ValueError(f"there is no pattern {given!r}; known ones: {known}; {words}")
+                    hint = "one of your own is written {name: ticket, pattern: 'T-[0-9]+'}"
+                    raise ValueError(f"there is no pattern {given!r}; known ones: {known}; {hint}")
             return self
 
         @property
@@ -125,7 +124,7 @@ class Found:
         return compiled("", "|".join(map(_escaped, self.originals)), "")
 
     def put_back(self, matcher: Matcher, found: str) -> str:
-        """What stood there in the request; or what the matcher says, for things of the model's own."""
+        """What stood there in the request; or the replacement, for things of the model's own."""
         return matcher.replacement if matcher.name else self.originals[found]
 
     def _name(self, matcher: Matcher, value: str) -> str:
@@ -146,12 +145,12 @@ class _Answer:
         self._matchers = matchers
         self._hold = hold
         self._naming = naming
-        self._kind = ""  # of what is being said: `content`, or the name that the server has for thoughts
+        self._kind = ""  # of the text under way: `content`, or the name that the server has for thoughts
         self._scrubber = Scrubber(matchers, hold, naming)
         self._calls: list[Chunk] = []
 
     def take(self, chunk: Chunk) -> list[Chunk]:
-        """What leaves because of it: in the order in which it was said, and before the end."""
+        """What leaves because of it: in the order in which it came, and before the end."""
         made = []
         for part in _parts(chunk):
             made += self._take(part)
@@ -162,17 +161,17 @@ class _Answer:
         return [*self._rest(), *self._called()]
 
     def _take(self, chunk: Chunk) -> list[Chunk]:
-        said = chunk.reasoning or chunk.text
-        made = self._begin(_kind(chunk)) if said else []
-        if said:
+        text = chunk.reasoning or chunk.text
+        made = self._begin(_kind(chunk)) if text else []
+        if text:
             held = self._scrubber.holds
-            told = self._scrubber.feed(said) + (self._scrubber.end() if chunk.finish_reason else "")
-            if held or told != said:
+            clean = self._scrubber.feed(text) + (self._scrubber.end() if chunk.finish_reason else "")
+            if held or clean != text:
                 if chunk.reasoning:
-                    chunk.reasoning = told
+                    chunk.reasoning = clean
                 else:
-                    chunk.text = told
-                if not told and not chunk.finish_reason and "role" not in chunk.delta:
+                    chunk.text = clean
+                if not clean and not chunk.finish_reason and "role" not in chunk.delta:
                     return made
         if chunk.tool_calls:
             made += self._rest()
@@ -182,7 +181,7 @@ class _Answer:
         return made if chunk.tool_calls else [*made, chunk]
 
     def _begin(self, kind: str) -> list[Chunk]:
-        """What was held back until something of another kind was said."""
+        """What was held back until something of another kind came."""
         rest = self._called() if self._kind == kind else self.end()
         self._kind = kind
         return rest
@@ -210,7 +209,7 @@ class _Answer:
 
 
 def _parts(chunk: Chunk) -> list[Chunk]:
-    """The chunk, or several if it says things of several kinds."""
+    """The chunk, or several if it has text of several kinds."""
     made = []
     if chunk.reasoning and (chunk.text or chunk.tool_calls):
         made.append(Chunk.of(reasoning=chunk.reasoning, index=chunk.index))
@@ -222,7 +221,7 @@ def _parts(chunk: Chunk) -> list[Chunk]:
 
 
 def _kind(chunk: Chunk) -> str:
-    """The name of what the chunk says."""
+    """The kind of text that the chunk has."""
     if not chunk.reasoning:
         return "content"
     return "reasoning_content" if chunk.delta.get("reasoning_content") else "reasoning"
@@ -236,7 +235,7 @@ def _functions(data: Json) -> Iterator[tuple[int, Json]]:
 
 
 def _texts(body: Json) -> Iterator[tuple[Any, Any]]:
-    """Every text that the request tells the model, as the object that holds it and its key there."""
+    """Every text of the request that the model gets, as the object that holds it and its key there."""
     for key in ("prompt", "suffix"):
         yield from _text_at(body, key)
     for message in body.get("messages", ()):

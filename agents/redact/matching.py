@@ -27,7 +27,7 @@ _LOOKAHEADS = {
     r"\z": r"(?!(?s:.))",
     "$": r"(?=\n?(?!(?s:.)))",
 }
-"""What looks at the next character without taking it, in words that `regex` finds partial matches for."""
+"""What looks at the next character without taking it, in a form that `regex` finds partial matches for."""
 _JSON_VALUE = regex.compile(r'"(?:[^"\\]|\\.)*+"|-?\d[\d.eE+-]*+')
 
 
@@ -81,7 +81,7 @@ def _open(pattern: Any) -> str:
 
 
 def compiled(name: str, pattern: str, replacement: str | None = None) -> Matcher:
-    """A matcher whose replacement, unless given, is its name in brackets. Raises: ValueError in the regex's own words,
+    """A matcher whose replacement, unless given, is its name in brackets. Raises: ValueError with the text of `regex`,
     also for a pattern that matches the empty text, which is everywhere, and for one that does not go forward."""
     try:
         found = regex.compile(pattern)
@@ -136,9 +136,9 @@ def scrubbed_json(matchers: Sequence[Matcher], text: str, naming: Naming = by_re
 
     def value(found: Any) -> str:
         written: str = found[0]
-        told = json.loads(written) if written[0] == '"' else written
-        clean = scrubbed(matchers, told, naming)
-        return written if clean == told else json.dumps(clean, ensure_ascii=written.isascii())
+        text = json.loads(written) if written[0] == '"' else written
+        clean = scrubbed(matchers, text, naming)
+        return written if clean == text else json.dumps(clean, ensure_ascii=written.isascii())
 
     return str(_JSON_VALUE.sub(value, text))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from llama_smart_proxy.proxy.config.problems import Loc, Problem, dotted
@@ -29,6 +29,15 @@ IGNORED: tuple[Loc, ...] = (
     ("library_log_levels",),
     ("proxy_host_url",),
 )
+PLUGINS = "plugins"
+"""The folder where llama-smart-proxy had its plugins, beside its configuration."""
+
+
+def plugin_folders(plugins_dir: object, env: Mapping[str, str]) -> list[str]:
+    """The folders of plugins that the settings of a replaced project name: `plugins_dir` as it stood in the file, and
+    the variable of `env`. Every plugin in them was enabled there."""
+    named = (plugins_dir, env.get("OLLAMA_PROXY_PLUGINS_DIR"))
+    return [folder for folder in named if isinstance(folder, str) and folder]
 
 
 def translate(data: dict[str, Any], moved: Callable[[Loc, Loc], None]) -> list[Problem]:

@@ -55,7 +55,11 @@ def read_config(path: Path | None, *, env: Mapping[str, str], overrides: Mapping
     warnings = [draft.render(remark) for remark in draft.remarks]
     if config is None or draft.problems:
         return Reading(None, list(dict.fromkeys(map(draft.render, draft.problems))), warnings)
-    _resolve_paths(config, (Path.cwd() if path is None else path.absolute().parent))
+    folder = Path.cwd() if path is None else path.absolute().parent
+    _resolve_paths(config, folder)
+    config.enabled_dirs.extend(_absolute(Path(old), folder) for old in legacy.plugin_folders(draft.plugins_dir, env))
+    if path is not None and (folder / legacy.PLUGINS).is_dir():
+        config.set_plugins_dir(folder / legacy.PLUGINS)
     config.warnings.extend(warnings)
     return Reading(config, [], warnings)
 
@@ -69,6 +73,7 @@ class _Draft:
     origins: dict[Loc, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     remarks: list[Problem] = field(default_factory=list)
+    plugins_dir: object = None
 
     @property
     def readable(self) -> bool:
@@ -88,6 +93,7 @@ class _Draft:
         self.problems += parsed.problems
         if isinstance(parsed.data, dict):
             self.data = expand_all(parsed.data, env, self.problems)
+            self.plugins_dir = self.data.get("plugins_dir")
             self.remarks += legacy.translate(self.data, self._moved)
         elif parsed.data is not None:
             self.problems.append(Problem((), "must be a mapping of fields to values"))

@@ -311,6 +311,8 @@ class Config(Section):
     )
 
     _warnings: list[str] = []
+    _plugins_dir: Path | None = None
+    _enabled_dirs: list[Path] = []
     _virtual: dict[str, ModelConfig] = {}
 
     @model_validator(mode="after")
@@ -324,6 +326,21 @@ class Config(Section):
     def virtual(self) -> dict[str, ModelConfig]:
         """The models that are another one under a name, and with agents, of their own; `models` has the others."""
         return self._virtual
+
+    @property
+    def plugins_dir(self) -> Path | None:
+        """The folder `plugins` beside the file, if there is one: llama-smart-proxy had its plugins there."""
+        return self._plugins_dir
+
+    def set_plugins_dir(self, folder: Path) -> None:
+        """For the loading of the file."""
+        self._plugins_dir = folder
+
+    @property
+    def enabled_dirs(self) -> list[Path]:
+        """Those of `agents_dirs` that the settings of a replaced project name: whatever `agents` lists, all in them are
+        enabled, as they were there."""
+        return self._enabled_dirs
 
     @property
     def warnings(self) -> list[str]:

@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 ALWAYS_THERE = "help"
 """The agent that is enabled unasked: it only answers when it is called."""
+OWN_COMMAND = "agents"
+"""The command of the proxy itself."""
 START_S = 60.0
 """Seconds that an agent may take to start, and to close; one that needs longer is broken."""
 HOOKS = ("on_request", "on_chunk", "on_response", "start", "close")
@@ -34,7 +36,7 @@ class Made:
 
     @property
     def rewrites(self) -> bool:
-        """Whether it wants to see answers."""
+        """Whether it has a hook for answers."""
         cls = type(self.agent)
         return cls.on_chunk is not Agent.on_chunk or cls.on_response is not Agent.on_response
 
@@ -98,7 +100,7 @@ class Plugin:
             raise
         except Broken as exc:
             self.error = str(exc)
-        except Exception as exc:  # whatever a stranger's __init__ does
+        except Exception as exc:  # its `__init__` is not ours, and may raise anything
             self.error = f"{type(exc).__name__}: {exc}"
 
 
@@ -117,22 +119,23 @@ class Plugins:
     @classmethod
     def of(cls, config: Config) -> Plugins:
         """Those that `config` names. Raises: ConfigError with every unknown name and bad option."""
-        places = discover(config.agents_dirs)
-        entries = config.agents
-        if "agents" not in config.model_fields_set:
-            own = [name for name, place in places.items() if place.path is not None]
-            entries = [AgentConfig(name=name) for name in own]
+        found = discover(config.agents_dirs, config.plugins_dir)
+        places = {name: place for name, place in found.items() if not place.off}
         plugins, problems = cls(), list[str]()
-        for path, entry, everywhere in _all_entries(config, entries):
+        for path, entry, everywhere in _all_entries(config, [*config.agents, *_unlisted(config, places)]):
             place = places.get(entry.name)
-            if place is None:
+            if place is None and entry.name in found:
+                problems.append(
+                    f"{path}: the agent {entry.name} is not enabled in {found[entry.name].path}/config.json"
+                )
+            elif place is None:
                 known = ", ".join(sorted(places))
                 problems.append(f"{path}: unknown agent {entry.name}; known agents: {known}")
             elif everywhere and entry.name in plugins.by_name:
                 problems.append(f"{path}: the agent {entry.name} is named twice")
             else:
                 problems += plugins._enable(entry, place, path, everywhere)
-        problems += plugins._bad_commands()
+        problems += plugins._settle_commands()
         plugins._note_always()
         if problems:
             raise ConfigError(problems)
@@ -159,14 +162,20 @@ class Plugins:
             return option_problems(exc, f"{path}.{entry.name}")
         return []
 
-    def _bad_commands(self) -> list[str]:
-        owner: dict[str, str] = {"agents": "the proxy itself"}
+    def _settle_commands(self) -> list[str]:
+        """Have each command belong to one agent. A shipped one gives way to the operator's own, as with names, unless
+        some model requires it; the problems with all others."""
+        owners: dict[str, Plugin] = {}
         wrong = []
-        for plugin in self:
-            if plugin.command is not None and owner.setdefault(plugin.command, plugin.name) != plugin.name:
-                wrong.append(
-                    f"agents: {plugin.name} and {owner[plugin.command]} both want the command /{plugin.command}"
-                )
+        for plugin in sorted(self, key=lambda plugin: plugin.place.is_shipped):
+            owner = owners.setdefault(plugin.command, plugin) if plugin.command is not None else plugin
+            if plugin.command == OWN_COMMAND:
+                wrong.append(f"agents: {plugin.name} and the proxy itself both have the command /{plugin.command}")
+            elif owner is not plugin and plugin.place.is_shipped and not plugin.of_models:
+                logger.warning("the agent %s is left out: /%s calls %s", plugin.name, plugin.command, owner.name)
+                del self.by_name[plugin.name]
+            elif owner is not plugin:
+                wrong.append(f"agents: {plugin.name} and {owner.name} both have the command /{plugin.command}")
         return wrong
 
     def _note_always(self) -> None:
@@ -210,8 +219,8 @@ class Plugins:
             await _start(fresh)
         if fresh.made is None or fresh.error is not None:
             plugin.error = fresh.error
-            words = "it goes on as it was" if plugin.made is not None else "it does not run"
-            logger.error("the agent %s was saved, but cannot be loaded; %s: %s", plugin.name, words, fresh.error)
+            state = "it goes on as it was" if plugin.made is not None else "it does not run"
+            logger.error("the agent %s was saved, but cannot be loaded; %s: %s", plugin.name, state, fresh.error)
             return
         old, plugin.made, plugin.error = plugin.made, fresh.made, None
         self._note_always()
@@ -226,6 +235,20 @@ class Plugins:
         made.users -= 1
         if made.retired and not made.users:
             await _close(name, made)
+
+
+def _unlisted(config: Config, places: Mapping[str, Place]) -> list[AgentConfig]:
+    """Those that are enabled though `agents` does not name them: all of the operator's where there is no such list;
+    plugins of the replaced projects, as they were there."""
+    by_itself = {config.plugins_dir, *config.enabled_dirs}
+    listed = {entry.name for entry in config.agents}
+    return [
+        AgentConfig(name=name)
+        for name, place in places.items()
+        if place.path is not None
+        and name not in listed
+        and ("agents" not in config.model_fields_set or place.path.parent in by_itself)
+    ]
 
 
 def _all_entries(config: Config, entries: list[AgentConfig]) -> Iterator[tuple[str, AgentConfig, bool]]:
@@ -244,8 +267,8 @@ def option_problems(exc: ValidationError, path: str) -> list[str]:
     problems = []
     for error in exc.errors(include_url=False, include_input=False):
         where = ".".join([path, *map(str, error["loc"])])
-        words = "unknown option" if error["type"] == "extra_forbidden" else error["msg"].removeprefix("Value error, ")
-        problems.append(f"{where}: {words}")
+        problem = "unknown option" if error["type"] == "extra_forbidden" else error["msg"].removeprefix("Value error, ")
+        problems.append(f"{where}: {problem}")
     return problems
 
 
@@ -254,8 +277,8 @@ async def _start(plugin: Plugin) -> None:
     try:
         async with asyncio.timeout(START_S):
             await plugin.made.agent.start()
-    except BaseException as exc:  # an agent's own failure must not be the proxy's, whatever it raises
-        _unless_told_to_end(exc)
+    except BaseException as exc:  # an agent's own failure must not be the proxy's, be it a BaseException
+        _unless_cancelled(exc)
         logger.debug("start of %s", plugin.name, exc_info=exc)
         plugin.error = f"start: {_first_line(exc)}"
         plugin.made = None
@@ -266,11 +289,11 @@ async def _close(name: str, made: Made) -> None:
         async with asyncio.timeout(START_S):
             await made.agent.close()
     except BaseException as exc:  # as above
-        _unless_told_to_end(exc)
+        _unless_cancelled(exc)
         logger.error("the agent %s did not close properly: %s", name, _first_line(exc), exc_info=exc)
 
 
-def _unless_told_to_end(exc: BaseException) -> None:
+def _unless_cancelled(exc: BaseException) -> None:
     """Raises: `exc`, if it is the cancellation of the task that runs the agent, rather than the agent's invention."""
     task = asyncio.current_task()
     if isinstance(exc, asyncio.CancelledError) and task is not None and task.cancelling():

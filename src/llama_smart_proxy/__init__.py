@@ -1,7 +1,8 @@
-"""One process between chat UIs and local models; and what a plugin imports.
+"""One process between chat UIs and local models; and what an agent imports.
 
-The names are imported when they are first used: a program that needs one module of the package, such as the embedded
-model server, does not pay for all others.
+All that an agent requires of this project has a name here, and these names are stable; where the modules stand is not.
+A name is imported when it is first used: a program that requires one module of the package, such as the embedded model
+server, does not pay for all others.
 """
 
 from __future__ import annotations
@@ -11,14 +12,27 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llama_smart_proxy.agents.base import About, Agent, Context, Options
-    from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, ChunkStream, Reply, fold, say
+    from llama_smart_proxy.proxy.chat import (
+        ChatRequest,
+        Chunk,
+        ChunkStream,
+        Json,
+        Reply,
+        first_text_part,
+        fold,
+        last_user_message,
+        say,
+        text_of,
+    )
     from llama_smart_proxy.proxy.errors import (
         AgentError,
         BadRequest,
         ModelNotFound,
         Overloaded,
         ProxyError,
+        StartFailed,
         UpstreamFailed,
+        UpstreamRefused,
     )
 
 __all__ = [
@@ -30,14 +44,20 @@ __all__ = [
     "Chunk",
     "ChunkStream",
     "Context",
+    "Json",
     "ModelNotFound",
     "Options",
     "Overloaded",
     "ProxyError",
     "Reply",
+    "StartFailed",
     "UpstreamFailed",
+    "UpstreamRefused",
+    "first_text_part",
     "fold",
+    "last_user_message",
     "say",
+    "text_of",
 ]
 
 _MODULES = ("agents.base", "proxy.chat", "proxy.errors")
@@ -46,7 +66,12 @@ _MODULES = ("agents.base", "proxy.chat", "proxy.errors")
 def __getattr__(name: str) -> Any:
     if name in __all__:
         for module in _MODULES:
-            found = import_module(f"{__name__}.{module}")
-            if hasattr(found, name):
-                return getattr(found, name)
+            found = vars(import_module(f"{__name__}.{module}"))
+            if name in found:
+                globals()[name] = found[name]  # asked once
+                return found[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
+import llama_smart_proxy
 from llama_smart_proxy.agents.loader import GROUP
 from llama_smart_proxy.proxy.config import Config
 from llama_smart_proxy.proxy.middleware.side_calls import DEEPEST
@@ -116,6 +117,10 @@ def test_the_limits_in_it_are_those_of_the_configuration() -> None:
         f"{calls}, {limits.side_calls_at_once} at a time, {limits.side_tokens:,} tokens, {minutes:g} minutes" in words
     )
     assert DEEPEST == 3 and "stopped at the third" in words
+
+
+def test_it_names_all_that_an_agent_can_import() -> None:
+    assert [name for name in llama_smart_proxy.__all__ if not re.search(rf"\b{name}\b", TEXT)] == []
 
 
 def test_what_it_names_is_there() -> None:

@@ -20,8 +20,7 @@ HEAD = """
 from collections.abc import AsyncIterator
 from typing import Any
 import asyncio
-from llama_smart_proxy.agents.base import Agent, Context, Options
-from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, ChunkStream, Reply, fold, say
+from llama_smart_proxy import Agent, ChatRequest, Chunk, ChunkStream, Context, Options, Reply, fold, say
 """
 """Put in front of every agent that a test writes."""
 

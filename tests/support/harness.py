@@ -254,13 +254,15 @@ async def running_proxy(
     env: Mapping[str, str] | None = None,
     args: Sequence[str] = (),
     clean_log: bool = True,
+    beside: Path | None = None,
 ) -> AsyncIterator[Proxy]:
-    """A proxy with `config`, listening; ended at the end, and checked for ending properly.
+    """A proxy with `config`, listening; ended at the end, and checked for ending properly. `beside` is the folder of
+    its configuration file, by default one where nothing else is.
 
     Properly: exit status 0 after SIGTERM, no child left, and (unless `clean_log` is False) no traceback in the log.
     """
     with tempfile.TemporaryDirectory() as folder:
-        proxy = launch(config, Path(folder), env=env, args=args)
+        proxy = launch(config, beside or Path(folder), env=env, args=args)
         try:
             await until(proxy.started, START_S, what="the listening proxy")
             yield proxy

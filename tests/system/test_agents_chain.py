@@ -223,7 +223,7 @@ def _last_text(stage: tuple[Proxy, Fakes]) -> str:
 async def test_an_agent_can_leave_others_out_but_none_that_is_wanted(tmp_path: Path) -> None:
     fakes = Fakes(tmp_path)
     lone = """
-        from llama_smart_proxy.proxy.errors import BadRequest
+        from llama_smart_proxy import BadRequest
 
         class Lone(Agent):
             async def on_request(self, request: ChatRequest, ctx: Context) -> ChunkStream | None:

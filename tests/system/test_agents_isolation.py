@@ -233,7 +233,7 @@ ON_REQUEST = "async def on_request(self, request: ChatRequest, ctx: Context) -> 
 
 def agent(name: str, body: str) -> str:
     source = textwrap.indent(textwrap.dedent(body), "    ")
-    imports = "import aiohttp\nfrom llama_smart_proxy.proxy.errors import BadRequest\n"
+    imports = "import aiohttp\nfrom llama_smart_proxy import BadRequest\n"
     return f'{imports}class {name.title()}(Agent):\n    """Does something wrong."""\n    command = "{name}"\n{source}'
 
 

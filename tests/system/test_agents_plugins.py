@@ -96,7 +96,9 @@ async def test_of_two_agents_with_one_name_the_operators_own_wins(fakes: Fakes) 
 
 async def test_without_a_list_all_agents_of_the_folders_are_enabled(fakes: Fakes) -> None:
     write_agent(fakes.folder / "mine", "hey", says("found"))
-    write_agent(fakes.folder / "mine", "_part", "x = 1")
+    for name in ("_part", "test_hey", "hey_test", "conftest"):
+        write_agent(fakes.folder / "mine", name, "x = 1")
+    write_agent(fakes.folder / "mine" / "__pycache__", "agent", says("stale"))
     config = fakes.config({"m": fakes.model()})
     for given, env in (({"agents_dirs": [fakes.folder / "mine"]}, {}), ({}, {"OLLAMA_PROXY_PLUGINS_DIR": "mine"})):
         env = {name: str(fakes.folder / folder) for name, folder in env.items()}
@@ -137,8 +139,8 @@ def test_two_agents_with_one_command_are_a_config_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         Plugins.of(config)
     assert caught.value.problems == [
-        "agents: two and one both want the command /hey",
-        "agents: three and the proxy itself both want the command /agents",
+        "agents: two and one both have the command /hey",
+        "agents: three and the proxy itself both have the command /agents",
     ]
 
 

@@ -80,8 +80,8 @@ def test_sections_follow_one_another_and_none_leaks_into_the_next() -> None:
     failure = UpstreamFailed("gone")
 
     def tell(event: Event) -> str:
-        event.tell()
-        return sections.said(event.member, event.text) if event.text else sections.done(event.member)
+        event.record()
+        return sections.add(event.member, event.text) if event.text else sections.done(event.member)
 
     told = [
         tell(Event(fourth, failure=failure)),
