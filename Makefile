@@ -28,7 +28,7 @@ test-unit: .venv/dev ## the tests of functions alone, without a server
 test-full: .venv/dev ## the long tests: load, endurance, attacks
 	@mkdir -p build
 	@$(bin)/python -m pytest -m full --timeout 500 tests/system/test_relay_long.py >build/long.log 2>&1 & long=$$!; \
-	$(bin)/python -m pytest -m full --timeout 500 --ignore tests/system/test_relay_long.py; rest=$$?; \
+	$(bin)/python -m pytest -m full --hypothesis-profile full --timeout 500 --ignore tests/system/test_relay_long.py; rest=$$?; \
 	wait $$long || { cat build/long.log; exit 1; }; tail -n 1 build/long.log; exit $$rest
 
 lint: .venv/dev ## ruff and mypy --strict

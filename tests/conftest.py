@@ -21,8 +21,13 @@ from tests.support.toxic import RawUpstream, raw_upstream
 __all__ = ["chain", "recorded", "scripted", "served", "stage", "tiny_models"]  # fixtures
 LOG_TAIL = 8000
 """Characters of a proxy's log shown for a failed test."""
-settings.register_profile("ours", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("ours")  # how long an example takes says nothing on a busy machine
+for profile in ("quick", "full"):  # how long an example takes says nothing on a busy machine
+    settings.register_profile(profile, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.getoption("--hypothesis-profile"):
+        settings.load_profile("quick")
 
 
 @pytest.hookimpl(wrapper=True)

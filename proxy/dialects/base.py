@@ -166,7 +166,7 @@ class ClientCodec:
         raise NotImplementedError
 
     def user_text(self, body: Json) -> str:
-        """What the user's text in an undecoded body begins with, as far as a cheap look tells; empty if there is none."""
+        """The user's last text in an undecoded body, found by a cheap look; empty if there is none."""
         messages = body.get("messages")
         if not isinstance(messages, list):
             prompt = body.get("prompt")

@@ -301,3 +301,16 @@ def test_tiny_models_differ_and_end_their_answers(tmp_path: Path, tiny_models: d
             assert choice["message"]["content"].isascii()
             answers.add(choice["message"]["content"])
     assert len(answers) == 2
+
+
+def test_the_embedded_command_finds_its_module_from_any_folder(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [*server_command("embedded"), "--help"],
+        cwd=tmp_path,
+        env=child_env(os.environ, {}, "k"),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert "--slot-save-path" in done.stdout

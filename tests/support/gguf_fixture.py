@@ -6,6 +6,7 @@ printable ASCII, and ends by itself after some hundred tokens. Chat, completion,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -105,3 +106,16 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
     names = [f"tiny-{letter}" for letter in "abcd"]
     return {name: write_tiny_gguf(folder / f"{name}.gguf", seed=seed, name=name) for seed, name in enumerate(names)}
+
+
+def write_small_gguf(path: Path, change: Callable[[gguf.GGUFWriter], object] = lambda writer: None) -> Path:
+    """A small GGUF file, with one tensor of 512 elements."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(4096)
+    change(writer)
+    writer.add_tensor("t", np.zeros((2, 256), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from typing import Any
 import psutil
 
 from tests.support import raw_client
+from tests.support.nursery import AVAILABLE, Born, Nursery
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 30.0
@@ -96,7 +98,7 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 class Proxy:
     """One running proxy process."""
 
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, process: subprocess.Popen[bytes] | Born) -> None:
         self.process = process
         self.pid = process.pid
         self.host = ""
@@ -164,7 +166,7 @@ class Proxy:
         """Wait for the process to end; its exit status, negative for a signal."""
         await until(lambda: not self.alive, deadline_s, what="the end of the proxy")
         self._reader.join()
-        return int(self.process.returncode)
+        return int(self.process.wait())
 
     def started(self) -> bool:
         """Whether it listens; `host` and `port` are known from then on. Fails when it ended instead."""
@@ -241,10 +243,19 @@ def launch(config: Mapping[str, Any], folder: Path, *, env: Mapping[str, str] | 
     whole = {"log_level": "info", **config, "server": {"port": 0, **config.get("server", {})}}
     file = folder / "config.yaml"
     file.write_text(json.dumps(whole, default=str))
-    argv = [sys.executable, "-m", "llama_smart_proxy", "serve", "--config", str(file), *args]
-    return Proxy(
-        subprocess.Popen(argv, cwd=ROOT, env=environment(env), stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    )
+    words, environ = ["serve", "--config", str(file), *args], environment(env)
+    if AVAILABLE and not any(name.startswith("PYTHON") for name in env or ()):
+        return Proxy(nursery().start(words, environ, ROOT))
+    argv = [sys.executable, "-m", "llama_smart_proxy", *words]
+    return Proxy(subprocess.Popen(argv, cwd=ROOT, env=environ, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE))
+
+
+@cache
+def nursery() -> Nursery:
+    """What all proxies of this process's tests are forked from, but those with an interpreter set up by variables."""
+    started = Nursery(environment(), ROOT)
+    companions.add(started.pid)
+    return started
 
 
 @asynccontextmanager

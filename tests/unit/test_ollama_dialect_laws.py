@@ -7,14 +7,14 @@ import copy
 from typing import Any
 
 import orjson
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_smart_proxy.proxy.chat import Json, Timing, bare
 from llama_smart_proxy.proxy.dialects.base import ClientCodec
 from llama_smart_proxy.proxy.dialects.ollama import CHAT, GENERATE, WIRE, OllamaWriter, fields
 from llama_smart_proxy.proxy.dialects.ollama.options import SAMPLING
-from tests.support.laws import JSON_VALUES, TEXT, splits, unknown_fields
+from tests.support.laws import JSON_VALUES, TEXT, law, splits, unknown_fields
 
 KNOWN = {
     *fields.CHAT_FIELDS,
@@ -87,7 +87,7 @@ BODIES = st.one_of(
 
 
 @given(BODIES)
-@settings(max_examples=600, deadline=None)
+@law(600)
 def test_a_request_comes_back_as_it_was(asked: tuple[ClientCodec, Json]) -> None:
     face, said = asked
     request = face.decode(copy.deepcopy(said))
@@ -97,7 +97,7 @@ def test_a_request_comes_back_as_it_was(asked: tuple[ClientCodec, Json]) -> None
 
 
 @given(BODIES)
-@settings(max_examples=150, deadline=None)
+@law(150)
 def test_what_an_openai_style_server_gets_holds_nothing_it_does_not_know(asked: tuple[ClientCodec, Json]) -> None:
     face, said = asked
     body = bare(face.decode(copy.deepcopy(said)).body)
@@ -112,7 +112,7 @@ def test_what_an_openai_style_server_gets_holds_nothing_it_does_not_know(asked: 
 
 
 @given(CHATS.flatmap(lambda body: unknown_fields(body, KNOWN)), TEXT)
-@settings(max_examples=150, deadline=None)
+@law(150)
 def test_an_edited_text_goes_up_and_all_else_stays(said: Json, text: str) -> None:
     request = CHAT.decode(copy.deepcopy(said))
     for message in request.body["messages"]:
@@ -148,6 +148,6 @@ def written(pieces: list[bytes]) -> bytes:
 
 
 @given(LINES.flatmap(lambda lines: splits(b"".join(orjson.dumps(line) + b"\n" for line in lines))))
-@settings(max_examples=300, deadline=None)
+@law(300)
 def test_an_answer_is_the_same_however_its_bytes_are_cut(pieces: list[bytes]) -> None:
     assert written(pieces) == written([b"".join(pieces)])

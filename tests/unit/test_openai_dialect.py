@@ -7,14 +7,14 @@ from typing import Any
 
 import orjson
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 
 from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, Fold, Json, Kept, Timing, bare, keep, kept
 from llama_smart_proxy.proxy.dialects import openai
 from llama_smart_proxy.proxy.dialects.openai import WIRE, ChatWriter, EventReader, TextWriter
 from llama_smart_proxy.proxy.errors import BadRequest, UpstreamFailed
 from llama_smart_proxy.proxy.stream.upstream import StreamDecoder
-from tests.support.laws import splits, unknown_fields
+from tests.support.laws import law, splits, unknown_fields
 
 ASK: Json = {"model": "m", "messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]}
 TOOL: Json = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
@@ -42,14 +42,14 @@ STREAM = events(
 
 
 @given(unknown_fields({**ASK, "tools": [TOOL]}))
-@settings(max_examples=300, deadline=None)
+@law(300)
 def test_a_request_is_what_it_was_with_every_field_it_had(body: Json) -> None:
     before = orjson.dumps(body)
     assert orjson.dumps(openai.CHAT.encode(openai.CHAT.decode(body))) == before
 
 
 @given(unknown_fields({**ASK, "tools": [TOOL]}))
-@settings(max_examples=300, deadline=None)
+@law(300)
 def test_a_server_gets_every_field_and_is_asked_for_a_stream_with_usage(body: Json) -> None:
     path, sent = WIRE.encode(ChatRequest(body, stream=False))
     assert path == "/v1/chat/completions"
@@ -58,7 +58,7 @@ def test_a_server_gets_every_field_and_is_asked_for_a_stream_with_usage(body: Js
 
 
 @given(splits(STREAM))
-@settings(max_examples=500, deadline=None)
+@law(500)
 def test_what_a_client_gets_does_not_depend_on_how_the_answer_arrived(pieces: list[bytes]) -> None:
     assert _translated(pieces) == _translated([STREAM])
 

