@@ -160,8 +160,9 @@ def _agent_of(cls: type, form: Form, path: Path) -> type[Agent]:
         raise Misfit(f"{cls.__name__} has no name, which is the command that it is called by")
     described = (manifest(path) or {}).get("description") if form is not FORMS[0] and path.is_dir() else None
     base = _RewritingPlugin if _overrides(cls, form.response) else _Plugin
-    fields = {"plugin": plugin, "form": form, "command": name.lower()}
-    made: type[Agent] = type(cls.__name__, (base,), {**fields, "__doc__": described or cls.__doc__ or ""})
+    text = described if isinstance(described, str) else cls.__doc__ or ""
+    fields = {"plugin": plugin, "form": form, "command": name.lower(), "__doc__": text}
+    made: type[Agent] = type(cls.__name__, (base,), fields)
     return made
 
 

@@ -125,6 +125,14 @@ def test_of_several_classes_the_one_named_after_the_folder_counts(tmp_path: Path
     assert plugin(tmp_path, "old_one", source).load().__name__ == "OldOne"
 
 
+def test_it_is_described_by_its_config_json_or_its_docstring(tmp_path: Path) -> None:
+    place = plugin(tmp_path, "a", "class A:\n    'Its own.'\n    def process_request(self, r): ...\n")
+    assert place.load().__doc__ == "Its own."
+    for config, text in (({"description": "Set."}, "Set."), ({"description": 7}, "Its own.")):
+        (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+        assert place.load().__doc__ == text
+
+
 def test_one_that_does_not_look_at_answers_leaves_them_streaming(tmp_path: Path) -> None:
     from llama_smart_proxy import Agent
 
