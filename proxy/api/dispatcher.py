@@ -19,9 +19,9 @@ from llama_smart_proxy.proxy.dialects import OLLAMA, OPENAI, Dialect
 from llama_smart_proxy.proxy.errors import BadRequest, Overloaded, ProxyError
 from llama_smart_proxy.proxy.http.headers import ANSWERED, REQUEST_ID, own_headers, shown, shown_path
 from llama_smart_proxy.proxy.http.server import AMBIGUOUS, FrontConnection, check_request
+from llama_smart_proxy.proxy.log import access
 
 logger = logging.getLogger(__name__)
-access = logging.getLogger("proxy.access")
 
 
 class Frontier:
@@ -50,7 +50,7 @@ class Frontier:
             response = await self._answer(http)
             return response
         finally:
-            if access.isEnabledFor(logging.INFO):
+            if access.enabled:
                 _log(http, response, time.monotonic() - started)
 
     async def _answer(self, http: web.Request) -> web.StreamResponse:
@@ -97,10 +97,7 @@ _LOCAL_ORIGIN = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?")
 def _log(http: web.Request, response: web.StreamResponse | None, spent_s: float) -> None:
     """The access line. 499: the client left before its answer was complete."""
     status = response.status if response is not None else http.get(ANSWERED, 499)
-    model, request_id = shown(http.get(MODEL, "-")), http[REQUEST_ID]
-    access.info(
-        "%s %s %d model=%s %.0f ms %s", http.method, shown_path(http), status, model, spent_s * 1000, request_id
-    )
+    access.line(http.method, shown_path(http), status, shown(http.get(MODEL, "-")), spent_s, http[REQUEST_ID])
 
 
 def _failed(http: web.Request, exc: BaseException) -> web.StreamResponse:
