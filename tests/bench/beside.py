@@ -91,7 +91,7 @@ class BesideRun:
                 spent_s = time.perf_counter() - began
                 await self._next_tokens(watchers)
         except TimeoutError:
-            answered = sum(upload.finished.done() for upload in uploads)
+            answered = sum(upload.finished.done() and not upload.finished.cancelled() for upload in uploads)
             raise wire.BrokenRun(f"after {job.timeout_s:.0f} s {answered} of {job.count} were answered") from None
         finally:
             leave([*uploads, *watchers])
