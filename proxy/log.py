@@ -1,36 +1,231 @@
-"""Logging to stderr: the journal or the terminal takes it from there."""
+"""Logging to stderr: the journal or the terminal takes it from there.
+
+Every record is written at once. Only the lines of requests, of which there may be thousands a second, wait for others
+to share a write with: for 50 ms at most, and no longer than until the next record, which stands behind them.
+
+Nothing here waits for a reader of stderr. What it does not take now is kept for a while, and then given up.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
+import select
 import sys
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
 
 from llama_smart_proxy.proxy.chat import RequestRecord
 
-access = logging.getLogger("proxy.access")
 LEVELS = ("debug", "info", "warning", "error")
+PACKAGE = "llama_smart_proxy."
+"""Left out of the names of loggers."""
+FLUSH_S = 0.05
+"""Longest time that the line of a request waits to be written."""
+MOST_LINES = 10_000
+"""Lines that are kept for a stderr that takes none. Later ones are counted, and lost."""
+EXIT_S = 2.0
+"""How long the process waits at its end for a stderr that takes nothing."""
+_PIECE = 4096
+"""Bytes that a pipe, a socket or a terminal takes without blocking once `poll` says that it is writable."""
+_BATCH = 512
 
 
 def configure(level: str) -> None:
-    """Send the program's log to stderr at `level`, one of `LEVELS`."""
-    logging.basicConfig(
-        level=level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", force=True
-    )
+    """Send the program's log to stderr at `level`, one of `LEVELS`.
+
+    What was logged is written before the process ends, unless that is by a signal that Python does not see: then the
+    lines of requests of the last `FLUSH_S` seconds may be missing.
+    """
+    _keep_standard_numbers()
+    handler = _Handler(_Writer(_fd_of(sys.stderr), getattr(sys.stderr, "encoding", None) or "utf-8"))
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.getLogger("asyncio").setLevel("WARNING")
     logging.raiseExceptions = False  # a log that cannot be written must not disturb the stream being served
+    access.connect(handler.writer if logging.getLogger().isEnabledFor(logging.INFO) else None)
+    sys.excepthook = _behind(handler, sys.excepthook)
+
+
+class AccessLog:
+    """One line for each request that was answered, at level info; nothing while `enabled` is False."""
+
+    def __init__(self) -> None:
+        self.enabled = False
+        self._writer: _Writer | None = None
+
+    def connect(self, writer: _Writer | None) -> None:
+        """Write there from now on, or nowhere."""
+        self._writer = writer
+        self.enabled = writer is not None
+
+    def line(self, method: str, path: str, status: int, model: str, spent_s: float, request_id: str) -> None:
+        """A request to `path` was answered with `status`, `spent_s` seconds after its head had come. Path and model
+        are written as they are: the caller has made them printable."""
+        if self._writer is not None:
+            self._writer.hold(
+                f"{_stamp(time.time())} INFO    proxy.access: {method} {path} {status} model={model} "
+                f"{spent_s * 1000:.0f} ms {request_id}\n"
+            )
+
+
+access = AccessLog()
+"""The one of this process."""
+
+
+class _Writer:
+    """Whole lines on their way to a file descriptor, or to nowhere, in the order in which they came.
+
+    Any thread may call any method, also while another call of its own is interrupted, as by a destructor that logs.
+    """
+
+    def __init__(self, fd: int | None, encoding: str) -> None:
+        self._fd = fd
+        self._encoding = encoding
+        self._lines: list[str] = []
+        self._lost = 0
+        self._unwritten = b""
+        self._writing = threading.Lock()
+        self._due = threading.Event()
+        """Set while there is something that the thread is to write."""
+        if fd is not None:
+            self._ready = select.poll()
+            self._ready.register(fd, select.POLLOUT)
+            # a thread, as an event loop that is kept busy would keep the lines too
+            threading.Thread(target=self._write_what_is_due, name="log", daemon=True).start()
+
+    def hold(self, line: str) -> None:
+        """Write this line within `FLUSH_S` seconds."""
+        lines = self._lines
+        if len(lines) >= MOST_LINES or self._fd is None:
+            self._lost += 1
+            return
+        lines.append(line)
+        if not self._due.is_set():
+            self._due.set()
+
+    def write(self, patience_s: float = 0.0) -> None:
+        """Write all lines now. Where stderr takes nothing for `patience_s` seconds, the rest is left to the thread."""
+        if self._fd is None or not self._writing.acquire(timeout=patience_s):
+            return  # who writes just now, or else the thread, does it: `_due` is still set
+        try:
+            while self._take() and self._ready.poll(patience_s * 1000) and self._put(self._fd):
+                pass
+        finally:
+            self._writing.release()
+
+    def _write_what_is_due(self) -> None:
+        while True:
+            self._due.wait()
+            time.sleep(FLUSH_S)
+            self._due.clear()
+            self.write()
+            if self._lines or self._unwritten:
+                self._due.set()
+
+    def _take(self) -> bool:
+        """Whether there is something to write: the bytes of some lines, in `_unwritten`."""
+        if not self._unwritten:
+            batch = self._lines[:_BATCH]
+            del self._lines[: len(batch)]
+            if self._lost and not self._lines:
+                batch.append(f"{_stamp(time.time())} WARNING proxy.log: {self._lost} lines could not be written\n")
+                self._lost = 0
+            self._unwritten = "".join(batch).encode(self._encoding, "backslashreplace")
+        return bool(self._unwritten)
+
+    def _put(self, fd: int) -> bool:
+        """Write one piece; whether more may follow."""
+        try:
+            written = os.write(fd, self._unwritten[:_PIECE])
+        except BlockingIOError:
+            return False
+        except OSError:
+            written = len(self._unwritten)  # nobody reads any more, or the disk is full
+        self._unwritten = self._unwritten[written:]
+        return True
+
+
+class _Handler(logging.Handler):
+    """Writes each record of `logging` at once, behind all lines that still wait."""
+
+    def __init__(self, writer: _Writer) -> None:
+        super().__init__()
+        self.writer = writer
+        self.setFormatter(_Formatter())
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = self.format(record)
+        except Exception:
+            self.handleError(record)
+        else:
+            self.writer.hold(f"{line}\n")
+            self.writer.write()
+
+    def flush(self) -> None:
+        """`logging` calls this when the process ends."""
+        self.writer.write(EXIT_S)
+
+
+class _Formatter(logging.Formatter):
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        name = record.name.removeprefix(PACKAGE)
+        return f"{_stamp(record.created)} {record.levelname:<7} {name}: {record.message}"
+
+
+_seconds: tuple[int, str] = (0, "")
+
+
+def _stamp(now: float) -> str:
+    """Local time in milliseconds. All but these is the same for a second, and takes the longest."""
+    global _seconds
+    second, shown = _seconds
+    if second != int(now):
+        second = int(now)
+        shown = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
+        _seconds = second, shown
+    return f"{shown},{int((now - second) * 1000):03d}"
+
+
+def _keep_standard_numbers() -> None:
+    """Open in place of standard streams that were closed before the program started. Sockets would get their numbers,
+    which other libraries write to, and which libuv aborts the process for."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+
+
+def _fd_of(stream: object) -> int | None:
+    """None for a stream that was closed before the program started, or is not the system's."""
+    try:
+        return stream.fileno()  # type: ignore[attr-defined, no-any-return]
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+_Hook = Callable[[type[BaseException], BaseException, TracebackType | None], object]
+
+
+def _behind(handler: _Handler, hook: _Hook) -> _Hook:
+    """`hook`, which writes to stderr itself, behind what was logged before."""
+
+    def called(kind: type[BaseException], exc: BaseException, traceback: TracebackType | None) -> object:
+        handler.flush()
+        return hook(kind, exc, traceback)
+
+    return called
 
 
 def access_line(record: RequestRecord) -> None:
     """The access line of a request that has ended."""
-    if access.isEnabledFor(logging.INFO):
-        spent_ms = (record.ended_s - record.arrived_s) * 1000
-        access.info(
-            "%s %s %d model=%s %.0f ms %s",
-            record.method, record.path, record.status, shown(record.model), spent_ms, record.request_id,
-        )  # fmt: skip
+    if access.enabled:
+        spent_s = record.ended_s - record.arrived_s
+        access.line(record.method, record.path, record.status, printable(record.model), spent_s, record.request_id)
 
 
-def shown(name: str) -> str:
+def printable(name: str) -> str:
     """A client's name of something for a log line: what is not printable ASCII would forge lines."""
     name = name[:255]
     return name if name.isascii() and name.isprintable() else ascii(name)[1:-1]

@@ -22,7 +22,7 @@ from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, Json, say
 from llama_smart_proxy.proxy.dialects import UPSTREAM_CODECS
 from llama_smart_proxy.proxy.dialects.base import ClientCodec, Loading, UpstreamCodec
 from llama_smart_proxy.proxy.errors import AgentError, BadRequest, ProxyError, UpstreamRefused
-from llama_smart_proxy.proxy.http.body import aside, serialise, to_bytes
+from llama_smart_proxy.proxy.http.body import Reusable, aside, serialise, to_bytes
 from llama_smart_proxy.proxy.http.headers import RECORD, upstream_headers
 from llama_smart_proxy.proxy.middleware.chain import FIELD, Selection
 from llama_smart_proxy.proxy.middleware.context import AgentContext, RequestFacts
@@ -57,15 +57,15 @@ class Chat:
     keep_alive: object = None
     agents: Sequence[str] = ()
 
-    async def answer(self, route: Route, body: Json) -> web.StreamResponse:
-        """Answer the request, with the agents that it calls for."""
+    async def answer(self, route: Route, body: Json, reusable: Reusable | None) -> web.StreamResponse:
+        """Answer the request, with the agents that it calls for. `reusable` are the bytes that `body` came as."""
         self.keep_alive = body.get("keep_alive")
         loading = self.codec.loading(body)
         if loading is None and self.proxy.chain.concerns(self.http.headers, body, route.name, self.codec):
             return await self._with_agents(route, body)
         if self._is_native(route.model):
-            relaying = relayed(self.http, self.proxy, self.endpoint, route, body)
-            del body
+            relaying = relayed(self.http, self.proxy, self.endpoint, route, body, reusable)
+            del body, reusable
             return await relaying
         if loading is not None:
             return await self._load(route.model, loading)
@@ -255,23 +255,25 @@ class Chat:
 
 
 async def relayed(
-    http: web.BaseRequest, proxy: Proxy, endpoint: Endpoint, route: Route, body: Json
+    http: web.BaseRequest,
+    proxy: Proxy,
+    endpoint: Endpoint,
+    route: Route,
+    body: Json,
+    reusable: Reusable | None = None,
 ) -> web.StreamResponse:
-    """Answer `http` with the bytes of the model's server, which speaks the API of `endpoint`; `body` may be changed."""
+    """Answer `http` with the bytes of the model's server, which speaks the API of `endpoint`. `body` may be changed;
+    `reusable` are the bytes that it came as, which are sent if nothing in it has to be."""
     model, has_body = route.model, http.method == "POST"
-    prepared = None
+    prepared, data = None, b""
     if has_body:
         body["model"] = model.name
         prepared = model.prepare(body)
-    request = UpstreamRequest(
-        http.method,
-        _upstream_path(http, model.name),
-        await to_bytes(http, body) if has_body else b"",
-        upstream_headers(http.headers, has_body=has_body),
-        endpoint.slot,
-        prepared=prepared,
-    )
-    del body  # the answer may last for minutes
+        data = (reusable.bytes_of(body) if reusable is not None else None) or await to_bytes(http, body)
+    headers = upstream_headers(http.headers, has_body=has_body)
+    path = _upstream_path(http, model.name)
+    request = UpstreamRequest(http.method, path, data, headers, endpoint.slot, prepared=prepared)
+    del body, reusable  # the answer may last for minutes
     return await relay(http, model, request, endpoint.dialect, stall_s=proxy.config.server.send_stall_s)
 
 

@@ -28,11 +28,12 @@ from llama_smart_proxy.proxy.dialects.embeddings import (
     EmbeddingClient,
 )
 from llama_smart_proxy.proxy.errors import BadRequest
-from llama_smart_proxy.proxy.http.body import read_json
+from llama_smart_proxy.proxy.http.body import Body, Reusable, read_body
 from llama_smart_proxy.proxy.http.headers import PARAMS, RECORD
 from llama_smart_proxy.proxy.models.router import Route
 from llama_smart_proxy.proxy.stream.embeddings import embed
 
+NO_BODY = Body({}, None)
 MANY = 64
 """More vectors than are turned into text while others wait."""
 
@@ -114,15 +115,18 @@ class EndpointHandler:
     async def handle(self, http: web.BaseRequest) -> web.StreamResponse:
         """Answer `http`. Its parsed body is let go before a relayed answer begins, which may last for minutes."""
         endpoint = self._endpoint
-        body = await read_json(http, self._max_bytes) if http.method == "POST" else {}
+        parsed = await read_body(http, self._max_bytes) if http.method == "POST" else NO_BODY
+        reusable = parsed.reusable()
+        body = parsed.value
+        del parsed
         try:
             body = endpoint.dialect.bind(body, http.get(PARAMS) or {})
             route = await self._route(http, body)
             if endpoint.codec is not None:
-                answering = Chat(http, self._proxy, endpoint, endpoint.codec).answer(route, body)
+                answering = Chat(http, self._proxy, endpoint, endpoint.codec).answer(route, body, reusable)
             else:
-                answering = self._answer(http, route, body)
-            del body
+                answering = self._answer(http, route, body, reusable)
+            del body, reusable
             return await answering
         except RecursionError:
             raise BadRequest("the request body is nested too deeply", code="invalid_json") from None
@@ -137,13 +141,17 @@ class EndpointHandler:
         http[RECORD].routed(route.model.name, route.model.kind)
         return route
 
-    async def _answer(self, http: web.BaseRequest, route: Route, body: Json) -> web.StreamResponse:
+    async def _answer(
+        self, http: web.BaseRequest, route: Route, body: Json, reusable: Reusable | None
+    ) -> web.StreamResponse:
         """Answer what generates no chat and no text: as it is if the model's server speaks the API."""
         endpoint, model = self._endpoint, route.model
         if endpoint.generates:
             self._proxy.chain.check_unneeded(http.headers, route.name)
         if endpoint.api in model.speaks:
-            return await relayed(http, self._proxy, endpoint, route, body)
+            relaying = relayed(http, self._proxy, endpoint, route, body, reusable)
+            del body, reusable
+            return await relaying
         if endpoint.estimate is not None:
             return web.json_response(endpoint.estimate(body))
         if endpoint.embeddings is None:

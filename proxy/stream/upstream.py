@@ -19,7 +19,7 @@ from llama_smart_proxy.proxy.dialects.base import UpstreamCodec
 from llama_smart_proxy.proxy.dialects.framing import FrameTooLong
 from llama_smart_proxy.proxy.dialects.openai import error_details, error_text
 from llama_smart_proxy.proxy.errors import ProxyError, UpstreamFailed, UpstreamRefused
-from llama_smart_proxy.proxy.http.body import OFF_LOOP_BYTES, serialise
+from llama_smart_proxy.proxy.http.body import serialise
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +29,8 @@ MESSAGE_LENGTH = 2000
 """Most characters of a server's error that a client gets to see; some send whole web pages."""
 ANSWER_LIMIT = 64 * 1024 * 1024
 """Largest answer that is taken whole; thousands of embeddings are large."""
+OFF_LOOP_BYTES = 1024 * 1024
+"""Larger answers are parsed in a thread, so that other streams go on."""
 JSON_HEADERS = [("Content-Type", "application/json")]
 _FINAL = frozenset({"upstream_error", "upstream_frame_too_long", "pull_failed"})
 """Codes of failures that a server reported, or that its answer is. Asked again it would answer the same."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.bench import process, report, wire
 from tests.bench.measure import QUICK, Sizes, measure
-from tests.bench.targets import Target, all_targets
+from tests.bench.targets import Target, all_targets, other_checkout
 
 
 def arguments() -> argparse.Namespace:
@@ -22,13 +22,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure of every round there")
     parser.add_argument("--rounds", type=int, help=f"rounds per target (default {Sizes.rounds})")
     parser.add_argument("--only", metavar="A,B", help="targets to measure, by name; direct always runs too")
+    parser.add_argument("--against", type=Path, metavar="DIR", help="measure the proxy of that checkout as well")
     parser.add_argument("--reference", action="store_true", help="add a row: a plain proxy on aiohttp's ClientSession")
     parser.add_argument("--quick", action="store_true", help="tiny amounts: shows that it works, measures nothing")
     return parser.parse_args()
 
 
 def chosen(only: str | None, *, reference: bool) -> list[Target]:
-    """The targets asked for; `direct` among them, for the rest is compared with it."""
+    """The targets of this checkout that are asked for; `direct` among them, for the rest is compared with it."""
     if only is None:
         return all_targets(reference=reference)
     names = {"direct", *only.split(",")}
@@ -45,6 +46,11 @@ def main() -> None:
     if options.rounds:
         sizes = replace(sizes, rounds=options.rounds)
     targets = chosen(options.only, reference=options.reference)
+    if options.against:
+        try:
+            targets.append(other_checkout(options.against))
+        except FileNotFoundError as exc:
+            sys.exit(f"not there: {exc}")
     cores = process.choose_cores()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored

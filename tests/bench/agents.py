@@ -8,9 +8,14 @@ MARK = "!"
 """What the rewriter adds to each text: how to tell that it ran."""
 HEAD = """
 from collections.abc import AsyncIterator
-from llama_smart_proxy.agents.base import Agent, Context
-from llama_smart_proxy.proxy.chat import Chunk, ChunkStream
+try:
+    from llama_smart_proxy.agents.base import Agent, Context
+    from llama_smart_proxy.proxy.chat import Chunk, ChunkStream
+except ImportError:
+    from agents.base import Agent, Context
+    from proxy.chat import Chunk, ChunkStream
 """
+"""A checkout to compare with may be older than the one package that holds all modules."""
 WHOLE = """
 class Whole{number}(Agent):
     command = "whole{number}"

@@ -15,7 +15,8 @@ class Job:
 
     `api` is the API in which streams are asked for (`tests.bench.apis`), `model` a model of the stub's.
     `count` is the number of streams or connections at once; `each` the tokens of each stream, or for the other kinds
-    the requests in all; `interval_ms` the time between two tokens of a stream.
+    the requests in all; `interval_ms` the time between two tokens of a stream. Uploads have a body of about `size`
+    bytes, in one of the shapes of `tests.bench.beside`.
     """
 
     port: int
@@ -26,6 +27,8 @@ class Job:
     each: int
     interval_ms: float
     timeout_s: float
+    shape: str = ""
+    size: int = 0
 
     def stream_request(self, tokens: int) -> bytes:
         return apis.stream_request(self.api, self.model, tokens, self.interval_ms)

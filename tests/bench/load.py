@@ -7,38 +7,18 @@ with what the stub sent. On a broken run it prints the reason to standard error 
 
 from __future__ import annotations
 
-import asyncio
 import json
 import sys
-from collections.abc import Callable, Sequence
-from typing import TypeVar, cast
+from collections.abc import Callable
 
 import uvloop
 
 from tests.bench import apis, wire
+from tests.bench.beside import BesideRun
+from tests.bench.clients import Client, WholeClient, all_finished, connect
 from tests.bench.firsts import first_tokens
 from tests.bench.job import Job, Window
-
-
-class Client(asyncio.Protocol):
-    """One connection. `finished` is done when it has had all it waits for, failed when the target hung up or lied."""
-
-    def __init__(self) -> None:
-        self.finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.fail(wire.BrokenRun(f"the target closed a connection early ({exc})"))
-
-    def succeed(self) -> None:
-        if not self.finished.done():
-            self.finished.set_result(None)
-
-    def fail(self, error: wire.BrokenRun) -> None:
-        if not self.finished.done():
-            self.finished.set_exception(error)
+from tests.bench.memory import open_streams
 
 
 class StreamClient(Client):
@@ -95,24 +75,16 @@ class StreamRun:
         return self.window.result()
 
 
-class PlainClient(Client):
+class PlainClient(WholeClient):
     """Posts, checks the answer, posts again, as long as the run wants more."""
 
     def __init__(self, run: PlainRun) -> None:
         super().__init__()
         self.run = run
-        self.pending = b""
 
-    def data_received(self, data: bytes) -> None:
-        data = self.pending + data
-        end = data.find(b"\r\n\r\n")
-        length = wire.content_length(data[:end])
-        whole = data.endswith(wire.LAST_CHUNK) if length is None else len(data) >= end + 4 + length
-        self.pending = b"" if whole else data
-        if not whole:
-            return
+    def answered(self, response: bytes) -> None:
         try:
-            wire.check_body(data, wire.plain_body())
+            wire.check_body(response, wire.plain_body())
         except wire.BrokenRun as broken:
             self.fail(broken)
         else:
@@ -157,38 +129,12 @@ class PlainRun:
         return self.window.result()
 
 
-AnyClient = TypeVar("AnyClient", bound=Client)
-
-
-async def connect(port: int, clients: Sequence[AnyClient]) -> Sequence[AnyClient]:
-    """Connect all clients, one after the other (a burst would measure the backlog), and return them."""
-    loop = asyncio.get_running_loop()
-    unconnected = iter(clients)
-    for _ in clients:
-        await loop.create_connection(lambda: next(unconnected), "127.0.0.1", port)
-    return clients
-
-
-async def all_finished(clients: Sequence[Client], timeout_s: float, progress: Callable[[], str]) -> None:
-    """Wait until all have what they wait for.
-
-    Raises: `BrokenRun` as soon as one fails, or at the deadline.
-    """
-    try:
-        async with asyncio.timeout(timeout_s):
-            await asyncio.gather(*(client.finished for client in clients))
-    except TimeoutError:
-        raise wire.BrokenRun(f"not finished after {timeout_s:.0f} s: {progress()}") from None
-    finally:
-        for client in clients:
-            client.finished.cancel()
-            client.transport.abort()
-
-
 KINDS: dict[str, Callable[[Job], dict[str, float]]] = {
     "stream": lambda job: uvloop.run(StreamRun(job)()),
     "plain": lambda job: uvloop.run(PlainRun(job)()),
     "first": first_tokens,
+    "beside": lambda job: uvloop.run(BesideRun(job)()),
+    "open": lambda job: uvloop.run(open_streams(job)),
 }
 
 

@@ -12,20 +12,23 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from tests.bench import agents, process, wire
+from tests.bench import agents, beside, process, wire
 from tests.bench.job import Job
 from tests.bench.targets import Target
 
 LOAD_START_S = 20.0
 SETTLE_S = 0.5
+MANY_TOKENS = 50_000
+"""A stream that lasts longer than any upload: whoever asks for it leaves."""
 
 
 @dataclass(frozen=True)
 class Sizes:
     """How much of everything; `tokens` at one each `interval_ms` bounds the time of a streaming round. Streams between
-    two APIs are shorter, `crossed_tokens`, as every round has several of them."""
+    two APIs are shorter, `crossed_tokens`, as every round has several of them. Uploads, which take long, have rounds of
+    their own behind the others."""
 
-    rounds: int = 16
+    rounds: int = 13
     streams: int = 64
     tokens: int = 200
     crossed_tokens: int = 80
@@ -34,9 +37,16 @@ class Sizes:
     requests: int = 6000
     firsts: int = 300
     starts: int = 5
+    open_streams: int = 5000
+    upload_rounds: int = 3
+    uploads: int = 100
+    upload_bytes: int = 1_000_000
 
 
-QUICK = Sizes(rounds=1, streams=8, tokens=20, crossed_tokens=20, connections=4, requests=100, firsts=10, starts=1)
+QUICK = Sizes(
+    rounds=1, streams=8, tokens=20, crossed_tokens=20, connections=4, requests=100, firsts=10, starts=1,
+    open_streams=50, upload_rounds=1, uploads=4, upload_bytes=100_000,
+)  # fmt: skip
 """Enough to see that everything works; its figures mean nothing."""
 
 
@@ -47,6 +57,7 @@ class Measured:
     start_s: list[float] = field(default_factory=list)
     rss_idle_mib: float = 0.0
     rss_loaded_mib: float = 0.0
+    kib_per_stream: list[float] = field(default_factory=list)
     rounds: dict[str, list[dict[str, float]]] = field(default_factory=dict)
 
 
@@ -64,16 +75,20 @@ def measure(targets: Sequence[Target], sizes: Sizes, cores: process.Cores, say: 
         for target in targets:
             stack.callback(target.stop)
         say(f"starting {', '.join(measured)}")
+        weigh(able(targets, OPEN), sizes, stub_port, cores, measured)
         start(targets, sizes.starts, stub_port, cores, measured)
         for kind in KINDS:
             for target in able(targets, kind):
                 drive(target, kind, QUICK, cores)
+        loaded = [kind for kind in KINDS if kind not in BESIDE]
         for number in range(sizes.rounds):
             say(f"round {number + 1} of {sizes.rounds}")
-            turn = number % len(targets)
-            one_round([*targets[turn:], *targets[:turn]], sizes, cores, measured)
+            one_round(loaded, turned(targets, number), sizes, cores, measured)
         for target in targets:
             measured[target.name].rss_loaded_mib = process.rss_mib(target.pids)
+        for number in range(sizes.upload_rounds):
+            say(f"uploads, round {number + 1} of {sizes.upload_rounds}")
+            one_round(list(BESIDE), turned(targets, number), sizes, cores, measured)
     return measured
 
 
@@ -106,8 +121,26 @@ def start(
         measured[target.name].rss_idle_mib = process.rss_mib(target.pids)
 
 
-def one_round(targets: Sequence[Target], sizes: Sizes, cores: process.Cores, measured: dict[str, Measured]) -> None:
-    for kind in KINDS:
+def turned(targets: Sequence[Target], number: int) -> list[Target]:
+    """The order of the targets in a round: each goes first in its turn."""
+    turn = number % len(targets)
+    return [*targets[turn:], *targets[:turn]]
+
+
+def weigh(
+    targets: Sequence[Target], sizes: Sizes, stub_port: int, cores: process.Cores, measured: dict[str, Measured]
+) -> None:
+    """See what open streams take of the memory, in a process that has done nothing else."""
+    for target in targets:
+        target.start(stub_port, cores)
+        measured[target.name].kib_per_stream.append(drive(target, OPEN, sizes, cores)["kib_per_stream"])
+        target.stop()
+
+
+def one_round(
+    kinds: Sequence[str], targets: Sequence[Target], sizes: Sizes, cores: process.Cores, measured: dict[str, Measured]
+) -> None:
+    for kind in kinds:
         for target in able(targets, kind):
             result = drive(target, kind, sizes, cores)
             measured[target.name].rounds.setdefault(kind, []).append(result)
@@ -115,18 +148,19 @@ def one_round(targets: Sequence[Target], sizes: Sizes, cores: process.Cores, mea
 
 def able(targets: Sequence[Target], kind: str) -> list[Target]:
     """Those of `targets` that can take this kind of load."""
-    return [target for target in targets if target.translates or kind not in CROSSINGS | CHAINED]
+    return [target for target in targets if target.translates or kind not in PROXY_ONLY]
 
 
 @dataclass(frozen=True)
 class Load:
     """One kind of load: the `driver` of `tests.bench.load`, the part of its `Job` that the sizes decide (`count`,
-    `each`, `interval_ms`), and the API and the model it asks for."""
+    `each`, `interval_ms`), the API and the model it asks for, and the shape of what is uploaded."""
 
     driver: str
     amount: Callable[[Sizes], tuple[int, int, float]]
     api: str = "openai"
     model: str = wire.MODEL
+    shape: str = ""
 
 
 def _crossed(client: str, model: str) -> Load:
@@ -142,13 +176,24 @@ CROSSINGS = {
 """Streams from clients of one API to a server of another, and between Ollama's own; named client to server."""
 CHAINED = {model: _crossed("openai", model) for model in agents.CHAINS}
 """Streams through agents, named by the virtual model that has them."""
+BESIDE = {
+    f"beside_{shape}": Load("beside", lambda s: (s.uploads, MANY_TOKENS, s.interval_ms), shape=shape)
+    for shape in beside.SHAPES
+}
+"""Streams beside uploads, named by what is in these."""
+OPEN = "open"
+"""Streams that stay open, at a token a minute. No kind of the rounds: what they take shows in a fresh process only."""
+PROXY_ONLY = {OPEN, *CROSSINGS, *CHAINED}
 KINDS = {
     "stream": Load("stream", lambda s: (s.streams, s.tokens, s.interval_ms)),
     **CHAINED,
     **CROSSINGS,  # next to the streams that they are compared with
     "plain": Load("plain", lambda s: (s.connections, s.requests, 0)),
     "first": Load("first", lambda s: (1, s.firsts, 1)),
+    **BESIDE,
 }
+"""The loads of a round."""
+_LOADS = {**KINDS, OPEN: Load("open", lambda s: (s.open_streams, 2, 60_000))}
 
 
 def drive(target: Target, kind: str, sizes: Sizes, cores: process.Cores) -> dict[str, float]:
@@ -156,12 +201,12 @@ def drive(target: Target, kind: str, sizes: Sizes, cores: process.Cores) -> dict
 
     Raises: `wire.BrokenRun` with its reason when it failed.
     """
-    load = KINDS[kind]
+    load = _LOADS[kind]
     count, each, interval_ms = load.amount(sizes)
-    timeout_s = 30.0 + 3 * sizes.tokens * sizes.interval_ms / 1000
+    timeout_s = 60.0 + 3 * sizes.tokens * sizes.interval_ms / 1000
     job = Job(
         port=target.port, api=load.api, model=load.model, pids=target.pids, timeout_s=timeout_s,
-        count=count, each=each, interval_ms=interval_ms,
+        count=count, each=each, interval_ms=interval_ms, shape=load.shape, size=sizes.upload_bytes,
     )  # fmt: skip
     argv = [sys.executable, "-m", "tests.bench.load", load.driver, json.dumps(asdict(job))]
     with process.on_cores(cores.load):

@@ -54,21 +54,23 @@ def on_cores(cores: frozenset[int] | None) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def environment() -> dict[str, str]:
-    """This process's environment without settings that would reconfigure a proxy under measurement."""
+def environment(root: Path = ROOT) -> dict[str, str]:
+    """This process's environment without settings that would reconfigure a proxy under measurement, for a program of
+    the checkout at `root`."""
     ours = ("LSP_", "OLLAMA_PROXY_", "LLAMA_ARG_")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(ours) and not k.lower().endswith("_proxy")}
-    return kept | {"PYTHONPATH": str(ROOT)}
+    return kept | {"PYTHONPATH": str(root)}
 
 
 def spawn(
-    argv: Sequence[str], cores: frozenset[int] | None, log: Path, *, piped: bool = False
+    argv: Sequence[str], cores: frozenset[int] | None, log: Path, *, piped: bool = False, root: Path = ROOT
 ) -> subprocess.Popen[str]:
-    """Start a program; in a session of its own, so that Ctrl-C reaches the bench alone, which then ends it."""
+    """Start a program of the checkout at `root`; in a session of its own, so that Ctrl-C reaches the bench alone, which
+    then ends it."""
     with on_cores(cores), log.open("a") as stderr:
         out = subprocess.PIPE if piped else stderr
         return subprocess.Popen(
-            argv, cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL, stdout=out, stderr=stderr, text=True,
+            argv, cwd=root, env=environment(root), stdin=subprocess.DEVNULL, stdout=out, stderr=stderr, text=True,
             start_new_session=True,
         )  # fmt: skip
 

@@ -12,9 +12,10 @@ from importlib.metadata import version
 
 from tests.bench.measure import Measured, Sizes
 from tests.bench.process import Cores
-from tests.bench.summary import CHAINS, CROSSED, METRICS, TOKEN, Summary, Verdict
+from tests.bench.summary import ALL, CHAINS, CROSSED, METRICS, TOKEN, Summary, Verdict
+from tests.bench.targets import AGAINST
 
-COMPARED_TO = ("nginx", "direct")
+COMPARED_TO = ("nginx", AGAINST, "direct")
 
 
 def document(measured: Mapping[str, Measured], sizes: Sizes, cores: Cores) -> dict[str, object]:
@@ -41,8 +42,9 @@ def text(measured: Mapping[str, Measured], sizes: Sizes, cores: Cores) -> str:
         f"Medians over rounds: {sizes.rounds}; in each {sizes.streams} streams of {sizes.tokens} tokens, one every "
         f"{sizes.interval_ms:g} ms (through agents, and between two APIs: {sizes.crossed_tokens} tokens); "
         f"{sizes.requests} plain requests on {sizes.connections} connections; {sizes.firsts} streamed requests one by "
-        f"one. Starts: {sizes.starts}. Ratios are medians of each round's. A proxy that does not use all of its core "
-        f"is not what bounds requests/s."
+        f"one. Behind them {sizes.upload_rounds} rounds, for each shape of JSON, of streams beside {sizes.uploads} "
+        f"uploads at once of {sizes.upload_bytes:,} bytes. Starts: {sizes.starts}; open streams: {sizes.open_streams}. "
+        f"Ratios are medians of each round's. A proxy that does not use all of its core is not what bounds requests/s."
     )
     return "\n\n".join([conditions, table(summary), crossed(summary), goals(summary.verdicts())])
 
@@ -61,15 +63,22 @@ def table(summary: Summary) -> str:
 def crossed(summary: Summary) -> str:
     """What the relay takes for a stream through agents, and for one between two APIs."""
     rows = [["streams through the relay", "µs", "/ OpenAI client and server", "/ nginx"]]
+    other = AGAINST in summary.targets
+    if other:
+        rows[0] += [AGAINST, f"relay / {AGAINST}"]
     for metric in (*CHAINS, *CROSSED):
         ratios = [_number(summary.ratio(metric.name, "relay", to, TOKEN), 2) for to in ("relay", "nginx")]
-        rows.append([metric.title, _number(summary.value(metric.name, "relay"), metric.digits), *ratios])
+        row = [metric.title, _number(summary.value(metric.name, "relay"), metric.digits), *ratios]
+        if other:
+            row.append(_number(summary.value(metric.name, AGAINST), metric.digits))
+            row.append(_number(summary.ratio(metric.name, "relay", AGAINST), 2))
+        rows.append(row)
     return _markdown(rows)
 
 
 def goals(verdicts: Sequence[Verdict]) -> str:
     """What the relay is to reach, and whether it does."""
-    titles = {metric.name: metric.title for metric in (*METRICS, *CHAINS, *CROSSED)}
+    titles = {metric.name: metric.title for metric in ALL}
     words = {True: "met", False: "not met", None: "not measured"}
     rows = [["goal of the relay", "at most", "measured", ""]]
     for verdict in verdicts:

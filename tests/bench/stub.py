@@ -61,6 +61,8 @@ ANSWERS = {
 }
 
 
+MOST_KEPT = 32 * 1024
+"""Bytes of a request that are waited for as a whole; of a longer one, what comes first holds all that matters."""
 STEP_S = 0.001
 """The event loop's clock ticks in milliseconds; streams take turns to start at each tick of an interval."""
 
@@ -102,23 +104,39 @@ class Stream:
 
 
 class Stub(asyncio.Protocol):
-    """One connection: whole requests in, canned answers out. A proxy never pipelines, so nor does this expect it."""
+    """One connection: whole requests in, canned answers out. A proxy never pipelines, so nor does this expect it.
+
+    Of a large body only the beginning is kept, so that uploads do not delay the streams of others.
+    """
 
     def __init__(self) -> None:
         self._pending = b""
+        self._upload: tuple[bytes, bytes] | None = None
+        """Head, and what is kept of the body, of a request most of which is still to come."""
+        self._missing = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
+        if self._upload is not None:
+            self._missing -= len(data)
+            if self._missing <= 0:
+                upload, self._upload = self._upload, None
+                self._answer(*upload)
+            return
         data = self._pending + data
         end = data.find(b"\r\n\r\n")
         size = end + 4 + (wire.content_length(data[:end]) or 0)
-        if end < 0 or len(data) < size:
+        if end < 0 or len(data) < size <= MOST_KEPT:
             self._pending = data
             return
+        head, body = data[:end], data[end + 4 : size]
         self._pending = data[size:]
-        self._answer(data[:end], data[end + 4 : size])
+        if len(data) < size:
+            self._upload, self._missing = (head, body), size - len(data)
+        else:
+            self._answer(head, body)
 
     def _answer(self, head: bytes, body: bytes) -> None:
         if not head.startswith(b"POST "):

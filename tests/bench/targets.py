@@ -16,6 +16,8 @@ from pathlib import Path
 from tests.bench import agents, process, wire
 
 LISTEN_TIMEOUT_S = 20.0
+AGAINST = "against"
+"""Name of the proxy of another checkout."""
 
 Command = Callable[[Path, int, int], list[str]]
 """(directory for its files, port to listen on, port of the stub) -> command line."""
@@ -24,11 +26,12 @@ Command = Callable[[Path, int, int], list[str]]
 @dataclass
 class Target:
     """A way from the client to the stub. `command` is None for the way without anything between; `translates` tells
-    whether clients of one API reach the stub in another one there."""
+    whether clients of one API reach the stub in another one there. `root` is the checkout that the program is of."""
 
     name: str
     command: Command | None
     translates: bool = False
+    root: Path = process.ROOT
     port: int = 0
     _process: subprocess.Popen[str] | None = field(default=None, repr=False)
     _directory: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
@@ -51,7 +54,7 @@ class Target:
         directory = Path(self._directory.name)
         argv = self.command(directory, self.port, stub_port)
         began = time.perf_counter()
-        self._process = process.spawn(argv, cores.target, directory / "log")
+        self._process = process.spawn(argv, cores.target, directory / "log", root=self.root)
         while not _accepts(self.port):
             if self._process.poll() is not None or time.perf_counter() - began > LISTEN_TIMEOUT_S:
                 raise wire.BrokenRun(f"{self.name} does not listen; it said: {self.log()[-2000:]}")
@@ -98,6 +101,7 @@ pid {directory}/pid;
 events {{ worker_connections 1024; }}
 http {{
   access_log off;
+  client_max_body_size 100m;
   client_body_temp_path {directory}/a; proxy_temp_path {directory}/b; fastcgi_temp_path {directory}/c;
   uwsgi_temp_path {directory}/d; scgi_temp_path {directory}/e;
   upstream stub {{ server 127.0.0.1:{stub_port}; keepalive 128; keepalive_requests 10000000; }}
@@ -137,6 +141,11 @@ models: {chains}
 
 
 def relay_command(directory: Path, port: int, stub_port: int) -> list[str]:
+    return [sys.executable, "-m", "llama_smart_proxy", *_relay_options(directory, port, stub_port)]
+
+
+def _relay_options(directory: Path, port: int, stub_port: int) -> list[str]:
+    """What follows the command of the proxy. It logs at its default level, as it does for its users."""
     config = directory / "config.yaml"
     folder = directory / "agents"
     agents.write(folder)
@@ -146,8 +155,18 @@ def relay_command(directory: Path, port: int, stub_port: int) -> list[str]:
         agents=json.dumps(list(agents.AGENTS)), chains=json.dumps(chains),
     )  # fmt: skip
     config.write_text(text)
-    options = ["--config", str(config), "--host", "127.0.0.1", "--port", str(port), "--log-level", "warning"]
-    return [sys.executable, "-m", "llama_smart_proxy", "serve", *options]
+    return ["serve", "--config", str(config), "--host", "127.0.0.1", "--port", str(port)]
+
+
+def other_checkout(root: Path) -> Target:
+    """The proxy of another checkout, which has an environment of its own in `.venv`.
+
+    Raises: FileNotFoundError if its command is not there.
+    """
+    program = (root / ".venv/bin/llama-smart-proxy").absolute()
+    if not program.is_file():
+        raise FileNotFoundError(program)
+    return Target(AGAINST, lambda *place: [str(program), *_relay_options(*place)], translates=True, root=root)
 
 
 def reference_command(directory: Path, port: int, stub_port: int) -> list[str]:

@@ -21,6 +21,8 @@ TOKEN_MARK = b'" t'
 
 _CREATED = 1_700_000_000
 _CONTENT_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
+_QUESTION_WITHIN = 16 * 1024
+"""Bytes of a body that are searched for a question: those behind it belong to an upload."""
 _QUESTION = re.compile(rb"Say (\d+) words, one every ([0-9.]+) ms")
 
 
@@ -122,7 +124,7 @@ def question(tokens: int, interval_ms: float) -> str:
 
 def asked(body: bytes) -> tuple[int, float] | None:
     """Tokens and interval in milliseconds of the `question` in a request; None for one that wants no stream."""
-    found = _QUESTION.search(body)
+    found = _QUESTION.search(body, 0, _QUESTION_WITHIN)
     return (int(found[1]), float(found[2])) if found else None
 
 
@@ -135,7 +137,11 @@ def plain_request() -> bytes:
 
 def post(path: str, body: object) -> bytes:
     """A request, head and body."""
-    raw = _compact(body)
+    return post_raw(path, _compact(body))
+
+
+def post_raw(path: str, raw: bytes) -> bytes:
+    """A request whose body is JSON already."""
     head = (
         f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nUser-Agent: bench\r\nAccept: */*\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(raw)}\r\n\r\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import signal
 import subprocess
@@ -12,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import apis, wire
-from tests.bench.measure import CHAINED, CROSSINGS, KINDS, QUICK
+from tests.bench import apis, beside, wire
+from tests.bench.measure import KINDS, PROXY_ONLY, QUICK
 from tests.bench.process import ROOT, environment, tree
 from tests.bench.summary import ALL, CHAINS, CROSSED, GOALS, TOKEN
 from tests.support.harness import PATIENCE_S, living
@@ -33,23 +34,38 @@ def as_stream(body: bytes) -> bytes:
     return b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + wire.chunk(body) + wire.LAST_CHUNK
 
 
+def checkout(folder: Path) -> Path:
+    """A folder that looks like a checkout with a proxy of its own, which is this one's."""
+    program = folder / ".venv" / "bin" / "llama-smart-proxy"
+    program.parent.mkdir(parents=True)
+    call = shlex.join([sys.executable, "-m", "llama_smart_proxy"])
+    program.write_text(f'#!/bin/sh\nexec env PYTHONPATH={shlex.quote(str(ROOT / "src"))} {call} "$@"\n')
+    program.chmod(0o755)
+    return folder
+
+
 def test_quick_run_prints_the_table_and_writes_every_figure(tmp_path: Path) -> None:
     file = tmp_path / "new" / "bench.json"
-    done = bench("--quick", "--json", str(file))
+    done = bench("--quick", "--json", str(file), "--against", str(checkout(tmp_path / "other")))
     assert done.returncode == 0, done.stderr
     for metric in ALL:
         assert f"| {metric.title} " in done.stdout
 
     result = json.loads(file.read_text())
-    expected = {"direct", "relay"} | ({"nginx"} if shutil.which("nginx") else set())
+    expected = {"direct", "relay", "against"} | ({"nginx"} if shutil.which("nginx") else set())
     assert set(result["targets"]) == set(result["medians"]) == expected
     for name, target in result["targets"].items():
-        kinds = [kind for kind in KINDS if name == "relay" or kind not in CROSSINGS | CHAINED]
+        kinds = [kind for kind in KINDS if name in ("relay", "against") or kind not in PROXY_ONLY]
         assert {kind: len(rounds) for kind, rounds in target["rounds"].items()} == dict.fromkeys(kinds, QUICK.rounds)
     assert [goal["metric"] for goal in result["goals"]] == [goal.metric for goal in GOALS]
     assert all(result["medians"]["relay"][name] > 0 for name in (TOKEN, *(metric.name for metric in CHAINS + CROSSED)))
+    compared = result["ratios"]["against"]["relay"]
+    assert all(compared[metric.name] > 0 for metric in (*CHAINS, *CROSSED))
     judged = {goal["metric"]: goal["value"] for goal in result["goals"]}
     assert all(judged[metric.name] > 0 for metric in CROSSED)
+    assert all(
+        value is not None for name, value in judged.items() if shutil.which("nginx") or not name.startswith("cpu")
+    )
     assert result["versions"]["python"] and result["cpu_count"] and result["pinned"]
 
 
@@ -57,6 +73,12 @@ def test_unknown_target_is_refused() -> None:
     done = bench("--quick", "--only", "nosuch")
     assert done.returncode == 1
     assert "no such target here: nosuch" in done.stderr
+
+
+def test_a_checkout_without_a_proxy_is_refused(tmp_path: Path) -> None:
+    done = bench("--quick", "--against", str(tmp_path))
+    assert done.returncode == 1
+    assert f"not there: {tmp_path}/.venv/bin/llama-smart-proxy" in done.stderr
 
 
 def test_interrupted_run_leaves_no_process_behind(tmp_path: Path) -> None:
@@ -74,6 +96,19 @@ def test_interrupted_run_leaves_no_process_behind(tmp_path: Path) -> None:
             run.terminate()
     assert len(started) >= 2
     assert living(started, PATIENCE_S) == []
+
+
+@pytest.mark.parametrize("shape", beside.SHAPES)
+def test_uploads_are_chat_requests_of_their_size(shape: str) -> None:
+    made = beside.body(shape, 10_000)
+    assert 9_000 < len(made) < 11_000
+    assert json.loads(made).keys() == {"model", "messages", "x"}
+
+
+async def test_the_delay_of_a_stream_is_what_its_tokens_are_behind_the_schedule() -> None:
+    watcher = beside.Watcher()
+    watcher.arrivals = [0.0, 5.01, 5.02, 5.08, 5.041]  # one token was 50 ms late; the first has no place in it
+    assert watcher.worst_delay_s(0.01) == pytest.approx(0.05)
 
 
 @pytest.mark.parametrize(
