@@ -33,7 +33,6 @@ from llama_smart_proxy.proxy.http.headers import PARAMS, RECORD
 from llama_smart_proxy.proxy.models.router import Route
 from llama_smart_proxy.proxy.stream.embeddings import embed
 
-NO_BODY = Body({}, None)
 MANY = 64
 """More vectors than are turned into text while others wait."""
 
@@ -115,7 +114,7 @@ class EndpointHandler:
     async def handle(self, http: web.BaseRequest) -> web.StreamResponse:
         """Answer `http`. Its parsed body is let go before a relayed answer begins, which may last for minutes."""
         endpoint = self._endpoint
-        parsed = await read_body(http, self._max_bytes) if http.method == "POST" else NO_BODY
+        parsed = await read_body(http, self._max_bytes) if http.method == "POST" else Body({}, None)
         reusable = parsed.reusable()
         body = parsed.value
         del parsed
