@@ -2,7 +2,8 @@
 
 Most of what it costs to start a proxy are its imports, and the tests start hundreds. What is forked has its own pid,
 environment, working folder, output and end, like any other process; only the interpreter's start and the imports are
-not repeated. The tests of the command line (`test_cli` and others) start the program from nothing.
+not repeated, but for what a module finds out about its process when it is imported (`STATE`). The tests of the command
+line (`test_cli` and others) start the program from nothing.
 
 This is also the program that forks (`python -m tests.support.nursery FD`). It ends when whoever started it has ended.
 """
@@ -23,12 +24,15 @@ import threading
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from importlib.abc import SourceLoader
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
 LONGEST = 512 * 1024
 """Bytes of a request: the command line and the environment of a proxy."""
 AVAILABLE = sys.platform == "linux"
+STATE = {"llama_smart_proxy.backends.openai": "OUR_VIA", "llama_smart_proxy.proxy.api.admin": "STARTED"}
+"""Values of modules that are another process's business; `test_architecture` finds all there are."""
 
 
 class Born:
@@ -171,6 +175,21 @@ def become(request: dict[str, Any], stdout: int, stderr: int) -> None:
     os.environ.update(request["env"])
     os.chdir(request["folder"])
     resource.setrlimit(resource.RLIMIT_NOFILE, tuple(request["files"]))
+    for name, attribute in STATE.items():
+        renew(name, attribute)
+
+
+def renew(name: str, attribute: str) -> None:
+    """Find out anew what that module did about its process, and tell all who have it from there."""
+    module = sys.modules[name]
+    assert module.__spec__ is not None and isinstance(module.__spec__.loader, SourceLoader)
+    old, again = vars(module)[attribute], {"__name__": name}
+    code = module.__spec__.loader.get_code(name)
+    assert code is not None
+    exec(code, again)
+    for other in [other for known, other in sys.modules.items() if known.startswith("llama_smart_proxy.")]:
+        for own in [own for own, value in vars(other).items() if value is old]:
+            setattr(other, own, again[attribute])
 
 
 def main() -> int:

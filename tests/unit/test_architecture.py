@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.nursery import STATE
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("proxy", "agents", "backends")
 OURS = "llama_smart_proxy."
@@ -320,6 +322,27 @@ def test_processes_are_started_in_one_place() -> None:
     sites = [(module.path, called) for module in ours() for _, called in calls(module) if makers.fullmatch(called)]
     assert {path for path, _ in sites} <= PROCESS_MAKERS
     assert [called for path, called in sites if path == "backends/pool/spawn.py"] == ["subprocess.Popen"]
+
+
+def done_at_import(node: ast.AST) -> Iterator[ast.AST]:
+    """All of a module's code that runs when it is imported."""
+    for inner in ast.iter_child_nodes(node):
+        if not isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield inner
+            yield from done_at_import(inner)
+
+
+def test_what_a_module_knows_of_its_process_is_known_to_the_tests_that_fork() -> None:
+    """A proxy of the tests is forked from a process that has imported everything (`tests/support/nursery.py`)."""
+    asking = re.compile(r"(secrets|random|uuid)\.\w+|time\.(time|monotonic)(_ns)?|os\.(getpid|getenv|urandom)|.*\.now")
+    found = {
+        (f"{OURS}{module.name}", ast.unparse(node.targets[0]))
+        for module in ours()
+        for node in done_at_import(module.tree)
+        if isinstance(node, ast.Assign)
+        and any(isinstance(call, ast.Call) and asking.fullmatch(ast.unparse(call.func)) for call in ast.walk(node))
+    }
+    assert found == set(STATE.items())
 
 
 def test_a_shell_is_never_asked() -> None:
