@@ -250,3 +250,62 @@ class Provider(Protocol):
         """Where requests go that manage the models of an API; of the server that has `model`, if one is named."""
 
     def status(self) -> ProviderStatus: ...
+
+
+class BaseProvider:
+    """A `Provider` of `models` that are all known from the start, and of which nothing is to be fetched or managed.
+
+    A subclass adds `section`, `Config` and `create`, and replaces what differs.
+    """
+
+    def __init__(self, models: Sequence[Model] = ()) -> None:
+        self._models = models
+        self._by_name = {key.lower(): model for model in models for key in (model.name, *model.aliases)}
+
+    async def start(self) -> None:
+        """Nothing to begin."""
+
+    async def close(self) -> None:
+        """Nothing to end."""
+
+    async def listed(self) -> None:
+        """Nothing to learn."""
+
+    def models(self) -> Sequence[Model]:
+        return self._models
+
+    def known(self, name: str, *, pull: bool = True) -> Model | None:
+        """Case is ignored, and a `:latest` that is no part of the model's name."""
+        key = name.lower()
+        return self._by_name.get(key) or self._by_name.get(key.removesuffix(":latest"))
+
+    async def find(self, name: str, *, pull: bool) -> Model | None:
+        return self.known(name, pull=pull)
+
+    def missing(self, name: str) -> ProxyError | None:
+        """It always knows whether it has a model."""
+        return None
+
+    @property
+    def default(self) -> Model | None:
+        """The model, if it is the only one."""
+        return self._models[0] if len(self._models) == 1 else None
+
+    def can_download(self, name: str) -> bool:
+        return False
+
+    async def download(self, name: str, headers: Sequence[tuple[str, str]]) -> Download | None:
+        """Not called, as there is nothing that it `can_download`."""
+        return None
+
+    async def fitting(self, models: Sequence[str]) -> list[list[str]]:
+        """All can be loaded at one time."""
+        return [list(models)]
+
+    async def management(self, api: str, model: str | None) -> Management | None:
+        """No server manages these models."""
+        return None
+
+    def status(self) -> ProviderStatus:
+        """Nothing to report; processes of the pool are reported by the provider that starts the pool."""
+        return ProviderStatus()

@@ -56,7 +56,7 @@ class App:
     def __init__(self, config: Config) -> None:
         registry = Registry.of(config)
         downloads = Downloads()
-        self.pool = Pool(config, downloads)
+        self.pool = Pool(config.server_pool, downloads)
         self.plugins = Plugins.of(config)
         services = Services(downloads, self.pool)
         providers = [provider for cls in registry.providers if (provider := cls.create(config, services)) is not None]

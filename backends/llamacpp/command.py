@@ -7,13 +7,13 @@ environment are the local configuration's alone.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llama_smart_proxy.backends.pool.launcher import inherited
 from llama_smart_proxy.proxy.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,17 +22,6 @@ if TYPE_CHECKING:
 EMBEDDED = (sys.executable, "-P", "-m", "llama_smart_proxy.backends.llamacpp.embedded")
 SOURCE_ROOT = Path(__file__).absolute().parents[3]
 """The folder on which `import llama_smart_proxy` depends; not resolved, as in a checkout it holds links."""
-
-# What a child may know of our environment: where things are, its language, and how to find and drive an accelerator.
-# Anything else stays here, so that no key, proxy or setting of ours (HF_TOKEN, AIP_*, LLAMA_ARG_*, LSP_*) gets in.
-INHERITED = re.compile(
-    r"""PATH | HOME | USER | LOGNAME | SHELL | LANG | LANGUAGE | LC_\w+ | TZ | TMPDIR | TERM | NO_COLOR
-    | LD_LIBRARY_PATH | DYLD_\w+ | XDG_\w+
-    | CUDA_\w+ | NVIDIA_\w+ | NCCL_\w+ | HIP_\w+ | ROCR?_\w+ | HSA_\w+ | AMD_\w+ | GPU_\w+
-    | VK_\w+ | GGML_\w+ | OMP_\w+ | GOMP_\w+ | KMP_\w+ | OPENBLAS_\w+ | ONEAPI_\w+ | SYCL_\w+ | ZE_\w+ | MKL_\w+
-    """,
-    re.VERBOSE,
-)
 
 
 def server_command(server: str | None) -> list[str]:
@@ -78,10 +67,9 @@ def build_argv(
 
 
 def child_env(environ: Mapping[str, str], model_env: Mapping[str, str], key: str) -> dict[str, str]:
-    """The environment of a server: what `INHERITED` lets through, then the model's own `env`, then its API `key`.
+    """The environment of a server: what of ours it may have, then the model's own `env`, then its API `key`.
 
     `PYTHONPATH` is for the embedded server, which is started without the working directory on its path; a native one
     does not look at it.
     """
-    inherited = {name: value for name, value in environ.items() if INHERITED.fullmatch(name)}
-    return {**inherited, "PYTHONPATH": str(SOURCE_ROOT), **model_env, "LLAMA_API_KEY": key}
+    return {**inherited(environ), "PYTHONPATH": str(SOURCE_ROOT), **model_env, "LLAMA_API_KEY": key}

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, ClassVar
 
-from llama_smart_proxy.backends.base import ProviderStatus, Services
+from llama_smart_proxy.backends.base import BaseProvider, ProviderStatus, Services
 from llama_smart_proxy.backends.llamacpp.headers import Headers
-from llama_smart_proxy.backends.llamacpp.spawned import KIND, SpawnedModel
+from llama_smart_proxy.backends.llamacpp.launcher import pool_model
+from llama_smart_proxy.backends.llamacpp.model import KIND, LlamaCppModel
 from llama_smart_proxy.backends.threads import in_thread
 from llama_smart_proxy.backends.weights import hub
 from llama_smart_proxy.backends.weights.downloads import Download
@@ -27,7 +28,7 @@ CACHE_READ_S = 2.0
 """Longest wait for that; the folder may be on a disk that does not answer."""
 
 
-class LlamaCpp:
+class LlamaCpp(BaseProvider):
     """`Provider` of the models in the pool. Names mean configured ones and their aliases first, then files, then what
     is in the cache. It starts and closes the pool."""
 
@@ -35,17 +36,19 @@ class LlamaCpp:
     Config: ClassVar[Any] = LlamaCppConfig
 
     def __init__(self, config: Config, services: Services) -> None:
+        super().__init__()
         self._pool = services.pool
         self._downloads = services.downloads
         self._headers = Headers()
-        self._places = config.server_pool.size
+        self._server = config.llama_cpp.server
+        self._default_args = config.default_args()
         self._takes_hub_names = config.backend == KIND
         self._models_dir = config.llama_cpp.models_dir
         self._scanned_ns = -1
-        self._files: dict[str, SpawnedModel] = {}
-        self._by_key: dict[str, SpawnedModel] = {}
+        self._files: dict[str, LlamaCppModel] = {}
+        self._by_key: dict[str, LlamaCppModel] = {}
         self._reads_cache = config.llama_cpp.hf_cache
-        self._cached: dict[str, SpawnedModel] = {}
+        self._cached: dict[str, LlamaCppModel] = {}
         self._cache_read_s = float("-inf")
         self._configured = [
             self._model(name, model) for name, model in config.models.items() if config.backend_of(name) == KIND
@@ -60,7 +63,11 @@ class LlamaCpp:
         return cls(config, services)
 
     async def start(self) -> None:
+        """Start the pool, and begin to load as many of the models marked `preload` as fit, pinned ones first."""
         await self._pool.start()
+        preloaded = [spawned for spawned in self._configured if spawned.config.preload]
+        for spawned in sorted(preloaded, key=lambda spawned: not spawned.config.pinned)[: self._pool.size]:
+            self._pool.begin_load(spawned.model)
 
     async def close(self) -> None:
         await self._pool.close(drain_s=0)
@@ -71,10 +78,10 @@ class LlamaCpp:
         """Return once the list of what is in the cache is at most 2 s old, or could not be read in 2 s."""
         await self._read_cache()
 
-    def models(self) -> Sequence[SpawnedModel]:
+    def models(self) -> Sequence[LlamaCppModel]:
         return [*self._configured, *self._scan().values(), *dict.fromkeys(self._cached.values())]
 
-    def known(self, name: str, *, pull: bool = True) -> SpawnedModel | None:
+    def known(self, name: str, *, pull: bool = True) -> LlamaCppModel | None:
         """The model of that name. Case is ignored, and a `:latest` that is not configured."""
         key = name.lower()
         plain = key.removesuffix(":latest")
@@ -86,25 +93,19 @@ class LlamaCpp:
             found = self._cached.get(key.replace("huggingface.co/", "hf.co/", 1))
         return found
 
-    async def find(self, name: str, *, pull: bool) -> SpawnedModel | None:
+    async def find(self, name: str, *, pull: bool) -> LlamaCppModel | None:
         if hub.parse_name(name) is not None:
             await self._read_cache(at_once=True)
         return self.known(name)
 
-    def missing(self, name: str) -> None:
-        """Nothing: it always knows."""
-
     @property
-    def default(self) -> SpawnedModel | None:
+    def default(self) -> LlamaCppModel | None:
         """The one there is, apart from the cache."""
         ours = [*self._configured, *self._scan().values()]
         return ours[0] if len(ours) == 1 else None
 
     async def fitting(self, models: Sequence[str]) -> list[list[str]]:
-        loaded = [model for model in models if self._pool.state(model) == "loaded"]
-        order = [*loaded, *sorted(set(models) - set(loaded))]
-        room = max(1, self._places - self._pool.pinned_besides(models))
-        return [order[start : start + room] for start in range(0, len(order), room)]
+        return self._pool.fitting(models)
 
     # -- downloads -------------------------------------------------------------------------------------------------
 
@@ -115,14 +116,11 @@ class LlamaCpp:
     async def download(self, name: str, headers: Sequence[tuple[str, str]]) -> Download | None:
         spawned = self.known(name)
         if spawned is not None:
-            return await self._pool.begin_download(spawned.name, spawned.model)
+            return await self._pool.begin_download(spawned.model)
         found = hub.parse_name(name)
         if found is None:
             raise ModelNotFound(f"model {name[:100]!r} not found")
         return self._downloads.join(hub.download_name(*found), hub.work(*found))
-
-    async def management(self, api: str, model: str | None) -> None:
-        """Nothing: its models are files."""
 
     def status(self) -> ProviderStatus:
         return ProviderStatus(instances=self._pool.status())
@@ -140,11 +138,11 @@ class LlamaCpp:
                 found = await in_thread(hub.cached_models)
                 self._cached = self._keyed(found)
 
-    def _keyed(self, found: Mapping[str, ModelConfig]) -> dict[str, SpawnedModel]:
+    def _keyed(self, found: Mapping[str, ModelConfig]) -> dict[str, LlamaCppModel]:
         """The models of the cache under all names they go by: with a quantisation, a file, or, if a repository has
         only one, nothing behind the colon."""
         known = {spawned.name: spawned for spawned in self._cached.values()}
-        keyed: dict[str, SpawnedModel] = {}
+        keyed: dict[str, LlamaCppModel] = {}
         alone = Counter(model.repo for model in found.values())
         for name, model in found.items():
             spawned = known.get(name) or self._model(name, model, cached=True)
@@ -153,15 +151,15 @@ class LlamaCpp:
             keyed |= {key.lower(): spawned for key in names if key.lower() not in self._by_key}
         return keyed
 
-    async def _remove(self, spawned: SpawnedModel) -> None:
+    async def _remove(self, spawned: LlamaCppModel) -> None:
         """Unload a model of the cache and remove its file."""
         await spawned.unload()
-        assert spawned.model.repo is not None and spawned.model.variant is not None
-        repo, file = spawned.model.repo, spawned.model.variant
+        assert spawned.config.repo is not None and spawned.config.variant is not None
+        repo, file = spawned.config.repo, spawned.config.variant
         await in_thread(lambda: hub.delete(repo, file))
         await self._read_cache(at_once=True)
 
-    def _scan(self) -> dict[str, SpawnedModel]:
+    def _scan(self) -> dict[str, LlamaCppModel]:
         """Models of `models_dir` by lower-case name; the folder is read again only when it has changed."""
         if self._models_dir is None:
             return {}
@@ -181,5 +179,6 @@ class LlamaCpp:
             }
         return self._files
 
-    def _model(self, name: str, model: ModelConfig, *, cached: bool = False) -> SpawnedModel:
-        return SpawnedModel(self._pool, name, model, self._headers, self._remove if cached else None)
+    def _model(self, name: str, model: ModelConfig, *, cached: bool = False) -> LlamaCppModel:
+        pooled = pool_model(name, model, self._server, self._default_args)
+        return LlamaCppModel(self._pool, pooled, model, self._headers, self._remove if cached else None)

@@ -1,1 +1,1 @@
-"""Server processes: who gets one, who has to go, one life of each."""
+"""Server processes: which model gets one, which one makes room, and the life of each."""

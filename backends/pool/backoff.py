@@ -1,4 +1,4 @@
-"""When a model that failed may be tried again. Pure: the clock's value is handed in, in seconds."""
+"""When a model that failed may be tried again. Pure: the current time is an argument, in seconds."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Backoff:
         self._count(now, self._streak - 1)
 
     def worked(self) -> None:
-        """A server did its work: whatever went wrong before is over."""
+        """A server did its work: earlier failures no longer count."""
         self._streak = 0
         self._until = 0.0
         self._failures.clear()

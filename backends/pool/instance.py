@@ -1,33 +1,34 @@
-"""One life of one llama-server process, from its start to its end."""
+"""One life of one server process, from its start to its end."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from enum import StrEnum
 
 from llama_smart_proxy.backends.http.connection import ConnectionPool, Endpoint
 from llama_smart_proxy.backends.http.exchange import Timeouts
-from llama_smart_proxy.backends.llamacpp.command import build_argv, child_env, server_command
+from llama_smart_proxy.backends.pool.launcher import Command, CommandFor, PoolModel
 from llama_smart_proxy.backends.pool.logring import LogRing
+from llama_smart_proxy.backends.pool.messages import describe_exit, without_secrets
 from llama_smart_proxy.backends.pool.ports import Ports, is_free
-from llama_smart_proxy.backends.pool.readiness import NotOurs, prove_ours
+from llama_smart_proxy.backends.pool.readiness import NotOurs
 from llama_smart_proxy.backends.pool.spawn import Child, spawn
-from llama_smart_proxy.backends.pool.words import describe_exit, without_secrets
 from llama_smart_proxy.backends.threads import in_thread
-from llama_smart_proxy.backends.weights.files import resolve
-from llama_smart_proxy.proxy.config import Config, ModelConfig
-from llama_smart_proxy.proxy.errors import ConfigError, StartFailed
+from llama_smart_proxy.proxy.config import PoolConfig
+from llama_smart_proxy.proxy.errors import ProxyError, StartFailed
 
 logger = logging.getLogger(__name__)
 
 BIND_ATTEMPTS = 3
-LAST_WORDS = 10
+QUOTED_LINES = 10
+"""How many lines of a server's output an error message quotes."""
+BEFORE_STOP_SHARE = 0.5
+"""The part of `stop_timeout_s` that a launcher's `before_stop` may take."""
 
 
 class State(StrEnum):
@@ -40,21 +41,21 @@ class State(StrEnum):
 
 
 class Instance:
-    """A server process and its state, STARTING → READY → STOPPING → STOPPED, which nobody else changes.
+    """A server process and its state, STARTING → READY → STOPPING → STOPPED, which is changed only here.
 
-    `on_change(instance)` is called, in the event loop, after each change that nobody asked for: it is ready, it failed
-    or crashed (`error` says why), it has stopped. Once STOPPED its process is reaped and its port given back. `start()`
-    is called once; `stop()` at any time, as often as one likes.
+    `on_change(instance)` is called, in the event loop, after each change that `stop()` did not cause: it is ready, it
+    failed or crashed (`error` is the reason), it has stopped. Once STOPPED its process is reaped and its port released.
+    `start()` is called once; `stop()` at any time, any number of times.
 
-    `worked` is set by whoever got a whole answer from it. `pid` and `port` are 0 until there is a process, `slots` (how
-    many requests it generates for at a time) and `connections` are valid once it was READY, `load_s` is how long that
-    took.
+    `worked` is set by the caller that received a complete answer from it. `pid` and `port` are 0 until there is a
+    process, `slots` (how many requests it processes in parallel) and `connections` are valid once it was READY,
+    `load_s` is how long that took.
     """
 
     def __init__(
-        self, name: str, model: ModelConfig, config: Config, ports: Ports, on_change: Callable[[Instance], None]
+        self, model: PoolModel, config: PoolConfig, ports: Ports, on_change: Callable[[Instance], None]
     ) -> None:
-        self.name = name
+        self.name = model.name
         self.model = model
         self.state = State.STARTING
         self.error: StartFailed | None = None
@@ -69,16 +70,17 @@ class Instance:
         self._on_change = on_change
         self._key = secrets.token_urlsafe(24)
         self._log = LogRing()
+        self._command: Command | None = None
         self._child: Child | None = None
         self._exit: asyncio.Future[None]
         self._starting: asyncio.Task[None]
         self._life: asyncio.Task[None]
         self._over = asyncio.Event()
         self._since = time.monotonic()
-        self._last_sign = 0.0
+        self._last_output = 0.0
 
     def start(self, cause: str) -> None:
-        """Begin to live: find the model file, start a process, wait until it serves."""
+        """Begin: find the files, start a process, wait until it is ready."""
         logger.info("%s: starting: %s", self.name, cause)
         loop = asyncio.get_running_loop()
         self._starting = loop.create_task(self._start(), name=f"start {self.name}")
@@ -86,23 +88,24 @@ class Instance:
         self._life.add_done_callback(_report)
 
     def stop(self, cause: str) -> None:
-        """Begin to stop: cut every connection, then SIGTERM, SIGTERM once more, SIGKILL within `stop_timeout_s`.
+        """Begin to stop: close every connection, then SIGTERM, SIGTERM once more, SIGKILL within `stop_timeout_s`.
 
-        The second SIGTERM is for llama-server, which ignores the first one while a stream lives. One that is still
-        loading has nothing to lose and is killed.
+        The second SIGTERM is for llama-server, which ignores the first one while a stream lives. A process that is
+        still loading has nothing to lose and is killed; the launcher may save something of one that was ready.
         """
         if self.state in (State.STARTING, State.READY):
             self._become(State.STOPPING, cause)
             self._starting.cancel()
 
     async def wait_stopped(self, timeout_s: float | None = None) -> bool:
-        """Wait until it has STOPPED, at most `timeout_s` seconds; whether it has."""
+        """Wait until it has STOPPED, at most `timeout_s` seconds; return whether it has."""
         await asyncio.wait({self._life}, timeout=timeout_s)
         return self._life.done()
 
     def log_tail(self, lines: int = 200) -> list[str]:
         """The last lines the process printed, secrets blanked."""
-        text = without_secrets("\n".join(self._log.tail(lines)), self.model.env, self._key)
+        env = self._command.env if self._command is not None else {}
+        text = without_secrets("\n".join(self._log.tail(lines)), env, self._key)
         return text.split("\n") if text else []
 
     # -- its life --------------------------------------------------------------------------------------------------
@@ -128,7 +131,11 @@ class Instance:
 
     async def _end(self, child: Child, *, gently: bool) -> None:
         """Return once the process is reaped."""
-        grace_s = self._config.server_pool.stop_timeout_s if gently else 0.0
+        begun = time.monotonic()
+        grace_s = self._config.stop_timeout_s if gently else 0.0
+        if gently and child.returncode is None:
+            await self._before_stop(grace_s * BEFORE_STOP_SHARE)
+            grace_s -= time.monotonic() - begun
         for patience_s in (grace_s / 4, grace_s * 3 / 4):
             if patience_s > 0:
                 child.terminate()
@@ -138,6 +145,22 @@ class Instance:
                         return
         child.kill()
         await child.wait()
+
+    async def _before_stop(self, limit_s: float) -> None:
+        """Its own connections are closed by now, so that no request is under way: the launcher gets new ones."""
+        connections = self._connections()
+        await self._hook("before_stop", self.model.launcher.before_stop(connections), limit_s)
+        connections.close("it is being stopped")
+
+    async def _hook(self, name: str, call: Awaitable[None], limit_s: float) -> None:
+        """A failure of the launcher's code must neither keep the server from serving nor from ending."""
+        try:
+            async with asyncio.timeout(limit_s):
+                await call
+        except Exception as exc:
+            bug = None if isinstance(exc, ProxyError | TimeoutError) else exc
+            reason = str(exc) or type(exc).__name__
+            logger.warning("%s: %s of its launcher failed: %s", self.name, name, reason, exc_info=bug)
 
     def _gone_already(self) -> StartFailed | None:
         """The error if the process ended in the very moment it became ready."""
@@ -163,19 +186,19 @@ class Instance:
                 code = "shutting_down" if state is State.STOPPING else "upstream_disconnected"
                 self.connections.close(cause, code=code)
         if state is State.STOPPED:
-            self._give_port_back()
+            self._release_port()
 
-    def _give_port_back(self) -> None:
+    def _release_port(self) -> None:
         self._ports.release(self.port)
         self.port = 0
 
     # -- starting --------------------------------------------------------------------------------------------------
 
     async def _start(self) -> None:
-        argv_of = await in_thread(self._prepare)
+        command_for = await in_thread(self.model.launcher.prepare)
         for _ in range(BIND_ATTEMPTS):
             self.port = self._ports.reserve()
-            child = self._spawn(argv_of(self.port))
+            child = self._spawn(command_for)
             try:
                 return await self._until_ready(child)
             except NotOurs as exc:
@@ -183,37 +206,20 @@ class Instance:
                 reason = str(exc)
             child.kill()
             await child.wait()
-            self._give_port_back()
+            self._release_port()
         raise StartFailed(f"Model '{self.name}' failed to load: each of {BIND_ATTEMPTS} ports was lost: {reason}.")
 
-    def _prepare(self) -> Callable[[int], list[str]]:
-        """Find program and model file; return what makes the command line for a port. Blocks."""
-        try:
-            command = server_command(self._config.llama_cpp.server)
-        except ConfigError as exc:
-            raise StartFailed(str(exc)) from exc
-        gguf = resolve(self.name, self.model)
-        return lambda port: build_argv(
-            command,
-            name=self.name,
-            model=self.model,
-            gguf=gguf,
-            host=self._ports.host,
-            port=port,
-            default_args=self._config.default_args(),
-        )
-
-    def _spawn(self, argv: list[str]) -> Child:
+    def _spawn(self, command_for: CommandFor) -> Child:
         loop = asyncio.get_running_loop()
         self._exit = loop.create_future()
-        env = child_env(os.environ, self.model.env, self._key)
-        self._child = spawn(argv, env, self._printed, self._exited)
+        self._command = command_for(Endpoint(self._ports.host, self.port), self._key)
+        self._child = spawn(self._command.argv, self._command.env, self._printed, self._exited)
         self.pid = self._child.pid
-        self._last_sign = loop.time()
+        self._last_output = loop.time()
         return self._child
 
     async def _until_ready(self, child: Child) -> None:
-        """Return once the process serves; whichever comes first of that, its end and the load timeout decides.
+        """Return once the process is ready; whichever comes first of that, its end and the load timeout decides.
 
         Raises: `StartFailed`; `NotOurs` when another process has the port.
         """
@@ -236,27 +242,29 @@ class Instance:
             raise verdict
 
     def _connections(self) -> ConnectionPool:
-        pool = self._config.server_pool
-        limits = Timeouts(first_byte_s=pool.first_byte_timeout_s, idle_s=pool.idle_timeout_s)
+        assert self._command is not None
+        limits = Timeouts(first_byte_s=self._config.first_byte_timeout_s, idle_s=self._config.idle_timeout_s)
         auth = [("Authorization", f"Bearer {self._key}")]
-        return ConnectionPool(Endpoint(self._ports.host, self.port), headers=auth, timeouts=limits)
+        return ConnectionPool(self._command.endpoint, headers=auth, timeouts=limits)
 
     async def _prove(self) -> None:
-        self.slots = await prove_ours(self.connections, self._patience_s)
+        launcher = self.model.launcher
+        self.slots = await launcher.ready(self.connections, self._patience_s)
+        await self._hook("after_ready", launcher.after_ready(self.connections), self._config.load_timeout_s)
 
     def _patience_s(self) -> float:
         """Seconds the process may still stay silent. Raises: `StartFailed` when none are left."""
-        limit_s = self._config.server_pool.load_timeout_s
-        left_s = self._last_sign + limit_s - asyncio.get_running_loop().time()
+        limit_s = self._config.load_timeout_s
+        left_s = self._last_output + limit_s - asyncio.get_running_loop().time()
         if left_s > 0:
             return left_s
-        message = f"Model '{self.name}' did not load: no sign of life for {limit_s:g} s.{self._last_words()}"
+        message = f"Model '{self.name}' did not load: no sign of life for {limit_s:g} s.{self._quoted_log()}"
         raise StartFailed(message, status=504, code="model_load_timeout")
 
     # -- what the process does -------------------------------------------------------------------------------------
 
     def _printed(self, data: bytes) -> None:
-        self._last_sign = asyncio.get_running_loop().time()
+        self._last_output = asyncio.get_running_loop().time()
         self._log.feed(data)
 
     def _exited(self, returncode: int) -> None:
@@ -264,7 +272,7 @@ class Instance:
             self._exit.set_result(None)
         if self.state is State.READY:
             how = describe_exit(returncode)
-            message = f"Model '{self.name}' crashed: its server {how}.{self._last_words()}"
+            message = f"Model '{self.name}' crashed: its server {how}.{self._quoted_log()}"
             self.error = StartFailed(message, code="model_crashed")
             logger.error("%s", " | ".join(message.splitlines()))
             self._become(State.STOPPED, f"its server {how}")
@@ -273,14 +281,14 @@ class Instance:
     def _exited_error(self) -> StartFailed:
         assert self._child is not None and self._child.returncode is not None
         how = describe_exit(self._child.returncode)
-        return StartFailed(f"Model '{self.name}' failed to load: its server {how}.{self._last_words()}")
+        return StartFailed(f"Model '{self.name}' failed to load: its server {how}.{self._quoted_log()}")
 
-    def _last_words(self) -> str:
-        lines = self.log_tail(LAST_WORDS)
+    def _quoted_log(self) -> str:
+        lines = self.log_tail(QUOTED_LINES)
         return "\n" + "\n".join(lines) if lines else " It printed nothing."
 
 
 def _report(life: asyncio.Task[None]) -> None:
-    """A life that ends by an exception is a bug of ours; say so at once."""
+    """A life that ends by an exception is a bug of ours: log it at once."""
     if not life.cancelled() and (error := life.exception()) is not None:
         logger.error("%s failed", life.get_name(), exc_info=error)

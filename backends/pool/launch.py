@@ -19,7 +19,7 @@ OOM_SCORE = 500
 
 
 def tie_to(parent: int) -> None:
-    """Die with `parent`. The kernel looks at the *thread* that spawned us: `backends.spawn` uses the main one."""
+    """Die with `parent`. The kernel looks at the *thread* that spawned us: `pool.spawn` uses the main one."""
     if sys.platform == "linux":
         import ctypes
 

@@ -1,9 +1,9 @@
 """Children that outlived their proxy: how they are marked, found and ended.
 
-The kernel kills a child together with its proxy (`backends.launch`), but not what that child has forked, and only on
+The kernel kills a child together with its proxy (`pool.launch`), but not what that child has forked, and only on
 Linux. So every child carries the mark of its proxy in its environment, where its own children inherit it, and the next
-proxy to start ends whatever carries the mark of a dead one. Foreign processes, and those of a living proxy, are left
-alone. Linux only; elsewhere nothing is found.
+proxy to start ends every process that carries the mark of a dead one. Foreign processes, and those of a living proxy,
+are left alone. Linux only; elsewhere nothing is found.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 
 OWNER = "LSP_OWNER"
 """Environment variable of every child: `<pid of its proxy>:<start time of it>:<pid namespace>`. The start time, in
-clock ticks since boot, tells a proxy from a later process with the same pid; a pid of another namespace (a container)
-means nothing here."""
+clock ticks since boot, distinguishes a proxy from a later process with the same pid; a pid of another namespace (a
+container) means nothing here."""
 KILL_WAIT_S = 2.0
 
 

@@ -1,21 +1,29 @@
-"""What the pool keeps of each model and each process, and who has to go when room is needed. No event happens here."""
+"""Which model gets a process, and which process makes room for it: decisions only, computed from what there is.
+
+Times are seconds on any one clock.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
-from llama_smart_proxy.backends.pool.backoff import Backoff
-from llama_smart_proxy.backends.pool.instance import Instance, State
-from llama_smart_proxy.proxy.config import ModelConfig
-from llama_smart_proxy.proxy.errors import ProxyError, StartFailed
+from llama_smart_proxy.backends.pool.instance import State
 
 
-class Evictable(Protocol):
-    """What decides whether, and before whom, a process has to go. `released_at` counts seconds on any clock."""
+class Target(Protocol):
+    """A model that requests wait for and that has no process which is, or is becoming, ready."""
+
+    @property
+    def ending(self) -> bool:
+        """Whether its last process still exists; the next one is started after that."""
+
+
+class Running(Protocol):
+    """A process of the pool. `awaited`: requests wait for its model. `draining`: it accepts no requests, to make room
+    for another model; `unloading`: neither, as it was requested to stop; `closed_since`: when that began."""
 
     @property
     def state(self) -> State: ...
@@ -24,166 +32,131 @@ class Evictable(Protocol):
     @property
     def leases(self) -> int: ...
     @property
-    def wanted(self) -> bool: ...
+    def awaited(self) -> bool: ...
     @property
     def draining(self) -> bool: ...
     @property
+    def unloading(self) -> bool: ...
+    @property
+    def ready_at(self) -> float: ...
+    @property
     def released_at(self) -> float: ...
+    @property
+    def closed_since(self) -> float: ...
 
 
-E = TypeVar("E", bound=Evictable)
+R = TypeVar("R", bound=Running)
 
 
-def choose_victim(seats: Iterable[E]) -> E | None:
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """`size`: most processes at one time. `promised`: how many of those that are stopping make room for other targets,
+    which come first."""
+
+    size: int
+    promised: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """There is room: start it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evict(Generic[R]):
+    """Stop `victims` to make room."""
+
+    victims: Sequence[R]
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Until there is room. `promised`: a process that is stopping makes it; otherwise all are in use."""
+
+    promised: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Never:
+    """No process will ever make room: all are pinned."""
+
+
+def decide(target: Target, running: Sequence[R], limits: Limits) -> Start | Evict[R] | Wait | Never:
+    """What to do for `target` now, with these processes, those that are stopping included."""
+    if not target.ending and len(running) < limits.size:
+        return Start()
+    if sum(process.state is State.STOPPING for process in running) > limits.promised:
+        return Wait(promised=True)
+    if (victim := choose_victim(running)) is not None:
+        return Evict([victim])
+    if all(process.pinned and not process.unloading and _is_live(process) for process in running):
+        return Never()
+    return Wait(promised=False)
+
+
+def choose_victim(running: Iterable[R]) -> R | None:
     """The one to evict now, or None: never a pinned one, never one in use.
 
-    First those drained for this purpose, then the least recently released among those that nobody waits for, last those
-    that are still loading a model which nobody waits for any more.
+    First those drained for this purpose, then the least recently released among those whose model no request waits for,
+    last those that are still loading such a model.
     """
-    free = [
-        seat
-        for seat in seats
-        if not seat.pinned
-        and seat.leases == 0
-        and ((seat.state is State.READY and (seat.draining or not seat.wanted)) or _forsaken(seat))
-    ]
-    return min(free, key=lambda seat: (not seat.draining, _forsaken(seat), seat.released_at), default=None)
+    idle = (process for process in running if not process.pinned and process.leases == 0)
+    evictable = [process for process in idle if _is_unused(process) or _is_forsaken(process)]
+    return min(evictable, key=lambda p: (not p.draining, _is_forsaken(p), p.released_at), default=None)
 
 
-def choose_to_drain(seats: Iterable[E]) -> E | None:
-    """The busy one that shall admit nobody any more: the least recently released that is not pinned."""
-    busy = (seat for seat in seats if seat.state is State.READY and not seat.pinned and not seat.draining)
-    return min(busy, key=lambda seat: seat.released_at, default=None)
+@dataclass(frozen=True, slots=True)
+class Drains(Generic[R]):
+    """Which processes are to accept no more requests from now on, which are to accept them again, and when to decide
+    anew."""
+
+    begin: Sequence[R]
+    end: Sequence[R]
+    again_at: float
 
 
-def _forsaken(seat: Evictable) -> bool:
-    return seat.state is State.STARTING and not seat.wanted
+def plan_drains(starved_since: Iterable[float], running: Sequence[R], swap_after_s: float, now: float) -> Drains[R]:
+    """Drain as many busy processes as there are models that had no room for `swap_after_s` seconds; `starved_since`
+    has a time for each model without room.
+
+    A process serves its own queue for as long after it was loaded, so that a load serves more than one request.
+    """
+    due = sorted(since + swap_after_s for since in starved_since)
+    needed = sum(at <= now for at in due)
+    again = [at for at in due if at > now]
+    drained = [process for process in running if process.state is State.READY and _is_closed(process)]
+    # One whose last answer takes longer than that is no help any more: the next one is drained as well, and the one
+    # that is idle first makes room.
+    helpful = [process for process in drained if now < process.closed_since + swap_after_s]
+    again += [process.closed_since + swap_after_s for process in helpful]
+    surplus = len(drained) if not needed else max(0, len(helpful) - needed)
+    end = [process for process in reversed(drained) if process.draining][:surplus]
+    missing = max(0, needed - len(helpful))
+    begin = _to_drain(process for process in running if now >= process.ready_at + swap_after_s)[:missing]
+    if begin:
+        again.append(now + swap_after_s)
+    if len(begin) < missing:
+        again += [p.ready_at + swap_after_s for p in running if now < p.ready_at + swap_after_s and not p.pinned]
+    return Drains(begin, end, min(again, default=math.inf))
 
 
-@dataclass(eq=False, slots=True)
-class Waiter:
-    """A request that waits for its model. `slot`: it will occupy one of the server's slots."""
-
-    future: asyncio.Future[Seat]
-    slot: bool
-    since: float
-    timer: asyncio.TimerHandle | None = None
-
-    @property
-    def granted(self) -> bool:
-        return self.future.done() and not self.future.cancelled() and self.future.exception() is None
-
-    def fail(self, error: ProxyError) -> None:
-        if not self.future.done():
-            self.future.set_exception(error)
+def _to_drain(running: Iterable[R]) -> list[R]:
+    """Those that may be drained, the least recently released first."""
+    open_ = [process for process in running if process.state is State.READY and not _is_closed(process)]
+    return sorted((process for process in open_ if not process.pinned), key=lambda process: process.released_at)
 
 
-@dataclass(eq=False, slots=True)
-class Line:
-    """One model: who waits for it, first come first served, its process if it has one, and how its starts went."""
-
-    name: str
-    model: ModelConfig
-    seat: Seat | None = None
-    waiting: dict[Waiter, None] = field(default_factory=dict)  # for a slot; a dict is an ordered set
-    asking: dict[Waiter, None] = field(default_factory=dict)  # for a ready server only
-    backoff: Backoff = field(default_factory=Backoff)
-    error: StartFailed | None = None
-    keep_alive: float | None = None  # seconds that its process stays when idle, if a request asked for that
-    evicted_at: float = -math.inf
-    crashed: bool = False
-    restarts: int = 0
-
-    @property
-    def queued(self) -> int:
-        """How many wait for it."""
-        return len(self.waiting) + len(self.asking)
-
-    @property
-    def cold(self) -> bool:
-        """Whether it has no process that is, or is becoming, ready."""
-        return self.seat is None or self.seat.state in (State.STOPPING, State.STOPPED)
-
-    def queue(self, waiter: Waiter) -> dict[Waiter, None]:
-        return self.waiting if waiter.slot else self.asking
-
-    @property
-    def wants_since(self) -> float:
-        """Since when it has been without a process although somebody waits. An eviction starts the count anew, so that
-        the model it made room for comes first."""
-        first = min(next(iter(queue)).since for queue in (self.waiting, self.asking) if queue)
-        return max(first, self.evicted_at)
-
-    def fail_all(self, error: Callable[[], ProxyError]) -> None:
-        """Fail all who wait for it, each with an error object of its own."""
-        for waiter in (*self.asking, *self.waiting):
-            waiter.fail(error())
-        self.asking.clear()
-        self.waiting.clear()
+def _is_closed(process: Running) -> bool:
+    return process.draining or process.unloading
 
 
-@dataclass(eq=False, slots=True)
-class Seat:
-    """One of the pool's places, and the instance that has it until it is STOPPED. The pool alone writes here."""
+def _is_unused(process: Running) -> bool:
+    return process.state is State.READY and (process.draining or not process.awaited)
 
-    line: Line
-    instance: Instance
-    leases: int = 0
-    generating: int = 0  # leases that occupy a slot
-    ready_at: float = math.inf
-    released_at: float = math.inf
-    draining: bool = False  # admits nobody, to make room for another model
-    leaving: bool = False  # admits nobody, because it was told to unload
-    admits_nobody_since: float = math.inf
-    served: bool = False
-    idle_timer: asyncio.TimerHandle | None = None
 
-    @property
-    def state(self) -> State:
-        return self.instance.state
+def _is_forsaken(process: Running) -> bool:
+    return process.state is State.STARTING and not process.awaited
 
-    @property
-    def pinned(self) -> bool:
-        return self.instance.model.pinned
 
-    @property
-    def wanted(self) -> bool:
-        return self.line.queued > 0
-
-    @property
-    def admits(self) -> bool:
-        return self.instance.state is State.READY and not self.draining and not self.leaving
-
-    @property
-    def keep_alive_s(self) -> float | None:
-        """Seconds it stays when idle, if anybody said so: a request before its model; pinned is for ever."""
-        if self.pinned:
-            return math.inf
-        return self.line.model.keep_alive if self.line.keep_alive is None else self.line.keep_alive
-
-    def has_room(self, slot: bool) -> bool:
-        """Whether one more may come in now; `slot`: to generate."""
-        return self.admits and (not slot or self.generating < self.instance.slots)
-
-    def take(self, slot: bool) -> None:
-        self.leases += 1
-        self.generating += slot
-
-    def give_back(self, slot: bool, now: float) -> None:
-        self.leases -= 1
-        self.generating -= slot
-        self.released_at = now
-        if self.instance.worked and not self.served:
-            self.served = True
-            self.line.backoff.worked()
-
-    def stop(self, cause: str) -> None:
-        self.draining = False
-        self.line.keep_alive = None
-        self.cancel_idle_timer()
-        self.instance.stop(cause)
-
-    def cancel_idle_timer(self) -> None:
-        if self.idle_timer is not None:
-            self.idle_timer.cancel()
-            self.idle_timer = None
+def _is_live(process: Running) -> bool:
+    return process.state in (State.STARTING, State.READY)

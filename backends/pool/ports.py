@@ -1,4 +1,4 @@
-"""TCP ports for the children: each given to one at a time, and only while nobody else listens on it."""
+"""TCP ports for the children: each is reserved for one at a time, and only while no other process listens on it."""
 
 from __future__ import annotations
 

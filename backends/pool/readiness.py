@@ -1,69 +1,76 @@
-"""When a server that was just started may be given requests: it is ready, and it is the one we started."""
+"""When a server that was just started may be sent requests: it is ready, and it is the one we started."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 from llama_smart_proxy.backends.base import UpstreamRequest
 from llama_smart_proxy.backends.http.connection import ConnectionPool
 from llama_smart_proxy.proxy.errors import UpstreamFailed
 
+T = TypeVar("T")
+
 POLL_S = 0.015
 ANSWER_S = 2.0
-
-HEALTH = UpstreamRequest("GET", "/health", slot=False)
-PROPS = UpstreamRequest("GET", "/props", slot=False)
 
 
 class NotOurs(Exception):
     """Another process answers on the port, or listens there."""
 
 
-async def prove_ours(connections: ConnectionPool, patience_s: Callable[[], float]) -> int:
-    """Wait until the server behind `connections` serves its model; return its number of parallel slots.
+async def wait_until(attempt: Callable[[float], Awaitable[T | None]], patience_s: Callable[[], float]) -> T:
+    """Call `attempt` with the seconds that it may take until it returns something; return that.
 
-    `connections` carry a key that only our own child was told. Whoever answers on the port counts as it only when it
-    refuses a wrong key and takes the right one; the right one is not shown to it before. `patience_s` is asked before
-    each attempt how many seconds it may take, and ends the waiting by raising.
+    `patience_s` is called before each attempt and returns the seconds that are left.
+
+    Raises: what `patience_s` raises; what `attempt` raises but `UpstreamFailed`, after which it is called again.
+    """
+    while True:
+        left_s = patience_s()
+        try:
+            result = await attempt(min(ANSWER_S, left_s))
+        except UpstreamFailed:
+            result = None
+        if result is not None:
+            return result
+        await asyncio.sleep(min(POLL_S, left_s))
+
+
+async def is_up(connections: ConnectionPool, path: str, timeout_s: float) -> bool | None:
+    """True if `GET path` returns 200, else None."""
+    status, _ = await connections.fetch(UpstreamRequest("GET", path, slot=False), timeout_s=timeout_s)
+    return True if status == 200 else None
+
+
+async def prove_ours(
+    connections: ConnectionPool, patience_s: Callable[[], float], *, health_path: str, keyed_path: str
+) -> bytes:
+    """Wait until the server of `connections` is ready, and return its answer to `GET keyed_path`.
+
+    `connections` carry a key that only our own child received. A server on that port is ours only if it refuses a wrong
+    key and accepts the right one for `keyed_path`; the right one is not sent to it before. `health_path` requires none.
 
     Raises: `NotOurs`; what `patience_s` raises.
     """
     stranger = ConnectionPool(connections.endpoint, headers=[("Authorization", "Bearer a-wrong-key")])
+
+    async def attempt(timeout_s: float) -> bytes | None:
+        keyed = UpstreamRequest("GET", keyed_path, slot=False)
+        if not await is_up(stranger, health_path, timeout_s):
+            return None
+        status, _ = await stranger.fetch(keyed, timeout_s=timeout_s)
+        if status == 503:
+            return None
+        if status not in (401, 403):
+            raise NotOurs("what answers there takes any key")
+        status, body = await connections.fetch(keyed, timeout_s=timeout_s)
+        if status in (401, 403):
+            raise NotOurs("what answers there does not take our key")
+        return body if status == 200 else None
+
     try:
-        while True:
-            left_s = patience_s()
-            try:
-                slots = await _ask(stranger, connections, min(ANSWER_S, left_s))
-            except UpstreamFailed:
-                slots = None
-            if slots is not None:
-                return slots
-            await asyncio.sleep(min(POLL_S, left_s))
+        return await wait_until(attempt, patience_s)
     finally:
         stranger.close("done")
-
-
-async def _ask(stranger: ConnectionPool, connections: ConnectionPool, timeout_s: float) -> int | None:
-    """The number of slots, or None when it is not ready."""
-    status, _ = await stranger.fetch(HEALTH, timeout_s=timeout_s)
-    if status != 200:
-        return None
-    status, _ = await stranger.fetch(PROPS, timeout_s=timeout_s)
-    if status == 503:
-        return None
-    if status not in (401, 403):
-        raise NotOurs("what answers there takes any key")
-    status, body = await connections.fetch(PROPS, timeout_s=timeout_s)
-    if status in (401, 403):
-        raise NotOurs("what answers there does not take our key")
-    return _slots(body) if status == 200 else None
-
-
-def _slots(body: bytes) -> int:
-    """`total_slots` of `/props`. Source: llama.cpp tools/server/README.md, GET /props."""
-    try:
-        return max(1, int(json.loads(body)["total_slots"]))
-    except (ValueError, KeyError, TypeError):
-        return 1

@@ -1,6 +1,6 @@
 """Child processes: the one place that makes them, and how their output and their end become events.
 
-A child is started through `backends.launch`, which ties its life to ours, in a session and process group of its own;
+A child is started through `pool.launch`, which ties its life to ours, in a session and process group of its own;
 every signal goes to the whole group. Its two outputs are one pipe, its input is empty.
 """
 
@@ -25,13 +25,13 @@ logger = logging.getLogger(__name__)
 
 LAUNCH = str(Path(__file__).with_name("launch.py"))
 READ_BYTES = 64 * 1024
-LAST_WORDS_READS = 16
+FINAL_READS = 16
 
 
 class Child:
     """A process of ours, from its spawn until it is reaped. All methods and callbacks run in the event loop.
 
-    `pid` is also its process group. Keep a reference until it has ended: nobody else holds it.
+    `pid` is also its process group. Keep a reference until it has ended: there is no other.
     """
 
     def __init__(
@@ -103,11 +103,11 @@ class Child:
         return True
 
     def _exited(self) -> None:
-        """The process has ended. It is still a zombie, so its group id cannot mean anybody else yet: what is left of
+        """The process has ended. It is still a zombie, so no other process can have its group id yet: what is left of
         the group goes first. A process that escaped from the group and still holds the pipe delays nothing.
         """
         self._signal(signal.SIGKILL)
-        for _ in range(LAST_WORDS_READS):
+        for _ in range(FINAL_READS):
             if self._output < 0 or not self._readable():
                 break
         self.returncode = self._process.wait()
@@ -154,7 +154,7 @@ def spawn(
     child that prints why and exits with 127.
 
     Raises: `StartFailed` (code `spawn_failed`) when the system refuses another process or file descriptor;
-    `RuntimeError` outside the main thread: the kernel ends a child with the *thread* that made it (`backends.launch`).
+    `RuntimeError` outside the main thread: the kernel ends a child with the *thread* that made it (`pool.launch`).
     """
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError("children must be spawned from the main thread")

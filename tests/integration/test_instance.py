@@ -19,10 +19,10 @@ from llama_smart_proxy.backends.base import UpstreamRequest
 from llama_smart_proxy.backends.pool.instance import Instance, State
 from llama_smart_proxy.backends.pool.ports import Ports, is_free
 from llama_smart_proxy.backends.pool.spawn import Child
-from llama_smart_proxy.proxy.config import Config, ModelConfig
+from llama_smart_proxy.proxy.config import Config
 from llama_smart_proxy.proxy.errors import StartFailed, UpstreamFailed
 from tests.support.harness import free_port, until
-from tests.support.pools import Fakes, chat, children, open_fds, own_tasks, warm_up
+from tests.support.pools import FakeModel, Fakes, chat, children, open_fds, own_tasks, warm_up
 
 SOON_S = 20.0
 STOP_S = 120.0
@@ -41,11 +41,11 @@ async def start() -> AsyncIterator[Callable[..., Instance]]:
     tasks, fds = own_tasks(), open_fds()
     made: list[Instance] = []
 
-    def make(model: ModelConfig, config: Config, changes: list[State] | None = None) -> Instance:
+    def make(model: FakeModel, config: Config, changes: list[State] | None = None) -> Instance:
         seen: list[State] = [] if changes is None else changes
         pool = config.server_pool
         ports = Ports(pool.host, pool.ports)
-        instance = Instance("m", model, config, ports, lambda instance: seen.append(instance.state))
+        instance = Instance(model.at("m"), pool, ports, lambda instance: seen.append(instance.state))
         made.append(instance)
         instance.start("a test")
         return instance
@@ -243,7 +243,7 @@ async def test_a_port_lost_after_the_probe_is_replaced(fakes: Fakes, rounds: int
     for _ in range(rounds):
         ports = Grabber(config.server_pool.ports, times=2)
         before = fakes.spawns
-        instance = Instance("m", fakes.model(), config, ports, lambda instance: None)
+        instance = Instance(fakes.model().at("m"), config.server_pool, ports, lambda instance: None)
         instance.start("a test")
         await ready(instance)
         assert fakes.spawns - before <= 3
@@ -254,7 +254,7 @@ async def test_a_port_lost_after_the_probe_is_replaced(fakes: Fakes, rounds: int
 
 async def test_losing_every_port_is_a_failure(fakes: Fakes) -> None:
     ports = Grabber(fakes.config().server_pool.ports, times=9)
-    instance = Instance("m", fakes.model(), fakes.config(), ports, lambda instance: None)
+    instance = Instance(fakes.model().at("m"), fakes.config().server_pool, ports, lambda instance: None)
     instance.start("a test")
     assert "3 ports" in (await failed(instance)).message
     await instance.wait_stopped()

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from llama_smart_proxy.backends.pool.placement import Line
 from llama_smart_proxy.backends.pool.pool import Pool
-from llama_smart_proxy.proxy.config import ModelConfig
+from llama_smart_proxy.backends.pool.queue import ModelQueue
 from llama_smart_proxy.proxy.errors import Overloaded
 from tests.support.harness import until
-from tests.support.pools import Fakes, ask, chat, children, open_pool
+from tests.support.pools import FakeModel, Fakes, ask, chat, children, leased, open_pool
 
 LONG = 600.0
 
@@ -24,20 +23,20 @@ def fakes(tmp_path: Path) -> Fakes:
     return Fakes(tmp_path)
 
 
-def line_of(pool: Pool, name: str, model: ModelConfig) -> Line:
-    return pool._scheduler.line(name, model)
+def queue_of(pool: Pool, name: str, model: FakeModel) -> ModelQueue:
+    return pool._scheduler.queue(model.at(name))
 
 
-async def ask_for(pool: Pool, name: str, model: ModelConfig, keep_alive: float, **fake: object) -> None:
+async def ask_for(pool: Pool, name: str, model: FakeModel, keep_alive: float, **fake: object) -> None:
     """One request that says how long the model shall stay."""
-    pool._scheduler.set_keep_alive(line_of(pool, name, model), keep_alive)
+    pool._scheduler.set_keep_alive(queue_of(pool, name, model), keep_alive)
     await ask(pool, name, model, **fake)
 
 
 def left_s(pool: Pool, name: str) -> float | None:
     """Seconds until the model is stopped."""
-    seat = pool._scheduler.lines[name].seat
-    expires_at = pool._scheduler.expires_at(seat) if seat is not None else None
+    place = pool._scheduler.queues[name].place
+    expires_at = pool._scheduler.expires_at(place) if place is not None else None
     return None if expires_at is None else expires_at - asyncio.get_running_loop().time()
 
 
@@ -78,8 +77,8 @@ async def test_the_last_request_wins_also_over_a_timer_that_runs(fakes: Fakes) -
 async def test_an_idle_model_may_be_told_too(fakes: Fakes) -> None:
     async with open_pool(fakes.config(keep_alive=LONG)) as pool:
         model = fakes.model()
-        await pool.load("a", model)
-        pool._scheduler.set_keep_alive(line_of(pool, "a", model), 0.2)
+        await pool.load(model.at("a"))
+        pool._scheduler.set_keep_alive(queue_of(pool, "a", model), 0.2)
         assert pool.state("a") == "loaded"
         await until(lambda: pool.state("a") == "unloaded", what="the unload")
 
@@ -144,15 +143,15 @@ async def test_a_model_kept_for_ever_still_makes_room(fakes: Fakes) -> None:
 async def test_when_a_model_expires_is_known_while_it_is_loaded(fakes: Fakes) -> None:
     async with open_pool(fakes.config(keep_alive=LONG)) as pool:
         model = fakes.model(fake={"LOAD_S": 0.2})
-        loading = asyncio.ensure_future(pool.load("a", model))
+        loading = asyncio.ensure_future(pool.load(model.at("a")))
         await until(lambda: pool.state("a") == "loading")
         assert left_s(pool, "a") is None
         await loading
-        async with pool.lease("a", model) as instance:
+        async with leased(pool, "a", model) as instance:
             await chat(instance, tokens=10, token_ms=40)
-            now, seat = asyncio.get_running_loop().time, pool._scheduler.lines["a"].seat
-            assert seat is not None
-            before, expires_at = now(), pool._scheduler.expires_at(seat)
+            now, place = asyncio.get_running_loop().time, pool._scheduler.queues["a"].place
+            assert place is not None
+            before, expires_at = now(), pool._scheduler.expires_at(place)
             assert expires_at is not None and before <= expires_at - LONG <= now()  # from now on, however long it takes
             await pool.unload("a")
             told_to_go = left_s(pool, "a")
@@ -163,8 +162,8 @@ async def test_when_a_model_expires_is_known_while_it_is_loaded(fakes: Fakes) ->
 async def test_the_wish_of_a_request_that_fails_does_no_harm(fakes: Fakes) -> None:
     async with open_pool(fakes.config(queue_limit=0)) as pool:
         model = fakes.model(parallel=1)
-        await pool.load("a", model)
-        async with pool.lease("a", model):
+        await pool.load(model.at("a"))
+        async with leased(pool, "a", model):
             with pytest.raises(Overloaded):
                 await ask_for(pool, "a", model, LONG)
         assert pool.state("a") == "loaded"

@@ -7,16 +7,19 @@ import math
 import signal
 import time
 from collections.abc import Awaitable
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from llama_smart_proxy.backends.base import Priority, Services, UpstreamRequest
+from llama_smart_proxy.backends.llamacpp.provider import LlamaCpp
 from llama_smart_proxy.backends.pool.pool import Pool
-from llama_smart_proxy.proxy.config import Config, ModelConfig
+from llama_smart_proxy.proxy.config import Config
 from llama_smart_proxy.proxy.errors import Overloaded
 from tests.support.harness import PATIENCE_S, until
-from tests.support.pools import Fakes, ask, chat, children, open_pool
+from tests.support.pools import CHAT, FakeModel, Fakes, ask, chat, children, leased, open_pool
 
 
 @pytest.fixture
@@ -24,8 +27,8 @@ def fakes(tmp_path: Path) -> Fakes:
     return Fakes(tmp_path)
 
 
-async def hold(pool: Pool, name: str, model: ModelConfig, let_go: asyncio.Event, *, slot: bool = True) -> None:
-    async with pool.lease(name, model, slot=slot):
+async def hold(pool: Pool, name: str, model: FakeModel, let_go: asyncio.Event, *, slot: bool = True) -> None:
+    async with leased(pool, name, model, slot=slot):
         await let_go.wait()
 
 
@@ -67,7 +70,7 @@ async def test_no_more_than_its_slots_generate_at_a_time_in_the_order_they_came(
 
         async def use(number: int) -> None:
             nonlocal inside, worst
-            async with pool.lease("a", model) as instance:
+            async with leased(pool, "a", model) as instance:
                 order.append(number)
                 inside += 1
                 worst = max(worst, inside)
@@ -86,11 +89,39 @@ async def test_questions_need_no_slot(fakes: Fakes) -> None:
         await until(lambda: leases(pool, "a") == 1)
         waiter = asyncio.ensure_future(ask(pool, "a", model))
         await until(lambda: queue(pool, "a") == 1)
-        async with pool.lease("a", model, slot=False) as instance:
+        async with leased(pool, "a", model, slot=False) as instance:
             assert instance.slots == 1
         assert not waiter.done()
         let_go.set()
         await asyncio.gather(holder, waiter)
+
+
+async def test_a_lease_names_its_slot_which_remembers_the_last_request(fakes: Fakes) -> None:
+    async with open_pool(fakes.config()) as pool, AsyncExitStack() as stack:
+        model = fakes.model(parallel=2).at("a")
+        first, second, third = (UpstreamRequest("POST", CHAT, body=b"%d" % number) for number in range(3))
+        leases = [await stack.enter_async_context(pool.lease(model, request)) for request in (first, second)]
+        slots = leases[0].place.slots
+        assert [lease.slot for lease in leases] == [0, 1]
+        async with pool.lease(model, UpstreamRequest("GET", "/props", slot=False)) as question:
+            assert question.slot is None and question.instance is leases[0].instance
+        waiting = asyncio.ensure_future(stack.enter_async_context(pool.lease(model, third)))
+        await until(lambda: queue(pool, "a") == 1)
+        await stack.pop_all().aclose()
+        assert [slot.last for slot in slots] == [first, second]
+        assert (await waiting).slot == 1  # the last one that was entered was left first
+        assert [slot.last for slot in slots] == [first, third] and slots[1].busy
+
+
+async def test_a_request_that_waits_is_known_by_client_and_priority(fakes: Fakes) -> None:
+    async with open_pool(fakes.config()) as pool:
+        model = fakes.model(fake={"LOAD_S": 600})
+        request = UpstreamRequest("POST", CHAT, client="c", priority=Priority.TASK)
+        waiting = asyncio.ensure_future(pool.lease(model.at("a"), request).__aenter__())
+        await until(lambda: queue(pool, "a") == 1)
+        [waiter] = pool._scheduler.queues["a"].slot_waiters
+        assert (waiter.request.client, waiter.request.priority) == ("c", Priority.TASK)
+        waiting.cancel()
 
 
 async def test_a_loading_model_delays_no_other(fakes: Fakes) -> None:
@@ -121,7 +152,7 @@ async def test_a_thousand_requests_on_a_cold_model_cause_one_load_and_are_served
         model, order = fakes.model(fake={"LOAD_S": 0.5}, parallel=4), list[int]()
 
         async def use(number: int) -> None:
-            async with pool.lease("a", model) as instance:
+            async with leased(pool, "a", model) as instance:
                 order.append(number)
                 await chat(instance, tokens=1)
 
@@ -238,8 +269,8 @@ async def test_load_and_unload_are_idempotent(fakes: Fakes) -> None:
     async with open_pool(fakes.config(queue_limit=0)) as pool:
         model = fakes.model()
         await pool.unload("a")
-        await asyncio.gather(pool.load("a", model), pool.load("a", model))
-        await pool.load("a", model)
+        await asyncio.gather(pool.load(model.at("a")), pool.load(model.at("a")))
+        await pool.load(model.at("a"))
         assert pool.state("a") == "loaded" and fakes.spawns == 1
         await asyncio.gather(pool.unload("a"), pool.unload("a"))
         assert pool.state("a") == "unloaded" and not children()
@@ -276,6 +307,7 @@ async def test_preload_loads_in_the_background_pinned_first(fakes: Fakes) -> Non
     models["c"] = fakes.model(preload=True, pinned=True, fake=slow)
     config = Config.model_validate(config.model_dump() | {"models": {k: v.model_dump() for k, v in models.items()}})
     async with open_pool(config) as pool:
+        await LlamaCpp(config, Services(pool.downloads, pool)).start()
         assert pool.state("a") != "loaded" != pool.state("c")
         await until(lambda: pool.state("a") == pool.state("c") == "loaded")
         assert pool.state("b") == "unloaded" and fakes.spawns == 2
@@ -284,7 +316,7 @@ async def test_preload_loads_in_the_background_pinned_first(fakes: Fakes) -> Non
 async def test_status_tells_what_operators_ask_for(fakes: Fakes) -> None:
     async with open_pool(fakes.config()) as pool:
         assert pool.status() == []
-        async with pool.lease("a", fakes.model()) as instance:
+        async with leased(pool, "a", fakes.model()) as instance:
             [entry] = pool.status()
             assert entry["model"] == "a" and entry["state"] == "ready"
             assert entry["pid"] == instance.pid and entry["port"] == instance.port

@@ -16,11 +16,10 @@ from llama_smart_proxy.backends.base import UpstreamRequest
 from llama_smart_proxy.backends.http.exchange import BUFFER_LIMIT
 from llama_smart_proxy.backends.pool import backoff
 from llama_smart_proxy.backends.pool.pool import Pool
-from llama_smart_proxy.proxy.config import ModelConfig
 from llama_smart_proxy.proxy.errors import StartFailed, UpstreamFailed
 from tests.support.e2e_support import CHAT
 from tests.support.harness import PATIENCE_S, until
-from tests.support.pools import Fakes, ask, chat, open_fds, open_pool
+from tests.support.pools import FakeModel, Fakes, ask, chat, leased, open_fds, open_pool
 
 
 @pytest.fixture
@@ -34,7 +33,7 @@ def long_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backoff, "FIRST_S", 60.0)
 
 
-async def failure(pool: Pool, model: ModelConfig, name: str = "bad") -> StartFailed:
+async def failure(pool: Pool, model: FakeModel, name: str = "bad") -> StartFailed:
     with pytest.raises(StartFailed) as caught:
         await ask(pool, name, model)
     return caught.value
@@ -125,7 +124,7 @@ async def test_an_exhausted_port_range_fails_at_once_and_costs_no_back_off(fakes
     start = fakes.config().server_pool.port_start
     async with open_pool(fakes.config(size=2, port_start=start, port_end=start)) as pool:
         model = fakes.model()
-        async with pool.lease("a", model):
+        async with leased(pool, "a", model):
             error = await failure(pool, model)
             assert error.code == "no_free_port" and error.status == 503
         await pool.unload("a")
@@ -141,7 +140,7 @@ async def test_no_file_descriptors_left_fails_one_request_not_the_pool(fakes: Fa
         lowest_free = next(number for number in range(1000) if number not in used)
         resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free + 1, limits[1]))
         try:
-            async with pool.lease("bad", model):
+            async with leased(pool, "bad", model):
                 pytest.fail("it was started")
         except StartFailed as exc:
             assert exc.code == "spawn_failed"
@@ -159,7 +158,7 @@ async def test_a_crash_after_work_is_followed_by_a_fresh_start(fakes: Fakes) -> 
         for count in range(4):
             await ask(pool, "a", model)
             assert pool.status()[0]["restarts"] == count
-            async with pool.lease("a", model) as instance:
+            async with leased(pool, "a", model) as instance:
                 os.kill(instance.pid, signal.SIGKILL)
                 assert await instance.wait_stopped(PATIENCE_S)
             assert pool.state("a") == "unloaded"
@@ -171,7 +170,7 @@ async def test_a_request_that_broke_can_be_sent_again_at_once(fakes: Fakes) -> N
     async with open_pool(fakes.config()) as pool:
         model = fakes.model(fake={"DIE_AFTER": 0, "TIMES": 1, "COUNTER": fakes.folder / "counter"})
         with pytest.raises(UpstreamFailed):
-            async with pool.lease("a", model) as instance:
+            async with leased(pool, "a", model) as instance:
                 try:
                     await chat(instance)
                 finally:
@@ -186,7 +185,7 @@ async def test_a_crash_in_mid_stream_that_only_the_end_of_the_process_tells_is_a
     call = UpstreamRequest("POST", CHAT, json.dumps({"stream": True, "fake": {"tokens": 1_000_000}}).encode())
     async with (
         open_pool(fakes.config()) as pool,
-        pool.lease("m", model) as instance,
+        leased(pool, "m", model) as instance,
         instance.connections.request(call) as response,
     ):
         await until(lambda: response._held > BUFFER_LIMIT)
@@ -203,7 +202,7 @@ async def test_a_server_that_dies_on_every_first_request_is_left_alone(fakes: Fa
         model = fakes.model(fake={"DIE_AFTER": 0})
         for _ in range(2):
             with pytest.raises(UpstreamFailed):
-                async with pool.lease("a", model) as instance:
+                async with leased(pool, "a", model) as instance:
                     try:
                         await chat(instance)
                     finally:

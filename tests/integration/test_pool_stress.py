@@ -16,10 +16,9 @@ from llama_smart_proxy.backends.http.connection import UNREACHABLE
 from llama_smart_proxy.backends.pool import backoff
 from llama_smart_proxy.backends.pool.instance import State
 from llama_smart_proxy.backends.pool.pool import Pool
-from llama_smart_proxy.proxy.config import ModelConfig
 from llama_smart_proxy.proxy.errors import ProxyError
 from tests.support.harness import until
-from tests.support.pools import Census, Fakes, chat, elapse, open_pool
+from tests.support.pools import Census, FakeModel, Fakes, chat, elapse, leased, open_pool
 
 SIZE = 2
 NAMES = "abcd"
@@ -28,7 +27,7 @@ NAMES = "abcd"
 class Dice:
     """One run: clients that do anything, and an observer that checks after every turn of the event loop or so."""
 
-    def __init__(self, pool: Pool, models: dict[str, ModelConfig], seed: int, seconds: float) -> None:
+    def __init__(self, pool: Pool, models: dict[str, FakeModel], seed: int, seconds: float) -> None:
         self.pool = pool
         self.models = models
         self.chance = random.Random(seed)
@@ -43,7 +42,7 @@ class Dice:
         name = self.chance.choice(NAMES)
         slot = self.chance.random() < 0.8
         try:
-            async with self.pool.lease(name, self.models[name], slot=slot) as instance:
+            async with leased(self.pool, name, self.models[name], slot=slot) as instance:
                 assert instance.name == name
                 assert instance.state is not State.STARTING
                 if slot:
@@ -84,19 +83,19 @@ class Dice:
                 await self.pool.unload(name)
             elif act < 0.7:
                 with suppress(ProxyError):
-                    await self.pool.load(name, self.models[name])
-            elif ready := [seat.instance for seat in self.pool._scheduler.seats if seat.state is State.READY]:
+                    await self.pool.load(self.models[name].at(name))
+            elif ready := [place.instance for place in self.pool._scheduler.places if place.state is State.READY]:
                 os.kill(self.chance.choice(ready).pid, signal.SIGKILL)
                 self.count("killed")
 
     def check(self) -> None:
         scheduler = self.pool._scheduler
-        assert len(scheduler.seats) <= SIZE
-        for seat in scheduler.seats:
-            assert seat.leases >= seat.generating >= 0
-            assert seat.state is not State.STOPPING or seat.leases == 0
-            assert seat.line.seat is seat
-            assert seat.generating <= seat.instance.slots
+        assert len(scheduler.places) <= SIZE
+        for place in scheduler.places:
+            assert place.leases >= place.generating >= 0
+            assert place.state is not State.STOPPING or place.leases == 0
+            assert place.queue.place is place
+            assert place.generating <= place.instance.slots
 
     async def observer(self) -> None:
         while time.monotonic() < self.ends:
@@ -122,7 +121,7 @@ async def test_the_pool_keeps_its_laws_whatever_happens(
             workers = [dice.client() for _ in range(16)] + [dice.meddler(), dice.observer()]
             await asyncio.gather(*workers)  # nobody is left waiting
         scheduler = pool._scheduler
-        await until(lambda: not scheduler.queued and not any(seat.leases for seat in scheduler.seats))
+        await until(lambda: not scheduler.queued and not any(place.leases for place in scheduler.places))
         dice.check()
         assert not any(dice.inside.values())
         for name in NAMES:  # and whatever happened, everybody is served in the end
@@ -131,9 +130,9 @@ async def test_the_pool_keeps_its_laws_whatever_happens(
     assert dice.outcomes["served"] > len(NAMES) and dice.outcomes["left"] > 0
 
 
-async def served(pool: Pool, name: str, model: ModelConfig) -> bool:
+async def served(pool: Pool, name: str, model: FakeModel) -> bool:
     try:
-        async with pool.lease(name, model) as instance:
+        async with leased(pool, name, model) as instance:
             return bool(await chat(instance, tokens=1))
     except ProxyError:
         return False

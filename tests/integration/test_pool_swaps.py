@@ -7,20 +7,14 @@ import random
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from llama_smart_proxy.backends.pool.instance import State
-from llama_smart_proxy.backends.pool.placement import choose_to_drain, choose_victim
 from llama_smart_proxy.backends.pool.pool import Pool
-from llama_smart_proxy.proxy.config import ModelConfig
 from llama_smart_proxy.proxy.errors import Overloaded
-from tests.support.harness import until
-from tests.support.pools import Census, Fakes, ask, chat, elapse, open_pool
+from tests.support.harness import ports, until
+from tests.support.pools import Census, FakeModel, Fakes, ask, chat, elapse, leased, open_pool
 
 
 @pytest.fixture
@@ -32,60 +26,13 @@ LONG_S = 30.0
 """Nothing here takes so long on any machine; a defect takes for ever."""
 
 
-@dataclass(frozen=True)
-class Standing:
-    """What the choice looks at."""
-
-    state: State = State.READY
-    pinned: bool = False
-    leases: int = 0
-    wanted: bool = False
-    draining: bool = False
-    released_at: float = 0.0
-
-
-standings = st.lists(
-    st.builds(
-        Standing,
-        state=st.sampled_from(State),
-        pinned=st.booleans(),
-        leases=st.integers(0, 2),
-        wanted=st.booleans(),
-        draining=st.booleans(),
-        released_at=st.floats(0, 100),
-    ),
-    max_size=6,
-)
-
-
-@given(standings)
-def test_leased_pinned_or_ending_instances_are_never_victims(seats: list[Standing]) -> None:
-    victim = choose_victim(seats)
-    if victim is not None:
-        assert victim.leases == 0 and not victim.pinned
-        assert victim.state in (State.READY, State.STARTING)
-        assert not victim.wanted or (victim.draining and victim.state is State.READY)
-    else:
-        assert not [s for s in seats if s.state is State.READY and not (s.leases or s.pinned or s.wanted)]
-
-
-def test_the_least_recently_released_goes_first() -> None:
-    old, new = Standing(released_at=1), Standing(released_at=2)
-    assert choose_victim([new, old]) is old
-    assert choose_victim([old, Standing(leases=1)]) is old
-    assert choose_victim([old, Standing(draining=True, wanted=True, released_at=9)]) != old
-    assert choose_victim([new, Standing(state=State.STARTING)]) is new
-    assert choose_victim([Standing(state=State.STARTING, wanted=True)]) is None
-    assert choose_to_drain([Standing(leases=1, released_at=3), busy := Standing(leases=1, released_at=2)]) is busy
-
-
 @asynccontextmanager
-async def busy(pool: Pool, name: str, model: ModelConfig) -> AsyncIterator[asyncio.Event]:
+async def busy(pool: Pool, name: str, model: FakeModel) -> AsyncIterator[asyncio.Event]:
     """Hold a lease until the yielded event is set, or the block is left."""
     let_go, held = asyncio.Event(), asyncio.Event()
 
     async def hold() -> None:
-        async with pool.lease(name, model):
+        async with leased(pool, name, model):
             held.set()
             await let_go.wait()
 
@@ -123,7 +70,7 @@ async def test_pinned_models_stay_and_fill_the_pool(fakes: Fakes) -> None:
 async def test_a_busy_instance_is_never_evicted(fakes: Fakes) -> None:
     async with open_pool(fakes.config(size=1, swap_after_s=600)) as pool:
         model = fakes.model()
-        async with pool.lease("a", model) as instance:
+        async with leased(pool, "a", model) as instance:
             other = asyncio.ensure_future(ask(pool, "b", model))
             assert b"t19" in await chat(instance, tokens=20, token_ms=50)
             assert not fakes.events("stop") and not other.done()
@@ -172,7 +119,7 @@ async def test_a_long_answer_does_not_keep_a_cold_model_out_when_another_place_b
             while not stop.is_set():
                 await ask(pool, "b", models["b"], tokens=1, token_ms=20)
 
-        async with pool.lease("a", models["a"]):
+        async with leased(pool, "a", models["a"]):
             crowds = [asyncio.ensure_future(crowd()) for _ in range(4)]
             try:
                 await until(lambda: pool.state("b") == "loaded")
@@ -189,8 +136,8 @@ async def test_two_cold_models_can_drain_two_instances(fakes: Fakes) -> None:
         model = fakes.model()
         async with busy(pool, "a", model) as a, busy(pool, "b", model) as b:
             cold = [asyncio.ensure_future(ask(pool, name, model)) for name in ("c", "d")]
-            drained = pool._scheduler.seats
-            await until(lambda: [seat.draining for seat in drained] == [True, True], what="two drained instances")
+            drained = pool._scheduler.places
+            await until(lambda: [place.draining for place in drained] == [True, True], what="two drained instances")
             kept_out = [asyncio.ensure_future(ask(pool, name, model)) for name in ("a", "b")]
             await asyncio.wait(kept_out, timeout=0.1)
             assert not any(task.done() for task in kept_out)
@@ -204,7 +151,7 @@ async def test_a_drained_instance_admits_again_when_nobody_wants_its_place(fakes
         model = fakes.model()
         async with busy(pool, "a", model):
             cold = asyncio.ensure_future(ask(pool, "b", model))
-            await until(lambda: pool._scheduler.seats[0].draining, what="the drain")
+            await until(lambda: pool._scheduler.places[0].draining, what="the drain")
             own = asyncio.ensure_future(ask(pool, "a", model))
             await asyncio.wait({own}, timeout=0.1)
             assert not own.done()
@@ -266,7 +213,7 @@ async def test_two_models_that_take_turns_in_one_place_neither_run_both_nor_star
             ends = time.monotonic() + burst_s
             while time.monotonic() < ends:
                 before = len(loads)
-                async with pool.lease(name, model) as instance:
+                async with leased(pool, name, model) as instance:
                     if loads[-1:] != [instance.pid]:
                         loads.append(instance.pid)
                     waits.append(len(loads) - before)
@@ -275,3 +222,46 @@ async def test_two_models_that_take_turns_in_one_place_neither_run_both_nor_star
         await asyncio.gather(*(client("ab"[number % 2]) for number in range(6)))
         assert max(waits) <= 3
     assert census.most == 1
+
+
+# -- another configuration -------------------------------------------------------------------------------------------
+
+
+async def test_a_pool_that_grows_starts_what_waits(fakes: Fakes) -> None:
+    config = fakes.config(size=1, swap_after_s=600)
+    async with open_pool(config) as pool:
+        model = fakes.model()
+        async with busy(pool, "a", model):
+            waiting = asyncio.ensure_future(ask(pool, "b", model))
+            await until(lambda: pool.status()[-1]["queue"] == 1)
+            pool.configure(config.server_pool.model_copy(update={"size": 2}))
+            await waiting
+            assert pool.state("a") == "loaded"
+
+
+async def test_a_pool_that_shrinks_stops_nothing_until_its_place_is_required(fakes: Fakes) -> None:
+    config = fakes.config(size=3)
+    async with open_pool(config) as pool:
+        model = fakes.model()
+        for name in "abc":
+            await ask(pool, name, model)
+        pool.configure(config.server_pool.model_copy(update={"size": 1}))
+        assert [pool.state(name) for name in "abc"] == ["loaded"] * 3
+        await ask(pool, "d", model)
+        assert [pool.state(name) for name in "abcd"] == ["unloaded"] * 3 + ["loaded"]
+        assert pool.fitting("ad") == [["d"], ["a"]]
+
+
+async def test_idle_processes_and_new_requests_get_the_new_times(fakes: Fakes) -> None:
+    config = fakes.config(keep_alive=600)
+    async with open_pool(config) as pool:
+        model = fakes.model(parallel=1)
+        await ask(pool, "a", model)
+        others = ports()
+        new = {"keep_alive": 0.1, "queue_timeout_s": 0.1, **others}
+        pool.configure(config.server_pool.model_copy(update=new))
+        await until(lambda: pool.state("a") == "unloaded", what="the unload")
+        async with busy(pool, "a", model):
+            assert pool.status()[0]["port"] in range(others["port_start"], others["port_end"] + 1)
+            with pytest.raises(Overloaded, match=r"within 0\.1 s"):
+                await ask(pool, "a", model)

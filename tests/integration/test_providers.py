@@ -27,7 +27,7 @@ NOWHERE = "http://127.0.0.1:9"
 def made(**fields: Any) -> tuple[Config, list[Provider]]:
     """A configuration, and the providers that it uses; none of them is started."""
     config = Config.model_validate({"llama_cpp": {"hf_cache": False}} | fields)
-    services = Services(Downloads(), Pool(config))
+    services = Services(Downloads(), Pool(config.server_pool))
     return config, [provider for kind in KINDS if (provider := kind.create(config, services)) is not None]
 
 

@@ -12,16 +12,30 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from pydantic import Field
 
 from llama_smart_proxy.backends.base import UpstreamRequest
+from llama_smart_proxy.backends.llamacpp.launcher import pool_model
 from llama_smart_proxy.backends.pool.instance import Instance
+from llama_smart_proxy.backends.pool.launcher import PoolModel
 from llama_smart_proxy.backends.pool.pool import Pool
 from llama_smart_proxy.proxy.config import Config, ModelConfig
 from tests.fakes.llama_server import install
 from tests.support import harness
 from tests.support.harness import free_port, logged, ports, until
 
+CHAT = "/v1/chat/completions"
 QUICK = {"stop_timeout_s": 1.0, "load_timeout_s": 60.0, "queue_timeout_s": 60.0, "swap_after_s": 0.2}
+
+
+class FakeModel(ModelConfig):
+    """A model whose server is the fake program."""
+
+    program: str = Field(exclude=True)
+
+    def at(self, name: str) -> PoolModel:
+        """It under a name, as the pool knows it."""
+        return pool_model(name, self, self.program)
 
 
 @dataclass
@@ -39,10 +53,11 @@ class Fakes:
         self.gguf.write_bytes(b"GGUF")
         self.log = self.folder / "events"
 
-    def model(self, *, fake: Mapping[str, object] | None = None, **fields: Any) -> ModelConfig:
+    def model(self, *, fake: Mapping[str, object] | None = None, **fields: Any) -> FakeModel:
         """A model; `fake` are its manners, without the `FAKE_` (see the fake program)."""
         manners = {f"FAKE_{name}": str(value) for name, value in (fake or {}).items()}
-        return ModelConfig(path=self.gguf, env={"FAKE_LOG": str(self.log), **manners}, **fields)
+        env = {"FAKE_LOG": str(self.log), **manners}
+        return FakeModel(path=self.gguf, env=env, program=str(self.program), **fields)
 
     def config(self, **server_pool: Any) -> Config:
         pool = QUICK | ports() | server_pool
@@ -75,7 +90,7 @@ async def open_pool(config: Config) -> AsyncIterator[Pool]:
     """A started pool. On leaving it is closed, and must have left no process, task, or file descriptor."""
     await warm_up()
     before, tasks, fds = {child.pid for child in children()}, own_tasks(), open_fds()
-    pool = Pool(config)
+    pool = Pool(config.server_pool)
     await pool.start()
     try:
         yield pool
@@ -99,16 +114,23 @@ async def warm_up() -> None:
 
 async def chat(instance: Instance, **fake: object) -> bytes:
     """Have the fake generate an answer; `fake` steers it."""
-    call = UpstreamRequest("POST", "/v1/chat/completions", json.dumps({"fake": fake}).encode())
+    call = UpstreamRequest("POST", CHAT, json.dumps({"fake": fake}).encode())
     status, body = await instance.connections.fetch(call, timeout_s=60)
     assert status == 200, body
     instance.worked = True
     return body
 
 
-async def ask(pool: Pool, name: str, model: ModelConfig, **fake: object) -> bytes:
+@asynccontextmanager
+async def leased(pool: Pool, name: str, model: FakeModel, *, slot: bool = True) -> AsyncIterator[Instance]:
+    """The instance of a model, as a request holds it."""
+    async with pool.lease(model.at(name), UpstreamRequest("POST", CHAT, slot=slot)) as lease:
+        yield lease.instance
+
+
+async def ask(pool: Pool, name: str, model: FakeModel, **fake: object) -> bytes:
     """One request as the proxy makes it."""
-    async with pool.lease(name, model) as instance:
+    async with leased(pool, name, model) as instance:
         return await chat(instance, **fake)
 
 

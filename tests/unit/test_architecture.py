@@ -61,7 +61,7 @@ TASK_MAKERS = {
     "proxy/serve.py",  # waiting for the first of two events
 }
 """Who may start a task that is not bound to an `await`: each of them holds it and ends it."""
-PROVIDERS = ("backends.llamacpp.provider", "backends.llamacpp.spawned", "backends.ollama", "backends.pool.pool")
+PROVIDERS = ("backends.llamacpp.provider", "backends.llamacpp.model", "backends.ollama", "backends.pool")
 """Who runs models, and how, is known where the pieces are put together; to all others models answer for themselves."""
 ASSEMBLY = {"proxy/app.py", "proxy/registry.py"}
 APIS = {"ollama", "openai", "openai-responses", "anthropic", "responses", "native", "llama.cpp", "remote"}
@@ -232,7 +232,7 @@ def test_no_branch_depends_on_the_class_of_a_provider_or_a_model() -> None:
         for node, called in calls(module)
         if called == "isinstance" and any(isinstance(name, ast.Name) and name.id in classes for name in ast.walk(node))
     ]
-    assert {"SpawnedModel", "OllamaModel", "RemoteModel"} <= classes
+    assert {"SpawnedModel", "LlamaCppModel", "OllamaModel", "RemoteModel"} <= classes
     assert wrong == []
 
 

@@ -1,4 +1,4 @@
-"""What we tell people about a process: how it ended, and what it said, without secrets."""
+"""Parts of messages about a process: how it ended, and what it printed, without secrets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def describe_exit(returncode: int) -> str:
 
 
 def without_secrets(text: str, env: Mapping[str, str], *secrets: str) -> str:
-    """`text` with `secrets`, and every value of `env` whose name sounds like one, replaced by `***`."""
+    """`text` with `secrets`, and every value of `env` whose name looks like that of one, replaced by `***`."""
     named = [value for name, value in env.items() if SECRET_NAME.search(name) and len(value) >= 4]
     for secret in (*secrets, *named):
         text = text.replace(secret, "***")

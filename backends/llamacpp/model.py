@@ -1,0 +1,57 @@
+"""A model in a llama-server of our own."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from typing import ClassVar
+
+from llama_smart_proxy.backends.base import Feature, ModelInfo, Residence
+from llama_smart_proxy.backends.llamacpp.headers import Headers
+from llama_smart_proxy.backends.pool.launcher import PoolModel
+from llama_smart_proxy.backends.pool.pool import Pool
+from llama_smart_proxy.backends.pool.spawned import SpawnedModel
+from llama_smart_proxy.proxy.config import ModelConfig
+
+KIND = "llama.cpp"
+
+
+class LlamaCppModel(SpawnedModel):
+    """`Model` for a GGUF file in llama-server. `remove` deletes its files; without it, it cannot be deleted."""
+
+    codec: ClassVar[str] = KIND
+    speaks: ClassVar[frozenset[str]] = frozenset({"openai", "responses", "anthropic", "native"})
+    features: ClassVar[frozenset[Feature]] = frozenset({Feature.LOADING, Feature.TOKENS})
+
+    def __init__(
+        self,
+        pool: Pool,
+        model: PoolModel,
+        config: ModelConfig,
+        headers: Headers,
+        remove: Callable[[LlamaCppModel], Awaitable[None]] | None = None,
+    ) -> None:
+        super().__init__(pool, model, kind=KIND, aliases=config.aliases)
+        self.config = config
+        self._headers = headers
+        self._remove = remove
+
+    async def delete(self, headers: Sequence[tuple[str, str]]) -> None:
+        if self._remove is None:
+            await super().delete(headers)
+        else:
+            await self._remove(self)
+
+    async def info(self) -> ModelInfo:
+        """Raises: `StartFailed` when the system has no more threads."""
+        return await self._headers.info(self.name, self.config)
+
+    async def residence(self) -> Residence | None:
+        """`size_vram` is 0: llama-server does not report how much of the model it put on a GPU."""
+        residence = await super().residence()
+        if residence is None:
+            return None
+        info = await self.info()
+        trained = info.metadata.get(f"{info.metadata.get('general.architecture')}.context_length")
+        each = trained // (self.config.parallel or 1) if isinstance(trained, int) else 0
+        return replace(residence, context_length=info.num_ctx or each)

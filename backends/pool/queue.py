@@ -1,0 +1,194 @@
+"""What the pool keeps of each model, of each process and of each request that waits. Nothing is decided here."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from llama_smart_proxy.backends.base import UpstreamRequest
+from llama_smart_proxy.backends.pool.backoff import Backoff
+from llama_smart_proxy.backends.pool.instance import Instance, State
+from llama_smart_proxy.backends.pool.launcher import PoolModel
+from llama_smart_proxy.proxy.errors import ProxyError, StartFailed
+
+
+@dataclass(eq=False, slots=True)
+class Waiter:
+    """A request that waits for its model; it knows its client and its priority. The future returns its lease."""
+
+    request: UpstreamRequest
+    future: asyncio.Future[Lease]
+    since: float
+    timer: asyncio.TimerHandle | None = None
+
+    @property
+    def granted(self) -> bool:
+        return self.future.done() and not self.future.cancelled() and self.future.exception() is None
+
+    def fail(self, error: ProxyError) -> None:
+        if not self.future.done():
+            self.future.set_exception(error)
+
+
+@dataclass(eq=False, slots=True)
+class ModelQueue:
+    """One model: the requests that wait for it, first come first served, its process if it has one, and how its starts
+    went."""
+
+    model: PoolModel
+    place: Place | None = None
+    slot_waiters: dict[Waiter, None] = field(default_factory=dict)  # a dict is an ordered set
+    question_waiters: dict[Waiter, None] = field(default_factory=dict)  # these require a ready server only
+    backoff: Backoff = field(default_factory=Backoff)
+    error: StartFailed | None = None
+    keep_alive_s: float | None = None  # how long its process stays when idle, if a request set that
+    evicted_at: float = -math.inf
+    crashed: bool = False
+    restarts: int = 0
+
+    @property
+    def name(self) -> str:
+        return self.model.name
+
+    @property
+    def length(self) -> int:
+        """How many requests wait for it."""
+        return len(self.slot_waiters) + len(self.question_waiters)
+
+    @property
+    def cold(self) -> bool:
+        """Whether it has no process that is, or is becoming, ready."""
+        return self.place is None or self.place.state in (State.STOPPING, State.STOPPED)
+
+    @property
+    def ending(self) -> bool:
+        """Whether it has a process, though a `cold` one."""
+        return self.place is not None
+
+    def waiters(self, slot: bool) -> dict[Waiter, None]:
+        """Those that require a slot, or those that do not."""
+        return self.slot_waiters if slot else self.question_waiters
+
+    @property
+    def starved_since(self) -> float:
+        """Since when it has been without a process although requests wait. An eviction starts the count anew, so that
+        the model it made room for comes first."""
+        first = min(next(iter(waiters)).since for waiters in (self.slot_waiters, self.question_waiters) if waiters)
+        return max(first, self.evicted_at)
+
+    def fail_all(self, error: Callable[[], ProxyError]) -> None:
+        """Fail all requests that wait for it, each with an error object of its own."""
+        for waiter in (*self.question_waiters, *self.slot_waiters):
+            waiter.fail(error())
+        self.question_waiters.clear()
+        self.slot_waiters.clear()
+
+
+@dataclass(eq=False, slots=True)
+class Slot:
+    """One of the requests that a server processes in parallel. `last` is the last request it served: its prompt is
+    what the server's cache may hold."""
+
+    busy: bool = False
+    last: UpstreamRequest | None = None
+
+
+@dataclass(eq=False, slots=True)
+class Place:
+    """One of the pool's places, and the instance that has it until it is STOPPED. Only the pool writes here.
+
+    `slots` are there once it is READY.
+    """
+
+    queue: ModelQueue
+    instance: Instance
+    leases: int = 0
+    slots: list[Slot] = field(default_factory=list)
+    ready_at: float = math.inf
+    released_at: float = math.inf
+    draining: bool = False  # accepts no requests, to make room for another model
+    unloading: bool = False  # accepts no requests, and is stopped when it is idle
+    closed_since: float = math.inf
+    served: bool = False
+    idle_timer: asyncio.TimerHandle | None = None
+
+    @property
+    def state(self) -> State:
+        return self.instance.state
+
+    @property
+    def pinned(self) -> bool:
+        return self.instance.model.pinned
+
+    @property
+    def awaited(self) -> bool:
+        return self.queue.length > 0
+
+    @property
+    def open(self) -> bool:
+        """Whether it accepts requests."""
+        return self.instance.state is State.READY and not self.draining and not self.unloading
+
+    @property
+    def generating(self) -> int:
+        """How many slots are in use."""
+        return sum([slot.busy for slot in self.slots])
+
+    @property
+    def keep_alive_s(self) -> float | None:
+        """Seconds it stays when idle, if that is set: by a request, else by its model; pinned is for ever."""
+        if self.pinned:
+            return math.inf
+        return self.queue.model.keep_alive_s if self.queue.keep_alive_s is None else self.queue.keep_alive_s
+
+    def has_room(self, slot: bool) -> bool:
+        """Whether it can accept one more request now, one that requires a `slot` or one that does not."""
+        return self.open and (not slot or not all([slot.busy for slot in self.slots]))
+
+    def take(self, slot: bool) -> Lease:
+        """Lease it, with the free slot of the lowest index, or with none. Requires room."""
+        self.leases += 1
+        if not slot:
+            return Lease(self, None)
+        index = next(index for index, slot in enumerate(self.slots) if not slot.busy)
+        self.slots[index].busy = True
+        return Lease(self, index)
+
+    def release(self, lease: Lease, now: float) -> None:
+        self.leases -= 1
+        if lease.slot is not None:
+            self.slots[lease.slot].busy = False
+        self.released_at = now
+        if self.instance.worked and not self.served:
+            self.served = True
+            self.queue.backoff.worked()
+
+    def stop(self, cause: str) -> None:
+        self.draining = False
+        self.queue.keep_alive_s = None
+        self.cancel_idle_timer()
+        self.instance.stop(cause)
+
+    def cancel_idle_timer(self) -> None:
+        if self.idle_timer is not None:
+            self.idle_timer.cancel()
+            self.idle_timer = None
+
+
+@dataclass(eq=False, slots=True)
+class Lease:
+    """The use of an instance by one request. `slot` is the index of the slot that it occupies, None for a question."""
+
+    place: Place
+    slot: int | None
+
+    @property
+    def instance(self) -> Instance:
+        return self.place.instance
+
+    def serves(self, request: UpstreamRequest) -> None:
+        """Remember what the slot is used for."""
+        if self.slot is not None:
+            self.place.slots[self.slot].last = request

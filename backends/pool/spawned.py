@@ -1,0 +1,100 @@
+"""Models in server processes of the pool: lease an instance, send the request to it. For any launcher."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import ClassVar
+
+from llama_smart_proxy.backends.base import (
+    BaseProvider,
+    Feature,
+    Json,
+    ModelInfo,
+    ModelState,
+    Residence,
+    UpstreamRequest,
+)
+from llama_smart_proxy.backends.http.exchange import UpstreamResponse
+from llama_smart_proxy.backends.pool.launcher import PoolModel
+from llama_smart_proxy.backends.pool.pool import Pool
+from llama_smart_proxy.proxy.errors import BadRequest, UpstreamFailed
+
+DYING_S = 0.25
+"""A broken connection is often the first sign of a crash; the exit is noticed within this many seconds of it."""
+
+
+class SpawnedModel:
+    """`Model` for one in the pool. Its process is started by the first request, and serves all of them.
+
+    As it is, for servers that have an OpenAI API; a subclass may declare more.
+    """
+
+    codec: ClassVar[str] = "openai"
+    speaks: ClassVar[frozenset[str]] = frozenset({"openai"})
+    features: ClassVar[frozenset[Feature]] = frozenset({Feature.LOADING})
+
+    def __init__(self, pool: Pool, model: PoolModel, *, kind: str, aliases: Sequence[str] = ()) -> None:
+        self.name = model.name
+        self.kind = kind
+        self.owner = kind
+        self.aliases = aliases
+        self.pool = pool
+        self.model = model
+
+    @property
+    def state(self) -> ModelState:
+        value = self.pool.state(self.name)
+        return ModelState(value, self.pool.failed(self.name) if value == "unloaded" else None)
+
+    @asynccontextmanager
+    async def open(self, request: UpstreamRequest) -> AsyncIterator[UpstreamResponse]:
+        async with self.pool.lease(self.model, request) as lease:
+            instance = lease.instance
+            try:
+                async with instance.connections.request(request) as response:
+                    yield response
+                    if response.broken:  # the failure is part of the stream
+                        await instance.wait_stopped(DYING_S)
+                    instance.worked |= response.complete
+            except UpstreamFailed as exc:
+                if exc.status == 502:
+                    await instance.wait_stopped(DYING_S)  # so that the next request starts a new instance
+                raise
+
+    def prepare(self, body: Json) -> object:
+        """Nothing: its configuration decides."""
+        return None
+
+    async def load(self, *, wait: bool = True) -> None:
+        if wait:
+            await self.pool.load(self.model)
+        else:
+            self.pool.begin_load(self.model)
+
+    async def unload(self) -> None:
+        await self.pool.unload(self.name)
+
+    def keep_loaded(self, seconds: float) -> None:
+        self.pool.set_keep_alive(self.model, seconds)
+
+    async def delete(self, headers: Sequence[tuple[str, str]]) -> None:
+        raise BadRequest(f"model {self.name!r} is part of this proxy's configuration; remove it there")
+
+    async def info(self) -> ModelInfo:
+        return ModelInfo(self.name)
+
+    async def residence(self) -> Residence | None:
+        expires_at = self.pool.expires_at(self.name)
+        return Residence(expires_at) if expires_at is not None else None
+
+
+class SpawnedProvider(BaseProvider):
+    """A `Provider` of models in the pool that are all known from the start; see `BaseProvider`."""
+
+    def __init__(self, pool: Pool, models: Sequence[SpawnedModel]) -> None:
+        super().__init__(models)
+        self._pool = pool
+
+    async def fitting(self, models: Sequence[str]) -> list[list[str]]:
+        return self._pool.fitting(models)
