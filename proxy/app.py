@@ -1,4 +1,4 @@
-"""Puts the pieces together: a configuration in, a proxy that answers requests out."""
+"""Assembles the proxy from a configuration."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROUTES: list[tuple[str, str, Handler]] = [
     ("GET", "/plugins", admin.plugins_listed),
     ("GET", "/v1/models", list_models),
     ("GET", "/v1/models/{id:.+}", show_model),
-    # Ollama's API, but for what is asked of a model
+    # Ollama's API, except for generation and embeddings
     ("GET", "/", ollama_api.root),
     ("GET", "/api/version", ollama_api.version),
     ("GET", "/api/tags", ollama_api.tags),
@@ -44,13 +44,13 @@ ROUTES: list[tuple[str, str, Handler]] = [
     ("POST", "/models/load", router_mode.load_model),
     ("POST", "/models/unload", router_mode.unload_model),
 ]
-"""What is not asked of a model; that is in the registry's endpoints."""
+"""Routes that are not answered by a model; those are the registry's endpoints."""
 
 
 class App:
-    """The proxy for one configuration. `dispatcher` answers requests, from `start` to `close`.
+    """The proxy for one configuration. `dispatcher` answers requests between `start` and `close`.
 
-    Raises: ConfigError for agents and modules that are not there, and for their options.
+    Raises: ConfigError for missing agents or modules, and for invalid options of agents.
     """
 
     def __init__(self, config: Config) -> None:
@@ -69,11 +69,11 @@ class App:
             self.dispatcher.add(endpoint.methods, path, handle, endpoint.dialect)
 
     async def start(self) -> None:
-        """Begin to load what is to be loaded, and to learn what servers offer."""
+        """Start loading models marked `preload`, and listing the models of servers."""
         await self.proxy.router.start()
         await self.plugins.start()
 
     async def close(self) -> None:
-        """End everything it has begun: agents, processes, connections."""
+        """Stop agents, processes and connections."""
         await self.plugins.close()
         await self.proxy.router.close()

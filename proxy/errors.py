@@ -1,11 +1,10 @@
-"""Every way a request can fail, as one small class per remedy.
+"""Every way a request can fail: one class for each kind that is handled differently.
 
-A class exists only because somebody handles it differently. Each knows the HTTP status it becomes, the OpenAI error
-`type` and a machine-readable `code`; the dialects turn it into their own envelope. Messages are written for the person
-reading a chat window: they never hold prompt text, keys or tracebacks.
+Each has an HTTP status, an OpenAI error `type` and a machine-readable `code`; the dialects convert it to the error
+format of their API. Messages are shown to users in a chat window: they never contain prompt text, keys or tracebacks.
 
 Source of the `type` names beyond OpenAI's own (`not_found_error`, `unavailable_error`): `format_error_response` in
-llama.cpp tools/server, b11434, so that a client sees the same ones whether an error is ours or the model server's.
+llama.cpp tools/server, b11434, so that a client gets the same ones from the proxy and from the model server.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class ProxyError(Exception):
     retry_after_s: int | None = None
 
     def __init__(self, message: str, *, code: str | None = None, param: str | None = None) -> None:
-        message = message.encode(errors="replace").decode()  # it may quote a client's lone surrogate
+        message = message.encode(errors="replace").decode()  # a lone surrogate quoted from a client cannot be encoded
         super().__init__(message)
         self.message = message
         self.param = param
@@ -36,7 +35,7 @@ class ProxyError(Exception):
 
 
 class BadRequest(ProxyError):
-    """The client sent something that cannot be served; `status` says what kind of wrong (400, 404, 405, 413, ...)."""
+    """The client's request cannot be served; `status` is 400, 404, 405, 413, ..."""
 
     status = 400
     kind = "invalid_request_error"
@@ -48,7 +47,8 @@ class BadRequest(ProxyError):
 
 
 class ModelNotFound(ProxyError):
-    """No source knows this model name; the `hint` lists the names that are known. Some APIs tell only `brief`."""
+    """There is no model of this name. `hint` lists the known names; `brief` is the message without it, for APIs whose
+    own message has none."""
 
     status = 404
     kind = "not_found_error"
@@ -60,7 +60,7 @@ class ModelNotFound(ProxyError):
 
 
 class Overloaded(ProxyError):
-    """No room now, perhaps later: queue full or timed out, back-off after failed loads, shutting down."""
+    """Temporarily unavailable: queue full or timed out, back-off after failed loads, shutting down."""
 
     status = 503
     kind = "unavailable_error"
@@ -72,7 +72,7 @@ class Overloaded(ProxyError):
 
 
 class StartFailed(ProxyError):
-    """A llama-server could not be started; the message carries its exit code and last words.
+    """A llama-server could not be started; the message contains its exit code and the end of its log.
 
     `status` is 503, or 504 with code `model_load_timeout` when it never became healthy.
     """
@@ -88,7 +88,7 @@ class StartFailed(ProxyError):
 
 
 class UpstreamFailed(ProxyError):
-    """The server that holds the model broke off, refused the connection, or went silent (then 504)."""
+    """The model's server closed or refused the connection, sent something unreadable, or timed out (504)."""
 
     status = 502
     code = "upstream_disconnected"
@@ -99,8 +99,8 @@ class UpstreamFailed(ProxyError):
 
 
 class UpstreamRefused(ProxyError):
-    """The server that holds the model answered with an error of its own; `status` and words are the server's, and so
-    are the `details`: what else its error object holds, such as the `type` and `n_ctx` of llama-server's."""
+    """The model's server answered with an error. `status` and message are the server's, and `details` are the other
+    fields of its error object, such as llama-server's `type` and `n_ctx`."""
 
     code = "upstream_error"
 
@@ -112,14 +112,14 @@ class UpstreamRefused(ProxyError):
 
 
 class AgentError(ProxyError):
-    """The agent called `agent` failed: it raised, hung, or said what is no answer. The message is `agent NAME` and the
-    given words; what it raised is in the log."""
+    """The agent `agent` failed: it raised, hung, or returned something invalid. The message is `agent NAME` followed by
+    `reason`; its exception is only logged, as it may contain prompt text."""
 
     status = 500
     code = "agent_failed"
 
-    def __init__(self, agent: str, words: str, *, status: int = 500, code: str | None = None) -> None:
-        super().__init__(f"agent {agent} {words}", code=code)
+    def __init__(self, agent: str, reason: str, *, status: int = 500, code: str | None = None) -> None:
+        super().__init__(f"agent {agent} {reason}", code=code)
         self.agent = agent
         self.status = status
 
@@ -128,7 +128,7 @@ _KINDS = {404: "not_found_error", 501: "not_supported_error", 503: "unavailable_
 
 
 class ConfigError(Exception):
-    """The configuration cannot be used. `problems` lists every one as `file: path: problem`."""
+    """The configuration is invalid. `problems` lists all problems, each as `file: path: problem`."""
 
     def __init__(self, problems: list[str]) -> None:
         super().__init__("\n".join(problems))

@@ -1,7 +1,7 @@
-"""What can be added to the proxy without a change to it: providers of models, endpoints with their APIs, observers.
+"""The extension points of the proxy: providers of models, endpoints with their APIs, observers.
 
-A module that the configuration names in `modules` is a Python file with a function `extend(registry: Registry)`.
-Agents come by `agents_dirs`.
+A module listed under `modules` in the configuration is a Python file with a function `extend(registry: Registry)`.
+Agents are loaded from `agents_dirs` instead.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from llama_smart_proxy.proxy.log import access_line
 
 @dataclass(slots=True)
 class Registry:
-    """`providers` in the order in which they are asked for a model; `endpoints` by path; `observers` are shown the
-    record of each request when it has ended."""
+    """`providers` in the order in which they are searched for a model; `endpoints` by path; `observers` are called with
+    the record of each request when it has ended."""
 
     providers: list[type[Provider]] = field(default_factory=lambda: [LlamaCpp, Remotes, Ollama])
     endpoints: dict[str, Endpoint] = field(default_factory=lambda: dict(ENDPOINTS))
@@ -33,13 +33,13 @@ class Registry:
 
     @classmethod
     def of(cls, config: Config) -> Registry:
-        """What the proxy has, and the modules of `config` add. Raises: ConfigError."""
+        """The built-in entries, and those that the modules of `config` add. Raises: ConfigError."""
         registry = cls()
         problems = []
         for number, file in enumerate(config.modules):
             try:
                 _loaded(file, number).extend(registry)
-            except Exception as exc:  # whatever a module does when it is imported
+            except Exception as exc:  # importing a module may raise anything
                 problems.append(f"modules.{number}: {file}: {type(exc).__name__}: {exc}")
         if problems:
             raise ConfigError(problems)

@@ -23,15 +23,15 @@ from llama_smart_proxy.proxy.middleware.scope import PATIENCE_S, make_task
 
 logger = logging.getLogger(__name__)
 
-LAST_WORDS_S = 2.0
-"""Time for the error frames of broken-off streams to reach their clients."""
+ERROR_FRAMES_TIMEOUT_S = 2.0
+"""Time for the error frames of aborted streams to reach their clients."""
 
 
 def run(config: Config, *, reload: bool = False) -> int:
-    """Serve until SIGTERM or SIGINT; returns the process's exit status. With `reload`, agents whose files were saved
-    are loaded anew.
+    """Serve until SIGTERM or SIGINT. Returns the process's exit status. With `reload`, agents are loaded again when
+    their files change.
 
-    Raises: ConfigError for agents that are not there, and for their options.
+    Raises: ConfigError for missing agents and for invalid options of agents.
     """
     _raise_fd_limit()
     app = App(config)
@@ -49,7 +49,7 @@ async def _serve(app: App, config: Config) -> int:
     try:
         await app.start()
         front = front_server(app, config)
-        _calm_garbage_collector()
+        _tune_garbage_collector()
         try:
             listener = await loop.create_server(front, config.server.host, config.server.port, backlog=1024)
         except OSError as exc:
@@ -58,20 +58,20 @@ async def _serve(app: App, config: Config) -> int:
         for sock in listener.sockets:
             host, port = sock.getsockname()[:2]
             logger.info("llama-smart-proxy %s listening on http://%s:%d", __version__, host, port)
-        _announce(config)
-        _announce_agents(app.plugins)
+        _log_startup(config)
+        _log_agents(app.plugins)
         number = await signals.get()
         logger.info("%s: draining for up to %g s", number.name, config.server.drain_s)
         await _drain(app, front, listener, signals, config.server.drain_s)
         return 0
     finally:
         await app.close()
-        await _end_rest()
+        await _cancel_remaining_tasks()
         logger.info("stopped")
 
 
 def front_server(app: App, config: Config) -> FrontServer:
-    """The server that hands the requests of clients to `app`."""
+    """The server that passes clients' requests to `app`."""
     return FrontServer(
         app.dispatcher,
         head_timeout_s=config.server.head_timeout_s,
@@ -80,13 +80,14 @@ def front_server(app: App, config: Config) -> FrontServer:
     )
 
 
-async def _end_rest() -> None:
-    """End what an agent has left running; what ends for nobody does not keep the process from ending."""
-    rest = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in rest:
+async def _cancel_remaining_tasks() -> None:
+    """Cancel tasks that agents left running, and wait for them for a limited time: one that ignores its cancellation
+    must not keep the process alive."""
+    remaining = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in remaining:
         task.cancel()
-    if rest:
-        await asyncio.wait(rest, timeout=PATIENCE_S + 1)
+    if remaining:
+        await asyncio.wait(remaining, timeout=PATIENCE_S + 1)
 
 
 async def _drain(
@@ -96,44 +97,46 @@ async def _drain(
     signals: asyncio.Queue[signal.Signals],
     drain_s: float,
 ) -> None:
-    """Let answers under way finish for `drain_s` seconds or until a second signal; meanwhile new requests are refused,
-    and /health says 503. Then stop the model servers: whoever still streams is told so in-stream."""
+    """Let answers in progress finish, for `drain_s` seconds or until a second signal; meanwhile new requests are
+    refused, and /health returns 503. Then stop the model servers; streams still open end with an error frame."""
     app.proxy.draining.set()
     loop = asyncio.get_running_loop()
     deadline = loop.time() + drain_s
-    impatience = asyncio.ensure_future(signals.get())
-    for reached in (front.quiet, front.empty):  # no answer under way; and then, all have left
+    second_signal = asyncio.ensure_future(signals.get())
+    for reached in (front.quiet, front.empty):  # first no answer in progress, then no connection
         for client in list(front.clients):
             client.close()
         waiting = asyncio.ensure_future(reached.wait())
-        await asyncio.wait({waiting, impatience}, timeout=deadline - loop.time(), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(
+            {waiting, second_signal}, timeout=deadline - loop.time(), return_when=asyncio.FIRST_COMPLETED
+        )
         waiting.cancel()
         listener.close()
-    impatience.cancel()
+    second_signal.cancel()
     await app.proxy.router.close()
-    await front.shutdown(LAST_WORDS_S)
+    await front.shutdown(ERROR_FRAMES_TIMEOUT_S)
 
 
-def _announce(config: Config) -> None:
-    """What an operator should know of this run."""
+def _log_startup(config: Config) -> None:
+    """Log which programs and servers run the models, and warn if the proxy is reachable from other machines."""
     if config.models or config.llama_cpp.models_dir:
         logger.info("models run in: %s", shlex.join(server_command(config.llama_cpp.server)))
     if config.uses_ollama:
         logger.info("models of Ollama at: %s", ", ".join(config.ollama.urls))
     if not _is_loopback(config.server.host):
         logger.warning(
-            "listening on %s: whoever reaches this address may use it, there are no API keys yet", config.server.host
+            "listening on %s without authentication: anyone who can reach this address can use it", config.server.host
         )
 
 
-def _announce_agents(plugins: Plugins) -> None:
-    told = [
+def _log_agents(plugins: Plugins) -> None:
+    agents = [
         f"{plugin.name}{' (always)' if plugin.always else f' (/{plugin.command})' if plugin.command else ''}"
         for plugin in plugins
         if plugin.made is not None
     ]
-    if told:
-        logger.info("agents: %s", ", ".join(told))
+    if agents:
+        logger.info("agents: %s", ", ".join(agents))
 
 
 def _is_loopback(host: str) -> bool:
@@ -144,15 +147,15 @@ def _is_loopback(host: str) -> bool:
 
 
 def _raise_fd_limit() -> None:
-    """Two sockets for each stream: the usual soft limit of 1024 is soon reached, and the hard one is ours to use."""
+    """Raise the soft limit of open files to the hard one: each stream takes two sockets, and 1024 is soon reached."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):  # macOS refuses some values
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _calm_garbage_collector() -> None:
-    """Modules and configuration live as long as the process: a collection need not walk them each time. Nothing on a
-    request's path makes reference cycles, so collections may also be rarer than every 700 allocations."""
+def _tune_garbage_collector() -> None:
+    """Exclude modules and configuration from collections, as they live as long as the process, and collect less often
+    than every 700 allocations, as no request creates reference cycles."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 20, 20)

@@ -10,22 +10,22 @@ from typing import Any, Protocol
 
 from llama_smart_proxy.agents.base import Context
 from llama_smart_proxy.proxy.chat import (
-    KEPT,
+    EXTENSIONS,
     ChatRequest,
     Chunk,
     ChunkStream,
     Json,
     Reply,
-    bare,
+    attach,
+    extensions_of,
     first_text_part,
-    keep,
-    kept,
     say,
     text_of,
+    without_extensions,
 )
 from llama_smart_proxy.proxy.dialects.ollama import options as ollama
 from llama_smart_proxy.proxy.dialects.ollama.fields import NAME as OLLAMA
-from llama_smart_proxy.proxy.dialects.ollama.fields import restored
+from llama_smart_proxy.proxy.dialects.ollama.fields import restore_spelling
 from llama_smart_proxy.proxy.errors import BadRequest
 
 ANSWERS = ("message", "response", "choices")
@@ -93,7 +93,7 @@ class OllamaView:
             "done": True,
             "done_reason": reply.finish_reason,
             **{name: count for name, count in counts.items() if isinstance(count, int)},
-            "choices": bare(reply.data["choices"]),
+            "choices": without_extensions(reply.data["choices"]),
         }
 
     def _write(self, changed: Json) -> None:
@@ -151,7 +151,7 @@ class OpenAIView:
     def __init__(self, request: ChatRequest, ctx: Context) -> None:
         self._request = request
         self._messages = ShownMessages(request.messages, texts=False)
-        self.shown: Json = bare(request.body)
+        self.shown: Json = without_extensions(request.body)
         if not request.is_text:
             self.shown["messages"] = self._messages.shown
         self._before = copy.deepcopy(self.shown)
@@ -164,7 +164,7 @@ class OpenAIView:
             name: given[name] if name in given and value == self._before.get(name) else value
             for name, value in shown.items()
         }
-        body |= {name: given[name] for name in (KEPT, "stream") if name in given}
+        body |= {name: given[name] for name in (EXTENSIONS, "stream") if name in given}
         if "messages" in shown and not self._request.is_text:
             body["messages"] = self._messages.back(shown["messages"])
         for name in ("model", "messages", "prompt"):
@@ -175,7 +175,7 @@ class OpenAIView:
 
     def answer(self, reply: Reply) -> Json:
         defaults = {"id": "chatcmpl-0", "created": int(time.time()), "model": self._request.model}
-        answer: Json = {**defaults, **bare(reply.data)}
+        answer: Json = {**defaults, **without_extensions(reply.data)}
         return answer
 
 
@@ -185,7 +185,7 @@ class ShownMessages:
 
     def __init__(self, given: list[Json], *, texts: bool) -> None:
         self._given = given
-        self.shown: list[Json] = bare(given)
+        self.shown: list[Json] = without_extensions(given)
         for message in self.shown if texts else ():
             message["content"] = text_of(message.get("content"))
         self._before = copy.deepcopy(self.shown)
@@ -215,7 +215,7 @@ class ShownMessages:
         text = merged.get("content")
         if isinstance(given.get("content"), list) and isinstance(text, str):
             merged["content"] = _with_text(given["content"], text)
-        return merged | ({KEPT: given[KEPT]} if KEPT in given else {})
+        return merged | ({EXTENSIONS: given[EXTENSIONS]} if EXTENSIONS in given else {})
 
     def _source(self, message: Json, place: int | None, free: Iterable[int]) -> int | None:
         """Which of the given messages this one was: the very object, or a copy of it, or one changed in its place."""
@@ -266,7 +266,7 @@ def rewritten(chunks: Sequence[Chunk], texts: Mapping[int, str], added: Json) ->
                 continue
         if added and chunk.finish_reason and not index:
             chunk.data.update(added)
-            keep(chunk.data, OLLAMA, {**kept(chunk.seen, OLLAMA), **added})
+            attach(chunk.data, OLLAMA, {**extensions_of(chunk.seen, OLLAMA), **added})
         yield chunk
     for index, text in due.items():
         yield Chunk.of(text, index=index)
@@ -277,9 +277,9 @@ def _settings(body: Json) -> Json:
     Ollama's."""
     fresh: Json = {"options": ollama.encode_options(body)}
     fresh |= {"format": ollama.encode_format(body), "think": ollama.encode_think(body)}
-    fresh |= {name: bare(body[name]) for name in ("tools", "keep_alive") if body.get(name)}
+    fresh |= {name: without_extensions(body[name]) for name in ("tools", "keep_alive") if body.get(name)}
     fresh = {name: value for name, value in fresh.items() if value is not None}
-    as_written = bare(restored(fresh, body))
+    as_written = without_extensions(restore_spelling(fresh, body))
     names = ("options", "format", "think", "tools", "keep_alive")
     return {"options": {}} | {name: as_written[name] for name in names if as_written.get(name) is not None}
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from llama_smart_proxy.backends.base import Feature, Model, UpstreamRequest
 from llama_smart_proxy.backends.http.connection import ConnectionPool
-from llama_smart_proxy.proxy.chat import ChatRequest, Json, bare, kept
+from llama_smart_proxy.proxy.chat import ChatRequest, Json, extensions_of, without_extensions
 from llama_smart_proxy.proxy.dialects import ollama
 from llama_smart_proxy.proxy.errors import BadRequest, ProxyError, UpstreamRefused
 from llama_smart_proxy.proxy.http.body import serialise
@@ -29,7 +29,7 @@ async def with_context(model: Model, request: ChatRequest) -> tuple[ChatRequest,
 
     Raises: BadRequest for a context that is invalid, or whose model's server has no tokenizer to ask.
     """
-    context: Any = kept(request.body, "ollama").get("context")
+    context: Any = extensions_of(request.body, "ollama").get("context")
     if Feature.TOKENS not in model.features:
         if context:
             raise BadRequest("the server of this model takes no context")
@@ -85,5 +85,5 @@ async def _ask(server: ConnectionPool, path: str, body: Json) -> Json:
 
 
 def _template_body(request: ChatRequest) -> Json:
-    body = bare(request.body)
+    body = without_extensions(request.body)
     return {key: body[key] for key in ("messages", "chat_template_kwargs") if key in body}

@@ -8,13 +8,13 @@ from llama_smart_proxy.proxy.chat.extensions import Json
 
 
 class Chunk:
-    """One piece of an answer: OpenAI's `chat.completion.chunk`, and, while nobody has changed it, the very bytes it
-    came as, which then leave as they are.
+    """One piece of an answer: OpenAI's `chat.completion.chunk` and, while it is unchanged, the bytes it was received
+    as, which are then sent unchanged.
 
-    `text`, `reasoning` and `finish_reason` can be set; whoever reads `data`, the whole JSON, may change that too, so
-    from then on the chunk is written anew. A chunk tells of one choice, whose number is `index`: with `n` > 1 several
-    answers come interleaved. One without choices (`usage` alone, or nothing at all: a server's sign of life) has an
-    empty text and passes like any other.
+    `text`, `reasoning` and `finish_reason` can be set. Reading `data`, the whole JSON, counts as a change, because the
+    caller may modify it. A chunk has at most one choice, numbered `index`: with `n` > 1 several answers are
+    interleaved. A chunk without choices (only `usage`, or a server's keep-alive) has an empty text and is passed on
+    like any other.
     """
 
     __slots__ = ("_data", "_frame", "serial")
@@ -23,44 +23,44 @@ class Chunk:
         self._data = data
         self._frame = frame
         self.serial = serial
-        """Its number in the answer of the model's server; -1 for one that an agent made."""
+        """Position in the answer of the model's server; -1 for a chunk made by an agent."""
 
     @property
     def frame(self) -> bytes | None:
-        """The bytes it came as; None once it was, or may have been, changed."""
+        """The bytes it was received as; None once it was, or may have been, changed."""
         return self._frame
 
     @property
     def data(self) -> Json:
-        """The JSON, to be changed at will; the shape is OpenAI's."""
-        self._frame = None
+        """The JSON in OpenAI's shape; may be modified."""
+        self._frame = None  # the caller may modify what it gets
         return self._data
 
     @property
     def seen(self) -> Json:
-        """The JSON, not to be changed."""
+        """The JSON, read-only."""
         return self._data
 
     @property
     def choice(self) -> Json:
-        """The choice it tells of, not to be changed; empty if it has none."""
+        """Its choice, read-only; empty if it has none."""
         choices = self._data.get("choices")
         found: Json = choices[0] if choices else {}
         return found
 
     @property
     def index(self) -> int:
-        """Which of the answers it belongs to; 0 but for requests with `n` > 1."""
+        """Number of the answer it belongs to; always 0 unless the request has `n` > 1."""
         return self.choice.get("index") or 0
 
     @property
     def delta(self) -> Json:
-        """What it adds to the message, not to be changed."""
+        """What it adds to the message, read-only."""
         return self.choice.get("delta") or {}
 
     @property
     def text(self) -> str:
-        """What it adds to the text of the answer; perhaps nothing."""
+        """What it adds to the text of the answer; may be empty."""
         return self.delta.get("content") or ""
 
     @text.setter
@@ -69,7 +69,7 @@ class Chunk:
 
     @property
     def reasoning(self) -> str:
-        """What it adds to the thoughts before the answer, which some servers call `reasoning`."""
+        """What it adds to the reasoning: `reasoning_content`, or `reasoning` as some servers call it."""
         delta = self.delta
         thought = delta.get("reasoning_content") or delta.get("reasoning") or ""
         return thought if isinstance(thought, str) else ""
@@ -82,13 +82,13 @@ class Chunk:
 
     @property
     def tool_calls(self) -> list[Json]:
-        """Parts of tool calls, in OpenAI's shape, not to be changed."""
+        """Parts of tool calls, in OpenAI's shape, read-only."""
         return self.delta.get("tool_calls") or []
 
     @property
     def finish_reason(self) -> str | None:
-        """Why the answer ends here: `stop`, `length`, `tool_calls`; None while it goes on."""
-        choices = self._data.get("choices")  # asked of every chunk: not by way of `choice`
+        """Why the answer ends here: `stop`, `length`, `tool_calls`; None while it continues."""
+        choices = self._data.get("choices")  # read for every chunk, so without the cost of `choice`
         reason: str | None = choices[0].get("finish_reason") if choices else None
         return reason
 
@@ -98,18 +98,18 @@ class Chunk:
 
     @property
     def usage(self) -> Json | None:
-        """The count of tokens, which only a chunk near the end has."""
+        """The token counts; None for all but a chunk near the end."""
         return self._data.get("usage")
 
     @property
     def size(self) -> int:
-        """About the bytes that it takes; at most as many as its frame had."""
+        """Approximate size in bytes; at most the length of its frame."""
         calls = self.tool_calls
         return len(self.text) + len(self.reasoning) + 16 + (len(str(calls)) if calls else 0)
 
     @staticmethod
     def of(text: str = "", *, reasoning: str = "", index: int = 0) -> Chunk:
-        """A new chunk that adds this to the answer."""
+        """A new chunk that adds `text` and `reasoning` to the answer."""
         delta = {"content": text} if text else {}
         delta |= {"reasoning_content": reasoning} if reasoning else {}
         return Chunk({"choices": [{"index": index, "delta": delta, "finish_reason": None}]})
@@ -120,7 +120,7 @@ class Chunk:
         return Chunk({"choices": [{"index": index, "delta": {}, "finish_reason": finish_reason}]})
 
     def _ensured(self) -> Json:
-        """The choice, to be changed; made if there is none."""
+        """The choice, writable; created if there is none."""
         choices = self.data.setdefault("choices", [])
         if not choices:
             choices.append({"index": 0, "delta": {}, "finish_reason": None})
@@ -130,7 +130,7 @@ class Chunk:
     def _set(self, key: str, text: str) -> None:
         choice = self._ensured()
         delta = choice["delta"] = choice.get("delta") or {}
-        if (delta.get(key) or "") != text:  # what else tells what was said before goes
+        if (delta.get(key) or "") != text:  # other fields that repeat the old text would contradict the new one
             choice.pop("logprobs", None)
             for other in () if key == "content" else ("reasoning_content", "reasoning", "reasoning_details"):
                 delta.pop(other, None)
@@ -140,10 +140,10 @@ class Chunk:
 
 
 ChunkStream = AsyncIterator[Chunk]
-"""An answer, piece by piece. Whoever reads one to its end need not close it; `layers` closes what an agent leaves."""
+"""An answer as chunks. A stream read to its end need not be closed; `layers` closes those that an agent abandons."""
 
 
 async def say(text: str, *, finish_reason: str = "stop") -> AsyncIterator[Chunk]:
-    """An answer that was made here."""
+    """An answer with `text`, not generated by a model."""
     yield Chunk({"choices": [{"index": 0, "delta": {"role": "assistant", "content": text}, "finish_reason": None}]})
     yield Chunk.ending(finish_reason)

@@ -1,4 +1,4 @@
-"""Fields that one API has and OpenAI's has not: kept aside in the object they came in, under a key of their own."""
+"""Fields of one API that OpenAI's lacks: stored in the object they came in, under one reserved key."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 Json = dict[str, Any]
-KEPT = "_kept"
+EXTENSIONS = "_extensions"
 
 
-class Kept(Json):
-    """Fields of one JSON object that its `dialect` has and OpenAI's has not, under their own names.
+class Extensions(Json):
+    """Fields of one JSON object that its `dialect` has and OpenAI's API has not, under their own names.
 
-    A type of its own, so that a client that sends a field called `_kept` means just that.
+    A type of its own, so that a client's own field called `_extensions` is not mistaken for it.
     """
 
     __slots__ = ("dialect",)
@@ -22,21 +22,21 @@ class Kept(Json):
         self.dialect = dialect
 
 
-def keep(target: Json, dialect: str, fields: Mapping[str, Any]) -> Json:
-    """Set `fields` aside in `target`, which is returned; nothing if there are none."""
+def attach(target: Json, dialect: str, fields: Mapping[str, Any]) -> Json:
+    """Attach `fields` to `target` as extensions, unless they are empty. Returns `target`."""
     if fields:
-        target[KEPT] = Kept(dialect, fields)
+        target[EXTENSIONS] = Extensions(dialect, fields)
     return target
 
 
-def kept(source: Json, dialect: str) -> Mapping[str, Any]:
-    """What was set aside in `source` by that dialect."""
-    found = source.get(KEPT)
-    return found if isinstance(found, Kept) and found.dialect == dialect else {}
+def extensions_of(source: Json, dialect: str) -> Mapping[str, Any]:
+    """The extensions that `dialect` attached to `source`; empty if there are none."""
+    found = source.get(EXTENSIONS)
+    return found if isinstance(found, Extensions) and found.dialect == dialect else {}
 
 
-def bare(value: Any) -> Any:
-    """A copy of a JSON value without anything that was set aside; texts and numbers are shared."""
+def without_extensions(value: Any) -> Any:
+    """A copy of a JSON value without extensions at any level; strings and numbers are shared."""
     if isinstance(value, dict):
-        return {key: bare(item) for key, item in value.items() if not isinstance(item, Kept)}
-    return [bare(item) for item in value] if isinstance(value, list) else value
+        return {key: without_extensions(item) for key, item in value.items() if not isinstance(item, Extensions)}
+    return [without_extensions(item) for item in value] if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""A streamed answer, made into one. No I/O."""
+"""Merges the chunks of a streamed answer into one `chat.completion`. No I/O."""
 
 from __future__ import annotations
 
@@ -10,33 +10,34 @@ from llama_smart_proxy.proxy.chat.chunk import Chunk
 from llama_smart_proxy.proxy.chat.extensions import Json
 
 MAX_TOOL_CALLS = 1024
-"""Most calls in one answer; a server that numbers them higher would have us make room for all between."""
+"""Most tool calls in one answer: a server that sends a huge `index` must not make `Fold` allocate that many."""
 
 
 class Fold:
-    """Chunks in, one `chat.completion` out: the answer to a client that did not ask for a stream."""
+    """Merges chunks into one `chat.completion`, the answer to a client that did not request a stream."""
 
     def __init__(self) -> None:
         self._whole: Json = {}
         self._choices: dict[int, Json] = {}
 
     def add(self, chunk: Json) -> bytes:
-        """Take in the next chunk. Fields beside `choices` stay as they were said last. Nothing is sent for it."""
+        """Merge the next chunk; of fields beside `choices` the last value counts. Returns no bytes, like a writer that
+        sends nothing yet."""
         for choice in chunk.get("choices") or ():
             index = choice.get("index", 0)
             whole = self._choices.setdefault(index, {"index": index, "message": {"role": "assistant", "content": ""}})
             _add_delta(whole["message"], choice.get("delta") or {})
             _add_logprobs(whole, choice.get("logprobs"))
             whole.update({k: v for k, v in choice.items() if k not in ("index", "delta", "logprobs") and v is not None})
-        said = {k: v for k, v in chunk.items() if k != "choices" and v is not None}
-        if "usage" in said and not chunk.get("choices"):
-            said["usage"] = self._summed(said["usage"])
-        self._whole.update(said)
+        fields = {k: v for k, v in chunk.items() if k != "choices" and v is not None}
+        if "usage" in fields and not chunk.get("choices"):
+            fields["usage"] = self._summed(fields["usage"])
+        self._whole.update(fields)
         return b""
 
     def _summed(self, usage: Any) -> Any:
-        """What was told with what is told now: of several answers (`n`) llama-server counts each by itself, behind all
-        of them; their prompt is the same one. Source: llama.cpp tools/server, b11434."""
+        """`usage` plus the one before it. With `n` > 1 llama-server sends one `usage` per answer, after all of them;
+        the prompt is shared, so it is not added up. Source: llama.cpp tools/server, b11434."""
         before = self._whole.get("usage")
         if len(self._choices) < 2 or not isinstance(before, dict) or not isinstance(usage, dict):
             return usage
@@ -46,7 +47,7 @@ class Fold:
         return {**usage, **counts}
 
     def completion(self) -> Json:
-        """The whole answer; `choices` in the order of their indices, at least one."""
+        """The `chat.completion`; `choices` ordered by index, at least one."""
         choices = [
             {"finish_reason": "stop", **choice, "message": _joined(choice["message"])}
             for _, choice in sorted(self._choices.items())
@@ -59,7 +60,7 @@ class Fold:
 
 
 class _Text(list[str]):
-    """A text in pieces: adding each to a whole one would take time in the square of its length."""
+    """A text as a list of pieces: repeated concatenation would take quadratic time."""
 
 
 def _add_delta(message: Json, delta: Json) -> None:
@@ -77,7 +78,7 @@ def _add_delta(message: Json, delta: Json) -> None:
 
 
 def _joined(value: Any) -> Any:
-    """`value` with its texts in one piece."""
+    """`value` with every `_Text` joined to a string."""
     if isinstance(value, _Text):
         return "".join(value)
     if isinstance(value, dict):
@@ -86,7 +87,8 @@ def _joined(value: Any) -> Any:
 
 
 def _add_tool_call(calls: list[Json], delta: Json) -> None:
-    """A call comes in parts: first its id and name, then its arguments piece by piece, told apart by `index`."""
+    """Merge one part of a tool call. The first part has id and name, the others pieces of the arguments; `index`
+    identifies the call. Raises: ValueError for an index out of range."""
     index = delta.get("index", len(calls))
     if not 0 <= index < MAX_TOOL_CALLS:
         raise ValueError("a tool call with an impossible index")
@@ -109,7 +111,7 @@ def _add_logprobs(choice: Json, logprobs: Json | None) -> None:
 
 @dataclass(slots=True)
 class Reply:
-    """A whole answer. `data` is OpenAI's `chat.completion`, of whose first choice the properties tell."""
+    """A whole answer. `data` is OpenAI's `chat.completion`; the properties read its first choice."""
 
     data: Json
 
@@ -124,7 +126,7 @@ class Reply:
 
     @property
     def texts(self) -> list[str]:
-        """The texts of all choices; with `n` > 1 there are several."""
+        """The texts of all choices, several with `n` > 1."""
         return [choice["message"].get("content") or "" for choice in self.data["choices"]]
 
     @property
@@ -146,7 +148,7 @@ class Reply:
 
 
 async def fold(stream: AsyncIterator[Chunk]) -> Reply:
-    """The whole of an answer."""
+    """Read `stream` to its end and merge it."""
     whole = Fold()
     async for chunk in stream:
         whole.add(chunk.seen)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from llama_smart_proxy.proxy.chat.extensions import Json, Kept
+from llama_smart_proxy.proxy.chat.extensions import Extensions, Json
 
 
 @dataclass(slots=True)
@@ -14,7 +14,7 @@ class ChatRequest:
     """One request for a generated answer.
 
     `body` is OpenAI's: with `messages` (`/v1/chat/completions`), or with `prompt` and perhaps `suffix`
-    (`/v1/completions`). `stream` is what the client wants, whether its API says so by a field or by default. The
+    (`/v1/completions`). `stream` is whether the client expects a stream, by a field or by its API's default. The
     properties read and write the body.
     """
 
@@ -31,12 +31,12 @@ class ChatRequest:
 
     @property
     def is_text(self) -> bool:
-        """Whether a text is to be continued, rather than a chat."""
+        """Whether it is a text completion rather than a chat."""
         return "messages" not in self.body
 
     @property
     def messages(self) -> list[Json]:
-        """The messages of a chat, to be read and changed in place; an empty list, of no effect, for a text."""
+        """The messages of a chat, which may be changed in place; for a text a new empty list."""
         messages: list[Json] = self.body.get("messages", [])
         return messages
 
@@ -47,7 +47,7 @@ class ChatRequest:
 
     @property
     def system(self) -> str:
-        """The text of the first message, if that is a system message, else empty. Setting it makes or replaces that
+        """The text of the first message if that is a system message, else empty. Setting it inserts or replaces that
         message; an empty text removes it."""
         first = self.messages[0] if self.messages else {}
         return text_of(first.get("content")) if first.get("role") in ("system", "developer") else ""
@@ -63,9 +63,9 @@ class ChatRequest:
 
     @property
     def last_user_text(self) -> str:
-        """What the user said last: the prompt of a text, or the text of the last user message, of which it is the first
-        text part if it has parts; empty if there is none. Setting it leaves all else in that message, such as images,
-        as it is: a message of parts gets a text part if it has none, and loses it with an empty text."""
+        """The prompt of a text, or the text of the last user message (its first text part if it has parts); empty if
+        there is none. Setting it keeps everything else in that message, such as images: a text part is added if there
+        is none, and removed for an empty text."""
         holder, key = self._last_user_place()
         text = holder.get(key) if isinstance(holder, dict) else holder and holder[key]
         return text if isinstance(text, str) else ""
@@ -81,7 +81,7 @@ class ChatRequest:
             holder[key] = text
 
     def _last_user_place(self) -> tuple[Any, Any]:
-        """The object that holds the last user text, and the key under which it does; None without one."""
+        """The object that contains the last user text, and its key; `(None, None)` if there is none."""
         if self.is_text:
             prompt = self.body.get("prompt")
             alone = isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str)
@@ -95,12 +95,12 @@ class ChatRequest:
         return message, "content"
 
     def copy(self) -> ChatRequest:
-        """One that can be changed without changing this one. Texts and what is set aside are shared."""
+        """A deep copy; strings and extensions are shared."""
         return ChatRequest(_copied(self.body), self.stream)
 
 
 def last_user_message(messages: Iterable[Any]) -> Json | None:
-    """The last message of role `user`, in the body of any API that has messages."""
+    """The last message of role `user`, in the shape of any API; None if there is none."""
     for message in reversed(messages if isinstance(messages, list) else []):
         if isinstance(message, dict) and message.get("role") == "user":
             return message
@@ -108,7 +108,7 @@ def last_user_message(messages: Iterable[Any]) -> Json | None:
 
 
 def first_text_part(parts: Iterable[Any]) -> Json | None:
-    """The first part of a message's content that is a text, in OpenAI's and in Anthropic's API."""
+    """The first text part of a message's content, in OpenAI's or Anthropic's shape; None if there is none."""
     for part in parts:
         if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
             return part
@@ -116,7 +116,7 @@ def first_text_part(parts: Iterable[Any]) -> Json | None:
 
 
 def _set_text(parts: list[Any], text: str) -> None:
-    """Have the first text part be that. An empty one is not kept beside others: not every API takes it."""
+    """Set the first text part. An empty one beside other parts is removed: not every API accepts it."""
     part = first_text_part(parts)
     if part is None:
         parts[:0] = [{"type": "text", "text": text}] if text else []
@@ -127,14 +127,14 @@ def _set_text(parts: list[Any], text: str) -> None:
 
 
 def text_of(content: Any) -> str:
-    """The text of a message's content, which is a text, a list of parts, or None."""
+    """The text of a message's content, which is a string, a list of parts, or None; text parts are joined by LF."""
     if isinstance(content, list):
         return "\n".join(part["text"] for part in content if first_text_part([part]) is not None)
     return content if isinstance(content, str) else ""
 
 
 def _copied(value: Any) -> Any:
-    if isinstance(value, Kept):
+    if isinstance(value, Extensions):
         return value
     if isinstance(value, dict):
         return {key: _copied(item) for key, item in value.items()}

@@ -1,4 +1,4 @@
-"""`llama-smart-proxy check` and `llama-smart-proxy schema`: what an operator asks about a configuration file."""
+"""`llama-smart-proxy check` and `llama-smart-proxy schema`: validate a configuration file, and print its schema."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llama_smart_proxy.proxy.middleware.plugins import Plugins
 
 
 def check_command(path: Path | None, env: Mapping[str, str]) -> int:
-    """Reports every problem and remark on stderr, one a line; `OK: ...` on stdout if there is no problem.
+    """Print every problem and warning to stderr, one per line, and `OK: ...` to stdout if there is no problem.
 
     Returns the exit status: 0, or 2 if the proxy would refuse to start.
     """
@@ -36,7 +36,7 @@ def check_command(path: Path | None, env: Mapping[str, str]) -> int:
 
 
 def machine_problems(config: Config) -> list[str]:
-    """What the configuration names and this machine does not have, each as `path: problem`."""
+    """Programs and folders that are configured but missing on this machine, each as `path: problem`."""
     found = []
     try:
         server_command(config.llama_cpp.server)
@@ -49,8 +49,8 @@ def machine_problems(config: Config) -> list[str]:
 
 
 def agent_problems(config: Config) -> list[str]:
-    """Agents that are not there, and bad options of those that are; but one that cannot be imported is only told, as
-    the proxy would serve without it."""
+    """Missing agents and invalid options. An agent that cannot be imported only causes a warning on stderr, as the
+    proxy serves without it."""
     try:
         plugins = Plugins.of(config)
     except ConfigError as exc:
@@ -65,7 +65,7 @@ def agent_problems(config: Config) -> list[str]:
 
 
 def schema_command() -> int:
-    """Prints the JSON schema of the file. Returns 0."""
+    """Print the JSON schema of the configuration file. Returns 0."""
     print(schema_json())
     return 0
 

@@ -13,11 +13,11 @@ from llama_smart_proxy.proxy.log import LEVELS
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit status (2: the configuration or the command line is wrong)."""
-    words = sys.argv[1:] if argv is None else argv
-    if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help", "--version")):
-        words = ["serve", *words]
-    args = _parser().parse_args(words)
+    """Run one command. Returns the exit status (2: the configuration or the command line is invalid)."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help", "--version")):
+        argv = ["serve", *argv]
+    args = _parser().parse_args(argv)
     if args.command == "schema":
         from llama_smart_proxy.proxy.cli.check import schema_command
 
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as exc:
         print(exc, file=sys.stderr)
         return 2
-    except KeyboardInterrupt:  # before the server has handlers of its own
+    except KeyboardInterrupt:  # before the server has installed its signal handlers
         return 130
 
 
@@ -49,15 +49,15 @@ def _parser() -> argparse.ArgumentParser:
     serve = commands.add_parser("serve", help="run the proxy (the default)")
     check = commands.add_parser("check", help="report every problem of the configuration")
     commands.add_parser("schema", help="print the configuration's JSON schema")
-    pull = commands.add_parser("pull", help="fetch a model from Hugging Face")
+    pull = commands.add_parser("pull", help="download a model from Hugging Face")
     pull.add_argument("name", metavar="NAME", help="a configured model, or hf.co/org/repo[:variant]")
-    simulate = commands.add_parser("simulate", help="start the proxy on a free port, use it, print what passed")
+    simulate = commands.add_parser("simulate", help="start the proxy on a free port and test it with your models")
     for command in (serve, check, pull, simulate):
         command.add_argument("--config", metavar="FILE", help="default: $LSP_CONFIG, else config.yaml if it exists")
     serve.add_argument("--host", help="address to listen on")
     serve.add_argument("--port", type=int, help="port to listen on; 0 picks a free one")
     serve.add_argument("--log-level", choices=LEVELS)
-    serve.add_argument("--reload", action="store_true", help="load agents anew when their files are saved")
+    serve.add_argument("--reload", action="store_true", help="reload agents when their files change")
     return parser
 
 
@@ -84,7 +84,7 @@ def _serve(args: argparse.Namespace, path: Path | None) -> int:
         print(f"warning: {warning}", file=sys.stderr)
     try:
         return serve.run(config, reload=args.reload)
-    except ConfigError as exc:  # of agents
+    except ConfigError as exc:  # agents are checked only when the server starts
         raise ConfigError([f"{path or 'defaults'}: {line}" for line in exc.problems]) from None
 
 

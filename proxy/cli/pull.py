@@ -1,4 +1,4 @@
-"""`llama-smart-proxy pull`: fetch a model from the Hugging Face hub before anybody asks for it."""
+"""`llama-smart-proxy pull`: download a model from the Hugging Face hub before the first request for it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ LINE_S = 10.0
 
 
 def pull_command(path: Path | None, env: Mapping[str, str], name: str) -> int:
-    """Fetches the configured model `name`, or `hf.co/org/repo:variant`. Progress goes to stderr: bars on a terminal,
-    else lines.
+    """Download the configured model `name`, or `hf.co/org/repo:variant`. Progress is printed to stderr: bars on a
+    terminal, else lines.
 
-    Returns the exit status: 0, or 1 with the reason on stderr. Interrupted (130) it keeps what has come, and the next
-    one goes on from there.
+    Returns the exit status: 0, 1 with the reason on stderr, or 130 if interrupted; the next run then continues the
+    download.
 
-    Raises: `ConfigError`.
+    Raises: ConfigError.
     """
     source = _source(load_config(path, env=env), name)
     if source is None:
@@ -39,7 +39,7 @@ def pull_command(path: Path | None, env: Mapping[str, str], name: str) -> int:
         return 1
     except KeyboardInterrupt:
         show.end()
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; run the same command to continue", file=sys.stderr)
         return 130
     show.end()
     print(f"{hub.download_name(*source)} is ready")
@@ -47,7 +47,7 @@ def pull_command(path: Path | None, env: Mapping[str, str], name: str) -> int:
 
 
 def _source(config: Config, name: str) -> tuple[str, str | None] | None:
-    """Repository and variant of what `name` means."""
+    """Repository and variant of `name`; None if it names no model of the hub."""
     for own, model in config.models.items():
         if name.lower() in (own.lower(), *(alias.lower() for alias in model.aliases)):
             return (model.repo, model.variant) if model.repo is not None else None
@@ -55,7 +55,7 @@ def _source(config: Config, name: str) -> tuple[str, str | None] | None:
 
 
 class _Lines:
-    """Progress as lines: each new status, and every few seconds how far it is."""
+    """Prints each new status as a line, and the progress every `LINE_S` seconds."""
 
     def __init__(self) -> None:
         self._status = ""
@@ -67,15 +67,15 @@ class _Lines:
         due = total is not None and (completed == total or now - self._printed_s >= LINE_S)
         if status != self._status or due:
             self._status, self._printed_s = status, now
-            far = "" if total is None else f": {completed / 1e6:.1f} of {total / 1e6:.1f} MB"
-            print(f"{status}{far}", file=sys.stderr, flush=True)
+            amount = "" if total is None else f": {completed / 1e6:.1f} of {total / 1e6:.1f} MB"
+            print(f"{status}{amount}", file=sys.stderr, flush=True)
 
     def end(self) -> None:
         pass
 
 
 class _Bars:
-    """Progress as one bar for each file."""
+    """Shows one progress bar for each file."""
 
     def __init__(self) -> None:
         self._status = ""

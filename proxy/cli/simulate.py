@@ -1,4 +1,4 @@
-"""`llama-smart-proxy simulate`: the proof that an installation works, with the user's own models."""
+"""`llama-smart-proxy simulate`: tests an installation with the configured models."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ MESSAGES = [{"role": "user", "content": "Say hello in five words."}]
 
 
 def run(path: Path | None) -> int:
-    """Start the proxy with the configuration at `path`, on a free port and with one place in its pool, so that a second
-    model means a swap. Returns 0 if every step passed, else 1."""
+    """Start the proxy with the configuration at `path`, on a free port and with a pool of size 1, so that a second
+    model causes a swap. Returns 0 if every step passed, else 1. Raises: ConfigError."""
     config = load_config(path, env=os.environ, overrides={})
     return asyncio.run(_simulate(config, path))
 
 
 class StepFailed(Exception):
-    """A step did not give what it should."""
+    """A step did not return the expected result."""
 
 
 def _expect(ok: object, message: str) -> None:
@@ -40,10 +40,10 @@ def _expect(ok: object, message: str) -> None:
 
 async def _simulate(config: Config, path: Path | None) -> int:
     port = _free_port()
-    words = [sys.executable, "-m", "llama_smart_proxy", "serve", "--host", "127.0.0.1", "--port", str(port)]
-    words += ["--log-level", "warning", *(["--config", str(path)] if path else [])]
+    command = [sys.executable, "-m", "llama_smart_proxy", "serve", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--log-level", "warning", *(["--config", str(path)] if path else [])]
     env = os.environ | {"LSP_SERVER_POOL__SIZE": "1"}
-    process = await asyncio.create_subprocess_exec(*words, env=env)
+    process = await asyncio.create_subprocess_exec(*command, env=env)
     try:
         timeout = aiohttp.ClientTimeout(total=ANSWER_S)
         async with aiohttp.ClientSession(f"http://127.0.0.1:{port}", timeout=timeout) as session:
@@ -146,17 +146,17 @@ async def _embed(session: aiohttp.ClientSession, model: str) -> str:
 
 
 async def _swap(session: aiohttp.ClientSession, chats: list[str], embedder: str | None) -> str:
-    """Ask a second model, see that it has taken the first one's place, and ask the first again."""
+    """Request a second model, check that it has replaced the first one, and request the first again."""
     if embedder:
         await _embed(session, embedder)
     else:
         await _chat(session, chats[1])
     second = embedder or chats[1]
     held = await _loaded(session)
-    _expect(held == {second}, f"{second} was asked, but {', '.join(held) or 'nothing'} is loaded")
+    _expect(held == {second}, f"{second} was requested, but {', '.join(held) or 'nothing'} is loaded")
     await _chat(session, chats[0])
     held = await _loaded(session)
-    _expect(held == {chats[0]}, f"{chats[0]} was asked, but {', '.join(held) or 'nothing'} is loaded")
+    _expect(held == {chats[0]}, f"{chats[0]} was requested, but {', '.join(held) or 'nothing'} is loaded")
     return f"{chats[0]} -> {second} -> {chats[0]}"
 
 
@@ -169,8 +169,8 @@ async def _healthy(session: aiohttp.ClientSession) -> str:
     async with session.get("/health") as response:
         health = await response.json()
     failed = ", ".join(health.get("agents", {}).get("failed", ()))
-    words = f"{health['status']}{f': these agents cannot be loaded: {failed}' if failed else ''}"
-    _expect(response.status == 200 and health["status"] == "healthy", words)
+    message = f"{health['status']}{f': these agents cannot be loaded: {failed}' if failed else ''}"
+    _expect(response.status == 200 and health["status"] == "healthy", message)
     return ", ".join(f"{item['model']} {item['state']}" for item in health["instances"])
 
 

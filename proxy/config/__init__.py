@@ -1,10 +1,10 @@
-"""What the operator wrote, checked and complete: the one place that knows the configuration file.
+"""The configuration: parsed, validated and complete. No other package reads the file.
 
-`load_config` reads the file, the environment and the command line, in rising order of authority, and returns a
-`Config` or raises `ConfigError` with every problem it found. `schema` names the fields, `shapes` and `duration` read
-single values, `text` reads YAML and JSON, `expansion` fills in `${VAR}`, `environment` lays variables over the file,
-`legacy` translates the keys of the two projects this one replaces, `checks` looks at fields together, `loading` runs
-them all.
+`load_config` reads the file, the environment and the command line, in ascending order of precedence, and returns a
+`Config` or raises `ConfigError` with every problem found. `schema` defines the fields, `shapes` and `duration` parse
+single values, `text` parses YAML and JSON, `expansion` replaces `${VAR}`, `environment` reads variables and flags,
+`legacy` renames the keys of the two projects that this one replaces, `checks` validates fields together, `loading`
+combines them all.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What no single field can tell: sources, names, ports, flags, seen together."""
+"""Checks across fields: sources, names, ports and flags."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from llama_smart_proxy.proxy.config.problems import Loc, Problem, dotted
 from llama_smart_proxy.proxy.config.schema import Config, ModelConfig
 
 Clean = Callable[[Loc], bool]
-"""Tells whether nothing at or below a path is known to be wrong, so that looking at it makes sense."""
+"""Whether there is no problem yet at or below a path; a check of invalid fields would only report consequences."""
 
 _REASONS = {
     ("--host",): "set server_pool.host instead",
@@ -20,12 +20,12 @@ _REASONS = {
     ("-hf", "-hfr", "--hf-repo", "-hff", "--hf-file"): "use repo and variant instead",
 }
 _OF_PROCESSES = ("args", "env", "parallel", "keep_alive", "preload", "pinned")
-"""Settings of a model that are about the process which runs it."""
+"""Settings of a model that apply only to a process of the pool."""
 OWNED_FLAGS = {flag: reason for flags, reason in _REASONS.items() for flag in flags}
 
 
 def cross_checks(config: Config, clean: Clean) -> Iterator[Problem]:
-    """Every problem between fields of `config`, skipping those where a part is already known to be wrong."""
+    """Every problem between fields of `config`, except where one of the fields is already invalid."""
     yield from _twice_declared(config)
     yield from _name_clashes(config)
     yield from _virtual_problems(config)
@@ -33,7 +33,7 @@ def cross_checks(config: Config, clean: Clean) -> Iterator[Problem]:
         loc = model_loc(config, name)
         if all(clean((*loc, field)) for field in ("backend", "path", "package", "file", "repo", "variant")):
             yield from (Problem(loc, message) for message in _source_problems(config, name, model))
-            yield from _meaningless(config, name, model)
+            yield from _without_effect(config, name, model)
         yield from _owned_flags((*loc, "args"), model.args)
     yield from _owned_flags(("llama_cpp", "args"), config.llama_cpp.args)
     if clean(("server_pool",)):
@@ -43,7 +43,7 @@ def cross_checks(config: Config, clean: Clean) -> Iterator[Problem]:
 
 
 def model_loc(config: Config, name: str) -> Loc:
-    """Where in the file the model stands: in one of two sections."""
+    """The path of the model in the file: in one of two sections."""
     return ("llama_cpp", "models", name) if name in config.llama_cpp.models else ("models", name)
 
 
@@ -55,7 +55,7 @@ def _twice_declared(config: Config) -> Iterator[Problem]:
 
 
 def _name_clashes(config: Config) -> Iterator[Problem]:
-    """Names that clients may send must mean one thing, whatever their case."""
+    """Names that clients may send must be unique, ignoring case."""
     owner: dict[str, str] = {}
     known = config.models | config.virtual
     for name in known:
@@ -80,21 +80,21 @@ def _name_clashes(config: Config) -> Iterator[Problem]:
 
 
 def _virtual_problems(config: Config) -> Iterator[Problem]:
-    """A model that is another one by a name of its own has nothing else of a model, and the other one has weights."""
+    """A virtual model must name one with weights, and has no settings that only such a model can have."""
     names = {key.lower() for name, model in config.virtual.items() for key in (name, *model.aliases)}
     for name, model in config.virtual.items():
         loc = model_loc(config, name)
         if (model.model or "").lower() in names:
-            yield Problem((*loc, "model"), "must name a model that is not itself another one's name")
+            yield Problem((*loc, "model"), "must not name another virtual model")
         elif not _may_exist(config, model.model or ""):
-            yield Problem((*loc, "model"), "names no model that there is")
+            yield Problem((*loc, "model"), "names a model that does not exist")
         for field in sorted(model.model_fields_set - {"model", "agents", "aliases"}):
             if getattr(model, field) != ModelConfig.model_fields[field].get_default(call_default_factory=True):
-                yield Problem((*loc, field), "has no effect beside `model`; set it on the model that is named there")
+                yield Problem((*loc, field), "has no effect with `model`; set it on the model that is named there")
 
 
 def _may_exist(config: Config, name: str) -> bool:
-    """Whether there may be a model of that name: configured, or some place of which only the running proxy knows."""
+    """Whether a model of that name is configured, or may be found at run time."""
     if config.remotes or config.uses_ollama or config.llama_cpp.models_dir is not None or "/" in name:
         return True
     names = {key.lower() for known, model in config.models.items() for key in (known, *model.aliases)}
@@ -105,24 +105,24 @@ def _source_problems(config: Config, name: str, model: ModelConfig) -> Iterator[
     given = [field for field in ("path", "package", "repo") if getattr(model, field) is not None]
     if config.backend_of(name) == "ollama":
         if model.has_source:
-            yield "a model of backend ollama has no path, package or repo: Ollama knows it by its name"
+            yield "a model of backend ollama has no path, package or repo: Ollama finds it by its name"
         if model.ctx == 0:
-            yield "ctx 0 says nothing to Ollama; give a number of tokens, or leave it out"
+            yield "ctx 0 has no meaning for Ollama; give a number of tokens, or leave it out"
         return
     if model.file is not None and model.package is None:
-        yield "file needs package, the installed package that holds it"
+        yield "file requires package, the installed package that contains it"
     if model.package is not None and model.file is None:
-        yield "package needs file, the name of the GGUF in it"
+        yield "package requires file, the name of the GGUF in it"
     if model.variant is not None and model.repo is None:
-        yield "variant needs repo, the Hugging Face repository that holds it"
+        yield "variant requires repo, the Hugging Face repository that contains it"
     if len(given) > 1:
         yield f"has more than one source ({', '.join(given)}); keep one"
     if not model.has_source:
         yield "has no source; give one of: path, package and file, repo (and variant)"
 
 
-def _meaningless(config: Config, name: str, model: ModelConfig) -> Iterator[Problem]:
-    """What is set and would have no effect."""
+def _without_effect(config: Config, name: str, model: ModelConfig) -> Iterator[Problem]:
+    """Settings that have no effect with the model's backend."""
     for field in _OF_PROCESSES if config.backend_of(name) == "ollama" else ():
         if getattr(model, field) != ModelConfig.model_fields[field].get_default(call_default_factory=True):
             yield Problem((*model_loc(config, name), field), "has no effect on a model of backend ollama; leave it out")
@@ -131,9 +131,9 @@ def _meaningless(config: Config, name: str, model: ModelConfig) -> Iterator[Prob
 def _owned_flags(loc: Loc, args: list[str]) -> Iterator[Problem]:
     for arg in args:
         flag = arg.split("=", 1)[0]
-        name = flag.replace("_", "-") if flag.startswith("--") else flag  # llama-server takes both spellings
+        name = flag.replace("_", "-") if flag.startswith("--") else flag  # llama-server accepts both spellings
         if name in OWNED_FLAGS:
-            yield Problem(loc, f"must not hold {flag}: {OWNED_FLAGS[name]}")
+            yield Problem(loc, f"must not contain {flag}: {OWNED_FLAGS[name]}")
 
 
 def _port_problems(config: Config) -> Iterator[Problem]:
@@ -146,7 +146,7 @@ def _port_problems(config: Config) -> Iterator[Problem]:
 
 
 def _pin_problems(config: Config) -> Iterator[Problem]:
-    """Pinned models must leave a process for the others."""
+    """Pinned models must leave at least one process for the others."""
     local = [model for name, model in config.models.items() if config.backend_of(name) == "llama.cpp"]
     pinned = sum(model.pinned for model in local)
     others = len(local) > pinned or config.llama_cpp.models_dir is not None

@@ -1,4 +1,4 @@
-"""Spans of time as people write them: `300`, `"5m"`, `"1h30m"`, `"500ms"`, `-1`."""
+"""Parses durations: `300`, `"5m"`, `"1h30m"`, `"500ms"`, `-1`."""
 
 from __future__ import annotations
 
@@ -23,14 +23,13 @@ _NANOSECONDS = {
 _LONGEST_NS = 2**63 - 1
 _NUMBER = re.compile(r"[0-9]+\.?[0-9]*|\.[0-9]+")
 _UNIT = re.compile(r"[^0-9.]+")
-_HOW = 'write seconds as a number, or a text such as "90s", "5m" or "1h30m"'
+_EXPECTED = 'write seconds as a number, or a text such as "90s", "5m" or "1h30m"'
 
 
 def parse_duration(value: object) -> float:
-    """Seconds of `value`: a number of seconds or text with units, as Go and Ollama write it. Negative means never.
+    """Seconds of `value`: a number of seconds, or a text with units as in Go; `math.inf` for a negative one (never).
 
-    Returns `math.inf` for never. Raises `ValueError` for anything else and for spans beyond a year, which the event
-    loop's timers cannot all hold.
+    Raises: ValueError for anything else, and for durations over a year, for which the event loop has no timers.
     """
     seconds = _parse_text(value.strip()) if isinstance(value, str) else _parse_number(value)
     if seconds < 0:
@@ -41,7 +40,7 @@ def parse_duration(value: object) -> float:
 
 
 def parse_seconds(value: object) -> float:
-    """Like `parse_duration`, for limits that always apply: never is not an answer."""
+    """Like `parse_duration`, but negative durations are errors."""
     seconds = parse_duration(value)
     if math.isinf(seconds):
         raise ValueError("must not be negative")
@@ -50,12 +49,12 @@ def parse_seconds(value: object) -> float:
 
 def _parse_number(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"not a time; {_HOW}")
+        raise ValueError(f"not a time; {_EXPECTED}")
     return _checked(float(max(-LONGEST_S - 1, min(value, LONGEST_S + 1))))
 
 
 def go_duration_s(text: str) -> float:
-    """Seconds of a text as Go writes a duration; `math.inf` for a negative one, which means endless to Ollama.
+    """Seconds of a duration in Go's format; `math.inf` for a negative one, which Ollama treats as unlimited.
 
     Raises: ValueError, with Go's message. Source: `time.ParseDuration`.
     """
@@ -91,20 +90,20 @@ def _parse_text(text: str) -> float:
     try:
         seconds = go_duration_s(text)
     except ValueError:
-        raise ValueError(f"not a time; {_HOW}") from None
+        raise ValueError(f"not a time; {_EXPECTED}") from None
     return -1.0 if math.isinf(seconds) else seconds
 
 
 def _checked(seconds: float) -> float:
     if math.isnan(seconds):
-        raise ValueError(f"not a time; {_HOW}")
+        raise ValueError(f"not a time; {_EXPECTED}")
     return seconds
 
 
 _JSON_FORM = {"anyOf": [{"type": "number"}, {"type": "string", "pattern": r"^-?([0-9.]+(ns|us|µs|ms|s|m|h)?)+$"}]}
 
 Duration = Annotated[float, BeforeValidator(parse_duration), WithJsonSchema(_JSON_FORM)]
-"""Seconds, `math.inf` for never, 0 for at once."""
+"""Seconds; `math.inf` is never, 0 is at once."""
 
 Seconds = Annotated[float, BeforeValidator(parse_seconds), WithJsonSchema(_JSON_FORM)]
 """Seconds, finite and not negative."""

@@ -1,8 +1,8 @@
-"""Values that do not come from the file: `LSP_*` variables, those of ollama-smart-proxy, and command line flags.
+"""Settings from outside the file: `LSP_*` variables, those of ollama-smart-proxy, and command line flags.
 
-`LSP_SERVER__PORT=8080` sets `server.port`: two underscores go one level down. The names of models and remotes are
-matched without regard to case, and to any character that a variable name cannot hold: `LSP_MODELS__SMOLLM2_EMBED__CTX`
-sets the `ctx` of `smollm2-embed`.
+`LSP_SERVER__PORT=8080` sets `server.port`: two underscores separate levels. Names of models and remotes are matched
+ignoring case and characters that a variable name cannot contain: `LSP_MODELS__SMOLLM2_EMBED__CTX` sets the `ctx` of
+`smollm2-embed`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from llama_smart_proxy.proxy.config import text
 from llama_smart_proxy.proxy.config.problems import Loc
 
 PREFIX = "LSP_"
-NOT_FIELDS = {"LSP_CONFIG", "LSP_OWNER"}  # which file to read, and the mark that our child processes carry
+NOT_FIELDS = {"LSP_CONFIG", "LSP_OWNER"}  # the file's path, and the mark of child processes
 SEED_VARIABLES: dict[str, Loc] = {
     "OLLAMA_PROXY_OLLAMA_HOST": ("ollama", "host"),
     "OLLAMA_PROXY_OLLAMA_PORT": ("ollama", "port"),
@@ -26,7 +26,7 @@ SEED_VARIABLES: dict[str, Loc] = {
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """A value for the field at `loc`; `label` says where it came from; `append` adds to a list that is there."""
+    """A value for the field at `loc`. `label` is its source, for error messages; `append`: extend an existing list."""
 
     label: str
     loc: Loc
@@ -36,28 +36,30 @@ class Setting:
 
 
 def from_environment(env: Mapping[str, str], data: Mapping[str, Any]) -> Iterator[Setting]:
-    """The settings in `env`, weakest first. `data` is the file's content: names of models are looked up in it."""
+    """The settings in `env`, in ascending order of precedence. `data` is the file's content, in which names of models
+    and remotes are looked up."""
     for variable, loc in SEED_VARIABLES.items():
         if env.get(variable):
             append = loc == ("agents_dirs",)
             value = [env[variable]] if append else env[variable]
             yield Setting(f"environment: {variable}", loc, value, append=append)
-    # Whole sections come before single fields in them, whatever the order of the environment.
-    ours = (name for name in env if name.startswith(PREFIX) and name not in NOT_FIELDS)
-    for variable in sorted(ours, key=lambda name: (name.count("__"), name)):
+    # whole sections come before their single fields, so that they do not overwrite them
+    variables = (name for name in env if name.startswith(PREFIX) and name not in NOT_FIELDS)
+    for variable in sorted(variables, key=lambda name: (name.count("__"), name)):
         value, problem = _read(env[variable])
         yield Setting(f"environment: {variable}", _loc(variable, data), value, problem)
 
 
 def from_flags(overrides: Mapping[str, object]) -> Iterator[Setting]:
-    """The settings given as `{"server.port": 8080}`; None is a flag that was not given."""
+    """The settings in `{"server.port": 8080}`; None is a flag that was not given."""
     for name, value in overrides.items():
         if value is not None:
             yield Setting(f"command line: {name}", tuple(name.split(".")), value)
 
 
 def _read(raw: str) -> tuple[Any, str | None]:
-    """Lists and mappings as YAML or JSON, null as null, anything else as it stands: the field knows its type."""
+    """The value of a variable, and a problem with it: lists and mappings are parsed as YAML or JSON, null is None,
+    anything else stays text, to be converted by the type of the field."""
     stripped = raw.strip()
     if stripped in ("null", "~"):
         return None, None
@@ -81,7 +83,7 @@ def _loc(variable: str, data: Mapping[str, Any]) -> Loc:
 
 
 def _named(section: list[str], part: str, data: Mapping[str, Any]) -> list[str]:
-    """The path of the model or remote that `part` stands for; a model may stand in either of two sections."""
+    """The path of the model or remote that `part` names; models may be in either of two sections."""
     other = {"models": ["llama_cpp", "models"], "llama_cpp": ["models"]}.get(section[0])
     for place in filter(None, (section, other)):
         for name in _keys_at(data, place):

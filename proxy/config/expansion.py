@@ -1,4 +1,4 @@
-"""`${VAR}` and `${VAR:-default}` in the texts of a configuration; `$${` stands for a plain `${`."""
+"""Expands `${VAR}` and `${VAR:-default}` in the texts of a configuration; `$${` is a literal `${`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _REFERENCE = re.compile(r"\$\$\{|\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<de
 
 
 def expand(text: str, env: Mapping[str, str]) -> str:
-    """`text` with its references replaced, once: what a variable holds is not expanded again.
+    """`text` with its references replaced; the values of variables are not expanded again.
 
-    As in a shell, the default also replaces an empty variable. Raises `ValueError` naming every variable that is not
-    set and has no default, and for a `${` that begins no reference.
+    As in a shell, the default also replaces an empty variable. Raises: ValueError, with every variable that is not set
+    and has no default, and with every `${` that begins no reference.
     """
     wrong: list[str] = []
 
@@ -38,7 +38,8 @@ def expand(text: str, env: Mapping[str, str]) -> str:
 
 
 def expand_all(data: Any, env: Mapping[str, str], problems: list[Problem], loc: Loc = ()) -> Any:
-    """`data` with every text value expanded, keys as they are. A text that cannot be expanded is left as it is."""
+    """`data` with every text value expanded; keys are not. A text that cannot be expanded is unchanged, and its problem
+    is added to `problems`."""
     if isinstance(data, dict):
         return {key: expand_all(value, env, problems, (*loc, key)) for key, value in data.items()}
     if isinstance(data, list):

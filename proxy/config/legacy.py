@@ -1,4 +1,4 @@
-"""The keys of llama-smart-proxy's and ollama-smart-proxy's own config.json, moved to their place here or set aside."""
+"""Keys of the config.json of the earlier llama-smart-proxy and of ollama-smart-proxy: renamed, or ignored."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def plugin_folders(plugins_dir: object, env: Mapping[str, str]) -> list[str]:
 
 
 def translate(data: dict[str, Any], moved: Callable[[Loc, Loc], None]) -> list[Problem]:
-    """Rewrites `data` in place; `moved(new, old)` is told of every move. Returns remarks, none of them an error.
+    """Rename keys of `data` in place; `moved(new, old)` is called for each. Returns warnings.
 
-    A value that also stands at its new place loses to it.
+    A value that exists at the new path as well takes precedence.
     """
     remarks: list[Problem] = []
     for pattern in IGNORED:
@@ -62,7 +62,7 @@ def translate(data: dict[str, Any], moved: Callable[[Loc, Loc], None]) -> list[P
 
 
 def _matches(data: Any, pattern: Loc) -> list[Loc]:
-    """Every path in `data` that fits `pattern`, where `*` is any key."""
+    """Every path in `data` that matches `pattern`, where `*` is any key."""
     if not pattern:
         return [()]
     if not isinstance(data, dict):

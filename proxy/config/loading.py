@@ -1,4 +1,4 @@
-"""From a file, the environment and the command line to a `Config`, or to the whole list of what is wrong."""
+"""Loads a `Config` from a file, the environment and the command line, or reports all problems."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from llama_smart_proxy.proxy.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """The outcome of reading a configuration; `config` is None exactly when there are problems."""
+    """The result of reading a configuration; `config` is None exactly if there are problems."""
 
     config: Config | None
     problems: list[str]
@@ -30,11 +30,12 @@ class Reading:
 
 
 def load_config(path: Path | None, *, env: Mapping[str, str], overrides: Mapping[str, object] | None = None) -> Config:
-    """The configuration in the file `path` (None: the defaults), under `LSP_*` of `env`, under `overrides`.
+    """The configuration in the file `path` (None: the defaults), overridden by `LSP_*` of `env`, then by `overrides`.
 
-    `overrides` maps dotted paths to values: `{"server.port": 8080}`. Relative paths in it become absolute, from the
-    folder of the file (None: the current one). Raises `ConfigError` with all problems at once, each
-    `file: path.to.field: problem`; `environment: LSP_X: problem` for variables. Remarks are in `Config.warnings`.
+    `overrides` maps dotted paths to values: `{"server.port": 8080}`. Relative paths become absolute, starting at the
+    folder of the file (None: the current one). Warnings are in `Config.warnings`.
+
+    Raises: ConfigError with all problems, each `file: path.to.field: problem`, or `environment: LSP_X: problem`.
     """
     reading = read_config(path, env=env, overrides=overrides)
     if reading.config is None:
@@ -43,7 +44,7 @@ def load_config(path: Path | None, *, env: Mapping[str, str], overrides: Mapping
 
 
 def read_config(path: Path | None, *, env: Mapping[str, str], overrides: Mapping[str, object] | None = None) -> Reading:
-    """As `load_config`, but never raises: for reports that show problems and warnings together."""
+    """Like `load_config`, but returns problems instead of raising, together with the warnings."""
     draft = _Draft(source="defaults" if path is None else str(path))
     if path is not None:
         draft.read_file(path, env)
@@ -66,7 +67,7 @@ def read_config(path: Path | None, *, env: Mapping[str, str], overrides: Mapping
 
 @dataclass
 class _Draft:
-    """A configuration while it is being put together: plain data, where each part came from, what is wrong."""
+    """A configuration under construction: plain data, the source of each part, and the problems found."""
 
     source: str
     data: dict[str, Any] = field(default_factory=dict)
@@ -77,7 +78,7 @@ class _Draft:
 
     @property
     def readable(self) -> bool:
-        """Whether the file could be read; if not, other problems would only be consequences."""
+        """Whether the file could be parsed; if not, other problems would only be consequences."""
         return all(problem.loc for problem in self.problems)
 
     def read_file(self, path: Path, env: Mapping[str, str]) -> None:
@@ -99,12 +100,12 @@ class _Draft:
             self.problems.append(Problem((), "must be a mapping of fields to values"))
 
     def _moved(self, new: Loc, old: Loc) -> None:
-        """What was said of the old place holds for the new one, under its old name."""
+        """Copy the problems of the old path to the new one; messages name the old path, which is in the file."""
         self.origins[new] = f"{self.source}: {dotted(old)}"
         self.problems += [Problem((*new, *p.loc[len(old) :]), p.message) for p in self.problems if _within(p.loc, old)]
 
     def apply(self, settings: Iterable[environment.Setting]) -> None:
-        """Lays the settings over what is there; one that fits no field is a problem."""
+        """Apply the settings over the data; one that matches no field is a problem."""
         for setting in settings:
             if not setting.append:
                 self.origins = {loc: label for loc, label in self.origins.items() if not _within(loc, setting.loc)}
@@ -114,18 +115,19 @@ class _Draft:
             if _type_at(Config, setting.loc) is None:
                 message = f"unknown field{_hint(setting.loc)}"
             elif message is None and not _put(self.data, setting):
-                message = "cannot be set: what holds it is not a mapping"
+                message = "cannot be set: a part of its path is not a mapping"
             if message is not None:
                 self.problems.append(Problem(setting.loc, message))
 
     def render(self, problem: Problem) -> str:
-        """`file: path: message`; for what came from elsewhere, its own name in place of the file's."""
+        """`file: path: message`; for a value from elsewhere, with its label in place of the file's name."""
         cut = next((n for n in range(len(problem.loc), 0, -1) if problem.loc[:n] in self.origins), 0)
         label = self.origins[problem.loc[:cut]] if cut else self.source
         return ": ".join(filter(None, (label, dotted(problem.loc[cut:]), problem.message)))
 
     def validate(self) -> Config | None:
-        """The config, or None. Faulty parts are cut out, so that the rest can be checked as well."""
+        """The config, or None. Invalid parts are removed so that the rest can be checked as well; as that can cause new
+        errors (missing fields), only those of the first attempt are reported."""
         data, known = self.data, [problem.loc for problem in self.problems if problem.loc]
         found: list[Problem] = []
         config: Config | None = None
@@ -150,7 +152,7 @@ def _within(loc: Loc, outer: Loc) -> bool:
 
 
 def _put(data: dict[str, Any], setting: environment.Setting) -> bool:
-    """Lays a value over `data`; False if something on the way there is not a mapping."""
+    """Set a value in `data`; False if a part of its path is not a mapping."""
     for part in setting.loc[:-1]:
         if data.get(str(part)) is None:
             data[str(part)] = {}
@@ -164,7 +166,7 @@ def _put(data: dict[str, Any], setting: environment.Setting) -> bool:
 
 
 def _without(data: Any, locs: list[Loc]) -> Any:
-    """A copy of `data` without the innermost existing node on each of the paths."""
+    """A copy of `data` without the innermost existing node of each path."""
     cuts = {loc[0] for loc in locs if loc}
     deeper = {key: [loc[1:] for loc in locs if loc and loc[0] == key] for key in cuts}
     items = list(data.items()) if isinstance(data, dict) else list(enumerate(data))
@@ -182,7 +184,7 @@ def _has(value: dict[str, Any] | list[Any], key: str | int) -> bool:
 
 
 def _explain(error: ErrorDetails) -> Problem:
-    """A pydantic error in plain words, without the value it is about."""
+    """The problem of a pydantic error, without the value, which may be a secret."""
     loc = tuple(part for part in error["loc"] if part != "[key]")
     match error["type"]:
         case "extra_forbidden":
@@ -208,7 +210,7 @@ def _is_section(annotation: Any) -> bool:
 
 
 def _type_at(annotation: Any, loc: Loc) -> Any:
-    """The type of what stands at `loc` below a value of type `annotation`; None if nothing can stand there."""
+    """The type of the value at `loc` in a value of type `annotation`; None if there is no such path."""
     if not loc:
         return annotation
     if _is_section(annotation):
@@ -219,7 +221,7 @@ def _type_at(annotation: Any, loc: Loc) -> Any:
 
 
 def _resolve_paths(config: Config, folder: Path) -> None:
-    """Makes every path absolute: `~` is the home folder, relative ones start at `folder`."""
+    """Make every path absolute: `~` is the home folder, relative paths start at `folder`."""
     llama_cpp = config.llama_cpp
     for model in config.models.values():
         model.path = model.path and _absolute(model.path, folder)

@@ -1,4 +1,4 @@
-"""Where in the configuration something is, and what is wrong there."""
+"""Problems of a configuration, and the paths of its fields."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Loc = tuple[str | int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One complaint, in the reader's words; it never repeats a value, which may be a secret."""
+    """One problem. The message never contains the value, which may be a secret."""
 
     loc: Loc
     message: str

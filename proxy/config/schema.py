@@ -1,6 +1,6 @@
-"""Every field of the configuration, with its default, its unit and what it is for.
+"""Every field of the configuration, with its default, unit and description.
 
-The classes hold values that passed on their own; `proxy.config.checks` looks at them together.
+Fields are validated one by one here; `proxy.config.checks` validates them together.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class Section(BaseModel):
 
 
 class ServerConfig(Section):
-    """The socket that clients talk to, and what one client may cost."""
+    """The socket for clients, and the limits of one client."""
 
     host: str = Field(default="127.0.0.1", description="Address to listen on; 0.0.0.0 is every IPv4 interface.")
-    port: int = Field(default=11555, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    port: int = Field(default=11555, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
     max_body_mib: int = Field(default=64, ge=1, description="Largest request body, in MiB; larger ones get status 413.")
     drain_s: Seconds = Field(
-        default=30.0, description="Seconds that requests in flight may take to finish at shutdown."
+        default=30.0, description="Seconds that requests in progress may take to finish at shutdown."
     )
     head_timeout_s: Seconds = Field(
         default=10.0, gt=0, description="Seconds a client may take to send a request's headers."
@@ -54,7 +54,7 @@ class ServerConfig(Section):
 
 
 class PoolConfig(Section):
-    """The llama-server processes: how many, on which ports, and how long each may take for what."""
+    """The llama-server processes: their number, ports and time limits."""
 
     size: int = Field(default=2, ge=1, description="Most llama-server processes that live at one time.")
     host: str = Field(default="127.0.0.1", description="Loopback address the processes listen on.")
@@ -71,7 +71,7 @@ class PoolConfig(Section):
         gt=0,
         description="Seconds a starting process may be silent; any line it logs starts the count anew.",
     )
-    stop_timeout_s: Seconds = Field(default=5.0, description="Seconds between asking a process to stop and killing it.")
+    stop_timeout_s: Seconds = Field(default=5.0, description="Seconds between SIGTERM and SIGKILL for a process.")
     swap_after_s: Seconds = Field(
         default=1.0,
         description="Seconds a request waits for a busy process of another model before that one is drained.",
@@ -108,29 +108,31 @@ class PoolConfig(Section):
 
 class AgentConfig(Section):
     """One agent that takes part in chats. In the file: its name, or `{name: {option: value}}`; `always`, `required`,
-    `on_error` and `timeout_s` stand among its own options there."""
+    `on_error` and `timeout_s` are given among its options there."""
 
     name: str = Field(description="Name of the agent.")
-    always: bool | None = Field(default=None, description="Whether it runs uncalled; by default if it has no command.")
+    always: bool | None = Field(
+        default=None, description="Whether it runs without being called; by default if it has no command."
+    )
     required: bool = Field(
-        default=False, description="Nobody can switch it off, and where it cannot run nothing is answered."
+        default=False, description="It cannot be switched off, and requests that it cannot process are refused."
     )
     on_error: Literal["fail", "skip"] = Field(
-        default="fail", description="What happens when it fails: the chat does, or it goes on without."
+        default="fail", description="Whether its failure fails the chat, or the chat continues without it."
     )
     timeout_s: Seconds | None = Field(default=None, gt=0, description="Seconds, in place of agent_limits.timeout_s.")
     options: dict[str, Any] = Field(default_factory=dict, description="Its own settings, checked by the agent.")
 
     @model_validator(mode="before")
     @classmethod
-    def _take_ours(cls, data: Any) -> Any:
+    def _split_options(cls, data: Any) -> Any:
         options = data.get("options") if isinstance(data, dict) else None
         if not isinstance(options, dict):
             return data
-        ours = {
+        own = {
             key: value for key, value in options.items() if key in cls.model_fields and key not in ("name", "options")
         }
-        return {**data, **ours, "options": {key: value for key, value in options.items() if key not in ours}}
+        return {**data, **own, "options": {key: value for key, value in options.items() if key not in own}}
 
 
 class ModelConfig(Section):
@@ -138,7 +140,7 @@ class ModelConfig(Section):
 
     path: Path | None = Field(default=None, description="GGUF file on disk.")
     package: str | None = Field(
-        default=None, description="Installed Python package that carries the GGUF named by `file`."
+        default=None, description="Installed Python package that contains the GGUF named by `file`."
     )
     file: str | None = Field(default=None, description="File name of the GGUF inside `package`.")
     repo: str | None = Field(default=None, description="Hugging Face repository, such as org/name-GGUF.")
@@ -149,7 +151,7 @@ class ModelConfig(Section):
         default=None, description="Another model that answers under this name, in place of weights: a virtual model."
     )
     agents: Annotated[shapes.Entries[AgentConfig] | None, BeforeValidator(shapes.false_is_none)] = Field(
-        default_factory=list, description="Agents that take part in all its chats; false: none does, not even on call."
+        default_factory=list, description="Agents that take part in all its chats; false: none, not even when called."
     )
     aliases: Annotated[list[shapes.Name], BeforeValidator(shapes.comma_list)] = Field(
         default_factory=list, description="Other names that clients may use for this model."
@@ -159,8 +161,8 @@ class ModelConfig(Section):
     ctx: int | None = Field(
         default=None,
         ge=0,
-        description="Context size in tokens. With llama.cpp over all slots (-c), and 0 is what the model was trained "
-        "with; with Ollama the num_ctx of every request, whatever its client asked for.",
+        description="Context size in tokens. With llama.cpp for all slots (-c), 0 is the size the model was trained "
+        "with; with Ollama the num_ctx of every request, in place of its client's.",
     )
     parallel: int | None = Field(default=None, ge=1, description="Requests answered at the same time (-np).")
     keep_alive: Duration | None = Field(
@@ -169,7 +171,7 @@ class ModelConfig(Section):
     preload: bool = Field(default=False, description="Load it when the proxy starts.")
     pinned: bool = Field(default=False, description="Never evict it to make room for another model.")
     backend: BackendName | None = Field(
-        default=None, description="Who runs it; by default llama.cpp if it has a source, else the top-level backend."
+        default=None, description="What runs it; by default llama.cpp if it has a source, else the top-level backend."
     )
 
     @property
@@ -200,7 +202,7 @@ class LlamaCppConfig(Section):
 
 
 class UpstreamConfig(Section):
-    """What the settings of all servers that somebody else runs have in common."""
+    """The settings that all servers not started by the proxy have in common."""
 
     api_key: SecretStr | None = Field(default=None, description="Key sent to it as `Authorization: Bearer`.")
     models: Annotated[list[str], BeforeValidator(shapes.comma_list)] | None = Field(
@@ -221,7 +223,7 @@ class UpstreamConfig(Section):
 
 
 class RemoteConfig(UpstreamConfig):
-    """An OpenAI-compatible server somewhere else that requests are forwarded to."""
+    """An OpenAI-compatible server that requests are forwarded to."""
 
     url: str = Field(description="Its base URL, http or https, with or without the final /v1.")
 
@@ -232,7 +234,7 @@ class RemoteConfig(UpstreamConfig):
 
 
 class OllamaConfig(UpstreamConfig):
-    """The Ollama servers (hosts) that models of backend `ollama` are asked from, and that offer theirs."""
+    """The Ollama servers (hosts) that run models of backend `ollama`, and whose models are offered."""
 
     host: shapes.Hosts = Field(
         default=["127.0.0.1"],
@@ -240,16 +242,16 @@ class OllamaConfig(UpstreamConfig):
         description="One host or several, as a list or separated by commas; each a name, an address or a URL, with or "
         "without the port.",
     )
-    port: Port | None = Field(default=None, description="Port of the hosts that name none, in place of 11434.")
+    port: Port | None = Field(default=None, description="Port of hosts given without one, in place of 11434.")
     pull: Literal["auto", "never"] = Field(
         default="auto",
-        description="What to do about a model that no host has: auto pulls it when it is first asked for, never "
-        "answers status 404.",
+        description="What to do about a model that no host has: auto pulls it at the first request for it, never "
+        "returns status 404.",
     )
 
     @property
     def urls(self) -> list[str]:
-        """The base URL of each host, with scheme and port, without a trailing slash; each one once."""
+        """The base URL of each host, with scheme and port, without a trailing slash and without duplicates."""
         return list(dict.fromkeys(map(self._url, self.host)))
 
     def _url(self, host: str) -> str:
@@ -259,25 +261,23 @@ class OllamaConfig(UpstreamConfig):
 
 
 class LimitsConfig(Section):
-    """What agents may take for one request."""
+    """The limits of agents for one request."""
 
     timeout_s: Seconds = Field(
-        default=30.0, gt=0, description="Seconds an agent may keep a request waiting; time it waits for models is free."
+        default=30.0, gt=0, description="Seconds an agent may delay a request, not counting time it waits for models."
     )
-    output_kib: int = Field(
-        default=1024, ge=1, description="Most KiB that one agent may add to an answer beyond what it was given."
-    )
-    side_calls: int = Field(default=32, ge=0, description="Most questions that agents may ask models.")
+    output_kib: int = Field(default=1024, ge=1, description="Most KiB that one agent may add to an answer.")
+    side_calls: int = Field(default=32, ge=0, description="Most requests that agents may send to models.")
     side_calls_at_once: int = Field(default=8, ge=1, description="Most of them at one time; others wait.")
     side_tokens: int = Field(default=100_000, ge=0, description="Most tokens generated for them in all.")
     side_call_s: Seconds = Field(default=600.0, gt=0, description="Seconds that each of them may take.")
 
 
 class Config(Section):
-    """The whole configuration. After loading, `models` also holds those of `llama_cpp.models`."""
+    """The whole configuration. After loading, `models` also contains those of `llama_cpp.models`."""
 
     backend: BackendName = Field(
-        default="llama.cpp", description="Who runs the models that do not say: llama.cpp or ollama."
+        default="llama.cpp", description="What runs models without a backend of their own: llama.cpp or ollama."
     )
     server: ServerConfig = Field(default_factory=ServerConfig, description="Where and how the proxy listens.")
     server_pool: PoolConfig = Field(default_factory=PoolConfig, description="The llama-server processes.")
@@ -292,10 +292,10 @@ class Config(Section):
         description="Agents in the order in which they see a request; left out, all that are in agents_dirs.",
     )
     agent_limits: LimitsConfig = Field(
-        default_factory=LimitsConfig, description="What agents may take for one request."
+        default_factory=LimitsConfig, description="The limits of agents for one request."
     )
     slash_commands: bool = Field(
-        default=True, description="Whether users call agents by words such as /rag in their messages."
+        default=True, description="Whether users can call agents by commands such as /rag in their messages."
     )
     agents_dirs: Annotated[list[Path], BeforeValidator(shapes.comma_list)] = Field(
         default_factory=list, description="Folders with further agents."
@@ -324,7 +324,7 @@ class Config(Section):
 
     @property
     def virtual(self) -> dict[str, ModelConfig]:
-        """The models that are another one under a name, and with agents, of their own; `models` has the others."""
+        """The virtual models: another model under a different name, with its own agents. `models` has all others."""
         return self._virtual
 
     @property
@@ -344,7 +344,7 @@ class Config(Section):
 
     @property
     def warnings(self) -> list[str]:
-        """What loaded but deserves a word, as `file: path: remark`."""
+        """Problems that do not prevent loading, each as `file: path: warning`."""
         return self._warnings
 
     def default_args(self) -> list[str]:
@@ -354,12 +354,12 @@ class Config(Section):
 
     @property
     def uses_ollama(self) -> bool:
-        """Whether there is an Ollama to forward to: some field names it, or some model needs it."""
+        """Whether Ollama servers are used: some field configures them, or some model requires them."""
         named = self.backend == "ollama" or "ollama" in self.model_fields_set
         return named or any(self.backend_of(name) == "ollama" for name in self.models)
 
     def backend_of(self, name: str) -> BackendName:
-        """Who runs the model `name`. Raises `KeyError` if it is not configured."""
+        """What runs the model `name`. Raises: KeyError if it is not configured."""
         model = self.models[name]
         if model.backend is not None:
             return model.backend

@@ -1,6 +1,6 @@
-"""The small shapes that fields share: names, flags, lists written as text, addresses.
+"""Validators that fields share: names, flags, lists written as text, addresses.
 
-Functions that check return the value, perhaps in its one normal form, or raise `ValueError`.
+They return the value, possibly normalized, or raise ValueError.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def checked_name(name: str) -> str:
 
 
 def quoted(value: object) -> object:
-    """Refuses numbers and booleans where the exact text matters: YAML reads 1.10 as 1.1."""
+    """Reject numbers and booleans where the exact text matters: YAML parses 1.10 as 1.1."""
     if isinstance(value, int | float):
         raise ValueError("reads as a number or a boolean; put it in quotes")
     return value
@@ -41,17 +41,17 @@ def comma_list(value: object) -> object:
 
 
 def split_args(value: object) -> object:
-    """`"--temp 0.7"` as `["--temp", "0.7"]`, with a shell's rules for quotes."""
+    """`"--temp 0.7"` as `["--temp", "0.7"]`, with quotes as in a shell."""
     return shlex.split(value) if isinstance(value, str) else value
 
 
 def lower(value: object) -> object:
-    """Text in lower case; anything else is left to the validation that follows."""
+    """Text in lower case; anything else unchanged, for the validation that follows."""
     return value.lower() if isinstance(value, str) else value
 
 
 def named_entries(value: object) -> object:
-    """Agents as `{name, options}`, from names and one-key mappings, or from one mapping of all."""
+    """Agents as a list of `{name, options}`, from names and one-key mappings, or from one mapping of all."""
     if isinstance(value, str):
         value = comma_list(value)
     entries: Any = [{name: options} for name, options in value.items()] if isinstance(value, dict) else value
@@ -59,7 +59,7 @@ def named_entries(value: object) -> object:
 
 
 def false_is_none(value: object) -> object:
-    """`false` and `off` as None: not at all."""
+    """`false` and `off` as None."""
     return None if value is False or value == "off" else value
 
 
@@ -73,18 +73,18 @@ def _named_entry(entry: object) -> object:
 
 
 def loopback(host: str) -> str:
-    """A loopback IP address; `localhost` is 127.0.0.1, so that both sides mean the same one."""
+    """A loopback IP address; `localhost` becomes 127.0.0.1, as it could resolve differently for each side."""
     address = "127.0.0.1" if host.lower() == "localhost" else host.strip("[]")
     try:
         if ipaddress.ip_address(address).is_loopback:
             return address
     except ValueError:
         pass
-    raise ValueError("must be a loopback address (127.0.0.1 or ::1): only the proxy talks to these processes")
+    raise ValueError("must be a loopback address (127.0.0.1 or ::1): only the proxy connects to these processes")
 
 
 def with_scheme(host: str) -> str:
-    """`host` as a URL: plain names and addresses are taken as http."""
+    """`host` as a URL: names and addresses without a scheme get http."""
     if "://" in host:
         return host
     try:
@@ -94,7 +94,7 @@ def with_scheme(host: str) -> str:
 
 
 def bracketed(host: str) -> str:
-    """`host` as it stands in a URL: IPv6 addresses in brackets."""
+    """`host` as in a URL: IPv6 addresses in brackets."""
     return f"[{host}]" if ":" in host else host
 
 
@@ -108,14 +108,14 @@ def http_url(url: str) -> str:
     if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
         raise ValueError("must be an http:// or https:// URL with a host")
     if parts.username is not None or parts.password is not None:
-        raise ValueError("must not hold a user name or password")
+        raise ValueError("must not contain a user name or password")
     if parts.query or parts.fragment or re.search(r"\s", url):
-        raise ValueError("must not hold '?', '#' or white space")
+        raise ValueError("must not contain '?', '#' or white space")
     return url.rstrip("/")
 
 
 def ollama_host(host: str) -> str:
-    """A host's name, address or URL, as it was written."""
+    """A host's name, address or URL, unchanged."""
     http_url(with_scheme(host))
     return host
 

@@ -1,7 +1,7 @@
-"""YAML, and JSON with comments, as plain dicts and lists; keys given twice and syntax errors with their lines.
+"""Parses YAML, and JSON with comments, into dicts and lists; reports duplicate keys and syntax errors with their lines.
 
-YAML is read by the rules of YAML 1.2: only `true` and `false` are booleans, so `--flash-attn on` stays text, and
-`12:30` and `010` are no numbers. Keys are always text.
+YAML is parsed by the rules of YAML 1.2: only `true` and `false` are booleans, so `--flash-attn on` stays text, and
+`12:30` and `010` are not numbers. Keys are always text.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ _JSON_TOKEN = re.compile(r'("(?:\\.|[^"\\\n])*")|//[^\n]*|/\*.*?\*/|,(?=(?:\s|//
 
 @dataclass
 class Parsed:
-    """What a text says, and what is wrong with how it says it."""
+    """The parsed data, and the problems found."""
 
     data: Any = None
     problems: list[Problem] = field(default_factory=list)
 
 
 def parse(text: str, *, json_only: bool = False) -> Parsed:
-    """Reads `text`; a syntax error is a problem at the root and leaves `data` None.
+    """Parse `text`. A syntax error is a problem at the root, and `data` is then None.
 
-    A text that begins with `{` is tried as JSON with comments first: YAML would take `// why` for part of a key.
+    A text that begins with `{` is first parsed as JSON with comments: YAML would treat `// why` as part of a key.
     """
     if json_only or text.lstrip().startswith("{"):
         parsed = _parse_json(text)
@@ -104,7 +104,7 @@ def _scalar(text: str) -> Any:
 
 
 class _Pairs(list[tuple[str, Any]]):
-    """A JSON object before its keys are known to be distinct."""
+    """The items of a JSON object, in which keys may occur twice."""
 
 
 def _parse_json(text: str) -> Parsed:
@@ -122,7 +122,7 @@ def _parse_json(text: str) -> Parsed:
 
 
 def _blank(token: re.Match[str]) -> str:
-    """Strings stay; comments and trailing commas become spaces, so that lines and columns stay true."""
+    """Replace comments and trailing commas by spaces, so that lines and columns in error messages stay correct."""
     return token.group(1) or re.sub(r"[^\n]", " ", token.group())
 
 

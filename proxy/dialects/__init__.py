@@ -1,7 +1,6 @@
-"""The wire APIs: the only room that knows one from another.
+"""The wire APIs. All differences between them are in this package.
 
-`base` is what each of them has to answer; `openai`, `anthropic` and `ollama` are the answers. To add one, see
-`docs/extending.md`.
+`base` defines the interface; `openai`, `anthropic` and `ollama` implement it. To add one, see `docs/extending.md`.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ UPSTREAM_CODECS: dict[str, UpstreamCodec] = {
     "openai": openai.WIRE,
     "ollama": ollama.WIRE,
 }
-"""How a model's server is asked, by the `codec` of the model."""
+"""The codec for a model's server, by the model's `codec`."""
 
 _BY_PREFIX = (("/api/", OLLAMA),)
 
 
 def dialect_of(path: str) -> Dialect:
-    """The API that an endpoint belongs to which says nothing else."""
+    """The API of an endpoint that declares none, by its path."""
     return next((dialect for prefix, dialect in _BY_PREFIX if path.startswith(prefix)), OPENAI)

@@ -1,7 +1,7 @@
-"""What a wire API has to answer for: everything in which it differs from others is said here, and asked nowhere else.
+"""The interface of a wire API. Code outside this package does not depend on which API it handles.
 
-A client's request goes `ClientCodec.decode` -> `UpstreamCodec.encode`, the answer goes `UpstreamCodec.reader` ->
-`ClientCodec.writer`; between them is OpenAI's shape (`proxy.chat`). Nothing here does I/O.
+A request goes through `ClientCodec.decode` and `UpstreamCodec.encode`, its answer through `UpstreamCodec.reader` and
+`ClientCodec.writer`; in between both have OpenAI's shape (`proxy.chat`). No I/O.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import ClassVar, Protocol
 
 import orjson
 
-from llama_smart_proxy.proxy.chat import ChatRequest, Json, Timing, bare, first_text_part
+from llama_smart_proxy.proxy.chat import ChatRequest, Json, Timing, first_text_part, without_extensions
 from llama_smart_proxy.proxy.dialects.framing import Splitter
 from llama_smart_proxy.proxy.errors import BadRequest, ProxyError
 
 
-def _as_it_came(body: Json, params: Mapping[str, str]) -> Json:
+def _unchanged(body: Json, params: Mapping[str, str]) -> Json:
     return body
 
 
@@ -29,12 +29,12 @@ def _no_usage(frames: bytes) -> Json | None:
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """One wire API, as far as it concerns answers that pass as bytes.
+    """One wire API, as far as relayed answers and errors require it.
 
-    `error_body` is the JSON of a failed request, `error_event` the same within a stream. `is_end` and `is_error`
-    recognise the last event of a good and of a failed stream in the newest whole events. `ending` is what a client
-    waits for after either (empty: nothing). `usage` reads the count of tokens, in OpenAI's shape, out of the last
-    frames of a stream or a whole body.
+    `error_body` returns the JSON of a failed request, `error_event` the same as a frame of a stream. `is_end` and
+    `is_error` return whether the newest whole frames contain the last one of a successful or a failed stream. `ending`
+    is what clients expect after either; may be empty. `usage` reads the token counts, in OpenAI's shape, from the last
+    frames of a stream or from a whole body; None if there are none.
     """
 
     name: str
@@ -44,26 +44,26 @@ class Dialect:
     is_error: Callable[[bytes], bool]
     ending: bytes = b""
     usage: Callable[[bytes], Json | None] = _no_usage
-    bind: Callable[[Json, Mapping[str, str]], Json] = _as_it_came
-    """The body as it is understood: with what its path says (`params`: the named parts of the endpoint's pattern), and
-    with field names in one spelling. The model's name is then in `model`, whether to stream in `stream`."""
+    bind: Callable[[Json, Mapping[str, str]], Json] = _unchanged
+    """Normalizes a parsed body: adds the values from its path (`params`: the named parts of the endpoint's pattern) and
+    normalizes field names. Afterwards `model` is the model's name and `stream` whether to stream."""
     cuts: bool = False
-    """A failed stream is cut off behind the error, as clients take a stream that ends properly for a whole answer."""
+    """The connection is aborted after an error in a stream: clients take a proper end for a complete answer."""
     json_errors: bool = False
-    """Clients can read no error that is not JSON, such as the page of a web server in front of the model's."""
+    """Clients can parse only JSON errors, unlike the HTML page of a web server in front of the model's."""
     stateful_frames: bool = False
-    """A frame builds on those before it, so frames pass as they came only as long as all have."""
+    """A frame depends on those before it, so frames are passed on unchanged only as long as all have been."""
     last_frame_sums: bool = False
-    """The last frame repeats what frames before it contained, so it passes as it came only if these did."""
+    """The last frame summarizes those before it, so it is passed on unchanged only if all of them were."""
 
 
 def has_line(events: bytes, *starts: bytes) -> bool:
-    """Whether a line begins with one of `starts`. Text of an answer cannot: its line ends are escaped in the JSON."""
+    """Whether a line begins with one of `starts`. Generated text cannot match: JSON escapes its line ends."""
     return events.startswith(starts) or any(end + start in events for start in starts for end in (b"\n", b"\r"))
 
 
 def last_objects(frames: bytes) -> Iterator[Json]:
-    """The JSON objects of events, of lines, or of a whole body, the last one first; what cannot be read is left out."""
+    """The JSON objects of events, of lines, or of a whole body, last one first; anything unparsable is skipped."""
     for line in (*reversed(frames.strip().split(b"\n")), frames):
         data = line.removeprefix(b"data:").strip()
         if data.startswith(b"{"):
@@ -72,7 +72,7 @@ def last_objects(frames: bytes) -> Iterator[Json]:
 
 
 def counts(prompt: object, completion: object, cached: object = None) -> Json | None:
-    """The count of tokens in OpenAI's shape; None if a server has sent no numbers."""
+    """OpenAI's `usage` of these token counts; None if they are not numbers."""
     if not isinstance(prompt, int) or not isinstance(completion, int):
         return None
     usage: Json = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
@@ -80,48 +80,48 @@ def counts(prompt: object, completion: object, cached: object = None) -> Json | 
 
 
 class Reader(Protocol):
-    """Reads one streamed answer of a server, frame by frame.
+    """Parses one streamed answer of a server, frame by frame.
 
-    `done` is set by the frame that ends the answer; a stream that ends without it was broken off.
+    `done` is set by the frame that ends the answer; a stream that ends before is incomplete.
     """
 
     done: bool
 
     def read(self, frame: bytes) -> Json | None:
-        """The chunk that `frame` means, None if it means none (a comment, `[DONE]`).
+        """The chunk of `frame`; None if it has none (a comment, `[DONE]`).
 
-        Raises: UpstreamFailed for an error in the stream, and for a frame that cannot be read.
+        Raises: UpstreamFailed for an error in the stream, and for an invalid frame.
         """
 
 
 class Writer(Protocol):
-    """Writes one answer to a client: either the bytes of a stream, or those of one whole body.
+    """Encodes one answer for a client, either as the frames of a stream or as one whole body.
 
-    Raises: UpstreamFailed, from any method but `error`, for what the client's API has no form for.
+    Raises: UpstreamFailed, from any method but `error`, for content that the client's API cannot express.
     """
 
     content_type: str
     """Of the stream; a whole body is `application/json`."""
 
     def chunk(self, chunk: Json) -> bytes:
-        """The frames that this chunk becomes now; perhaps none."""
+        """The frames for this chunk; may be empty, as frames can be delayed."""
 
     def adopt(self, chunk: Json) -> None:
-        """Take note of an answer's first chunk that leaves by another way, as it came."""
+        """Record the first chunk of an answer whose frame is sent unchanged, so that later frames are consistent."""
 
     def end(self) -> bytes:
-        """What remains to be sent after the last chunk of a good stream."""
+        """The frames that follow the last chunk of a successful stream."""
 
     def error(self, exc: ProxyError) -> bytes:
-        """What is sent in place of `end` when it failed; empty before the first frame is possible, too."""
+        """The frames that replace `end` when the answer failed; may be called before any chunk."""
 
     def reply(self, completion: Json) -> bytes:
-        """The body of the whole answer, from a `chat.completion` made by `Fold`."""
+        """The body of a whole answer, from a `chat.completion` made by `Fold`."""
 
 
 @dataclass(frozen=True, slots=True)
 class UpstreamCodec:
-    """How a server is asked for a streamed answer: `encode` gives path and body, `reader` reads the answer."""
+    """The API of a server: `encode` returns path and body of a request for a stream, `reader` parses its answer."""
 
     dialect: Dialect
     splitter: Callable[[], Splitter]
@@ -130,43 +130,43 @@ class UpstreamCodec:
 
 
 class Loading(StrEnum):
-    """What a request is for that asks for no answer."""
+    """What a request does that generates no answer."""
 
     LOAD = "load"
     UNLOAD = "unload"
 
 
 class ClientCodec:
-    """How clients ask one endpoint for a generated answer, and how they get it. The defaults are what most APIs do.
+    """Requests and answers of one endpoint that generates text. The defaults suit most APIs.
 
-    `same_api` is how a server that speaks this API itself is asked when agents see the answer: what no agent changes
-    leaves as it came. Without it such a server is asked as any other.
+    `same_api` is used with agents for a server that implements this API itself: frames that no agent changes are then
+    passed on unchanged. If it is None, such a server is used by its model's `codec`, like any other.
     """
 
     dialect: ClassVar[Dialect]
     same_api: ClassVar[UpstreamCodec | None] = None
     resends_chat: ClassVar[bool] = True
-    """Each request repeats the chat from its beginning, which tells one chat from others."""
+    """Each request repeats the chat from its beginning, which identifies the chat."""
     thinking_is_optional: ClassVar[bool] = True
-    """A request that asks a model for thoughts is answered without them by one that cannot think, not refused."""
+    """A request for thinking is answered without it by a model that does not support it, instead of refused."""
 
     def decode(self, body: Json) -> ChatRequest:
-        """The OpenAI-shaped request that a parsed body means; may take the body apart.
+        """Convert a parsed body to OpenAI's shape; may modify the body.
 
-        Raises: BadRequest for what cannot mean anything.
+        Raises: BadRequest for an invalid body.
         """
         raise NotImplementedError
 
     def encode(self, request: ChatRequest) -> Json:
-        """The inverse: the body, with every field it had."""
+        """The inverse of `decode`: the body, with every field it had."""
         raise NotImplementedError
 
     def writer(self, request: ChatRequest, timing: Timing) -> Writer:
-        """Writes the answer to `request`."""
+        """A writer for the answer to `request`."""
         raise NotImplementedError
 
     def user_text(self, body: Json) -> str:
-        """The user's last text in an undecoded body, found by a cheap look; empty if there is none."""
+        """The user's last text, or its first part, in an undecoded and unchecked body; empty if there is none."""
         messages = body.get("messages")
         if not isinstance(messages, list):
             prompt = body.get("prompt")
@@ -181,27 +181,28 @@ class ClientCodec:
         return ""
 
     def fits(self, request: ChatRequest) -> bool:
-        """Whether a body of this endpoint can express all of `request`: an agent may have set fields that only a server
-        knows, such as `id_slot`. Texts do not matter for that, and may be large, so they are left out."""
+        """Whether a body of this endpoint can express all of `request`: an agent may have set fields that only some
+        servers support, such as `id_slot`."""
+        # texts do not matter for that and may be large, so they are replaced
         content: Json = {"prompt": "x"} if request.is_text else {"messages": [{"role": "user", "content": "x"}]}
         probe = ChatRequest({**request.body, **content}, request.stream).copy()
         try:
-            return set(bare(probe.body)) <= set(self.decode(self.encode(probe)).body)
+            return set(without_extensions(probe.body)) <= set(self.decode(self.encode(probe)).body)
         except (AttributeError, KeyError, TypeError, ValueError, BadRequest):
-            return True  # it cannot be expressed in any API, as will turn out
+            return True  # invalid for every API: encoding it will report the error
 
     def loading(self, body: Json) -> Loading | None:
-        """What the body is for if not for an answer."""
+        """Whether the body loads or unloads the model instead of generating; None if it generates."""
         return None
 
     def load_reply(self, model: str, loading: Loading) -> Json:
-        """The answer to such a body."""
+        """The answer to a body that loads or unloads `model`."""
         raise NotImplementedError
 
     def keep_alive_s(self, body: Json) -> float | None:
-        """Seconds that the model is to stay loaded when idle, if the body says so. Raises: BadRequest."""
+        """Seconds that the model stays loaded when idle, if the body sets them. Raises: BadRequest."""
         return None
 
     def needs(self, body: Json) -> str | None:
-        """The capability without which a model cannot answer the body, if it asks for a special one."""
+        """The capability that the body requires of a model; None if it requires no special one."""
         return None

@@ -1,4 +1,4 @@
-"""Embeddings, as clients of each API ask for them and as servers of each give them. Pure functions, no I/O.
+"""Requests and answers for embeddings, of clients and of servers. Pure functions, no I/O.
 
 Source: Ollama's `/api/embed` and `/api/embeddings`; the OpenAI API reference; llama.cpp tools/server, b11434, for its
 errors about inputs that are too long.
@@ -24,9 +24,9 @@ _TOO_LONG = re.compile(r"batch size: (\d+)|context size \((\d+)|n_ctx_slot = (\d
 
 @dataclass(slots=True)
 class EmbeddingRequest:
-    """Texts to be embedded. `truncate`: one that is too long counts up to the model's limit, otherwise it is an error.
-    `fields` are what the client's body has besides; a server of Ollama's API gets those it knows. `keep_alive_s` are
-    seconds that the model is to stay loaded."""
+    """Texts to be embedded. `truncate`: texts that are too long are truncated to the model's limit, otherwise they are
+    an error. `fields` is the client's body; of its other fields an Ollama server is sent those it supports.
+    `keep_alive_s`: seconds that the model stays loaded when idle."""
 
     inputs: list[str]
     truncate: bool = True
@@ -38,7 +38,7 @@ class EmbeddingRequest:
 
 @dataclass(slots=True)
 class Embedded:
-    """A vector for each input, in order; how many tokens they had; and how long that took."""
+    """A vector for each input, in order, the number of tokens of all inputs, and the time taken."""
 
     vectors: Vectors
     tokens: int = 0
@@ -47,7 +47,7 @@ class Embedded:
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingClient:
-    """One endpoint for embeddings: `decode` raises BadRequest; `encode` gets the model's name."""
+    """A client's endpoint for embeddings: `decode` raises BadRequest; `encode` takes the model's name as well."""
 
     decode: Callable[[Json], EmbeddingRequest]
     encode: Callable[[str, EmbeddingRequest, Embedded], Json]
@@ -55,9 +55,9 @@ class EmbeddingClient:
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingServer:
-    """How a server is asked for embeddings. `decode` raises UpstreamFailed; `limit` finds in an error message how many
-    tokens an input may have, if that is what it is about. `complete`: it does all that a request can ask for itself,
-    cutting included."""
+    """A server's endpoint for embeddings. `decode` raises UpstreamFailed; `limit` parses the most tokens of an input
+    from an error message, None if it is about something else. `complete`: the server supports every field of a request
+    itself, truncation included."""
 
     path: str
     encode: Callable[[str, list[Any], EmbeddingRequest], Json]
@@ -125,18 +125,18 @@ def _encode_legacy(model: str, request: EmbeddingRequest, embedded: Embedded) ->
 
 
 OPENAI_EMBEDDINGS = EmbeddingClient(_decode_openai, _encode_openai)
-"""`POST /v1/embeddings`. Extra fields that Ollama knows are passed on."""
+"""`POST /v1/embeddings`. Extra fields that Ollama supports are passed on."""
 OLLAMA_EMBED = EmbeddingClient(_decode_ollama, _encode_ollama)
 """`POST /api/embed`."""
 OLLAMA_EMBEDDINGS = EmbeddingClient(_decode_legacy, _encode_legacy)
-"""`POST /api/embeddings`, of one prompt."""
+"""`POST /api/embeddings`, for one prompt."""
 
 # -- servers -----------------------------------------------------------------------------------------------------------
 
 
-def _ask_ollama(model: str, inputs: list[Any], request: EmbeddingRequest) -> Json:
-    known = ("dimensions", "truncate", "keep_alive", "options")
-    return {"model": model, "input": inputs, **{key: request.fields[key] for key in known if key in request.fields}}
+def _encode_for_ollama(model: str, inputs: list[Any], request: EmbeddingRequest) -> Json:
+    supported = ("dimensions", "truncate", "keep_alive", "options")
+    return {"model": model, "input": inputs, **{key: request.fields[key] for key in supported if key in request.fields}}
 
 
 def _read_ollama(answer: Json) -> Embedded:
@@ -144,7 +144,7 @@ def _read_ollama(answer: Json) -> Embedded:
     return Embedded(_checked(answer.get("embeddings")), counted if isinstance(counted, int) else 0)
 
 
-def _ask_openai(model: str, inputs: list[Any], request: EmbeddingRequest) -> Json:
+def _encode_for_openai(model: str, inputs: list[Any], request: EmbeddingRequest) -> Json:
     return {"model": model, "input": inputs}
 
 
@@ -166,14 +166,14 @@ def _limit_openai(message: str) -> int | None:
     return int(next(filter(None, found.groups()))) if found is not None else None
 
 
-_OPENAI = EmbeddingServer("/v1/embeddings", _ask_openai, _read_openai, _limit_openai)
-_OLLAMA = EmbeddingServer("/api/embed", _ask_ollama, _read_ollama, lambda message: None, complete=True)
+_OPENAI = EmbeddingServer("/v1/embeddings", _encode_for_openai, _read_openai, _limit_openai)
+_OLLAMA = EmbeddingServer("/api/embed", _encode_for_ollama, _read_ollama, lambda message: None, complete=True)
 EMBEDDING_SERVERS = {"llama.cpp": _OPENAI, "openai": _OPENAI, "ollama": _OLLAMA}
 """By the `codec` of the model."""
 
 
 def cut(vector: list[float], dimensions: int | None) -> list[float]:
-    """The first `dimensions` numbers, of length 1 again."""
+    """The first `dimensions` numbers of `vector`, normalized to length 1."""
     if dimensions is None or not 0 < dimensions < len(vector):
         return vector
     numbers = vector[:dimensions]
@@ -188,7 +188,7 @@ def _checked(value: object) -> Vectors:
 
 
 def _is_vector(value: object) -> bool:
-    """Whether it is a list of numbers that 32 bits can hold."""
+    """Whether `value` is a list of numbers within the range of 32-bit floats."""
     try:
         return isinstance(value, list) and struct.pack(f"<{len(value)}f", *value) is not None
     except (struct.error, OverflowError):
@@ -196,5 +196,5 @@ def _is_vector(value: object) -> bool:
 
 
 def _base64(vector: list[float]) -> str:
-    """As OpenAI's API encodes it: 32-bit floats, little-endian."""
+    """OpenAI's encoding: 32-bit floats, little-endian, as base64."""
     return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()

@@ -1,5 +1,4 @@
-"""OpenAI's chat and text completions. Their JSON is the shape that everything is translated through, so there is little
-to translate; and llama-server's own stream of `/infill`.
+"""OpenAI's chat and text completions, whose JSON is also the internal shape, and llama-server's stream of `/infill`.
 
 Source: the OpenAI API reference; llama.cpp tools/server, b11434, for `timings`, `reasoning_content` and `/infill`.
 """
@@ -12,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from llama_smart_proxy.proxy.chat import KEPT, ChatRequest, Json, Timing, bare
+from llama_smart_proxy.proxy.chat import EXTENSIONS, ChatRequest, Json, Timing, without_extensions
 from llama_smart_proxy.proxy.dialects.base import ClientCodec, Dialect, UpstreamCodec, counts, has_line, last_objects
 from llama_smart_proxy.proxy.dialects.framing import EventSplitter, event_data
 from llama_smart_proxy.proxy.errors import BadRequest, ProxyError, UpstreamFailed, UpstreamRefused
@@ -29,12 +28,12 @@ def _openai_event(exc: ProxyError) -> bytes:
 
 
 def _has_error_event(events: bytes) -> bool:
-    """llama-server sends `data: {"error": ...}` (b11434). `error: {...}` is what some servers send instead."""
+    """llama-server sends `data: {"error": ...}` (b11434); some servers send `error: {...}` instead."""
     return has_line(events, b'data: {"error"', b'data:{"error"', b"error: ")
 
 
 def _usage(frames: bytes) -> Json | None:
-    """llama-server sends `timings` with every answer, and `usage` with a stream only if the client asked for it."""
+    """llama-server sends `timings` with every answer, and `usage` with a stream only if the client requested it."""
     for event in last_objects(frames):
         if isinstance(usage := event.get("usage"), dict):
             return usage
@@ -63,9 +62,8 @@ NATIVE = Dialect(
     is_error=_has_error_event,
     usage=_usage,
 )
-"""llama-server's own `/completion` and `/infill`: the last event carries `"stop":true`, and no `[DONE]` follows.
-Source: llama.cpp tools/server/server-context.cpp, b11434. A quote inside generated text is escaped, so text cannot
-look like the field."""
+"""llama-server's own `/completion` and `/infill`: the last event contains `"stop":true`, and no `[DONE]` follows.
+Generated text cannot match, as JSON escapes its quotes. Source: llama.cpp tools/server/server-context.cpp, b11434."""
 
 
 def _responses_event(exc: ProxyError) -> bytes:
@@ -113,7 +111,7 @@ class ChatWriter:
 
     def __init__(self, request: ChatRequest, timing: Timing) -> None:
         options = request.body.get("stream_options")
-        self._wants_usage = isinstance(options, dict) and options.get("include_usage") is True
+        self._include_usage = isinstance(options, dict) and options.get("include_usage") is True
         self._usage: Json = {}
         self._begun = False
         self._own: Json = {
@@ -125,7 +123,7 @@ class ChatWriter:
 
     def chunk(self, chunk: Json) -> bytes:
         written = {**self._own, **chunk}
-        written.pop(KEPT, None)
+        written.pop(EXTENSIONS, None)
         if "usage" in written:
             self._usage["usage"] = written.pop("usage")
         if not written.get("choices"):
@@ -139,7 +137,7 @@ class ChatWriter:
 
     def end(self) -> bytes:
         last = b""
-        if self._wants_usage and "usage" in self._usage:
+        if self._include_usage and "usage" in self._usage:
             last = _event({**self._own, **self._usage, "choices": []})
         return last + OPENAI.ending
 
@@ -148,7 +146,7 @@ class ChatWriter:
 
     def reply(self, completion: Json) -> bytes:
         whole = {**self._own, **completion, "object": self.object}
-        return orjson.dumps(bare(self._whole(whole)))
+        return orjson.dumps(without_extensions(self._whole(whole)))
 
     def _name(self) -> str:
         return f"{self.object}.chunk"
@@ -189,14 +187,14 @@ class EventReader:
     """Reads the events of a chat, of a text completion and of llama-server's `/infill`."""
 
     renames = True
-    """Whether thoughts get the one name that they have in a chunk. vLLM, since 0.11, and OpenRouter call them
-    `reasoning`, where others have `reasoning_content`; some have both."""
+    """Whether `reasoning` is renamed to `reasoning_content`. vLLM, since 0.11, and OpenRouter use the former, others
+    the latter; some send both."""
 
     def __init__(self, request: ChatRequest) -> None:
         self.done = False
 
     def read(self, frame: bytes) -> Json | None:
-        try:  # nearly all events are one line, the rest of which is JSON; what cannot be read so is looked at closely
+        try:  # fast path: nearly all events are one `data: ` line of JSON
             event = orjson.loads(frame[6:]) if frame.startswith(b"data: {") else self._lines(frame)
         except orjson.JSONDecodeError:
             event = self._lines(frame)
@@ -210,11 +208,11 @@ class EventReader:
             if "text" in choice:
                 choice["delta"] = {"content": choice.pop("text")}
             elif self.renames and "reasoning" in (choice.get("delta") or ()):
-                _rename_thoughts(choice["delta"])
+                _rename_reasoning(choice["delta"])
         return event
 
     def _lines(self, frame: bytes) -> Any:
-        """The event, however it is written; None for one that says nothing."""
+        """The JSON of an event of any form; None for one without data, and for `[DONE]`."""
         data = event_data(frame)
         if data is None or data == b"[DONE]":
             self.done = self.done or data is not None
@@ -240,11 +238,12 @@ class EventReader:
 
 
 def error_details(body: Any) -> Json:
-    """What else than words the error object of a server's error body holds: its kind, and llama-server's numbers."""
+    """The fields of a server's error object other than its message: `type`, `code`, `param`, and llama-server's
+    numbers (`n_*`)."""
     error = body.get("error") if isinstance(body, dict) else None
-    said = error if isinstance(error, dict) else {}
-    names = (name for name in said if name in ("type", "code", "param") or name.startswith("n_"))
-    return {name: said[name] for name in names if _is_short(said[name])}
+    fields = error if isinstance(error, dict) else {}
+    names = (name for name in fields if name in ("type", "code", "param") or name.startswith("n_"))
+    return {name: fields[name] for name in names if _is_short(fields[name])}
 
 
 def _is_short(value: Any) -> bool:
@@ -252,7 +251,7 @@ def _is_short(value: Any) -> bool:
 
 
 def error_text(body: Any) -> str:
-    """The words of a server's error body: OpenAI's object, Anthropic's, Ollama's text, or whatever it is."""
+    """The message of a server's error body, in OpenAI's, Anthropic's or Ollama's format; its JSON in any other."""
     error = body.get("error", body) if isinstance(body, dict) else body
     if isinstance(error, dict):
         error = error.get("message", error)
@@ -260,15 +259,15 @@ def error_text(body: Any) -> str:
 
 
 class OwnEventReader(EventReader):
-    """Reads them for a client of the same API, which is to find every field where the server has put it."""
+    """Like `EventReader`, for clients of the same API: every field keeps the name that the server sent."""
 
     renames = False
 
 
-def _rename_thoughts(delta: Json) -> None:
-    thought = delta.pop("reasoning")
-    if isinstance(thought, str) and not delta.get("reasoning_content"):
-        delta["reasoning_content"] = thought
+def _rename_reasoning(delta: Json) -> None:
+    reasoning = delta.pop("reasoning")
+    if isinstance(reasoning, str) and not delta.get("reasoning_content"):
+        delta["reasoning_content"] = reasoning
 
 
 def _event(value: Json) -> bytes:
@@ -276,25 +275,24 @@ def _event(value: Json) -> bytes:
 
 
 def _to_openai(request: ChatRequest) -> tuple[str, Json]:
-    """The request as any OpenAI-style server takes it, streamed; usage is asked for, as other APIs always tell it."""
-    body = bare(request.body)
+    """The request for any OpenAI-compatible server, streamed; with usage, because other APIs always report it."""
+    body = without_extensions(request.body)
     body |= {"stream": True, "stream_options": {**(body.get("stream_options") or {}), "include_usage": True}}
     return ("/v1/completions" if request.is_text else "/v1/chat/completions"), body
 
 
-def as_asked(request: ChatRequest) -> tuple[str, Json]:
-    """The request as its client sent it, streamed; with usage only if the client wants a stream and that, or is to get
-    the answer as a whole."""
+def _as_requested(request: ChatRequest) -> tuple[str, Json]:
+    """The request as its client sent it, streamed; without usage if the client requested a stream without it."""
     path, body = _to_openai(request)
     if not request.stream:
         return path, body
     body.pop("stream_options")
-    asked = request.body.get("stream_options")
-    return path, body | ({} if asked is None else {"stream_options": asked})
+    options = request.body.get("stream_options")
+    return path, body | ({} if options is None else {"stream_options": options})
 
 
 def _to_llama_cpp(request: ChatRequest) -> tuple[str, Json]:
-    """The same for llama-server, which fills in the middle at an endpoint of its own."""
+    """The same for llama-server, which has a separate endpoint for infill."""
     path, body = _to_openai(request)
     if request.is_text and body.get("suffix"):
         limits = [body.pop(key) for key in _TOKEN_LIMITS if key in body]
@@ -305,8 +303,8 @@ def _to_llama_cpp(request: ChatRequest) -> tuple[str, Json]:
 
 
 WIRE = UpstreamCodec(OPENAI, EventSplitter, _to_openai, EventReader)
-"""Any OpenAI-style server."""
-OWN_WIRE = UpstreamCodec(OPENAI, EventSplitter, as_asked, OwnEventReader)
+"""Any OpenAI-compatible server."""
+OWN_WIRE = UpstreamCodec(OPENAI, EventSplitter, _as_requested, OwnEventReader)
 """The same, for clients of that API."""
 LLAMA_CPP = UpstreamCodec(OPENAI, EventSplitter, _to_llama_cpp, EventReader)
 """llama-server."""
@@ -333,7 +331,7 @@ class ChatCodec(ClientCodec):
         return ChatWriter(request, timing)
 
     def fits(self, request: ChatRequest) -> bool:
-        return True  # unknown fields pass, too
+        return True  # `decode` and `encode` keep unknown fields
 
 
 class TextCodec(ChatCodec):
@@ -342,8 +340,8 @@ class TextCodec(ChatCodec):
     def decode(self, body: Json) -> ChatRequest:
         if "prompt" not in body:
             raise BadRequest("prompt is required", param="prompt")
-        chat_only = "messages"  # which would make it a chat
-        return ChatRequest({name: value for name, value in body.items() if name != chat_only}, _streams(body))
+        fields = {name: value for name, value in body.items() if name != "messages"}  # these would make it a chat
+        return ChatRequest(fields, _streams(body))
 
     def writer(self, request: ChatRequest, timing: Timing) -> TextWriter:
         return TextWriter(request, timing)

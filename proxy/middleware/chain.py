@@ -25,7 +25,7 @@ from llama_smart_proxy.proxy.errors import AgentError, BadRequest
 from llama_smart_proxy.proxy.middleware.chats import CHAT_ID_HEADERS, Chats, chat_id, is_named
 from llama_smart_proxy.proxy.middleware.plugins import ALWAYS_THERE, Made, Plugin, Plugins
 from llama_smart_proxy.proxy.middleware.slash import MOST, Called, leading_commands
-from llama_smart_proxy.proxy.models.router import spelled
+from llama_smart_proxy.proxy.models.router import names_by_key
 
 HEADER = "X-Agents"
 FIELD = "agents"
@@ -86,7 +86,7 @@ class Chain:
         self._slash = config.slash_commands
         models = config.models | config.virtual
         self._barred = {name for name, model in models.items() if model.agents is None}
-        names = spelled(models)
+        names = names_by_key(models)
         self._names = {key_of(key): name for key, name in names.items()} | names
         self._of_model = {name: self._entries(model, models) for name, model in models.items()}
         self._models_have_some = any(self._of_model.values())

@@ -1,1 +1,1 @@
-"""Names of models, and the providers that hold them."""
+"""Resolves model names to the models of all providers."""

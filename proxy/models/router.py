@@ -1,4 +1,4 @@
-"""From the model name in a request to the model itself, whoever runs it; and the catalogue of all there are."""
+"""Resolves the model name of a request to a model, whichever provider has it; and lists all models."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ SHOWN_NAMES = 20
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Where a request goes. `virtual` is the name of the virtual model that was asked for, if it was one."""
+    """Where a request goes. `virtual` is the name of the virtual model that was requested; empty if it was none."""
 
     model: Model
     virtual: str = ""
 
     @property
     def name(self) -> str:
-        """The model that was asked for."""
+        """The name of the requested model."""
         return self.virtual or self.model.name
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One line of a model list. There is no `model` if it is a virtual one that stands for one which is not known."""
+    """One item of a model list. `model` is None for a virtual model whose base model is not known."""
 
     id: str
     owner: str
@@ -57,33 +57,33 @@ class Entry:
 
 
 class Router:
-    """Knows every model: what one of the `providers` has counts before what the next one has, and what is known before
-    what would have to be asked for. `created` is when it was made, in seconds since 1970."""
+    """Finds models in the `providers`, in their order, and in what they have in memory before they query servers.
+    `created` is the time of its construction in seconds since 1970."""
 
     def __init__(self, providers: Sequence[Provider], config: Config, downloads: Downloads) -> None:
         self.downloads = downloads
         self.created = int(time.time())
         self._providers = providers
         self._virtual = config.virtual
-        self._names = spelled(config.models | config.virtual)
+        self._names = names_by_key(config.models | config.virtual)
 
     # -- names -----------------------------------------------------------------------------------------------------
 
     async def resolve(self, name: object, *, pull: bool = True) -> Route:
-        """The route for the `model` of a request; with one local model in all, none need be named.
+        """The route for the `model` of a request, which may be empty if there is only one local model.
 
-        With `pull`, a model that is nowhere may be one that its provider fetches for the first request to it.
+        With `pull`, a provider may return a model that it downloads for its first request.
 
-        Raises: BadRequest for a name that is no text, ModelNotFound, or a provider's `missing` error.
+        Raises: BadRequest for a name that is not a string, ModelNotFound, or a provider's `missing` error.
         """
         return (await self._resolve(name, pull=pull))[1]
 
     async def find(self, name: str, *, pull: bool) -> Model | None:
-        """The model of that name, which is not a virtual one; None if there is none."""
+        """The model of that name, other than a virtual one; None if there is none."""
         return (await self._locate(name, pull=pull) or (None, None))[1]
 
     def known(self, name: str) -> Model | None:
-        """The same, as far as memory goes; no request to it has it fetched."""
+        """Like `find`, but from memory only; never downloads."""
         return (self._remembered(name, pull=False) or (None, None))[1]
 
     async def _resolve(self, name: object, *, pull: bool) -> tuple[Provider, Route]:
@@ -133,20 +133,20 @@ class Router:
     # -- all models ------------------------------------------------------------------------------------------------
 
     def models(self) -> list[Model]:
-        """Every model that is not a virtual one, from memory."""
+        """Every model other than virtual ones, from memory."""
         return [model for provider in self._providers for model in provider.models()]
 
     def catalogue(self) -> list[Entry]:
-        """Every model, from memory: no server is asked, so a dead one delays nobody."""
+        """An entry for every model, from memory: a server that does not respond must not delay the list."""
         entries = [self.entry(Route(model)) for model in self.models()]
         entries += [self._virtual_entry(name, self.known(str(model.model))) for name, model in self._virtual.items()]
         named: dict[str, Entry] = {}
         for entry in entries:
-            named.setdefault(entry.id, entry)  # of two with the same name the first is the one served
+            named.setdefault(entry.id, entry)  # of two with the same name, `resolve` returns the first
         return list(named.values())
 
     def entry(self, route: Route) -> Entry:
-        """The line of one model."""
+        """The entry of one model."""
         model = route.model
         if route.virtual:
             return self._virtual_entry(route.virtual, model)
@@ -156,13 +156,16 @@ class Router:
         return Entry(name, "llama-smart-proxy", self._virtual[name].aliases, model)
 
     async def listed(self, limit_s: float) -> None:
-        """Return when every provider has learned what there is, or after `limit_s` seconds."""
+        """Wait until every provider has listed its models, at most `limit_s` seconds."""
         with suppress(TimeoutError):
             async with asyncio.timeout(limit_s):
                 await asyncio.gather(*(provider.listed() for provider in self._providers))
 
     async def fitting(self, names: Sequence[str]) -> list[list[str]]:
-        """`names` in groups of models that can be loaded at one time; first those that are. Raises: ModelNotFound."""
+        """`names` in groups of models that can be loaded at the same time; those loaded now come first.
+
+        Raises: ModelNotFound.
+        """
         routes = [(name, *(await self._resolve(name, pull=True))) for name in names]
         group: dict[tuple[str, str], int] = {}
         for provider in self._providers:
@@ -174,11 +177,11 @@ class Router:
             groups.setdefault(group[owner.section, route.model.name], []).append(name)
         return [groups[number] for number in sorted(groups)]
 
-    # -- what goes beyond requests ---------------------------------------------------------------------------------
+    # -- downloads, management, lifetime ---------------------------------------------------------------------------
 
     async def download(self, name: str, headers: Sequence[tuple[str, str]]) -> Download | None:
-        """The download that makes the model available, by the first provider whose business that is; None when it is
-        there already. `headers` are those of the client's request. Raises: BadRequest, ModelNotFound."""
+        """Start the download of a model, by the first provider that can; None if it is available already. `headers` are
+        those of the client's request. Raises: BadRequest, ModelNotFound."""
         for provider in self._providers:
             if provider.can_download(name):
                 return await provider.download(name, headers)
@@ -187,19 +190,18 @@ class Router:
         )
 
     async def management(self, api: str, model: str | None) -> Management | None:
-        """Where requests go that manage the models of an API: of the server that has `model`, if one is named. None if
-        there is no such server."""
+        """The server that manages models by `api`, if `model` is given the one that has it; None if there is none."""
         for provider in self._providers:
             if (found := await provider.management(api, model)) is not None:
                 return found
         return None
 
     def status(self) -> ProviderStatus:
-        """That of all providers, for operators."""
-        all_of_them = [provider.status() for provider in self._providers]
+        """The instances and servers of all providers."""
+        statuses = [provider.status() for provider in self._providers]
         return ProviderStatus(
-            [instance for status in all_of_them for instance in status.instances],
-            [server for status in all_of_them for server in status.servers],
+            [instance for status in statuses for instance in status.instances],
+            [server for status in statuses for server in status.servers],
         )
 
     async def start(self) -> None:
@@ -208,12 +210,12 @@ class Router:
             await provider.start()
 
     async def close(self) -> None:
-        """Break off all downloads, and close every provider; may be called again."""
+        """Cancel all downloads and close every provider; may be called repeatedly."""
         await self.downloads.close()
         for provider in self._providers:
             await provider.close()
 
 
-def spelled(models: Mapping[str, ModelConfig]) -> dict[str, str]:
-    """The names of `models` by all their names in lower case."""
+def names_by_key(models: Mapping[str, ModelConfig]) -> dict[str, str]:
+    """Maps every name and alias of `models`, in lower case, to the model's name."""
     return {key.lower(): name for name, model in models.items() for key in (name, *model.aliases)}

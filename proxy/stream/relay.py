@@ -141,7 +141,7 @@ class _FrameSink:
             return False
         if not whole:
             return True
-        if self._splitter.says_something(whole):
+        if self._splitter.has_content(whole):
             self._before, self._last = self._last, whole
         return self._response.feed(whole)
 

@@ -167,7 +167,7 @@ class StreamDecoder:
                 self.failure = UpstreamFailed(f"the answer is over {ANSWER_LIMIT // 2**20} MiB", code="upstream_error")
                 return []
         try:
-            return self._chunks(self._splitter.take(data))
+            return self._chunks(self._splitter.split(self._splitter.push(data)))
         except FrameTooLong:
             self.failure = frame_too_long()
             return []
@@ -177,7 +177,7 @@ class StreamDecoder:
         if self.failure is not None:
             return []
         rest = self._splitter.rest
-        last = self._chunks(self._splitter.cut(rest)) if rest else []
+        last = self._chunks(self._splitter.split(rest)) if rest else []
         if not self.done and self.failure is None:
             self.failure = incomplete()
         return last

@@ -126,7 +126,7 @@ def test_check_refuses_a_flag_of_ours_in_either_spelling(tmp_path: Path, flag: s
     file.write_text(f"llama_cpp: {{{args}}}" if where == "llama_cpp.args" else f"models: {{m: {{path: x, {args}}}}}")
     done = run("check", "--config", str(file))
     assert done.returncode == 2
-    assert done.stderr.startswith(f"{file}: {where}: must not hold {flag.partition('=')[0]}: ")
+    assert done.stderr.startswith(f"{file}: {where}: must not contain {flag.partition('=')[0]}: ")
     assert "secret" not in done.stderr
 
 

@@ -98,7 +98,7 @@ async def test_an_interrupted_pull_goes_on_where_it_was(bench: Bench) -> None:
     await until(lambda: any(file.stat().st_size >= 490_000 for file in blobs.glob("*")), TIMEOUT_S)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=TIMEOUT_S)
-    assert process.returncode == 130 and said.endswith("stopped; the same command goes on from here\n")
+    assert process.returncode == 130 and said.endswith("stopped; run the same command to continue\n")
     kept = bench.partial("interrupted/repo").stat().st_size
     bench.hub.behave("interrupted/repo/m-Q4_K_M.gguf")
     assert pull(bench, "hf.co/interrupted/repo").returncode == 0

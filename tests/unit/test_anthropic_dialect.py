@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llama_smart_proxy.proxy.chat import ChatRequest, Json, bare
+from llama_smart_proxy.proxy.chat import ChatRequest, Json, without_extensions
 from llama_smart_proxy.proxy.dialects.anthropic import MESSAGES, count_tokens
 from llama_smart_proxy.proxy.errors import BadRequest
 
@@ -25,7 +25,7 @@ def decoded(body: Json) -> ChatRequest:
 def one(content: Any, role: str = "user") -> list[Json]:
     """The OpenAI messages, bare, that one message becomes."""
     body = {"model": "m", "max_tokens": 5, "messages": [{"role": role, "content": content}]}
-    messages: list[Json] = bare(decoded(body).body["messages"])
+    messages: list[Json] = without_extensions(decoded(body).body["messages"])
     return messages
 
 
@@ -34,7 +34,7 @@ def test_system_is_the_first_message() -> None:
     body = {"max_tokens": 5, "system": "Be kind.", "messages": [question]}
     assert decoded(body).body["messages"] == [{"role": "system", "content": "Be kind."}, question]
     blocks = [{"type": "text", "text": "Be kind.", "cache_control": {"type": "ephemeral"}}]
-    assert bare(decoded({**body, "system": blocks}).body["messages"][0]) == {
+    assert without_extensions(decoded({**body, "system": blocks}).body["messages"][0]) == {
         "role": "system",
         "content": [{"type": "text", "text": "Be kind."}],
     }
@@ -134,7 +134,7 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "string", "minLength": 
 )
 def test_fields_of_the_table_move_and_no_others(given: Json, expected: Json) -> None:
     base = {"model": "m", "max_tokens": 5, "messages": [{"role": "user", "content": "hi"}]}
-    assert bare(decoded({**base, **given}).body) == {**base, **expected}
+    assert without_extensions(decoded({**base, **given}).body) == {**base, **expected}
 
 
 def test_stamp_of_claude_code_does_not_spoil_the_prompt_cache_and_comes_back() -> None:
@@ -146,7 +146,7 @@ def test_stamp_of_claude_code_does_not_spoil_the_prompt_cache_and_comes_back() -
             {"max_tokens": 5, "system": shape(stamped(stamp)), "messages": [{"role": "user", "content": "hi"}]}
             for stamp in ("a5145", "0b2c3")
         ]
-        first, second = (bare(decoded(body).body) for body in bodies)
+        first, second = (without_extensions(decoded(body).body) for body in bodies)
         assert first == second
         assert [MESSAGES.encode(decoded(body)) for body in bodies] == bodies
     request = decoded(bodies[0])

@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_smart_proxy.proxy.chat import ChatRequest, Json, Kept, bare, kept
+from llama_smart_proxy.proxy.chat import ChatRequest, Extensions, Json, extensions_of, without_extensions
 from llama_smart_proxy.proxy.dialects.anthropic import MESSAGES
 from tests.support.laws import JSON_VALUES, TEXT, law, objects_in, unknown_fields
 
@@ -34,7 +34,15 @@ KNOWN = frozenset(
 )
 """The fields that have a meaning somewhere; all others are unknown everywhere."""
 OPENAI_ONLY = (
-    *("stop", "user", "response_format", "parallel_tool_calls", "thinking_budget_tokens", "reasoning_content", "_kept"),
+    *(
+        "stop",
+        "user",
+        "response_format",
+        "parallel_tool_calls",
+        "thinking_budget_tokens",
+        "reasoning_content",
+        "_extensions",
+    ),
     *("tool_calls", "tool_call_id", "function", "parameters", "arguments", "image_url", "json_schema"),
 )
 TOP_LEVEL = {
@@ -133,7 +141,7 @@ def test_request_comes_back_as_it_was_with_fields_nobody_knows_at_every_level(bo
 @given(bodies())
 @law(100)
 def test_only_fields_of_openai_are_seen_by_others(body: Json) -> None:
-    request = bare(decoded(body).body)
+    request = without_extensions(decoded(body).body)
     assert request.keys() <= TOP_LEVEL
     for told in request["messages"]:
         assert told.keys() <= MESSAGE_LEVEL
@@ -141,7 +149,7 @@ def test_only_fields_of_openai_are_seen_by_others(body: Json) -> None:
         assert all(part.keys() in ({"type", "text"}, {"type", "image_url"}) for part in parts)
         assert all(call.keys() == {"id", "type", "function"} for call in told.get("tool_calls", ()))
     assert all(tool.keys() == {"type", "function"} for tool in request.get("tools", ()))
-    assert not any(isinstance(value, Kept) for found in objects_in(request) for value in found.values())
+    assert not any(isinstance(value, Extensions) for found in objects_in(request) for value in found.values())
 
 
 def edited(content: Any) -> Any:
@@ -183,7 +191,9 @@ def is_empty(told: Json) -> bool:
 def test_edit_of_the_texts_is_what_comes_back_and_all_else_stays(body: Json) -> None:
     request = decoded(body)
     for told in request.body["messages"]:
-        only_thoughts = told["role"] == "assistant" and told["content"] == "" and kept(told, "anthropic").get("content")
+        only_thoughts = (
+            told["role"] == "assistant" and told["content"] == "" and extensions_of(told, "anthropic").get("content")
+        )
         if not is_empty(told) and not only_thoughts:
             told["content"] = edited(told["content"])
     assert MESSAGES.encode(request) == edited_body(body)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_smart_proxy.proxy.chat import ChatRequest, Fold, Json, Timing, kept
+from llama_smart_proxy.proxy.chat import ChatRequest, Fold, Json, Timing, extensions_of
 from llama_smart_proxy.proxy.dialects.anthropic import MESSAGES, reader
 from llama_smart_proxy.proxy.dialects.base import Writer
 from llama_smart_proxy.proxy.dialects.framing import EventSplitter, event_data
@@ -42,7 +42,7 @@ def written(*chunks: Json) -> bytes:
 def events(data: bytes) -> list[Json]:
     """The data of all events, each of which is named like its type."""
     splitter = EventSplitter()
-    frames = splitter.frames(splitter.push(data))
+    frames = splitter.split(splitter.push(data))
     assert splitter.rest == b""
     found = [orjson.loads(event_data(frame) or b"") for frame in frames]
     assert [frame.split(b"\n")[0] for frame in frames] == [f"event: {event['type']}".encode() for event in found]
@@ -52,7 +52,7 @@ def events(data: bytes) -> list[Json]:
 def read_back(data: bytes) -> tuple[list[Json], bool]:
     """The chunks that a reader makes of these events, and whether it saw the end."""
     splitter, source = EventSplitter(), reader()
-    chunks = [source.read(frame) for frame in splitter.frames(splitter.push(data))]
+    chunks = [source.read(frame) for frame in splitter.split(splitter.push(data))]
     return [chunk for chunk in chunks if chunk is not None], source.done
 
 
@@ -91,7 +91,7 @@ def translated(pieces: list[bytes]) -> bytes:
     splitter, source, target = EventSplitter(), WIRE.reader(REQUEST), writer()
     out = b""
     for piece in pieces:
-        for frame in splitter.frames(splitter.push(piece)):
+        for frame in splitter.split(splitter.push(piece)):
             chunk = source.read(frame)
             out += b"" if chunk is None else target.chunk(chunk)
     assert source.done and splitter.rest == b""
@@ -301,7 +301,11 @@ def test_what_chunks_cannot_say_passes_through_them() -> None:
         **{"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15},
         "prompt_tokens_details": {"cached_tokens": 2},
     }
-    assert kept(completion, "anthropic") == {"signature": "S==", "stop_reason": "stop_sequence", "stop_sequence": "END"}
+    assert extensions_of(completion, "anthropic") == {
+        "signature": "S==",
+        "stop_reason": "stop_sequence",
+        "stop_sequence": "END",
+    }
     whole = orjson.loads(writer().reply(completion))
     assert whole["content"] == [{"type": "thinking", "thinking": "Hm.", "signature": "S=="}]
     assert (whole["stop_reason"], whole["stop_sequence"]) == ("stop_sequence", "END")
@@ -318,7 +322,7 @@ def test_stop_sequence_is_the_reason_also_where_the_server_says_that_the_turn_en
 def test_signature_of_one_block_is_not_taken_for_that_of_the_next() -> None:
     unsigned = [{**event, "index": 1} for event in THINK if event is not THINK[2]]
     chunks, _ = read_back(stream(START, *THINK, {**THINK[0], "index": 1}, *unsigned[1:], MET, STOP))
-    assert "signature" not in kept(fold(chunks), "anthropic")
+    assert "signature" not in extensions_of(fold(chunks), "anthropic")
 
 
 def test_blocks_that_begin_with_all_they_have_are_read_and_others_are_left_out() -> None:

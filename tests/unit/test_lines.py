@@ -20,8 +20,10 @@ def test_lines_come_out_whole_and_unchanged_however_they_arrive(data: st.DataObj
     passed = [splitter.push(piece) for piece in data.draw(splits(stream))]
     assert b"".join(passed) + splitter.rest == stream
     assert all(piece == b"" or piece.endswith(b"\n") for piece in passed)
-    frames = [frame for piece in passed for frame in splitter.frames(piece)] + splitter.frames(splitter.rest)
-    assert frames == [line for line in stream.split(b"\n") if line.strip()]
+    frames = [frame for piece in [*passed, splitter.rest] for frame in splitter.split(piece)]
+    assert b"".join(frames) == stream
+    lines = [frame.removesuffix(b"\n") for frame in frames if frame.strip()]
+    assert lines == [line for line in stream.split(b"\n") if line.strip()]
 
 
 def test_a_line_over_the_limit_is_refused_and_one_below_passes() -> None:
@@ -40,7 +42,7 @@ def test_the_data_of_events_is_what_the_standard_says(data: st.DataObject, strea
     splitter = EventSplitter()
     frames: list[bytes] = []
     for piece in data.draw(splits(stream.encode())):
-        frames += splitter.frames(splitter.push(piece))
+        frames += splitter.split(splitter.push(piece))
     found = [found.decode() for frame in frames if (found := event_data(frame)) is not None]
     expected = [data for _, data in parse_events(stream.encode())]
     # A CR at the very end may be half of a CRLF, so the event before it is still held back.
@@ -49,7 +51,7 @@ def test_the_data_of_events_is_what_the_standard_says(data: st.DataObject, strea
 
 
 @pytest.mark.parametrize(
-    ("blank", "says"), [(b"\n", False), (b"\r\n", False), (b'{"a":1}\n', True), (b"\n\n{}\n", True)]
+    ("whole", "expected"), [(b"\n", False), (b"\r\n", False), (b'{"a":1}\n', True), (b"\n\n{}\n", True)]
 )
-def test_blank_lines_say_nothing(blank: bytes, says: bool) -> None:
-    assert LineSplitter().says_something(blank) is says
+def test_blank_lines_are_no_content(whole: bytes, expected: bool) -> None:
+    assert LineSplitter().has_content(whole) is expected

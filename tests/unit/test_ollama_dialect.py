@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llama_smart_proxy.proxy.chat import ChatRequest, Json, bare, kept
+from llama_smart_proxy.proxy.chat import ChatRequest, Json, extensions_of, without_extensions
 from llama_smart_proxy.proxy.dialects.base import Loading
 from llama_smart_proxy.proxy.dialects.ollama import CHAT, GENERATE, WIRE, as_text, keep_alive_s
 from llama_smart_proxy.proxy.dialects.ollama.options import WHOLE_CONTEXT
@@ -35,7 +35,7 @@ def generate(**fields: Any) -> ChatRequest:
 
 def meant(request: ChatRequest) -> Json:
     """All that an OpenAI-style server would get, but for the model."""
-    return {key: value for key, value in bare(request.body).items() if key != "model"}
+    return {key: value for key, value in without_extensions(request.body).items() if key != "model"}
 
 
 # -- options -----------------------------------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ def test_an_option_becomes_what_llama_server_takes_and_comes_back_as_it_was(
         assert meant(request) == {"messages": ASK, **ours}
         assert face.encode(request) == said
     if not ours:
-        assert kept(request.body, "ollama")["options"] == {option: value}
+        assert extensions_of(request.body, "ollama")["options"] == {option: value}
 
 
 def test_no_default_is_made_up() -> None:
@@ -92,7 +92,7 @@ def test_no_default_is_made_up() -> None:
 
 def test_load_time_options_and_times_are_kept_for_those_who_schedule() -> None:
     request = chat(options={"num_ctx": 8192, "temperature": 1}, keep_alive="5m", truncate=False, shift=True)
-    said = kept(request.body, "ollama")
+    said = extensions_of(request.body, "ollama")
     assert said["options"] == {"num_ctx": 8192}
     assert (said["keep_alive"], said["truncate"], said["shift"]) == ("5m", False, True)
 
@@ -154,7 +154,7 @@ def test_stream_is_the_default() -> None:
 
 def test_names_of_fields_are_taken_in_any_case_as_go_does() -> None:
     request = CHAT.decode({"Model": "m", "MESSAGES": [{"Role": "User", "CONTENT": "hi", "x": 1}], "\u017ftream": False})
-    assert (request.model, request.stream, bare(request.body)["messages"]) == ("m", False, ASK)
+    assert (request.model, request.stream, without_extensions(request.body)["messages"]) == ("m", False, ASK)
     body = {"model": "m", "messages": [{"role": "User", "content": "hi", "x": 1}], "stream": False}
     assert CHAT.encode(request) == body
 
@@ -217,7 +217,7 @@ def test_calls_without_ids_get_the_same_ones_each_time_and_results_find_them() -
         {"role": "tool", "content": "rain", "tool_call_id": "mine"},
     ]
     request = chat(messages=messages)
-    first, *results, second, last = bare(request.body["messages"])
+    first, *results, second, last = without_extensions(request.body["messages"])
     assert [item["id"] for item in first["tool_calls"]] == ["call_0", "call_1", "call_2"]
     assert first["tool_calls"][0]["type"] == "function"
     assert first["tool_calls"][0]["function"] == {"name": "look", "arguments": '{"at":"Łódź"}'}
@@ -230,7 +230,7 @@ def test_calls_without_ids_get_the_same_ones_each_time_and_results_find_them() -
     assert last == {"role": "tool", "content": "rain", "tool_call_id": "mine", "name": "look"}
     assert CHAT.encode(request)["messages"] == messages
     longer = chat(messages=[*messages, *ASK])
-    assert bare(longer.body["messages"][:-1]) == bare(request.body["messages"])
+    assert without_extensions(longer.body["messages"][:-1]) == without_extensions(request.body["messages"])
 
 
 def test_a_message_that_is_changed_goes_up_changed_and_keeps_its_other_fields() -> None:
@@ -262,7 +262,7 @@ def test_generate_is_a_chat_of_one_question() -> None:
     said = {"system": "Be brief.", "template": "{{ .Prompt }}", "context": [1, 2]}
     request = generate(**said)
     assert meant(request) == {"messages": [{"role": "system", "content": "Be brief."}, *ASK]}
-    assert kept(request.body, "ollama")["context"] == [1, 2]
+    assert extensions_of(request.body, "ollama")["context"] == [1, 2]
     assert WIRE.encode(request) == ("/api/generate", {"model": "m", "prompt": "hi", "stream": True, **said})
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 import pytest
 
-from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, Fold, Json, Timing, kept
+from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, Fold, Json, Timing, extensions_of
 from llama_smart_proxy.proxy.dialects.ollama import CHAT, GENERATE, WIRE, OllamaReader, OllamaWriter
 from llama_smart_proxy.proxy.dialects.ollama.writing import LONGEST_TEXT
 from llama_smart_proxy.proxy.errors import UpstreamFailed
@@ -171,7 +171,7 @@ def test_the_last_line_tells_usage_and_timings_in_llama_cpps_names() -> None:
         "prompt_per_second": 1000.0,
         "predicted_per_second": 2.0,
     }
-    assert kept(chunk, "ollama") == {"load_duration": 7, "prompt_eval_cached_count": 15}
+    assert extensions_of(chunk, "ollama") == {"load_duration": 7, "prompt_eval_cached_count": 15}
 
 
 @pytest.mark.parametrize("reason", ["load", "unload", None, "stop"])

@@ -10,7 +10,7 @@ import orjson
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_smart_proxy.proxy.chat import Json, Timing, bare
+from llama_smart_proxy.proxy.chat import Json, Timing, without_extensions
 from llama_smart_proxy.proxy.dialects.base import ClientCodec
 from llama_smart_proxy.proxy.dialects.ollama import CHAT, GENERATE, WIRE, OllamaWriter, fields
 from llama_smart_proxy.proxy.dialects.ollama.options import SAMPLING
@@ -100,7 +100,7 @@ def test_a_request_comes_back_as_it_was(asked: tuple[ClientCodec, Json]) -> None
 @law(150)
 def test_what_an_openai_style_server_gets_holds_nothing_it_does_not_know(asked: tuple[ClientCodec, Json]) -> None:
     face, said = asked
-    body = bare(face.decode(copy.deepcopy(said)).body)
+    body = without_extensions(face.decode(copy.deepcopy(said)).body)
     known = {"model", "messages", "prompt", "suffix", "tools", "response_format", "json_schema", "logprobs"}
     assert body.keys() <= known | {"top_logprobs", "chat_template_kwargs"} | set(SAMPLING.values())
     for message in body.get("messages", ()):
@@ -142,7 +142,7 @@ def written(pieces: list[bytes]) -> bytes:
     request = CHAT.decode({"model": "m"})
     splitter, reader = WIRE.splitter(), WIRE.reader(request)
     writer = OllamaWriter(request, Timing(0.0), chat=True, clock=lambda: 1.0, wall_ns=lambda: 0)
-    frames = [frame for piece in pieces for frame in splitter.frames(splitter.push(piece))]
+    frames = [frame for piece in pieces for frame in splitter.split(splitter.push(piece))]
     chunks = [chunk for frame in frames if (chunk := reader.read(frame)) is not None]
     return b"".join(map(writer.chunk, chunks)) + writer.end()
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llama_smart_proxy.proxy.chat import ChatRequest, Json, keep
+from llama_smart_proxy.proxy.chat import ChatRequest, Json, attach
 from llama_smart_proxy.proxy.dialects import OLLAMA
 from llama_smart_proxy.proxy.dialects.ollama import WIRE
 from llama_smart_proxy.proxy.errors import BadRequest
@@ -137,9 +137,11 @@ def test_an_openai_text_request_becomes_generate(body: Json, theirs: Json) -> No
 
 
 def test_what_another_api_set_aside_does_not_get_into_ollama() -> None:
-    message = keep({"role": "user", "content": "hi"}, "anthropic", {"cache_control": {}})
-    tool = keep({"type": "function", "function": keep(copy.copy(LOOK), "anthropic", {"x": 1})}, "anthropic", {"y": 1})
-    body = keep({"messages": [message], "tools": [tool]}, "anthropic", {"metadata": {}})
+    message = attach({"role": "user", "content": "hi"}, "anthropic", {"cache_control": {}})
+    tool = attach(
+        {"type": "function", "function": attach(copy.copy(LOOK), "anthropic", {"x": 1})}, "anthropic", {"y": 1}
+    )
+    body = attach({"messages": [message], "tools": [tool]}, "anthropic", {"metadata": {}})
     assert WIRE.encode(ChatRequest(body, stream=False))[1] == {"messages": ASK, "tools": [TOOL], "stream": True}
 
 

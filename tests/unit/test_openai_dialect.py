@@ -9,7 +9,17 @@ import orjson
 import pytest
 from hypothesis import given
 
-from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, Fold, Json, Kept, Timing, bare, keep, kept
+from llama_smart_proxy.proxy.chat import (
+    ChatRequest,
+    Chunk,
+    Extensions,
+    Fold,
+    Json,
+    Timing,
+    attach,
+    extensions_of,
+    without_extensions,
+)
 from llama_smart_proxy.proxy.dialects import openai
 from llama_smart_proxy.proxy.dialects.openai import WIRE, ChatWriter, EventReader, TextWriter
 from llama_smart_proxy.proxy.errors import BadRequest, UpstreamFailed
@@ -257,10 +267,10 @@ def test_what_is_no_chat_is_refused(body: Json) -> None:
 
 
 def test_what_was_set_aside_is_seen_by_its_own_dialect_alone() -> None:
-    body = keep({"a": [keep({"b": 1}, "ollama", {"shift": True})]}, "ollama", {"truncate": False})
-    assert kept(body, "ollama") == {"truncate": False} and kept(body, "anthropic") == {}
-    assert bare(body) == {"a": [{"b": 1}]}
-    assert kept({"_kept": {"truncate": False}}, "ollama") == {}  # a client's own field of that name
-    assert bare({"_kept": {"x": 1}}) == {"_kept": {"x": 1}}
+    body = attach({"a": [attach({"b": 1}, "ollama", {"shift": True})]}, "ollama", {"truncate": False})
+    assert extensions_of(body, "ollama") == {"truncate": False} and extensions_of(body, "anthropic") == {}
+    assert without_extensions(body) == {"a": [{"b": 1}]}
+    assert extensions_of({"_extensions": {"truncate": False}}, "ollama") == {}  # a client's own field of that name
+    assert without_extensions({"_extensions": {"x": 1}}) == {"_extensions": {"x": 1}}
     with pytest.raises(TypeError):
-        orjson.dumps(Kept("ollama", {}), option=orjson.OPT_PASSTHROUGH_SUBCLASS)
+        orjson.dumps(Extensions("ollama", {}), option=orjson.OPT_PASSTHROUGH_SUBCLASS)

@@ -13,7 +13,7 @@ from llama_smart_proxy.proxy.dialects.framing import EventSplitter
 
 
 def reader(request: ChatRequest | None = None) -> Reader:
-    """A reader of one streamed Message."""
+    """A reader for one streamed Message."""
     return MessageReader()
 
 
@@ -27,7 +27,7 @@ def _upstream(request: ChatRequest) -> tuple[str, Json]:
 
 
 WIRE = UpstreamCodec(ANTHROPIC, EventSplitter, _upstream, reader)
-"""A server that speaks this API."""
+"""A server of this API."""
 
 
 class MessagesCodec(ClientCodec):

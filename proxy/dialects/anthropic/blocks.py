@@ -1,7 +1,7 @@
-"""One content block of an Anthropic request as a part of a message or as a tool call, and back.
+"""Converts a content block of an Anthropic request to a part of an OpenAI message or to a tool call, and back.
 
-What a block has beyond that is kept in the part or the call, under its own name; an image's `source` keeps what is left
-of it, a document keeps its `type`.
+Further fields of a block are extensions of the part or the call, under their own names; so are the further fields of an
+image's `source` and the `type` of a document.
 Source: the Anthropic API reference; `server_chat_convert_anthropic_to_oai` in llama.cpp tools/server, b11434.
 """
 
@@ -12,54 +12,61 @@ from typing import Any
 
 import orjson
 
-from llama_smart_proxy.proxy.chat import Json, keep
-from llama_smart_proxy.proxy.dialects.anthropic.shape import NAME, aside, need, set_aside, type_of, without
+from llama_smart_proxy.proxy.chat import Json, attach
+from llama_smart_proxy.proxy.dialects.anthropic.shape import (
+    NAME,
+    add_extensions,
+    anthropic_extensions,
+    need,
+    type_of,
+    without,
+)
 from llama_smart_proxy.proxy.errors import BadRequest
 
 _DATA_URI = re.compile(r"data:([^;,]+);base64,")
 _MEDIA_TYPE = re.compile(r"[^;,]+")
-_STAMP = re.compile(r"(x-anthropic-billing-header:.*?cch=)\w{5}(?=;)", re.DOTALL)
+_BILLING_HASH = re.compile(r"(x-anthropic-billing-header:.*?cch=)\w{5}(?=;)", re.DOTALL)
 
 
 def decode_part(block: Any, path: str) -> Json:
-    """The part that a block of text, image or plain-text document becomes. Raises: BadRequest."""
+    """Convert a block of text, image or plain-text document to a part. Raises: BadRequest."""
     match type_of(block, path):
         case "text":
             return decode_text(block, path)
         case "image":
-            url, left = _decode_image(need(block, "source", dict, path), f"{path}.source")
+            url, remaining = _decode_image(need(block, "source", dict, path), f"{path}.source")
             part = {"type": "image_url", "image_url": {"url": url}}
-            return keep(part, NAME, without(block, "type", "source") | ({"source": left} if left else {}))
+            return attach(part, NAME, without(block, "type", "source") | ({"source": remaining} if remaining else {}))
         case "document":
-            text, left = _decode_document(need(block, "source", dict, path), f"{path}.source")
-            return keep({"type": "text", "text": text}, NAME, {**block, "source": left})
+            text, remaining = _decode_document(need(block, "source", dict, path), f"{path}.source")
+            return attach({"type": "text", "text": text}, NAME, {**block, "source": remaining})
         case kind:
             raise BadRequest(f"{path}: content blocks of type {kind!r} are not supported here")
 
 
 def decode_text(block: Any, path: str) -> Json:
-    """The part that a block becomes where only text may stand. Raises: BadRequest."""
+    """Convert a block where only text is allowed. Raises: BadRequest."""
     if (kind := type_of(block, path)) != "text":
         raise BadRequest(f"{path}: Input tag {kind!r} does not match any of the expected tags: 'text'")
-    return keep({"type": "text", "text": need(block, "text", str, path)}, NAME, without(block, "type", "text"))
+    return attach({"type": "text", "text": need(block, "text", str, path)}, NAME, without(block, "type", "text"))
 
 
 def encode_part(part: Json) -> Json:
-    """The block that a part was, or would have been. Raises: BadRequest for sound and the like."""
-    left = aside(part)
+    """The inverse of `decode_part`. Raises: BadRequest for parts of other types, such as audio."""
+    remaining = anthropic_extensions(part)
     kind = part.get("type")
     if kind == "image_url":
-        source = left.pop("source", {})
-        return {**left, "type": "image", "source": {**source, **_encode_image(part["image_url"]["url"], source)}}
+        source = remaining.pop("source", {})
+        return {**remaining, "type": "image", "source": {**source, **_encode_image(part["image_url"]["url"], source)}}
     if kind != "text":
-        raise BadRequest(f"a message part of type {kind!r} has no place in an Anthropic request")
-    if left.get("type") == "document":
-        return {**left, "source": {**left["source"], "data": part["text"]}}
-    return {**left, "type": "text", "text": unsteady(part["text"], left.get("text"))}
+        raise BadRequest(f"an Anthropic request cannot contain a message part of type {kind!r}")
+    if remaining.get("type") == "document":
+        return {**remaining, "source": {**remaining["source"], "data": part["text"]}}
+    return {**remaining, "type": "text", "text": restore_billing_header(part["text"], remaining.get("text"))}
 
 
 def _decode_image(source: Json, path: str) -> tuple[str, Json]:
-    """The URL, and what is left to keep."""
+    """The URL, and the remaining fields of `source`."""
     match type_of(source, path):
         case "base64":
             media_type = need(source, "media_type", str, path)
@@ -74,8 +81,8 @@ def _decode_image(source: Json, path: str) -> tuple[str, Json]:
             raise BadRequest(f"{path}: images with a source of type {kind!r} are not supported here")
 
 
-def _encode_image(url: str, left: Json) -> Json:
-    found = None if "type" in left else _DATA_URI.match(url)
+def _encode_image(url: str, remaining: Json) -> Json:
+    found = None if "type" in remaining else _DATA_URI.match(url)
     if found is None:
         return {"type": "url", "url": url}
     return {"type": "base64", "media_type": found[1], "data": url[found.end() :]}
@@ -88,25 +95,25 @@ def _decode_document(source: Json, path: str) -> tuple[str, Json]:
 
 
 def decode_call(block: Json, path: str) -> Json:
-    """The tool call that a tool_use block becomes. Raises: BadRequest."""
+    """Convert a tool_use block to a tool call. Raises: BadRequest."""
     try:
         arguments = orjson.dumps(need(block, "input", dict, path)).decode()
     except TypeError as exc:  # orjson.JSONEncodeError
         raise BadRequest(f"{path}.input: {exc}") from None
     function = {"name": need(block, "name", str, path), "arguments": arguments}
     call = {"id": need(block, "id", str, path), "type": "function", "function": function}
-    return keep(call, NAME, without(block, "type", "id", "name", "input"))
+    return attach(call, NAME, without(block, "type", "id", "name", "input"))
 
 
 def encode_call(call: Json) -> Json:
-    """The tool_use block of a tool call."""
+    """The inverse of `decode_call`."""
     function = call["function"]
-    made = {"type": "tool_use", "id": call["id"], "name": function["name"], "input": input_of(function)}
-    return {**aside(call), **made}
+    result = {"type": "tool_use", "id": call["id"], "name": function["name"], "input": input_of(function)}
+    return {**anthropic_extensions(call), **result}
 
 
 def input_of(function: Json) -> Json:
-    """The arguments of a tool call as an object; an empty one if a model wrote something else, as llama-server does."""
+    """The arguments of a tool call as an object; empty if the model wrote anything else, as in llama-server."""
     try:
         value = orjson.loads(function.get("arguments") or "{}")
     except orjson.JSONDecodeError:
@@ -114,19 +121,19 @@ def input_of(function: Json) -> Json:
     return value if isinstance(value, dict) else {}
 
 
-def steady(text: str) -> str:
-    """A system prompt without the mark that Claude Code puts in front of it, different in every request: no server
-    could reuse what it has computed. llama-server writes `fffff` over it, too. Source: llama.cpp pull request 21793."""
-    return _STAMP.sub(r"\1fffff", text, count=1) if text.startswith("x-anthropic-billing-header:") else text
+def normalize_billing_header(text: str) -> str:
+    """Replace the hash that Claude Code puts before its system prompt: it differs in every request, so that no server
+    could reuse its prompt cache. llama-server writes `fffff`, too. Source: llama.cpp pull request 21793."""
+    return _BILLING_HASH.sub(r"\1fffff", text, count=1) if text.startswith("x-anthropic-billing-header:") else text
 
 
-def steady_part(part: Json) -> Json:
-    """A text part of the system prompt, its text made steady; it keeps the text that it had."""
+def normalize_part(part: Json) -> Json:
+    """Normalize a text part of the system prompt; the original text becomes its extension."""
     original = part["text"]
-    part["text"] = steady(original)
-    return part if part["text"] == original else set_aside(part, {"text": original})
+    part["text"] = normalize_billing_header(original)
+    return part if part["text"] == original else add_extensions(part, {"text": original})
 
 
-def unsteady(text: str, original: str | None) -> str:
-    """The original of a steady text, unless the text has been changed since."""
-    return original if original is not None and text == steady(original) else text
+def restore_billing_header(text: str, original: str | None) -> str:
+    """The `original` of a normalized text, or the text itself if it was changed since."""
+    return original if original is not None and text == normalize_billing_header(original) else text

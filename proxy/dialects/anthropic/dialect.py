@@ -26,7 +26,7 @@ def _anthropic_error(exc: ProxyError) -> bytes:
 
 
 def _usage(frames: bytes) -> Json | None:
-    """Of a whole Message, or of the `message_delta` before the end of a stream, which need not repeat the input."""
+    """The usage of a whole Message, or of the `message_delta` that ends a stream, which may lack the input tokens."""
     for event in last_objects(frames):
         if isinstance(usage := event.get("usage"), dict):
             cached = usage.get("cache_read_input_tokens")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import orjson
 
-from llama_smart_proxy.proxy.chat import Json, keep
+from llama_smart_proxy.proxy.chat import Json, attach
 from llama_smart_proxy.proxy.dialects.anthropic.shape import NAME
 from llama_smart_proxy.proxy.dialects.anthropic.stream import STOP_REASONS
 from llama_smart_proxy.proxy.dialects.framing import event_data
@@ -28,15 +28,15 @@ _FINISH_REASONS = {
 class MessageReader:
     """Reads the events of one Message.
 
-    Chunks have no place for a thinking block's signature, for the stop sequence that was met and for stop reasons that
-    OpenAI has not: these are set aside in the last chunk. Citations and redacted thinking are left out.
+    A thinking block's signature, the matched stop sequence, and stop reasons that OpenAI lacks become extensions of the
+    last chunk. Citations and redacted thinking are left out.
     """
 
     def __init__(self) -> None:
         self.done = False
         self._usage: Json = {}
-        self._calls: dict[int, int] = {}  # the numbers of blocks, and of their tool calls
-        self._aside: Json = {}
+        self._calls: dict[int, int] = {}  # block index -> tool call index
+        self._extensions: Json = {}
 
     def read(self, frame: bytes) -> Json | None:
         data = event_data(frame)
@@ -76,7 +76,7 @@ class MessageReader:
                     {"tool_calls": [{"index": number, "id": block["id"], "type": "function", "function": function}]}
                 )
             case "thinking":
-                self._aside.pop("signature", None)  # it was of another block
+                self._extensions.pop("signature", None)  # of an earlier block
                 return _chunk({"reasoning_content": block["thinking"]}) if block["thinking"] else None
             case "text":
                 return _chunk({"content": block["text"]}) if block["text"] else None
@@ -92,8 +92,8 @@ class MessageReader:
                 function = {"arguments": delta["partial_json"]}
                 return _chunk({"tool_calls": [{"index": self._calls[index], "function": function}]})
             case "signature_delta" if delta["signature"]:
-                self._aside["signature"] = delta["signature"]
-                return keep(_chunk({}), NAME, self._aside)
+                self._extensions["signature"] = delta["signature"]
+                return attach(_chunk({}), NAME, self._extensions)
         return None
 
     def _end(self, delta: Json, usage: Json) -> Json:
@@ -101,22 +101,22 @@ class MessageReader:
         reason = delta.get("stop_reason") or "end_turn"
         finish = _FINISH_REASONS.get(reason, "stop")
         if STOP_REASONS[finish] != reason:
-            self._aside["stop_reason"] = reason
+            self._extensions["stop_reason"] = reason
         if delta.get("stop_sequence") is not None:
-            self._aside["stop_sequence"] = delta["stop_sequence"]
-        return keep({**_chunk({}, finish), "usage": self._usage_told()}, NAME, self._aside)
+            self._extensions["stop_sequence"] = delta["stop_sequence"]
+        return attach({**_chunk({}, finish), "usage": self._openai_usage()}, NAME, self._extensions)
 
     def _count(self, usage: Json) -> None:
-        """Later counts are totals, too; what is not told again still holds."""
+        """Merge token counts: each is a total, and a count that is not repeated stays valid."""
         self._usage |= {key: value for key, value in usage.items() if isinstance(value, int)}
 
-    def _usage_told(self) -> Json:
+    def _openai_usage(self) -> Json:
         counts = self._usage
         cached = counts.get("cache_read_input_tokens")
         prompt = counts.get("input_tokens", 0) + (cached or 0) + counts.get("cache_creation_input_tokens", 0)
         output = counts.get("output_tokens", 0)
-        told: Json = {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
-        return told if cached is None else told | {"prompt_tokens_details": {"cached_tokens": cached}}
+        usage: Json = {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
+        return usage if cached is None else usage | {"prompt_tokens_details": {"cached_tokens": cached}}
 
 
 def _chunk(delta: Json, finish: str | None = None) -> Json:

@@ -1,4 +1,4 @@
-"""Answers to Anthropic's clients: the events of a Message, or the Message itself.
+"""Encodes answers for Anthropic clients: the events of a Message, or a whole Message.
 
 Source: the Anthropic API reference, Messages streaming; `to_json_anthropic*` in llama.cpp tools/server, b11434.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 import orjson
 
-from llama_smart_proxy.proxy.chat import KEPT, ChatRequest, Json, Timing, kept
+from llama_smart_proxy.proxy.chat import EXTENSIONS, ChatRequest, Json, Timing, extensions_of
 from llama_smart_proxy.proxy.dialects.anthropic.blocks import input_of
 from llama_smart_proxy.proxy.dialects.anthropic.dialect import ANTHROPIC
 from llama_smart_proxy.proxy.dialects.anthropic.shape import NAME
@@ -28,10 +28,10 @@ STOP_REASONS = {
 
 
 class MessageWriter:
-    """Writes the events of one Message, or the Message itself.
+    """Encodes the events of one Message, or a whole Message.
 
-    Content blocks follow one another: a text after a tool call is a new block. Should a server go back to a tool call
-    after that, what it adds is written under that block's index, where client libraries put it in its place.
+    Content blocks do not overlap: a text after a tool call begins a new block. If a server continues an earlier tool
+    call after that, its delta has the index of the earlier block, which client libraries handle.
     """
 
     content_type = "text/event-stream"
@@ -40,17 +40,17 @@ class MessageWriter:
         self._model = request.model
         self._usage: Json = {"prompt_tokens": estimate(request.body), "completion_tokens": 0}
         self._begun = False
-        self._open = ""  # the type of the block that is being written
-        self._index = -1  # its number
-        self._head = b""  # its next event, up to the text
-        self._calls: dict[int, int] = {}  # the numbers of tool calls, and of their blocks
+        self._open = ""  # type of the current block
+        self._index = -1  # its index
+        self._head = b""  # its next delta event, up to the text
+        self._calls: dict[int, int] = {}  # tool call index -> block index
         self._finish = "stop"
-        self._aside: Json = {}
+        self._extensions: Json = {}
 
     def chunk(self, chunk: Json) -> bytes:
         written = b"" if self._begun else self._begin(chunk)
-        if KEPT in chunk:
-            self._aside |= kept(chunk, NAME)
+        if EXTENSIONS in chunk:
+            self._extensions |= extensions_of(chunk, NAME)
         if usage := chunk.get("usage"):
             self._usage = usage
         for choice in chunk.get("choices") or ():
@@ -65,11 +65,11 @@ class MessageWriter:
         return written
 
     def adopt(self, chunk: Json) -> None:
-        """Its message begins as this one does; who lets events pass tells of every one, by `chunk`."""
+        """Does nothing: frames are stateful, so `chunk` is called even for chunks whose frames are sent unchanged."""
 
     def end(self) -> bytes:
         written = (b"" if self._begun else self._begin({})) + self._close()
-        delta = _stop(self._finish, bool(self._calls), self._aside)
+        delta = _stop(self._finish, bool(self._calls), self._extensions)
         written += _event({"type": "message_delta", "delta": delta, "usage": _usage(self._usage)})
         return written + _event({"type": "message_stop"})
 
@@ -78,8 +78,10 @@ class MessageWriter:
 
     def reply(self, completion: Json) -> bytes:
         choice = completion["choices"][0]
-        content = _content(choice["message"], kept(completion, NAME))
-        ended = _stop(choice.get("finish_reason"), bool(choice["message"].get("tool_calls")), kept(completion, NAME))
+        content = _content(choice["message"], extensions_of(completion, NAME))
+        ended = _stop(
+            choice.get("finish_reason"), bool(choice["message"].get("tool_calls")), extensions_of(completion, NAME)
+        )
         message = self._message(completion, content, completion.get("usage") or self._usage)
         return orjson.dumps(message | ended)
 
@@ -100,7 +102,8 @@ class MessageWriter:
         return _event({"type": "message_start", "message": self._message(chunk, [], self._usage)})
 
     def _text(self, kind: str, text: str) -> bytes:
-        """Text for a block whose type is also the name of its field. This runs for each token."""
+        """A delta for a block whose type is also the name of its field. Runs for each token, so the constant part of
+        the event is cached."""
         if self._open == kind:
             return self._head + orjson.dumps(text) + b"}}\n\n"
         begun = self._new({"type": kind, kind: ""} | ({"signature": ""} if kind == "thinking" else {}))
@@ -128,10 +131,11 @@ class MessageWriter:
         return written + _event({"type": "content_block_start", "index": self._index, "content_block": block})
 
     def _close(self) -> bytes:
-        """End the block that is open, if one is. Clients wait for a signature behind thinking; ours is empty."""
+        """End the current block, if any. Clients expect a signature after thinking; it is empty if the server has
+        sent none."""
         written = b""
         if self._open == "thinking":
-            signature = self._aside.pop("signature", "")
+            signature = self._extensions.pop("signature", "")
             written = _delta(self._index, {"type": "signature_delta", "signature": signature})
         if self._open:
             written += _event({"type": "content_block_stop", "index": self._index})
@@ -151,28 +155,28 @@ def _message_id(given: Any) -> str:
     return f"msg_{str(given).removeprefix('chatcmpl-').removeprefix('msg_') if given else secrets.token_hex(12)}"
 
 
-def _stop(finish: str | None, called: bool, aside: Any) -> Json:
-    """Servers that end a tool call with plain `stop` mean the same as those that say `tool_calls`; llama-server tells
-    the stop sequence that was met beside `end_turn`."""
-    sequence = aside.get("stop_sequence")
-    reason = aside.get("stop_reason") or STOP_REASONS.get(finish or "stop", "end_turn")
+def _stop(finish: str | None, called: bool, extensions: Any) -> Json:
+    """The fields `stop_reason` and `stop_sequence`. Some servers end a tool call with `stop` instead of `tool_calls`;
+    llama-server sends the matched stop sequence with `end_turn`."""
+    sequence = extensions.get("stop_sequence")
+    reason = extensions.get("stop_reason") or STOP_REASONS.get(finish or "stop", "end_turn")
     if reason == "end_turn" and (called or sequence is not None):
         reason = "tool_use" if called else "stop_sequence"
     return {"stop_reason": reason, "stop_sequence": sequence}
 
 
 def _usage(usage: Json) -> Json:
-    """Anthropic counts tokens from the cache apart from the rest of the input."""
+    """Anthropic's `usage`, in which `input_tokens` excludes cached tokens."""
     cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
-    told = {"input_tokens": usage.get("prompt_tokens", 0) - (cached or 0)}
-    told |= {} if cached is None else {"cache_read_input_tokens": cached}
-    return told | {"output_tokens": usage.get("completion_tokens", 0)}
+    counts = {"input_tokens": usage.get("prompt_tokens", 0) - (cached or 0)}
+    counts |= {} if cached is None else {"cache_read_input_tokens": cached}
+    return counts | {"output_tokens": usage.get("completion_tokens", 0)}
 
 
-def _content(message: Json, aside: Any) -> list[Json]:
+def _content(message: Json, extensions: Any) -> list[Json]:
     blocks = []
     if reasoning := message.get("reasoning_content"):
-        blocks.append({"type": "thinking", "thinking": reasoning, "signature": aside.get("signature", "")})
+        blocks.append({"type": "thinking", "thinking": reasoning, "signature": extensions.get("signature", "")})
     if text := message.get("content"):
         blocks.append({"type": "text", "text": text})
     for call in message.get("tool_calls") or ():

@@ -1,4 +1,4 @@
-"""How many tokens a request is, guessed: for servers that cannot be asked, and for the start of a streamed answer."""
+"""Estimates the tokens of a request, for servers that cannot count them and for the start of a streamed answer."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 from llama_smart_proxy.proxy.chat import Json
 
 BYTES_PER_TOKEN = 4
-"""Of UTF-8; what English text comes to with the vocabularies of today's models."""
+"""Bytes of UTF-8; typical of English text with the vocabularies of current models."""
 IMAGE_TOKENS = 1600
-"""Of any image. Source: Anthropic's guide to vision, for the largest that is not scaled down."""
+"""For each image. Source: Anthropic's guide to vision, for the largest that is not scaled down."""
 
 
 def estimate(body: Json) -> int:
-    """The guess for a request in OpenAI's shape: all texts, tool calls, tool results and tool schemas at
+    """The estimate for a request in OpenAI's shape: all texts, tool calls, tool results and tool schemas at
     `BYTES_PER_TOKEN`, rounded up, and `IMAGE_TOKENS` for each image; at least 1."""
     size = images = 0
     for message in body["messages"]:

@@ -1,7 +1,7 @@
-"""The Ollama API, as its clients ask us and as we ask its servers. Pure functions, no I/O.
+"""The Ollama API, for its clients and for its servers. Pure functions, no I/O.
 
-The parts: `fields` (what may stand in a request, and how the client's spelling survives), `options`, `messages`,
-`request`; `reading` and `writing` for answers.
+`fields` (the fields of a request, and the client's spelling of them), `options`, `messages` and `request` convert
+requests; `reading` and `writing` convert answers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from llama_smart_proxy.proxy.dialects.ollama.request import (
     decode_generate,
     encode,
 )
-from llama_smart_proxy.proxy.dialects.ollama.writing import OllamaWriter, Stamp
+from llama_smart_proxy.proxy.dialects.ollama.writing import OllamaWriter, Timestamps
 
 __all__ = [
     "CHAT",
@@ -39,7 +39,7 @@ def _upstream(request: ChatRequest) -> tuple[str, Json]:
 
 
 WIRE = UpstreamCodec(OLLAMA, LineSplitter, _upstream, OllamaReader)
-"""An Ollama server, asked for a stream always."""
+"""An Ollama server; requests are always for a stream."""
 
 
 class OllamaChatCodec(ClientCodec):
@@ -49,7 +49,7 @@ class OllamaChatCodec(ClientCodec):
     same_api = WIRE
     thinking_is_optional = False
     _content = frozenset({"messages"})
-    """Fields without which a body asks for nothing but to load the model."""
+    """A body with none of these fields only loads the model."""
 
     def decode(self, body: Json) -> ChatRequest:
         return decode_chat(body)
@@ -61,13 +61,15 @@ class OllamaChatCodec(ClientCodec):
         return OllamaWriter(request, timing, chat=True)
 
     def loading(self, body: Json) -> Loading | None:
-        """A body without content loads the model, or with a `keep_alive` of exactly 0 unloads it."""
+        """A body without content loads the model, or unloads it with a `keep_alive` of 0."""
         if any(body.get(name) for name in self._content):
             return None
         return Loading.UNLOAD if keep_alive_s(body.get("keep_alive")) == 0 else Loading.LOAD
 
     def load_reply(self, model: str, loading: Loading) -> Json:
-        return {"model": model, "created_at": Stamp().now()} | self._empty() | {"done": True, "done_reason": loading}
+        return (
+            {"model": model, "created_at": Timestamps().now()} | self._empty() | {"done": True, "done_reason": loading}
+        )
 
     def keep_alive_s(self, body: Json) -> float | None:
         return keep_alive_s(body.get("keep_alive"))
@@ -80,7 +82,7 @@ class OllamaChatCodec(ClientCodec):
 
 
 class OllamaGenerateCodec(OllamaChatCodec):
-    """`POST /api/generate`. Should an agent have made more of the request than one question, `encode` gives a body for
+    """`POST /api/generate`. If an agent has turned the request into a longer chat, `encode` returns a body for
     `/api/chat`, and `fits` is false."""
 
     resends_chat = False

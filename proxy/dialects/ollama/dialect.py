@@ -17,19 +17,19 @@ def _ollama_error(exc: ProxyError) -> bytes:
 
 
 def _is_last_line(lines: bytes) -> bool:
-    """Whether the last line ends an answer, or a pull. Parsed, as the arguments of tool calls are objects in the line;
-    but not for every token, as that would cost more than all the rest."""
+    """Whether the last line ends an answer, or a pull."""
     line = lines.strip().rpartition(b"\n")[2]
     if b"done" not in line and b"success" not in line:
-        return False
+        return False  # parsing the line of every token would cost more than everything else
+    # not a search for `"done":true`: arguments of tool calls are objects in the line and may contain that, too
     with suppress(orjson.JSONDecodeError):
-        said = orjson.loads(line)
-        return isinstance(said, dict) and (said.get("done") is True or said.get("status") == "success")
+        event = orjson.loads(line)
+        return isinstance(event, dict) and (event.get("done") is True or event.get("status") == "success")
     return False
 
 
 def _usage(frames: bytes) -> Json | None:
-    """Of the last line, or the one object. Counts of 0 are left out by Ollama."""
+    """The usage of the last line, or of a whole body. Ollama leaves out counts of 0."""
     for line in last_objects(frames):
         if line.get("done") is True:
             cached = line.get("prompt_eval_cached_count")
@@ -49,5 +49,5 @@ OLLAMA = Dialect(
     json_errors=True,
     last_frame_sums=True,
 )
-"""Newline-delimited JSON. The error is a text, never an object (ollama-python reads it as one). Open WebUI shows an
-error line only if the connection breaks off behind it. Source: Ollama's server/routes.go."""
+"""Newline-delimited JSON. The error is a string, never an object: ollama-python expects that. Open WebUI shows an error
+line only if the connection is aborted after it. Source: Ollama's server/routes.go."""

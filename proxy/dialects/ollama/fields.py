@@ -1,6 +1,6 @@
-"""The fields of an Ollama request: which there are, what they may hold, and how the client's own spelling survives.
+"""The fields of an Ollama request with their types, and the client's spelling of them.
 
-Source: Ollama's api/types.go; the texts of the errors are Ollama's own or those of Go's `encoding/json`.
+Source: Ollama's api/types.go; error messages are those of Ollama or of Go's `encoding/json`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from llama_smart_proxy.proxy.chat import KEPT, Json, Kept
+from llama_smart_proxy.proxy.chat import EXTENSIONS, Extensions, Json
 from llama_smart_proxy.proxy.config.duration import go_duration_s
 from llama_smart_proxy.proxy.errors import BadRequest
 
@@ -48,7 +48,7 @@ MESSAGE_FIELDS = {
     "tool_call_id": "string",
 }
 OTHER_FIELDS = {"input": "", "dimensions": "int"}
-"""Those of `/api/embed` that the other endpoints have not."""
+"""Fields that only `/api/embed` has."""
 CALL_FIELDS = {"id": "string", "function": "api.ToolCallFunction"}
 FUNCTION_FIELDS = {"index": "int", "name": "string", "arguments": "api.ToolCallFunctionArguments"}
 
@@ -72,85 +72,86 @@ _KINDS: dict[type, str] = {
 _LONGEST_NS = 2**63 - 1
 
 
-class Said(Kept):
-    """What a client said in one object of its request that its canonical form does not tell.
+class ClientSpelling(Extensions):
+    """The fields of one object as the client sent them, where encoding its decoded form would give something else.
 
-    `ours` are the fields that we should write in its place. As long as we still should, nobody has changed what they
-    mean, and the client's own spelling is put back. `endpoint` is where the client asked, told in a body only.
+    `canonical` are the fields that encoding gave in their place. If it still gives the same, they were not changed in
+    between, and the client's are restored. `endpoint` is the path of the request; only set for a whole body.
     """
 
-    __slots__ = ("endpoint", "ours")
+    __slots__ = ("canonical", "endpoint")
 
-    def __init__(self, said: Json, ours: Json, endpoint: str = "") -> None:
-        """Compare the two and take note of what differs; `options` are compared one by one."""
+    def __init__(self, sent: Json, canonical: Json, endpoint: str = "") -> None:
+        """Record the differences; those of `options` are recorded for each option."""
         super().__init__(NAME, {})
         self.endpoint = endpoint
-        self.ours: Json = {}
-        for name, value in said.items():
-            if name in ours and value == ours[name]:
+        self.canonical: Json = {}
+        for name, value in sent.items():
+            if name in canonical and value == canonical[name]:
                 continue
             if name == "options" and endpoint and isinstance(value, dict):
-                value = Said(value, ours.get(name, {}))
-            elif name in ours:
-                self.ours[name] = ours[name]
+                value = ClientSpelling(value, canonical.get(name, {}))
+            elif name in canonical:
+                self.canonical[name] = canonical[name]
             self[name] = value
-        self.ours |= {name: value for name, value in ours.items() if name not in said}
+        self.canonical |= {name: value for name, value in canonical.items() if name not in sent}
 
 
-def remember(target: Json, said: Json, ours: Json, endpoint: str = "") -> None:
-    """Set aside in `target`, the canonical form of `said`, in what `ours`, the way back, differs from it."""
-    aside = Said(said, ours, endpoint)
-    if aside or aside.ours or endpoint:
-        target[KEPT] = aside
+def record_spelling(target: Json, sent: Json, canonical: Json, endpoint: str = "") -> None:
+    """Attach to `target`, the decoded form of `sent`, how `sent` differs from `canonical`, which encodes `target`."""
+    spelling = ClientSpelling(sent, canonical, endpoint)
+    if spelling or spelling.canonical or endpoint:
+        target[EXTENSIONS] = spelling
 
 
-def restored(fresh: Json, source: Mapping[str, Any]) -> Json:
-    """`fresh`, which says what `source` means, in the words that the client used; it is changed in place."""
-    aside = source.get(KEPT)
-    return _restore(fresh, aside) if isinstance(aside, Said) else fresh
+def restore_spelling(encoded: Json, source: Mapping[str, Any]) -> Json:
+    """Replace fields of `encoded`, which encodes `source`, by those that the client sent. Returns `encoded`."""
+    spelling = source.get(EXTENSIONS)
+    return _apply_spelling(encoded, spelling) if isinstance(spelling, ClientSpelling) else encoded
 
 
-def _restore(fresh: Json, aside: Said) -> Json:
-    for name, value in aside.items():
-        if isinstance(value, Said):
-            fresh[name] = _restore(fresh.get(name, {}), value)
-        elif fresh.get(name, aside) == aside.ours.get(name, aside):
-            fresh[name] = value
-    for name, value in aside.ours.items():
-        if name not in aside and fresh.get(name, aside) == value:
-            del fresh[name]
-    return fresh
+def _apply_spelling(encoded: Json, spelling: ClientSpelling) -> Json:
+    # `spelling` is also the default of `get`: no field has this value
+    for name, value in spelling.items():
+        if isinstance(value, ClientSpelling):
+            encoded[name] = _apply_spelling(encoded.get(name, {}), value)
+        elif encoded.get(name, spelling) == spelling.canonical.get(name, spelling):
+            encoded[name] = value
+    for name, value in spelling.canonical.items():
+        if name not in spelling and encoded.get(name, spelling) == value:
+            del encoded[name]
+    return encoded
 
 
-def checked(said: object, fields: Mapping[str, str], where: str, go_type: str = "") -> Json:
-    """`said` with the names of `fields` as they are written there: Go takes them in any case.
+def checked(sent: object, fields: Mapping[str, str], where: str, go_type: str = "") -> Json:
+    """`sent` with the names of `fields` in lower case: Go accepts any case.
 
-    `where` and `go_type` are what errors show. Raises: BadRequest for a value that Ollama cannot parse, and for a field
-    that stands there twice.
+    `where` and `go_type` are used in error messages. Raises: BadRequest for a value of the wrong type, and for a field
+    that occurs twice.
     """
-    if not isinstance(said, dict):
-        raise mismatch(said, where, go_type)
-    foreign = [name for name in said if name not in fields and name.casefold() in fields]
+    if not isinstance(sent, dict):
+        raise mismatch(sent, where, go_type)
+    foreign = [name for name in sent if name not in fields and name.casefold() in fields]
     if foreign:
-        said = dict(said)
+        sent = dict(sent)
         for name in foreign:
-            value = said.pop(name)
-            if said.setdefault(name.casefold(), value) is not value:
+            value = sent.pop(name)
+            if sent.setdefault(name.casefold(), value) is not value:
                 raise BadRequest(f"the field {_quoted(name.casefold())} appears twice, in different case")
-    for name, wanted in fields.items():
-        value = said.get(name)
-        if value is not None and wanted and not _is(value, wanted):
-            raise mismatch(value, f"{where}.{name}", wanted)
-    return said
+    for name, field_type in fields.items():
+        value = sent.get(name)
+        if value is not None and field_type and not _is(value, field_type):
+            raise mismatch(value, f"{where}.{name}", field_type)
+    return sent
 
 
-def folded(said: Json) -> Json:
-    """`said` with the names of known fields in lower case, in which we look for them."""
-    return checked(said, _ALL_FIELDS, "")
+def folded(sent: Json) -> Json:
+    """`sent` with the names of known fields in lower case."""
+    return checked(sent, _ALL_FIELDS, "")
 
 
 def mismatch(value: object, path: str, go_type: str) -> BadRequest:
-    """The error for a value that Go cannot put into the field at `path`."""
+    """The error for a value that Go cannot assign to the field at `path`."""
     kind = _KINDS.get(type(value), "null") + (f" {value}" if isinstance(value, float) else "")
     return BadRequest(f"json: cannot unmarshal {kind} into Go struct field {path} of type {go_type}")
 
@@ -166,8 +167,7 @@ def _quoted(text: str) -> str:
 
 
 def keep_alive_s(value: object) -> float | None:
-    """How long the model shall stay after this request, in seconds: `math.inf` for ever, None if the client says
-    nothing.
+    """The seconds that a `keep_alive` means: `math.inf` for ever, None if it is null or missing.
 
     Raises: BadRequest for what is neither a number of seconds nor a Go duration (`"5m"`, `"1h30m"`).
     """

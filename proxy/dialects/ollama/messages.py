@@ -1,7 +1,7 @@
-"""The messages of a chat, between Ollama's shape and OpenAI's.
+"""Converts the messages of a chat between Ollama's shape and OpenAI's.
 
-Ollama's content is one text with `images` beside it, its tool calls have objects for arguments and often no ids, and a
-tool's result names the tool. Source: Ollama's api/types.go and llm/llama_server.go.
+In Ollama's, the content is one text with separate `images`, tool calls have objects as arguments and often no ids, and
+a tool's result has the name of the tool. Source: Ollama's api/types.go and llm/llama_server.go.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from llama_smart_proxy.proxy.dialects.ollama.fields import (
     MESSAGE_FIELDS,
     checked,
     mismatch,
-    remember,
-    restored,
+    record_spelling,
+    restore_spelling,
 )
 from llama_smart_proxy.proxy.errors import BadRequest
 
@@ -37,14 +37,14 @@ _LINE_ENDS = str.maketrans("", "", "\r\n")
 
 
 class _Calls:
-    """The tool calls of a conversation so far: which ids there are, and whose result is still missing."""
+    """The tool calls of a conversation so far: their ids, and which have no result yet."""
 
     def __init__(self) -> None:
         self._names: dict[str, str] = {}
         self._open: dict[str, str] = {}
 
-    def made(self, given: str | None, name: str) -> str:
-        """The id of the next call: the one given, else one that is the same whenever this conversation is sent."""
+    def add(self, given: str | None, name: str) -> str:
+        """The id of the next call: `given`, or a new one that is the same whenever this conversation is sent."""
         number = len(self._names)
         while not given and f"call_{number}" in self._names:
             number += 1
@@ -52,59 +52,64 @@ class _Calls:
         self._names[known] = self._open[known] = name
         return known
 
-    def answered(self, given: str | None, name: str | None) -> tuple[str | None, str | None]:
-        """Id and name of the call that the next result belongs to: the first open one that fits what is given."""
+    def match_result(self, given: str | None, name: str | None) -> tuple[str | None, str | None]:
+        """Id and name of the call that the next result belongs to: of `given`, or of the first call without a result
+        that has the name, if there is one."""
         if not given:
-            fitting = (known for known, called in self._open.items() if name in (None, "", called))
-            given = next(fitting, None)
+            matching = (known for known, called in self._open.items() if name in (None, "", called))
+            given = next(matching, None)
         if given is None:
             return None, name
         self._open.pop(given, None)
         return given, name or self._names.get(given)
 
 
-def checked_messages(said: Sequence[object]) -> list[Json]:
-    """`said`, if it is a list of messages as Ollama knows them, with all names of fields in lower case."""
-    return [_checked_message(item) for item in said]
+def checked_messages(sent: Sequence[object]) -> list[Json]:
+    """`sent` with the names of all fields in lower case. Raises: BadRequest if one is not a message of Ollama's API."""
+    return [_checked_message(item) for item in sent]
 
 
-def decode_messages(said: Sequence[Json]) -> list[Json]:
-    """OpenAI's messages for checked ones, without what those say beyond; that is for `remember_messages`."""
+def decode_messages(sent: Sequence[Json]) -> list[Json]:
+    """Convert checked messages to OpenAI's shape, without extensions; `record_message_spellings` attaches these."""
     calls = _Calls()
-    return [_decode_message(item, calls) for item in said]
+    return [_decode_message(item, calls) for item in sent]
 
 
-def remember_messages(messages: Sequence[Json], said: Sequence[Json], back: Sequence[Json]) -> None:
-    """Set aside in each of `messages`, and in its tool calls, what the client said otherwise than the way `back` does,
-    which is what `encode_messages` makes of them."""
-    for message, theirs, ours in zip(messages, said, back, strict=True):
+def record_message_spellings(messages: Sequence[Json], sent: Sequence[Json], encoded: Sequence[Json]) -> None:
+    """`record_spelling` for each of `messages` and its tool calls; `encoded` is their `encode_messages`."""
+    for message, original, canonical in zip(messages, sent, encoded, strict=True):
         if message.get("tool_calls"):
-            theirs, ours = dict(theirs), dict(ours)
-            calls = zip(message["tool_calls"], theirs.pop("tool_calls"), ours.pop("tool_calls"), strict=True)
-            for call, their_call, our_call in calls:
-                remember(call["function"], their_call["function"], our_call.pop("function"))
-                remember(call, {key: value for key, value in their_call.items() if key != "function"}, our_call)
-        remember(message, theirs, ours)
+            original, canonical = dict(original), dict(canonical)
+            calls = zip(message["tool_calls"], original.pop("tool_calls"), canonical.pop("tool_calls"), strict=True)
+            for call, original_call, canonical_call in calls:
+                record_spelling(call["function"], original_call["function"], canonical_call.pop("function"))
+                fields = {key: value for key, value in original_call.items() if key != "function"}
+                record_spelling(call, fields, canonical_call)
+        record_spelling(message, original, canonical)
 
 
 def encode_messages(messages: Sequence[Any]) -> list[Json]:
-    """Ollama's messages. Several parts stay one message; names of tools are looked up for results that lack them.
+    """Convert messages to Ollama's shape. Text parts are joined; tool results without a name get that of their call.
 
-    Raises: BadRequest for what Ollama cannot be told, such as an image that is not in the request itself.
+    Raises: BadRequest for what Ollama's API cannot express, such as an image that is not in the request itself.
     """
     names: dict[str, str] = {}
     return [_encode_message(message, names) for message in messages]
 
 
 def content_of(text: str | None, images: Sequence[object] | None, path: str) -> str | list[Json]:
-    """OpenAI's content for a text and Ollama's `images`, which are base64 and may hold sound, too. `path` is theirs."""
+    """OpenAI's content for a text and Ollama's `images`, which are base64 and may contain audio. `path`: of `images`,
+    for error messages."""
     if not images:
         return text or ""
     return ([{"type": "text", "text": text}] if text else []) + [_media_part(image, path) for image in images]
 
 
 def text_and_media(content: Any) -> tuple[str, list[str]]:
-    """The one text and the base64 `images` of OpenAI's content, which is a text, None or a list of parts."""
+    """The text and the base64 `images` of OpenAI's content, which is a string, None or a list of parts.
+
+    Raises: BadRequest for other parts than text, images and audio.
+    """
     if content is None or isinstance(content, str):
         return content or "", []
     if not isinstance(content, list):
@@ -123,9 +128,9 @@ def text_and_media(content: Any) -> tuple[str, list[str]]:
     return "\n".join(texts), images
 
 
-def _checked_message(said: object) -> Json:
+def _checked_message(sent: object) -> Json:
     where = "ChatRequest.messages"
-    message = checked(said, MESSAGE_FIELDS, where, "api.Message")
+    message = checked(sent, MESSAGE_FIELDS, where, "api.Message")
     if not message.get("tool_calls"):
         return message
     calls = [checked(call, CALL_FIELDS, f"{where}.tool_calls", "api.ToolCall") for call in message["tool_calls"]]
@@ -135,18 +140,18 @@ def _checked_message(said: object) -> Json:
     return message | {"tool_calls": [call | {"function": function} for call, function in pairs]}
 
 
-def _decode_message(said: Json, calls: _Calls) -> Json:
+def _decode_message(sent: Json, calls: _Calls) -> Json:
     message: Json = {}
-    if said.get("role") is not None:
-        message["role"] = said["role"].lower()
-    message["content"] = content_of(said.get("content"), said.get("images"), "ChatRequest.messages.images")
-    if said.get("thinking"):
-        message["reasoning_content"] = said["thinking"]
-    if said.get("tool_calls"):
-        message["tool_calls"] = [_decode_call(call, calls) for call in said["tool_calls"]]
-    call_id, name = said.get("tool_call_id"), said.get("tool_name")
+    if sent.get("role") is not None:
+        message["role"] = sent["role"].lower()
+    message["content"] = content_of(sent.get("content"), sent.get("images"), "ChatRequest.messages.images")
+    if sent.get("thinking"):
+        message["reasoning_content"] = sent["thinking"]
+    if sent.get("tool_calls"):
+        message["tool_calls"] = [_decode_call(call, calls) for call in sent["tool_calls"]]
+    call_id, name = sent.get("tool_call_id"), sent.get("tool_name")
     if message.get("role") == "tool":
-        call_id, name = calls.answered(call_id, name)
+        call_id, name = calls.match_result(call_id, name)
     message |= {key: value for key, value in (("tool_call_id", call_id), ("name", name)) if value}
     return message
 
@@ -158,8 +163,8 @@ def _decode_call(call: Json, calls: _Calls) -> Json:
         arguments = orjson.dumps(function.get("arguments") or {}).decode()
     except TypeError as exc:  # orjson.JSONEncodeError
         raise BadRequest(f"the arguments of a tool call cannot be passed on: {exc}", param="messages") from None
-    known = calls.made(call.get("id"), name)
-    return {"id": known, "type": "function", "function": {"name": name, "arguments": arguments}}
+    call_id = calls.add(call.get("id"), name)
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def _encode_message(message: Any, names: dict[str, str]) -> Json:
@@ -168,40 +173,41 @@ def _encode_message(message: Any, names: dict[str, str]) -> Json:
     role = message.get("role")
     role = {"developer": "system", "function": "tool"}.get(role, role) if isinstance(role, str) else None
     text, images = text_and_media(message.get("content"))
-    fresh: Json = {"content": text} if role is None else {"role": role, "content": text}
+    encoded: Json = {"content": text} if role is None else {"role": role, "content": text}
     if images:
-        fresh["images"] = images
+        encoded["images"] = images
     if message.get("reasoning_content"):
-        fresh["thinking"] = message["reasoning_content"]
+        encoded["thinking"] = message["reasoning_content"]
     if message.get("tool_calls"):
         if not isinstance(message["tool_calls"], list):
             raise BadRequest("tool_calls must be a list", param="messages")
-        fresh["tool_calls"] = [_encode_call(call, names) for call in message["tool_calls"]]
+        encoded["tool_calls"] = [_encode_call(call, names) for call in message["tool_calls"]]
     call_id = str(message.get("tool_call_id") or "")
     name = message.get("name") or names.get(call_id)
     if call_id:
-        fresh["tool_call_id"] = call_id
+        encoded["tool_call_id"] = call_id
     if role == "tool" and name:
-        fresh["tool_name"] = name
-    return restored(fresh, message)
+        encoded["tool_name"] = name
+    return restore_spelling(encoded, message)
 
 
 def _encode_call(call: Any, names: dict[str, str]) -> Json:
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise BadRequest("a tool call must name a function", param="messages")
-    fresh: Json = {}
+    encoded: Json = {}
     if call.get("id"):
-        fresh["id"] = call["id"]
+        encoded["id"] = call["id"]
         names[str(call["id"])] = function["name"]
     arguments = arguments_object(function.get("arguments"))
     if arguments is None:
         raise BadRequest(f"the arguments of the call of {function['name']!r} are not a JSON object", param="messages")
-    return restored(fresh | {"function": restored({"name": function["name"], "arguments": arguments}, function)}, call)
+    encoded["function"] = restore_spelling({"name": function["name"], "arguments": arguments}, function)
+    return restore_spelling(encoded, call)
 
 
 def arguments_object(text: Any) -> Json | None:
-    """The arguments of a tool call, which OpenAI's API tells as a text; None if that is not a JSON object."""
+    """The arguments of a tool call as an object, parsed if they are a string; None if they are no JSON object."""
     if isinstance(text, str):
         try:
             text = orjson.loads(text or "{}")
@@ -233,9 +239,9 @@ def _media_part(image: Any, path: str) -> Json:
 
 
 def _checked_base64(image: Any, path: str) -> str:
-    """The base64 text without line ends, which Go skips.
+    """The base64 text without line ends, which Go ignores.
 
-    Raises: BadRequest with the place of the first wrong character, as Go counts it.
+    Raises: BadRequest with the position of the first invalid character, as Go counts it.
     """
     if not isinstance(image, str):
         raise mismatch(image, path, "api.ImageData")

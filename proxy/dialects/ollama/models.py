@@ -1,7 +1,7 @@
-"""How clients of the Ollama API see a model: the items of `/api/tags` and `/api/ps`, and the answer of `/api/show`.
+"""A model in the Ollama API: the items of `/api/tags` and `/api/ps`, and the answer of `/api/show`.
 
-The item of an Ollama itself is passed on as it is. Of a model of which little is known (a remote server's, one that is
-not downloaded, a broken file) there are the same keys, with empty values: clients trip over missing ones, and null.
+The item of an Ollama server is passed on unchanged. A model with little known about it (a remote server's, one not
+downloaded, a broken file) has the same keys with empty values, because clients fail on missing keys and on null.
 
 Source: Ollama `server/routes.go`, `server/images.go`, `format/format.go`; Open WebUI, Continue and VS Code's Copilot as
 clients.
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from llama_smart_proxy.backends.base import ModelInfo, Residence
 
 NAME = "ollama"
-"""The key of this API's items in what servers list."""
+"""The key of this API's items in `ModelInfo.native`."""
 QUANTIZATIONS = (
     "F32 F16 Q4_0 Q4_1 Q4_1_F16 Q4_2 Q4_3 Q8_0 Q5_0 Q5_1 Q2_K Q3_K_S Q3_K_M Q3_K_L Q4_K_S Q4_K_M Q5_K_S Q5_K_M Q6_K "
     "IQ2_XXS IQ2_XS Q2_K_S IQ3_XS IQ3_XXS IQ1_S IQ4_NL IQ3_S IQ3_M IQ2_S IQ2_M IQ4_XS IQ1_M BF16 Q4_0_4_4 Q4_0_4_8 "
@@ -28,17 +28,17 @@ QUANTIZATIONS = (
 )
 """By `general.file_type`, which counts from 0. Source: llama.cpp `include/llama.h`, build b11434."""
 GUESSED = 1024
-"""Added to a file type that llama.cpp only guessed."""
-USUAL = ("completion",)
-"""What a model of which no more is known can do: nearly all chat."""
+"""Flag of a file type that llama.cpp only guessed (`LLAMA_FTYPE_GUESSED`)."""
+DEFAULT_CAPABILITIES = ("completion",)
+"""Of a model whose capabilities are not known."""
 INFILL_NOTE = "{# /api/generate takes a suffix (.Suffix): this model can fill in the middle. #}"
-"""Put before the template of such a model, because clients look for `.Suffix` there, which only Ollama's own template
-language has. This is a comment in the language of these templates: what they render to does not change."""
+"""Prefix of the template of a model that can infill: clients search it for `.Suffix`, which only Ollama's own template
+language has. It is a comment in Jinja, so the template renders to the same text."""
 NEVER = datetime(2318, 1, 1, tzinfo=UTC)
-"""When a model expires that is to stay for ever: about what Ollama says, and no client chokes on it."""
+"""`expires_at` of a model that never expires: close to Ollama's value, and clients can parse it."""
 COPILOT = "GitHubCopilotChat/"
 SHOWN_ELEMENTS = 5
-"""Longer arrays of the metadata are shown empty, as Ollama does, unless the client asked for all."""
+"""Longer arrays of the metadata are returned empty, as Ollama does, unless the request is `verbose`."""
 
 
 def tags_item(info: ModelInfo) -> Json:
@@ -52,7 +52,7 @@ def tags_item(info: ModelInfo) -> Json:
         "size": info.size_bytes,
         "digest": _digest(info),
         "details": details(info),
-        "capabilities": list(info.capabilities or USUAL),
+        "capabilities": list(info.capabilities or DEFAULT_CAPABILITIES),
     }
 
 
@@ -75,8 +75,8 @@ def ps_item(info: ModelInfo, residence: Residence) -> Json:
 def show(info: ModelInfo, *, verbose: bool = False, requested_name: str = "", user_agent: str = "") -> Json:
     """The answer of `/api/show`.
 
-    Each line of `parameters` is a name, spaces and a value without spaces: Continue takes them apart. Copilot shows
-    `general.basename` to its user, and so gets there the name that it asked for, `requested_name`, as from Ollama.
+    Each line of `parameters` is a name, spaces and a value without spaces, because Continue parses it. Copilot shows
+    `general.basename` to its user, so that it is set to `requested_name` there, as Ollama does.
     """
     template, num_ctx = _text(info, "tokenizer.chat_template"), info.num_ctx
     model_info = _model_info(info, verbose)
@@ -91,7 +91,7 @@ def show(info: ModelInfo, *, verbose: bool = False, requested_name: str = "", us
         "details": details(info),
         "messages": [],
         "model_info": model_info,
-        "capabilities": list(info.capabilities or USUAL),
+        "capabilities": list(info.capabilities or DEFAULT_CAPABILITIES),
         "modified_at": _rfc3339(info.modified),
     }
 
@@ -127,7 +127,7 @@ def _human(count: int) -> str:
 
 
 def _model_info(info: ModelInfo, verbose: bool) -> Json:
-    """The metadata as JSON can hold it, with the keys that clients ask for in any case."""
+    """The metadata that JSON can represent, with the keys that clients require."""
     shown: Json = {
         "general.architecture": "",
         "general.basename": info.name,
@@ -142,7 +142,7 @@ def _model_info(info: ModelInfo, verbose: bool) -> Json:
 
 
 def _is_json(value: Any) -> bool:
-    """Whether there is no NaN and no infinity in it."""
+    """Whether `value` contains no NaN and no infinity."""
     numbers = value if isinstance(value, list) else [value]
     return all(math.isfinite(number) for number in numbers if isinstance(number, float))
 
@@ -153,11 +153,11 @@ def _text(info: ModelInfo, key: str) -> str:
 
 
 def _digest(info: ModelInfo) -> str:
-    """Of one that has none, that of its name: clients tell models apart by it."""
+    """The digest of the model, or else of its name, because clients identify models by it."""
     return info.digest or hashlib.sha256(info.name.encode(errors="surrogateescape")).hexdigest()
 
 
 def _rfc3339(seconds: float) -> str:
-    """A time with an offset in place of `Z`, which `datetime.fromisoformat` of Python before 3.11 does not take."""
+    """`seconds` since 1970 with an offset instead of `Z`, which Python before 3.11 cannot parse."""
     when = datetime.fromtimestamp(max(0.0, seconds), UTC) if seconds < NEVER.timestamp() else NEVER
     return when.isoformat(timespec="microseconds")

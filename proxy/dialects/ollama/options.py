@@ -1,7 +1,7 @@
-"""Ollama's `options`, and the other fields that say how to generate rather than from what, in both directions.
+"""Converts Ollama's `options`, and the other fields that control generation, in both directions.
 
-Only what a client says is passed on; no default is made up. Source: Ollama's api/types.go (names, types, error texts)
-and llm/llama_server.go (what they become); llama.cpp's tools/server/server-schema.cpp, b11434 (names and limits).
+No defaults are added. Source: Ollama's api/types.go (names, types, error messages) and llm/llama_server.go (their
+conversion); llama.cpp's tools/server/server-schema.cpp, b11434 (names and limits).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from llama_smart_proxy.proxy.chat import Json, bare
+from llama_smart_proxy.proxy.chat import Json, without_extensions
 from llama_smart_proxy.proxy.errors import BadRequest
 
 SAMPLING = {
@@ -28,14 +28,14 @@ SAMPLING = {
     "num_predict": "max_tokens",
     "num_keep": "n_keep",
 }
-"""Ollama's option and what llama-server calls it at the top level of a request."""
+"""Ollama's option -> llama-server's top-level field."""
 
 WHOLE_CONTEXT = 2**20
-"""`repeat_last_n` -1 means the whole context, which llama-server has no number for. It sets aside 4 bytes for each
-token it shall look back at, so this is not the largest number there is, but one beyond every context."""
+"""llama-server has no value for the whole context, `repeat_last_n` -1 of Ollama's. It allocates 4 bytes per token, so
+this is a number larger than any context, but not the largest possible one."""
 
 EXTRAS = ("format", "think", "keep_alive", "truncate", "shift", "options")
-"""Ollama's own fields, which clients of other APIs may send, too (`extra_body` of the openai package)."""
+"""Ollama's own fields, which clients of other APIs may also send (`extra_body` of the openai package)."""
 
 _INTEGERS = {"num_keep", "seed", "num_predict", "top_k", "repeat_last_n", "num_ctx", "num_batch", "num_gpu", "main_gpu"}
 _INTEGERS |= {"num_thread", "draft_num_predict"}
@@ -48,9 +48,9 @@ _THINK_VALUES = '"high", "medium", "low", "max", true, or false'
 
 
 def decode_options(options: Mapping[str, Any] | None) -> Json:
-    """The samplers among `options`, under llama-server's names and within its limits.
+    """The samplers among `options`, with llama-server's names and limits.
 
-    Raises: BadRequest for a value of the wrong type; unknown options may hold anything.
+    Raises: BadRequest for a known option of the wrong type.
     """
     result = {}
     for name, value in (options or {}).items():
@@ -63,8 +63,8 @@ def decode_options(options: Mapping[str, Any] | None) -> Json:
 
 
 def encode_options(body: Mapping[str, Any]) -> Json:
-    """The `options` that mean what `body` says; its own `options`, if any, go before."""
-    result = {theirs: body[ours] for theirs, ours in SAMPLING.items() if body.get(ours) is not None}
+    """The `options` for the samplers of `body`; its own `options`, if any, take precedence."""
+    result = {option: body[field] for option, field in SAMPLING.items() if body.get(field) is not None}
     limit = next(
         (body[key] for key in ("max_completion_tokens", "max_tokens", "n_predict") if body.get(key) is not None), None
     )
@@ -77,7 +77,7 @@ def encode_options(body: Mapping[str, Any]) -> Json:
 
 
 def decode_format(value: object, *, text: bool) -> Json:
-    """The field that asks for JSON: `response_format`, or `json_schema` where a text is to be continued."""
+    """The field for JSON output: `response_format`, or `json_schema` for a text completion. Raises: BadRequest."""
     if value in (None, ""):
         return {}
     if value != "json" and not isinstance(value, dict):
@@ -91,18 +91,18 @@ def decode_format(value: object, *, text: bool) -> Json:
 
 
 def encode_format(body: Mapping[str, Any]) -> Any:
-    """`format`, None if any text will do. `strict` and `name` of a schema have no place in Ollama."""
-    wanted = body.get("response_format")
-    wanted = wanted if isinstance(wanted, dict) else {}
-    if wanted.get("type") in ("json_object", "json_schema"):
-        holder = wanted.get("json_schema") if wanted["type"] == "json_schema" else wanted
-        return (bare(holder.get("schema")) if isinstance(holder, dict) else None) or "json"
+    """`format`; None for unconstrained text. `strict` and `name` of a schema are dropped."""
+    requested = body.get("response_format")
+    requested = requested if isinstance(requested, dict) else {}
+    if requested.get("type") in ("json_object", "json_schema"):
+        holder = requested.get("json_schema") if requested["type"] == "json_schema" else requested
+        return (without_extensions(holder.get("schema")) if isinstance(holder, dict) else None) or "json"
     schema = body.get("json_schema")
-    return None if schema is None else bare(schema) or "json"
+    return None if schema is None else without_extensions(schema) or "json"
 
 
 def decode_think(value: object) -> Json:
-    """Whether the model shall think, and how hard, as variables of its chat template."""
+    """`think` as variables of the chat template: whether to think, and the effort. Raises: BadRequest."""
     if value is None:
         return {}
     if isinstance(value, bool):
@@ -116,7 +116,7 @@ def decode_think(value: object) -> Json:
 
 
 def encode_think(body: Mapping[str, Any]) -> Any:
-    """`think`, None if the model may decide. Levels that Ollama has not become the nearest it has."""
+    """`think`; None for the model's default. Levels that Ollama lacks are mapped to the nearest."""
     variables = body.get("chat_template_kwargs")
     variables = variables if isinstance(variables, dict) else {}
     effort = variables.get("reasoning_effort", body.get("reasoning_effort"))
@@ -126,23 +126,24 @@ def encode_think(body: Mapping[str, Any]) -> Any:
     return _EFFORTS.get(effort, True) if isinstance(effort, str) else enabled
 
 
-def decode_logprobs(said: Mapping[str, Any], *, text: bool) -> Json:
-    """How many alternatives to tell for each token. llama-server tells none at all for 0, so it is asked for one."""
-    count = said.get("top_logprobs") or 0
+def decode_logprobs(sent: Mapping[str, Any], *, text: bool) -> Json:
+    """The fields for logprobs. For 0 alternatives llama-server sends no logprobs at all, so at least one is requested.
+    Raises: BadRequest."""
+    count = sent.get("top_logprobs") or 0
     if not 0 <= count <= 20:
         raise BadRequest("top_logprobs must be between 0 and 20", param="top_logprobs")
-    if not said.get("logprobs"):
+    if not sent.get("logprobs"):
         return {}
     count = max(int(count), 1)
     return {"logprobs": count} if text else {"logprobs": True, "top_logprobs": count}
 
 
 def encode_logprobs(body: Mapping[str, Any]) -> Json:
-    """`logprobs` and `top_logprobs`; a text request of OpenAI's has the number in the former."""
-    wanted, count = body.get("logprobs"), body.get("top_logprobs")
-    if isinstance(wanted, int) and not isinstance(wanted, bool):
-        wanted, count = True, wanted
-    if not wanted:
+    """`logprobs` and `top_logprobs`; in OpenAI's text completions, `logprobs` is the number of alternatives."""
+    enabled, count = body.get("logprobs"), body.get("top_logprobs")
+    if isinstance(enabled, int) and not isinstance(enabled, bool):
+        enabled, count = True, enabled
+    if not enabled:
         return {}
     return {"logprobs": True} if count is None else {"logprobs": True, "top_logprobs": count}
 
@@ -150,22 +151,22 @@ def encode_logprobs(body: Mapping[str, Any]) -> Json:
 def _check_option(name: str, value: object) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if name in _INTEGERS and not is_number:
-        wanted = "of type integer"
+        expected = "of type integer"
     elif name in _FLOATS and not is_number:
-        wanted = "of type float32"
+        expected = "of type float32"
     elif name == "use_mmap" and not isinstance(value, bool):
-        wanted = "of type boolean"
+        expected = "of type boolean"
     elif name == "stop" and not isinstance(value, list):
-        wanted = "of type array"
+        expected = "of type array"
     elif name == "stop" and isinstance(value, list) and not all(isinstance(item, str) for item in value):
-        wanted = "of an array of strings"
+        expected = "of an array of strings"
     else:
         return
-    raise BadRequest(f'option "{name}" must be {wanted}', param="options")
+    raise BadRequest(f'option "{name}" must be {expected}', param="options")
 
 
 def _limited(name: str, value: Any) -> Any:
-    """The value as llama-server takes it; it refuses some numbers that mean something to Ollama."""
+    """`value` within llama-server's limits, which exclude some numbers that are valid in Ollama."""
     if name not in _INTEGERS:
         return value
     value = int(value)

@@ -1,4 +1,4 @@
-"""What an Ollama server answers, line by line, in OpenAI's shape. Source: Ollama's api/types.go."""
+"""Converts the lines of an Ollama server's answer to chunks. Source: Ollama's api/types.go."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import orjson
 
-from llama_smart_proxy.proxy.chat import ChatRequest, Json, keep
+from llama_smart_proxy.proxy.chat import ChatRequest, Json, attach
 from llama_smart_proxy.proxy.dialects.ollama.fields import NAME
 from llama_smart_proxy.proxy.errors import UpstreamFailed
 
@@ -17,9 +17,9 @@ _MS = 1e6  # nanoseconds
 class OllamaReader:
     """Reads the lines of `/api/chat` and of `/api/generate`.
 
-    The last line becomes one chunk with `finish_reason`, `usage` and llama.cpp's `timings`. What has no place there is
-    set aside in the chunk: `total_duration` and `load_duration` (nanoseconds), `context`, `done_reason` "load" and
-    "unload", unknown fields; those of the message, too, and there those of its tool calls.
+    The last line becomes one chunk with `finish_reason`, `usage` and llama.cpp's `timings`. Other fields become
+    extensions of the chunk: `total_duration` and `load_duration` (nanoseconds), `context`, `done_reason` "load" and
+    "unload", and unknown fields, also those of the message and its tool calls.
     """
 
     __slots__ = ("_calls", "done")
@@ -29,9 +29,9 @@ class OllamaReader:
         self._calls = 0
 
     def read(self, frame: bytes) -> Json | None:
-        """The chunk that one line means, None for a line that says nothing.
+        """The chunk of one line; None for a line without content.
 
-        Raises: UpstreamFailed for an error line and for what is not a line of an answer.
+        Raises: UpstreamFailed for an error line and for an invalid one.
         """
         if frame.isspace():
             return None
@@ -65,13 +65,13 @@ class OllamaReader:
             _read_metrics(line, chunk)
         elif not delta and not line and not logprobs:
             return None
-        return keep(chunk, NAME, line)
+        return attach(chunk, NAME, line)
 
     def _delta(self, source: Json, text_field: str, created_at: str) -> Json:
-        """The delta that `source` means; what it takes from there is gone afterwards."""
+        """The delta of `source`, from which the fields used are removed."""
         delta: Json = {}
         if text := source.pop(text_field, None):
-            delta["content"] = text + ""  # a TypeError for what is no text
+            delta["content"] = text + ""  # TypeError if it is not a string
         if thinking := source.pop("thinking", None):
             delta["reasoning_content"] = thinking + ""
         if calls := source.pop("tool_calls", None):
@@ -87,12 +87,12 @@ class OllamaReader:
         function.pop("index", None)
         if function:
             call["function"] = function
-        known = call.pop("id", None)
-        if not known:  # the same at every reading of these bytes, another one in every answer
+        call_id = call.pop("id", None)
+        if not call_id:  # deterministic for these bytes, different for every answer
             seed = f"{created_at} {index} {name} ".encode() + arguments
-            known = f"call_{hashlib.blake2s(seed, digest_size=8).hexdigest()}"
+            call_id = f"call_{hashlib.blake2s(seed, digest_size=8).hexdigest()}"
         whole = {"name": name + "", "arguments": arguments.decode()}
-        return {"index": index, "id": known, "type": "function", "function": whole}
+        return {"index": index, "id": call_id, "type": "function", "function": whole}
 
     def _finish(self, line: Json) -> str:
         reason = line.get("done_reason")
@@ -102,11 +102,11 @@ class OllamaReader:
 
 
 def _read_metrics(line: Json, chunk: Json) -> None:
-    """Counts as `usage`, counts and times as `timings`. Ollama counts the cached tokens of a prompt, llama.cpp does
-    not; newer versions of Ollama say how many there were."""
+    """Set `usage` and `timings` of `chunk`. Ollama's count of a prompt includes cached tokens, llama.cpp's does not;
+    newer versions of Ollama report how many there were."""
     prompt, predicted = line.pop("prompt_eval_count", 0), line.pop("eval_count", 0)
     cached = line.get("prompt_eval_cached_count")
-    line.get("load_duration", 0) + 0  # a TypeError for what is no number
+    line.get("load_duration", 0) + 0  # TypeError if it is not a number
     prompt_ms, predicted_ms = line.pop("prompt_eval_duration", 0) / _MS, line.pop("eval_duration", 0) / _MS
     usage: Json = {"prompt_tokens": prompt, "completion_tokens": predicted, "total_tokens": prompt + predicted}
     timings: Json = {
@@ -126,6 +126,6 @@ def _read_metrics(line: Json, chunk: Json) -> None:
 
 
 def _error_text(error: Any) -> str:
-    """Ollama's error is a text; other servers of its API have been seen to send an object."""
+    """The message of an error, which is a string in Ollama's API; some compatible servers send an object."""
     text = error.get("message") if isinstance(error, dict) else error
-    return text if isinstance(text, str) and text else "the Ollama server failed without saying why"
+    return text if isinstance(text, str) and text else "the Ollama server failed without a message"

@@ -1,12 +1,11 @@
-"""Requests for an answer, between Ollama's two endpoints and OpenAI's shape.
+"""Converts requests of Ollama's `/api/chat` and `/api/generate` to OpenAI's shape, and back.
 
-Into OpenAI's shape go the fields that it has, under its names. All others are set aside, and so is the spelling of
-those it can say in one way only: on the way back a body is what it was, save for what somebody changed on purpose.
+Fields that OpenAI's shape has get its names. All others are extensions, and so is the client's spelling where OpenAI's
+shape has only one: an unchanged request is encoded to the body that was decoded.
 
-A request that came through another API becomes an Ollama request by the same tables. Ollama has no place for
-`tool_choice` (but "none" leaves the tools out, and a named one all others), `logit_bias`, `parallel_tool_calls`,
-`user`, the `name` and `strict` of a schema, and unknown fields: they are dropped. More than one answer, and a prompt of
-tokens, are refused.
+A request of another API is converted by the same tables. Ollama has no `tool_choice` (with "none" the tools are left
+out, with a named function all others), `logit_bias`, `parallel_tool_calls`, `user`, and no `name` and `strict` of a
+schema: these and unknown fields are dropped. More than one answer, and a prompt of tokens, are refused.
 """
 
 from __future__ import annotations
@@ -14,22 +13,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llama_smart_proxy.proxy.chat import KEPT, ChatRequest, Json, bare
+from llama_smart_proxy.proxy.chat import EXTENSIONS, ChatRequest, Json, without_extensions
 from llama_smart_proxy.proxy.dialects.ollama.fields import (
     CHAT_FIELDS,
     GENERATE_FIELDS,
-    Said,
+    ClientSpelling,
     checked,
     keep_alive_s,
-    remember,
-    restored,
+    record_spelling,
+    restore_spelling,
 )
 from llama_smart_proxy.proxy.dialects.ollama.messages import (
     checked_messages,
     content_of,
     decode_messages,
     encode_messages,
-    remember_messages,
+    record_message_spellings,
     text_and_media,
 )
 from llama_smart_proxy.proxy.dialects.ollama.options import (
@@ -51,45 +50,45 @@ _GENERATE_ONLY = GENERATE_FIELDS.keys() - CHAT_FIELDS.keys()
 _CHAT_ONLY = {"messages", "tools", "chat_template_kwargs", "response_format", "logprobs", "top_logprobs"}
 
 
-def decode_chat(said: Json) -> ChatRequest:
-    """The request that a body for `/api/chat` means. Raises: BadRequest, with the text that Ollama has for it."""
-    said = checked(said, CHAT_FIELDS, "ChatRequest")
-    theirs = checked_messages(said.get("messages") or ())
-    body = _common(said, text=False) | {"messages": decode_messages(theirs)}
-    if said.get("tools"):
-        body["tools"] = [checked(tool, {}, "ChatRequest.tools", "api.Tool") for tool in said["tools"]]
-    request = ChatRequest(body, stream=said.get("stream") is not False)
-    ours = encode(request)[1]
-    remember_messages(body["messages"], theirs, ours["messages"])
-    if said.get("messages"):
-        said, ours = _without_messages(said), _without_messages(ours)
-    remember(body, said, ours, CHAT_PATH)
+def decode_chat(sent: Json) -> ChatRequest:
+    """Convert a body of `/api/chat`. Raises: BadRequest with Ollama's own message."""
+    sent = checked(sent, CHAT_FIELDS, "ChatRequest")
+    messages = checked_messages(sent.get("messages") or ())
+    body = _common(sent, text=False) | {"messages": decode_messages(messages)}
+    if sent.get("tools"):
+        body["tools"] = [checked(tool, {}, "ChatRequest.tools", "api.Tool") for tool in sent["tools"]]
+    request = ChatRequest(body, stream=sent.get("stream") is not False)
+    canonical = encode(request)[1]
+    record_message_spellings(body["messages"], messages, canonical["messages"])
+    if sent.get("messages"):
+        sent, canonical = _without_messages(sent), _without_messages(canonical)
+    record_spelling(body, sent, canonical, CHAT_PATH)
     return request
 
 
-def decode_generate(said: Json) -> ChatRequest:
-    """The request that a body for `/api/generate` means: a chat of one question, or, with `raw` or `suffix`, a text to
-    be continued. `context` and `template` are set aside."""
-    said = checked(said, GENERATE_FIELDS, "GenerateRequest")
-    raw, suffix, system = said.get("raw"), said.get("suffix"), said.get("system")
-    if raw and (said.get("template") or system or said.get("context")):
+def decode_generate(sent: Json) -> ChatRequest:
+    """Convert a body of `/api/generate`: to a chat with one user message, or, with `raw` or `suffix`, to a text
+    completion. `context` and `template` become extensions. Raises: BadRequest with Ollama's own message."""
+    sent = checked(sent, GENERATE_FIELDS, "GenerateRequest")
+    raw, suffix, system = sent.get("raw"), sent.get("suffix"), sent.get("system")
+    if raw and (sent.get("template") or system or sent.get("context")):
         raise BadRequest("raw mode does not support template, system, or context")
-    body = _common(said, text=bool(raw or suffix))
-    content = content_of(said.get("prompt"), said.get("images"), "GenerateRequest.images")
+    body = _common(sent, text=bool(raw or suffix))
+    content = content_of(sent.get("prompt"), sent.get("images"), "GenerateRequest.images")
     if raw or suffix:
-        body["prompt"] = said.get("prompt") or ""
+        body["prompt"] = sent.get("prompt") or ""
         body |= {} if raw else {"suffix": suffix}
     else:
         before = [{"role": "system", "content": system}] if system else []
         body["messages"] = [*before, {"role": "user", "content": content}]
-    request = ChatRequest(body, stream=said.get("stream") is not False)
-    body[KEPT] = Said({}, {}, GENERATE_PATH)
-    remember(body, said, encode(request)[1], GENERATE_PATH)
+    request = ChatRequest(body, stream=sent.get("stream") is not False)
+    body[EXTENSIONS] = ClientSpelling({}, {}, GENERATE_PATH)  # for `encode`, which depends on the endpoint
+    record_spelling(body, sent, encode(request)[1], GENERATE_PATH)
     return request
 
 
 def as_text(request: ChatRequest, prompt: str) -> ChatRequest:
-    """The text request that goes on from `prompt`, which is the chat of `request` put into the model's template."""
+    """The text completion of `prompt`, which is the chat of `request` formatted by the model's template."""
     body = {name: value for name, value in request.body.items() if name not in _CHAT_ONLY}
     body |= {"prompt": prompt} | decode_format(encode_format(request.body), text=True)
     if request.body.get("logprobs"):
@@ -98,41 +97,41 @@ def as_text(request: ChatRequest, prompt: str) -> ChatRequest:
 
 
 def encode(request: ChatRequest) -> tuple[str, Json]:
-    """Path and body of the Ollama request that means `request`, whichever API that came through.
+    """Path and body of the Ollama request for `request`, of whichever API.
 
-    What came from `/api/generate` goes there again, unless somebody made a longer chat of it.
+    A request of `/api/generate` is sent there again, unless it was changed to a longer chat. Raises: BadRequest.
     """
     body = request.body
     if body.get("n") not in (None, 1):
         raise BadRequest("an Ollama model gives one answer at a time; n must be 1", param="n")
-    asked = _endpoint(body)
+    endpoint = _endpoint(body)
     if request.is_text:
-        path, fresh = GENERATE_PATH, _text(body)
-    elif asked == GENERATE_PATH and (prompt := _prompt(body["messages"])) is not None:
-        path, fresh = GENERATE_PATH, prompt
+        path, encoded = GENERATE_PATH, _text(body)
+    elif endpoint == GENERATE_PATH and (prompt := _prompt(body["messages"])) is not None:
+        path, encoded = GENERATE_PATH, prompt
     else:
-        path, fresh = CHAT_PATH, _chat(body)
-    fresh |= _settings(body) | {"stream": request.stream}
-    fresh = restored(fresh, body)
-    if asked == GENERATE_PATH != path:
-        fresh = {key: value for key, value in fresh.items() if key not in _GENERATE_ONLY}
-    return path, fresh
+        path, encoded = CHAT_PATH, _chat(body)
+    encoded |= _settings(body) | {"stream": request.stream}
+    encoded = restore_spelling(encoded, body)
+    if endpoint == GENERATE_PATH != path:
+        encoded = {key: value for key, value in encoded.items() if key not in _GENERATE_ONLY}
+    return path, encoded
 
 
-def _common(said: Mapping[str, Any], *, text: bool) -> Json:
+def _common(sent: Mapping[str, Any], *, text: bool) -> Json:
     """The fields that both endpoints have, in OpenAI's shape."""
-    keep_alive_s(said.get("keep_alive"))
-    body = decode_options(said.get("options"))
-    thinking = decode_think(said.get("think"))
-    body |= decode_format(said.get("format"), text=text) | ({} if text else thinking)
-    body |= decode_logprobs(said, text=text)
-    if said.get("model") is not None:
-        body["model"] = said["model"]
+    keep_alive_s(sent.get("keep_alive"))
+    body = decode_options(sent.get("options"))
+    thinking = decode_think(sent.get("think"))
+    body |= decode_format(sent.get("format"), text=text) | ({} if text else thinking)
+    body |= decode_logprobs(sent, text=text)
+    if sent.get("model") is not None:
+        body["model"] = sent["model"]
     return body
 
 
 def _settings(body: Mapping[str, Any]) -> Json:
-    """All fields but those that say what to answer."""
+    """All fields other than messages, tools and prompt."""
     found = {
         "model": body.get("model"),
         "options": encode_options(body) or None,
@@ -146,17 +145,17 @@ def _settings(body: Mapping[str, Any]) -> Json:
 def _chat(body: Mapping[str, Any]) -> Json:
     if not isinstance(body.get("messages"), list):
         raise BadRequest("messages must be a list", param="messages")
-    fresh: Json = {"messages": encode_messages(body["messages"])}
-    tools = bare(body.get("tools") or [])
+    encoded: Json = {"messages": encode_messages(body["messages"])}
+    tools = without_extensions(body.get("tools") or [])
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise BadRequest("tools must be a list of objects", param="tools")
-    if tools := _chosen(tools, body.get("tool_choice")):
-        fresh["tools"] = tools
-    return fresh
+    if tools := _offered(tools, body.get("tool_choice")):
+        encoded["tools"] = tools
+    return encoded
 
 
-def _chosen(tools: list[Json], choice: Any) -> list[Json]:
-    """The tools that the model gets to see. Ollama cannot be told which to call; it can be shown no other ones."""
+def _offered(tools: list[Json], choice: Any) -> list[Json]:
+    """The tools to send. Ollama has no `tool_choice`, but it cannot call tools that are not in the request."""
     if choice == "none":
         return []
     named = _function_name(choice)
@@ -173,7 +172,7 @@ def _function_name(value: Any) -> str | None:
 
 
 def _text(body: Mapping[str, Any]) -> Json:
-    """A text to be continued. With a suffix, Ollama's template makes the prompt that asks for what goes between."""
+    """The fields of a text completion. With a suffix, Ollama applies its infill template, else none (`raw`)."""
     prompt = body.get("prompt")
     if isinstance(prompt, list) and len(prompt) == 1:
         prompt = prompt[0]
@@ -183,23 +182,24 @@ def _text(body: Mapping[str, Any]) -> Json:
 
 
 def _prompt(messages: Any) -> Json | None:
-    """The fields that make these messages again, if it is still one question with perhaps a system prompt."""
+    """The fields of `/api/generate` for `messages`; None unless they are one user message with at most a system message
+    before it."""
     roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
     if roles not in (["user"], ["system", "user"]):
         return None
     text, images = text_and_media(messages[-1].get("content"))
-    fresh: Json = {"prompt": text}
+    encoded: Json = {"prompt": text}
     if images:
-        fresh["images"] = images
+        encoded["images"] = images
     if len(messages) == 2:
-        fresh["system"] = text_and_media(messages[0].get("content"))[0]
-    return fresh
+        encoded["system"] = text_and_media(messages[0].get("content"))[0]
+    return encoded
 
 
 def _endpoint(body: Mapping[str, Any]) -> str:
-    """Which of Ollama's endpoints the client asked; empty if it was none of them."""
-    said = body.get(KEPT)
-    return said.endpoint if isinstance(said, Said) else ""
+    """The path of the Ollama endpoint that the request was sent to; empty if it was sent to another API."""
+    spelling = body.get(EXTENSIONS)
+    return spelling.endpoint if isinstance(spelling, ClientSpelling) else ""
 
 
 def _without_messages(fields: Mapping[str, Any]) -> Json:

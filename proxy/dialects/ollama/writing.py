@@ -1,7 +1,7 @@
-"""Answers for Ollama clients: newline-delimited JSON, or one object.
+"""Encodes answers for Ollama clients: newline-delimited JSON, or one object.
 
-Source: Ollama's api/types.go and server/routes.go. A line always has `message.content` or `response`; whatever is empty
-besides is left out; no line is blank, and none but the last is without content.
+A line always has `message.content` or `response`; other empty fields are left out; no line is blank, and only the last
+one may be without content. Source: Ollama's api/types.go and server/routes.go.
 """
 
 from __future__ import annotations
@@ -12,28 +12,28 @@ from typing import Any
 
 import orjson
 
-from llama_smart_proxy.proxy.chat import ChatRequest, Json, Timing, kept
+from llama_smart_proxy.proxy.chat import ChatRequest, Json, Timing, extensions_of
 from llama_smart_proxy.proxy.dialects.ollama.dialect import OLLAMA
-from llama_smart_proxy.proxy.dialects.ollama.fields import NAME, restored
+from llama_smart_proxy.proxy.dialects.ollama.fields import NAME, restore_spelling
 from llama_smart_proxy.proxy.dialects.ollama.messages import arguments_object
 from llama_smart_proxy.proxy.dialects.ollama.options import encode_logprobs
 from llama_smart_proxy.proxy.errors import ProxyError, UpstreamFailed
 
 LONGEST_TEXT = 1_000_000
-"""Most characters in one line. Each takes up to 6 bytes; Ollama's Go client gives up at 8 MB a line."""
+"""Most characters in one line: each takes up to 6 bytes, and Ollama's Go client rejects lines over 8 MB."""
 
 _NS = 1e9
 _LINE_ENDS = [(char.encode(), f"\\u{ord(char):04x}".encode()) for char in "\x85\u2028\u2029"]
 
 
 class OllamaWriter:
-    """Writes the answer to one request, in the form of `/api/chat` or of `/api/generate`.
+    """Encodes the answer to one request, in the form of `/api/chat` (`chat`) or of `/api/generate`.
 
-    `timing.extra` goes into the last line, or the one object (the `context` of a generated text). `clock` counts the
-    seconds that `timing` is in; by default `time.monotonic`.
+    `timing.extra` are further fields of the last line or of the object (the `context` of a generated text). `clock` is
+    the clock of `timing`.
 
-    Raises: UpstreamFailed, from any method, for a tool call whose arguments are no JSON object. Only the last call of
-    an answer that ran into its limit may be cut off; it is left out.
+    Raises: UpstreamFailed, from any method, for a tool call whose arguments are not a JSON object. The last call of an
+    answer that reached its token limit may be incomplete; it is left out.
     """
 
     content_type = "application/x-ndjson"
@@ -51,17 +51,18 @@ class OllamaWriter:
         self._timing = timing
         self._chat = chat
         self._clock = clock
-        self._stamp = Stamp(wall_ns)
-        asked = restored(encode_logprobs(request.body), request.body)
-        self._unasked = {"id"} if asked.get("top_logprobs") else {"id", "top_logprobs"}
+        self._timestamps = Timestamps(wall_ns)
+        requested = restore_spelling(encode_logprobs(request.body), request.body)
+        # `id` is llama-server's; alternatives may be in the answer without a request for them (`decode_logprobs`)
+        self._hidden = {"id"} if requested.get("top_logprobs") else {"id", "top_logprobs"}
         self._calls: dict[int, Json] = {}
-        self._with_calls: Json = {}  # fields of Ollama's that came with them
-        self._held: Json = {}  # fields of Ollama's for the last line
+        self._with_calls: Json = {}  # extensions received with them
+        self._held: Json = {}  # extensions for the last line
         self._logprobs: list[Json] = []
-        self._last: Json = {}  # usage, timings, finish_reason, as they were told last
+        self._last: Json = {}  # the latest usage, timings, finish_reason
 
     def chunk(self, chunk: Json) -> bytes:
-        """The lines that this chunk becomes now; tool calls wait until they are whole."""
+        """The lines for this chunk; tool calls are delayed until they are complete."""
         for name in ("usage", "timings"):
             if chunk.get(name):
                 self._last[name] = chunk[name]
@@ -71,7 +72,7 @@ class OllamaWriter:
         choice = choices[0]
         delta = choice.get("delta") or {}
         content, thinking, calls = delta.get("content"), delta.get("reasoning_content"), delta.get("tool_calls")
-        fields = dict(kept(chunk, NAME))
+        fields = dict(extensions_of(chunk, NAME))
         of_calls: Json = {name: fields.pop(name) for name in ("message", "tool_calls") if calls and name in fields}
         if choice.get("finish_reason"):
             self._last["finish_reason"] = choice["finish_reason"]
@@ -86,24 +87,24 @@ class OllamaWriter:
         return lines + self._add_calls(calls, of_calls) if calls else lines
 
     def adopt(self, chunk: Json) -> None:
-        """Nothing: no line depends on an earlier one."""
+        """Does nothing: no line depends on an earlier one."""
 
     def end(self) -> bytes:
-        """The line with `done`, behind the tool calls if there are any left."""
+        """The line with `done`, after the remaining tool calls."""
         cut = self._last.get("finish_reason") == "length"
         return self._flush_calls(cut=cut) + _dump(self._closed(self._object("", {})))
 
     def error(self, exc: ProxyError) -> bytes:
-        """The line that tells of a failure; nothing may follow it."""
+        """The error line; nothing may follow it."""
         return OLLAMA.error_event(exc)
 
     def reply(self, completion: Json) -> bytes:
-        """The one object of an answer that is not streamed."""
+        """The object of an answer that is not streamed."""
         choice = completion["choices"][0]
         message = choice["message"]
         self._last = {name: completion[name] for name in ("usage", "timings") if completion.get(name)}
         self._last["finish_reason"] = choice.get("finish_reason")
-        self._held = dict(kept(completion, NAME))
+        self._held = dict(extensions_of(completion, NAME))
         self._logprobs = list((choice.get("logprobs") or {}).get("content") or ())
         fields: Json = {"thinking": message["reasoning_content"]} if message.get("reasoning_content") else {}
         if message.get("tool_calls"):
@@ -127,13 +128,13 @@ class OllamaWriter:
         return _dump(line)
 
     def _object(self, content: str, fields: Json) -> Json:
-        line = {"model": self._model, "created_at": self._stamp.now()}
+        line = {"model": self._model, "created_at": self._timestamps.now()}
         if self._chat:
             return line | {"message": {"role": "assistant", "content": content, **fields}, "done": False}
         return line | {"response": content, **fields, "done": False}
 
     def _add_calls(self, deltas: list[Json], besides: Json) -> bytes:
-        """Take in parts of tool calls; a call that is new means that those before are whole."""
+        """Merge parts of tool calls. A new call means that those before are complete, so they are returned."""
         new = deltas[0].get("index", 0) not in self._calls
         lines = self._flush_calls() if new else b""
         self._with_calls |= besides
@@ -153,16 +154,16 @@ class OllamaWriter:
         return _dump(_merged(self._object("", {"tool_calls": calls}), besides)) if calls else b""
 
     def _take_logprobs(self) -> list[Json]:
-        """Those not told yet, without llama-server's token ids; alternatives only if they were asked for."""
+        """Those not sent yet, without llama-server's token ids, and without alternatives that were not requested."""
         taken, self._logprobs = self._logprobs, []
-        told = [{key: value for key, value in item.items() if key not in self._unasked} for item in taken]
-        for item in told:
+        items = [{key: value for key, value in item.items() if key not in self._hidden} for item in taken]
+        for item in items:
             if item.get("top_logprobs"):
                 item["top_logprobs"] = [{k: v for k, v in top.items() if k != "id"} for top in item["top_logprobs"]]
-        return told
+        return items
 
     def _closed(self, line: Json) -> Json:
-        """`line` with what only the last one tells."""
+        """`line` with the fields of the last line."""
         besides = {name: value for name, value in self._held.items() if name not in ("total_duration", "load_duration")}
         reason = "length" if self._last.get("finish_reason") == "length" else "stop"
         line |= {"done": True, "done_reason": besides.get("done_reason", reason), **self._metrics()}
@@ -171,8 +172,8 @@ class OllamaWriter:
         return {**_merged(line, besides), **self._timing.extra}
 
     def _metrics(self) -> Json:
-        """Counts, and times in nanoseconds; those that are 0 or not known are left out. What an Ollama server took to
-        load the model is part of our `load_duration`, as the wait for its turn is."""
+        """Counts, and times in nanoseconds; those that are 0 or not known are left out. `load_duration` includes the
+        wait in the queue and the time that an Ollama server took to load the model."""
         now = self._clock()
         arrived, sent = self._timing.arrived_s, self._timing.sent_s or self._timing.arrived_s
         usage, timings = self._last.get("usage") or {}, self._last.get("timings") or {}
@@ -190,8 +191,9 @@ class OllamaWriter:
         return {name: round(value) for name, value in metrics.items() if value and value > 0}
 
 
-class Stamp:
-    """Writes times as Ollama does: RFC 3339, UTC, with nanoseconds."""
+class Timestamps:
+    """Formats the current time as Ollama does: RFC 3339, UTC, with nanoseconds. Caches the text of the second, as every
+    line has a timestamp."""
 
     __slots__ = ("_second", "_text", "_wall_ns")
 
@@ -208,7 +210,10 @@ class Stamp:
 
 
 def _written_calls(calls: Mapping[int, Json], *, cut: bool) -> list[Json]:
-    """Whole calls as Ollama tells them; `cut`: the last one may be incomplete."""
+    """Complete calls in Ollama's shape; `cut`: the last one may be incomplete and is then left out.
+
+    Raises: UpstreamFailed for arguments that are not a JSON object.
+    """
     written = []
     for index in sorted(calls):
         name, arguments = calls[index]["name"], arguments_object(calls[index]["arguments"])
@@ -216,13 +221,13 @@ def _written_calls(calls: Mapping[int, Json], *, cut: bool) -> list[Json]:
             if cut and index == max(calls):
                 break
             raise UpstreamFailed(f"the model gave invalid arguments for the tool {name!r}", code="invalid_tool_call")
-        known: Json = {"id": calls[index]["id"]} if calls[index]["id"] else {}
-        written.append(known | {"function": {"index": index, "name": name, "arguments": arguments}})
+        identity: Json = {"id": calls[index]["id"]} if calls[index]["id"] else {}
+        written.append(identity | {"function": {"index": index, "name": name, "arguments": arguments}})
     return written
 
 
 def _merged(line: Any, besides: Any) -> Any:
-    """`line` with the fields that `besides` has at every level and it has not."""
+    """`line`, with the fields that only `besides` has added at every level."""
     if isinstance(line, dict) and isinstance(besides, dict):
         return besides | {key: _merged(value, besides.get(key)) for key, value in line.items()}
     if isinstance(line, list) and isinstance(besides, list):
@@ -235,8 +240,8 @@ def _pieces(text: str) -> list[str]:
 
 
 def _dump(line: Json) -> bytes:
-    """`line` as JSON, without the characters that some clients (ollama-python among them) take for the end of a line;
-    Go escapes the last two of them, too."""
+    """`line` as JSON, with the characters escaped that some clients (such as ollama-python) treat as line ends; Go
+    escapes the last two of them, too."""
     data = orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
     for separator, escaped in _LINE_ENDS:
         if separator in data:
