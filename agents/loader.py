@@ -1,8 +1,8 @@
-"""Finds agents and imports them: the ones here, those of installed packages, and those in folders of the operator's.
+"""Discovers and imports agents: built-in ones, those of installed packages, and those in the operator's folders.
 
-A folder holds single files (`name.py`) and folders with an `agent.py`; an installed package names its agents in the
-entry-point group `llama_smart_proxy.agents`. Of two with one name the operator's own wins, then the installed one.
-What `compat` can adapt, plugins of the replaced projects, counts as an agent.
+A folder contains single files (`name.py`) and folders with an `agent.py`; an installed package lists its agents in the
+entry-point group `llama_smart_proxy.agents`. Of agents with the same name the operator's own takes precedence, then the
+installed one. Plugins of the replaced projects, which `compat` adapts, count as agents.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ from llama_smart_proxy.agents.compat import Misfit, adapted, manifest, standing_
 
 GROUP = "llama_smart_proxy.agents"
 RESERVED = frozenset({"always", "required", "on_error", "timeout_s"})
-"""What the configuration says of any agent beside the agent's own options."""
+"""Keys of an agent's entry in the configuration that are not its own options."""
 _HERE = Path(base.__file__).parent
 _PACKAGE = base.__name__.rpartition(".")[0]
 _OURS = {"base", "compat", "loader"}
 _NO_AGENTS = ("_*", ".*", "test_*.py", "*_test.py", "conftest.py")
-"""Names of what may lie beside agents."""
+"""Names of files and folders beside agents that are not agents."""
 _NAME = re.compile(r"[a-z][a-z0-9_-]*")
 _serial = itertools.count(1)
 
 
-class Broken(Exception):
-    """An agent cannot be used; the message says why, and where."""
+class AgentUnusable(Exception):
+    """An agent cannot be used; the message has the reason and the place."""
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where an agent comes from: a module of ours, an `entry` of an installed package, or a `path`: a file, or the
-    folder that holds an `agent.py`. One that is `off` by its own `config.json` is not to be used."""
+class AgentSource:
+    """Where an agent comes from: a built-in module, an `entry` of an installed package, or a `path`: a file, or a
+    folder with an `agent.py`. `off`: its own `config.json` disables it."""
 
     name: str
     path: Path | None = None
@@ -56,19 +56,18 @@ class Place:
 
     @property
     def is_shipped(self) -> bool:
-        """Whether it is one of ours."""
+        """Whether it is built in."""
         return self.path is None and self.entry is None
 
     @property
-    def source(self) -> str:
-        """For people: `built-in`, `package NAME`, or the path."""
+    def label(self) -> str:
+        """For display: `built-in`, `package NAME`, or the path."""
         if self.entry is not None:
             return f"package {self.entry.dist.name if self.entry.dist else self.entry.value}"
         return str(self.path) if self.path is not None else "built-in"
 
     def stamp(self) -> tuple[tuple[str, int], ...]:
-        """Which files make it up and when each was changed last, to see whether one was saved; nothing for what is
-        installed."""
+        """Its files with their modification times in ns, to detect changes; empty for an installed package."""
         if self.entry is not None:
             return ()
         root = self.path or _HERE / self.name
@@ -76,7 +75,7 @@ class Place:
         return tuple((str(file), _changed_ns(file)) for file in files)
 
     def load(self) -> type[Agent]:
-        """The agent's class, of a fresh import. Raises: Broken."""
+        """The agent's class, from a fresh import. Raises: AgentUnusable."""
         try:
             with standing_in(self.path):
                 classes = _classes_of(self._import())
@@ -84,14 +83,16 @@ class Place:
                 if not found and self.path is not None:
                     found = adapted(classes, self.path)
         except Misfit as exc:
-            raise Broken(str(exc)) from exc
-        except (Exception, SystemExit) as exc:  # the module is not ours, and may raise anything
-            raise Broken(_reason(exc)) from exc
+            raise AgentUnusable(str(exc)) from exc
+        except (Exception, SystemExit) as exc:  # agent code may raise anything
+            raise AgentUnusable(_reason(exc)) from exc
         if len(found) != 1:
             names = ", ".join(sorted(cls.__name__ for cls in found))
-            raise Broken(f"holds several agents ({names}); keep one" if found else "holds no class derived from Agent")
+            raise AgentUnusable(
+                f"contains several agents ({names}); keep one" if found else "contains no class derived from Agent"
+            )
         if problem := _problem(found[0]):
-            raise Broken(problem)
+            raise AgentUnusable(problem)
         return found[0]
 
     def _import(self) -> ModuleType:
@@ -101,7 +102,7 @@ class Place:
         if self.path is None:
             _forget(f"{_PACKAGE}.{self.name}")
             return importlib.import_module(f"{_PACKAGE}.{self.name}")
-        name = f"_agent{next(_serial)}_{re.sub(r'[^A-Za-z0-9_]', '_', self.name)}"  # another one at every import
+        name = f"_agent{next(_serial)}_{re.sub(r'[^A-Za-z0-9_]', '_', self.name)}"  # unique for every import
         if self.path.suffix == ".py":
             return _exec(name, self.path, None)
         if (self.path / "__init__.py").exists():
@@ -112,28 +113,28 @@ class Place:
         return _exec(f"{name}.agent", self.path / "agent.py", None)
 
 
-def discover(folders: Iterable[Path], plugins: Path | None = None) -> dict[str, Place]:
-    """Every agent there is, by name; none is imported yet. A folder that cannot be read holds none.
+def discover(folders: Iterable[Path], plugins: Path | None = None) -> dict[str, AgentSource]:
+    """The sources of all agents, by name, without importing any. A folder that cannot be read counts as empty.
 
-    `plugins` is a folder of which only those count that have a `config.json` beside their `agent.py`.
+    In the folder `plugins` only folders with a `config.json` beside the `agent.py` count.
     """
-    found = {info.name: Place(info.name) for info in pkgutil.iter_modules([str(_HERE)]) if info.name not in _OURS}
+    found = {info.name: AgentSource(info.name) for info in pkgutil.iter_modules([str(_HERE)]) if info.name not in _OURS}
     for entry in entry_points(group=GROUP):
-        found[entry.name] = Place(entry.name, entry=entry)
+        found[entry.name] = AgentSource(entry.name, entry=entry)
     for path in _in_folder(plugins):
         if holds_plugin(path):
-            found[path.name] = Place(path.name, path, off=not _setting(path))
+            found[path.name] = AgentSource(path.name, path, off=not _setting(path))
     for folder in folders:
         for path in _in_folder(folder):
             if (path / "agent.py").is_file():
-                found[path.name] = Place(path.name, path, off=_setting(path) is False)
+                found[path.name] = AgentSource(path.name, path, off=_setting(path) is False)
             elif path.suffix == ".py" and path.is_file():
-                found[path.stem] = Place(path.stem, path)
+                found[path.stem] = AgentSource(path.stem, path)
     return found
 
 
 def holds_plugin(folder: Path) -> bool:
-    """Whether it is laid out as a plugin of llama-smart-proxy's."""
+    """Whether the folder has the layout of a plugin of the former llama-smart-proxy."""
     return (folder / "agent.py").is_file() and (folder / "config.json").is_file()
 
 
@@ -146,7 +147,7 @@ def _in_folder(folder: Path | None) -> list[Path]:
 
 
 def _setting(folder: Path) -> object:
-    """What the plugin's own `config.json` has for `enabled`; true if it cannot be read, which its import reports."""
+    """The value of `enabled` in the plugin's own `config.json`; True if it is unreadable, which its import reports."""
     try:
         return (manifest(folder) or {}).get("enabled")
     except Misfit:
@@ -154,7 +155,7 @@ def _setting(folder: Path) -> object:
 
 
 def _classes_of(module: ModuleType) -> list[type[Any]]:
-    """The classes that the module defines itself, rather than imports; but a package may import its own."""
+    """The classes that the module, or its own package, defines; not those it imports from elsewhere."""
     own = module.__name__.removesuffix(".agent")
     return [
         value
@@ -166,15 +167,15 @@ def _classes_of(module: ModuleType) -> list[type[Any]]:
 
 
 def _problem(cls: type[Agent]) -> str | None:
-    """What is wrong with the class, as far as that can be seen without using it."""
+    """What is wrong with the class, as far as that can be checked without an instance; None if nothing is."""
     if not (inspect.isclass(cls.Config) and issubclass(cls.Config, BaseModel)):
         return "its Config must be a class derived from pydantic's BaseModel"
     if cls.command is not None and not _NAME.fullmatch(cls.command):
         return f"its command {cls.command!r} must match {_NAME.pattern}"
     if taken := sorted(RESERVED & cls.Config.model_fields.keys()):
-        return f"its Config must not have fields called {', '.join(taken)}: these are the proxy's own"
+        return f"its Config must not have fields called {', '.join(taken)}: these are reserved"
     if unknown := sorted(cls.per_call - cls.Config.model_fields.keys()):
-        return f"per_call names what is not in Config: {', '.join(unknown)}"
+        return f"per_call contains names that Config does not have: {', '.join(unknown)}"
     for hook in ("on_request", "on_chunk", "start", "close"):
         if not inspect.iscoroutinefunction(getattr(cls, hook)):
             return f"{hook} must be an `async def` without `yield`"
@@ -188,9 +189,9 @@ def _exec(name: str, file: Path, package: Path | None) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, file, submodule_search_locations=locations)
     assert spec is not None and spec.loader is not None
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    importlib.invalidate_caches()  # saved twice within a second, it may still be in a cache
+    importlib.invalidate_caches()  # a file saved twice within a second may still be cached
     try:
-        # Not by the loader: it would believe a cached .pyc, which knows times of whole seconds only.
+        # Not with the loader: it accepts a cached .pyc by its time stamp, which has a resolution of 1 s.
         exec(compile(file.read_bytes(), str(file), "exec"), module.__dict__)
     except BaseException:
         del sys.modules[name]
@@ -218,7 +219,7 @@ def _changed_ns(file: Path) -> int:
 
 
 def _reason(exc: BaseException) -> str:
-    """What went wrong, and in which line of which file, on one line."""
+    """The exception with the line and file where it was raised, on one line."""
     if isinstance(exc, SyntaxError):
         return f"SyntaxError: {exc.msg} (line {exc.lineno})"
     trace = exc.__traceback__

@@ -133,7 +133,7 @@ def _log_agents(plugins: Plugins) -> None:
     agents = [
         f"{plugin.name}{' (always)' if plugin.always else f' (/{plugin.command})' if plugin.command else ''}"
         for plugin in plugins
-        if plugin.made is not None
+        if plugin.loaded is not None
     ]
     if agents:
         logger.info("agents: %s", ", ".join(agents))

@@ -1,4 +1,4 @@
-"""For operators: how the proxy and its processes are."""
+"""Status endpoints for operators."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ STARTED = time.monotonic()
 async def health(http: web.BaseRequest) -> web.Response:
     """`GET /health`: 200 while requests are served, 503 once the proxy is stopping.
 
-    `instances` has one object for each model that has a process or waiters, or whose last start failed. `degraded` is
-    a proxy that serves without an agent that could not be loaded; `/plugins` tells why. `proxy` and `upstream` are what
-    one of the replaced projects answered here.
+    `instances` has one object for each model that has a process or waiting requests, or whose last start failed. The
+    status is `degraded` if an agent could not be loaded; `/plugins` shows the reason. `proxy` and `upstream` are kept
+    for clients of one of the replaced projects.
     """
     proxy = http[PROXY]
     draining = proxy.draining.is_set()
@@ -35,7 +35,7 @@ async def health(http: web.BaseRequest) -> web.Response:
         "instances": status.instances,
         "remotes": status.servers,
         "agents": {
-            "loaded": [plugin.name for plugin in proxy.chain.plugins if plugin.made is not None],
+            "loaded": [plugin.name for plugin in proxy.chain.plugins if plugin.loaded is not None],
             "failed": broken,
         },
         "downloads": proxy.router.downloads.status(),
@@ -44,24 +44,24 @@ async def health(http: web.BaseRequest) -> web.Response:
 
 
 async def plugins_listed(http: web.BaseRequest) -> web.Response:
-    """`GET /plugins`: every enabled agent, and how it is doing."""
+    """`GET /plugins`: every enabled agent, with its state and counters."""
     return web.json_response([_plugin(plugin) for plugin in http[PROXY].chain.plugins])
 
 
 def _plugin(plugin: Plugin) -> dict[str, object]:
-    """`mean_latency_ms` is what it added to each of its requests on average, questions to models included."""
+    """`mean_latency_ms` is the mean time that it added to its requests, side calls included."""
     entry: dict[str, object] = {
         "name": plugin.name,
         "status": "failed" if plugin.error is not None else "loaded",
-        "source": plugin.place.source,
+        "source": plugin.source.label,
     }
     if plugin.error is not None:
         entry["error"] = plugin.error
-    if plugin.made is not None:
-        cls = type(plugin.made.agent)
+    if plugin.loaded is not None:
+        cls = type(plugin.loaded.agent)
         entry |= {
             "command": f"/{cls.command}" if cls.command is not None else None,
-            "description": description(plugin.made),
+            "description": description(plugin.loaded),
             "hooks": [hook for hook in HOOKS if getattr(cls, hook) is not getattr(Agent, hook)],
             "always": plugin.always,
             "required": plugin.settings.required,

@@ -1,8 +1,8 @@
-"""A request for a generated answer, from the client's body to the client's bytes, top to bottom.
+"""Handles a request for a generated answer, from the client's body to the client's bytes.
 
-Three ways lead to an answer. Where the model's server speaks the client's API and no agent looks at the answer, its
-bytes are relayed. Else its chunks are streamed: translated, through the agents that see them. Or an agent answers, and
-no model is asked.
+There are three paths. If the model's server supports the client's API and no agent reads the answer, the server's
+bytes are relayed. Otherwise its chunks are translated and passed through the agents that read them. If an agent answers
+the request, no model is involved.
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, Json, say
 from llama_smart_proxy.proxy.dialects import UPSTREAM_CODECS
 from llama_smart_proxy.proxy.dialects.base import ClientCodec, Loading, UpstreamCodec
 from llama_smart_proxy.proxy.errors import AgentError, BadRequest, ProxyError, UpstreamRefused
-from llama_smart_proxy.proxy.http.body import Reusable, aside, serialise, to_bytes
+from llama_smart_proxy.proxy.http.body import Reusable, offload, serialise, to_bytes
 from llama_smart_proxy.proxy.http.headers import RECORD, upstream_headers
 from llama_smart_proxy.proxy.middleware.chain import FIELD, Selection
 from llama_smart_proxy.proxy.middleware.context import AgentContext, RequestFacts
-from llama_smart_proxy.proxy.middleware.hooks import answered, enter, layer
+from llama_smart_proxy.proxy.middleware.hooks import reply_layer, response_layer, run_request_hooks
 from llama_smart_proxy.proxy.middleware.scope import Scope
 from llama_smart_proxy.proxy.middleware.side_calls import SideCalls, check_depth
 from llama_smart_proxy.proxy.models.router import Route
-from llama_smart_proxy.proxy.stream.answer import UNENCODABLE, Epilogue, ModelAnswer, respond
+from llama_smart_proxy.proxy.stream.answer import UNENCODABLE, Finalizer, ModelAnswer, respond
 from llama_smart_proxy.proxy.stream.relay import relay
 from llama_smart_proxy.proxy.stream.upstream import ANSWER_LIMIT
 
 if TYPE_CHECKING:
     from llama_smart_proxy.proxy.api.endpoints import Endpoint
 
-Prologue = Callable[[Model, ChatRequest], Awaitable[tuple[ChatRequest, Epilogue | None]]]
-"""Completes a decoded request for a server that does not speak the client's API."""
+Preparation = Callable[[Model, ChatRequest], Awaitable[tuple[ChatRequest, Finalizer | None]]]
+"""Completes a decoded request for a server that does not support the client's API."""
 _COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
 _NOT_JSON = re.compile("not JSON serializable|Dict key must")
-"""orjson's messages about what is no JSON value."""
+"""orjson's messages about values that JSON cannot represent."""
 _THINKING = ("chat_template_kwargs", "reasoning_effort", "think", "thinking_budget_tokens")
-"""Fields that ask a model to think."""
+"""Fields that enable or configure thinking."""
 
 
 @dataclass(slots=True)
 class Chat:
-    """One request to an endpoint that generates, in the API of `codec`."""
+    """One request to a generating endpoint, in the API of `codec`."""
 
     http: web.BaseRequest
     proxy: Proxy
@@ -58,20 +58,20 @@ class Chat:
     agents: Sequence[str] = ()
 
     async def answer(self, route: Route, body: Json, reusable: Reusable | None) -> web.StreamResponse:
-        """Answer the request, with the agents that it calls for. `reusable` are the bytes that `body` came as."""
+        """Answer the request, with the agents that apply to it. `reusable` are the bytes that `body` came as."""
         self.keep_alive = body.get("keep_alive")
         loading = self.codec.loading(body)
-        if loading is None and self.proxy.chain.concerns(self.http.headers, body, route.name, self.codec):
+        if loading is None and self.proxy.chain.may_apply(self.http.headers, body, route.name, self.codec):
             return await self._with_agents(route, body)
         if self._is_native(route.model):
-            relaying = relayed(self.http, self.proxy, self.endpoint, route, body, reusable)
+            relaying = relay_request(self.http, self.proxy, self.endpoint, route, body, reusable)
             del body, reusable
             return await relaying
         if loading is not None:
             return await self._load(route.model, loading)
         await self._check_capabilities(route.model, body)
         body["model"] = route.model.name
-        return await self._stream(route, await aside(self.http, self.codec.decode, body))
+        return await self._stream(route, await offload(self.http, self.codec.decode, body))
 
     # -- without agents in the answer --------------------------------------------------------------------------------
 
@@ -89,13 +89,13 @@ class Chat:
         )
 
     def _keep_loaded(self, model: Model) -> None:
-        """What the request says of how long the model stays; the last request counts."""
+        """Apply the request's `keep_alive`; each request overrides the previous one."""
         seconds = self.codec.keep_alive_s({"keep_alive": self.keep_alive})
         if seconds is not None:
             model.keep_loaded(seconds)
 
     async def _check_capabilities(self, model: Model, body: Json) -> None:
-        """Raises: BadRequest if the body asks for what the model cannot do, as far as is known."""
+        """Raises: BadRequest if the body requires a capability that the model is known not to have."""
         needed = self.codec.needs(body)
         if needed is None or self._is_native(model):
             return
@@ -104,9 +104,9 @@ class Chat:
             raise BadRequest(f'"{model.name}" does not support {needed}')
 
     async def _send(self, route: Route, chat: ChatRequest) -> web.StreamResponse:
-        """Answer a decoded request, the answer to which no agent sees."""
+        """Answer a decoded request whose answer no agent reads."""
         if self._is_native(route.model) and self.codec.fits(chat):
-            return await relayed(self.http, self.proxy, self.endpoint, route, self._encoded(chat))
+            return await relay_request(self.http, self.proxy, self.endpoint, route, self._encoded(chat))
         return await self._stream(route, chat)
 
     async def _stream(self, route: Route, chat: ChatRequest) -> web.StreamResponse:
@@ -114,18 +114,19 @@ class Chat:
         return await respond(self.http, self.codec, answer.chat, answer, None, stall_s=self._stall_s)
 
     async def _model_answer(self, model: Model, chat: ChatRequest, *, same_api: bool = False) -> ModelAnswer:
-        """The model's answer in chunks, not requested yet; with `same_api` as the client would get it from there."""
-        epilogue: Epilogue | None = None
+        """The model's answer in chunks; the request is sent when it is read. With `same_api`, the server is called
+        in the client's API if it supports that."""
+        finalizer: Finalizer | None = None
         if not self._is_native(model):
-            if self.endpoint.prologue is not None:
-                chat, epilogue = await self.endpoint.prologue(model, chat)
-            self._keep_loaded(model)  # not before the request is known to be good, and its questions are answered
+            if self.endpoint.preparation is not None:
+                chat, finalizer = await self.endpoint.preparation(model, chat)
+            self._keep_loaded(model)  # only once the request is known to be valid
         own = self.codec.same_api if same_api and self._is_native(model) and self.codec.fits(chat) else None
         codec = own or UPSTREAM_CODECS[model.codec]
         request = await self._written(codec, model, chat)
 
         def amend(refused: UpstreamRefused) -> UpstreamRequest | None:
-            if not self.codec.thinking_is_optional or not _without_thinking(chat, refused):
+            if not self.codec.thinking_is_optional or not _remove_thinking(chat, refused):
                 return None
             path, body = codec.encode(chat)
             prepared = model.prepare(body)
@@ -136,7 +137,7 @@ class Chat:
         return ModelAnswer(
             model, request, codec, chat, self.http[RECORD],
             verbatim=own is not None and chat.stream and _same_form(request.path, self.http.path),
-            epilogue=epilogue, amend=amend, limit=None if chat.stream else ANSWER_LIMIT,
+            finalizer=finalizer, amend=amend, limit=None if chat.stream else ANSWER_LIMIT,
         )  # fmt: skip
 
     def _encoded(self, chat: ChatRequest) -> Json:
@@ -146,7 +147,7 @@ class Chat:
             raise self._unencodable() or exc from exc
 
     async def _written(self, codec: UpstreamCodec, model: Model, chat: ChatRequest) -> UpstreamRequest:
-        """The request to the model's server. Raises: AgentError if agents made of it what no API can express."""
+        """The request to the model's server. Raises: AgentError if agents made it impossible to encode."""
         try:
             path, body = codec.encode(chat)
             prepared = model.prepare(body)
@@ -171,7 +172,7 @@ class Chat:
         await plugins.refresh()
         await self._check_capabilities(route.model, body)
         named = body.pop(FIELD, None)
-        chat = await aside(self.http, self.codec.decode, body)
+        chat = await offload(self.http, self.codec.decode, body)
         resends = self.codec.resends_chat and not chat.is_text
         selection = self.proxy.chain.select(self.http.headers, named, chat, route.name, resends_chat=resends)
         if selection.reply is not None:
@@ -183,12 +184,12 @@ class Chat:
         self.agents = self.http[RECORD].agents = [active.plugin.name for active in selection.chain]
         scope = Scope()
         for active in selection.chain:
-            active.made.users += 1
+            active.loaded.users += 1
         try:
             return await scope.run(self._chained(scope, selection, route, chat, depth))
         finally:
             for active in selection.chain:
-                await plugins.release(active.plugin.name, active.made)
+                await plugins.release(active.plugin.name, active.loaded)
 
     async def _chained(
         self, scope: Scope, selection: Selection, route: Route, chat: ChatRequest, depth: int
@@ -201,12 +202,12 @@ class Chat:
             async with AsyncExitStack() as open_streams:
                 return await self._through(open_streams, contexts, route, chat, calls)
         except BadRequest as exc:
-            if _NOT_JSON.search(exc.message):  # nothing that was parsed from JSON can be that
+            if _NOT_JSON.search(exc.message):  # cannot come from the client, whose body was parsed from JSON
                 raise self._unencodable() or exc from exc
             raise
         finally:
             for ctx in contexts:
-                ctx.active.plugin.spent_s += ctx.turn.spent_s
+                ctx.active.plugin.spent_s += ctx.timer.spent_s
 
     async def _through(
         self,
@@ -216,12 +217,13 @@ class Chat:
         chat: ChatRequest,
         calls: SideCalls,
     ) -> web.StreamResponse:
-        """Ask the agents, then the model, and answer through the agents; what is opened is left to `open_streams`."""
+        """Run the agents' request hooks, then the model, and answer through the agents' layers. `open_streams` closes
+        what is opened here."""
         source: ModelAnswer | None = None
-        entered, answering, stream = await enter(contexts, chat)
-        rewriting = [ctx for ctx in entered if ctx.active.made.rewrites]
+        entered, answering, stream = await run_request_hooks(contexts, chat)
+        rewriting = [ctx for ctx in entered if ctx.active.loaded.rewrites]
         if answering is not None and stream is not None:
-            stream = answered(answering, stream)
+            stream = reply_layer(answering, stream)
         else:
             route = await self._rerouted(route, chat)
             if not rewriting:
@@ -231,11 +233,11 @@ class Chat:
             stream = source.chunks()
         await open_streams.enter_async_context(aclosing(stream))
         for ctx in reversed(rewriting):
-            stream = await open_streams.enter_async_context(aclosing(layer(ctx, stream)))
+            stream = await open_streams.enter_async_context(aclosing(response_layer(ctx, stream)))
         return await self._respond(source.chat if source is not None else chat, source, stream)
 
     async def _rerouted(self, route: Route, chat: ChatRequest) -> Route:
-        """Where the request goes now: an agent may have chosen another model."""
+        """The route of the request after the agents, which may have changed its model."""
         if chat.model != route.model.name:
             route = await self.proxy.router.resolve(chat.model)
             chat.model = route.model.name
@@ -254,7 +256,7 @@ class Chat:
             raise ProxyError(message, code="agent_failed") from exc
 
 
-async def relayed(
+async def relay_request(
     http: web.BaseRequest,
     proxy: Proxy,
     endpoint: Endpoint,
@@ -262,7 +264,7 @@ async def relayed(
     body: Json,
     reusable: Reusable | None = None,
 ) -> web.StreamResponse:
-    """Answer `http` with the bytes of the model's server, which speaks the API of `endpoint`. `body` may be changed;
+    """Answer `http` with the bytes of the model's server, which supports the API of `endpoint`. Modifies `body`;
     `reusable` are the bytes that it came as, which are sent if nothing in it has to be."""
     model, has_body = route.model, http.method == "POST"
     prepared, data = None, b""
@@ -278,8 +280,8 @@ async def relayed(
 
 
 def _upstream_path(http: web.BaseRequest, model: str) -> str:
-    """The matched path, without the trailing slash some clients add, and the query as it came; but a model named there
-    by the name the server knows."""
+    """The matched path, without the trailing slash that some clients add, and the query unchanged, except for a model
+    named there, which gets the server's name for it."""
     path, mark, query = http.raw_path.partition("?")
     if mark and http.query.get("model", model) != model:
         query = http.rel_url.update_query(model=model).raw_query_string
@@ -287,8 +289,8 @@ def _upstream_path(http: web.BaseRequest, model: str) -> str:
 
 
 async def _with_usage(stream: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:
-    """An answer that was made here, with the usage that clients expect of every answer: no model was asked, if no chunk
-    has any."""
+    """An answer of an agent or the proxy, with a usage chunk appended if it has none: clients require usage. It is zero
+    then, as no model was involved."""
     has_usage = False
     async for chunk in stream:
         has_usage = has_usage or chunk.usage is not None
@@ -297,13 +299,13 @@ async def _with_usage(stream: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:
         yield Chunk({"choices": [], "usage": dict.fromkeys(_COUNTS, 0)})
 
 
-def _same_form(path: str, asked: str) -> bool:
-    """Whether the server's answer has the form that the client of `asked` waits for."""
-    return path.removeprefix("/v1") == asked.rstrip("/").removeprefix("/v1")
+def _same_form(path: str, requested: str) -> bool:
+    """Whether an answer from the server's `path` has the format that the client of the path `requested` expects."""
+    return path.removeprefix("/v1") == requested.rstrip("/").removeprefix("/v1")
 
 
-def _without_thinking(chat: ChatRequest, refused: UpstreamRefused) -> bool:
-    """Take back the wish that the model think, if that is what the server refused; whether it was."""
+def _remove_thinking(chat: ChatRequest, refused: UpstreamRefused) -> bool:
+    """If the server refused thinking, remove the fields that enable it. Returns whether any was removed."""
     if "does not support thinking" not in refused.message:
         return False
     return any([chat.body.pop(name, None) is not None for name in _THINKING])

@@ -1,4 +1,4 @@
-"""The border that every request crosses, in and out: its record, its handler, its errors."""
+"""The entry and exit point of every request: its record, its handler, its errors."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ _PART = re.compile(r"\{(\w+)(?::([^{}]+(?:\{\d+\}[^{}]*)?))?\}")
 
 @dataclass(slots=True)
 class Resource:
-    """What is at one path, by method. `dialect` is the API in which errors are reported there."""
+    """The handlers of one path, by method. `dialect` is the API in which errors are reported there."""
 
     dialect: Dialect = OPENAI
     handlers: dict[str, Handler] = field(default_factory=dict)
 
 
 class Dispatcher:
-    """Checks the head of each request, makes its record, finds its handler, reports errors in the caller's API, and
-    shows the record to the observers when the request has ended.
+    """Checks the head of each request, creates its record, calls its handler, reports errors in the client's API, and
+    passes the record to the observers when the request has ended.
 
     Paths match with and without a trailing slash: both were documented, and a redirect would turn a POST into a GET.
-    A part of a path in braces, `{name}` or `{name:pattern}`, matches what is in `PARAMS` then.
+    A path parameter, `{name}` or `{name:pattern}`, is stored in `PARAMS` of the request.
     """
 
     def __init__(self, proxy: Proxy, observers: Iterable[Observer] = ()) -> None:
@@ -52,7 +52,7 @@ class Dispatcher:
         self._serial = count(1)
 
     def add(self, methods: Iterable[str], path: str, handler: Handler, dialect: Dialect | None = None) -> None:
-        """Serve `path`; HEAD comes with GET."""
+        """Serve `path` with `handler`; GET includes HEAD."""
         plain = path.rstrip("/")
         resource = self._exact.get(path)
         if resource is None:
@@ -80,12 +80,12 @@ class Dispatcher:
             # 499: the client left before its answer was complete
             record.status = response.status if response is not None else record.answered or 499
             for observe in self._observers:
-                self._show(observe, record)
+                self._notify(observe, record)
 
-    def _show(self, observe: Observer, record: RequestRecord) -> None:
+    def _notify(self, observe: Observer, record: RequestRecord) -> None:
         try:
             observe(record)
-        except Exception as exc:  # an observer's own failure must not be the client's
+        except Exception as exc:  # an observer's failure must not affect the client
             logger.error("an observer of requests failed", exc_info=exc)
 
     async def _answer(self, http: web.BaseRequest) -> web.StreamResponse:
@@ -120,24 +120,24 @@ class Dispatcher:
 
 def _pattern(path: str) -> re.Pattern[str]:
     """`/a/{name:.+}` as a regular expression."""
-    written, place = "", 0
+    pattern, position = "", 0
     for part in _PART.finditer(path):
-        written += re.escape(path[place : part.start()]) + f"(?P<{part[1]}>{part[2] or '[^/]+'})"
-        place = part.end()
-    return re.compile(written + re.escape(path[place:]))
+        pattern += re.escape(path[position : part.start()]) + f"(?P<{part[1]}>{part[2] or '[^/]+'})"
+        position = part.end()
+    return re.compile(pattern + re.escape(path[position:]))
 
 
 def _check_sender(http: web.BaseRequest) -> None:
-    """Refuse a request that went round in a circle, and one that a web page of somebody else's has a browser make.
+    """Reject a request that loops back to this proxy, and a cross-origin request of a web page.
 
-    Browsers send `Origin`. Pages on this machine may ask, and applications, whose scheme is their own; a name in the
-    network proves nothing (DNS rebinding).
+    Browsers send `Origin`. Allowed are pages on this machine, and applications, which have a scheme of their own. Other
+    host names are never trusted (DNS rebinding).
 
     Raises: BadRequest 508 and 403.
     """
     headers = http.headers
     if "Via" in headers and OUR_VIA in ",".join(headers.getall("Via")):
-        message = "this request went round in a circle: this proxy is among its own upstream servers"
+        message = "this request has looped: this proxy is among its own upstream servers"
         raise BadRequest(message, status=508, code="loop_detected")
     if "Origin" in headers and http.method not in ("GET", "HEAD", "OPTIONS"):
         scheme, _, rest = headers["Origin"].partition("://")
@@ -149,7 +149,7 @@ _LOCAL_ORIGIN = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?")
 
 
 def _failed(http: web.BaseRequest, exc: BaseException, dialect: Dialect) -> web.StreamResponse:
-    """The answer to a request that raised, or the exception again where there is nobody to answer."""
+    """The error response for `exc`. Raises: `exc` itself if no response can be sent any more."""
     if not isinstance(exc, Exception) or isinstance(exc, ConnectionError) or http.writer.output_size > 0:
         raise exc
     allow = ""
@@ -166,7 +166,7 @@ def _failed(http: web.BaseRequest, exc: BaseException, dialect: Dialect) -> web.
     if allow:
         response.headers["Allow"] = allow
     if exc.code == AMBIGUOUS or exc.code == "shutting_down" or not http.content.is_eof():
-        response.force_close()  # what follows on this connection is in doubt, not wanted, or the rest of a large body
+        response.force_close()  # further input is unreliable, unwanted, or the rest of a large body
     return response
 
 

@@ -1,6 +1,6 @@
-"""The endpoints that ask a model: what the proxy knows of each, and how a request to one is answered.
+"""The endpoints that use a model: their properties, and the handler of their requests.
 
-`EndpointHandler.handle` is where to begin reading: it finds the model, and hands a request for a generated answer to
+`EndpointHandler.handle` is the entry point: it resolves the model, and passes requests for a generated answer to
 `proxy.api.chat`; all others are answered here.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import orjson
 from aiohttp import web
 
-from llama_smart_proxy.proxy.api.chat import Chat, Prologue, relayed
+from llama_smart_proxy.proxy.api.chat import Chat, Preparation, relay_request
 from llama_smart_proxy.proxy.api.generate_context import with_context
 from llama_smart_proxy.proxy.api.state import Proxy
 from llama_smart_proxy.proxy.chat import Json
@@ -33,18 +33,17 @@ from llama_smart_proxy.proxy.http.headers import PARAMS, RECORD
 from llama_smart_proxy.proxy.models.router import Route
 from llama_smart_proxy.proxy.stream.embeddings import embed
 
-MANY = 64
-"""More vectors than are turned into text while others wait."""
+OFF_LOOP_VECTORS = 64
+"""Answers with more vectors are serialised in a thread, so that other requests are not delayed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One endpoint that asks a model. A model whose server speaks `api` gets the request as it is; for any other one
-    it is translated: by `codec` if the endpoint generates, by `embeddings`, or answered by `estimate`; without any of
-    these it cannot be had there.
+    """One endpoint that uses a model. A server that supports `api` gets the request unchanged. For any other server it
+    is translated by `codec` (chat and text) or `embeddings`, or answered by `estimate`; without any, it is refused.
 
-    `slot`: a call occupies one of the server's slots. `prologue` completes a decoded request, with questions to the
-    model. `generates`: without a codec; agents do not run there.
+    `slot`: a call occupies one of the server's slots. `preparation` completes a decoded request, with requests to the
+    model's server. `generates`: the endpoint generates text but has no codec, so agents do not run there.
     """
 
     dialect: Dialect = OPENAI
@@ -52,18 +51,18 @@ class Endpoint:
     methods: frozenset[str] = frozenset({"POST"})
     slot: bool = True
     codec: ClientCodec | None = None
-    prologue: Prologue | None = None
+    preparation: Preparation | None = None
     embeddings: EmbeddingClient | None = None
     estimate: Callable[[Json], Json] | None = None
     generates: bool = False
 
 
 def _estimated_tokens(body: Json) -> Json:
-    """`POST /v1/messages/count_tokens` where the server has no tokenizer to ask."""
+    """`POST /v1/messages/count_tokens` for servers without a tokenizer endpoint."""
     return {"input_tokens": anthropic.count_tokens(body)}
 
 
-QUESTION = Endpoint(api="native", slot=False)
+NATIVE_UTILITY = Endpoint(api="native", slot=False)
 NATIVE_JSON = Endpoint(api="native")
 NATIVE_ANSWER = Endpoint(NATIVE, api="native", generates=True)
 _READABLE = frozenset({"GET", "HEAD"})
@@ -77,8 +76,8 @@ ENDPOINTS: dict[str, Endpoint] = {
     "/v1/responses": Endpoint(RESPONSES, api="responses", generates=True),
     "/v1/messages": Endpoint(ANTHROPIC, api="anthropic", codec=anthropic.MESSAGES),
     "/v1/messages/count_tokens": Endpoint(ANTHROPIC, api="anthropic", slot=False, estimate=_estimated_tokens),
-    "/v1/chat/completions/input_tokens": QUESTION,
-    "/v1/chat/completions/control": QUESTION,
+    "/v1/chat/completions/input_tokens": NATIVE_UTILITY,
+    "/v1/chat/completions/control": NATIVE_UTILITY,
     "/chat/completions": Endpoint(codec=openai.CHAT),
     "/completion": NATIVE_ANSWER,
     "/completions": NATIVE_ANSWER,
@@ -87,19 +86,19 @@ ENDPOINTS: dict[str, Endpoint] = {
     "/embeddings": NATIVE_JSON,
     "/rerank": NATIVE_JSON,
     "/reranking": NATIVE_JSON,
-    "/tokenize": QUESTION,
-    "/detokenize": QUESTION,
-    "/apply-template": QUESTION,
+    "/tokenize": NATIVE_UTILITY,
+    "/detokenize": NATIVE_UTILITY,
+    "/apply-template": NATIVE_UTILITY,
     "/props": Endpoint(api="native", slot=False, methods=_READABLE | {"POST"}),
     "/slots": Endpoint(api="native", slot=False, methods=_READABLE),
-    r"/slots/{id:\d+}": QUESTION,
+    r"/slots/{id:\d+}": NATIVE_UTILITY,
     "/lora-adapters": Endpoint(api="native", slot=False, methods=_READABLE | {"POST"}),
     "/api/chat": Endpoint(OLLAMA, api="ollama", codec=ollama_dialect.CHAT),
-    "/api/generate": Endpoint(OLLAMA, api="ollama", codec=ollama_dialect.GENERATE, prologue=with_context),
+    "/api/generate": Endpoint(OLLAMA, api="ollama", codec=ollama_dialect.GENERATE, preparation=with_context),
     "/api/embed": Endpoint(OLLAMA, api="ollama", embeddings=OLLAMA_EMBED),
     "/api/embeddings": Endpoint(OLLAMA, api="ollama", embeddings=OLLAMA_EMBEDDINGS),
 }
-"""By path; a part in braces matches one segment of it. Source: llama.cpp tools/server, b11434; Ollama's
+"""By path; a part in braces matches one segment. Source: llama.cpp tools/server, b11434; Ollama's
 server/routes.go; the OpenAI and Anthropic API references."""
 
 
@@ -112,7 +111,7 @@ class EndpointHandler:
         self._max_bytes = proxy.max_body_bytes
 
     async def handle(self, http: web.BaseRequest) -> web.StreamResponse:
-        """Answer `http`. Its parsed body is let go before a relayed answer begins, which may last for minutes."""
+        """Answer `http`. No reference to its parsed body is kept while an answer is relayed, which may take minutes."""
         endpoint = self._endpoint
         parsed = await read_body(http, self._max_bytes) if http.method == "POST" else Body({}, None)
         reusable = parsed.reusable()
@@ -143,12 +142,12 @@ class EndpointHandler:
     async def _answer(
         self, http: web.BaseRequest, route: Route, body: Json, reusable: Reusable | None
     ) -> web.StreamResponse:
-        """Answer what generates no chat and no text: as it is if the model's server speaks the API."""
+        """Answer a request without a codec; it is relayed if the model's server supports the API."""
         endpoint, model = self._endpoint, route.model
         if endpoint.generates:
-            self._proxy.chain.check_unneeded(http.headers, route.name)
+            self._proxy.chain.check_none_required(http.headers, route.name)
         if endpoint.api in model.speaks:
-            relaying = relayed(http, self._proxy, endpoint, route, body, reusable)
+            relaying = relay_request(http, self._proxy, endpoint, route, body, reusable)
             del body, reusable
             return await relaying
         if endpoint.estimate is not None:
@@ -164,8 +163,8 @@ class EndpointHandler:
 
 
 async def _as_response(answer: Any, vectors: int) -> web.Response:
-    """Thousands of vectors are turned into text in a thread."""
-    if vectors > MANY:
+    """The JSON response; with many vectors it is serialised in a thread."""
+    if vectors > OFF_LOOP_VECTORS:
         data = await asyncio.get_running_loop().run_in_executor(None, orjson.dumps, answer)
     else:
         data = orjson.dumps(answer)

@@ -1,4 +1,4 @@
-"""The lists of models that OpenAI's API and llama-server's router mode have."""
+"""The model lists of OpenAI's API and of llama-server's router mode."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from llama_smart_proxy.proxy.api.state import PROXY
 from llama_smart_proxy.proxy.http.headers import PARAMS
 
 LISTING_S = 0.5
-"""Longest wait for servers that have not answered yet since the start."""
+"""Longest wait in seconds for servers that have not answered since the start."""
 
 
 async def list_models(http: web.BaseRequest) -> web.Response:
-    """`GET /v1/models`, and `GET /models` of llama-server's router mode: from memory, at once."""
+    """`GET /v1/models`, and `GET /models` of llama-server's router mode, from memory."""
     router = http[PROXY].router
     await router.listed(LISTING_S)
     data = [entry.as_openai(router.created) for entry in router.catalogue()]

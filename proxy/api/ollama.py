@@ -1,4 +1,4 @@
-"""The part of the Ollama API that is about models rather than chats, whoever runs them.
+"""The model endpoints of the Ollama API, for the models of all providers.
 
 Source: Ollama's server/routes.go and api/types.go.
 """
@@ -33,13 +33,13 @@ from llama_smart_proxy.proxy.stream.relay import PLAIN_LIMIT, relay
 logger = logging.getLogger(__name__)
 
 VERSION = "0.13.0"
-"""The version of Ollama whose API this is. Clients compare it; Open WebUI fails on anything but digits and dots."""
+"""The version of Ollama whose API is implemented. Clients compare it; Open WebUI accepts only digits and dots."""
 FAMILY = models.NAME
-"""This API, among those that a server speaks."""
+"""The key of this API in `Model.speaks`."""
 
 
 async def root(http: web.BaseRequest) -> web.Response:
-    """`GET /`: how clients find out that there is an Ollama."""
+    """`GET /`: clients detect an Ollama server by this answer."""
     return web.Response(text="Ollama is running")
 
 
@@ -49,8 +49,8 @@ async def version(http: web.BaseRequest) -> web.Response:
 
 
 async def tags(http: web.BaseRequest) -> web.Response:
-    """`GET /api/tags`: every model, whoever runs it, by the same names as in `/v1/models`; but not what an Ollama is
-    only configured to pull."""
+    """`GET /api/tags`: all models of all providers, by the names of `/v1/models`, except those that an Ollama host is
+    configured to pull and does not have yet."""
     router = http[PROXY].router
     await router.listed(LISTING_S)
     return _listing(await asyncio.gather(*map(_tags_item, router.catalogue())))
@@ -66,7 +66,7 @@ async def _tags_item(entry: Entry) -> Json | None:
 
 
 async def ps(http: web.BaseRequest) -> web.Response:
-    """`GET /api/ps`: the models that are loaded, the longest-lived first."""
+    """`GET /api/ps`: the loaded models, by descending expiry time."""
     items = await asyncio.gather(*map(_ps_item, http[PROXY].router.catalogue()))
     return _listing(sorted(items, key=lambda item: str((item or {}).get("expires_at", "")), reverse=True))
 
@@ -79,7 +79,7 @@ async def _ps_item(entry: Entry) -> Json | None:
 
 
 def _renamed(item: Json, name: str) -> Json:
-    """The item as one of the model called `name`: virtual ones look like those that they stand for."""
+    """The item under the name `name`: a virtual model is listed like its base model."""
     return item if item["name"] == name else {**item, "name": name, "model": name}
 
 
@@ -88,14 +88,14 @@ def _listing(items: Iterable[Json | None]) -> web.Response:
 
 
 async def show(http: web.BaseRequest) -> web.StreamResponse:
-    """`POST /api/show`: what the model is and can do."""
+    """`POST /api/show`: a model's details and capabilities."""
     proxy = http[PROXY]
     body = await read_json(http, proxy.max_body_bytes)
     name = _named(body)
     model = (await proxy.router.resolve(name, pull=False)).model
     http[RECORD].routed(model.name, model.kind)
     if FAMILY in model.speaks:
-        return await _relayed(http, proxy, model, {**body, "model": model.name})
+        return await _relay_request(http, proxy, model, {**body, "model": model.name})
     info, agent = await model.info(), http.headers.get("User-Agent", "")
     answer = models.show(info, verbose=body.get("verbose") is True, requested_name=name, user_agent=agent)
     return web.json_response(answer, dumps=_dumps)
@@ -103,7 +103,7 @@ async def show(http: web.BaseRequest) -> web.StreamResponse:
 
 async def pull(http: web.BaseRequest) -> web.StreamResponse:
     """`POST /api/pull`: a model of the Hugging Face hub (`hf.co/org/repo:Q4_K_M`), one that is configured here, or one
-    that an Ollama of ours shall pull. A pull that nobody but its client wants ends with its client."""
+    for an Ollama host to pull. The pull is cancelled when its last client disconnects and nothing else waits for it."""
     proxy = http[PROXY]
     body = await read_json(http, proxy.max_body_bytes)
     name = http[RECORD].model = _named(body)
@@ -113,10 +113,10 @@ async def pull(http: web.BaseRequest) -> web.StreamResponse:
             async for line in progress:
                 last = line
             return web.json_response(last, dumps=_dumps)
-        return await _tell(http, progress, proxy.config.server.send_stall_s)
+        return await _stream_progress(http, progress, proxy.config.server.send_stall_s)
 
 
-async def _tell(http: web.BaseRequest, progress: AsyncIterator[Json], stall_s: float) -> web.StreamResponse:
+async def _stream_progress(http: web.BaseRequest, progress: AsyncIterator[Json], stall_s: float) -> web.StreamResponse:
     response = ResponseWriter(http, stall_s)
     await response.begin(200, [("content-type", "application/x-ndjson")])
     try:
@@ -137,7 +137,7 @@ async def _lines(download: Download | None) -> AsyncGenerator[Json, None]:
 
 
 async def delete(http: web.BaseRequest) -> web.StreamResponse:
-    """`DELETE /api/delete`: of an Ollama, or what was pulled from the Hugging Face hub; not what is configured."""
+    """`DELETE /api/delete`: for models of an Ollama host, or from the Hugging Face hub; not for configured ones."""
     proxy = http[PROXY]
     body = await read_json(http, proxy.max_body_bytes)
     name = http[RECORD].model = _named(body)
@@ -147,8 +147,8 @@ async def delete(http: web.BaseRequest) -> web.StreamResponse:
 
 
 async def change(http: web.BaseRequest) -> web.StreamResponse:
-    """`POST /api/copy`, `/api/push` and `/api/create`: an Ollama's business. What is sent about no model that is known
-    goes to the first Ollama, as blobs do."""
+    """`POST /api/copy`, `/api/push` and `/api/create`: forwarded to the Ollama host that has the model; for an unknown
+    model, to the first host, as blobs are."""
     proxy = http[PROXY]
     body = await read_json(http, proxy.max_body_bytes)
     source = next((body[key] for key in ("source", "from", "model", "name") if body.get(key)), None)
@@ -159,25 +159,25 @@ async def change(http: web.BaseRequest) -> web.StreamResponse:
     model = proxy.router.known(source)
     if model is not None and FAMILY not in model.speaks:
         raise BadRequest(f"model {source[:100]!r} is run by {model.kind}; only models of an Ollama can be changed")
-    creates = http.path.startswith("/api/create")  # of files, or of a model that is yet to be pulled, too
+    creates = http.path.startswith("/api/create")  # also from files, or a model not pulled yet
     server = await _managing(proxy, source if model is not None or not creates else None)
     try:
-        return await _relayed(http, proxy, server, body)
+        return await _relay_request(http, proxy, server, body)
     finally:
         server.changed()
 
 
 async def blob(http: web.BaseRequest) -> web.StreamResponse:
-    """`HEAD` and `POST /api/blobs/sha256:...`: a file for `/api/create`, passed on to the first Ollama as it comes."""
+    """`HEAD` and `POST /api/blobs/sha256:...`: a file for `/api/create`, streamed to the first Ollama host."""
     server = await _managing(http[PROXY], None)
     limits = server.timeouts
     timeout = aiohttp.ClientTimeout(total=None, connect=limits.connect_s, sock_read=limits.first_byte_s)
     headers = dict(server.headers)
     headers |= {"Content-Length": str(http.content_length)} if http.content_length is not None else {}
     connection = http.protocol
-    slowly = connection.receiving_body() if isinstance(connection, FrontConnection) else nullcontext()
+    receiving = connection.receiving_body() if isinstance(connection, FrontConnection) else nullcontext()
     try:
-        with slowly:
+        with receiving:
             async with (
                 aiohttp.ClientSession(timeout=timeout, trust_env=False) as session,
                 session.request(
@@ -195,7 +195,7 @@ async def blob(http: web.BaseRequest) -> web.StreamResponse:
 
 
 def _check_names(names: Iterable[object]) -> None:
-    """Refuse what might mean a path, or a flag, to whoever gets it. Raises: BadRequest."""
+    """Reject names that a server could interpret as a path or a flag. Raises: BadRequest."""
     try:
         for name in names:
             if name not in (None, ""):
@@ -204,15 +204,17 @@ def _check_names(names: Iterable[object]) -> None:
         raise BadRequest("invalid model name") from None
 
 
-async def _relayed(http: web.BaseRequest, proxy: Proxy, server: Model | Management, body: Json) -> web.StreamResponse:
-    """Answer with what a server of this API answers to the request, with that body."""
+async def _relay_request(
+    http: web.BaseRequest, proxy: Proxy, server: Model | Management, body: Json
+) -> web.StreamResponse:
+    """Relay the request with `body` to a server of this API."""
     headers = upstream_headers(http.headers, has_body=True)
     request = UpstreamRequest(http.method, http.path.rstrip("/"), serialise(body), headers, slot=False)
     return await relay(http, server, request, OLLAMA, stall_s=proxy.config.server.send_stall_s)
 
 
 async def _managing(proxy: Proxy, model: str | None) -> Management:
-    """The Ollama that has `model`; for None the first one."""
+    """The Ollama host that has `model`; for None the first one."""
     server = await proxy.router.management(FAMILY, model)
     if server is None:
         raise BadRequest("no Ollama is configured, and only an Ollama can do this", status=404)

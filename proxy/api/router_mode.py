@@ -1,5 +1,5 @@
-"""llama-server's router-mode API: load, unload, download and delete models, and watch them. Open WebUI uses it when a
-connection's provider is "llama.cpp".
+"""llama-server's router-mode API: load, unload, download, delete and watch models. Open WebUI uses it for connections
+whose provider is "llama.cpp".
 
 Source: llama.cpp tools/server/README.md, b11434.
 """
@@ -23,23 +23,23 @@ from llama_smart_proxy.proxy.http.headers import RECORD, own_headers, upstream_h
 from llama_smart_proxy.proxy.models.router import Router
 
 EVENTS_S = 0.5
-"""Seconds between two looks at the models on behalf of one who watches them, and longest wait for what there is."""
+"""Polling interval of an event stream in seconds, and its longest wait for servers that have not answered yet."""
 
 
 async def load_model(http: web.BaseRequest) -> web.Response:
-    """`POST /models/load`: answers at once, the load goes on; but an Ollama answers when it has loaded."""
+    """`POST /models/load`: answers at once while the model loads; for an Ollama model, once it is loaded."""
     model = await _resolved(http, await _named(http))
     await model.load(wait=False)
     return web.json_response({"success": True})
 
 
 async def unload_model(http: web.BaseRequest) -> web.Response:
-    """`POST /models/unload`: answers once the process has ended; one that is answering ends after its answers. Breaks
-    off a download, too."""
+    """`POST /models/unload`: answers once an idle process has ended; a busy one ends after its answers. Also
+    cancels a download of the model."""
     name = await _named(http)
     download = http[PROXY].router.downloads.get(_download_name(name))
     if download is not None:
-        download.stop(Overloaded(f"The download of '{download.name}' was broken off.", code="download_cancelled"))
+        download.stop(Overloaded(f"The download of '{download.name}' was cancelled.", code="download_cancelled"))
     else:
         model = await _resolved(http, name)
         await model.unload()
@@ -47,7 +47,7 @@ async def unload_model(http: web.BaseRequest) -> web.Response:
 
 
 async def download_model(http: web.BaseRequest) -> web.Response:
-    """`POST /models`: begins to download `org/repo:Q4_K_M` from the Hugging Face hub; nothing if it is there."""
+    """`POST /models`: starts a download of `org/repo:Q4_K_M` from the Hugging Face hub, unless it is present."""
     name = await _named(http)
     hub_name = _hub_name(name)
     if hub.parse_name(hub_name) is None:
@@ -59,7 +59,7 @@ async def download_model(http: web.BaseRequest) -> web.Response:
 
 
 async def delete_model(http: web.BaseRequest) -> web.Response:
-    """`DELETE /models?model=...`: of what can be fetched again; not of what is configured."""
+    """`DELETE /models?model=...`: for models that can be downloaded again; not for configured ones."""
     name = http.query.get("model", "")
     router = http[PROXY].router
     model = await router.find(name, pull=False) or await router.find(_hub_name(name), pull=False)
@@ -71,17 +71,17 @@ async def delete_model(http: web.BaseRequest) -> web.Response:
 
 
 async def model_events(http: web.BaseRequest) -> web.StreamResponse:
-    """`GET /models/sse`: an event for each model whose status changes, and for the progress of downloads; first the
-    status of every model. Ends when the proxy is asked to stop."""
+    """`GET /models/sse`: first the status of every model, then an event for each change of status and for the progress
+    of downloads. Ends when the proxy shuts down."""
     if http.method == "HEAD":
         return web.Response(content_type="text/event-stream")
     proxy = http[PROXY]
     before: dict[str, Any] = {}
-    # it asks for no more of the request than its base class has
+    # sse_response uses only what the request's base class has
     async with sse_response(cast(web.Request, http), headers=dict(own_headers(http))) as response:
         while response.is_connected() and not proxy.draining.is_set():
             await proxy.router.listed(EVENTS_S)
-            now = _told(proxy.router)
+            now = _events(proxy.router)
             for key, event in now.items():
                 if before.get(key) != event:
                     await response.send(orjson.dumps(event).decode())
@@ -92,24 +92,24 @@ async def model_events(http: web.BaseRequest) -> web.StreamResponse:
     return response
 
 
-def _told(router: Router) -> dict[str, Any]:
-    """What there is to tell now: the status of each model, the progress of each download."""
-    told: dict[str, Any] = {}
+def _events(router: Router) -> dict[str, Any]:
+    """The current events: the status of each model, and the progress of each download."""
+    events: dict[str, Any] = {}
     for entry in router.catalogue():
         status = entry.as_openai(router.created)["status"]
-        told[f"model {entry.id}"] = {
+        events[f"model {entry.id}"] = {
             "model": entry.id,
             "event": "model_status",
             "data": {"status": status.pop("value"), **status},
         }
     for progress in router.downloads.status():
         bytes_ = {"done": progress.get("completed", 0), "total": progress.get("total", 0)}
-        told[f"download {progress['model']}"] = {
+        events[f"download {progress['model']}"] = {
             "model": progress["model"],
             "event": "download_progress",
             "data": {progress.get("digest", progress["model"]): bytes_},
         }
-    return told
+    return events
 
 
 async def _named(http: web.BaseRequest) -> str:
@@ -128,7 +128,7 @@ async def _resolved(http: web.BaseRequest, name: str) -> Model:
 
 
 def _hub_name(name: str) -> str:
-    """The name as it is among ours; llama-server knows no other hub and writes no prefix."""
+    """The name with the hub's prefix, which llama-server's API leaves out."""
     return name if hub.parse_name(name) else f"{hub.PREFIXES[0]}{name}"
 
 

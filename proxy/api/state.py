@@ -1,4 +1,4 @@
-"""What all handlers share: the state of the running proxy, and the key under which a request carries it."""
+"""The state of the running proxy that all handlers share, and the key under which requests carry it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llama_smart_proxy.proxy.models.router import Router
 
 @dataclass(frozen=True, slots=True)
 class Proxy:
-    """The running proxy. `draining` is set from the moment it was asked to stop."""
+    """The running proxy. `draining` is set as soon as the shutdown begins."""
 
     config: Config
     router: Router

@@ -86,10 +86,10 @@ async def read_body(http: web.BaseRequest, max_bytes: int) -> Body:
 
 async def to_bytes(http: web.BaseRequest, value: dict[str, Any]) -> bytes:
     """`serialise(value)`, the body of `http`; in a thread if it takes long."""
-    return await aside(http, serialise, value)
+    return await offload(http, serialise, value)
 
 
-async def aside(http: web.BaseRequest, work: Callable[[A], R], value: A) -> R:
+async def offload(http: web.BaseRequest, work: Callable[[A], R], value: A) -> R:
     """`work(value)`, which takes time in proportion to the body of `http`: in a thread if that is much."""
     if _HEAVY not in http:
         return work(value)

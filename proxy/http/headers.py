@@ -1,4 +1,4 @@
-"""Which headers cross the proxy. One place, both directions."""
+"""Filters headers in both directions."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from llama_smart_proxy.proxy import __version__
 from llama_smart_proxy.proxy.chat import RequestRecord
 
 RECORD = web.RequestKey("record", RequestRecord)
-"""What is known of a request, under this key of the request itself."""
+"""The key of a request's record in the request itself."""
 PARAMS = web.RequestKey("params", dict[str, str])
-"""The named parts of the path, where its pattern has any."""
+"""The path parameters of a request, if its pattern has any."""
 SERVER = f"llama-smart-proxy/{__version__}"
 
 HOP_BY_HOP = frozenset(
@@ -41,15 +41,15 @@ _NOT_UPSTREAM = HOP_BY_HOP | {
     "content-encoding",
     "accept-encoding",
     "expect",
-    "authorization",  # the client's credentials are for us; the model server has its own
+    "authorization",  # the client's credentials are for the proxy; the model server has its own
     "x-api-key",
     "cookie",
     "cookie2",
     "origin",
     "referer",
-    "forwarded",  # nothing a client says about its own address is believed or passed on
+    "forwarded",  # a client's claims about its own address are neither trusted nor passed on
     "x-real-ip",
-    "x-agents",  # of ours; the next proxy has others
+    "x-agents",  # names agents of this proxy; the next proxy has others
 }
 _NOT_UPSTREAM_PREFIXES = ("x-forwarded-", "proxy-", "sec-", "access-control-")
 
@@ -68,7 +68,7 @@ _NOT_DOWNSTREAM_PREFIXES = ("access-control-", "proxy-")
 
 
 def upstream_headers(client: MultiMapping[str], *, has_body: bool) -> list[tuple[str, str]]:
-    """The client's headers that a model server gets to see."""
+    """The client's headers to send to a model server."""
     named = client.getall("Connection", ())
     banned = _named_by_connection(",".join(named)) if named else frozenset()
     kept = [("Content-Type", "application/json")] if has_body else []
@@ -80,7 +80,7 @@ def upstream_headers(client: MultiMapping[str], *, has_body: bool) -> list[tuple
 
 
 def downstream_headers(upstream: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """A model server's headers (names in lower case) that the client gets to see."""
+    """The headers of a model server (names in lower case) to send to the client."""
     kept = []
     banned: frozenset[str] = frozenset()
     for key, value in upstream:
@@ -92,12 +92,12 @@ def downstream_headers(upstream: Iterable[tuple[str, str]]) -> list[tuple[str, s
 
 
 def own_headers(http: web.BaseRequest) -> list[tuple[str, str]]:
-    """What every answer of ours carries."""
+    """The headers of every response of the proxy."""
     return [("server", SERVER), ("x-request-id", http[RECORD].request_id), ("date", _date(int(time.time())))]
 
 
 def shown_path(http: web.BaseRequest) -> str:
-    """The path for a log line: as it came, as a decoded line break would forge lines, and without the query."""
+    """The path for a log line: not decoded, as a line break in it would forge lines, and without the query."""
     return http.raw_path.partition("?")[0]
 
 

@@ -1,8 +1,8 @@
-"""Responses to clients: in one write, or piece by piece, straight to the client's transport.
+"""Responses to clients: in one write, or in pieces, directly to the client's transport.
 
-A piece is written inside the very callback that received it; no task wakes for a token. When the client reads slower
-than the model writes, `feed` returns False and `drained` waits, so memory for one slow reader stays near one socket
-buffer.
+A piece is written within the callback that received it; no task switch per token. When the client reads more slowly
+than the model writes, `feed` returns False and `drained` waits, so a slow client takes about one socket buffer of
+memory.
 """
 
 from __future__ import annotations
@@ -27,10 +27,9 @@ logger = logging.getLogger(__name__)
 
 
 class ResponseWriter(web.StreamResponse):
-    """A response whose body follows piece by piece. It can begin, continue and fail before a model's server has sent a
-    byte. A client that takes no byte for `stall_s` seconds is disconnected.
+    """A response whose body is written in pieces. A client that reads nothing for `stall_s` seconds is disconnected.
 
-    Raises, from all methods: ConnectionResetError when the client has left.
+    All methods raise: ConnectionResetError when the client has left.
     """
 
     def __init__(self, http: web.BaseRequest, stall_s: float) -> None:
@@ -47,7 +46,7 @@ class ResponseWriter(web.StreamResponse):
         return self.prepared
 
     async def begin(self, status: int, headers: Iterable[tuple[str, str]], *, length: str = "") -> None:
-        """Send status and headers; the body has `length` bytes, if that is known."""
+        """Send status and headers; `length` is the body's length in bytes, empty if unknown."""
         self.set_status(status)
         self.headers.extend(headers)
         self.headers.extend(own_headers(self._http))
@@ -67,33 +66,33 @@ class ResponseWriter(web.StreamResponse):
         self._unsent = transport.get_write_buffer_size
 
     def feed(self, data: bytes) -> bool:
-        """Write `data` (not empty); False asks for a pause until `drained()` returns."""
+        """Write `data` (not empty); returns False to pause the source until `drained()` returns."""
         try:
             self._write(b"%x\r\n%b\r\n" % (len(data), data) if self._in_chunks else data)
-        except RuntimeError:  # uvloop's for a transport that is closed
+        except RuntimeError:  # raised by uvloop for a closed transport
             raise ConnectionResetError("the client has left") from None
         return self._unsent() <= BUFFER_LIMIT
 
     async def drained(self) -> None:
         """Wait until the client has caught up."""
-        await patiently(self._http, self._http.writer.drain(), self._stall_s)
+        await while_client_reads(self._http, self._http.writer.drain(), self._stall_s)
 
     async def finish(self, *, cut: bool = False) -> ResponseWriter:
-        """End the body; with `cut` by closing the connection where its end should be."""
+        """End the body; with `cut`, close the connection without the body's end mark."""
         self._cut = cut
         self.record.answered = self.status
-        await patiently(self._http, self.write_eof(), self._stall_s)
+        await while_client_reads(self._http, self.write_eof(), self._stall_s)
         return self
 
     async def write_eof(self, data: bytes = b"") -> None:
         transport = self._http.transport
         if self._cut and transport is not None:
-            transport.close()  # what was written still leaves
+            transport.close()  # what is buffered is still sent
         else:
             await super().write_eof(data)
 
     def reset(self) -> None:
-        """Cut the connection so that no client takes it for the end of the body, as HTTP/1.0 takes a mere close."""
+        """Reset the connection: HTTP/1.0 clients would take a normal close for the end of the body."""
         transport = self._http.transport
         if transport is not None:
             sock = transport.get_extra_info("socket")
@@ -103,8 +102,7 @@ class ResponseWriter(web.StreamResponse):
 
 
 class WholeResponse(web.StreamResponse):
-    """A response that is complete. It leaves in one write, which takes a quarter of the CPU time of aiohttp's own
-    response class."""
+    """A complete response, sent in one write, which takes a quarter of the CPU time of aiohttp's response class."""
 
     def __init__(
         self, http: web.BaseRequest, status: int, headers: list[tuple[str, str]], body: bytes, stall_s: float
@@ -120,7 +118,7 @@ class WholeResponse(web.StreamResponse):
         return self._http.keep_alive
 
     async def prepare(self, request: web.BaseRequest) -> None:
-        """Nothing: the head leaves together with the body."""
+        """No effect: the head is sent together with the body."""
 
     async def write_eof(self, data: bytes = b"") -> None:
         transport = self._http.transport
@@ -128,11 +126,11 @@ class WholeResponse(web.StreamResponse):
             raise ConnectionResetError("the client has left")
         data = self._head() + self._bytes
         if self.keep_alive and len(data) + transport.get_write_buffer_size() <= BUFFER_LIMIT:
-            # at the end of this turn of the loop: answers that came together leave together
+            # in the next iteration of the loop, so that answers received together are sent together
             asyncio.get_running_loop().call_soon(_write, transport, data)
             return
         transport.write(data)
-        await patiently(self._http, self._http.writer.drain(), self._stall_s)
+        await while_client_reads(self._http, self._http.writer.drain(), self._stall_s)
 
     def _head(self) -> bytes:
         headers = self._own
@@ -150,19 +148,19 @@ def _write(transport: asyncio.Transport, data: bytes) -> None:
         transport.write(data)
 
 
-async def patiently(http: web.BaseRequest, flushing: Coroutine[Any, Any, None], stall_s: float) -> None:
-    """Await `flushing`, which waits for the client of `http` to read, for as long as it does read.
+async def while_client_reads(http: web.BaseRequest, flushing: Coroutine[Any, Any, None], stall_s: float) -> None:
+    """Await `flushing` as long as the client of `http` reads.
 
-    Raises: ConnectionResetError, having disconnected a client that took no byte for `stall_s` seconds.
+    Raises: ConnectionResetError after disconnecting a client that has read nothing for `stall_s` seconds.
     """
     transport = http.transport
     flushed = asyncio.ensure_future(flushing)
     try:
-        left = _untaken(transport)
+        left = _unacknowledged(transport)
         while not (await asyncio.wait({flushed}, timeout=stall_s))[0]:
-            left, before = _untaken(transport), left
+            left, before = _unacknowledged(transport), left
             if left >= before:
-                logger.info("a client took no byte for %g s: disconnected", stall_s)
+                logger.info("a client read nothing for %g s: disconnected", stall_s)
                 if transport is not None:
                     transport.abort()
                 raise ConnectionResetError("the client stopped reading")
@@ -171,9 +169,9 @@ async def patiently(http: web.BaseRequest, flushing: Coroutine[Any, Any, None], 
         flushed.cancel()
 
 
-def _untaken(transport: asyncio.Transport | None) -> int:
-    """Bytes the client has not acknowledged: ours, and the kernel's. Ours alone stand still for minutes while a slow
-    reader works through a socket buffer of megabytes."""
+def _unacknowledged(transport: asyncio.Transport | None) -> int:
+    """Bytes that the client has not acknowledged, in this process and in the kernel. The first alone does not change
+    for minutes while a slow client empties a socket buffer of megabytes."""
     if transport is None:
         return 0
     waiting = transport.get_write_buffer_size()

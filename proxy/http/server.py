@@ -1,8 +1,8 @@
-"""The listening side: aiohttp's HTTP server with the gaps closed that a long-running, exposed process cannot have.
+"""The HTTP server: aiohttp's, hardened for long-running, exposed processes.
 
-aiohttp 3.14 waits for a request head without limit, and repeats the offending bytes (an API key, say) in the body of a
-400. `FrontServer` and `FrontConnection` mend both through the class's public methods. `check_request` refuses what
-aiohttp lets through but the next HTTP parser might read differently.
+aiohttp 3.14 has no time limit for a request head, and returns the invalid bytes (possibly an API key) in the body of a
+400. `FrontServer` and `FrontConnection` fix both by overriding public methods. `check_request` rejects requests that
+aiohttp accepts but the next HTTP parser might interpret differently.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ MAX_HEADER_LINE = 8190
 MAX_HEADERS = 100
 MAX_HEAD_BYTES = 64 * 1024
 AMBIGUOUS = "invalid_http"
-"""Error code of what is not HTTP, or not clearly."""
+"""Error code of invalid or ambiguous HTTP."""
 MIN_BODY_RATE = 1024
 BODY_GRACE_S = 10.0
-"""A body that comes at fewer bytes a second than `MIN_BODY_RATE` is given up after so many seconds."""
+"""After so many seconds, the client of a body slower than `MIN_BODY_RATE` bytes per second is disconnected."""
 
 
 class FrontConnection(web.RequestHandler):
     """One client connection.
 
-    `head_since` is when the head of a request began to be waited for, `body_since` when its body did, None outside
-    that; `body_bytes` is how much of the body has come since. `closing_since` is when we began to close it, which
-    lasts until the client has taken all that is left for it.
+    Times are on the event loop's clock, None outside of their phase: `head_since` is when the wait for a request head
+    began, `body_since` the wait for its body; `body_bytes` counts the body bytes received since. `closing_since` is
+    when closing began, which ends when the client has read the rest of its answer.
     """
 
     def __init__(self, front: FrontServer, **options: Any) -> None:
@@ -50,7 +50,7 @@ class FrontConnection(web.RequestHandler):
         self.body_bytes = 0
         self.closing_since: float | None = None
         self.wire: asyncio.Transport
-        """The connection itself. `transport` is None from the moment that aiohttp begins to close it."""
+        """The connection's transport; the attribute `transport` is None as soon as aiohttp begins to close it."""
         self._front = front
         self._last_request = False
         self._serving = False
@@ -58,7 +58,7 @@ class FrontConnection(web.RequestHandler):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self.wire = cast(asyncio.Transport, transport)
-        self.head_since = self._front.came(self)
+        self.head_since = self._front.connected(self)
 
     def data_received(self, data: bytes) -> None:
         if self.head_since is None and not self._serving:
@@ -67,25 +67,25 @@ class FrontConnection(web.RequestHandler):
         super().data_received(data)
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        self._front.left(self)
+        self._front.disconnected(self)
         super().connection_lost(exc)
 
     def close(self) -> None:
-        """Take no more requests: end now if none is being answered, else behind that answer."""
+        """Accept no more requests: close now, or after the answer in progress."""
         self._last_request = True
         if not self._serving:  # aiohttp would also drop the rest of a body that is being received
             super().close()
             self.wire.close()
 
     def head_complete(self) -> None:
-        """The handler calls this first."""
+        """Called by the handler first."""
         self._serving = True
         self.head_since = None
-        self._front.begins(self)
+        self._front.request_started(self)
 
     @contextmanager
     def receiving_body(self) -> Iterator[None]:
-        """While entered, a body is waited for."""
+        """Within the context, the minimum rate for a body applies."""
         self.body_since, self.body_bytes = asyncio.get_running_loop().time(), 0
         try:
             yield
@@ -97,7 +97,7 @@ class FrontConnection(web.RequestHandler):
     ) -> tuple[web.StreamResponse, bool]:
         result = await super().finish_response(request, resp, start_time)
         self._serving = False
-        self._front.ends(self)
+        self._front.request_ended(self)
         if self._last_request:
             super().close()
         return result
@@ -109,10 +109,10 @@ class FrontConnection(web.RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
-        """The answer to what could not be parsed: says so, and repeats none of it."""
+        """The response to a request that could not be parsed; contains none of its bytes."""
         self.head_since = None
         if request.writer.output_size > 0:
-            raise ConnectionError("an answer is already under way")
+            raise ConnectionError("a response has already been started")
         if status < 500:
             error: ProxyError = BadRequest("the request is not valid HTTP", status=status, code=AMBIGUOUS)
         else:
@@ -125,11 +125,11 @@ class FrontConnection(web.RequestHandler):
 
 
 class FrontServer(web.Server):
-    """Makes a `FrontConnection` for each client; its requests go to `handler`.
+    """Creates a `FrontConnection` for each client; requests are passed to `handler`.
 
-    A handler is cancelled at once when its client leaves. A client that needs over `head_timeout_s` seconds for the
-    head of a request, or sends its body by drops, is disconnected (slowloris), and so is one that has not taken the
-    rest of its answer `send_stall_s` seconds after we closed.
+    A handler is cancelled when its client disconnects. A client is disconnected if it takes over `head_timeout_s`
+    seconds to send a request head, sends a body too slowly (slowloris), or has not read the rest of its answer
+    `send_stall_s` seconds after the connection was closed here.
     """
 
     def __init__(
@@ -146,9 +146,9 @@ class FrontServer(web.Server):
             "max_line_size": MAX_HEADER_LINE,
             "max_field_size": MAX_HEADER_LINE,
             "max_headers": MAX_HEADERS,
-            "auto_decompress": False,  # compressed bodies are refused; unpacking first would be the attack
+            "auto_decompress": False,  # compressed bodies are refused: decompressing one is the attack
             "lingering_time": 0,  # a refused upload is not read to its end
-            "access_log": None,  # one line a request is written by the handler, which knows model and duration
+            "access_log": None,  # the handler logs requests, with model and duration
         }
         self.clients: set[FrontConnection] = set()
         self.quiet = asyncio.Event()
@@ -162,8 +162,8 @@ class FrontServer(web.Server):
         self._send_stall_s = send_stall_s
         self._sweeper = Sweeper(min(1.0, head_timeout_s / 4), self._sweep)
 
-    def came(self, client: FrontConnection) -> float:
-        """A client has connected; returns the time."""
+    def connected(self, client: FrontConnection) -> float:
+        """Register a client. Returns the current time of the loop."""
         self.clients.add(client)
         self.empty.clear()
         self._sweeper.wake()
@@ -187,19 +187,20 @@ class FrontServer(web.Server):
         spent_s = now - client.body_since
         return spent_s >= BODY_GRACE_S and client.body_bytes < spent_s * MIN_BODY_RATE
 
-    def left(self, client: FrontConnection) -> None:
+    def disconnected(self, client: FrontConnection) -> None:
+        """Unregister a client."""
         self.clients.discard(client)
-        self.ends(client)
+        self.request_ended(client)
         if not self.clients:
             self.empty.set()
 
-    def begins(self, client: FrontConnection) -> None:
-        """A request of `client` is being answered."""
+    def request_started(self, client: FrontConnection) -> None:
+        """Mark `client` as busy."""
         self._busy.add(client)
         self.quiet.clear()
 
-    def ends(self, client: FrontConnection) -> None:
-        """None of `client` is, any more."""
+    def request_ended(self, client: FrontConnection) -> None:
+        """Mark `client` as idle."""
         self._busy.discard(client)
         if not self._busy:
             self.quiet.set()
@@ -209,9 +210,9 @@ class FrontServer(web.Server):
 
 
 def check_request(http: web.BaseRequest) -> None:
-    """Refuse a head that two HTTP parsers could understand differently.
+    """Reject a head that two HTTP parsers could interpret differently.
 
-    Raises: BadRequest 400, 431, 501 or 505; the caller closes the connection, as what follows on it is in doubt.
+    Raises: BadRequest 400, 431, 501 or 505; the caller must close the connection, whose further input is unreliable.
     """
     headers = http.headers
     if http.version not in (HttpVersion10, HttpVersion11):
@@ -238,7 +239,7 @@ def _check_host(http: web.BaseRequest) -> None:
     if len(hosts) != 1:
         if not hosts and http.version == HttpVersion10:
             return
-        raise BadRequest("exactly one Host header is needed", code=AMBIGUOUS)
+        raise BadRequest("exactly one Host header is required", code=AMBIGUOUS)
     if not _is_host(hosts[0]):
         raise BadRequest("the Host header is not valid", code=AMBIGUOUS)
     if not http.raw_path.startswith("/"):

@@ -1,1 +1,1 @@
-"""Agents around a chat: which take part, their hooks, limits and questions to models."""
+"""Agents around a chat: their selection, hooks, limits and side calls."""

@@ -1,9 +1,8 @@
-"""Which agents take part in a chat, and in which order.
+"""Selects the agents of a request, and their order.
 
-First those that always run, in the order of the configuration; then the model's own; then those switched on in this
-chat; then those that the request names (header `X-Agents`, body field `agents`); last the slash commands, as typed. An
-agent that comes up twice stands where it came up first, with the options of both. Those that are required run whatever
-anybody says.
+The order is: agents that always run, as configured; the model's own agents; those switched on in this chat; those
+named by the request (header `X-Agents`, body field `agents`); slash commands, as typed. An agent that occurs twice
+keeps its first position, with the options of both. Required agents cannot be switched off.
 """
 
 from __future__ import annotations
@@ -23,62 +22,62 @@ from llama_smart_proxy.proxy.config import AgentConfig, Config, ModelConfig
 from llama_smart_proxy.proxy.dialects.base import ClientCodec
 from llama_smart_proxy.proxy.errors import AgentError, BadRequest
 from llama_smart_proxy.proxy.middleware.chats import CHAT_ID_HEADERS, Chats, chat_id, is_named
-from llama_smart_proxy.proxy.middleware.plugins import ALWAYS_THERE, Made, Plugin, Plugins
-from llama_smart_proxy.proxy.middleware.slash import MOST, Called, leading_commands
+from llama_smart_proxy.proxy.middleware.plugins import HELP_AGENT, LoadedAgent, Plugin, Plugins
+from llama_smart_proxy.proxy.middleware.slash import MAX_ITEMS, Command, leading_commands
 from llama_smart_proxy.proxy.models.router import names_by_key
 
 HEADER = "X-Agents"
 FIELD = "agents"
 _OFF = {"off", "none", "false", "no"}
-"""What says, in place of names, that no agent shall run."""
+"""Values that disable all optional agents, in place of names."""
 
 
 @dataclass(slots=True)
-class Active:
-    """One agent in the chain of one request, and its configuration there. Of one that is `wanted`, by the request
-    itself or by the operator in every request, another agent's `leave_out` does not get rid."""
+class ActiveAgent:
+    """One agent in the chain of one request, with its configuration there. `explicit`: the request itself, or the
+    operator for every request, selected it, so another agent's `leave_out` has no effect on it."""
 
     plugin: Plugin
-    made: Made
+    loaded: LoadedAgent
     config: BaseModel
     settings: AgentConfig
-    wanted: bool
+    explicit: bool
 
 
 @dataclass(slots=True)
 class Selection:
-    """What is to be done about a request: run `chain` around it, or answer it with `reply`, a text of the proxy's own.
-    `about` describes all agents there are: a function, because few agents ask for that."""
+    """How to handle a request: run `chain` around it, or answer it with the proxy's own text `reply`. `about` returns
+    the descriptions of all agents, computed on demand."""
 
     chat_id: str = ""
-    chain: list[Active] = field(default_factory=list)
+    chain: list[ActiveAgent] = field(default_factory=list)
     reply: str | None = None
     about: Callable[[], list[About]] = list
 
 
 @dataclass(slots=True)
-class _Wish:
-    """An agent that shall run, with options of the operator's and as the user typed them."""
+class _Candidate:
+    """An agent selected for a request. `options` are the operator's, `typed` those of the slash command, unparsed."""
 
     plugin: Plugin
     settings: AgentConfig
     options: dict[str, Any]
     typed: dict[str, str] = field(default_factory=dict)
-    wanted: bool = False
+    explicit: bool = False
 
     @classmethod
-    def of(cls, plugin: Plugin) -> _Wish:
+    def of(cls, plugin: Plugin) -> _Candidate:
         return cls(plugin, plugin.settings, plugin.settings.options)
 
-    def obey(self, entry: AgentConfig) -> None:
-        """Settings and options that a model has for the agent, on top of those for all models if there are any."""
-        said = entry.model_fields_set & {"on_error", "timeout_s", "required"}
-        self.settings = self.settings.model_copy(update={name: getattr(entry, name) for name in said})
+    def override(self, entry: AgentConfig) -> None:
+        """Apply a model's settings and options for the agent on top of those for all models."""
+        given = entry.model_fields_set & {"on_error", "timeout_s", "required"}
+        self.settings = self.settings.model_copy(update={name: getattr(entry, name) for name in given})
         self.options = self.plugin.options_with(entry, self.options)
 
 
 class Chain:
-    """Picks the agents of each request."""
+    """Selects the agents of each request."""
 
     def __init__(self, config: Config, plugins: Plugins) -> None:
         self.plugins = plugins
@@ -91,10 +90,10 @@ class Chain:
         self._of_model = {name: self._entries(model, models) for name, model in models.items()}
         self._models_have_some = any(self._of_model.values())
 
-    def concerns(self, headers: Mapping[str, str], body: Json, model: str, codec: ClientCodec) -> bool:
-        """Whether agents may have to do with this request, in whatever API: a cheap look. A False is final."""
+    def may_apply(self, headers: Mapping[str, str], body: Json, model: str, codec: ClientCodec) -> bool:
+        """Whether agents may apply to this request, in any API. Cheap; True may be a false positive, False is exact."""
         return (
-            self.plugins.some_always
+            self.plugins.any_always
             or len(self.chats) > 0
             or FIELD in body
             or HEADER in headers
@@ -102,207 +101,209 @@ class Chain:
             or (self._models_have_some and bool(self._of_model.get(self._name(model))))
         )
 
-    def check_unneeded(self, headers: CIMultiDictProxy[str], model: str) -> None:
-        """Raises: BadRequest if an endpoint where agents do not run cannot answer the request, as some are required or
-        named."""
-        if required := [wish.plugin.name for wish in self._own(model).values() if wish.settings.required]:
-            words = f"agents do not run at this endpoint, and these are required: {', '.join(required)}"
-            raise BadRequest(words, status=403, code="agents_required")
+    def check_none_required(self, headers: CIMultiDictProxy[str], model: str) -> None:
+        """For endpoints where agents do not run. Raises: BadRequest if the request requires or names an agent."""
+        if required := [name for name, candidate in self._default(model).items() if candidate.settings.required]:
+            message = f"agents do not run at this endpoint, and these are required: {', '.join(required)}"
+            raise BadRequest(message, status=403, code="agents_required")
         if named := _named(_header(headers), None):
-            words = f"agents do not run at this endpoint, so it cannot run {named[0][:100]}"
-            raise BadRequest(words, param=HEADER)
+            message = f"agents do not run at this endpoint, so it cannot run {named[0][:100]}"
+            raise BadRequest(message, param=HEADER)
 
     def select(
         self, headers: CIMultiDictProxy[str], field: object, request: ChatRequest, model: str, *, resends_chat: bool
     ) -> Selection:
-        """The agents of `request`, whose commands are taken out of it. `field` is what stood in its field `agents`,
-        `model` the name of the model; with `resends_chat` its API sends all that was said in a chat with each request.
+        """The agents of `request`; slash commands are removed from its text. `field` is the value of its field
+        `agents`, `model` the name of the model; `resends_chat`: each request of its API contains the whole chat.
 
-        Raises: BadRequest for an unknown agent that is named outside the text, and for a bad option; AgentError for one
-        that is required and broken.
+        Raises: BadRequest for an unknown agent named outside the text, and for an invalid option; AgentError for a
+        required agent that could not be loaded.
         """
         named = _named(_header(headers), field)
         selection = Selection(chat_id(headers, request))
-        wishes = self._own(model)
+        candidates = self._default(model)
         if named is None or self._name(model) in self._barred:
-            wishes = {name: wish for name, wish in wishes.items() if wish.settings.required}
+            candidates = {name: candidate for name, candidate in candidates.items() if candidate.settings.required}
         else:
-            called, known = self._called(request), resends_chat or is_named(headers)
-            if called is not None and (word := self._control_word(called, request)) is not None:
-                selection.reply = self._control(selection.chat_id if known else None, called, word, wishes)
+            commands, identified = self._take_commands(request), resends_chat or is_named(headers)
+            if commands is not None and (action := self._control_action(commands, request)) is not None:
+                selection.reply = self._control(selection.chat_id if identified else None, commands, action, candidates)
                 return selection
-            if known:
-                self._add_switched(wishes, selection.chat_id)
-            self._add_named(wishes, named)
-            for call in called or ():
-                wish = self._add(wishes, self.plugins.commands()[call.command])
-                wish.typed |= call.options
-                wish.wanted = True
-        selection.chain = [_active(wish) for wish in wishes.values() if _usable(wish)]
-        selection.about = partial(self._about, set(wishes))
+            if identified:
+                self._add_switched(candidates, selection.chat_id)
+            self._add_named(candidates, named)
+            for command in commands or ():
+                candidate = self._add(candidates, self.plugins.commands()[command.name])
+                candidate.typed |= command.options
+                candidate.explicit = True
+        selection.chain = [_active(candidate) for candidate in candidates.values() if _usable(candidate)]
+        selection.about = partial(self._about, set(candidates))
         return selection
 
-    # -- who wants which -------------------------------------------------------------------------------------------
+    # -- sources of candidates --------------------------------------------------------------------------------------
 
     def _name(self, model: str) -> str:
-        """The name in the configuration, which an Ollama may spell in another way."""
+        """The model's name in the configuration, of which Ollama accepts several spellings; "" if it is not there."""
         return self._names.get(model.lower()) or self._names.get(key_of(model)) or ""
 
     def _entries(self, model: ModelConfig, models: Mapping[str, ModelConfig]) -> list[AgentConfig]:
-        """The agents that the configuration has for the model: a virtual one's base may require some."""
+        """The model's configured agents; a virtual model inherits those that its base model requires."""
         base = models.get(self._name(model.model or ""))
         required = [entry for entry in base.agents or () if entry.required] if base is not None else []
         return [*required, *(model.agents or ())]
 
-    def _own(self, model: str) -> dict[str, _Wish]:
-        """The agents that run in every chat with this model, for all anybody says."""
-        wishes: dict[str, _Wish] = {}
+    def _default(self, model: str) -> dict[str, _Candidate]:
+        """The agents that run in every chat with this model unless switched off, by name."""
+        candidates: dict[str, _Candidate] = {}
         for plugin in self.plugins:
             if plugin.always:
-                self._add(wishes, plugin).wanted = True
+                self._add(candidates, plugin).explicit = True
         for entry in self._of_model.get(self._name(model), ()):
-            self._add(wishes, self.plugins.by_name[entry.name]).obey(entry)
-        return wishes
+            self._add(candidates, self.plugins.by_name[entry.name]).override(entry)
+        return candidates
 
-    def _add(self, wishes: dict[str, _Wish], plugin: Plugin) -> _Wish:
-        return wishes.setdefault(plugin.name, _Wish.of(plugin))
+    def _add(self, candidates: dict[str, _Candidate], plugin: Plugin) -> _Candidate:
+        return candidates.setdefault(plugin.name, _Candidate.of(plugin))
 
-    def _add_switched(self, wishes: dict[str, _Wish], chat: str) -> None:
+    def _add_switched(self, candidates: dict[str, _Candidate], chat: str) -> None:
         for name, on in self.chats.switched(chat).items() if len(self.chats) else ():
             if name not in self.plugins.by_name:
                 continue
             if on:
-                self._add(wishes, self.plugins.by_name[name])
-            elif name in wishes and not wishes[name].settings.required:
-                del wishes[name]
+                self._add(candidates, self.plugins.by_name[name])
+            elif name in candidates and not candidates[name].settings.required:
+                del candidates[name]
 
-    def _add_named(self, wishes: dict[str, _Wish], names: Iterable[str]) -> None:
+    def _add_named(self, candidates: dict[str, _Candidate], names: Iterable[str]) -> None:
         for name in names:
             plugin = self.plugins.by_name.get(name) or self.plugins.commands().get(name)
             if plugin is None:
                 known = ", ".join(sorted(self.plugins.by_name))
                 raise BadRequest(f"unknown agent {name[:100]!r}; known agents: {known}", param=FIELD)
-            if plugin.made is None:
+            if plugin.loaded is None:
                 raise _unavailable(plugin, "is not available")
-            self._add(wishes, plugin).wanted = True
+            self._add(candidates, plugin).explicit = True
 
     # -- slash commands --------------------------------------------------------------------------------------------
 
-    def _called(self, request: ChatRequest) -> list[Called] | None:
-        """The commands that the user's text begins with, which are taken out of it; None if there are none."""
+    def _take_commands(self, request: ChatRequest) -> list[Command] | None:
+        """Remove the leading slash commands from the last user message and return them; None if there are none."""
         text = request.last_user_text
         if not self._slash or not text.startswith("/"):
             return None
-        commands = self.plugins.commands()
-        known = {name: _per_call(plugin) for name, plugin in commands.items()} | {FIELD: frozenset()}
-        if ALWAYS_THERE in known and leading_commands(text, {ALWAYS_THERE: known[ALWAYS_THERE]})[0]:
-            known = {ALWAYS_THERE: known[ALWAYS_THERE]}  # what comes after it is what is asked about
-        called, rest = leading_commands(text, known)
-        if not called:
+        known = {name: _per_call(plugin) for name, plugin in self.plugins.commands().items()} | {FIELD: frozenset()}
+        if HELP_AGENT in known and leading_commands(text, {HELP_AGENT: known[HELP_AGENT]})[0]:
+            known = {HELP_AGENT: known[HELP_AGENT]}  # further commands are the topic of the help, not calls
+        commands, rest = leading_commands(text, known)
+        if not commands:
             return None
-        if any(call.command == FIELD for call in called) and (rest or len(called) > 1):
-            return None  # a text that happens to begin with the word
+        if any(command.name == FIELD for command in commands) and (rest or len(commands) > 1):
+            return None  # ordinary text that begins with "/agents"
         request.last_user_text = rest
-        return called
+        return commands
 
-    def _control_word(self, called: list[Called], request: ChatRequest) -> str | None:
-        """Which of the commands that are about the chain itself this is: `on`, `off` or `agents`; None if none."""
-        if called[0].command == FIELD:
+    def _control_action(self, commands: list[Command], request: ChatRequest) -> str | None:
+        """`on`, `off` or `agents` if the commands control the chain itself; otherwise None."""
+        if commands[0].name == FIELD:
             return FIELD
-        word = request.last_user_text.strip()
-        asks_help = any(call.command == ALWAYS_THERE for call in called)
-        return word if word in ("on", "off") and not asks_help else None
+        text = request.last_user_text.strip()
+        is_help = any(command.name == HELP_AGENT for command in commands)
+        return text if text in ("on", "off") and not is_help else None
 
-    def _control(self, chat: str | None, called: list[Called], word: str, wishes: dict[str, _Wish]) -> str:
-        """The answer to `/rag on`, `/rag off` and `/agents`, in a chat that runs `wishes` by itself; without `chat`
-        nothing tells which one it is."""
-        if any(call.options for call in called):
-            words = f"/{called[0].command} {word} takes no options; give them with each message"
-            raise BadRequest(words, param=next(iter(called[0].options), FIELD))
-        told = []
-        switched = [self.plugins.commands()[call.command] for call in called if call.command != FIELD]
+    def _control(
+        self, chat: str | None, commands: list[Command], action: str, candidates: dict[str, _Candidate]
+    ) -> str:
+        """Execute `/rag on`, `/rag off` or `/agents`, in a chat that runs `candidates` by default, and return the
+        answer. `chat` is None if the chat cannot be identified."""
+        if any(command.options for command in commands):
+            message = f"/{commands[0].name} {action} takes no options; give them with each message"
+            raise BadRequest(message, param=next(iter(commands[0].options), FIELD))
+        lines = []
+        switched = [self.plugins.commands()[command.name] for command in commands if command.name != FIELD]
         if switched and chat is None:
-            return f"Nothing tells which chat this is; send the header {CHAT_ID_HEADERS[1]} to have agents on or off."
+            return f"This chat cannot be identified; send the header {CHAT_ID_HEADERS[1]} to switch agents on or off."
         for plugin in switched:
-            if word == "off" and plugin.name in wishes and wishes[plugin.name].settings.required:
-                told.append(f"/{plugin.command} is required, and stays on.")
+            if action == "off" and plugin.name in candidates and candidates[plugin.name].settings.required:
+                lines.append(f"/{plugin.command} is required, and stays on.")
                 continue
-            self.chats.switch(chat or "", [plugin.name], word == "on")
-            told.append(f"/{plugin.command} is {word} in this chat.")
-        running = dict(wishes)
+            self.chats.switch(chat or "", [plugin.name], action == "on")
+            lines.append(f"/{plugin.command} is {action} in this chat.")
+        running = dict(candidates)
         self._add_switched(running, chat or "")
-        names = ", ".join(name for name, wish in running.items() if wish.plugin.made is not None) or "none"
-        return "\n".join([*told, f"Agents that run in this chat: {names}."])
+        names = ", ".join(name for name, candidate in running.items() if candidate.plugin.loaded is not None) or "none"
+        return "\n".join([*lines, f"Agents that run in this chat: {names}."])
 
     def _about(self, running: set[str]) -> list[About]:
         return [
             About(
                 plugin.name,
                 plugin.command,
-                description(plugin.made),
-                _described(plugin.made, _per_call(plugin)),
+                description(plugin.loaded),
+                _described(plugin.loaded, _per_call(plugin)),
                 plugin.name in running,
             )
             for plugin in sorted(self.plugins, key=lambda plugin: plugin.name)
-            if plugin.made is not None
+            if plugin.loaded is not None
         ]
 
 
-def description(made: Made) -> str:
+def description(loaded: LoadedAgent) -> str:
     """The first paragraph of the agent's docstring, on one line."""
-    text = type(made.agent).__doc__ or ""
+    text = type(loaded.agent).__doc__ or ""
     return " ".join(text.strip().partition("\n\n")[0].split())
 
 
 def _per_call(plugin: Plugin) -> frozenset[str]:
-    return type(plugin.made.agent).per_call if plugin.made is not None else frozenset()
+    return type(plugin.loaded.agent).per_call if plugin.loaded is not None else frozenset()
 
 
-def _described(made: Made, names: Iterable[str]) -> dict[str, str]:
-    fields = type(made.agent).Config.model_fields
+def _described(loaded: LoadedAgent, names: Iterable[str]) -> dict[str, str]:
+    fields = type(loaded.agent).Config.model_fields
     return {name: fields[name].description or "" for name in sorted(names)}
 
 
 def _header(headers: CIMultiDictProxy[str]) -> str:
-    """The header, which may be there more than once."""
+    """The names in all `X-Agents` headers, joined by commas."""
     return ",".join(headers.getall(HEADER, ()))
 
 
 def _named(header: str, body: object) -> list[str] | None:
-    """The agents that the request names; None if it wants none at all, which either of the two may say."""
+    """The agents that the request names; None if the header or the body field disables agents."""
     if body is False:
         return None
     if body is not None and body is not True and not isinstance(body, str | list):
         raise BadRequest("agents must be a list of names, or false", param=FIELD)
-    given = body.split(",", MOST) if isinstance(body, str) else body if isinstance(body, list) else []
-    if len(given) > MOST:
-        raise BadRequest(f"agents names over {MOST} agents", param=FIELD)
+    given = body.split(",", MAX_ITEMS) if isinstance(body, str) else body if isinstance(body, list) else []
+    if len(given) > MAX_ITEMS:
+        raise BadRequest(f"agents names over {MAX_ITEMS} agents", param=FIELD)
     if not all(isinstance(name, str) for name in given):
         raise BadRequest("agents must be a list of names, or false", param=FIELD)
     names = [name.strip() for name in [*header.split(","), *given] if name.strip()]
     return None if any(name.lower() in _OFF for name in names) else [name.removeprefix("/") for name in names]
 
 
-def _usable(wish: _Wish) -> bool:
-    """Whether it can run. Raises: AgentError if it must and cannot."""
-    if wish.plugin.made is not None:
+def _usable(candidate: _Candidate) -> bool:
+    """Whether the agent is loaded. Raises: AgentError if it is not, and is required."""
+    if candidate.plugin.loaded is not None:
         return True
-    if wish.settings.required:
-        raise _unavailable(wish.plugin, "is required and not available")
+    if candidate.settings.required:
+        raise _unavailable(candidate.plugin, "is required and not available")
     return False
 
 
-def _unavailable(plugin: Plugin, words: str) -> AgentError:
-    return AgentError(plugin.name, f"{words}; the proxy's /plugins tells why", status=503)
+def _unavailable(plugin: Plugin, problem: str) -> AgentError:
+    return AgentError(plugin.name, f"{problem}; the proxy's /plugins shows the reason", status=503)
 
 
-def _active(wish: _Wish) -> Active:
-    assert wish.plugin.made is not None
+def _active(candidate: _Candidate) -> ActiveAgent:
+    assert candidate.plugin.loaded is not None
     try:
-        config = wish.plugin.config_for({**wish.options, **wish.typed} if wish.typed else wish.options)
+        options = {**candidate.options, **candidate.typed} if candidate.typed else candidate.options
+        config = candidate.plugin.config_for(options)
     except ValidationError as exc:
         error = exc.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, error["loc"]))
-        words = error["msg"].removeprefix("Value error, ").replace("Input should", "should", 1)
-        raise BadRequest(f"option {where} of /{wish.plugin.command}: {words}", param=where) from None
-    return Active(wish.plugin, wish.plugin.made, config, wish.settings, wish.wanted or wish.settings.required)
+        problem = error["msg"].removeprefix("Value error, ").replace("Input should", "should", 1)
+        raise BadRequest(f"option {where} of /{candidate.plugin.command}: {problem}", param=where) from None
+    explicit = candidate.explicit or candidate.settings.required
+    return ActiveAgent(candidate.plugin, candidate.plugin.loaded, config, candidate.settings, explicit)

@@ -1,4 +1,4 @@
-"""Which agents a user has switched on or off in a chat, and which chat a request belongs to."""
+"""Identifies the chat of a request, and keeps the agents that the user has switched on or off in it."""
 
 from __future__ import annotations
 
@@ -12,38 +12,39 @@ from dataclasses import dataclass, field
 from llama_smart_proxy.proxy.chat import ChatRequest, text_of
 
 CHAT_ID_HEADERS = ("X-OpenWebUI-Chat-Id", "X-Conversation-Id", "X-Chat-Id", "X-Session-Id")
-"""Headers by which chat UIs tell which chat a request is of; the first one that is there counts."""
-LOOKED_AT = 10_000
-"""Characters of each text that tell a chat from others."""
-MOST_CHATS = 10_000
-KEPT_S = 7 * 24 * 3600.0
-"""A chat is forgotten so many seconds after its last request; and the one longest without first, if there are too
-many."""
+"""Headers in which chat UIs send the id of the chat; the first one present is used."""
+HASHED_CHARS = 10_000
+"""Characters of each message that enter the hash identifying a chat without such a header."""
+MAX_CHATS = 10_000
+CHAT_TTL_S = 7 * 24 * 3600.0
+"""Seconds after its last request at which a chat expires. Over `MAX_CHATS`, the least recently used one is evicted."""
 
 
 @dataclass(slots=True)
 class Switches:
-    """What was switched in one chat: True on, False off, by the agent's name, in the order of switching."""
+    """The switches of one chat: True for on, False for off, by the agent's name, in the order of switching."""
 
     agents: dict[str, bool] = field(default_factory=dict)
     used_at: float = 0.0
 
 
 class Chats:
-    """The switches of every chat, from memory: a restart forgets them. Times are seconds of `clock`."""
+    """The switches of all chats, in memory only: a restart loses them. Times are seconds of `clock`."""
 
-    def __init__(self, *, most: int = MOST_CHATS, kept_s: float = KEPT_S, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self, *, max_chats: int = MAX_CHATS, ttl_s: float = CHAT_TTL_S, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._chats: OrderedDict[str, Switches] = OrderedDict()
-        self._most = most
-        self._kept_s = kept_s
+        self._max_chats = max_chats
+        self._ttl_s = ttl_s
         self._clock = clock
 
     def __len__(self) -> int:
         return len(self._chats)
 
     def switched(self, chat_id: str) -> Mapping[str, bool]:
-        """What was switched in this chat."""
-        self._forget_old()
+        """The switches of this chat: on or off, by the agent's name."""
+        self._evict()
         found = self._chats.get(chat_id)
         if found is None:
             return {}
@@ -59,38 +60,38 @@ class Chats:
             chat.agents[name] = on
         chat.used_at = self._clock()
         self._chats.move_to_end(chat_id)
-        self._forget_old()
+        self._evict()
 
-    def _forget_old(self) -> None:
-        oldest = self._clock() - self._kept_s
+    def _evict(self) -> None:
+        oldest = self._clock() - self._ttl_s
         while self._chats:
             first = next(iter(self._chats.values()))
-            if len(self._chats) <= self._most and first.used_at >= oldest:
+            if len(self._chats) <= self._max_chats and first.used_at >= oldest:
                 return
             self._chats.popitem(last=False)
 
 
 def chat_id(headers: Mapping[str, str], request: ChatRequest) -> str:
-    """What tells the chat of a request from others: the client's word for it, else what the chat began with; and in
-    either case its API key, so that nobody switches agents in the chats of others. A hash: neither can be read."""
+    """A hash that identifies the chat of a request: of the client's chat id, or else of the first messages. It includes
+    the API key, so that no client can switch agents in the chats of another."""
     key = headers.get("Authorization") or headers.get("X-Api-Key") or ""
     named = next((headers[name] for name in CHAT_ID_HEADERS if headers.get(name)), None)
-    begun = named if named is not None else _beginning(request)
-    return hashlib.blake2b(json.dumps([key, begun]).encode(), digest_size=16).hexdigest()
+    start = named if named is not None else _beginning(request)
+    return hashlib.blake2b(json.dumps([key, start]).encode(), digest_size=16).hexdigest()
 
 
 def is_named(headers: Mapping[str, str]) -> bool:
-    """Whether the client tells which chat the request is of."""
+    """Whether the client sent the id of the chat."""
     return any(headers.get(name) for name in CHAT_ID_HEADERS)
 
 
 def _beginning(request: ChatRequest) -> object:
-    """The texts up to the first of the user's: every later request of a chat begins with them, too."""
+    """The messages up to the first one of the user: all later requests of the chat begin with the same ones."""
     if request.is_text:
-        return str(request.body.get("prompt"))[:LOOKED_AT]
+        return str(request.body.get("prompt"))[:HASHED_CHARS]
     beginning = []
     for message in request.messages:
-        beginning.append([message.get("role"), text_of(message.get("content"))[:LOOKED_AT]])
+        beginning.append([message.get("role"), text_of(message.get("content"))[:HASHED_CHARS]])
         if message.get("role") == "user":
             break
     return beginning

@@ -1,4 +1,4 @@
-"""What the proxy tells an agent of the request at hand: the implementation of `agents.base.Context`."""
+"""The implementation of `agents.base.Context`: what an agent can read and do in one request."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 from llama_smart_proxy.agents.base import About
 from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, ChunkStream, Reply, fold
-from llama_smart_proxy.proxy.middleware.chain import Active, Selection
-from llama_smart_proxy.proxy.middleware.scope import Scope, Turn
+from llama_smart_proxy.proxy.middleware.chain import ActiveAgent, Selection
+from llama_smart_proxy.proxy.middleware.scope import HookTimer, Scope
 from llama_smart_proxy.proxy.middleware.side_calls import SideCalls
 
-_NOT_TOLD = frozenset({"authorization", "x-api-key", "cookie", "proxy-authorization"})
+_WITHHELD = frozenset({"authorization", "x-api-key", "cookie", "proxy-authorization"})
 
 
 class RequestFacts:
-    """What is the same for all agents of a request; the fields are those of `Context`."""
+    """The fields of `Context` that are the same for all agents of a request."""
 
     def __init__(
         self, headers: Mapping[str, str], api: str, request_id: str, server: str, selection: Selection
@@ -30,14 +30,14 @@ class RequestFacts:
 
     @cached_property
     def headers(self) -> dict[str, str]:
-        told = ((name.lower(), value) for name, value in self._all_headers.items())
-        return {name: value for name, value in told if name not in _NOT_TOLD}
+        lowered = ((name.lower(), value) for name, value in self._all_headers.items())
+        return {name: value for name, value in lowered if name not in _WITHHELD}
 
 
 class AgentContext:
-    """The context of one agent in one request, with its clock."""
+    """The context of one agent in one request, with the timer of its hooks."""
 
-    def __init__(self, active: Active, facts: RequestFacts, scope: Scope, calls: SideCalls) -> None:
+    def __init__(self, active: ActiveAgent, facts: RequestFacts, scope: Scope, calls: SideCalls) -> None:
         limits = calls.limits
         self.active = active
         self.name = active.plugin.name
@@ -46,7 +46,7 @@ class AgentContext:
         self.request_id, self.api, self.server = facts.request_id, facts.api, facts.server
         self.chat_id = facts.selection.chat_id
         own_s = active.settings.timeout_s
-        self.turn = Turn(scope, self.name, limits.timeout_s if own_s is None else own_s)
+        self.timer = HookTimer(scope, self.name, limits.timeout_s if own_s is None else own_s)
         self.output_limit = limits.output_kib * 1024
         self.failed = False
         self.leaves_out: set[str] = set()
@@ -69,34 +69,34 @@ class AgentContext:
         self.leaves_out.update(names)
 
     def chat(self, request: ChatRequest) -> ChunkStream:
-        return _Timed(self._calls.ask(self.name, request), self.turn)
+        return _Timed(self._calls.start(self.name, request), self.timer)
 
     async def complete(self, request: ChatRequest) -> Reply:
-        stream = _Timed(self._calls.ask(self.name, request), self.turn)
+        stream = _Timed(self._calls.start(self.name, request), self.timer)
         async with aclosing(stream):
             return await fold(stream)
 
     async def embed(self, texts: Sequence[str], model: str) -> list[list[float]]:
-        with self.turn.awaiting_model():
+        with self.timer.awaiting_model():
             return await self._calls.embed(self.name, texts, model)
 
     async def fitting(self, models: Sequence[str]) -> list[list[str]]:
-        with self.turn.awaiting_model():
+        with self.timer.awaiting_model():
             return await self._calls.router.fitting(models)
 
 
 class _Timed:
-    """A side call's stream, the wait for which is not held against the agent."""
+    """A side call's stream. Waiting for it does not count towards the agent's time limit."""
 
-    def __init__(self, stream: Any, turn: Turn) -> None:
+    def __init__(self, stream: Any, timer: HookTimer) -> None:
         self._stream = stream
-        self._turn = turn
+        self._timer = timer
 
     def __aiter__(self) -> _Timed:
         return self
 
     async def __anext__(self) -> Chunk:
-        with self._turn.awaiting_model():
+        with self._timer.awaiting_model():
             chunk: Chunk = await self._stream.__anext__()
             return chunk
 

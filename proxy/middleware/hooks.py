@@ -1,7 +1,8 @@
-"""Runs the hooks of agents, around one request: each in its turn, each within its limits, each failure its own.
+"""Runs the hooks of agents around one request, each within its limits.
 
-An answer passes one layer an agent. A layer tells an agent's failure from one that came to it from below, which passes
-as it is; and closes what the agent leaves open, so that whoever stops early frees the model at once.
+An answer passes through one layer per agent. A layer attributes failures of the agent's own code to the agent, and
+passes failures of the layer below unchanged. It closes what the agent leaves open, so that an agent that stops early
+frees the model at once.
 """
 
 from __future__ import annotations
@@ -21,23 +22,23 @@ logger = logging.getLogger(__name__)
 _current_task = asyncio.current_task
 
 CLOSE_S = 0.2
-"""Seconds that an agent may take to clean up when an answer is broken off."""
-BREATH = 256
-"""Chunks in a row that an agent may make without awaiting anything, before others get their turn."""
+"""Seconds that an agent has for cleaning up when an answer is cancelled."""
+YIELD_EVERY = 256
+"""Chunks that an agent may produce in a row without awaiting, before the layer yields to the event loop."""
 
 
-async def enter(
+async def run_request_hooks(
     contexts: Sequence[AgentContext], request: ChatRequest
 ) -> tuple[list[AgentContext], AgentContext | None, ChunkStream | None]:
-    """Show the request to the agents, first to last, until one answers it: who saw it and did not, the one that did,
-    and its answer.
+    """Run `on_request` of the agents, first to last, until one returns an answer.
 
-    Raises: AgentError, and whatever `ProxyError` an agent raises itself.
+    Returns the agents that passed the request on, and the agent that answered with its answer, or None and None.
+    Raises: AgentError, and any `ProxyError` that an agent raises itself.
     """
     entered: list[AgentContext] = []
     left_out: set[str] = set()
     for ctx in contexts:
-        if ctx.name in left_out and not ctx.active.wanted:
+        if ctx.name in left_out and not ctx.active.explicit:
             continue
         ctx.active.plugin.calls += 1
         answer = await _on_request(ctx, request)
@@ -50,44 +51,44 @@ async def enter(
 
 
 async def _on_request(ctx: AgentContext, request: ChatRequest) -> ChunkStream | None:
-    agent = ctx.active.made.agent
+    agent = ctx.active.loaded.agent
     if type(agent).on_request is Agent.on_request:
         return None
     before = request.copy() if ctx.active.settings.on_error == "skip" else None
     try:
-        ctx.turn.begin()
+        ctx.timer.begin()
         try:
             answer = await agent.on_request(request, ctx)
         finally:
-            ctx.turn.end()
-        if ctx.turn.was_cancelled():
-            raise ctx.turn.hung()
+            ctx.timer.end()
+        if ctx.timer.was_cancelled():
+            raise ctx.timer.hung()
         _check_request(ctx, request)
         if answer is not None and not hasattr(answer, "__anext__"):
-            raise AgentError(ctx.name, f"returned a {type(answer).__name__} from on_request, which is no stream")
+            raise AgentError(ctx.name, f"returned a {type(answer).__name__} from on_request, which is not a stream")
         return answer
     except BaseException as exc:
-        failure = blame(ctx, exc)
+        failure = failure_of(ctx, exc)
         if before is None:
             raise failure from exc
         request.body, request.stream = before.body, before.stream
         return None
 
 
-def blame(ctx: AgentContext, exc: BaseException) -> ProxyError:
-    """What the client is told of an agent's failure, which is counted and logged. Raises: `exc` itself if it is none:
-    the request is over."""
-    hung = ctx.turn.was_cancelled()
+def failure_of(ctx: AgentContext, exc: BaseException) -> ProxyError:
+    """The error to report for an exception in an agent, which is counted and logged. Raises: `exc` itself if it is the
+    cancellation of the request, and not a failure."""
+    hung = ctx.timer.was_cancelled()
     if isinstance(exc, asyncio.CancelledError):
         task = asyncio.current_task()
         if task is not None and task.cancelling():
             raise exc
     elif isinstance(exc, GeneratorExit):
         raise exc
-    if hung:  # whatever it said to that; one that was not told to end has made its cancellation up
-        exc = ctx.turn.hung()
+    if hung:  # replaces any exception that the cancellation caused in the agent
+        exc = ctx.timer.hung()
     ctx.failed = True
-    ctx.active.plugin.failures += not isinstance(exc, BadRequest)  # that one is the client's
+    ctx.active.plugin.failures += not isinstance(exc, BadRequest)  # the client's fault
     if isinstance(exc, ProxyError):
         logger.warning("agent %s: %s", ctx.name, exc.message)
         return exc
@@ -99,7 +100,7 @@ def _check_request(ctx: AgentContext, request: ChatRequest) -> None:
     body = request.body
     messages = body.get("messages", []) if isinstance(body, dict) else None
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise AgentError(ctx.name, "made the messages something else than a list of objects")
+        raise AgentError(ctx.name, "changed the messages to something other than a list of objects")
     if not isinstance(body.get("model"), str) or ("messages" not in body and "prompt" not in body):
         raise AgentError(ctx.name, "left a request without model, or without messages or prompt")
     if not messages and "messages" in body:
@@ -109,35 +110,35 @@ def _check_request(ctx: AgentContext, request: ChatRequest) -> None:
 # -- answers -----------------------------------------------------------------------------------------------------------
 
 
-def layer(ctx: AgentContext, below: AsyncIterator[Chunk]) -> AsyncGenerator[Chunk, None]:
-    """The answer `below` as the agent of `ctx` makes it."""
-    cls = type(ctx.active.made.agent)
+def response_layer(ctx: AgentContext, below: AsyncIterator[Chunk]) -> AsyncGenerator[Chunk, None]:
+    """The answer `below`, transformed by the agent of `ctx`."""
+    cls = type(ctx.active.loaded.agent)
     return _mapped(ctx, below) if cls.on_response is Agent.on_response else _transformed(ctx, below)
 
 
 async def _mapped(ctx: AgentContext, below: AsyncIterator[Chunk]) -> AsyncGenerator[Chunk, None]:
-    """An agent that sees one chunk at a time: what it fails at passes as it was, if it is to be skipped."""
-    on_chunk, turn = ctx.active.made.agent.on_chunk, ctx.turn
-    extra = _Extra(ctx)
-    turn.below = below
+    """The layer of an agent with `on_chunk` only. With `on_error: skip`, a chunk that it fails on passes unchanged."""
+    on_chunk, timer = ctx.active.loaded.agent.on_chunk, ctx.timer
+    limit = _OutputLimit(ctx)
+    timer.below = below
     async for chunk in below:
         if ctx.failed:
             yield chunk
             continue
-        extra.gave(chunk)
+        limit.received(chunk)
         try:
-            turn.begin()
+            timer.begin()
             try:
                 passed = await on_chunk(chunk, ctx)
             finally:
-                turn.end()
-            if turn.cancels and turn.was_cancelled():
-                raise ctx.turn.hung()
+                timer.end()
+            if timer.cancels and timer.was_cancelled():
+                raise ctx.timer.hung()
             if passed is None:
                 continue
-            extra.check(passed)
+            limit.check(passed)
         except BaseException as exc:
-            failure = blame(ctx, exc)
+            failure = failure_of(ctx, exc)
             if ctx.active.settings.on_error != "skip":
                 raise failure from exc
             passed = chunk
@@ -145,105 +146,116 @@ async def _mapped(ctx: AgentContext, below: AsyncIterator[Chunk]) -> AsyncGenera
 
 
 async def _transformed(ctx: AgentContext, below: AsyncIterator[Chunk]) -> AsyncGenerator[Chunk, None]:
-    """An agent that sees the whole stream. If it is skipped, what it was given since it last passed on a chunk goes by,
-    and so does the rest."""
-    turn, extra, skips = ctx.turn, _Extra(ctx), ctx.active.settings.on_error == "skip"
-    feed = _Feed(ctx, below, extra, keeps=skips)
-    turn.below = below
-    made: Any = None
+    """The layer of an agent with `on_response`. With `on_error: skip`, a failure passes the chunks that it has received
+    since its last output, and then the rest, unchanged."""
+    timer, limit, skips = ctx.timer, _OutputLimit(ctx), ctx.active.settings.on_error == "skip"
+    source = _InputStream(ctx, below, limit, keeps=skips)
+    timer.below = below
+    output: Any = None
     chunk: Any
     try:
         try:
-            made = ctx.active.made.agent.on_response(feed, ctx)
-            while True:  # as in `answered`, but a generator of their own would cost each token a fifth more
-                turn.begin()
+            output = ctx.active.loaded.agent.on_response(source, ctx)
+            while True:  # as in `reply_layer`; a shared generator would add a fifth to the cost of each token
+                timer.begin()
                 try:
-                    chunk = await made.__anext__()
+                    chunk = await output.__anext__()
                 except StopAsyncIteration:
                     return
                 finally:
-                    turn.end()
-                    if turn.cancels:
-                        _settle(ctx)
-                extra.check(chunk)
+                    timer.end()
+                    if timer.cancels:
+                        _raise_if_timed_out(ctx)
+                limit.check(chunk)
                 if skips:
-                    feed.passed_on(chunk)
+                    source.passed_on(chunk)
                 yield chunk
-                if extra.run >= BREATH:
-                    await extra.breathe()
+                if limit.since_input >= YIELD_EVERY:
+                    await limit.yield_control()
         except BaseException as exc:
-            if exc is feed.failure:
+            if exc is source.failure:
                 raise
-            failure = blame(ctx, exc)
+            failure = failure_of(ctx, exc)
             if not skips:
                 raise failure from exc
-        await feed.retire()
-        for chunk in feed.unpassed:
+        await source.retire()
+        for chunk in source.unpassed:
             yield chunk
         async for chunk in below:
             yield chunk
     finally:
-        await _close(ctx, made)
-        await feed.release()  # it may have stopped early, and those above may go on for long
+        await _close(ctx, output)
+        await source.release()  # the agent may have stopped early, while layers above go on for long
 
 
-async def answered(ctx: AgentContext, answer: Any) -> AsyncGenerator[Chunk, None]:
-    """The answer that an agent gave in place of a model. There is none to go on with if it fails."""
-    turn, extra = ctx.turn, _Extra(ctx)
+async def reply_layer(ctx: AgentContext, answer: Any) -> AsyncGenerator[Chunk, None]:
+    """The answer of an agent in place of a model. Its failure ends the request: there is no answer below to use."""
+    timer, limit = ctx.timer, _OutputLimit(ctx)
     chunk: Any
     try:
         while True:
-            turn.begin()
+            timer.begin()
             try:
                 chunk = await answer.__anext__()
             except StopAsyncIteration:
                 return
             finally:
-                turn.end()
-                if turn.cancels:
-                    _settle(ctx)
-            extra.check(chunk)
+                timer.end()
+                if timer.cancels:
+                    _raise_if_timed_out(ctx)
+            limit.check(chunk)
             yield chunk
-            if extra.run >= BREATH:
-                await extra.breathe()
+            if limit.since_input >= YIELD_EVERY:
+                await limit.yield_control()
     except BaseException as exc:
-        raise blame(ctx, exc) from exc
+        raise failure_of(ctx, exc) from exc
     finally:
         await _close(ctx, answer)
 
 
-def _settle(ctx: AgentContext) -> None:
-    """Behind a hook that was told that it hangs. Raises: AgentError, in place of whatever it did then; but not when it
-    ended as it was told, which `blame` sees to."""
+def _raise_if_timed_out(ctx: AgentContext) -> None:
+    """After a hook that was cancelled for its time limit. Raises: AgentError, in place of any result or exception; a
+    CancelledError is left to `failure_of`."""
     if not isinstance(sys.exc_info()[1], asyncio.CancelledError):
-        ctx.turn.was_cancelled()
-        raise ctx.turn.hung()
+        ctx.timer.was_cancelled()
+        raise ctx.timer.hung()
 
 
-class _Feed:
-    """The answer as an agent gets it: its clock stands still while it waits for the next chunk."""
+class _InputStream:
+    """The input of `on_response`. The agent's timer is stopped while it waits for the next chunk."""
 
-    __slots__ = ("_below", "_ctx", "_driver", "_extra", "_keeps", "_reader", "_retired", "_turn", "failure", "unpassed")
+    __slots__ = (
+        "_below",
+        "_ctx",
+        "_driver",
+        "_keeps",
+        "_limit",
+        "_reader",
+        "_retired",
+        "_timer",
+        "failure",
+        "unpassed",
+    )
 
-    def __init__(self, ctx: AgentContext, below: AsyncIterator[Chunk], extra: _Extra, *, keeps: bool) -> None:
+    def __init__(self, ctx: AgentContext, below: AsyncIterator[Chunk], limit: _OutputLimit, *, keeps: bool) -> None:
         self._ctx = ctx
         self._driver = _current_task()
         self._reader: asyncio.Task[Any] | None = None
         self._retired: asyncio.Event | None = None
         self._below = below
-        self._extra = extra
-        self._turn = ctx.turn
+        self._limit = limit
+        self._timer = ctx.timer
         self._keeps = keeps
         self.unpassed: list[Chunk] = []
         self.failure: BaseException | None = None
 
-    def __aiter__(self) -> _Feed:
+    def __aiter__(self) -> _InputStream:
         return self
 
     async def __anext__(self) -> Chunk:
         if _current_task() is not self._driver:
-            return await self._for_a_task()
-        self._turn.end()
+            return await self._next_for_task()
+        self._timer.end()
         try:
             chunk = await self._below.__anext__()
         except StopAsyncIteration:
@@ -253,19 +265,19 @@ class _Feed:
             self.failure = exc
             raise
         finally:
-            self._turn.begin()
-        self._extra.gave(chunk)
+            self._timer.begin()
+        self._limit.received(chunk)
         if self._keeps:
             self.unpassed.append(chunk)
         return chunk
 
-    async def _for_a_task(self) -> Chunk:
-        """The next chunk for a task that the agent has started, while the agent itself may wait, or not."""
+    async def _next_for_task(self) -> Chunk:
+        """The next chunk, for a task that the agent has started; the hook itself may run meanwhile."""
         if self._retired is not None:
             raise StopAsyncIteration
         self._reader = _current_task()
         try:
-            with self._turn.awaiting_model():
+            with self._timer.awaiting_model():
                 chunk = await self._below.__anext__()
         except StopAsyncIteration:
             self._check_complete()
@@ -277,39 +289,39 @@ class _Feed:
             self._reader = None
             if self._retired is not None:
                 self._retired.set()
-        self._extra.gave(chunk)
+        self._limit.received(chunk)
         if self._keeps:
             self.unpassed.append(chunk)
         return chunk
 
     def passed_on(self, chunk: Chunk) -> None:
-        """The agent has passed on what it was given up to this chunk, or all of it if the chunk is its own."""
-        for place, given in enumerate(self.unpassed):
-            if given is chunk:
-                del self.unpassed[: place + 1]
+        """Forget the input up to this chunk, or all input if the agent created the chunk."""
+        for position, received in enumerate(self.unpassed):
+            if received is chunk:
+                del self.unpassed[: position + 1]
                 return
         self.unpassed.clear()
 
     def _check_complete(self) -> None:
-        """Raises: what the answer failed with, if somebody reads on; the agent's fault if it broke off an earlier wait.
-        An answer that ends there must not pass for a whole one."""
+        """Raises: the answer's own failure, if it is read again after it; AgentError if the agent cancelled an earlier
+        read. Otherwise a truncated answer would appear complete."""
         if isinstance(self.failure, ProxyError):
             raise self.failure
         if self.failure is not None:
-            raise AgentError(self._ctx.name, "broke off the answer and read on")
+            raise AgentError(self._ctx.name, "cancelled a read of the answer and read again")
 
     async def aclose(self) -> None:
-        """The layer closes what is below."""
+        """No effect: the layer closes what is below."""
 
     async def retire(self) -> None:
-        """The agent gets no more. What a task of its own waits for just now is awaited, and is in `unpassed` then."""
+        """End the agent's input. A pending read of one of its tasks is awaited; its chunk is in `unpassed` then."""
         self._retired = asyncio.Event()
         if self._reader is not None:
             await self._retired.wait()
         self._check_complete()
 
     async def release(self) -> None:
-        """Nobody waits for a chunk any more: what is below is closed."""
+        """Cancel a pending read, and close what is below."""
         if self._reader is not None:
             self._reader.cancel()
             await asyncio.wait({self._reader}, timeout=CLOSE_S)
@@ -317,44 +329,44 @@ class _Feed:
             await self._below.aclose()
 
 
-class _Extra:
-    """What an agent adds to an answer beyond what it was given: a fault of it must not fill the memory, or take all of
-    the processor."""
+class _OutputLimit:
+    """Bounds the bytes that an agent adds to an answer, and the chunks it produces without awaiting: a faulty agent
+    must not fill the memory or block the event loop."""
 
-    __slots__ = ("_ctx", "_surplus", "run")
+    __slots__ = ("_ctx", "_surplus", "since_input")
 
     def __init__(self, ctx: AgentContext) -> None:
         self._ctx = ctx
         self._surplus = 0
-        self.run = 0
-        """How many chunks it has made since it took one."""
+        self.since_input = 0
+        """Chunks produced since the last one received."""
 
-    def gave(self, chunk: Chunk) -> None:
+    def received(self, chunk: Chunk) -> None:
         frame = chunk.frame
         self._surplus -= len(frame) if frame is not None else chunk.size
-        self.run = 0
+        self.since_input = 0
 
     def check(self, chunk: Any) -> None:
-        """Raises: AgentError for what is no chunk, and for too much."""
+        """Count an output chunk. Raises: AgentError if it is not a Chunk, or over the limit."""
         if chunk.__class__ is not Chunk:
-            raise AgentError(self._ctx.name, f"answered with a {type(chunk).__name__}, which is no Chunk")
+            raise AgentError(self._ctx.name, f"answered with a {type(chunk).__name__}, which is not a Chunk")
         frame = chunk.frame
         if frame is None:
             _check_chunk(self._ctx, chunk)
-        self.run += 1
+        self.since_input += 1
         self._surplus += len(frame) if frame is not None else chunk.size
         if self._surplus > self._ctx.output_limit:
-            words = f"added over {self._ctx.output_limit // 1024} KiB to an answer"
-            raise AgentError(self._ctx.name, words, code="agent_output")
+            message = f"added over {self._ctx.output_limit // 1024} KiB to an answer"
+            raise AgentError(self._ctx.name, message, code="agent_output")
 
-    async def breathe(self) -> None:
-        """Let others have their turn, now and then, while the agent makes one chunk after the other."""
-        if self.run % BREATH == 0:
+    async def yield_control(self) -> None:
+        """Yield to the event loop every `YIELD_EVERY` chunks."""
+        if self.since_input % YIELD_EVERY == 0:
             await asyncio.sleep(0)
 
 
 def _check_chunk(ctx: AgentContext, chunk: Chunk) -> None:
-    """Raises: AgentError for a chunk that an agent has given another shape than OpenAI's."""
+    """Raises: AgentError for a chunk that does not have the shape of OpenAI's."""
     data: Any = chunk.seen
     try:
         for choice in data.get("choices") or ():
@@ -370,9 +382,9 @@ def _check_chunk(ctx: AgentContext, chunk: Chunk) -> None:
         raise AgentError(ctx.name, "gave a chunk of the answer a shape that no API has") from exc
 
 
-async def _close(ctx: AgentContext, made: Any) -> None:
-    """Have the agent's generator clean up. What goes wrong is logged: the answer is over."""
-    aclose = getattr(made, "aclose", None)
+async def _close(ctx: AgentContext, output: Any) -> None:
+    """Close the agent's generator. Failures are only logged: the answer is over."""
+    aclose = getattr(output, "aclose", None)
     if aclose is None:
         return
     try:
@@ -380,6 +392,6 @@ async def _close(ctx: AgentContext, made: Any) -> None:
             await aclose()
     except asyncio.CancelledError:
         raise
-    except BaseException as exc:  # the agent's own, whatever it is
+    except BaseException as exc:  # agent code may raise anything
         ctx.active.plugin.failures += 1
         logger.error("agent %s did not clean up properly", ctx.name, exc_info=exc)

@@ -1,4 +1,4 @@
-"""The agents of this proxy: which are enabled, with which settings, and how they are doing."""
+"""The enabled agents: their settings, life cycle and counters."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from llama_smart_proxy.agents.base import Agent
-from llama_smart_proxy.agents.loader import Broken, Place, discover
+from llama_smart_proxy.agents.loader import AgentSource, AgentUnusable, discover
 from llama_smart_proxy.proxy.config import AgentConfig, Config
 from llama_smart_proxy.proxy.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-ALWAYS_THERE = "help"
-"""The agent that is enabled unasked: it only answers when it is called."""
+HELP_AGENT = "help"
+"""The agent that is enabled without being configured. It runs only when it is called."""
 OWN_COMMAND = "agents"
 """The command of the proxy itself."""
 START_S = 60.0
-"""Seconds that an agent may take to start, and to close; one that needs longer is broken."""
+"""Time limit in seconds for an agent's `start`, and for its `close`."""
 HOOKS = ("on_request", "on_chunk", "on_response", "start", "close")
 
 
 @dataclass(eq=False, slots=True)
-class Made:
-    """One agent object, of one import of its module. `users` are the requests that it takes part in now."""
+class LoadedAgent:
+    """One agent object, of one import of its module. `users` counts the requests that use it now."""
 
     agent: Agent
     users: int = 0
@@ -36,25 +36,25 @@ class Made:
 
     @property
     def rewrites(self) -> bool:
-        """Whether it has a hook for answers."""
+        """Whether it overrides a hook for answers."""
         cls = type(self.agent)
         return cls.on_chunk is not Agent.on_chunk or cls.on_response is not Agent.on_response
 
 
 @dataclass(eq=False, slots=True)
 class Plugin:
-    """One enabled agent. `made` is None while it cannot be used, for the reason `error`. `calls` are the requests it
-    took part in, `failures` those it failed in, `spent_s` the seconds of its own that it added to all of them.
+    """One enabled agent. `loaded` is None while it cannot be used; `error` is the reason. `calls` counts the requests
+    it took part in, `failures` those it failed in, `spent_s` sums the seconds that its own code took.
 
-    One that is not enabled `everywhere`, but for some models, has the options of the first of them where it is called
-    in a chat with another one. `of_models` are the options that each model has for it.
+    An agent that is enabled for some models only (not `everywhere`) uses the options of the first of them when called
+    in a chat with another model. `of_models` are the options that each model has for it.
     """
 
     name: str
     settings: AgentConfig
-    place: Place
+    source: AgentSource
     everywhere: bool
-    made: Made | None = None
+    loaded: LoadedAgent | None = None
     error: str | None = None
     stamp: tuple[tuple[str, int], ...] = ()
     of_models: list[dict[str, Any]] = field(default_factory=list)
@@ -69,38 +69,38 @@ class Plugin:
             return False
         if self.settings.always is not None or self.settings.required:
             return self.settings.required or bool(self.settings.always)
-        return self.made is None or type(self.made.agent).command is None
+        return self.loaded is None or type(self.loaded.agent).command is None
 
     @property
     def command(self) -> str | None:
-        return type(self.made.agent).command if self.made is not None else None
+        return type(self.loaded.agent).command if self.loaded is not None else None
 
     def options_with(self, entry: AgentConfig, options: dict[str, Any]) -> dict[str, Any]:
-        """What becomes of `options` where a model has this entry: they are those for all models, or another one's."""
+        """The options for a model with this entry; `options` are those for all models, or those of another model."""
         return {**options, **entry.options} if self.everywhere else entry.options
 
     def config_for(self, options: Mapping[str, Any]) -> BaseModel:
         """Its configuration with these options. Raises: ValidationError."""
-        assert self.made is not None
+        assert self.loaded is not None
         if options == self.settings.options:
-            shared: BaseModel = self.made.agent.config
+            shared: BaseModel = self.loaded.agent.config
             return shared
-        return type(self.made.agent).Config(**options)
+        return type(self.loaded.agent).Config(**options)
 
     def load(self) -> None:
-        """Import it and make its object; what stands in the way is in `error`. Raises: ValidationError for options."""
-        self.stamp = self.place.stamp()
+        """Import it and create its object; sets `error` on failure. Raises: ValidationError for invalid options."""
+        self.stamp = self.source.stamp()
         try:
-            cls = self.place.load()
+            cls = self.source.load()
             config = cls.Config(**self.settings.options)
             for options in self.of_models:
                 cls.Config(**options)
-            self.made = Made(cls(config))
+            self.loaded = LoadedAgent(cls(config))
         except ValidationError:
             raise
-        except Broken as exc:
+        except AgentUnusable as exc:
             self.error = str(exc)
-        except Exception as exc:  # its `__init__` is not ours, and may raise anything
+        except Exception as exc:  # agent code may raise anything
             self.error = f"{type(exc).__name__}: {exc}"
 
 
@@ -108,35 +108,35 @@ class Plugin:
 class Plugins:
     """All enabled agents, by name and in the order of the configuration.
 
-    `Plugins.of` imports them. One that cannot be imported is kept, broken, and the rest serve.
+    `Plugins.of` imports them. One that cannot be imported is kept with its `error`; the others work.
     """
 
     by_name: dict[str, Plugin] = field(default_factory=dict)
     reload: bool = False
-    some_always: bool = False
-    """Whether any agent runs uncalled; asked for every request."""
+    any_always: bool = False
+    """Whether any agent runs without being called; cached, as every request checks it."""
 
     @classmethod
     def of(cls, config: Config) -> Plugins:
-        """Those that `config` names. Raises: ConfigError with every unknown name and bad option."""
+        """The agents that `config` enables. Raises: ConfigError with every unknown name and invalid option."""
         found = discover(config.agents_dirs, config.plugins_dir)
-        places = {name: place for name, place in found.items() if not place.off}
+        sources = {name: source for name, source in found.items() if not source.off}
         plugins, problems = cls(), list[str]()
-        for path, entry, everywhere in _all_entries(config, [*config.agents, *_unlisted(config, places)]):
-            place = places.get(entry.name)
-            if place is None and entry.name in found:
+        for path, entry, everywhere in _all_entries(config, [*config.agents, *_unlisted(config, sources)]):
+            source = sources.get(entry.name)
+            if source is None and entry.name in found:
                 problems.append(
                     f"{path}: the agent {entry.name} is not enabled in {found[entry.name].path}/config.json"
                 )
-            elif place is None:
-                known = ", ".join(sorted(places))
+            elif source is None:
+                known = ", ".join(sorted(sources))
                 problems.append(f"{path}: unknown agent {entry.name}; known agents: {known}")
             elif everywhere and entry.name in plugins.by_name:
                 problems.append(f"{path}: the agent {entry.name} is named twice")
             else:
-                problems += plugins._enable(entry, place, path, everywhere)
-        problems += plugins._settle_commands()
-        plugins._note_always()
+                problems += plugins._enable(entry, source, path, everywhere)
+        problems += plugins._resolve_commands()
+        plugins._update_any_always()
         if problems:
             raise ConfigError(problems)
         return plugins
@@ -144,17 +144,17 @@ class Plugins:
     def __iter__(self) -> Iterator[Plugin]:
         return iter(self.by_name.values())
 
-    def _enable(self, entry: AgentConfig, place: Place, path: str, everywhere: bool) -> list[str]:
-        """Load the agent, unless that was done, and check the options of this entry; the problems with them."""
+    def _enable(self, entry: AgentConfig, source: AgentSource, path: str, everywhere: bool) -> list[str]:
+        """Load the agent if it is not loaded yet, and check the options of this entry. Returns the problems."""
         if not everywhere and entry.always is not None:
             return [f"{path}.{entry.name}.always: belongs in agents: at the top; here it runs in all chats anyway"]
         try:
             plugin = self.by_name.get(entry.name)
             if plugin is None:
                 settings = entry if everywhere else AgentConfig(name=entry.name, options=entry.options)
-                plugin = self.by_name[entry.name] = Plugin(entry.name, settings, place, everywhere)
+                plugin = self.by_name[entry.name] = Plugin(entry.name, settings, source, everywhere)
                 plugin.load()
-            if plugin.made is not None and not everywhere:
+            if plugin.loaded is not None and not everywhere:
                 options = plugin.options_with(entry, plugin.settings.options)
                 plugin.config_for(options)
                 plugin.of_models.append(options)
@@ -162,24 +162,24 @@ class Plugins:
             return option_problems(exc, f"{path}.{entry.name}")
         return []
 
-    def _settle_commands(self) -> list[str]:
-        """Have each command belong to one agent. A shipped one gives way to the operator's own, as with names, unless
-        some model requires it; the problems with all others."""
+    def _resolve_commands(self) -> list[str]:
+        """Make commands unique: a built-in agent is dropped in favour of the operator's own, as with names, unless it
+        is configured for a model. Returns the problems with all other duplicates."""
         owners: dict[str, Plugin] = {}
-        wrong = []
-        for plugin in sorted(self, key=lambda plugin: plugin.place.is_shipped):
+        problems = []
+        for plugin in sorted(self, key=lambda plugin: plugin.source.is_shipped):
             owner = owners.setdefault(plugin.command, plugin) if plugin.command is not None else plugin
             if plugin.command == OWN_COMMAND:
-                wrong.append(f"agents: {plugin.name} and the proxy itself both have the command /{plugin.command}")
-            elif owner is not plugin and plugin.place.is_shipped and not plugin.of_models:
+                problems.append(f"agents: {plugin.name} and the proxy itself both have the command /{plugin.command}")
+            elif owner is not plugin and plugin.source.is_shipped and not plugin.of_models:
                 logger.warning("the agent %s is left out: /%s calls %s", plugin.name, plugin.command, owner.name)
                 del self.by_name[plugin.name]
             elif owner is not plugin:
-                wrong.append(f"agents: {plugin.name} and {owner.name} both have the command /{plugin.command}")
-        return wrong
+                problems.append(f"agents: {plugin.name} and {owner.name} both have the command /{plugin.command}")
+        return problems
 
-    def _note_always(self) -> None:
-        self.some_always = any(plugin.always for plugin in self)
+    def _update_any_always(self) -> None:
+        self.any_always = any(plugin.always for plugin in self)
 
     def commands(self) -> dict[str, Plugin]:
         """The agents that can be called, by their command."""
@@ -191,79 +191,79 @@ class Plugins:
 
     async def start(self) -> None:
         for plugin in self:
-            if plugin.made is not None:
+            if plugin.loaded is not None:
                 await _start(plugin)
             if plugin.error is not None:
                 logger.error("the agent %s is not available: %s", plugin.name, plugin.error)
 
     async def close(self) -> None:
         for plugin in self:
-            if plugin.made is not None:
-                await _close(plugin.name, plugin.made)
+            if plugin.loaded is not None:
+                await _close(plugin.name, plugin.loaded)
 
     async def refresh(self) -> None:
-        """Load anew what was saved since it was loaded, if `reload` is set. What cannot be loaded now leaves the agent
-        as it was; requests under way keep the object they began with."""
+        """If `reload` is set, reload agents whose files have changed. An agent that cannot be reloaded stays as it was;
+        requests in progress keep the object they began with."""
         for plugin in self if self.reload else ():
-            if plugin.place.stamp() != plugin.stamp:
+            if plugin.source.stamp() != plugin.stamp:
                 await self._reload(plugin)
 
     async def _reload(self, plugin: Plugin) -> None:
-        fresh = Plugin(plugin.name, plugin.settings, plugin.place, plugin.everywhere, of_models=plugin.of_models)
-        plugin.stamp = plugin.place.stamp()  # before anything is awaited: others need not do it too
+        fresh = Plugin(plugin.name, plugin.settings, plugin.source, plugin.everywhere, of_models=plugin.of_models)
+        plugin.stamp = plugin.source.stamp()  # before the first await, so that concurrent requests do not reload it too
         try:
             fresh.load()
         except ValidationError as exc:
             fresh.error = _first_line(exc)
-        if fresh.made is not None:
+        if fresh.loaded is not None:
             await _start(fresh)
-        if fresh.made is None or fresh.error is not None:
+        if fresh.loaded is None or fresh.error is not None:
             plugin.error = fresh.error
-            state = "it goes on as it was" if plugin.made is not None else "it does not run"
-            logger.error("the agent %s was saved, but cannot be loaded; %s: %s", plugin.name, state, fresh.error)
+            state = "the previous version stays in use" if plugin.loaded is not None else "it does not run"
+            logger.error("the agent %s was changed, but cannot be loaded; %s: %s", plugin.name, state, fresh.error)
             return
-        old, plugin.made, plugin.error = plugin.made, fresh.made, None
-        self._note_always()
-        logger.info("the agent %s was loaded anew", plugin.name)
+        old, plugin.loaded, plugin.error = plugin.loaded, fresh.loaded, None
+        self._update_any_always()
+        logger.info("the agent %s was reloaded", plugin.name)
         if old is not None:
             old.retired = True
             if not old.users:
                 await _close(plugin.name, old)
 
-    async def release(self, name: str, made: Made) -> None:
-        """A request is done with `made`."""
-        made.users -= 1
-        if made.retired and not made.users:
-            await _close(name, made)
+    async def release(self, name: str, loaded: LoadedAgent) -> None:
+        """End a request's use of `loaded`."""
+        loaded.users -= 1
+        if loaded.retired and not loaded.users:
+            await _close(name, loaded)
 
 
-def _unlisted(config: Config, places: Mapping[str, Place]) -> list[AgentConfig]:
-    """Those that are enabled though `agents` does not name them: all of the operator's where there is no such list;
-    plugins of the replaced projects, as they were there."""
-    by_itself = {config.plugins_dir, *config.enabled_dirs}
+def _unlisted(config: Config, sources: Mapping[str, AgentSource]) -> list[AgentConfig]:
+    """The agents that are enabled although `agents` does not list them: all of the operator's own if the configuration
+    has no such list, and always the plugins of the replaced projects."""
+    implicit = {config.plugins_dir, *config.enabled_dirs}
     listed = {entry.name for entry in config.agents}
     return [
         AgentConfig(name=name)
-        for name, place in places.items()
-        if place.path is not None
+        for name, source in sources.items()
+        if source.path is not None
         and name not in listed
-        and ("agents" not in config.model_fields_set or place.path.parent in by_itself)
+        and ("agents" not in config.model_fields_set or source.path.parent in implicit)
     ]
 
 
 def _all_entries(config: Config, entries: list[AgentConfig]) -> Iterator[tuple[str, AgentConfig, bool]]:
-    """Where each agent is named, its entry, and whether it is enabled for all models."""
+    """The path in the configuration of each agent's entry, the entry, and whether it applies to all models."""
     for position, entry in enumerate(entries):
         yield f"agents.{position}", entry, True
-    if all(entry.name != ALWAYS_THERE for entry in entries):
-        yield "agents", AgentConfig(name=ALWAYS_THERE), True
+    if all(entry.name != HELP_AGENT for entry in entries):
+        yield "agents", AgentConfig(name=HELP_AGENT), True
     for name, model in (config.models | config.virtual).items():
         for position, entry in enumerate(model.agents or ()):
             yield f"models.{name}.agents.{position}", entry, False
 
 
 def option_problems(exc: ValidationError, path: str) -> list[str]:
-    """Bad options as `path.option: problem`."""
+    """Invalid options, each as `path.option: problem`."""
     problems = []
     for error in exc.errors(include_url=False, include_input=False):
         where = ".".join([path, *map(str, error["loc"])])
@@ -273,28 +273,28 @@ def option_problems(exc: ValidationError, path: str) -> list[str]:
 
 
 async def _start(plugin: Plugin) -> None:
-    assert plugin.made is not None
+    assert plugin.loaded is not None
     try:
         async with asyncio.timeout(START_S):
-            await plugin.made.agent.start()
-    except BaseException as exc:  # an agent's own failure must not be the proxy's, be it a BaseException
+            await plugin.loaded.agent.start()
+    except BaseException as exc:  # agent code may raise anything; the proxy continues
         _unless_cancelled(exc)
         logger.debug("start of %s", plugin.name, exc_info=exc)
         plugin.error = f"start: {_first_line(exc)}"
-        plugin.made = None
+        plugin.loaded = None
 
 
-async def _close(name: str, made: Made) -> None:
+async def _close(name: str, loaded: LoadedAgent) -> None:
     try:
         async with asyncio.timeout(START_S):
-            await made.agent.close()
+            await loaded.agent.close()
     except BaseException as exc:  # as above
         _unless_cancelled(exc)
         logger.error("the agent %s did not close properly: %s", name, _first_line(exc), exc_info=exc)
 
 
 def _unless_cancelled(exc: BaseException) -> None:
-    """Raises: `exc`, if it is the cancellation of the task that runs the agent, rather than the agent's invention."""
+    """Raises: `exc`, if it is the cancellation of the current task, and not raised by the agent itself."""
     task = asyncio.current_task()
     if isinstance(exc, asyncio.CancelledError) and task is not None and task.cancelling():
         raise exc

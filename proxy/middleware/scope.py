@@ -30,7 +30,7 @@ PATIENCE_S = 2.0
 """Then a task is left to itself, and the log tells of it: nothing in Python can end it."""
 
 
-class Turn:
+class HookTimer:
     """How long an agent has kept its request waiting: a clock that runs while its own code does, or awaits.
 
     `spent_s` counts all of that. Time in which it awaits the answer of a model does not count as hanging. `below` is
@@ -61,7 +61,7 @@ class Turn:
         self._waited_until = 0.0
         self.cancels = 0
         self.running = False
-        scope.turns.append(self)
+        scope.timers.append(self)
 
     def begin(self) -> None:
         """The agent's code runs from here on."""
@@ -122,11 +122,11 @@ class Scope:
     one reads the answer in a task of its own."""
 
     def __init__(self) -> None:
-        self.turns: list[Turn] = []
+        self.timers: list[HookTimer] = []
         self.closing = False
         self._work: asyncio.Task[Any] | None = None
-        self._lost: asyncio.Future[Turn] | None = None
-        self._told: Turn | None = None
+        self._lost: asyncio.Future[HookTimer] | None = None
+        self._told: HookTimer | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def run(self, work: Coroutine[Any, Any, T]) -> T:
@@ -175,12 +175,12 @@ class Scope:
 
     def check(self, now: float) -> None:
         """Break off the hook of an agent that hangs."""
-        for turn in self.turns:
-            if turn.running and self._work is not None and turn.overdue(now):
-                self._told = turn
-                turn.cancel(self._work)
-                if turn.cancels * SWEEP_S > PATIENCE_S and self._lost is not None and not self._lost.done():
-                    self._lost.set_result(turn)
+        for timer in self.timers:
+            if timer.running and self._work is not None and timer.overdue(now):
+                self._told = timer
+                timer.cancel(self._work)
+                if timer.cancels * SWEEP_S > PATIENCE_S and self._lost is not None and not self._lost.done():
+                    self._lost.set_result(timer)
 
     async def _end(self) -> None:
         self.closing = True
@@ -197,7 +197,7 @@ class Scope:
                 await asyncio.wait(pending, timeout=AGAIN_S)
             except asyncio.CancelledError:
                 cancelled = True  # told twice to leave: what is left still has to end
-        self.turns.clear()  # they refer to this scope, and to the answer: nothing is left to the garbage collector
+        self.timers.clear()  # they refer to this scope, and to the answer: nothing is left to the garbage collector
         if self._work is not None and self._work.done() and not self._work.cancelled():
             self._work.exception()  # `run` may not come to ask for it
         if cancelled and self._work is not None and self._work.done():
@@ -208,10 +208,10 @@ class Scope:
         logger.error("%d tasks of agents do not end: %s", len(pending), ", ".join(map(_shown, pending)))
         for task in pending:
             _unregister_task(task)
-        for turn in self.turns:
-            if turn.running and isinstance(turn.below, AsyncGenerator):
+        for timer in self.timers:
+            if timer.running and isinstance(timer.below, AsyncGenerator):
                 with suppress(RuntimeError):  # that it is read just now
-                    await turn.below.aclose()
+                    await timer.below.aclose()
 
 
 _owner: ContextVar[Scope | None] = ContextVar("owner", default=None)

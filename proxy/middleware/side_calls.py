@@ -1,7 +1,7 @@
-"""Questions that agents ask models on behalf of a request.
+"""Side calls: requests to models that agents make on behalf of a client's request.
 
-Each is read to its end in a task of its own, so a slot that one holds never depends on the pace of whoever asked; and
-none waits for a slot while the request's own answer holds one. So no request can wait for itself.
+Each is read to its end in a task of its own, so that a slot is never held longer because an agent reads slowly. None
+waits for a slot while the request's own answer holds one. So no request can deadlock with itself.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from llama_smart_proxy.proxy.middleware.scope import Scope
 from llama_smart_proxy.proxy.models.router import Router
 from llama_smart_proxy.proxy.stream.answer import ModelAnswer
 from llama_smart_proxy.proxy.stream.embeddings import embed
-from llama_smart_proxy.proxy.stream.upstream import ANSWER_LIMIT, JSON_HEADERS, answer_to
+from llama_smart_proxy.proxy.stream.upstream import ANSWER_LIMIT, JSON_HEADERS, fetch_json
 
 logger = logging.getLogger(__name__)
 
-DEPTH = "X-Agents-Depth"
-"""How many agents, each asking the next proxy, a request has come through."""
-DEEPEST = 3
-"""A request that has come through so many runs none any more."""
+DEPTH_HEADER = "X-Agents-Depth"
+"""Header: the number of agents that the request has passed through, each calling a proxy."""
+MAX_DEPTH = 3
+"""At this depth a request runs no more agents."""
 
 
 class SideCalls:
-    """All side calls of one request, and what is left of its budget.
+    """All side calls of one request, and its budget.
 
-    `depth` is what the client's `X-Agents-Depth` says. `replying` is set while the request's own answer holds a slot;
-    `waiting` are the calls that wait for one, and `room` is left by each call when it is over.
+    `depth` is the client's `X-Agents-Depth`. `replying` is set while the request's own answer holds a slot; `waiting`
+    are the calls waiting for one; `semaphore` limits the concurrent calls.
     """
 
     def __init__(self, scope: Scope, router: Router, limits: LimitsConfig, depth: int) -> None:
@@ -48,16 +48,16 @@ class SideCalls:
         self.tokens = 0
         self._scope = scope
         self._calls = 0
-        self.room = asyncio.Semaphore(limits.side_calls_at_once)
-        self.waiting: set[SideCall | _Hasty] = set()
+        self.semaphore = asyncio.Semaphore(limits.side_calls_at_once)
+        self.waiting: set[SideCall | _BoundedWait] = set()
         self.replying = False
 
     @property
     def headers(self) -> list[tuple[str, str]]:
-        return [(DEPTH, str(self.depth + 1))]
+        return [(DEPTH_HEADER, str(self.depth + 1))]
 
     def reply_began(self) -> None:
-        """The request's own answer holds a slot from now on: what still waits for one might wait for that."""
+        """The request's own answer holds a slot now. Fails the waiting calls: they might wait for that very slot."""
         self.replying = True
         for call in list(self.waiting):
             call.fail(Overloaded("A side call found no free slot before the answer itself began.", code="no_slot_now"))
@@ -65,37 +65,37 @@ class SideCalls:
     def reply_ended(self) -> None:
         self.replying = False
 
-    def ask(self, agent: str, request: ChatRequest) -> SideCall:
-        """Start one. Raises: AgentError when the budget is used up."""
-        self._take(agent)
+    def start(self, agent: str, request: ChatRequest) -> SideCall:
+        """Start a side call. Raises: AgentError when the budget is used up."""
+        self._count_call(agent)
         call = SideCall(self, agent, request.copy())
         call.start(self._scope)
         return call
 
     async def embed(self, agent: str, texts: Sequence[str], model: str) -> list[list[float]]:
-        """A vector for each of `texts`. Raises: as a side call does."""
-        self._take(agent)
-        hasty: _Hasty | None = None
+        """One vector per text. Raises: as a side call."""
+        self._count_call(agent)
+        bounded: _BoundedWait | None = None
         try:
-            async with self.room, asyncio.timeout(self.limits.side_call_s) as limit:
+            async with self.semaphore, asyncio.timeout(self.limits.side_call_s) as limit:
                 route = await self.router.resolve(model)
-                hasty = _Hasty(limit)
+                bounded = _BoundedWait(limit)
 
-                async def ask(path: str, body: Json) -> Json:
-                    assert hasty is not None
+                async def post(path: str, body: Json) -> Json:
+                    assert bounded is not None
                     prepared = route.model.prepare(body)
                     request = self._request(path, body, prepared)
-                    self.waiting.add(hasty)
+                    self.waiting.add(bounded)
                     try:
-                        return await answer_to(route.model, request, partial(self.waiting.discard, hasty))
+                        return await fetch_json(route.model, request, partial(self.waiting.discard, bounded))
                     finally:
-                        self.waiting.discard(hasty)
+                        self.waiting.discard(bounded)
 
-                return (await embed(route.model, EmbeddingRequest(list(texts)), ask)).vectors
+                return (await embed(route.model, EmbeddingRequest(list(texts)), post)).vectors
         except TimeoutError:
-            if hasty is not None and hasty.failure is not None:
-                raise hasty.failure from None
-            raise self.too_long() from None
+            if bounded is not None and bounded.failure is not None:
+                raise bounded.failure from None
+            raise self.timed_out() from None
 
     def _request(self, path: str, body: Json, prepared: object) -> UpstreamRequest:
         headers = [*JSON_HEADERS, *self.headers]
@@ -104,28 +104,28 @@ class SideCalls:
             wait=not self.replying, priority=Priority.HELPER, prepared=prepared,
         )  # fmt: skip
 
-    def too_long(self) -> UpstreamFailed:
-        words = f"a side call took over {self.limits.side_call_s:g} s"
-        return UpstreamFailed(words, status=504, code="side_call_timeout")
+    def timed_out(self) -> UpstreamFailed:
+        message = f"a side call took over {self.limits.side_call_s:g} s"
+        return UpstreamFailed(message, status=504, code="side_call_timeout")
 
-    def _take(self, agent: str) -> None:
+    def _count_call(self, agent: str) -> None:
         if self._calls >= self.limits.side_calls:
             raise _used_up(agent, f"{self.limits.side_calls} side calls")
         self._calls += 1
 
     async def answer(self, request: ChatRequest, call: SideCall) -> ModelAnswer:
-        """The model's answer, not requested yet."""
+        """The model's answer; the request is sent when it is read."""
         route = await self.router.resolve(request.model)
         request.model = route.model.name
         codec = UPSTREAM_CODECS[route.model.codec]
         path, body = codec.encode(request)
         prepared = route.model.prepare(body)
-        sent = self._request(path, body, prepared)
-        return ModelAnswer(route.model, sent, codec, request, opened=call.opened, limit=ANSWER_LIMIT)
+        upstream = self._request(path, body, prepared)
+        return ModelAnswer(route.model, upstream, codec, request, opened=call.opened, limit=ANSWER_LIMIT)
 
 
 class SideCall:
-    """One answer on its way, as an async iterator of chunks."""
+    """The answer to one side call, as an async iterator of chunks."""
 
     def __init__(self, calls: SideCalls, agent: str, request: ChatRequest) -> None:
         self._calls = calls
@@ -134,21 +134,21 @@ class SideCall:
         self._chunks: deque[Chunk] = deque()
         self._done = False
         self._failure: ProxyError | None = None
-        self._news = asyncio.Event()
+        self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     def start(self, scope: Scope) -> None:
         self._task = scope.spawn(self._read())
 
     def opened(self) -> None:
-        """A slot is held."""
+        """The call holds a slot now."""
         self._calls.waiting.discard(self)
 
     def fail(self, failure: ProxyError) -> None:
-        """Break it off."""
+        """Cancel the call; its reader gets `failure`."""
         if not self._done:
             self._done, self._failure = True, failure
-            self._news.set()
+            self._changed.set()
         if self._task is not None:
             self._task.cancel()
 
@@ -161,35 +161,35 @@ class SideCall:
                 raise self._failure
             if self._done:
                 raise StopAsyncIteration
-            self._news.clear()
-            await self._news.wait()
+            self._changed.clear()
+            await self._changed.wait()
         return self._chunks.popleft()
 
     async def aclose(self) -> None:
-        """Nobody wants it any more."""
+        """Cancel the call; its reader gets no more chunks."""
         self._chunks.clear()
-        self._done = True  # the task will not tell if it has not begun
-        self._news.set()
+        self._done = True  # a task cancelled before its first step does not set it
+        self._changed.set()
         if self._task is not None:
             self._task.cancel()
 
     async def _read(self) -> None:
         try:
-            async with self._calls.room, asyncio.timeout(self._calls.limits.side_call_s):
-                await self._take_all()
+            async with self._calls.semaphore, asyncio.timeout(self._calls.limits.side_call_s):
+                await self._read_chunks()
         except ProxyError as exc:
             self._failure = exc
         except TimeoutError:
-            self._failure = self._calls.too_long()
+            self._failure = self._calls.timed_out()
         except Exception as exc:
             logger.error("agent %s: a side call failed", self._agent, exc_info=exc)
-            self._failure = AgentError(self._agent, f"asked what cannot be asked: {type(exc).__name__}")
+            self._failure = AgentError(self._agent, f"made a side call that cannot be sent: {type(exc).__name__}")
         finally:
             self._calls.waiting.discard(self)
             self._done = True
-            self._news.set()
+            self._changed.set()
 
-    async def _take_all(self) -> None:
+    async def _read_chunks(self) -> None:
         self._calls.waiting.add(self)
         answer = await self._calls.answer(self._request, self)
         async with aclosing(answer.chunks()) as stream:
@@ -198,28 +198,28 @@ class SideCall:
                 if self._calls.tokens > self._calls.limits.side_tokens:
                     raise _used_up(self._agent, f"{self._calls.limits.side_tokens} tokens in side calls")
                 self._chunks.append(chunk)
-                self._news.set()
+                self._changed.set()
 
 
-class _Hasty:
-    """A request that waits for a slot only as long as it may, and within `limit`."""
+class _BoundedWait:
+    """A request that waits for a slot, within the timeout `limit`, until `fail` is called."""
 
     def __init__(self, limit: asyncio.Timeout) -> None:
         self.failure: ProxyError | None = None
         self._limit = limit
 
     def fail(self, failure: ProxyError) -> None:
-        """Wait no more."""
+        """End the wait with `failure`."""
         self.failure = failure
         self._limit.reschedule(asyncio.get_running_loop().time())
 
 
 def check_depth(headers: Mapping[str, str]) -> int:
-    """How many agents, each asking the next proxy, the request has come through. Raises: BadRequest 508."""
-    given = headers.get(DEPTH, "")
-    depth = min(int(given[:4]), DEEPEST) if given.isascii() and given.isdigit() else 0
-    if depth >= DEEPEST:
-        message = f"agents are calling agents: this request has come through {DEEPEST} of them already"
+    """The request's `X-Agents-Depth`. Raises: BadRequest 508 from `MAX_DEPTH` on."""
+    given = headers.get(DEPTH_HEADER, "")
+    depth = min(int(given[:4]), MAX_DEPTH) if given.isascii() and given.isdigit() else 0
+    if depth >= MAX_DEPTH:
+        message = f"agents are calling agents: this request has passed through {MAX_DEPTH} of them already"
         raise BadRequest(message, status=508, code="agent_depth")
     return depth
 

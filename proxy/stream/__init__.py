@@ -1,1 +1,1 @@
-"""Answers on their way from a model's server to a client."""
+"""Transfers answers from model servers to clients."""

@@ -1,8 +1,7 @@
-"""The path of chunks: a model's answer, through no agent or several, to a client of any API.
+"""The path of chunks: a model's answer, through any number of agents, to a client of any API.
 
-Without agents in between chunks are pushed: decoded, encoded and written within the callback that received their bytes.
-Agents pull, each at its own pace. Either way a client that asked for no stream gets the same chunks folded into one
-body.
+Without agents, chunks are pushed: decoded, encoded and written within the callback that received their bytes. Agents
+pull chunks at their own pace. In both cases a client that requested no stream gets the chunks folded into one body.
 """
 
 from __future__ import annotations
@@ -29,37 +28,37 @@ from llama_smart_proxy.proxy.stream.upstream import Amend, Attempts, StreamDecod
 
 logger = logging.getLogger(__name__)
 
-Epilogue = Callable[[str, ConnectionPool], Awaitable[Json]]
-"""Called when the answer is complete, for what its last frame has besides. Gets the text of the answer and the server's
-connections: the server is still held, so a second lease might wait for the end of the first one for ever."""
+Finalizer = Callable[[str, ConnectionPool], Awaitable[Json]]
+"""Called when the answer is complete, returns extra fields for its last frame. Gets the text of the answer and the
+server's connections: the slot is still held, so acquiring a second one could deadlock."""
 UNENCODABLE = (AttributeError, KeyError, TypeError, ValueError)
-"""What is raised where something is encoded that is not of an API's shape."""
+"""Raised on encoding a value that does not have the shape the API requires."""
 
 
 class ChunkSink(Protocol):
-    """Takes chunks as they arrive."""
+    """Accepts chunks as they arrive."""
 
     @property
     def begun(self) -> bool:
-        """Whether the client has got anything, so that the answer cannot be requested again."""
+        """Whether the client has received anything, so that the request cannot be retried."""
 
     async def start(self, chunks: list[Chunk]) -> None:
-        """Take the first ones; after a failure, those of another try."""
+        """Take the first chunks. Called again after a failed attempt that is retried."""
 
     def take(self, chunks: list[Chunk]) -> bool:
-        """Take more now; False asks for a pause, until `drained()` returns."""
+        """Take more chunks; returns False to pause the source until `drained()` returns."""
 
     async def drained(self) -> None: ...
 
 
 @dataclass(slots=True)
 class ModelAnswer:
-    """One answer of a model's server, in chunks: requested when it is read, and read once, by `push` or by `chunks`.
+    """One answer of a model's server, in chunks: requested when read, and read once, with `push` or `chunks`.
 
-    `opened` is called when the server answers, `closed` when it is not held any more. `limit` is the most bytes that
-    are read. `tail` and `count` are those of `StreamDecoder`, once all was read.
+    `opened` is called when the server answers, `closed` when its slot is released. `limit` is the maximum number of
+    bytes. `tail` and `count` are those of `StreamDecoder`, set once all was read.
 
-    Raises, from both: UpstreamRefused with the server's own message, UpstreamFailed, and what opening the model raises.
+    Both methods raise: UpstreamRefused with the server's own message, UpstreamFailed, and as `Model.open`.
     """
 
     model: Model
@@ -68,7 +67,7 @@ class ModelAnswer:
     chat: ChatRequest
     record: RequestRecord | None = None
     verbatim: bool = False
-    epilogue: Epilogue | None = None
+    finalizer: Finalizer | None = None
     amend: Amend | None = None
     opened: Callable[[], None] | None = None
     closed: Callable[[], None] | None = None
@@ -77,7 +76,7 @@ class ModelAnswer:
     count: int = 0
 
     async def push(self, sink: ChunkSink) -> None:
-        """Hand all chunks to `sink`."""
+        """Pass all chunks to `sink`."""
         async for attempt in Attempts(self.model, self.request, lambda: sink.begun, amend=self.amend):
             async with attempt as upstream:
                 decoder = await self._decoder(upstream)
@@ -107,7 +106,7 @@ class ModelAnswer:
                             data = await upstream.piece()
                         except UpstreamFailed as exc:
                             data = b""
-                            decoder.broke_off(exc)
+                            decoder.connection_failed(exc)
                         for chunk in decoder.feed(data) if data else decoder.finish():
                             attempts.again = False
                             yield chunk
@@ -124,7 +123,7 @@ class ModelAnswer:
         if self.opened is not None:
             self.opened()
         return StreamDecoder(
-            self.codec, self.chat, verbatim=self.verbatim, keeps_text=self.epilogue is not None, limit=self.limit
+            self.codec, self.chat, verbatim=self.verbatim, keep_text=self.finalizer is not None, limit=self.limit
         )
 
     async def _end(self, upstream: UpstreamResponse, decoder: StreamDecoder) -> None:
@@ -133,23 +132,23 @@ class ModelAnswer:
             record.counted, record.last_byte_s = decoder.usage, time.monotonic()
         if decoder.failure is not None:
             raise decoder.failure
-        if self.epilogue is not None and record is not None:
-            record.extra = await self.epilogue("".join(decoder.texts or ()), upstream.pool)
+        if self.finalizer is not None and record is not None:
+            record.extra = await self.finalizer("".join(decoder.texts or ()), upstream.pool)
         self.tail, self.count = decoder.tail, decoder.count
 
 
 async def _next(upstream: UpstreamResponse, decoder: StreamDecoder) -> tuple[bool, list[Chunk]]:
-    """Whether there may be more, and the chunks of the next piece."""
+    """Whether more may follow, and the chunks of the next piece."""
     try:
         data = await upstream.piece()
     except UpstreamFailed as exc:
-        decoder.broke_off(exc)
+        decoder.connection_failed(exc)
         data = b""
     return bool(data), decoder.feed(data) if data else decoder.finish()
 
 
 class _Pusher:
-    """Takes bytes as they arrive, and hands on the chunks that they are."""
+    """Decodes bytes as they arrive, and passes the chunks to the sink."""
 
     __slots__ = ("_decode", "_decoder", "_sink", "_take")
 
@@ -160,22 +159,22 @@ class _Pusher:
         self._take = sink.take
 
     async def push(self, upstream: UpstreamResponse) -> None:
-        """All that is left; `decoder.failure` is set if something is wrong with it."""
+        """Pass on the rest of the answer; sets `decoder.failure` if it is invalid or incomplete."""
         try:
             await upstream.pipe(self)
         except ProxyError as exc:
-            self._decoder.broke_off(exc)
-        self._hand_on(self._decoder.finish())
+            self._decoder.connection_failed(exc)
+        self._deliver(self._decoder.finish())
 
     def feed(self, data: bytes) -> bool:
-        return self._hand_on(self._decode(data)) and self._decoder.failure is None
+        return self._deliver(self._decode(data)) and self._decoder.failure is None
 
     async def drained(self) -> None:
         if self._decoder.failure is not None:
             raise self._decoder.failure
         await self._sink.drained()
 
-    def _hand_on(self, chunks: list[Chunk]) -> bool:
+    def _deliver(self, chunks: list[Chunk]) -> bool:
         try:
             return self._take(chunks)
         except ProxyError as exc:
@@ -194,10 +193,10 @@ async def respond(
     *,
     stall_s: float,
 ) -> web.StreamResponse:
-    """Send an answer to the client of `http`, in its API: the one of `answer`, or what agents made of it, `layered`, or
-    one that no model gave (then `answer` is None).
+    """Send an answer to the client of `http` in its API: `layered` if it is given, the output of agents, else `answer`
+    itself. `answer` is None if no model is involved.
 
-    A failure before the client has a byte is raised; a later one is reported in the stream.
+    A failure before the first byte is raised; a later one is reported in the stream.
     """
     writer = codec.writer(chat, http[RECORD])
     if not chat.stream:
@@ -205,19 +204,19 @@ async def respond(
             whole = (await fold(layered)).data
         else:
             assert answer is not None
-            folded = _Folded()
+            folded = _FoldSink()
             await answer.push(folded)
             whole = folded.fold.completion()
         return web.Response(body=writer.reply(whole), content_type="application/json")
     encoder = StreamEncoder(writer, codec.dialect, several=chat.body.get("n") not in (None, 1))
-    written = _Written(encoder, ResponseWriter(http, stall_s), writer.content_type)
+    written = _StreamSink(encoder, ResponseWriter(http, stall_s), writer.content_type)
     if layered is not None:
-        return await written.all_of(partial(_pull, layered), answer, cuts=codec.dialect.cuts)
+        return await written.send(partial(_pull, layered), answer, cuts=codec.dialect.cuts)
     assert answer is not None
-    return await written.all_of(answer.push, answer, cuts=codec.dialect.cuts)
+    return await written.send(answer.push, answer, cuts=codec.dialect.cuts)
 
 
-async def _pull(chunks: AsyncIterator[Chunk], sink: _Written) -> None:
+async def _pull(chunks: AsyncIterator[Chunk], sink: _StreamSink) -> None:
     async for chunk in chunks:
         if not sink.begun:
             await sink.start([chunk])
@@ -225,8 +224,8 @@ async def _pull(chunks: AsyncIterator[Chunk], sink: _Written) -> None:
             await sink.drained()
 
 
-class _Folded:
-    """Collects an answer for a client that asked for no stream."""
+class _FoldSink:
+    """Collects an answer for a client that requested no stream."""
 
     begun = False
 
@@ -243,11 +242,11 @@ class _Folded:
         return True
 
     async def drained(self) -> None:
-        """Nothing leaves, so there is nothing to wait for."""
+        """Nothing to wait for: `take` never pauses."""
 
 
-class _Written:
-    """Writes an answer as a stream. Headers leave with the first chunk: until then a failure is a true status code."""
+class _StreamSink:
+    """Writes an answer as a stream. Headers follow with the first chunk; until then a failure sets the status."""
 
     __slots__ = ("_encode", "_encoder", "_head", "response")
 
@@ -261,10 +260,10 @@ class _Written:
     def begun(self) -> bool:
         return self.response.begun
 
-    async def all_of(
-        self, read: Callable[[_Written], Awaitable[None]], answer: ModelAnswer | None, *, cuts: bool
+    async def send(
+        self, read: Callable[[_StreamSink], Awaitable[None]], answer: ModelAnswer | None, *, cuts: bool
     ) -> web.StreamResponse:
-        """The response, once `read` has handed over everything and the client has it."""
+        """Run `read`, which passes all chunks to this sink, and return the response once the client has it."""
         failed = False
         try:
             await read(self)
@@ -304,7 +303,7 @@ class _Written:
 
 def _reported(exc: BaseException) -> ProxyError:
     if isinstance(exc, ProxyError):
-        logger.warning("stream broken off: %s", exc)
+        logger.warning("stream aborted: %s", exc)
         return exc
-    logger.warning("stream broken off: %s", exc, exc_info=exc)
+    logger.warning("stream aborted: %s", exc, exc_info=exc)
     return ProxyError("internal error", code="agent_failed")

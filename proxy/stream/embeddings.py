@@ -1,4 +1,4 @@
-"""Embeddings of a model, whichever API its server speaks."""
+"""Embeddings of a model, for any API of its server."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from llama_smart_proxy.backends.base import Model
 from llama_smart_proxy.proxy.chat import Json
 from llama_smart_proxy.proxy.dialects.embeddings import EMBEDDING_SERVERS, Embedded, EmbeddingRequest, cut
 from llama_smart_proxy.proxy.errors import BadRequest, UpstreamFailed, UpstreamRefused
-from llama_smart_proxy.proxy.stream.upstream import question
+from llama_smart_proxy.proxy.stream.upstream import post_json
 
-Ask = Callable[[str, Json], Awaitable[Json]]
-"""Sends a JSON body to a path of the model's server; its answer."""
+PostJson = Callable[[str, Json], Awaitable[Json]]
+"""Sends a JSON body to a path of the model's server and returns its JSON answer."""
 
 
-async def embed(model: Model, request: EmbeddingRequest, ask: Ask | None = None) -> Embedded:
-    """A vector for each input. With no input the model is loaded, as Ollama does.
+async def embed(model: Model, request: EmbeddingRequest, post: PostJson | None = None) -> Embedded:
+    """One vector per input. With no input the model is only loaded, as Ollama does.
 
-    Raises: BadRequest for an input that is too long and must not be cut, and as `question` does.
+    Raises: BadRequest for an input that is too long if `request.truncate` is False; as `post_json`.
     """
     started_ns = time.monotonic_ns()
     if not request.inputs:
         await model.load()
         return Embedded([], spent_ns=time.monotonic_ns() - started_ns)
     server = EMBEDDING_SERVERS[model.codec]
-    ask = ask or partial(question, model, slot=True)
+    post = post or partial(post_json, model, slot=True)
 
     async def vectors_of(inputs: list[Any]) -> Embedded:
-        return server.decode(await ask(server.path, server.encode(model.name, inputs, request)))
+        return server.decode(await post(server.path, server.encode(model.name, inputs, request)))
 
     try:
         embedded = await vectors_of(request.inputs)
@@ -48,8 +48,8 @@ async def embed(model: Model, request: EmbeddingRequest, ask: Ask | None = None)
 
 
 async def _shortened(model: Model, text: str, limit: int) -> list[int]:
-    """The first tokens of `text`, so many that the server takes them."""
-    tokens = (await question(model, "/tokenize", {"content": text, "add_special": True})).get("tokens")
+    """The first tokens of `text`, fewer than `limit`."""
+    tokens = (await post_json(model, "/tokenize", {"content": text, "add_special": True})).get("tokens")
     if not isinstance(tokens, list):
-        raise UpstreamFailed("the model server's answer holds no tokens", code="upstream_error")
-    return tokens[: limit - 1]  # to stay below the limit, whether or not the server counts it in
+        raise UpstreamFailed("the model server's answer contains no tokens", code="upstream_error")
+    return tokens[: limit - 1]  # servers differ in whether the limit itself is allowed

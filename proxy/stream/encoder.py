@@ -1,8 +1,7 @@
-"""Chunks of an answer, as the bytes its client gets. No I/O.
+"""Encodes chunks of an answer into the bytes for the client. No I/O.
 
-A chunk that nobody has changed leaves as the bytes it came as, if it came in the client's own API; every other one is
-written anew. Whatever agents did to the chunks, what leaves is a proper answer: nothing stands behind its end, and the
-end is always there.
+An unchanged chunk received in the client's own API is sent as the original bytes; every other one is encoded anew.
+Whatever agents do to the chunks, the output is a valid answer: it always has an end, and nothing follows the end.
 """
 
 from __future__ import annotations
@@ -13,25 +12,25 @@ from llama_smart_proxy.proxy.errors import ProxyError
 
 
 class StreamEncoder:
-    """Writes one streamed answer; or `several` (an `n` over 1), each of which has its end."""
+    """Encodes one streamed answer; or `several` (an `n` over 1), each of which has an end."""
 
     def __init__(self, writer: Writer, dialect: Dialect, *, several: bool = False) -> None:
         self._writer = writer
         self._dialect = dialect
-        self._held: list[Chunk] = []  # from the first one that ends an answer
+        self._held: list[Chunk] = []  # the chunk that ends an answer, and those after it
         self._finished: set[int] = set()
         self._several = several
         self._begun = {0}
         self._begun_message = False
-        self._expected = 0  # the serial of the next chunk, if none was dropped
-        self._pure = True  # nothing was written anew, and nothing dropped
-        self._called = False  # the writer was given tool calls
+        self._expected = 0  # the serial of the next chunk if none was dropped
+        self._pure = True  # no chunk was encoded anew or dropped
+        self._called = False  # the writer has received tool calls
         self._ended = False
-        self._passed = 0  # chunks that left as they came
-        self._simple = False  # the next chunk leaves as it came, if it can; what `take` would find out for each token
+        self._passed = 0  # chunks sent as their original bytes
+        self._simple = False  # caches that a chunk with a frame can be sent as it is: `take` runs for every token
 
     def take(self, chunk: Chunk) -> bytes:
-        """What leaves because of this chunk; perhaps nothing yet."""
+        """The bytes to send for this chunk; may be empty."""
         frame = chunk.frame
         if frame is not None and self._simple and not chunk.finish_reason:
             self._passed += 1
@@ -46,12 +45,12 @@ class StreamEncoder:
             self._held.append(chunk)  # usage, and the like
             return b""
         if chunk.index in self._finished:
-            return self._write(chunk)  # somebody held this back for too long: before the end, then
+            return self._write(chunk)  # delayed past the end by an agent; the held end follows it
         return self._flush() + self._write(chunk)
 
     def end(self, tail: bytes, chunks: int = 0) -> bytes:
-        """What is left to be written. `tail` is how the server ended its answer, if it was read to there, and `chunks`
-        how many there were before."""
+        """The remaining bytes. `tail` are the server's bytes that ended the answer, empty if it was not read to its
+        end; `chunks` is the number of chunks before."""
         written = self._flush()
         if tail and self._passed == chunks:  # nothing was changed, dropped or added
             return written + tail
@@ -63,11 +62,11 @@ class StreamEncoder:
         return written + (tail if tail and ending == self._dialect.ending else ending)
 
     def error(self, exc: ProxyError) -> bytes:
-        """What is written in place of `end`. What a failed answer would have ended with is not said any more."""
+        """The bytes that replace `end` after a failure; held chunks are dropped."""
         return self._writer.error(exc)
 
     def _hold_end(self, chunk: Chunk) -> bytes:
-        if chunk.index in self._finished:  # there is an end already; what else this one says comes before it
+        if chunk.index in self._finished:  # a second end: its content is sent before the first one
             if not chunk.delta:
                 return b""
             chunk.finish_reason = None
@@ -99,16 +98,16 @@ class StreamEncoder:
         return self._writer.chunk(chunk.seen)
 
     def _may_pass(self, chunk: Chunk) -> bool:
-        """Whether an Ollama line can leave as it came. Not when the writer may hold tool calls, which have to leave
-        before; and the last one only if there is nothing that the writer would have to tell there."""
+        """Whether an Ollama line can be sent as its original bytes. Not while the writer may hold tool calls, which
+        must be sent first; the last line only if the writer has nothing to add to it."""
         return self._pure or not (self._called or chunk.finish_reason or chunk.tool_calls)
 
     def _write_stateful(self, chunk: Chunk, frame: bytes | None) -> bytes:
-        """Anthropic's events build on one another: they pass as long as all have passed. The writer is told of each, so
-        that it can go on from any of them."""
+        """Anthropic's events depend on each other: original bytes are used only as long as all were. The writer
+        receives every chunk, so that it can take over at any of them."""
         self._pure = self._pure and frame is not None and chunk.serial == self._expected
         self._expected += 1
-        if not chunk.seen:  # a server's sign of life; no message begins with one that has lost its beginning
+        if not chunk.seen:  # a keep-alive; it is dropped while the message has not begun
             return (frame or b"") if self._pure or self._begun_message else b""
         written = self._writer.chunk(chunk.seen)
         self._begun_message = self._begun_message or bool(written)

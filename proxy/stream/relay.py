@@ -1,7 +1,7 @@
-"""The path of bytes: a server's answer to a client of the same API, as it came.
+"""The path of bytes: a server's answer, unchanged, to a client of the same API.
 
-A streamed answer is written to the client's transport inside the very callback that received it. When the client reads
-slower than the model writes, the upstream socket is left unread until the client has caught up.
+A streamed answer is written to the client's transport within the callback that received it. While the client reads
+more slowly than the model writes, reading from the upstream socket is paused.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from llama_smart_proxy.proxy.stream.upstream import Attempts, frame_too_long, in
 logger = logging.getLogger(__name__)
 
 PLAIN_LIMIT = 1024 * 1024
-"""Answers up to this size are read whole before the first byte leaves, so that one cut short is still a true 502."""
+"""Answers up to this size in bytes are buffered before the first byte is sent, so that truncation results in a 502."""
 
 
 async def relay(
@@ -36,10 +36,10 @@ async def relay(
     *,
     stall_s: float,
 ) -> web.StreamResponse:
-    """Answer `http`, whose API is `dialect`, with what `model` answers to `request`.
+    """Answer `http`, whose API is `dialect`, with the answer of `model` to `request`.
 
-    A failure before the client has a byte is raised, after a second try; a later one is reported in the stream, or,
-    where the body has no form for that, by cutting the connection. A client that takes no byte for `stall_s` seconds is
+    A failure before the first byte is raised, after one retry. A later one is reported in the stream, or by closing
+    the connection early if the format has no error event. A client that reads nothing for `stall_s` seconds is
     disconnected.
     """
     response = ResponseWriter(http, stall_s)
@@ -59,7 +59,7 @@ async def _pass_on(
     bodiless = upstream.status in (204, 304) or http.method == "HEAD"
     splitter = None if bodiless else _STREAMS.get(kind.partition(";")[0].strip())
     if splitter is not None:
-        await upstream.first_piece()  # headers leave with the first byte: until then a failure is a true status code
+        await upstream.first_piece()  # headers are sent with the first byte; until then a failure sets the status code
         return await _stream(upstream, dialect, response, splitter())
     body = await upstream.read(PLAIN_LIMIT)
     if body is None:
@@ -111,13 +111,13 @@ async def _large(upstream: UpstreamResponse, response: ResponseWriter) -> web.St
     try:
         await upstream.pipe(response)
     except UpstreamFailed as exc:
-        logger.warning("a large answer was cut short: %s", exc)
+        logger.warning("a large answer was truncated: %s", exc)
         response.reset()
     return await response.finish()
 
 
 class _FrameSink:
-    """Passes on whole frames only, so that an error can be reported in the stream at any moment."""
+    """Passes on complete frames only, so that an error event can be inserted at any time."""
 
     __slots__ = ("_before", "_failure", "_last", "_response", "_splitter")
 
@@ -130,7 +130,7 @@ class _FrameSink:
 
     @property
     def last_frames(self) -> bytes:
-        """The last frames that carried something: the count of tokens may come just before the end."""
+        """The last frames with content: the token counts may be in the one before the end."""
         return self._before + self._last
 
     def feed(self, data: bytes) -> bool:
@@ -151,17 +151,17 @@ class _FrameSink:
         await self._response.drained()
 
     def end(self, dialect: Dialect, failure: ProxyError | None) -> bool:
-        """Write what the client still waits for after the last frame: nothing, after a proper ending. Whether the
-        answer failed."""
+        """Complete the stream: write an error event and the API's end, if the server has not sent them. Returns whether
+        the answer failed."""
         if failure is None and dialect.is_end(self._splitter.rest):
-            self._before, self._last = self._last, self._splitter.rest  # a clean end, but for the last line end
+            self._before, self._last = self._last, self._splitter.rest  # complete except for the final line break
             self._response.feed(self._last)
         if dialect.is_end(self._last):
             return False
         closing = dialect.ending
         if not dialect.is_error(self._last):
             failure = failure or incomplete()
-            logger.warning("stream broken off: %s", failure)
+            logger.warning("stream aborted: %s", failure)
             closing = dialect.error_event(failure) + closing
         if closing:
             self._response.feed(closing)

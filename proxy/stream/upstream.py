@@ -1,6 +1,6 @@
-"""One request to a model's server, and its answer: when it is sent again, and how bytes become chunks.
+"""One request to a model's server: retries, and decoding the answer into chunks.
 
-Everything that asks a model goes through `Attempts`: the relay, streams, questions of our own.
+Every request to a model goes through `Attempts`: the relay, streams, and the proxy's own requests.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from llama_smart_proxy.proxy.http.body import serialise
 logger = logging.getLogger(__name__)
 
 ERROR_LIMIT = 1024 * 1024
-"""Largest error body of a server that is read for its message."""
+"""Largest error body of a server that is read, in bytes."""
 MESSAGE_LENGTH = 2000
-"""Most characters of a server's error that a client gets to see; some send whole web pages."""
+"""Characters of a server's error message that are passed to the client; some servers send whole web pages."""
 ANSWER_LIMIT = 64 * 1024 * 1024
-"""Largest answer that is taken whole; thousands of embeddings are large."""
+"""Largest answer that is buffered, in bytes; thousands of embeddings are large."""
 OFF_LOOP_BYTES = 1024 * 1024
 """Larger answers are parsed in a thread, so that other streams go on."""
 JSON_HEADERS = [("Content-Type", "application/json")]
 _FINAL = frozenset({"upstream_error", "upstream_frame_too_long", "pull_failed"})
-"""Codes of failures that a server reported, or that its answer is. Asked again it would answer the same."""
-_SIGNS_OF_LIFE = (b":", b"event: ping")
-"""Events that carry nothing, and mean nothing for those after them."""
+"""Codes of failures that the server's answer reports or causes: a retry would have the same result."""
+_KEEP_ALIVES = (b":", b"event: ping")
+"""Events without content that do not affect later ones."""
 
 Amend = Callable[[UpstreamRefused], UpstreamRequest | None]
-"""Makes a request that a server refused into one that it may take; None if there is none."""
+"""Returns a modified request that the server may accept after its refusal; None if there is none."""
 
 
 def _never() -> bool:
@@ -46,14 +46,14 @@ def _never() -> bool:
 
 
 class Attempts(AbstractAsyncContextManager[UpstreamResponse]):
-    """Sends a request, and once more if the server broke off, or could not be reached, while nothing of its answer had
-    been used: by then its instance is gone, and the second try meets a fresh one. A request that the server refuses is
-    sent once more as `amend` makes it.
+    """Sends a request, with one retry if the server was unreachable or disconnected before any of its answer was used:
+    its instance is gone by then, and the retry gets a new one. A request that the server refuses is retried once as
+    modified by `amend`.
 
         async for attempt in Attempts(model, request, begun):
             async with attempt as upstream: ...
 
-    `begun` tells whether anything of the answer has been used. Raises: what the last try does.
+    `begun` returns whether any of the answer has been used. Raises: the failure of the last attempt.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Attempts(AbstractAsyncContextManager[UpstreamResponse]):
         self._begun = begun
         self._amend = amend
         self.again = True
-        """Whether a second try is still allowed; a caller that has used the answer sets it to False."""
+        """Whether a retry is still allowed; a caller that has used the answer sets it to False."""
         self._over = False
 
     def __aiter__(self) -> Attempts:
@@ -87,16 +87,16 @@ class Attempts(AbstractAsyncContextManager[UpstreamResponse]):
             try:
                 return await self._exchange.__aenter__()
             except UpstreamFailed as exc:
-                if not self._tries_again(exc):
+                if not self._may_retry(exc):
                     raise
 
     async def __aexit__(self, kind: object, exc: BaseException | None, trace: object) -> bool:
         await self._exchange.__aexit__(kind, exc, trace)  # type: ignore[arg-type]
-        self._over = exc is None or not self._tries_again(exc)
+        self._over = exc is None or not self._may_retry(exc)
         return not self._over
 
-    def _tries_again(self, exc: BaseException) -> bool:
-        """Whether `exc` is a reason to send the request again, which happens once."""
+    def _may_retry(self, exc: BaseException) -> bool:
+        """Whether to retry after `exc`, which happens at most once."""
         if not self.again or self._begun():
             return False
         if isinstance(exc, UpstreamRefused):
@@ -105,7 +105,7 @@ class Attempts(AbstractAsyncContextManager[UpstreamResponse]):
                 return False
             self._request = amended
         elif isinstance(exc, UpstreamFailed) and exc.status == 502 and exc.code not in _FINAL:
-            logger.warning("%s before the first byte: %s; trying once more", self._request.path.partition("?")[0], exc)
+            logger.warning("%s before the first byte: %s; retrying", self._request.path.partition("?")[0], exc)
         else:
             return False
         self.again = False
@@ -113,11 +113,11 @@ class Attempts(AbstractAsyncContextManager[UpstreamResponse]):
 
 
 class StreamDecoder:
-    """Bytes of a server in, chunks out. With `verbatim` each keeps the bytes it came as, and `tail` are those of the
-    frame that ended the answer: chunks and tail joined are what went in.
+    """Decodes a server's bytes into chunks. With `verbatim` each chunk keeps its original bytes, and `tail` has those
+    of the frame that ended the answer: all chunks and the tail, joined, are the input.
 
-    `failure` is what is wrong with the answer, once the chunks before it were returned: also that it grew past `limit`
-    bytes. `text` are the texts of all chunks, if they are kept.
+    `failure` is set when the answer is invalid or exceeds `limit` bytes, after the chunks before it were returned.
+    `texts` are the texts of all chunks, with `keep_text`.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class StreamDecoder:
         request: ChatRequest,
         *,
         verbatim: bool = False,
-        keeps_text: bool = False,
+        keep_text: bool = False,
         limit: int | None = None,
     ) -> None:
         self._splitter = codec.splitter()
@@ -138,27 +138,27 @@ class StreamDecoder:
         self._left = limit
         self.tail = b""
         self.usage: Json | None = None
-        """The last count of tokens that a chunk had."""
+        """The token counts of the last chunk that had any."""
         self.failure: ProxyError | None = None
-        self.texts: list[str] | None = [] if keeps_text else None
+        self.texts: list[str] | None = [] if keep_text else None
 
     @property
     def done(self) -> bool:
-        """Whether the answer has come to its end."""
+        """Whether the answer has ended."""
         return self._reader.done
 
     @property
     def count(self) -> int:
-        """How many chunks there have been."""
+        """The number of chunks so far."""
         return self._serial
 
-    def broke_off(self, failure: ProxyError) -> None:
-        """The connection has; after the end of the answer that does no harm."""
+    def connection_failed(self, failure: ProxyError) -> None:
+        """Record that the connection failed; ignored after the end of the answer."""
         if not self.done and self.failure is None:
             self.failure = failure
 
     def feed(self, data: bytes) -> list[Chunk]:
-        """The chunks that are complete now; none after a failure."""
+        """The chunks completed by `data`; none after a failure."""
         if self.failure is not None:
             return []
         if self._left is not None:
@@ -173,7 +173,7 @@ class StreamDecoder:
             return []
 
     def finish(self) -> list[Chunk]:
-        """What a last frame means whose line end is missing."""
+        """The chunks of a last frame without a line end. Sets `failure` if the answer has not ended."""
         if self.failure is not None:
             return []
         rest = self._splitter.rest
@@ -201,11 +201,11 @@ class StreamDecoder:
         return made
 
     def _add_silent(self, frame: bytes, made: list[Chunk]) -> None:
-        """A frame that adds nothing to the answer."""
+        """Handle a frame without content."""
         if self.done:
             self.tail += self._held + frame
             self._held = b""
-        elif self._grouped and (self._held or not frame.lstrip(b"\r\n").startswith(_SIGNS_OF_LIFE)):
+        elif self._grouped and (self._held or not frame.lstrip(b"\r\n").startswith(_KEEP_ALIVES)):
             self._held += frame
         elif self._verbatim:
             made.append(Chunk({}, frame, self._next()))
@@ -216,10 +216,10 @@ class StreamDecoder:
         if "usage" in data:
             self.usage = data["usage"]
         choices = data.get("choices") or ()
-        for choice in choices:  # of another shape than the API's, it would have an agent fail that is not to blame
+        for choice in choices:  # an invalid one would fail in an agent, which is not at fault
             delta = choice.get("delta")
             if delta is not None and (content := delta.get("content")) is not None and content.__class__ is not str:
-                raise TypeError("content that is not text")
+                raise TypeError("content is not text")
         if len(choices) > 1:  # a chunk has one choice
             made.extend(Chunk({**data, "choices": [choice]}, serial=self._next()) for choice in choices)
         else:
@@ -231,18 +231,18 @@ class StreamDecoder:
         return self._serial - 1
 
 
-async def question(model: Model, path: str, body: Json, *, slot: bool = False) -> Json:
-    """The JSON object that answers a small request.
+async def post_json(model: Model, path: str, body: Json, *, slot: bool = False) -> Json:
+    """POST a small request to the model's server; returns its JSON answer.
 
     Raises: UpstreamRefused with the server's own message, UpstreamFailed.
     """
     prepared = model.prepare(body)
     request = UpstreamRequest("POST", path, serialise(body), JSON_HEADERS, slot, prepared=prepared)
-    return await answer_to(model, request)
+    return await fetch_json(model, request)
 
 
-async def answer_to(model: Model, request: UpstreamRequest, opened: Callable[[], None] | None = None) -> Json:
-    """The JSON object that answers `request`. Raises: as `question`."""
+async def fetch_json(model: Model, request: UpstreamRequest, opened: Callable[[], None] | None = None) -> Json:
+    """The JSON answer to `request`; `opened` is called when the server answers. Raises: as `post_json`."""
     async for attempt in Attempts(model, request):
         async with attempt as upstream:
             if opened is not None:
@@ -256,7 +256,7 @@ async def answer_to(model: Model, request: UpstreamRequest, opened: Callable[[],
 
 
 def parsed_answer(body: bytes | None) -> Json:
-    """The JSON object that a server answered with. Raises: UpstreamFailed if it is none."""
+    """The JSON object in a server's answer. Raises: UpstreamFailed if it is anything else."""
     with suppress(orjson.JSONDecodeError):
         answer = orjson.loads(body or b"")
         if isinstance(answer, dict):
@@ -276,16 +276,16 @@ async def refusal(upstream: UpstreamResponse) -> ProxyError:
 
 
 def unreadable(exc: Exception) -> UpstreamFailed:
-    """The error for an answer that is not of the API's shape, which `exc` came of."""
+    """The error for an answer that does not have the API's shape; `exc` is its cause."""
     logger.warning("an answer cannot be understood: %s: %s", type(exc).__name__, exc)
     return UpstreamFailed("the model server's answer cannot be understood", code="upstream_error")
 
 
 def frame_too_long() -> UpstreamFailed:
-    """The error for a frame that does not end."""
+    """The error for a frame over the size limit."""
     return UpstreamFailed("the model server sent an event over 8 MiB", code="upstream_frame_too_long")
 
 
 def incomplete() -> UpstreamFailed:
-    """The error for a stream that ends properly, but too early."""
+    """The error for a stream that ended without its end mark."""
     return UpstreamFailed("the model server ended its answer before it was complete", code="upstream_incomplete")

@@ -20,7 +20,7 @@ import yaml
 import llama_smart_proxy
 from llama_smart_proxy.agents.loader import GROUP
 from llama_smart_proxy.proxy.config import Config
-from llama_smart_proxy.proxy.middleware.side_calls import DEEPEST
+from llama_smart_proxy.proxy.middleware.side_calls import MAX_DEPTH
 from tests.support import raw_client
 from tests.support.agent_clients import WAYS
 from tests.support.e2e_support import Fakes
@@ -116,7 +116,7 @@ def test_the_limits_in_it_are_those_of_the_configuration() -> None:
     assert (
         f"{calls}, {limits.side_calls_at_once} at a time, {limits.side_tokens:,} tokens, {minutes:g} minutes" in words
     )
-    assert DEEPEST == 3 and "stopped at the third" in words
+    assert MAX_DEPTH == 3 and "stopped at the third" in words
 
 
 def test_it_names_all_that_an_agent_can_import() -> None:

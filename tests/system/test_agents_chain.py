@@ -180,7 +180,7 @@ async def test_virtual_models_are_in_every_menu(stage: tuple[Proxy, Fakes]) -> N
 
 def test_chats_are_bounded_and_forgotten() -> None:
     now = 0.0
-    chats = Chats(most=2, kept_s=10, clock=lambda: now)
+    chats = Chats(max_chats=2, ttl_s=10, clock=lambda: now)
     chats.switch("a", ["rag"], True)
     chats.switch("b", ["rag"], True)
     assert chats.switched("a") == {"rag": True}

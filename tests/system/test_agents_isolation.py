@@ -334,8 +334,8 @@ UNUSABLE = {
     "module": ("import no_such_module_at_all", "ModuleNotFoundError: No module named 'no_such_module_at_all'"),
     "raises": ("raise RuntimeError('not today')", "RuntimeError: not today (line"),
     "exits": ("raise SystemExit", "SystemExit"),
-    "nothing": ("x = 1", "holds no class derived from Agent"),
-    "two": ("class A(Agent): pass\nclass B(Agent): pass", "holds several agents (A, B); keep one"),
+    "nothing": ("x = 1", "contains no class derived from Agent"),
+    "two": ("class A(Agent): pass\nclass B(Agent): pass", "contains several agents (A, B); keep one"),
     "hook": (
         "class A(Agent):\n    async def on_response(self, stream, ctx):\n        return stream",
         "on_response must",
@@ -343,7 +343,10 @@ UNUSABLE = {
     "sync": ("class A(Agent):\n    def on_request(self, request, ctx):\n        pass", "on_request must be an `async"),
     "command": ("class A(Agent):\n    command = 'A B'", "its command 'A B' must match"),
     "field": ("class A(Agent):\n    class Config(Options):\n        always: bool = True", "fields called always"),
-    "percall": ("class A(Agent):\n    per_call = frozenset({'x'})", "per_call names what is not in Config: x"),
+    "percall": (
+        "class A(Agent):\n    per_call = frozenset({'x'})",
+        "names that Config does not have: x",
+    ),
     "init": ("class A(Agent):\n    def __init__(self, config):\n        raise ValueError('no')", "ValueError: no"),
     "gone": (
         "import asyncio\nclass A(Agent):\n    async def start(self):\n        raise asyncio.CancelledError",

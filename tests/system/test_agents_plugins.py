@@ -146,7 +146,7 @@ def test_two_agents_with_one_command_are_a_config_error(tmp_path: Path) -> None:
 
 def test_discovery_imports_nothing(tmp_path: Path) -> None:
     write_agent(tmp_path / "mine", "boom", "raise RuntimeError")
-    assert discover([tmp_path / "mine", tmp_path / "missing"])["boom"].source.endswith("boom.py")
+    assert discover([tmp_path / "mine", tmp_path / "missing"])["boom"].label.endswith("boom.py")
 
 
 def test_the_command_line_tells_of_a_typo_and_of_what_cannot_be_imported(tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ async def test_nothing_is_switched_where_nothing_tells_the_chat(fakes: Fakes, wa
     async with proxy_with_agents(fakes, {"guard": GUARD}) as proxy:
         told = await said(proxy, "/guard on", way=way)
         if way.path in ("/v1/completions", "/api/generate"):
-            assert told.startswith("Nothing tells which chat this is; send the header X-Conversation-Id")
+            assert told.startswith("This chat cannot be identified; send the header X-Conversation-Id")
         else:
             assert told.startswith("/guard is on in this chat.")
         chat = ("X-Conversation-Id", "1")
@@ -221,7 +221,7 @@ async def test_a_saved_agent_has_to_fit_the_options_of_every_model(fakes: Fakes)
         assert await said(proxy, "hi", model="w") == "one none?"
         write_agent(fakes.folder / "agents", "needy", NEEDY)
         assert await said(proxy, "hi", model="w") == "one none?", "it goes on as it was"
-        await until(lambda: "needy was saved, but cannot be loaded" in proxy.log)
+        await until(lambda: "needy was changed, but cannot be loaded" in proxy.log)
 
 
 async def test_redacted_thoughts_keep_the_name_that_the_server_has_for_them() -> None:

@@ -14,16 +14,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llama_smart_proxy.agents.base import Agent, Context
-from llama_smart_proxy.agents.loader import Place
+from llama_smart_proxy.agents.loader import AgentSource
 from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, ChunkStream, Timing
 from llama_smart_proxy.proxy.config import AgentConfig, LimitsConfig
 from llama_smart_proxy.proxy.dialects import ANTHROPIC, anthropic, ollama, openai
 from llama_smart_proxy.proxy.dialects.base import ClientCodec, UpstreamCodec
 from llama_smart_proxy.proxy.errors import ProxyError, UpstreamFailed
-from llama_smart_proxy.proxy.middleware.chain import Active, Selection
+from llama_smart_proxy.proxy.middleware.chain import ActiveAgent, Selection
 from llama_smart_proxy.proxy.middleware.context import AgentContext, RequestFacts
-from llama_smart_proxy.proxy.middleware.hooks import layer
-from llama_smart_proxy.proxy.middleware.plugins import Made, Plugin
+from llama_smart_proxy.proxy.middleware.hooks import response_layer
+from llama_smart_proxy.proxy.middleware.plugins import LoadedAgent, Plugin
 from llama_smart_proxy.proxy.middleware.scope import Scope
 from llama_smart_proxy.proxy.stream.encoder import StreamEncoder
 from llama_smart_proxy.proxy.stream.upstream import StreamDecoder
@@ -140,8 +140,8 @@ class Identity(Agent):
 def context(agent: Agent, scope: Scope, *, skip: bool = False) -> AgentContext:
     """The context that the proxy makes for an agent, as far as layers look at it."""
     settings = AgentConfig(name="scripted", on_error="skip" if skip else "fail")
-    plugin = Plugin("scripted", settings, Place("scripted"), True)
-    active = Active(plugin, Made(agent), agent.config, settings, wanted=True)
+    plugin = Plugin("scripted", settings, AgentSource("scripted"), True)
+    active = ActiveAgent(plugin, LoadedAgent(agent), agent.config, settings, explicit=True)
     calls = cast(Any, SimpleNamespace(limits=LimitsConfig()))
     return AgentContext(active, RequestFacts({}, "", "", "", Selection()), scope, calls)
 
@@ -158,7 +158,7 @@ async def answer(
     outlet = StreamEncoder(face.writer(ChatRequest(dict(REQUEST), True), Timing(0.0)), face.dialect, several=several)
     written, layers, stream = [], [], source
     for ctx in chain:
-        stream = layer(ctx, stream)
+        stream = response_layer(ctx, stream)
         layers.append(stream)
     intact = True
     try:

@@ -14,7 +14,7 @@ import pytest
 
 from llama_smart_proxy import ChatRequest, Chunk, Reply
 from llama_smart_proxy.agents.compat.views import OllamaView, OpenAIView, edits, rewritten
-from llama_smart_proxy.agents.loader import Broken, Place
+from llama_smart_proxy.agents.loader import AgentSource, AgentUnusable
 from llama_smart_proxy.proxy.chat import Fold
 from llama_smart_proxy.proxy.dialects import ollama, openai
 
@@ -43,11 +43,11 @@ def untouched_modules() -> Iterator[None]:
             del sys.modules[name]
 
 
-def plugin(folder: Path, name: str = "word_plugin", source: str = PLUGIN, word: str = "word") -> Place:
+def plugin(folder: Path, name: str = "word_plugin", source: str = PLUGIN, word: str = "word") -> AgentSource:
     (folder / name).mkdir(parents=True)
     (folder / name / "agent.py").write_text(source.replace("NAME", name))
     (folder / name / "words.py").write_text(f"WORD = {word!r}\n")
-    return Place(name, folder / name)
+    return AgentSource(name, folder / name)
 
 
 def context(server: str = "ollama", api: str = "/api/chat") -> Any:
@@ -96,14 +96,14 @@ def test_packages_of_these_names_are_imported_only_by_who_asks_for_them(tmp_path
     sys.modules.pop("src", None)
     sys.path.insert(0, str(tmp_path))
     assert plugin(tmp_path / "mine", "a", "class A:\n    def process_request(self, r): ...\n").load().command == "a"
-    with pytest.raises(Broken, match="not asked for"):
+    with pytest.raises(AgentUnusable, match="not asked for"):
         plugin(tmp_path / "mine", "b").load()
 
 
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        ("class A:\n    name = 'a'\n", "holds no class derived from Agent"),
+        ("class A:\n    name = 'a'\n", "contains no class derived from Agent"),
         ("class A:\n    async def on_request(self, r): ...\n", "A has no name, which is the command"),
         (
             "class A:\n    def process_request(self, r): ...\nclass B(A):\n    pass\n",
@@ -115,7 +115,7 @@ def test_packages_of_these_names_are_imported_only_by_who_asks_for_them(tmp_path
     ],
 )
 def test_what_cannot_be_a_plugin_is_said(tmp_path: Path, source: str, words: str) -> None:
-    with pytest.raises(Broken) as caught:
+    with pytest.raises(AgentUnusable) as caught:
         plugin(tmp_path, "odd", source).load()
     assert str(caught.value).startswith(words)
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_smart_proxy.proxy.dialects.base import ClientCodec
-from llama_smart_proxy.proxy.middleware.slash import MOST, Called, leading_commands
+from llama_smart_proxy.proxy.middleware.slash import MAX_ITEMS, Command, leading_commands
 
 KNOWN = {"rag": frozenset({"top_k", "words"}), "opt": frozenset[str](), "two-words": frozenset[str]()}
 LEADING: list[tuple[str, list[str], str]] = [
@@ -44,7 +44,7 @@ VERBATIM = [
 @pytest.mark.parametrize(("text", "commands", "rest"), LEADING)
 def test_leading_words_call_agents_and_are_taken_out(text: str, commands: list[str], rest: str) -> None:
     called, left = leading_commands(text, KNOWN)
-    assert ([call.command for call in called], left) == (commands, rest)
+    assert ([call.name for call in called], left) == (commands, rest)
 
 
 @pytest.mark.parametrize("text", VERBATIM)
@@ -65,23 +65,23 @@ def test_options_are_those_that_the_agent_has() -> None:
         called, left = leading_commands(text, KNOWN)
         assert (called[0].options, left) == (options, rest), text
     called, left = leading_commands("/opt top_k=3 /rag", KNOWN)
-    assert (called, left) == ([Called("opt")], "top_k=3 /rag")
+    assert (called, left) == ([Command("opt")], "top_k=3 /rag")
 
 
 def test_a_text_of_commands_alone_does_not_go_on_for_ever() -> None:
     called, left = leading_commands("/rag " * 1000, KNOWN)
-    assert len(called) == MOST and left == "/rag " * (1000 - MOST)
+    assert len(called) == MAX_ITEMS and left == "/rag " * (1000 - MAX_ITEMS)
     called, left = leading_commands("/rag " + "top_k=1 " * 1000, KNOWN)
-    assert called == [Called("rag", {"top_k": "1"})] and left == "top_k=1 " * (1000 - MOST)
+    assert called == [Command("rag", {"top_k": "1"})] and left == "top_k=1 " * (1000 - MAX_ITEMS)
 
 
 @given(st.text(max_size=40))
 def test_whatever_is_left_is_the_end_of_what_there_was(text: str) -> None:
     called, rest = leading_commands(text, KNOWN)
     assert text.endswith(rest) and (called or rest == text)
-    assert not called or text.startswith(f"/{called[0].command}")
+    assert not called or text.startswith(f"/{called[0].name}")
     called, rest = leading_commands(f"/rag {text}", KNOWN)
-    assert called[0].command == "rag" and text.endswith(rest)
+    assert called[0].name == "rag" and text.endswith(rest)
 
 
 @given(st.sampled_from([text for text, _, _ in LEADING]), st.text(min_size=1, max_size=3))
