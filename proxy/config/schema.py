@@ -338,8 +338,8 @@ class Config(Section):
 
     @property
     def enabled_dirs(self) -> list[Path]:
-        """Those of `agents_dirs` that the settings of a replaced project name: whatever `agents` lists, all in them are
-        enabled, as they were there."""
+        """Those of `agents_dirs` that come from a setting of a replaced project: all agents in them are enabled, also if
+        `agents` does not list them."""
         return self._enabled_dirs
 
     @property

@@ -31,7 +31,7 @@ QUICK = {"stop_timeout_s": 1.0, "load_timeout_s": 60.0, "queue_timeout_s": 60.0,
 class FakeModel(ModelConfig):
     """A model whose server is the fake program."""
 
-    program: str = Field(exclude=True)
+    program: str = Field(exclude=True, description="Path of the fake program.")
 
     def at(self, name: str) -> PoolModel:
         """It under a name, as the pool knows it."""

@@ -15,7 +15,7 @@ import pytest
 from llama_smart_proxy import ChatRequest, Chunk, Reply
 from llama_smart_proxy.agents.compat.views import OllamaView, OpenAIView, edits, rewritten
 from llama_smart_proxy.agents.loader import AgentSource, AgentUnusable
-from llama_smart_proxy.proxy.chat import Fold
+from llama_smart_proxy.proxy.chat import EXTENSIONS, Fold
 from llama_smart_proxy.proxy.dialects import ollama, openai
 
 PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aaaa"}}
@@ -275,7 +275,7 @@ def test_an_answer_is_the_old_one_but_for_the_new_texts(texts: dict[int, str]) -
         before["choices"][number]["message"]["content"] = text
     for choice in (*before["choices"], *after["choices"]):
         choice["message"].setdefault("content", "")
-    after.pop("_kept")
+    after.pop(EXTENSIONS)
     assert after == {**before, "extra": 1}
 
 
@@ -313,4 +313,4 @@ def test_the_views_are_json() -> None:
     reply = Reply(answer_of(made()))
     for make in (OllamaView, OpenAIView):
         view: Any = make(request, context())
-        assert "_kept" not in json.dumps([view.shown, view.answer(reply)])
+        assert EXTENSIONS not in json.dumps([view.shown, view.answer(reply)])
