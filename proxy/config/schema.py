@@ -338,8 +338,8 @@ class Config(Section):
 
     @property
     def enabled_dirs(self) -> list[Path]:
-        """Those of `agents_dirs` that come from a setting of a replaced project: all agents in them are enabled, also if
-        `agents` does not list them."""
+        """Those of `agents_dirs` that come from a setting of a replaced project: all agents in them are enabled, even
+        if `agents` does not list them."""
         return self._enabled_dirs
 
     @property
