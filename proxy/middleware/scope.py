@@ -39,6 +39,7 @@ class HookTimer:
 
     __slots__ = (
         "_began",
+        "_blocking_s",
         "_scope",
         "_waited_until",
         "_waiting",
@@ -57,6 +58,7 @@ class HookTimer:
         self._scope = scope
         self.deadline_s = deadline_s
         self._began = 0.0
+        self._blocking_s = deadline_s + 2 * SWEEP_S
         self._waiting = 0
         self._waited_until = 0.0
         self.cancels = 0
@@ -72,13 +74,18 @@ class HookTimer:
     def end(self) -> None:
         """It does no more."""
         if self.running:
+            self.running = False
             took_s = _now() - self._began
             self.spent_s += took_s
-            self.running = False
-            if took_s > self.deadline_s + 2 * SWEEP_S and not self.cancels and self._waited_until < self._began:
-                words = "agent %s blocked the process, and with it every request, for %.1f s; await what takes long"
-                logger.warning(words, self.name, took_s)
+            if took_s > self._blocking_s:
+                self._check_blocked(took_s)
         _own(None)
+
+    def _check_blocked(self, took_s: float) -> None:
+        """Log that the agent's code ran for so long without awaiting anything that it could not be cancelled."""
+        if not self.cancels and self._waited_until < self._began:
+            message = "agent %s blocked the process, and with it every request, for %.1f s; await what takes long"
+            logger.warning(message, self.name, took_s)
 
     @contextmanager
     def awaiting_model(self) -> Iterator[None]:

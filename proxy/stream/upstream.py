@@ -190,8 +190,16 @@ class StreamDecoder:
                 data = read(frame)
                 if data is None:
                     self._add_silent(frame, made)
-                else:
+                    continue
+                choices = data.get("choices")
+                if not choices or len(choices) != 1 or self._held or "usage" in data:
                     self._add(data, frame, made)
+                    continue
+                delta = choices[0].get("delta")  # as in `_add`: a call for each token would be a tenth of its cost
+                if delta is not None and (content := delta.get("content")) is not None and content.__class__ is not str:
+                    raise TypeError("content is not text")
+                made.append(Chunk(data, frame if self._verbatim else None, self._serial))
+                self._serial += 1
         except UpstreamFailed as exc:
             self.failure = exc
         except (ValueError, TypeError, KeyError, AttributeError, IndexError) as exc:
