@@ -32,7 +32,7 @@ class Noting(LlamaCppLauncher):
     """Asks the server in each hook, and notes what it answers; then waits for `last`, if it is there."""
 
     def __init__(self, model: FakeModel) -> None:
-        super().__init__("a", model, model.program)
+        super().__init__("a", model, model._program)
         self.seen: list[tuple[str, int]] = []
         self.last: asyncio.Future[None] | None = None
 

@@ -9,10 +9,10 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
-from pydantic import Field
+from pydantic import PrivateAttr
 
 from llama_smart_proxy.backends.base import UpstreamRequest
 from llama_smart_proxy.backends.llamacpp.launcher import pool_model
@@ -31,11 +31,16 @@ QUICK = {"stop_timeout_s": 1.0, "load_timeout_s": 60.0, "queue_timeout_s": 60.0,
 class FakeModel(ModelConfig):
     """A model whose server is the fake program."""
 
-    program: str = Field(exclude=True, description="Path of the fake program.")
+    _program: str = PrivateAttr()  # no field: those are the configuration's
 
     def at(self, name: str) -> PoolModel:
         """It under a name, as the pool knows it."""
-        return pool_model(name, self, self.program)
+        return pool_model(name, self, self._program)
+
+    def run_by(self, program: Path) -> Self:
+        """The same, served by the program that is there."""
+        self._program = str(program)
+        return self
 
 
 @dataclass
@@ -57,7 +62,7 @@ class Fakes:
         """A model; `fake` are its manners, without the `FAKE_` (see the fake program)."""
         manners = {f"FAKE_{name}": str(value) for name, value in (fake or {}).items()}
         env = {"FAKE_LOG": str(self.log), **manners}
-        return FakeModel(path=self.gguf, env=env, program=str(self.program), **fields)
+        return FakeModel(path=self.gguf, env=env, **fields).run_by(self.program)
 
     def config(self, **server_pool: Any) -> Config:
         pool = QUICK | ports() | server_pool
