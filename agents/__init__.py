@@ -1,1 +1,2 @@
-"""Agents: middleware around every chat. `agents.base` is what an agent is; every other module here is one."""
+"""Agents: middleware around chats. `base` defines the interface, `loader` and `compat` load agents; every other module
+here is one."""

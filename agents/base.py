@@ -1,4 +1,4 @@
-"""What an agent is: a class with hooks around a chat, in a file of its own. `agents/README.md` shows how to write one.
+"""The agent interface: a class with hooks around a chat, in its own file. `agents/README.md` shows how to write one.
 
 An agent imports these names from `llama_smart_proxy`, and nothing else of this project.
 """
@@ -21,51 +21,51 @@ class Options(BaseModel):
 
 
 class Agent:
-    """Takes part in chats. One object serves all requests at once, so nothing about a request is kept on `self`: local
-    variables of `on_response` and `ctx.state` are for that.
+    """Base class of agents. One object serves all requests concurrently, so nothing about a request may be stored on
+    `self`: use local variables of `on_response`, and `ctx.state`.
 
-    The docstring of the subclass is what users read about it. Hooks that are not overridden cost nothing; with
-    `on_request` alone the answer passes the proxy as untouched bytes.
+    Users read the docstring of the subclass. Hooks that are not overridden cost nothing; with `on_request` alone the
+    answer is relayed as unchanged bytes.
 
-    A hook that raises ends the chat with an error that names the agent; with `on_error: skip` in the configuration the
-    chat goes on without it. `BadRequest` and the other errors of the proxy reach the client as they are raised. Tasks
-    that a hook starts are cancelled when the request has ended, or its client has left.
+    A hook that raises ends the request with an error that names the agent; with `on_error: skip` in the configuration
+    the request continues without the agent. `BadRequest` and the other errors of the proxy are passed to the client.
+    Tasks that a hook starts are cancelled when the request ends or its client disconnects.
     """
 
     command: ClassVar[str | None] = None
-    """The word that calls it: `/rag` if "rag". An agent without one runs always."""
+    """The command that calls the agent: "rag" for `/rag`. An agent without one always runs."""
     per_call: ClassVar[frozenset[str]] = frozenset()
     """Fields of `Config` that a command may set for its request: `/rag top_k=3 What is ...`."""
 
     class Config(Options):
-        """The options behind the agent's name in `config.yaml`; `Field(description=...)` documents one."""
+        """The agent's options in `config.yaml`; `Field(description=...)` documents one."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
-        """As configured; in a hook `ctx.config` has what its request asked for besides."""
+        """As configured; in a hook, `ctx.config` also has the options of its request."""
 
     async def start(self) -> None:
         """Called once, before the first request, and again for the new object after a reload."""
 
     async def close(self) -> None:
-        """Called once, when no request uses it any more."""
+        """Called once, when no request uses the object any more."""
 
     async def on_request(self, request: ChatRequest, ctx: Context) -> ChunkStream | None:
-        """Change `request` in place; or answer it by returning a stream, and neither later agents nor the model see it.
+        """Modify `request` in place; or return a stream to answer it, so that no later agent and no model gets it.
 
-        The agents before still see the answer; this one does not.
+        The answer still passes through the agents before this one, but not through this one.
         """
         return None
 
     async def on_chunk(self, chunk: Chunk, ctx: Context) -> Chunk | None:
-        """Called for each piece of the answer as it arrives: what takes its place, None to drop it."""
+        """Called for each chunk of the answer as it arrives. Returns its replacement, None to drop it."""
         return chunk
 
     async def on_response(self, stream: ChunkStream, ctx: Context) -> AsyncIterator[Chunk]:
-        """The whole answer, as an async generator: hold back, drop, split, inject, stop early.
+        """Transform the whole answer, as an async generator: delay, drop, split or insert chunks, or stop early.
 
-        State goes into local variables, an end into `finally`. Text that was held back has to be yielded before
-        returning. By default it drives `on_chunk`.
+        Keep state in local variables and clean up in `finally`. Yield delayed text before returning. By default it
+        calls `on_chunk`.
         """
         async for chunk in stream:
             passed = await self.on_chunk(chunk, ctx)
@@ -87,22 +87,22 @@ class About:
 
 
 class Context(Protocol):
-    """What an agent knows of the request at hand, and how it asks models. Its own: agents do not see each other's.
+    """The current request, and access to models. Each agent has its own: agents do not see each other's.
 
-    Side calls (`chat`, `complete`, `embed`) go to any model the proxy offers, through the same queues as every request,
-    but without agents. They are read to their end in the background, at a pace of their own, and are broken off
-    when the request ends. While the model is answering the request itself, a side call gets a free slot at once or
-    fails with `Overloaded`: it might wait for the very slot that the answer holds. All side calls of a request share a
-    budget (`agent_limits` in the configuration).
+    Side calls (`chat`, `complete`, `embed`) go to any model of the proxy, through the same queues as every request, but
+    without agents. They are read to their end in the background, independently of the agent's pace, and are cancelled
+    when the request ends. While the request's own answer is generated, a side call gets a free slot at once or fails
+    with `Overloaded`: it could wait for the very slot that the answer holds. All side calls of a request share a budget
+    (`agent_limits` in the configuration).
     """
 
     @property
     def config(self) -> Any:
-        """The agent's `Config`, with what this request asked for."""
+        """The agent's `Config`, including the options of this request."""
 
     @property
     def state(self) -> dict[str, Any]:
-        """Values that one hook leaves for a later hook of the same request."""
+        """Values passed from one hook to later hooks of the same request."""
 
     @property
     def request_id(self) -> str:
@@ -110,7 +110,7 @@ class Context(Protocol):
 
     @property
     def chat_id(self) -> str:
-        """The same for all requests of one chat, another one for other chats; not readable."""
+        """A hash that is the same for all requests of one chat, and different for other chats."""
 
     @property
     def headers(self) -> Mapping[str, str]:
@@ -118,37 +118,37 @@ class Context(Protocol):
 
     @property
     def forward_headers(self) -> Mapping[str, str]:
-        """Headers for an agent's own HTTP requests to this or another proxy: they end endless recursion."""
+        """Headers for an agent's own HTTP requests to this or another proxy: they prevent endless recursion."""
 
     @property
     def api(self) -> str:
-        """The path that the client asked, such as `/v1/chat/completions`."""
+        """The path of the client's request, such as `/v1/chat/completions`."""
 
     @property
     def server(self) -> str:
-        """Who runs the request's model: `llama.cpp`, `ollama` or `remote`."""
+        """The kind of server of the request's model: `llama.cpp`, `ollama` or `remote`."""
 
     @property
     def agents(self) -> Sequence[About]:
         """All agents that are loaded, in alphabetical order."""
 
     def leave_out(self, *names: str) -> None:
-        """For `on_request`: these agents, if they come later, have no part in this request. But they have if it calls
-        them itself, or the operator has them run always."""
+        """For `on_request`: exclude these agents from this request if they come later. No effect on agents that the
+        request itself calls, or that the operator configured to run always."""
 
     def chat(self, request: ChatRequest) -> ChunkStream:
-        """Ask a model: the one that `request` names. Starts now; `request` may be changed afterwards.
+        """Send `request` to the model that it names. Starts at once; `request` may be modified afterwards.
 
-        With `n` in its body the answers come interleaved, each with its `Chunk.index`; the prompt is evaluated once.
+        With `n` in its body the answers are interleaved, each with its `Chunk.index`; the prompt is evaluated once.
         Raises, while the stream is read: any `ProxyError` (`ModelNotFound`, `Overloaded`, `UpstreamFailed`, ...).
         """
 
     async def complete(self, request: ChatRequest) -> Reply:
-        """The same, as a whole."""
+        """As `chat`, with the complete answer."""
 
     async def embed(self, texts: Sequence[str], model: str) -> list[list[float]]:
-        """A vector for each of `texts`. Raises: as `chat`."""
+        """One vector per text. Raises: as `chat`."""
 
     async def fitting(self, models: Sequence[str]) -> list[list[str]]:
-        """`models` in groups, each of which can be loaded at one time: asked group by group, they need the fewest
-        loads. Those loaded now come first. Raises: ModelNotFound."""
+        """`models` in groups whose models can be loaded at the same time: used group by group, they need the fewest
+        loads. Loaded models come first. Raises: ModelNotFound."""

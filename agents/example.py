@@ -1,6 +1,6 @@
-"""The template to copy: an agent that marks the question, and the answer on both sides.
+"""A template to copy: an agent that marks the question, and the answer on both sides.
 
-Copy this file into a folder named in `agents_dirs`, give it a name of its own, and name that in `agents:`.
+Copy this file into a folder named in `agents_dirs`, rename it, and add that name to `agents:`.
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ class Example(Agent):
 
     # Called by `/example` at the beginning of a message. Without a command, an agent runs in every chat.
     command = "example"
-    # What a call may set: `/example mark=* Hello`.
+    # Options that a command may set: `/example mark=* Hello`.
     per_call = frozenset({"mark"})
 
-    # What the configuration may set: `agents: [{example: {prefix: "> "}}]`. Unknown keys are refused there.
+    # Options in the configuration: `agents: [{example: {prefix: "> "}}]`. Unknown keys are rejected there.
     class Config(Options):
-        """What may stand behind `example` in the configuration."""
+        """The options of `example` in the configuration."""
 
-        mark: str = Field(default="#", min_length=1, description="The mark behind the question.")
-        prefix: str = Field(default="# ", description="What stands before the answer.")
-        suffix: str = Field(default=" #", description="What stands behind the answer.")
+        mark: str = Field(default="#", min_length=1, description="The mark after the question.")
+        prefix: str = Field(default="# ", description="Text before the answer.")
+        suffix: str = Field(default=" #", description="Text after the answer.")
 
     async def on_request(self, request: ChatRequest, ctx: Context) -> ChunkStream | None:
-        # The same for every API: a chat's last user message, or the prompt of a text.
+        # Works for every API: the last user message of a chat, or the prompt of a text completion.
         request.last_user_text = f"{request.last_user_text} {ctx.config.mark}"
-        # None: go on to the next agent, and to the model. `return say("...")` would be the answer instead.
+        # None: continue with the next agent, then the model. `return say("...")` would answer instead of them.
         return None
 
     async def on_response(self, stream: ChunkStream, ctx: Context) -> AsyncIterator[Chunk]:
-        # Nothing about a request is kept on `self`, which serves all of them at once: it goes into variables here, and
-        # what one hook leaves for the other into `ctx.state`.
-        begun: set[int] = set()  # with `n` > 1 several answers come interleaved, each with its `index`
-        # One turn for each piece of the answer, as it arrives. Without `stream` in the request it is all the same.
+        # `self` serves all requests concurrently: keep the state of a request in local variables, and pass values from
+        # one hook to another in `ctx.state`.
+        begun: set[int] = set()  # with `n` > 1 several answers are interleaved, each with its `index`
+        # One iteration per chunk, as it arrives; the same for requests without `stream`.
         async for chunk in stream:
             if chunk.text and chunk.index not in begun:
                 begun.add(chunk.index)
-                yield Chunk.of(ctx.config.prefix, index=chunk.index)  # a chunk of our own
-            yield chunk  # one that is not changed leaves as the very bytes it came as
-        # Behind the last piece of text: the proxy holds back the end of the answer until here.
+                yield Chunk.of(ctx.config.prefix, index=chunk.index)  # an inserted chunk
+            yield chunk  # an unchanged chunk is sent as its original bytes
+        # After the last text: the proxy delays the end of the answer until this generator returns.
         for index in begun:
             yield Chunk.of(ctx.config.suffix, index=index)

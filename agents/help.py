@@ -1,4 +1,4 @@
-"""The agent that tells which commands there are."""
+"""The agent `help`, which lists the commands."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from llama_smart_proxy import About, Agent, ChatRequest, ChunkStream, Context, s
 
 
 class Help(Agent):
-    """Lists the commands and what they do; `/help NAME` tells of one. No model is asked."""
+    """Lists the commands and their options; `/help NAME` describes one. No model is used."""
 
     command = "help"
 
     async def on_request(self, request: ChatRequest, ctx: Context) -> ChunkStream | None:
         commands = [*(about for about in ctx.agents if about.command is not None), _OF_THE_PROXY]
-        asked = (request.last_user_text.split() or [""])[0].removeprefix("/")
-        one = [about for about in commands if about.command == asked]
+        requested = (request.last_user_text.split() or [""])[0].removeprefix("/")
+        one = [about for about in commands if about.command == requested]
         lines = _entries(one) if one else _overview(commands, ctx.agents)
-        if asked and not one:
-            lines = [f"There is no command `/{asked[:40]}`.", "", *lines]
+        if requested and not one:
+            lines = [f"There is no command `/{requested[:40]}`.", "", *lines]
         return say("\n".join(lines).translate(_BRACKETS))
 
 
-_OF_THE_PROXY = About("agents", "agents", "Tells which agents run in this chat.", {}, running=False)
+_OF_THE_PROXY = About("agents", "agents", "Lists the agents that run in this chat.", {}, running=False)
 _BRACKETS = str.maketrans("<>", "[]")
-"""A chat UI takes the tags that an agent's description speaks of for markup: Open WebUI 0.12 begins a thought at
-`<think>`, be it in code or not."""
+"""Chat UIs interpret tags in an agent's description as markup: Open WebUI 0.12 starts a thought at `<think>`, even in
+code."""
 
 
 def _overview(commands: Sequence[About], agents: Sequence[About]) -> list[str]:
@@ -39,17 +39,17 @@ def _overview(commands: Sequence[About], agents: Sequence[About]) -> list[str]:
 
 
 def _entries(commands: Sequence[About]) -> list[str]:
-    """One item a command, its options below it. Markdown, which reads well as plain text, too."""
+    """One Markdown item per command, with its options below it."""
     lines = []
     for about in commands:
         on = " *(on in this chat)*" if about.running and about.command != Help.command else ""
         lines.append(f"- `/{about.command}` {about.description}{on}")
-        lines += [f"    - `{name}=` {words}" for name, words in about.options.items()]
+        lines += [f"    - `{name}=` {text}" for name, text in about.options.items()]
     return lines
 
 
 def _usage(commands: Sequence[About]) -> list[str]:
-    """How commands are written, shown with one that there is."""
+    """How to write commands, with an existing one as the example."""
     others = [about for about in commands if about.command != Help.command and about is not _OF_THE_PROXY]
     if not others:
         return ["No agent with a command is enabled."]
@@ -57,6 +57,6 @@ def _usage(commands: Sequence[About]) -> list[str]:
     name = with_option.command
     option = f" {next(iter(with_option.options))}=..." if with_option.options else ""
     return [
-        f"Write your message after it: `/{name}{option} Your question`. Several commands in a row work together.",
-        f"For the whole chat: `/{name} on`, and nothing else in the message; `/{name} off` ends it.",
+        f"Write your message after the command: `/{name}{option} Your question`. Several commands can be combined.",
+        f"For the whole chat: `/{name} on` as the whole message; `/{name} off` ends it.",
     ]

@@ -1,7 +1,7 @@
-"""The agent that keeps the background prompts of chat UIs away from the user's model.
+"""The agent `shield`, which keeps the background prompts of chat UIs away from the user's model.
 
-A chat UI asks for a title, tags and follow-ups with every answer: prompts of their own, at the same time as the chat.
-On the user's model they queue before the next question, evict it, or overwrite what it has computed of the chat so far.
+A chat UI requests a title, tags and follow-ups with every answer, with separate prompts concurrent to the chat. On the
+user's model they delay the next question, evict the model, or overwrite its prompt cache of the chat.
 """
 
 from __future__ import annotations
@@ -41,39 +41,44 @@ BEGINNINGS: dict[Kind, tuple[str, ...]] = {
     "autocomplete": (r"### Task:\s+You are an autocompletion system",),
     "emoji": (r"Your task is to reflect the speaker's likely facial expression",),
 }
-"""How the prompts of each kind begin, as the system prompt or as the user's text.
+"""Regular expressions for the beginnings of the prompts of each kind, in the system prompt or the user's text.
 
 Those without `### Task:` are titles of LibreChat, Chatbox, n8n, Lobe, Cherry Studio, big-AGI and Hugging Face's
 chat-ui, in this order, and queries of Cherry Studio and Perplexica; the others are Open WebUI's, 0.5 to 0.12. Its
-prompt for a question over documents begins with `### Task:` as well, and is the user's own.
+prompt for a question over documents begins with `### Task:` as well, but is a question of the user.
 """
 
 
 class Shield(Agent):
     """Sends the background prompts of chat UIs (titles, tags, follow-ups, search queries) to a small model, or to a
-    slot of their own, so that they neither evict the user's model nor spoil its cache.
+    slot of their own, so that they neither evict the user's model nor overwrite its cache.
 
-    A prompt is recognised by how the request begins, and by there being no answer before it. A text that quotes such a
-    prompt further on is the user's. The answer is relayed untouched. Agents with a command that the model has, or that
-    are switched on in the chat, are for what the user asks, and have no part in it: a title is not worth three models.
+    A background prompt is recognised by its beginning, in a chat without a previous answer; a user's text that quotes
+    one further on is not affected. The answer is relayed unchanged. Agents with a command, configured for the model or
+    switched on in the chat, do not run for background prompts, unless the operator runs them always.
     """
 
     class Config(Options):
-        """What may stand behind `shield` in the configuration."""
+        """The options of `shield` in the configuration."""
 
         model: str | None = Field(
-            default=None, description="A small model for them, best a pinned one; used if it fits beside the user's."
+            default=None,
+            description="A small model for them, preferably pinned; used if it fits in memory beside the user's.",
         )
         slot: int | None = Field(
             default=None,
             ge=0,
-            description="Else the slot of llama-server that they go to, best 0: chats get the last one first. The "
-            "model needs parallel >= 2.",
+            description="Otherwise the slot of llama-server for them, preferably 0, as chats get the last one first. "
+            "Requires a model with parallel >= 2.",
         )
-        kinds: list[Kind] = Field(default=list(BEGINNINGS), description="Which of them; by default all.")
-        patterns: list[str] = Field(default=[], description="Regular expressions for the beginnings of further ones.")
-        max_tokens: int | None = Field(default=None, ge=1, description="Most tokens of their answers.")
-        no_thinking: bool = Field(default=True, description="Models on llama.cpp answer them without thinking first.")
+        kinds: list[Kind] = Field(
+            default=list(BEGINNINGS), description="The kinds of prompts to handle; by default all."
+        )
+        patterns: list[str] = Field(
+            default=[], description="Regular expressions for the beginnings of further prompts."
+        )
+        max_tokens: int | None = Field(default=None, ge=1, description="Maximum number of tokens of their answers.")
+        no_thinking: bool = Field(default=True, description="Disable thinking for them in models on llama.cpp.")
 
         @field_validator("patterns")
         @classmethod
@@ -82,7 +87,7 @@ class Shield(Agent):
                 try:
                     re.compile(pattern)
                 except re.error as exc:
-                    raise ValueError(f"{pattern!r} is no regular expression: {exc}") from None
+                    raise ValueError(f"{pattern!r} is not a regular expression: {exc}") from None
             return patterns
 
     async def on_request(self, request: ChatRequest, ctx: Context) -> ChunkStream | None:
@@ -93,7 +98,7 @@ class Shield(Agent):
         if config.max_tokens is not None:
             _limit(request, config.max_tokens)
         if config.no_thinking and ctx.server == "llama.cpp":
-            _forbid_thinking(request)
+            _disable_thinking(request)
         if config.model is not None and await _fits(config.model, request.model, ctx):
             request.model = config.model
         elif config.slot is not None and ctx.server == "llama.cpp":
@@ -102,7 +107,7 @@ class Shield(Agent):
 
 
 def is_background(request: ChatRequest, config: Shield.Config) -> bool:
-    """Whether it is a chat UI that asks, on its own behalf."""
+    """Whether the request is a background prompt of a chat UI."""
     if any(message.get("role") not in ("system", "developer", "user") for message in request.messages):
         return False
     texts = [text.lstrip() for text in (request.last_user_text, request.system) if text]
@@ -110,19 +115,20 @@ def is_background(request: ChatRequest, config: Shield.Config) -> bool:
     return any(re.match(beginning, text) for text in texts for beginning in beginnings)
 
 
-async def _fits(small: str, asked: str, ctx: Context) -> bool:
-    return small != asked and len(await ctx.fitting([asked, small])) == 1
+async def _fits(small: str, requested: str, ctx: Context) -> bool:
+    """Whether both models can be loaded at the same time."""
+    return small != requested and len(await ctx.fitting([requested, small])) == 1
 
 
-def _limit(request: ChatRequest, most: int) -> None:
+def _limit(request: ChatRequest, max_tokens: int) -> None:
     given = [request.body[name] for name in ("max_tokens", "max_completion_tokens") if request.body.get(name)]
-    if not any(isinstance(limit, int) and limit <= most for limit in given):
+    if not any(isinstance(limit, int) and limit <= max_tokens for limit in given):
         for name in ("max_tokens", "max_completion_tokens"):
             request.body.pop(name, None)
-        request.body["max_tokens"] = most
+        request.body["max_tokens"] = max_tokens
 
 
-def _forbid_thinking(request: ChatRequest) -> None:
+def _disable_thinking(request: ChatRequest) -> None:
     given = request.body.get("chat_template_kwargs") or {}
     if isinstance(given, dict) and not request.is_text:
         request.body["chat_template_kwargs"] = {**given, "enable_thinking": False}

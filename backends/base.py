@@ -1,9 +1,9 @@
-"""What the rest of the program knows of whoever runs models: providers, the models they offer, and requests to those.
+"""The interface between the proxy and its backends: providers, the models they offer, and requests to those.
 
-A provider is one section of the configuration: the llama.cpp processes, the Ollama hosts, the remote servers. It finds
-models by name. A model answers for itself: which APIs its server takes as they are, how a request is opened, how it is
-loaded and unloaded, what is known about it. The class of either is never asked for. Bytes only: nothing in `backends`
-knows a chat, a dialect or an agent.
+A provider implements one section of the configuration: the llama.cpp processes, the Ollama hosts, the remote servers.
+It finds models by name. A model defines which APIs its server supports, how a request is sent, how it is loaded and
+unloaded, and what is known about it. Callers never check the class of either. Backends transfer bytes: nothing in
+`backends` depends on chats, dialects or agents.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ Json = dict[str, Any]
 
 
 class Priority(IntEnum):
-    """The class of a request, for whoever schedules it; a lower value is served first."""
+    """The class of a request for the scheduler; a lower value is served first."""
 
     PERSON = 0
     TASK = 1  # a background prompt of a chat UI
-    HELPER = 2  # a question that an agent asks
+    HELPER = 2  # a side call of an agent
     BATCH = 3
 
 
 class Feature(StrEnum):
-    """What a model's server, or its provider, can do beyond generating."""
+    """Capabilities of a model's server or provider beyond generating."""
 
-    LOADING = "loading"  # the proxy can have the model loaded and unloaded
+    LOADING = "loading"  # the proxy can load and unload the model
     TOKENS = "tokens"  # /tokenize, /detokenize and /apply-template of llama-server
 
 
@@ -44,11 +44,11 @@ class Feature(StrEnum):
 class UpstreamRequest:
     """One HTTP request to a model's server.
 
-    `path` includes the query string. `headers` are complete but for `Host`, `Content-Length` and credentials, which the
-    connection adds. `slot`: the request generates, and so occupies one of the server's parallel slots; otherwise it is
-    a question (`/props`, `/tokenize`). Without `wait`, a request that would have to wait until its model is loaded or
-    has a free slot fails at once (`Overloaded`, code `no_slot_now`). `client` identifies who asks, empty if unknown.
-    `prepared` is what the model's `prepare` returned for this request.
+    `path` includes the query string. `headers` are complete except for `Host`, `Content-Length` and credentials, which
+    the connection adds. `slot`: the request generates, and occupies one of the server's parallel slots; `/props` or
+    `/tokenize` do not. Without `wait`, a request that would have to wait for its model to load or for a free slot fails
+    at once (`Overloaded`, code `no_slot_now`). `client` identifies the client, empty if unknown. `prepared` is the
+    result of the model's `prepare` for this request.
     """
 
     method: str
@@ -64,7 +64,7 @@ class UpstreamRequest:
 
 @dataclass(frozen=True, slots=True)
 class ModelState:
-    """`value` is `loaded`, `loading` or `unloaded`; `error` is why the last start failed, if it did."""
+    """`value` is `loaded`, `loading` or `unloaded`; `error` is the failure of the last start, if any."""
 
     value: str
     error: str | None = None
@@ -74,8 +74,8 @@ class ModelState:
 class Residence:
     """A loaded model in memory.
 
-    `expires_at`: seconds since 1970 when it is unloaded unless it is used, infinity for never. `size_vram`: bytes on
-    GPUs, 0 if unknown. `context_length`: tokens that one request may have, 0 if unknown.
+    `expires_at`: time of unloading if it is not used, in seconds since 1970, infinity for never. `size_vram`: bytes on
+    GPUs, 0 if unknown. `context_length`: maximum tokens of one request, 0 if unknown.
     """
 
     expires_at: float
@@ -89,9 +89,9 @@ class Residence:
 class ModelInfo:
     """What is known of a model without loading it; everything but `name` may be unknown (empty, 0).
 
-    `digest` has 64 hexadecimal digits; `modified` counts seconds since 1970; `capabilities` are named as by Ollama;
-    `metadata` has GGUF's names, and an array too long to keep is empty there; `num_ctx` is how many tokens the
-    configuration gives one request, 0 if it does not say.
+    `digest` has 64 hexadecimal digits; `modified` is in seconds since 1970; `capabilities` have Ollama's names;
+    `metadata` has GGUF's names, with long arrays replaced by empty ones; `num_ctx` is the configured number of tokens
+    per request, 0 if not configured.
     """
 
     name: str
@@ -110,10 +110,10 @@ class ModelInfo:
 class Model(Protocol):
     """One model of a provider.
 
-    `name` is the id by which its server knows it, `kind` who runs it (`llama.cpp`, `ollama`, `remote`, ...; agents see
-    it), `owner` what model lists show for that. `speaks` are the APIs that its server takes as they are: `openai`,
-    `responses`, `anthropic`, `ollama`, and `native` for llama-server's own. `codec` names the API (see
-    `proxy.dialects.UPSTREAM_CODECS`) in which it is asked on behalf of clients of any other one.
+    `name` is its id on its server, `kind` the kind of server (`llama.cpp`, `ollama`, `remote`, ...; visible to agents),
+    `owner` the owner in model lists. `speaks` are the APIs that its server supports: `openai`, `responses`,
+    `anthropic`, `ollama`, and `native` for llama-server's own. `codec` is the API used for clients of any other API
+    (see `proxy.dialects.UPSTREAM_CODECS`).
     """
 
     @property
@@ -135,49 +135,49 @@ class Model(Protocol):
         """From memory, at once."""
 
     def open(self, request: UpstreamRequest) -> AbstractAsyncContextManager[UpstreamResponse]:
-        """Find or start the server, send `request`, and yield the response once its headers are in. Leaving the context
-        gives everything back, at once, however it is left.
+        """Find or start the server, send `request`, and yield the response once its headers are received. Leaving the
+        context releases everything at once.
 
         Raises: `Overloaded`, `StartFailed`, `UpstreamFailed`, `ModelNotFound`.
         """
 
     def prepare(self, body: Json) -> object:
-        """Adapt the parsed body of a request, in the API of `codec` or one of `speaks`, to what its server is best
-        asked (Ollama's `num_ctx`); the return value goes into `UpstreamRequest.prepared`. Raises: `BadRequest`."""
+        """Adapt the parsed body of a request, in the API of `codec` or one of `speaks`, for the server (Ollama's
+        `num_ctx`). The result is to be passed in `UpstreamRequest.prepared`. Raises: `BadRequest`."""
 
     async def load(self, *, wait: bool = True) -> None:
-        """Have it loaded; without `wait` return as soon as that has begun, where the server allows it. Nothing where
-        `LOADING` is not among the features. Raises: as `open`."""
+        """Load the model; without `wait`, return as soon as loading has begun, if the server supports that. No effect
+        without the feature `LOADING`. Raises: as `open`."""
 
     async def unload(self) -> None:
-        """Free its memory once its answers are complete; an idle one has stopped when this returns."""
+        """Unload the model once its answers are complete; if it is idle, before this returns."""
 
     def keep_loaded(self, seconds: float) -> None:
-        """Stay loaded that long when idle (0 not at all, infinity for ever), until the process ends. May do nothing."""
+        """Set how long it stays loaded when idle (0: not at all, infinity: forever). Servers may ignore it."""
 
     async def delete(self, headers: Sequence[tuple[str, str]]) -> None:
-        """Remove its files; `headers` are those of the client's request, for a server of somebody else. Raises:
-        `BadRequest` for what is configured or cannot be deleted, `UpstreamRefused`."""
+        """Delete its files; `headers` are the client's, for an external server. Raises: `BadRequest` if it is
+        configured or cannot be deleted, `UpstreamRefused`."""
 
     async def info(self) -> ModelInfo:
-        """What is known of it, from its file or from what its server lists."""
+        """What is known about it, from its file or its server's listing."""
 
     async def residence(self) -> Residence | None:
-        """None when it is not loaded, or its server does not say."""
+        """None if it is not loaded, or if that is unknown."""
 
 
 @dataclass(slots=True)
 class ProviderStatus:
-    """For operators, as `/health` shows it: `instances` are processes of ours, `servers` those of others; an entry with
-    the key `error` makes that a problem."""
+    """Status for operators, in `/health`: `instances` are the proxy's own processes, `servers` external ones; an entry
+    with the key `error` has failed."""
 
     instances: list[Json] = field(default_factory=list)
     servers: list[Json] = field(default_factory=list)
 
 
 class Management(Protocol):
-    """The endpoints of a server of somebody else that change which models it holds, for one API (Ollama's `/api/copy`,
-    `/api/create`, `/api/blobs` ...). `url`, `headers` and `timeouts` are for a client of their own (uploads)."""
+    """The model management endpoints of an external server, for one API (Ollama's `/api/copy`, `/api/create`,
+    `/api/blobs` ...). `url`, `headers` and `timeouts` are for separate HTTP clients (uploads)."""
 
     @property
     def url(self) -> str: ...
@@ -187,67 +187,67 @@ class Management(Protocol):
     def timeouts(self) -> Timeouts: ...
     def open(self, request: UpstreamRequest) -> AbstractAsyncContextManager[UpstreamResponse]: ...
     def changed(self) -> None:
-        """What it lists may differ from now on."""
+        """Invalidate its listings."""
 
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """What providers share: the downloads under way, and the pool of server processes."""
+    """Shared by all providers: the downloads in progress, and the pool of server processes."""
 
     downloads: Downloads
     pool: Pool
 
 
 class Provider(Protocol):
-    """One source of models. Methods that are no coroutines answer from memory at once, and have what is old asked for
-    in the background."""
+    """One source of models. Methods that are not coroutines answer from memory, and refresh stale data in the
+    background."""
 
     section: ClassVar[str]
     """Its key in the configuration."""
     Config: ClassVar[Any]
-    """The type of what may stand under that key, for pydantic: a model, or a mapping of some."""
+    """The pydantic type of the value under that key: a model, or a mapping of models."""
 
     @classmethod
     def create(cls, config: configuration.Config, services: Services) -> Provider | None:
-        """The provider for a whole configuration; None if that does not use it."""
+        """The provider for a configuration; None if that does not use it."""
 
     async def start(self) -> None:
-        """Begin: clear away leftovers, preload, learn what servers offer. Returns soon."""
+        """Clean up leftovers, preload models, start listing servers. Returns soon."""
 
     async def close(self) -> None:
-        """End everything it has begun; may be called again."""
+        """Stop everything it has started; may be called repeatedly."""
 
     async def listed(self) -> None:
-        """Return once it has learned, or failed to learn, what there is since the start."""
+        """Return once the first listing has ended, whether it succeeded or not."""
 
     def models(self) -> Sequence[Model]:
-        """All it offers."""
+        """All of its models."""
 
     def known(self, name: str, *, pull: bool = True) -> Model | None:
-        """The model of that name, as far as memory goes. Without `pull`, no request to it has it fetched."""
+        """The model of that name, from memory. Without `pull`, requests to it do not download it."""
 
     async def find(self, name: str, *, pull: bool) -> Model | None:
-        """The same after looking again. With `pull`, also one that would be fetched at its first request."""
+        """As `known`, after a refresh. With `pull`, also a model that its first request would download."""
 
     def missing(self, name: str) -> ProxyError | None:
-        """Why it cannot say whether it has the model, if it cannot."""
+        """Why it is unknown whether it has the model; None if that is known."""
 
     @property
     def default(self) -> Model | None:
-        """The model that a request means which names none."""
+        """The model for requests that name none."""
 
     def can_download(self, name: str) -> bool:
-        """Whether a download of `name` is its business."""
+        """Whether it is responsible for downloads of `name`."""
 
     async def download(self, name: str, headers: Sequence[tuple[str, str]]) -> Download | None:
-        """The download that makes `name` available, the one under way or a new one; None if it is there. Raises:
-        `BadRequest`, `ModelNotFound`."""
+        """The download of `name`, in progress or new; None if it is already available. Raises: `BadRequest`,
+        `ModelNotFound`."""
 
     async def fitting(self, models: Sequence[str]) -> list[list[str]]:
-        """`models` of its own, by name, in groups that can be loaded at one time; first those that are loaded."""
+        """The names of its `models` in groups that can be loaded at the same time; loaded ones first."""
 
     async def management(self, api: str, model: str | None) -> Management | None:
-        """Where requests go that manage the models of an API; of the server that has `model`, if one is named."""
+        """The management endpoints for an API; of the server that has `model`, if it is given."""
 
     def status(self) -> ProviderStatus: ...
 

@@ -1,10 +1,10 @@
-"""Which names mean one model."""
+"""Equality of model names."""
 
 from __future__ import annotations
 
 
 def key_of(name: str) -> str:
-    """What two names of one model have in common, as Ollama sees it: the tag may be left out if it is `latest`, so may
-    the registry and the user if they are Ollama's own, and case does not matter."""
+    """The canonical form of a name by Ollama's rules: case-insensitive; the tag `latest`, Ollama's own registry and its
+    user `library` are optional."""
     key = name.lower().removeprefix("registry.ollama.ai/").removeprefix("library/")
     return key if ":" in key.rpartition("/")[2] else f"{key}:latest"

@@ -1,4 +1,4 @@
-"""Servers somebody else runs: any OpenAI-compatible API, reached by the same relay; and what all such servers share."""
+"""Remote OpenAI-compatible servers, and the code shared by all backends for external servers."""
 
 from __future__ import annotations
 
@@ -30,15 +30,14 @@ from llama_smart_proxy.proxy.errors import BadRequest, UpstreamFailed
 logger = logging.getLogger(__name__)
 
 OUR_VIA = f"1.1 llama-smart-proxy-{secrets.token_hex(4)}"
-"""The `Via` of all we send to servers of others, another one in each run: a request that comes back to us with it went
-round in a circle."""
+"""The `Via` header of requests to external servers, unique per run: a request that returns with it has looped."""
 
 LISTING_TIMEOUT_S = 5.0
 LISTING_FRESH_S = 60.0
-"""How old the list of a remote's models may be before it is fetched anew, in the background."""
+"""Age in seconds from which a remote's list of models is refreshed in the background."""
 
 LISTING_PAUSE_S = 2.0
-"""Least time between two listings that requests for unknown models cause, and after one that failed."""
+"""Minimum interval in seconds between listings for unknown models, and after a failed one."""
 
 
 def connections_to(url: str, config: UpstreamConfig, *, idle_timeout_s: float | None = None) -> ConnectionPool:
@@ -61,10 +60,11 @@ def credentials(config: UpstreamConfig) -> list[tuple[str, str]]:
 
 
 class Listing:
-    """What `GET path` of a server says, asked in the background whenever it is old: one question at a time.
+    """The cached answer to `GET path` of a server, refreshed in the background when it is stale, by one task at a time.
 
-    `take` gets each answer, parsed; it raises ValueError, KeyError or TypeError for one of another shape. `error` says
-    why the last question got no answer. `heard_at` is when the last one that did was sent, on the event loop's clock.
+    `on_answer` gets each parsed answer; it raises ValueError, KeyError or TypeError for an invalid one. `error` is the
+    failure of the last request, None if it succeeded. `updated_at` is when the last successful request was sent, on the
+    event loop's clock.
     """
 
     def __init__(
@@ -72,44 +72,44 @@ class Listing:
         owner: str,
         connections: ConnectionPool,
         path: str,
-        take: Callable[[Any], None],
+        on_answer: Callable[[Any], None],
         *,
-        fresh_s: float,
+        max_age_s: float,
         timeout_s: float = LISTING_TIMEOUT_S,
         log_level: int = logging.WARNING,
     ) -> None:
         self.error: str | None = None
-        self.heard_at = -math.inf
+        self.updated_at = -math.inf
         self._owner = owner
         self._connections = connections
         self._path = path
-        self._take = take
-        self._fresh_s = fresh_s
+        self._on_answer = on_answer
+        self._max_age_s = max_age_s
         self._timeout_s = timeout_s
         self._log_level = log_level
-        self._known_at = -math.inf
-        self._outdated_at = -math.inf
+        self._checked_at = -math.inf
+        self._invalidated_at = -math.inf
         self._task: asyncio.Task[None] | None = None
 
     def refresh(self) -> None:
-        """Ask in the background if the answer is old or outdated, or if there was none."""
-        fresh_s = self._fresh_s if self.error is None else LISTING_PAUSE_S
-        if self._known_at <= self._limit(fresh_s):
-            self._ask()
+        """Refresh in the background if the answer is stale or invalidated, or there is none."""
+        max_age_s = self._max_age_s if self.error is None else LISTING_PAUSE_S
+        if self._checked_at <= self._required_since(max_age_s):
+            self._start_fetch()
 
-    async def younger_than(self, age_s: float) -> None:
-        """Return once the server was asked less than `age_s` seconds before this call (infinite: ever), with or without
-        an answer. Whoever waits may leave: the question is asked to its end."""
-        limit = self._limit(age_s)
-        while self._known_at <= limit:
-            await asyncio.shield(self._ask())
+    async def wait_fresh(self, max_age_s: float) -> None:
+        """Return once a request newer than `max_age_s` seconds before this call (infinity: any) has ended, whether it
+        succeeded or not. Cancelling the caller does not cancel the request."""
+        limit = self._required_since(max_age_s)
+        while self._checked_at <= limit:
+            await asyncio.shield(self._start_fetch())
 
-    def outdated(self) -> None:
-        """From now on the server would say something else."""
-        self._outdated_at = asyncio.get_running_loop().time()
+    def invalidate(self) -> None:
+        """Mark the answer as stale."""
+        self._invalidated_at = asyncio.get_running_loop().time()
 
     def fail(self, error: str) -> None:
-        """The server is known not to answer, if only until it is asked again."""
+        """Record a failure of the server, until the next request."""
         if error != self.error:
             logger.log(self._log_level, "%s: %s", self._owner, error)
         self.error = error
@@ -119,13 +119,13 @@ class Listing:
             self._task.cancel()
             await asyncio.wait([self._task])
 
-    def _limit(self, age_s: float) -> float:
-        """When the server must have been asked at the latest, or it has to be asked anew."""
-        return max(asyncio.get_running_loop().time() - age_s, self._outdated_at)
+    def _required_since(self, max_age_s: float) -> float:
+        """The time that the last request must be newer than, or a new one is required."""
+        return max(asyncio.get_running_loop().time() - max_age_s, self._invalidated_at)
 
-    def _ask(self) -> asyncio.Task[None]:
+    def _start_fetch(self) -> asyncio.Task[None]:
         if self._task is None or self._task.done():
-            # One task at most, held here and ended by close().
+            # At most one task; close() ends it.
             self._task = asyncio.get_running_loop().create_task(self._fetch(), name=f"{self._owner}: {self._path}")
         return self._task
 
@@ -135,21 +135,21 @@ class Listing:
             status, body = await self._connections.fetch(UpstreamRequest("GET", self._path), timeout_s=self._timeout_s)
             if status != 200:
                 raise UpstreamFailed(f"GET {self._path} answered {status}")
-            self._take(orjson.loads(body))
+            self._on_answer(orjson.loads(body))
             self.error = None
-            self.heard_at = self._known_at = sent_at
+            self.updated_at = self._checked_at = sent_at
             return
         except UpstreamFailed as exc:
             self.fail(exc.message)
         except (ValueError, KeyError, TypeError):
-            self.fail(f"GET {self._path} did not answer what it should")
-        self._known_at = asyncio.get_running_loop().time()
+            self.fail(f"GET {self._path} returned an invalid answer")
+        self._checked_at = asyncio.get_running_loop().time()
 
 
 class Remote:
-    """One remote server: its connections, and the names of the models it offers.
+    """One remote server: its connections, and the names of its models.
 
-    `models` answers from memory at once; a server that is down keeps the list it last gave.
+    `models` answers from memory; while the server is down, it keeps its last list.
     """
 
     def __init__(self, name: str, config: RemoteConfig) -> None:
@@ -158,46 +158,46 @@ class Remote:
         self._fixed = config.models is not None
         self._models: tuple[str, ...] = tuple(config.models or ())
         self._listing = Listing(
-            f"remote {name}", self.connections, "/v1/models", self._take_models, fresh_s=LISTING_FRESH_S
+            f"remote {name}", self.connections, "/v1/models", self._set_models, max_age_s=LISTING_FRESH_S
         )
 
     @property
     def error(self) -> str | None:
-        """Why the models could not be listed the last time."""
+        """Why the last listing failed; None if it succeeded."""
         return self._listing.error
 
     @property
     def models(self) -> tuple[str, ...]:
-        """The model ids known now; asks the server again in the background when they are old."""
+        """The known model ids; refreshed in the background when stale."""
         self.begin_listing()
         return self._models
 
     def begin_listing(self) -> None:
-        """Have the list of models fetched if it is old and not given by the configuration."""
+        """Refresh the list of models in the background if it is stale and not configured."""
         if not self._fixed:
             self._listing.refresh()
 
     async def listed(self) -> None:
-        """Return once the server has been asked for its models since the start, with or without an answer."""
+        """Return once the first listing has ended, whether it succeeded or not."""
         if not self._fixed:
-            await self._listing.younger_than(math.inf)
+            await self._listing.wait_fresh(math.inf)
 
     async def find(self, model: str) -> bool:
-        """Whether the server has `model`, asking it if memory says no and was not refreshed just now."""
+        """Whether the server has `model`; refreshes the list if the model is unknown."""
         if model not in self._models and not self._fixed:
-            await self._listing.younger_than(LISTING_PAUSE_S)
+            await self._listing.wait_fresh(LISTING_PAUSE_S)
         return model in self._models
 
     async def close(self) -> None:
         self.connections.close("the proxy is shutting down", code="shutting_down")
         await self._listing.close()
 
-    def _take_models(self, answer: Any) -> None:
+    def _set_models(self, answer: Any) -> None:
         self._models = tuple(str(item["id"]) for item in answer["data"])
 
 
 class RemoteModel:
-    """`Model` for one of a remote server, which loads its models itself."""
+    """`Model` on a remote server, which loads its models itself."""
 
     kind: ClassVar[str] = "remote"
     codec: ClassVar[str] = "openai"
@@ -215,16 +215,16 @@ class RemoteModel:
         return self._connections.request(request)
 
     def prepare(self, body: Json) -> None:
-        """Nothing is known of the server that would call for it."""
+        """No effect."""
 
     async def load(self, *, wait: bool = True) -> None:
-        """Nothing."""
+        """No effect."""
 
     async def unload(self) -> None:
-        """Nothing."""
+        """No effect."""
 
     def keep_loaded(self, seconds: float) -> None:
-        """Nothing."""
+        """No effect."""
 
     async def delete(self, headers: Sequence[tuple[str, str]]) -> None:
         raise BadRequest(f"model {self.name!r} is part of this proxy's configuration; remove it there")
@@ -233,12 +233,12 @@ class RemoteModel:
         return ModelInfo(self.name)
 
     async def residence(self) -> None:
-        """Nothing is known of it."""
+        """None: unknown."""
 
 
 class Remotes:
-    """`Provider` of the models of all remotes, in the order of the configuration, by their own names and as
-    `remote/model`; own names count first."""
+    """`Provider` of the models of all remotes, in the order of the configuration, by model name and as `remote/model`;
+    plain model names take precedence."""
 
     section: ClassVar[str] = "remotes"
     Config: ClassVar[Any] = dict[str, RemoteConfig]
@@ -265,12 +265,12 @@ class Remotes:
         return [RemoteModel(remote, model) for remote in self._remotes for model in remote.models]
 
     def known(self, name: str, *, pull: bool = True) -> RemoteModel | None:
-        spelled = [(remote, name) for remote in self._remotes]
-        spelled += [(remote, name.removeprefix(f"{remote.name}/")) for remote in self._remotes]
-        return next((RemoteModel(remote, model) for remote, model in spelled if model in remote.models), None)
+        candidates = [(remote, name) for remote in self._remotes]
+        candidates += [(remote, name.removeprefix(f"{remote.name}/")) for remote in self._remotes]
+        return next((RemoteModel(remote, model) for remote, model in candidates if model in remote.models), None)
 
     async def find(self, name: str, *, pull: bool) -> RemoteModel | None:
-        """A remote that the name begins with is asked first, so that no other one delays the answer."""
+        """Tries a remote named in the prefix first, so that no other one delays the answer."""
         for remote in sorted(self._remotes, key=lambda remote: not name.startswith(f"{remote.name}/")):
             for model in dict.fromkeys((name.removeprefix(f"{remote.name}/"), name)):
                 if await remote.find(model):
@@ -278,24 +278,24 @@ class Remotes:
         return None
 
     def missing(self, name: str) -> None:
-        """Nothing: a remote that is down has what it last listed."""
+        """None: a remote that is down keeps its last list."""
 
     @property
     def default(self) -> None:
-        """None: which of them is meant must be named."""
+        """None: the model must be named."""
 
     def can_download(self, name: str) -> bool:
         return False
 
     async def download(self, name: str, headers: Sequence[tuple[str, str]]) -> None:
-        """Nothing: `can_download` nothing."""
+        """None: `can_download` is always False."""
 
     async def fitting(self, models: Sequence[str]) -> list[list[str]]:
-        """One group: their servers load them themselves."""
+        """One group: the servers manage their memory themselves."""
         return [list(models)]
 
     async def management(self, api: str, model: str | None) -> None:
-        """Nothing: their servers hold what they like."""
+        """None: remote servers are not managed."""
 
     def status(self) -> ProviderStatus:
         return ProviderStatus(

@@ -1,4 +1,4 @@
-"""Blocking calls, off the event loop."""
+"""Runs blocking calls outside of the event loop."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from llama_smart_proxy.proxy.errors import StartFailed
 T = TypeVar("T")
 
 
-async def in_thread(call: Callable[[], T]) -> T:
-    """The result of `call()`, made in a daemon thread of its own.
+async def run_in_thread(call: Callable[[], T]) -> T:
+    """The result of `call()`, run in a new daemon thread.
 
-    Not an executor: its threads are joined at exit, and a download of many gigabytes would hold that up; nor could it
-    block calls of others there. When the caller is cancelled the call goes on, unheard.
+    Not in an executor: its threads are joined at exit, which a large download would delay, and long calls would block
+    others in its queue. If the caller is cancelled, the call continues, and its result is dropped.
 
-    Raises: what `call` raises; `StartFailed` (code `spawn_failed`) when there can be no more threads.
+    Raises: what `call` raises; `StartFailed` (code `spawn_failed`) if no thread can be started.
     """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
@@ -36,7 +36,7 @@ async def in_thread(call: Callable[[], T]) -> T:
         result, error = None, None
         try:
             result = call()
-        except BaseException as exc:  # the border to the thread: all of it goes to the caller
+        except BaseException as exc:  # re-raised in the caller
             error = exc
         with suppress(RuntimeError):  # the loop is closed
             loop.call_soon_threadsafe(settle, result, error)

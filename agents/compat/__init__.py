@@ -1,9 +1,9 @@
-"""Plugins of the two projects that this one replaces, run as agents. No agent itself.
+"""Runs plugins of the two replaced projects as agents. This module is not an agent itself.
 
 ollama-smart-proxy's are classes derived from `BaseAgent`, with coroutines `on_request` and `on_response`;
-llama-smart-proxy's have plain functions `process_request` and `process_response`. Each is called by a command, as it
-was there. The parts: `standins` (what such a plugin imports), `adapter` (the class that runs its hooks), `views` (what
-these see of a chat, and what becomes of their edits).
+llama-smart-proxy's have plain functions `process_request` and `process_response`. Each is called by a command, as
+before. The parts: `standins` (the modules such a plugin imports), `adapter` (the agent that runs its hooks), `views`
+(the hooks' view of a chat, and applying their edits).
 """
 
 from __future__ import annotations

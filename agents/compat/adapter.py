@@ -1,4 +1,4 @@
-"""A plugin of the replaced projects as an agent."""
+"""Adapts a plugin of the replaced projects to the agent interface."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from llama_smart_proxy.agents.compat.views import OllamaView, OpenAIView, View, 
 from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, ChunkStream, Fold, Json, Reply
 from llama_smart_proxy.proxy.errors import UpstreamFailed
 
-AT_ONCE = 16
-"""Most threads of one plugin. One that hangs keeps its place: nothing in Python can end it."""
-LONGEST = 64 * 2**20
-"""About the most bytes of an answer that is collected."""
+MAX_THREADS = 16
+"""Maximum number of threads of one plugin. A thread that hangs stays: Python cannot end it."""
+ANSWER_LIMIT = 64 * 2**20
+"""Approximate maximum size in bytes of an answer that is collected."""
 _VIEW = "view"
 
 
 class Misfit(Exception):
-    """What is wrong with a plugin of the replaced projects; the message is for the operator."""
+    """A plugin of the replaced projects cannot be used; the message is for the operator."""
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """One of the two forms: what its hooks are called, and what they get."""
+    """One of the two plugin interfaces: the names of its hooks, and their view of a chat."""
 
     request: str
     response: str
@@ -56,32 +56,32 @@ def manifest(folder: Path) -> Json | None:
 
 
 def adapted(classes: Collection[type], path: Path) -> list[type[Agent]]:
-    """The plugin among `classes`, which are those that the file or folder `path` defines, as an agent; none if none of
-    them has the hooks of one. Its one object is made here.
+    """The plugin among `classes`, which the file or folder `path` defines, as an agent; empty if none of them has the
+    hooks of a plugin. Its only object is created here.
 
     Raises: Misfit; any exception of the plugin's constructor.
     """
     for form in FORMS:
         found = [cls for cls in classes if _is_plugin(cls, form)]
         if len(found) > 1:  # one of the projects had the class named after its folder
-            wanted = _name_of(path).replace("_", "").lower()
-            found = [cls for cls in found if cls.__name__.lower() == wanted] or found
+            expected = _name_of(path).replace("_", "").lower()
+            found = [cls for cls in found if cls.__name__.lower() == expected] or found
         if len(found) > 1:
-            raise Misfit(f"holds several plugins ({', '.join(sorted(cls.__name__ for cls in found))}); keep one")
+            raise Misfit(f"contains several plugins ({', '.join(sorted(cls.__name__ for cls in found))}); keep one")
         if found:
             return [_agent_of(found[0], form, path)]
     return []
 
 
 class _Plugin(Agent):
-    """One whose hooks run as they did in the project they were made for."""
+    """Runs the hooks of a plugin as in its original project."""
 
     plugin: ClassVar[Any]
     form: ClassVar[Form]
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self._room = asyncio.Semaphore(AT_ONCE)
+        self._threads = asyncio.Semaphore(MAX_THREADS)
 
     async def on_request(self, request: ChatRequest, ctx: Context) -> ChunkStream | None:
         view = ctx.state[_VIEW] = self.form.view(request, ctx)
@@ -90,7 +90,7 @@ class _Plugin(Agent):
         return view.take(await self._run(self.form.request, view.shown))
 
     async def _run(self, name: str, *args: Json) -> Any:
-        """What the hook returns. A plain function runs in a thread: it may block, and others must not wait for it."""
+        """The result of the hook. A plain function runs in a thread, as it may block."""
         hook = getattr(self.plugin, name)
         if inspect.iscoroutinefunction(hook):
             return await hook(*args)
@@ -98,13 +98,13 @@ class _Plugin(Agent):
         return await result if inspect.isawaitable(result) else result
 
     async def _in_thread(self, hook: Callable[..., Any], args: tuple[Json, ...]) -> Any:
-        """A daemon thread for each call: those of an executor are joined at exit, which one that hangs would hold up.
-        When the request ends before the call does, the call goes on, and its result is dropped."""
+        """Run the hook in a daemon thread. Not in an executor: its threads are joined at exit, so that one that hangs
+        would block the exit. If the request ends first, the call continues, and its result is dropped."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
 
         def settle(result: Any, error: BaseException | None) -> None:
-            self._room.release()
+            self._threads.release()
             if future.done():
                 return
             if error is not None:
@@ -116,29 +116,29 @@ class _Plugin(Agent):
             result, error = None, None
             try:
                 result = hook(*args)
-            except BaseException as exc:  # the border to the thread: all of it goes to the request
+            except BaseException as exc:  # re-raised in the request
                 error = exc
             with suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(settle, result, error)
 
-        await self._room.acquire()
+        await self._threads.acquire()
         try:
             threading.Thread(target=run, daemon=True, name=f"plugin {self.plugin.__class__.__name__}").start()
         except RuntimeError:
-            self._room.release()
+            self._threads.release()
             raise
         return await future
 
 
 class _RewritingPlugin(_Plugin):
-    """One that sees answers, too: whole, and so there is nothing to stream before the answer is complete."""
+    """A plugin with a response hook. It gets the whole answer, so nothing is streamed before that is complete."""
 
     async def on_response(self, stream: ChunkStream, ctx: Context) -> AsyncIterator[Chunk]:
         chunks, whole, size = [], Fold(), 0
         async for chunk in stream:
             size += chunk.size
-            if size > LONGEST:
-                raise UpstreamFailed(f"the answer is over {LONGEST // 2**20} MiB", code="upstream_error")
+            if size > ANSWER_LIMIT:
+                raise UpstreamFailed(f"the answer is over {ANSWER_LIMIT // 2**20} MiB", code="upstream_error")
             whole.add(chunk.seen)
             chunks.append(chunk)
         reply, view = Reply(whole.completion()), ctx.state[_VIEW]
@@ -148,7 +148,7 @@ class _RewritingPlugin(_Plugin):
         args = (view.shown, answer) if _takes_two(hook) else (answer,)
         returned = await self._run(self.form.response, *args)
         texts, added = edits(answer if returned is None else returned, reply, given)
-        json.dumps(added)  # what cannot be sent is this plugin's failure
+        json.dumps(added)  # raises here, as a failure of the plugin, if it cannot be sent
         for chunk in rewritten(chunks, texts, added):
             yield chunk
 
@@ -162,8 +162,8 @@ def _agent_of(cls: type, form: Form, path: Path) -> type[Agent]:
     base = _RewritingPlugin if _overrides(cls, form.response) else _Plugin
     text = described if isinstance(described, str) else cls.__doc__ or ""
     fields = {"plugin": plugin, "form": form, "command": name.lower(), "__doc__": text}
-    made: type[Agent] = type(cls.__name__, (base,), fields)
-    return made
+    agent: type[Agent] = type(cls.__name__, (base,), fields)
+    return agent
 
 
 def _name_of(path: Path) -> str:
@@ -176,7 +176,7 @@ def _is_plugin(cls: type, form: Form) -> bool:
 
 
 def _overrides(cls: type, hook: str) -> bool:
-    """Whether the class has this hook, other than from the stand-in of its base class."""
+    """Whether the class defines this hook, other than by the stand-in for its base class."""
     return callable(getattr(cls, hook, None)) and getattr(cls, hook) is not getattr(BaseAgent, hook, None)
 
 

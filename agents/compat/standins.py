@@ -1,4 +1,4 @@
-"""Modules that plugins of the replaced projects import, present for as long as one is imported."""
+"""Stand-ins for modules that plugins of the replaced projects import, available during an import only."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from types import ModuleType
 from typing import Any
 
 BASE_AGENT = ("src.shared.base_agent", "shared.base_agent")
-"""Where that project had its base class: the folder `src` was on its path, too."""
+"""The modules of that project's base class: the folder `src` was on its path, too."""
 PLUGINS = ("plugins", "src.plugins")
-"""The packages in which a plugin found modules of its own."""
+"""The packages under which a plugin imported its own modules."""
 _PACKAGES = {"src", "src.shared", "shared", *PLUGINS}
 
 
 class BaseAgent:
-    """In place of ollama-smart-proxy's class of this name. A hook that is not overridden does not run."""
+    """Stand-in for ollama-smart-proxy's class of this name. A hook that is not overridden does not run."""
 
     async def on_request(self, request: dict[str, Any]) -> dict[str, Any]:
         """Changes nothing."""
@@ -33,14 +33,14 @@ class BaseAgent:
 
 @contextmanager
 def standing_in(path: Path | None) -> Iterator[None]:
-    """Within, `src.shared.base_agent` can be imported, and modules of the plugin in the folder `path` as
+    """Within the context, `src.shared.base_agent` can be imported, and modules of the plugin in the folder `path` as
     `plugins.NAME.MODULE`; a real module of such a name takes precedence. Afterwards the stand-ins, and what was
     imported from them, are gone from `sys.modules`, so that they hide no module of these names."""
     if path is None:
         yield
         return
     finder = _Finder(path)
-    sys.meta_path.append(finder)  # behind those that find real modules
+    sys.meta_path.append(finder)  # after the finders of real modules
     try:
         yield
     finally:
@@ -51,8 +51,8 @@ def standing_in(path: Path | None) -> Iterator[None]:
 
 
 class _Finder(MetaPathFinder, Loader):
-    """Finds the stand-ins for the plugin at `path`, and loads the one with the base class. `found` are the names that
-    it was asked for and has."""
+    """Finds the stand-ins for the plugin at `path`, and loads the one with the base class. `found` lists the names it
+    has found."""
 
     def __init__(self, path: Path) -> None:
         self.found: list[str] = []

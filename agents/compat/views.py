@@ -1,4 +1,4 @@
-"""What plugins of the replaced projects see of a chat, and what becomes of their edits."""
+"""The views of a chat for plugins of the replaced projects, and applying their edits."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from llama_smart_proxy.proxy.dialects.ollama.fields import restore_spelling
 from llama_smart_proxy.proxy.errors import BadRequest
 
 ANSWERS = ("message", "response", "choices")
-"""Keys that hold an answer, the first one that is changed counts."""
+"""Keys of an answer; the first one that is changed is used."""
 
 
 class View(Protocol):
-    """One request and its answer, as the hooks of one form get them.
+    """One request and its answer, in the format of one plugin interface.
 
-    `shown` is what the request hook gets; behind it, what it returned.
+    `shown` is the argument of the request hook; after the hook, its result.
     """
 
     shown: Json
@@ -43,19 +43,19 @@ class View(Protocol):
     def __init__(self, request: ChatRequest, ctx: Context) -> None: ...
 
     def take(self, returned: object) -> ChunkStream | None:
-        """Write what the request hook returned (None: it changed `shown` in place) back into the request; the answer,
-        if it gave one. Raises: TypeError, ValueError for what is no request."""
+        """Apply the result of the request hook to the request; None means that it modified `shown` in place. Returns
+        its answer, if it gave one. Raises: TypeError, ValueError for an invalid result."""
 
     def answer(self, reply: Reply) -> Json:
-        """What the response hook gets."""
+        """The argument of the response hook."""
 
 
 class OllamaView:
-    """A body of `/api/chat`, or of `/api/generate` where the client asked for a text: `model`, `messages` with their
+    """A body of `/api/chat`, or of `/api/generate` for a text completion: `model`, `messages` with their
     text in `content` (or `prompt`, `system`), `options`, `format`, `think`, `tools`, `keep_alive`, `stream`.
 
-    A key that is missing from what comes back is unchanged, and `stream` stays as the client set it. Other keys are
-    the plugin's notes: they are there in its response hook, and no server gets them.
+    A key that is missing from the result is unchanged, and `stream` stays as the client set it. Other keys are the
+    plugin's own: its response hook gets them, but no server does.
     """
 
     def __init__(self, request: ChatRequest, ctx: Context) -> None:
@@ -113,7 +113,7 @@ class OllamaView:
                 request.body[name] = changed[name]
         try:
             self._write_settings(changed)
-        except BadRequest as exc:  # it is not the client that asked for that
+        except BadRequest as exc:  # not the client's fault
             raise ValueError(exc.message) from exc
 
     def _write_settings(self, changed: Json) -> None:
@@ -123,13 +123,13 @@ class OllamaView:
         if "think" in changed:
             variables = body.get("chat_template_kwargs") or {}
             others = {k: v for k, v in variables.items() if k not in ("enable_thinking", "reasoning_effort")}
-            wished = ollama.decode_think(changed["think"]).get("chat_template_kwargs", {})
-            _replace(body, ("reasoning_effort",), {"chat_template_kwargs": others | wished})
+            requested = ollama.decode_think(changed["think"]).get("chat_template_kwargs", {})
+            _replace(body, ("reasoning_effort",), {"chat_template_kwargs": others | requested})
         if "options" in changed:
             self._write_options(_checked(changed["options"] or {}, "options"))
 
     def _write_options(self, options: Json) -> None:
-        """Samplers go where every server understands them; what is about loading a model concerns Ollama alone."""
+        """Samplers are written in the form for all servers; options for loading a model apply to Ollama only."""
         body, before = self._request.body, self._before["options"]
         for name in before.keys() | options.keys():
             value = options.get(name)
@@ -144,9 +144,9 @@ class OllamaView:
 
 
 class OpenAIView:
-    """A body of `/v1/chat/completions` (or, with `prompt`, of `/v1/completions`), and a `chat.completion`. What the
-    client's API has beyond that is not shown, and stays. A field that is missing from what comes back is removed, but
-    for `model`, `messages`, `prompt` and `stream`."""
+    """A body of `/v1/chat/completions` (or, with `prompt`, of `/v1/completions`), and a `chat.completion`. Further
+    fields of the client's API are hidden and kept. A field that is missing from the result is removed, except for
+    `model`, `messages`, `prompt` and `stream`."""
 
     def __init__(self, request: ChatRequest, ctx: Context) -> None:
         self._request = request
@@ -180,8 +180,8 @@ class OpenAIView:
 
 
 class ShownMessages:
-    """The messages of a chat, without what is set aside in them; with `texts`, with a text for every content, and
-    images and the like left out. `shown` is theirs to change, and `back` puts the rest back."""
+    """The messages of a chat without their hidden fields; with `texts`, every content is converted to text, without
+    images and the like. The plugin may modify `shown`; `back` restores what was left out."""
 
     def __init__(self, given: list[Json], *, texts: bool) -> None:
         self._given = given
@@ -189,17 +189,17 @@ class ShownMessages:
         for message in self.shown if texts else ():
             message["content"] = text_of(message.get("content"))
         self._before = copy.deepcopy(self.shown)
-        self._places = {id(message): place for place, message in enumerate(self.shown)}
-        self._kept_alive = list(self.shown)  # an id is free for another object once its own is gone
+        self._positions = {id(message): position for position, message in enumerate(self.shown)}
+        self._kept_alive = list(self.shown)  # else an id could be reused for another object
 
     def back(self, returned: object) -> list[Json]:
-        """The messages that these mean. Raises: TypeError for what are no messages."""
+        """The messages of the plugin's result, with what was left out. Raises: TypeError for an invalid result."""
         if not isinstance(returned, list) or not all(isinstance(message, dict) for message in returned):
             raise TypeError("messages must be a list of dicts")
         same, free = len(returned) == len(self._given), dict.fromkeys(range(len(self._given)))
         result = []
-        for place, message in enumerate(returned):
-            source = self._source(message, place if same else None, free)
+        for position, message in enumerate(returned):
+            source = self._source(message, position if same else None, free)
             if source is not None:
                 free.pop(source, None)
             result.append(self._merged(message, source))
@@ -217,22 +217,22 @@ class ShownMessages:
             merged["content"] = _with_text(given["content"], text)
         return merged | ({EXTENSIONS: given[EXTENSIONS]} if EXTENSIONS in given else {})
 
-    def _source(self, message: Json, place: int | None, free: Iterable[int]) -> int | None:
-        """Which of the given messages this one was: the very object, or a copy of it, or one changed in its place."""
-        if id(message) in self._places:
-            return self._places[id(message)]
-        if place is not None and message == self._before[place]:
-            return place
+    def _source(self, message: Json, position: int | None, free: Iterable[int]) -> int | None:
+        """The position of the original: the same object, an equal copy, or one modified in place; else None."""
+        if id(message) in self._positions:
+            return self._positions[id(message)]
+        if position is not None and message == self._before[position]:
+            return position
         equal = next((number for number in free if self._before[number] == message), None)
-        if equal is None and place is not None and message.get("role") == self._before[place].get("role"):
-            return place
+        if equal is None and position is not None and message.get("role") == self._before[position].get("role"):
+            return position
         return equal
 
 
 def texts_of(answer: Mapping[str, Any]) -> dict[str | int, str]:
     """The texts in `message`, `response` and `choices` (by their number) of an answer, in this order.
 
-    Raises: TypeError for what holds no text.
+    Raises: TypeError for a value without text.
     """
     found: dict[str | int, str] = {name: _text(answer[name]) for name in ("message", "response") if name in answer}
     choices = answer.get("choices") or ()
@@ -240,8 +240,8 @@ def texts_of(answer: Mapping[str, Any]) -> dict[str | int, str]:
 
 
 def edits(answer: object, reply: Reply, given: Mapping[str, Any]) -> tuple[dict[int, str], Json]:
-    """What the response hook has made of `reply`, of which it got `given`: new texts by the number of the choice, and
-    fields that it has added. Raises: TypeError for what is no answer."""
+    """The changes of the response hook, which got `given`, to `reply`: new texts by the number of the choice, and added
+    fields. Raises: TypeError for an invalid answer."""
     answer = {"message": answer} if isinstance(answer, str) else _checked(answer, "the answer")
     texts: dict[int, str] = {}
     for key, text in texts_of(answer).items():
@@ -253,8 +253,8 @@ def edits(answer: object, reply: Reply, given: Mapping[str, Any]) -> tuple[dict[
 
 
 def rewritten(chunks: Sequence[Chunk], texts: Mapping[int, str], added: Json) -> Iterator[Chunk]:
-    """The answer again, with the new texts where the old ones began, and with these fields at its end. Everything else
-    in it, such as tool calls and usage, stays, and chunks that nothing is changed in leave as they came."""
+    """The answer with the new texts, each where the old one began, and with the fields `added` at its end. Everything
+    else, such as tool calls and usage, and unchanged chunks, is kept."""
     due = dict(texts)
     for chunk in chunks:
         index = chunk.index
@@ -273,8 +273,7 @@ def rewritten(chunks: Sequence[Chunk], texts: Mapping[int, str], added: Json) ->
 
 
 def _settings(body: Json) -> Json:
-    """The fields of a request that say how to generate, under Ollama's names; as the client wrote them, if it is one of
-    Ollama's."""
+    """The generation settings of a request, under Ollama's names; as the client wrote them, if it uses Ollama's API."""
     fresh: Json = {"options": ollama.encode_options(body)}
     fresh |= {"format": ollama.encode_format(body), "think": ollama.encode_think(body)}
     fresh |= {name: without_extensions(body[name]) for name in ("tools", "keep_alive") if body.get(name)}
@@ -291,14 +290,14 @@ def _replace(body: Json, names: Sequence[str], by: Json) -> None:
 
 
 def _with_text(parts: list[Any], text: str) -> list[Any]:
-    """The parts of a content with this for their text."""
+    """The parts of a content with their text replaced by `text`."""
     first = first_text_part(parts)
     others = [part for part in parts if first_text_part([part]) is None]
     return [{**(first or {"type": "text"}), "text": text}, *others] if text or not others else others
 
 
 def _text(value: Any) -> str:
-    """The text of a message, of a choice, or of an object that holds one of these."""
+    """The text of a message, of a choice, or of an object that contains one of these."""
     if value is None or isinstance(value, str):
         return value or ""
     if isinstance(value, dict):
@@ -307,10 +306,10 @@ def _text(value: Any) -> str:
                 return text_of(value[name]) if isinstance(value[name], list) else _text(value[name])
         if not value or "role" in value:  # a message that only calls tools
             return ""
-    raise TypeError(f"a {type(value).__name__} holds no text of an answer")
+    raise TypeError(f"a {type(value).__name__} contains no text of an answer")
 
 
 def _checked(value: object, what: str) -> Json:
     if not isinstance(value, dict):
-        raise TypeError(f"{what} gave a {type(value).__name__}, not a dict")
+        raise TypeError(f"{what} returned a {type(value).__name__}, not a dict")
     return value

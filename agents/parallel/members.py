@@ -1,4 +1,4 @@
-"""Asks the members of a round, and passes on their answers as they come."""
+"""Sends the requests of a round to its members, and yields their answers as they arrive."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any
 from llama_smart_proxy import ChatRequest, Chunk, Context, Json, ProxyError, UpstreamFailed
 
 NOT_FOR_MEMBERS = ("tools", "tool_choice", "parallel_tool_calls", "functions", "function_call", "stream_options", "n")
-"""Fields of a request that a member does not get: its answer is a draft, and calls nothing."""
-NO_SUCH_N = (400, 422)
-"""How servers refuse a request for several answers: Ollama has none, and llama-server no more than it has slots."""
+"""Fields removed from a member's request: its answer is a draft, without tool calls."""
+N_UNSUPPORTED = (400, 422)
+"""Statuses by which servers refuse `n`: Ollama does not support it, llama-server only up to its number of slots."""
 COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
 
 
 @dataclass(eq=False, slots=True)
 class Member:
-    """One model that is asked, and its answer so far, as `Round.events` has yielded it; `failure` is why it has none.
+    """One answer of a model, as far as `Round.events` has yielded it; `failure` is set if there is none.
 
-    `sample` numbers those of one model, from 0.
+    `sample` numbers the members of one model, from 0.
     """
 
     label: str
@@ -31,15 +31,15 @@ class Member:
     done: bool = False
     failure: ProxyError | None = None
     finish: str = "stop"
-    """Why its answer ended: `stop` or `length`."""
+    """The finish reason of its answer: `stop` or `length`."""
     begun: bool = False
-    """Whether anything of its answer has come, be it yielded or not yet."""
+    """Whether any of its answer has been received, yielded or not."""
     over: bool = False
-    """Whether nothing more will come."""
+    """Whether nothing more will be received."""
 
     @property
     def text(self) -> str:
-        """The whole answer, without white space around it."""
+        """The answer so far, without surrounding white space."""
         return "".join(self.pieces).strip()
 
     @property
@@ -49,15 +49,15 @@ class Member:
 
 def members_of(models: Sequence[str]) -> list[Member]:
     """One for each of `models`; those of one model are numbered."""
-    made: list[Member] = []
-    for at, model in enumerate(models):
-        sample = models[:at].count(model)
-        made.append(Member(f"{model} #{sample + 1}" if models.count(model) > 1 else model, model, sample))
-    return made
+    members: list[Member] = []
+    for position, model in enumerate(models):
+        sample = models[:position].count(model)
+        members.append(Member(f"{model} #{sample + 1}" if models.count(model) > 1 else model, model, sample))
+    return members
 
 
 class Usage:
-    """The tokens of everything that was asked for one request."""
+    """The sum of the token counts of all side calls of one request."""
 
     def __init__(self) -> None:
         self._sum: dict[str, int] = {}
@@ -68,7 +68,7 @@ class Usage:
                 self._sum[name] = self._sum.get(name, 0) + usage[name]
 
     def add_shared(self, usages: Sequence[Any]) -> None:
-        """Of several answers to one prompt, which llama-server reports with each of them, but reads once."""
+        """Add several answers to one prompt: llama-server reports the prompt with each, but evaluates it once."""
         known = [usage for usage in usages if isinstance(usage, dict)]
         prompt, completion = ([n for usage in known if isinstance(n := usage.get(name), int)] for name in COUNTS[:2])
         if prompt or completion:
@@ -76,20 +76,21 @@ class Usage:
             self.add(dict(zip(COUNTS, (*counted, sum(counted)), strict=True)))
 
     def chunks(self) -> list[Chunk]:
-        """The chunk with it, if any server has reported one."""
+        """A chunk with the sum; empty if no server has reported any."""
         return [Chunk({"choices": [], "usage": dict(self._sum)})] if self._sum else []
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """`text` is the next piece of the answer of `member`; without one it is done, with a `failure` or without."""
+    """`text` is the next piece of the answer of `member`. If it is empty, the member is done; `failure` is set if it
+    failed."""
 
     member: Member
     text: str = ""
     failure: ProxyError | None = None
 
     def record(self) -> None:
-        """Put it on record."""
+        """Apply the event to its member."""
         if self.text:
             self.member.pieces.append(self.text)
         else:
@@ -97,15 +98,15 @@ class Event:
 
 
 class Round:
-    """Asks all members: first those whose models are loaded, or fit beside them; and each model in one go.
+    """Sends the request to all members, group by group: first to models that are loaded or fit beside the loaded ones.
 
-    `plan` finds the order, `events` yields their answers until all are done. A member that fails is done, too.
+    `plan` sets the order; `events` yields the answers until all members are done, which includes failed ones.
     """
 
     def __init__(self, ctx: Context, request: ChatRequest, members: Sequence[Member], usage: Usage):
         self.members = members
         self.groups: list[list[str]] = []
-        """The models that are asked at the same time, one group after the other."""
+        """Models of one group are used concurrently, the groups one after the other."""
         self._ctx = ctx
         self._request = request
         self._usage = usage
@@ -114,8 +115,8 @@ class Round:
         self._events: asyncio.Queue[Event | None] = asyncio.Queue()
 
     async def plan(self, last: str | None = None) -> None:
-        """Find the order. The model `last` is asked in the last group, if not in the only one: it will be needed after
-        that. Members whose model does not exist have failed then."""
+        """Set the order. The group of the model `last`, which is needed after the round, comes last. Members whose
+        model does not exist are marked as failed."""
         known: list[str] = []
         for model in dict.fromkeys(member.model for member in self.members):
             try:
@@ -129,7 +130,7 @@ class Round:
         self.groups = sorted(groups, key=lambda group: last in group)
 
     async def events(self) -> AsyncGenerator[Event, None]:
-        # The request ends what an agent starts, but an answer that is broken off need not wait for that.
+        # The proxy cancels the task when the request ends; here it is cancelled as soon as the reader stops.
         task = asyncio.create_task(self._run())
         try:
             while (event := await self._events.get()) is not None:
@@ -145,27 +146,27 @@ class Round:
     async def _run(self) -> None:
         try:
             for group in self.groups:
-                await asyncio.gather(*(self._ask(self._of(model)) for model in group))
+                await asyncio.gather(*(self._request_all(self._of(model)) for model in group))
         finally:
             self._events.put_nowait(None)
 
-    async def _ask(self, members: Sequence[Member]) -> None:
-        """Ask one model, once for each of `members`: at best by one request, which evaluates the prompt once."""
+    async def _request_all(self, members: Sequence[Member]) -> None:
+        """Get one model's answers for `members`, if possible with one request, which evaluates the prompt once."""
         if len(members) > 1:
-            members = await self._ask_together(members)
+            members = await self._request_together(members)
         if members:
             first, *others = members
             began = asyncio.Event()
-            # The others begin when the first has: by then the model's server has the prompt in its cache.
-            await asyncio.gather(self._ask_one(first, began), *(self._after(began, other) for other in others))
+            # The others start once the first answer has begun: then the prompt is in the server's cache.
+            await asyncio.gather(self._request_one(first, began), *(self._after(began, other) for other in others))
 
     async def _after(self, began: asyncio.Event, member: Member) -> None:
         await began.wait()
-        await self._ask_one(member, asyncio.Event())
+        await self._request_one(member, asyncio.Event())
 
-    async def _ask_together(self, members: Sequence[Member]) -> Sequence[Member]:
-        """Ask for all answers in one request. Those that are still to be asked, because the server does not do that, or
-        does as if it had not been asked to."""
+    async def _request_together(self, members: Sequence[Member]) -> Sequence[Member]:
+        """Request all answers at once, with `n`. Returns the members without an answer, because the server refused or
+        ignored `n`."""
         usages: list[Any] = []
         try:
             async with asyncio.timeout(self._member_s), aclosing(self._chat(members[0], n=len(members))) as answer:
@@ -175,15 +176,15 @@ class Round:
                         self._take(members[chunk.index], chunk)
             self._finish(member for member in members if member.begun)
         except TimeoutError:
-            self._finish(members, self._late())
+            self._finish(members, self._timed_out())
         except ProxyError as exc:
-            if exc.status not in NO_SUCH_N or any(member.begun for member in members):
+            if exc.status not in N_UNSUPPORTED or any(member.begun for member in members):
                 self._finish(members, exc)
         finally:
             self._usage.add_shared(usages)
         return [member for member in members if not member.over]
 
-    async def _ask_one(self, member: Member, began: asyncio.Event) -> None:
+    async def _request_one(self, member: Member, began: asyncio.Event) -> None:
         try:
             async with asyncio.timeout(self._member_s), aclosing(self._chat(member)) as answer:
                 async for chunk in answer:
@@ -192,7 +193,7 @@ class Round:
                     if chunk.text or chunk.reasoning:
                         began.set()
         except TimeoutError:
-            self._finish([member], self._late())
+            self._finish([member], self._timed_out())
         except ProxyError as exc:
             self._finish([member], exc)
         finally:
@@ -203,12 +204,12 @@ class Round:
         return _closable(self._ctx.chat(self._for(member, more)))
 
     def _for(self, member: Member, more: Json) -> ChatRequest:
-        """The request as `member` gets it. Samples of one model are to differ."""
+        """The request for `member`. Samples of one model get different seeds, so that they differ."""
         request = self._request.copy()
         body = {key: value for key, value in request.body.items() if key not in NOT_FOR_MEMBERS}
         if len(self._of(member.model)) > 1:
             body.setdefault("temperature", self._temperature)
-            if isinstance(seed := body.get("seed"), int) and seed >= 0:  # below that it means any
+            if isinstance(seed := body.get("seed"), int) and seed >= 0:  # a negative seed means a random one
                 body["seed"] = seed + member.sample
         request.body = body | {"model": member.model, **more}
         return request
@@ -221,7 +222,7 @@ class Round:
             member.finish = "length" if chunk.finish_reason == "length" else "stop"
             self._finish([member])
 
-    def _late(self) -> UpstreamFailed:
+    def _timed_out(self) -> UpstreamFailed:
         return UpstreamFailed(f"no answer within {self._member_s:g} s", status=504, code="upstream_timeout")
 
     def _finish(self, members: Iterable[Member], failure: ProxyError | None = None) -> None:
@@ -233,7 +234,7 @@ class Round:
 
 
 async def _closable(stream: AsyncIterator[Chunk]) -> AsyncGenerator[Chunk, None]:
-    """`stream`, which ends when this is closed."""
+    """`stream` as a generator that closes it."""
     try:
         async for chunk in stream:
             yield chunk

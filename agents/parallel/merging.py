@@ -1,4 +1,4 @@
-"""What becomes of several answers: grades, a majority, or the request to merge them."""
+"""Combines several answers: by grades, by majority, or with a request to merge them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from llama_smart_proxy import ChatRequest, Context, ProxyError, first_text_part,
 from llama_smart_proxy.agents.parallel.members import NOT_FOR_MEMBERS, Member, Usage
 
 GRADE_TOKENS = 512
-"""Most tokens of a grade; some models think before they give one."""
+"""Maximum number of tokens of a grade; some models think first."""
 HISTORY = 4000
-"""Characters of the chat before the question that a judge is shown: the last ones."""
+"""Number of characters of the chat before the question that a judge gets: the last ones."""
 OF_TEXTS = ("max_tokens", "temperature", "top_p", "stop", "seed")
-"""Fields of a text request that mean the same in a chat."""
+"""Fields of a text request that have the same meaning in a chat."""
 _SCALE = re.compile(r"\b1\s*(?:-|\N{EN DASH}|to)\s*10\b")
 _GRADE = re.compile(r"(?<![\d.])(10|[1-9])(?:\.\d+)?(?![\d])")
 _FINAL = re.compile(r"\b(?:answer|result)\b\W*(?:(?:is|are)\b)?\W*(.*\w.*)", re.IGNORECASE)
@@ -31,21 +31,21 @@ _EDGES = re.compile(r"^[\W_]+|[\W_]+$")
 
 
 def judges_of(place: int, count: int) -> list[int]:
-    """Who grades the answer at `place`, of `count` answers: the next two, of two the other one."""
+    """The judges of the answer at `place` of `count`: the next two; with two answers, the other one."""
     return [(place + step) % count for step in (1, 2) if step < count]
 
 
 def question_of(request: ChatRequest) -> str:
-    """What a judge is shown of the question: the last message of the user, and the end of the chat before it."""
+    """The question for a judge: the last message of the user, and the end of the chat before it."""
     messages = request.messages
     last = max((at for at, message in enumerate(messages) if message.get("role") == "user"), default=0)
     before = [f"{message.get('role')}: {text_of(message.get('content'))}" for message in messages[:last]]
-    asked = text_of(messages[last].get("content")) if messages else request.last_user_text
-    return "\n".join(before)[-HISTORY:] + f"\n\nThe question:\n{asked}" if before else asked
+    question = text_of(messages[last].get("content")) if messages else request.last_user_text
+    return "\n".join(before)[-HISTORY:] + f"\n\nThe question:\n{question}" if before else question
 
 
 def grade_request(model: str, question: str, answer: str) -> ChatRequest:
-    """The question for a grade. What is graded stands between lines that it cannot know, and so cannot imitate."""
+    """The request for a grade. Random marks delimit the answer, so that it cannot imitate the delimiters."""
     mark = secrets.token_hex(8)
     instruction = (
         "Grade the answer to the question below from 1 (useless) to 10 (excellent), for being right, complete and "
@@ -63,28 +63,28 @@ def read_grade(text: str) -> float | None:
 
 
 async def graded(ctx: Context, request: ChatRequest, members: Sequence[Member], usage: Usage) -> list[float | None]:
-    """The mean grade of each member's answer, given by the models of the members behind it; None without any."""
+    """The mean grade of each member's answer, by the models of the members after it; None without any grade."""
     question = question_of(request)
     grades: list[list[float]] = [[] for _ in members]
     places = range(len(members))
-    # Samples of one model would all say the same of an answer.
-    wanted = dict.fromkeys((members[judge].model, place) for place in places for judge in judges_of(place, len(places)))
+    # Each model grades an answer once: its samples would all give the same grade.
+    pairs = dict.fromkeys((members[judge].model, place) for place in places for judge in judges_of(place, len(places)))
 
-    async def ask(model: str, place: int) -> None:
-        with suppress(ProxyError, TimeoutError):  # a judge that fails gives no grade
+    async def grade(model: str, place: int) -> None:
+        with suppress(ProxyError, TimeoutError):  # a failed judge is ignored
             async with asyncio.timeout(ctx.config.member_s):
                 reply = await ctx.complete(grade_request(model, question, members[place].text))
             usage.add(reply.usage)
-            if (grade := read_grade(reply.text)) is not None:
-                grades[place].append(grade)
+            if (number := read_grade(reply.text)) is not None:
+                grades[place].append(number)
 
-    for group in await ctx.fitting(list(dict.fromkeys(model for model, _ in wanted))) if wanted else ():
-        await asyncio.gather(*(ask(model, place) for model, place in wanted if model in group))
+    for group in await ctx.fitting(list(dict.fromkeys(model for model, _ in pairs))) if pairs else ():
+        await asyncio.gather(*(grade(model, place) for model, place in pairs if model in group))
     return [sum(given) / len(given) if given else None for given in grades]
 
 
 def best(grades: Sequence[float | None]) -> int:
-    """The place of the best grade; of several the first, and the first of all if there are none."""
+    """The position of the best grade, the first one of equals; 0 without any grade."""
     return max(range(len(grades)), key=lambda place: (grades[place] or 0.0, -place))
 
 
@@ -92,22 +92,22 @@ def best(grades: Sequence[float | None]) -> int:
 
 
 def majority(texts: Sequence[str]) -> tuple[int, int]:
-    """The place of the first answer that most agree with, and how many do."""
+    """The position of the first of the most frequent answers, and its number of votes."""
     normal = [normalised(text) for text in texts]
-    (winner, votes), *_ = Counter(normal).most_common(1)  # of several the one that came up first
+    (winner, votes), *_ = Counter(normal).most_common(1)  # of equals the first one
     return normal.index(winner), votes
 
 
 def normalised(text: str) -> str:
-    """The final answer of a text, as far as it can be compared: of JSON the field `answer`, or the only one, else all
-    of it; else the last number of its last line, or what that calls the answer; without case and punctuation."""
+    """The final answer of a text, normalised for comparison: of JSON the field `answer`, or the only field, or all of
+    it; of other texts the last number in the last line, or the text after "answer is"; without case and punctuation."""
     value = _final_json(text)
     if isinstance(value, (dict, list)):
         return json.dumps(value, sort_keys=True).casefold()
     text = text if value is None else str(value)
     line = next((line for line in reversed(text.splitlines()) if re.search(r"\w", line)), text)
-    if (called := _FINAL.search(line)) is not None:
-        line = called[1]
+    if (final := _FINAL.search(line)) is not None:
+        line = final[1]
     if numbers := _NUMBER.findall(line):
         return str(float(numbers[-1].replace(",", "")))
     return " ".join((_EDGES.sub("", line) or line).casefold().split())
@@ -126,8 +126,7 @@ def _final_json(text: str) -> Any:
 
 
 def synthesis(request: ChatRequest, chairman: str, members: Sequence[Member]) -> ChatRequest:
-    """The request for one answer made of the members': the conversation as it was, with their drafts behind the
-    question, as data."""
+    """The request to merge the members' answers: the conversation, with their drafts as data after the question."""
     mark = secrets.token_hex(8)
     drafts = "\n".join(f"{mark} draft {number}\n{member.text}" for number, member in enumerate(members, 1))
     instruction = (

@@ -1,4 +1,4 @@
-"""Several answers under headings, in one Markdown text that grows at its end."""
+"""Formats several answers under headings, as one Markdown text that is only appended to."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})(.*)")
 
 
 class Sections:
-    """Who speaks first is shown live. Then comes who has begun by then, from its start and on, live again; last, those
-    that failed without a word. Nothing that one leaves open reaches into the section of another."""
+    """Sections in the order of their first text. The first member is streamed; when it is done, the next one that has
+    begun follows, with its text so far, and is streamed; members that failed without text come last. A code block that
+    one section leaves open is closed before the next."""
 
     def __init__(self, members: Sequence[Member]) -> None:
         self._members = members
         self._shown: list[Member] = []
 
     def add(self, member: Member, text: str) -> str:
-        """What is to be shown now that `text` was added to the answer of `member`."""
+        """The text to append after `text` was added to the answer of `member`."""
         if not self._shown:
             return self._show(member)
         return text if member is self._shown[-1] else ""
 
     def done(self, member: Member) -> str:
-        """What is to be shown now that `member` is done."""
+        """The text to append after `member` is done."""
         shown = _failure(member) if self._shown and member is self._shown[-1] else ""
         while not self._shown or self._shown[-1].done:
             begun = (other for other in self._members if other not in self._shown and other.pieces)
@@ -35,11 +36,11 @@ class Sections:
         return shown
 
     def end(self) -> str:
-        """What is to be shown when all are done."""
+        """The text to append when all are done."""
         return "".join(self._show(member) for member in self._members if member not in self._shown)
 
     def _show(self, member: Member) -> str:
-        """Its heading, and its answer so far."""
+        """The heading of `member`, and its answer so far."""
         before = f"{_left_open(self._shown[-1])}\n\n" if self._shown else ""
         self._shown.append(member)
         failure = _failure(member) if member.done else ""
@@ -47,7 +48,7 @@ class Sections:
 
 
 def _left_open(member: Member) -> str:
-    """What is to be closed behind its section; in front of its failure that was done already."""
+    """The end of a code block that its section leaves open; with a failure, that was closed before the message."""
     return closing("".join(member.pieces)) if member.failure is None else ""
 
 
@@ -59,7 +60,7 @@ def _failure(member: Member) -> str:
 
 
 def closing(text: str) -> str:
-    """The line that ends the block of code in which `text` ends, if it does."""
+    """The fence that closes the code block in which `text` ends; empty if it does not end in one."""
     fence = ""
     for line in text.splitlines():
         if (found := _FENCE.fullmatch(line)) is None:

@@ -1,4 +1,4 @@
-"""One question to several models, from asking to the answer."""
+"""One question to several models, from the requests to the combined answer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llama_smart_proxy.agents.parallel.sections import Sections
 
 
 class Session:
-    """`request`, asked of each of `models`. `as_choices`: each answer is a choice of its own, and nothing is merged."""
+    """`request`, sent to each of `models`. `as_choices`: each answer is returned as a choice; nothing is combined."""
 
     def __init__(self, request: ChatRequest, ctx: Context, models: Sequence[str], as_choices: bool) -> None:
         self._request = request
@@ -26,9 +26,9 @@ class Session:
         self._finish = "stop"
 
     async def answer(self) -> AsyncGenerator[Chunk, None]:
-        """The answer, then its end, and what it cost.
+        """The answer, then its end and usage.
 
-        Raises: the first failure, if too few have answered; at once when that is sure.
+        Raises: the first failure, as soon as the quorum cannot be reached.
         """
         merging: Mapping[str, Callable[[], AsyncGenerator[Chunk, None]]] = {
             "judge": self._judge,
@@ -52,7 +52,7 @@ class Session:
     # -- asking --------------------------------------------------------------------------------------------------------
 
     async def _plan(self) -> None:
-        """What is bound to fail does so before anything is sent, with a true status."""
+        """Plan the round. Certain failures are raised here, before anything is sent, with their status."""
         merges = self._config.strategy == "synthesize"
         if merges:
             await self._ctx.fitting([self._chairman])
@@ -60,16 +60,16 @@ class Session:
         self._check_quorum()
 
     def _check_quorum(self) -> None:
-        """Raises: the first failure, if those that have not failed are too few."""
+        """Raises: the first failure, if the quorum cannot be reached any more."""
         failures = [member.failure for member in self._round.members if member.failure is not None]
         if failures and len(self._round.members) - len(failures) < min(self._config.quorum, len(self._round.members)):
             raise failures[0]
 
     def _answered(self) -> list[Member]:
-        """Those that have. Raises: UpstreamFailed if none has, and none with an error."""
+        """The members with an answer. Raises: UpstreamFailed if there is none."""
         answered = [member for member in self._round.members if member.answered]
         if not answered:
-            raise UpstreamFailed("nobody has answered", code="upstream_error")
+            raise UpstreamFailed("no model has answered", code="upstream_error")
         return answered
 
     def _progress(self, text: str) -> list[Chunk]:
@@ -87,7 +87,7 @@ class Session:
         return self._progress(f"{member.label} has answered ({len(member.text.split())} words).")
 
     async def _collect(self) -> AsyncGenerator[Chunk, None]:
-        """Ask them all; progress in between."""
+        """Run the round; yields the progress."""
         async with aclosing(self._round.events()) as events:
             async for event in events:
                 if not event.text:
@@ -95,7 +95,7 @@ class Session:
                     for chunk in self._progress_of(event.member):
                         yield chunk
 
-    # -- what becomes of the answers -----------------------------------------------------------------------------------
+    # -- strategies ----------------------------------------------------------------------------------------------------
 
     def _chosen(self, member: Member) -> Chunk:
         self._finish = member.finish
@@ -108,7 +108,7 @@ class Session:
         grades = await graded(self._ctx, self._request, answered, self._usage)
         winner = answered[best(grades)]
         shown = [f"{m.label}: {'no grade' if g is None else f'{g:g}'}" for m, g in zip(answered, grades, strict=True)]
-        for chunk in self._progress(f"Grades: {', '.join(shown)}. The answer of {winner.label} it is."):
+        for chunk in self._progress(f"Grades: {', '.join(shown)}. Selected: {winner.label}."):
             yield chunk
         yield self._chosen(winner)
 
@@ -148,7 +148,7 @@ class Session:
             yield Chunk.of(text)
 
     async def _choices(self) -> AsyncGenerator[Chunk, None]:
-        """All at once, each with its number; a failure stands where the answer would."""
+        """All answers, interleaved, each with its index; a failure message replaces a missing answer."""
         members = self._round.members
         begun: set[Member] = set()
 

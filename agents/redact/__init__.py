@@ -1,4 +1,4 @@
-"""The agent that keeps private things out of requests and answers."""
+"""The agent `redact`, which removes private data from requests and answers."""
 
 from __future__ import annotations
 
@@ -22,40 +22,40 @@ from llama_smart_proxy.agents.redact.presets import PRESETS
 
 
 class Pattern(Options):
-    """A pattern of the operator's own."""
+    """A custom pattern."""
 
-    name: str = Field(description="What stands in the place of what it finds, in brackets.")
+    name: str = Field(description="Replaces a match, in brackets.")
     pattern: str = Field(min_length=1, description="A regular expression (of Python's package `regex`).")
-    replacement: str | None = Field(default=None, description="What stands there instead of the name.")
+    replacement: str | None = Field(default=None, description="Replaces a match instead of the name.")
 
 
 class Redact(Agent):
-    """Replaces what matches a pattern (e-mail addresses, keys, numbers of cards, ...) in requests, and live in answers.
+    """Replaces matches of patterns (e-mail addresses, keys, card numbers, ...) in requests, and live in answers.
 
-    Of an answer only what may be the beginning of a match is held back. Not looked at: images, the descriptions of
-    tools, prompts made of tokens, and the endpoints that have no agents.
+    Only text that may be the beginning of a match is delayed. Not covered: images, tool descriptions, prompts given as
+    tokens, and endpoints without agents.
     """
 
     class Config(Options):
-        """What may stand behind `redact` in the configuration."""
+        """The options of `redact` in the configuration."""
 
         patterns: list[str | Pattern] = Field(
             default=["email", "credit_card", "iban", "api_key", "jwt", "private_key"],
             min_length=1,
-            description=f"Known patterns ({', '.join(sorted(PRESETS))}), and `{{name, pattern, replacement}}`.",
+            description=f"Built-in patterns ({', '.join(sorted(PRESETS))}), and `{{name, pattern, replacement}}`.",
         )
         where: list[Literal["request", "response"]] = Field(
-            default=["request", "response"], min_length=1, description="Where to look."
+            default=["request", "response"], min_length=1, description="Which texts to search."
         )
         restore: bool = Field(
             default=False,
-            description="Give what was taken out of the request a number each, and put it back into the answer: the "
-            "model never sees it, the user does.",
+            description="Number the matches in the request, and restore them in the answer: the model does not get "
+            "them, but the user does.",
         )
         hold: int = Field(
             default=HOLD,
             ge=16,
-            description="Most characters of an answer that are held back because they may become a match.",
+            description="Maximum number of characters of an answer that are delayed because they may become a match.",
         )
         _matchers: list[Matcher] = PrivateAttr(default_factory=list)
 
@@ -68,13 +68,13 @@ class Redact(Agent):
                     self._matchers.append(PRESETS[given])
                 else:
                     known = ", ".join(sorted(PRESETS))
-                    hint = "one of your own is written {name: ticket, pattern: 'T-[0-9]+'}"
+                    hint = "a custom one is written {name: ticket, pattern: 'T-[0-9]+'}"
                     raise ValueError(f"there is no pattern {given!r}; known ones: {known}; {hint}")
             return self
 
         @property
         def matchers(self) -> list[Matcher]:
-            """The patterns, ready to look with."""
+            """The compiled patterns."""
             return self._matchers
 
     async def on_request(self, request: ChatRequest, ctx: Context) -> ChunkStream | None:
@@ -106,8 +106,8 @@ class Redact(Agent):
 
 
 class Found:
-    """What was taken out of one request; the same thing has the same number wherever it stands. `originals` are the
-    things by what stands for them, if they are to be put back."""
+    """The matches removed from one request; equal values get the same number. `originals` maps placeholders to values,
+    if they are restored in the answer."""
 
     def __init__(self, config: Redact.Config) -> None:
         self._matchers = config.matchers
@@ -120,11 +120,11 @@ class Found:
         return (scrubbed_json if is_json else scrubbed)(self._matchers, text, self._naming)
 
     def placeholders(self) -> Matcher:
-        """Finds what stands in the place of things."""
+        """A matcher for the placeholders."""
         return compiled("", "|".join(map(_escaped, self.originals)), "")
 
     def put_back(self, matcher: Matcher, found: str) -> str:
-        """What stood there in the request; or the replacement, for things of the model's own."""
+        """The original value of a placeholder; for a match of another pattern, its replacement."""
         return matcher.replacement if matcher.name else self.originals[found]
 
     def _name(self, matcher: Matcher, value: str) -> str:
@@ -137,32 +137,32 @@ class Found:
 
 
 class _Answer:
-    """One answer. Its text and its thoughts are scrubbed live, one after the other; the arguments of tool calls once
-    they are whole, for they are JSON, in which texts are escaped."""
+    """One answer. Its text and reasoning are redacted while streaming; the arguments of tool calls when they are
+    complete, as they are JSON, in which text is escaped."""
 
     def __init__(self, index: int, matchers: list[Matcher], hold: int, naming: Naming) -> None:
         self._index = index
         self._matchers = matchers
         self._hold = hold
         self._naming = naming
-        self._kind = ""  # of the text under way: `content`, or the name that the server has for thoughts
+        self._kind = ""  # of the current text: `content`, or the server's field name for reasoning
         self._scrubber = Scrubber(matchers, hold, naming)
         self._calls: list[Chunk] = []
 
     def take(self, chunk: Chunk) -> list[Chunk]:
-        """What leaves because of it: in the order in which it came, and before the end."""
-        made = []
+        """The chunks to send for `chunk`, in the original order, and before the end."""
+        chunks = []
         for part in _parts(chunk):
-            made += self._take(part)
-        return made
+            chunks += self._take(part)
+        return chunks
 
     def end(self) -> list[Chunk]:
-        """What is still held back."""
+        """The chunks that are still delayed."""
         return [*self._rest(), *self._called()]
 
     def _take(self, chunk: Chunk) -> list[Chunk]:
         text = chunk.reasoning or chunk.text
-        made = self._begin(_kind(chunk)) if text else []
+        chunks = self._begin(_kind(chunk)) if text else []
         if text:
             held = self._scrubber.holds
             clean = self._scrubber.feed(text) + (self._scrubber.end() if chunk.finish_reason else "")
@@ -172,16 +172,16 @@ class _Answer:
                 else:
                     chunk.text = clean
                 if not clean and not chunk.finish_reason and "role" not in chunk.delta:
-                    return made
+                    return chunks
         if chunk.tool_calls:
-            made += self._rest()
+            chunks += self._rest()
             self._calls.append(chunk)
         if chunk.finish_reason:
-            made += self.end()
-        return made if chunk.tool_calls else [*made, chunk]
+            chunks += self.end()
+        return chunks if chunk.tool_calls else [*chunks, chunk]
 
     def _begin(self, kind: str) -> list[Chunk]:
-        """What was held back until something of another kind came."""
+        """The chunks delayed until text of another kind begins."""
         rest = self._called() if self._kind == kind else self.end()
         self._kind = kind
         return rest
@@ -193,7 +193,7 @@ class _Answer:
         return [Chunk({"choices": [{"index": self._index, "delta": {self._kind: rest}, "finish_reason": None}]})]
 
     def _called(self) -> list[Chunk]:
-        """The tool calls that were held back. One that is changed has its arguments in its first chunk."""
+        """The delayed tool calls. A modified one has all of its arguments in its first chunk."""
         chunks, self._calls = self._calls, []
         whole: dict[int, str] = {}
         for number, function in (pair for chunk in chunks for pair in _functions(chunk.seen)):
@@ -210,18 +210,18 @@ class _Answer:
 
 def _parts(chunk: Chunk) -> list[Chunk]:
     """The chunk, or several if it has text of several kinds."""
-    made = []
+    chunks = []
     if chunk.reasoning and (chunk.text or chunk.tool_calls):
-        made.append(Chunk.of(reasoning=chunk.reasoning, index=chunk.index))
+        chunks.append(Chunk.of(reasoning=chunk.reasoning, index=chunk.index))
         chunk.reasoning = ""
     if chunk.text and chunk.tool_calls:
-        made.append(Chunk.of(chunk.text, index=chunk.index))
+        chunks.append(Chunk.of(chunk.text, index=chunk.index))
         chunk.text = ""
-    return [*made, chunk]
+    return [*chunks, chunk]
 
 
 def _kind(chunk: Chunk) -> str:
-    """The kind of text that the chunk has."""
+    """The field name of the chunk's text."""
     if not chunk.reasoning:
         return "content"
     return "reasoning_content" if chunk.delta.get("reasoning_content") else "reasoning"
@@ -229,13 +229,13 @@ def _kind(chunk: Chunk) -> str:
 
 def _functions(data: Json) -> Iterator[tuple[int, Json]]:
     """The parts of tool calls in a chunk, each with the number of its call."""
-    for place, call in enumerate(data["choices"][0]["delta"].get("tool_calls") or ()):
+    for position, call in enumerate(data["choices"][0]["delta"].get("tool_calls") or ()):
         if isinstance(call.get("function"), dict):
-            yield call.get("index", place), call["function"]
+            yield call.get("index", position), call["function"]
 
 
 def _texts(body: Json) -> Iterator[tuple[Any, Any]]:
-    """Every text of the request that the model gets, as the object that holds it and its key there."""
+    """All texts of the request that the model gets, each as its container and its key there."""
     for key in ("prompt", "suffix"):
         yield from _text_at(body, key)
     for message in body.get("messages", ()):
@@ -247,13 +247,13 @@ def _texts(body: Json) -> Iterator[tuple[Any, Any]]:
 
 
 def _text_at(holder: Any, key: Any) -> Iterator[tuple[Any, Any]]:
-    """The texts there, also in parts, and in what llama-server takes for a prompt: lists of lists, and of objects."""
+    """The texts at `holder[key]`, also in content parts, and in llama-server's prompts: nested lists, and objects."""
     value = holder.get(key) if isinstance(holder, dict) else holder[key]
     if isinstance(value, str):
         yield holder, key
     elif isinstance(value, list):
-        for place in range(len(value)):
-            yield from _text_at(value, place)
+        for position in range(len(value)):
+            yield from _text_at(value, position)
     elif isinstance(value, dict):
         for name in ("text", "prompt_string"):
             yield from _text_at(value, name)

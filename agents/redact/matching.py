@@ -1,4 +1,4 @@
-"""Finds patterns in a text that arrives piece by piece, holding back no more than may be the beginning of a match."""
+"""Finds patterns in a text that arrives in pieces, delaying only what may be the beginning of a match."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 import regex
 
 HOLD = 256
-"""Characters that are held back at most for a match that is only possible."""
+"""Maximum number of characters that are delayed for a possible match."""
 GROWTH = 16
-"""A match that is there already, and may still grow, is waited for so many times as long."""
+"""For a match that may still grow, the maximum is multiplied by this factor."""
 BEHIND = 256
-"""Characters that have left, and that patterns still see by look-behinds."""
+"""Characters already returned that look-behinds can still see."""
 TIMEOUT_S = 1.0
-"""Seconds that one pattern may take for one look: some take time in the power of a text's length."""
+"""Time limit in seconds for one search: some patterns take exponential time."""
 _TOKEN = r"\\.|\[\^?\]?(?:\\.|\[:\^?\w+:\]|[^\]\\])*\]|."
 _LOOKAHEADS = {
     r"\b": r"(?:(?<=\w)(?!\w)|(?<!\w)(?=\w))",
@@ -27,31 +27,30 @@ _LOOKAHEADS = {
     r"\z": r"(?!(?s:.))",
     "$": r"(?=\n?(?!(?s:.)))",
 }
-"""What looks at the next character without taking it, in a form that `regex` finds partial matches for."""
+"""Zero-width assertions about the next character, in a form for which `regex` reports partial matches."""
 _JSON_VALUE = regex.compile(r'"(?:[^"\\]|\\.)*+"|-?\d[\d.eE+-]*+')
 
 
 class PatternTooSlow(TimeoutError):
-    """A pattern took longer for one text than it may."""
+    """A search exceeded its time limit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Matcher:
-    """One pattern. `check` has the last word about what it finds: how much of that is meant, 0 for nothing."""
+    """One pattern. `check` validates a match: it returns the length to use, 0 to reject it."""
 
     name: str
     pattern: Any
     replacement: str
     check: Callable[[str], int] = len
     open: Any = field(init=False)
-    """Never matches, and has a partial match wherever `pattern` looks beyond the end of the text: on its way to a
-    match, or to a longer one, or to see that there is none."""
+    """Never matches, but has a partial match wherever `pattern` depends on characters beyond the end of the text."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "open", regex.compile(_open(self.pattern)))
 
     def find(self, text: str, start: int, end: int) -> tuple[int, int] | None:
-        """The first match in `text[start:end]`, as if nothing came behind. Raises: PatternTooSlow."""
+        """The first match in `text[start:end]`, as if the text ended there. Raises: PatternTooSlow."""
         while (found := self._search(self.pattern, text, start, end)) is not None:
             size = self.check(found[0]) if found[0] else 0
             if size:
@@ -60,8 +59,8 @@ class Matcher:
         return None
 
     def undecided(self, text: str, start: int, end: int) -> int:
-        """The first place from `start` on where what comes behind `text[:end]` may change what is found there; `end` if
-        there is none before. Raises: PatternTooSlow."""
+        """The first position from `start` on where text after `end` may change the result; `end` if there is none.
+        Raises: PatternTooSlow."""
         found = self._search(self.open, text, start, end, partial=True)
         return end if found is None else int(found.start())
 
@@ -81,21 +80,21 @@ def _open(pattern: Any) -> str:
 
 
 def compiled(name: str, pattern: str, replacement: str | None = None) -> Matcher:
-    """A matcher whose replacement, unless given, is its name in brackets. Raises: ValueError with the text of `regex`,
-    also for a pattern that matches the empty text, which is everywhere, and for one that does not go forward."""
+    """A matcher; its replacement defaults to its name in brackets. Raises: ValueError for an invalid pattern, one that
+    matches the empty text, and one that does not search forward."""
     try:
         found = regex.compile(pattern)
     except regex.error as exc:
-        raise ValueError(f"the pattern {name} is no regular expression: {exc}") from None
+        raise ValueError(f"the pattern {name} is not a regular expression: {exc}") from None
     if found.search("") is not None:
         raise ValueError(f"the pattern {name} matches the empty text")
     if found.flags & regex.REVERSE or {r"\K", r"\G"} & set(regex.findall(_TOKEN, pattern)):
-        raise ValueError(rf"the pattern {name} has (?r), \K or \G, for which a text must have ended")
+        raise ValueError(rf"the pattern {name} has (?r), \K or \G, which require a complete text")
     return Matcher(name, found, f"[{name}]" if replacement is None else replacement)
 
 
 Naming = Callable[[Matcher, str], str]
-"""What stands in the place of a match."""
+"""Returns the replacement of a match."""
 
 
 def by_replacement(matcher: Matcher, found: str) -> str:
@@ -104,8 +103,8 @@ def by_replacement(matcher: Matcher, found: str) -> str:
 
 
 def matches(matchers: Sequence[Matcher], text: str, start: int, end: int) -> Iterator[tuple[int, int, Matcher]]:
-    """The matches in `text[start:end]`, as if nothing came behind: from left to right, none within another; of two that
-    begin together that of the first matcher."""
+    """The matches in `text[start:end]`, as if the text ended there: from left to right, without overlaps; of two at the
+    same position, the one of the first matcher."""
     found = {matcher: span for matcher in matchers if (span := matcher.find(text, start, end)) is not None}
     while found:
         first = min(found, key=lambda matcher: found[matcher][0])
@@ -119,16 +118,16 @@ def matches(matchers: Sequence[Matcher], text: str, start: int, end: int) -> Ite
 
 
 def scrubbed(matchers: Sequence[Matcher], text: str, naming: Naming = by_replacement) -> str:
-    """A text that is there as a whole; matches may be of any length."""
-    written, place = [], 0
+    """Replace the matches in a complete text; they may have any length."""
+    written, position = [], 0
     for start, end, matcher in matches(matchers, text, 0, len(text)):
-        written += [text[place:start], naming(matcher, text[start:end])]
-        place = end
-    return "".join([*written, text[place:]])
+        written += [text[position:start], naming(matcher, text[start:end])]
+        position = end
+    return "".join([*written, text[position:]])
 
 
 def scrubbed_json(matchers: Sequence[Matcher], text: str, naming: Naming = by_replacement) -> str:
-    """The same within the texts and numbers of a JSON text, which stays one; what is no JSON is just a text."""
+    """Replace the matches within the strings and numbers of a JSON text, which stays valid; else as `scrubbed`."""
     try:
         json.loads(text)
     except (ValueError, RecursionError):
@@ -144,11 +143,11 @@ def scrubbed_json(matchers: Sequence[Matcher], text: str, naming: Naming = by_re
 
 
 class Scrubber:
-    """One text on its way: `feed` gives what can leave, `end` the rest. However it is cut into pieces, the same comes
-    out; and the same as of the whole, as long as there is nothing longer than `hold` that might have become a match.
+    """Replaces matches in a text that arrives in pieces: `feed` returns what is decided, `end` the rest. The result
+    does not depend on how the text is split, and equals that of `scrubbed` unless a match takes over `hold` characters.
 
-    What may become a match for longer than `hold` characters is let go, from its first character on; one that is there
-    already and still grows is cut at `GROWTH` times that. Raises: PatternTooSlow.
+    A possible match of more than `hold` characters is passed, beginning with its first character; an actual match that
+    still grows is cut at `GROWTH` times that. Both methods raise: PatternTooSlow.
     """
 
     def __init__(self, matchers: Sequence[Matcher], hold: int, naming: Naming = by_replacement) -> None:
@@ -156,59 +155,59 @@ class Scrubber:
         self._hold = hold
         self._naming = naming
         self._text = ""
-        self._place = 0  # what is before it has left, and is kept as far as patterns may look back
+        self._position = 0  # text before it was returned, and is kept for look-behinds
 
     @property
     def holds(self) -> bool:
-        """Whether anything is held back."""
-        return self._place < len(self._text)
+        """Whether any text is delayed."""
+        return self._position < len(self._text)
 
     def feed(self, text: str) -> str:
-        behind = min(self._place, BEHIND)
-        self._text = self._text[self._place - behind :] + text
-        self._place = behind
+        behind = min(self._position, BEHIND)
+        self._text = self._text[self._position - behind :] + text
+        self._position = behind
         return "".join(self._steps(ended=False))
 
     def end(self) -> str:
         return "".join(self._steps(ended=True))
 
     def _steps(self, *, ended: bool) -> Iterator[str]:
-        """No step looks further than `hold` from where it stands: else it would depend on how much is there already."""
+        """No step looks further than `hold` ahead: otherwise the result would depend on how much has arrived."""
         while self.holds:
-            window = min(len(self._text), self._place + self._hold)
+            window = min(len(self._text), self._position + self._hold)
             whole = ended and window == len(self._text)
             decided = window if whole else self._decided(window)
-            found = next(matches(self._matchers, self._text, self._place, window), None)
+            found = next(matches(self._matchers, self._text, self._position, window), None)
             if found is not None and found[0] < decided:
                 yield self._replaced(*found)
-            elif decided > self._place:
+            elif decided > self._position:
                 yield self._passed(decided)
-            elif window < self._place + self._hold:
+            elif window < self._position + self._hold:
                 return
-            elif found is None or found[0] > self._place:
-                yield self._passed(self._place + 1)
+            elif found is None or found[0] > self._position:
+                yield self._passed(self._position + 1)
             elif (grown := self._grown(ended)) is None:
                 return
             else:
                 yield grown
 
     def _decided(self, end: int) -> int:
-        """Up to where it does not matter what comes behind `end`."""
-        return min((matcher.undecided(self._text, self._place, end) for matcher in self._matchers), default=end)
+        """The position up to which text after `end` cannot change the result."""
+        return min((matcher.undecided(self._text, self._position, end) for matcher in self._matchers), default=end)
 
     def _grown(self, ended: bool) -> str | None:
-        """What becomes of a match that begins here and may grow; None if that is still open."""
-        longest = self._place + self._hold * GROWTH
+        """The output for a match that begins here and may grow; None if that is undecided."""
+        longest = self._position + self._hold * GROWTH
         window = min(len(self._text), longest)
         whole = window == longest or ended
-        if not whole and self._decided(window) == self._place:
+        if not whole and self._decided(window) == self._position:
             return None
-        found = next(matches(self._matchers, self._text, self._place, window), None)
-        here = found is not None and found[0] == self._place
-        return self._replaced(*found) if found is not None and here else self._passed(self._place + 1)
+        found = next(matches(self._matchers, self._text, self._position, window), None)
+        here = found is not None and found[0] == self._position
+        return self._replaced(*found) if found is not None and here else self._passed(self._position + 1)
 
-    def _passed(self, place: int) -> str:
-        text, self._place = self._text[self._place : place], place
+    def _passed(self, position: int) -> str:
+        text, self._position = self._text[self._position : position], position
         return text
 
     def _replaced(self, start: int, end: int, matcher: Matcher) -> str:

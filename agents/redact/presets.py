@@ -1,4 +1,4 @@
-"""What a name alone stands for among the patterns of `redact`."""
+"""The built-in patterns of `redact`."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from llama_smart_proxy.agents.redact.matching import Matcher
 
 
 def _luhn(text: str) -> int:
-    """All of a card's number (ISO/IEC 7812: the Luhn algorithm)."""
+    """The length of a valid card number, else 0 (ISO/IEC 7812: the Luhn algorithm)."""
     digits = [int(char) for char in text if char.isdigit()]
     doubled = [sum(divmod(2 * digit, 10)) for digit in digits[-2::-2]]
     return 0 if (sum(doubled) + sum(digits[-1::-2])) % 10 else len(text)
 
 
 def _iban(text: str) -> int:
-    """The longest beginning, in whole groups, whose check digits are right (ISO 13616: the number modulo 97 is 1): a
-    word in capitals may follow."""
+    """The length of the longest prefix of whole groups with valid check digits (ISO 13616: the number modulo 97 is 1):
+    a word in capitals may follow the number."""
     while len(plain := text.replace(" ", "")) >= 15:
         if int("".join(str(int(char, 36)) for char in plain[4:] + plain[:4])) % 97 == 1:
             return len(text)
@@ -55,5 +55,5 @@ PRESETS = {
         ),
     )
 }
-"""Patterns by name. Where a format has check digits they are checked. Those of long things match their beginnings, too,
-so that an answer does not let them go."""
+"""Patterns by name. Check digits are verified where the format has them. Patterns of long values also match their
+beginnings, so that an answer that exceeds the delay does not pass them."""

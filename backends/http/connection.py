@@ -1,7 +1,7 @@
-"""The HTTP/1.1 client side of the relay: a small keep-alive pool of connections for each server.
+"""The HTTP/1.1 client of the relay: a small keep-alive pool of connections for each server.
 
-It keeps us clear of client defaults that are wrong for a proxy: no redirects are followed, no cookies kept, no proxies
-taken from the environment, no total timeout set.
+It has none of the client features that are wrong for a proxy: redirects, cookies, proxies from the environment, and a
+total timeout.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from llama_smart_proxy.backends.http.exchange import Connection, Timeouts, Upstr
 from llama_smart_proxy.backends.http.sweep import Sweeper
 from llama_smart_proxy.proxy.errors import UpstreamFailed
 
-IDLE_KEEP_S = 4.0
-"""Longest rest of a pooled connection. llama-server closes its own after 5 s (`Keep-Alive: timeout=5`, cpp-httplib's
-default), and a request that meets the closing has to be sent twice."""
+IDLE_LIMIT_S = 4.0
+"""Maximum idle time of a pooled connection in seconds. llama-server closes idle connections after 5 s (`Keep-Alive:
+timeout=5`, cpp-httplib's default), and a request sent at that moment must be retried."""
 UNREACHABLE = "upstream_unreachable"
-"""Code of the error for a server to which no connection came about: nothing was sent to it."""
+"""Error code if no connection to the server could be made: nothing was sent to it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where a server listens; `prefix` is put in front of every path."""
+    """The address of a server; `prefix` is prepended to every path."""
 
     host: str
     port: int
@@ -37,7 +37,7 @@ class Endpoint:
 
     @property
     def authority(self) -> str:
-        """Host and port as a URL and the Host header write them."""
+        """Host and port in the form of URLs and the Host header."""
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     def __str__(self) -> str:
@@ -45,7 +45,7 @@ class Endpoint:
 
 
 class ConnectionPool:
-    """Connections to one server. `headers` (credentials) go out with every request, ahead of the request's own."""
+    """Connections to one server. `headers` (credentials) are sent with every request, before its own."""
 
     def __init__(
         self, endpoint: Endpoint, *, headers: Sequence[tuple[str, str]] = (), timeouts: Timeouts | None = None
@@ -62,13 +62,13 @@ class ConnectionPool:
         self._fixed = "".join(f"{name}: {value}\r\n" for name, value in fixed)
 
     def request(self, request: UpstreamRequest) -> AbstractAsyncContextManager[UpstreamResponse]:
-        """Send `request`; the context yields its response once the headers are in.
+        """Send `request`; the context yields its response once the headers are received.
 
-        Leaving the context puts the connection back if the answer was read to its end, and closes it at once otherwise,
-        which is how llama.cpp learns that nobody listens any more.
+        Leaving the context returns the connection to the pool if the answer was read to its end. Otherwise it closes
+        the connection at once, which cancels the generation in llama.cpp.
 
-        Raises: UpstreamFailed, with code `UNREACHABLE` if no connection came about; also when the server closed a
-        resting connection in the very moment it was used again: a second request then goes out on a new one.
+        Raises: UpstreamFailed, with code `UNREACHABLE` if no connection could be made; also if the server closed an
+        idle connection at the moment it was reused: a retry then uses a new one.
         """
         return _Exchange(self, request)
 
@@ -91,13 +91,13 @@ class ConnectionPool:
         return response.status, body
 
     def close(self, why: str, *, code: str = "upstream_disconnected") -> None:
-        """Close every connection now. An answer under way fails with `why` and `code`. Later requests fail too."""
+        """Close all connections. Answers in progress fail with `why` and `code`, later requests fail too."""
         self._closed = True
         self._sweeper.stop()
         self._drop_idle()
         for connection in list(self._active):
             if connection.response is not None:
-                connection.response.fail(f"the model server broke off: {why}", code=code)
+                connection.response.fail(f"the model server disconnected: {why}", code=code)
             connection.abort()
 
     def _head(self, request: UpstreamRequest) -> bytes:
@@ -118,7 +118,7 @@ class ConnectionPool:
         except BaseException as exc:
             self._release(connection, None)
             if isinstance(exc, UpstreamFailed):
-                self._drop_idle()  # the others are no better: what comes next gets a new one
+                self._drop_idle()  # the others are probably stale, too: the next request gets a new one
             raise
         return connection, response
 
@@ -134,7 +134,7 @@ class ConnectionPool:
         except TimeoutError:
             message = f"no connection to {self.endpoint} within {limit_s:g} s"
             raise UpstreamFailed(message, status=504, code=UNREACHABLE) from None
-        except (OSError, UnicodeError) as exc:  # UnicodeError: the host's name cannot be one
+        except (OSError, UnicodeError) as exc:  # UnicodeError: an invalid host name
             reason = getattr(exc, "strerror", None) or exc
             raise UpstreamFailed(f"cannot connect to {self.endpoint}: {reason}", code=UNREACHABLE) from exc
         return connection
@@ -157,14 +157,14 @@ class ConnectionPool:
         now = asyncio.get_running_loop().time()
         for connection in list(self._active):
             if connection.response is not None:
-                connection.response.check_quiet(now)
-        self._drop_rested(now)
+                connection.response.check_timeout(now)
+        self._drop_expired(now)
         return bool(self._active or self._idle)
 
     def _release(self, connection: Connection, response: UpstreamResponse | None) -> None:
-        """Take the connection back; without a `response` that left it in order, it is closed."""
+        """Return the connection to the pool, or close it if `response` is None or does not allow reuse."""
         if connection.response is not None:
-            connection.response.let_go()
+            connection.response.detach()
         connection.response = None
         self._active.discard(connection)
         if response is None or not response.reusable or not connection.idle or self._closed:
@@ -172,12 +172,12 @@ class ConnectionPool:
             return
         response.resume()
         now = asyncio.get_running_loop().time()
-        connection.idle_until = now + _keep_s(response.header("keep-alive"))
+        connection.idle_until = now + _idle_limit_s(response.header("keep-alive"))
         self._idle.append(connection)
-        self._drop_rested(now)
+        self._drop_expired(now)
 
-    def _drop_rested(self, now: float) -> None:
-        """Close what has rested for too long; the longest at rest come first."""
+    def _drop_expired(self, now: float) -> None:
+        """Close expired idle connections; the oldest come first."""
         while self._idle and not (self._idle[0].open and now < self._idle[0].idle_until):
             self._idle.pop(0).abort()
 
@@ -200,8 +200,7 @@ class _Exchange(AbstractAsyncContextManager[UpstreamResponse]):
 
 
 @lru_cache(maxsize=64)
-def _keep_s(header: str) -> float:
-    """How long a server that sent this `Keep-Alive` header lets a connection rest, with a second's margin, at most
-    `IDLE_KEEP_S`."""
+def _idle_limit_s(header: str) -> float:
+    """The idle time in seconds that a `Keep-Alive` header allows, minus a margin of 1 s, at most `IDLE_LIMIT_S`."""
     promised = re.search(r"timeout=(\d{1,9})", header)
-    return min(IDLE_KEEP_S, int(promised[1]) - 1) if promised else IDLE_KEEP_S
+    return min(IDLE_LIMIT_S, int(promised[1]) - 1) if promised else IDLE_LIMIT_S

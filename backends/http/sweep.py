@@ -1,4 +1,4 @@
-"""Time limits for many things at once."""
+"""One timer for the time limits of many objects."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from collections.abc import Callable
 
 
 class Sweeper:
-    """Calls `look` every `interval_s` seconds for as long as it returns True.
+    """Calls `callback` every `interval_s` seconds as long as it returns True.
 
-    One timer for all requests: setting and cancelling one for each would be a noticeable part of what relaying a small
-    request costs. The price is that a limit is met up to `interval_s` late.
+    A timer per request would add noticeably to the cost of relaying a small one. The disadvantage is that a limit is
+    enforced up to `interval_s` late.
     """
 
-    def __init__(self, interval_s: float, look: Callable[[], bool]) -> None:
+    def __init__(self, interval_s: float, callback: Callable[[], bool]) -> None:
         self._interval_s = interval_s
-        self._look = look
+        self._callback = callback
         self._timer: asyncio.TimerHandle | None = None
 
     def wake(self) -> None:
-        """There is something to look at; cheap when it was known."""
+        """Start the timer if it is not running. Cheap."""
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(self._interval_s, self._sweep)
 
     def stop(self) -> None:
-        """Look no more, until the next `wake`."""
+        """Stop the timer until the next `wake`."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
     def _sweep(self) -> None:
         self._timer = None
-        if self._look():
+        if self._callback():
             self.wake()

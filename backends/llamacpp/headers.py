@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llama_smart_proxy.backends.base import ModelInfo
-from llama_smart_proxy.backends.threads import in_thread
+from llama_smart_proxy.backends.threads import run_in_thread
 from llama_smart_proxy.backends.weights.files import locate
 from llama_smart_proxy.backends.weights.gguf import Elided, GgufError, GgufInfo, read_info
 from llama_smart_proxy.proxy.config import ModelConfig
@@ -39,7 +39,7 @@ class Headers:
         Raises: `StartFailed` when the system has no more threads.
         """
         async with self._reading:
-            return await in_thread(lambda: self._find(name, model))
+            return await run_in_thread(lambda: self._find(name, model))
 
     def _find(self, name: str, model: ModelConfig) -> ModelInfo:
         num_ctx = (model.ctx or 0) // (model.parallel or 1)  # llama-server's counts the tokens of all slots

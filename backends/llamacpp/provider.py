@@ -13,7 +13,7 @@ from llama_smart_proxy.backends.base import BaseProvider, ProviderStatus, Servic
 from llama_smart_proxy.backends.llamacpp.headers import Headers
 from llama_smart_proxy.backends.llamacpp.launcher import pool_model
 from llama_smart_proxy.backends.llamacpp.model import KIND, LlamaCppModel
-from llama_smart_proxy.backends.threads import in_thread
+from llama_smart_proxy.backends.threads import run_in_thread
 from llama_smart_proxy.backends.weights import hub
 from llama_smart_proxy.backends.weights.downloads import Download
 from llama_smart_proxy.backends.weights.files import scan_models_dir
@@ -135,7 +135,7 @@ class LlamaCpp(BaseProvider):
         self._cache_read_s = now
         with suppress(TimeoutError):
             async with asyncio.timeout(CACHE_READ_S):
-                found = await in_thread(hub.cached_models)
+                found = await run_in_thread(hub.cached_models)
                 self._cached = self._keyed(found)
 
     def _keyed(self, found: Mapping[str, ModelConfig]) -> dict[str, LlamaCppModel]:
@@ -156,7 +156,7 @@ class LlamaCpp(BaseProvider):
         await spawned.unload()
         assert spawned.config.repo is not None and spawned.config.variant is not None
         repo, file = spawned.config.repo, spawned.config.variant
-        await in_thread(lambda: hub.delete(repo, file))
+        await run_in_thread(lambda: hub.delete(repo, file))
         await self._read_cache(at_once=True)
 
     def _scan(self) -> dict[str, LlamaCppModel]:

@@ -1,4 +1,4 @@
-"""Ollama servers as one: which of them answers a request, and models that none of them has yet."""
+"""Combines Ollama servers: selects the host of a request, and pulls models that no host has."""
 
 from __future__ import annotations
 
@@ -25,55 +25,55 @@ logger = logging.getLogger(__name__)
 Headers = Sequence[tuple[str, str]]
 
 LOADED_STALE_S = 30.0
-"""How old the knowledge of what is loaded may be for a request to go by it."""
+"""Maximum age in seconds of the list of loaded models for selecting a host."""
 REFUSAL_KEPT_S = 10.0
-"""How long requests for a model that Ollama could not pull get the same error, without another try."""
+"""Seconds for which requests for a model that Ollama could not pull get the same error without a retry."""
 
 
 @dataclass(slots=True)
 class _Context:
-    """What requests have shown about the context sizes of one model.
+    """The context sizes in requests for one model, and their results.
 
-    `worked` is the largest that was answered with, `trying` are those of requests that wait for their answer, `failed`
-    is the last one that had no success. `used_at` is when the model was last in use, on the event loop's clock.
+    `confirmed` is the largest size of a successful request, `pending` are those of requests without an answer yet,
+    `failed` is the last one that failed. `used_at` is the last use of the model, on the event loop's clock.
     """
 
-    worked: int = 0
-    trying: list[int] = field(default_factory=list)
+    confirmed: int = 0
+    pending: list[int] = field(default_factory=list)
     failed: int = 0
     used_at: float = -math.inf
 
     def size(self, loaded: list[int]) -> int:
-        """The size to send, 0 for none, if a host or more has the model `loaded` with these.
+        """The size to send, 0 for none; `loaded` are the sizes with which hosts have the model loaded.
 
-        One that is only being tried counts too, or clients that begin together would have the model loaded in turns;
-        but not if it failed before: nobody else shall fail with it.
+        Pending sizes count, or concurrent first requests would cause alternating reloads; but not a size that has
+        failed before, which would fail other requests.
         """
-        if self.failed in loaded:  # who asked for it left before the answer
-            self.worked = max(self.worked, self.failed)
-        return max(self.worked, *(size for size in self.trying if size != self.failed), 0)
+        if self.failed in loaded:  # its client disconnected before the answer
+            self.confirmed = max(self.confirmed, self.failed)
+        return max(self.confirmed, *(size for size in self.pending if size != self.failed), 0)
 
-    async def tried(self, size: int, answer: Awaitable[UpstreamResponse]) -> UpstreamResponse:
-        """The `answer` to a request with that size; it shows whether the size works."""
-        self.trying.append(size)
-        worked = False
+    async def track_context(self, size: int, answer: Awaitable[UpstreamResponse]) -> UpstreamResponse:
+        """Await the `answer` to a request with that size, and record whether it succeeded."""
+        self.pending.append(size)
+        confirmed = False
         try:
             response = await answer
-            worked = response.status == 200
+            confirmed = response.status == 200
             return response
         finally:
-            self.trying.remove(size)
-            if worked:
-                self.worked = max(self.worked, size)
+            self.pending.remove(size)
+            if confirmed:
+                self.confirmed = max(self.confirmed, size)
             else:
                 self.failed = size
 
 
 class Hosts:
-    """All Ollama hosts, and the models of backend `ollama` that are `configured`, by name. Names are Ollama's: their
-    case does not matter, nor does a `:latest` that is there or missing.
+    """All Ollama hosts, and the `configured` models of the backend `ollama`, by name. Names are compared as Ollama
+    does: case-insensitively, and `:latest` is optional.
 
-    What is no coroutine answers from memory at once, and has what is old asked for in the background.
+    Methods that are not coroutines answer from memory, and refresh stale listings in the background.
     """
 
     def __init__(self, config: OllamaConfig, downloads: Downloads, configured: Mapping[str, ModelConfig]) -> None:
@@ -85,22 +85,22 @@ class Hosts:
         self._pinned = {key_of(name): model.ctx for name, model in configured.items() if model.ctx}
         self._contexts: dict[str, _Context] = {}
         self._refusals: dict[str, tuple[float, ProxyError]] = {}
-        self._watch = Sweeper(LOADED_STALE_S, self._look)
+        self._sweeper = Sweeper(LOADED_STALE_S, self._sweep)
 
-    # -- what there is ---------------------------------------------------------------------------------------------
+    # -- models and state ------------------------------------------------------------------------------------------
 
     @property
     def models(self) -> tuple[str, ...]:
-        """The names of all models: those that the hosts list, as these write them, and those of the configuration."""
+        """The names of all models: those listed by the hosts, in their spelling, and those of the configuration."""
         held = {key_of(item["name"]): str(item["name"]) for item in (*self.items(), *self.loaded())}
         return tuple((held | {key: name for key, name in self._named.items() if key not in held}).values())
 
     def items(self) -> list[Json]:
-        """What /api/tags answers: the items of all hosts; of a model that several have, the item of the first one."""
+        """The items of /api/tags of all hosts; for a model on several hosts, the item of the first one."""
         return self._merged(lambda host: host.tags)
 
     def loaded(self) -> list[Json]:
-        """What /api/ps answers, likewise."""
+        """The items of /api/ps, likewise."""
         return self._merged(lambda host: host.loaded)
 
     def has_loaded(self, name: str) -> bool:
@@ -110,11 +110,11 @@ class Hosts:
 
     @property
     def version(self) -> str | None:
-        """Ollama's version, of the first host that told it."""
+        """The version of the first host whose version is known."""
         return next((host.version for host in self.hosts if host.version), None)
 
     def status(self) -> list[Json]:
-        """Each host, for operators; `error` only if it did not answer the last time."""
+        """The status of each host, for operators; with `error` if its last listing failed."""
         return [
             {
                 "name": "ollama",
@@ -129,7 +129,7 @@ class Hosts:
         ]
 
     def known(self, name: str) -> str | None:
-        """The name by which the hosts know the model, or the configuration; None if none of them does."""
+        """The model's name in the spelling of the hosts, or of the configuration; None if it is unknown."""
         key = key_of(name)
         if not self._serves(key):
             return None
@@ -138,54 +138,52 @@ class Hosts:
         return next(held, self._named.get(key))
 
     async def find(self, name: str) -> str | None:
-        """The same, after asking all hosts anew if memory says no."""
+        """As `known`, after refreshing the listings of all hosts if the model is unknown."""
         await self.holders(name)
         return self.known(name)
 
     async def holders(self, name: str) -> list[OllamaHost]:
-        """The hosts that have the model, best first: one that answers, that has it loaded, that is least busy."""
+        """The hosts that have the model, best first: available, with the model loaded, least busy."""
         key = key_of(name)
         if not self._serves(key):
             return []
         self._refresh()
-        if not self._held(key) and is_name(name):
-            await self._ask_around(key)
+        if not self._has(key) and is_name(name):
+            await self._update_holders(key)
         for host in self.hosts if len(self.hosts) > 1 else ():
             if host.error is None:
-                await host.looked_up(LOADED_STALE_S)  # all of them were asked above, if need be
+                await host.refresh_loaded(LOADED_STALE_S)  # those with errors were retried above if required
         return [host for host in self._ranked(key) if key in host.tags]
 
     async def host_for(self, name: str | None) -> OllamaHost:
-        """The host that a request about the model goes to. A model that none has, or None, goes to the first that
-        answers: always the same one, so that what is sent in parts (blobs, create) meets there."""
+        """The host for a request about the model. For an unknown model, or None, it is the first available one: always
+        the same, so that the parts of one operation (blobs, create) go to the same host."""
         found = await self.holders(name) if name is not None else []
         return found[0] if found else min(self.hosts, key=lambda host: host.error is not None)
 
     def start(self) -> None:
-        """Begin to learn what the hosts have."""
+        """Start listing the hosts' models."""
         self._refresh()
 
     async def listed(self) -> None:
-        """Return once every host has said what it has, or has been given up for now: after 2 s at the latest."""
+        """Return once every host has been listed, or its listing has failed: after 2 s at the latest."""
         self._refresh()
         for host in self.hosts:
-            await host.listed(math.inf)
+            await host.refresh_tags(math.inf)
 
-    async def looked_up(self) -> None:
-        """Return once `loaded` is what the hosts say now: after 2 s at the latest. Those that did not answer the last
-        time are not waited for."""
-        await asyncio.gather(*(host.looked_up(0) for host in self.hosts if host.error is None))
+    async def refresh_loaded(self) -> None:
+        """Refresh `loaded` from the hosts, except those whose last listing failed; returns after 2 s at the latest."""
+        await asyncio.gather(*(host.refresh_loaded(0) for host in self.hosts if host.error is None))
 
     async def close(self) -> None:
-        self._watch.stop()
+        self._sweeper.stop()
         for host in self.hosts:
             await host.close()
 
     # -- models ----------------------------------------------------------------------------------------------------
 
     def model(self, name: str, *, pull: bool = True) -> OllamaModel:
-        """The model of that name, whether a host has it yet or not. With `pull`, a request to one that none has may
-        have it pulled."""
+        """The model of that name, which need not exist yet. With `pull`, a request to it may pull it."""
         return OllamaModel(self, name, pull=pull)
 
     def item(self, name: str) -> Json | None:
@@ -197,26 +195,25 @@ class Hosts:
         return self._first(name, lambda host: host.loaded)
 
     def may_pull(self, name: str) -> bool:
-        """Whether a request for a model that no host has would have it pulled."""
+        """Whether a request for this model, if no host has it, pulls it."""
         return self._pulls and is_name(name) and self._serves(key_of(name))
 
     def pull(self, name: str, headers: Headers = ()) -> Download:
-        """The download of the model, by the host that has it, else by the least busy one: the one under way, or a new
-        one. Allowed whatever `ollama.pull` says: that is about requests that need the model. `headers` are those of the
-        request for it.
+        """The download of the model in progress, or a new one, by the host that has it, else by the least busy one.
+        Independent of `ollama.pull`, which applies to requests that use the model. `headers` are the client's.
 
-        It raises ModelNotFound in Ollama's words, UpstreamFailed (code `pull_failed` if these are of something else).
-        Raises: BadRequest.
+        The download raises ModelNotFound with Ollama's message, or UpstreamFailed (code `pull_failed` for any other
+        error reported by Ollama). Raises: BadRequest.
         """
         if not is_name(name):
             raise BadRequest("invalid model name", param="model")
         key = key_of(name)
         return self._downloads.join(
             f"ollama {key}", partial(self._pull, key, name, headers)
-        )  # the hub's have other names
+        )  # differs from the names of downloads from the hub
 
-    async def pulled(self, name: str, headers: Headers) -> None:
-        """Return once the model has been pulled for a request. What Ollama said against it holds for 10 s.
+    async def ensure_pulled(self, name: str, headers: Headers) -> None:
+        """Return once the model has been pulled for a request. A refusal by Ollama is cached for 10 s.
 
         Raises: what the download raises.
         """
@@ -225,15 +222,15 @@ class Hosts:
             raise refusal.with_traceback(None)
         await self.pull(name, headers).wait()
 
-    def num_ctx(self, name: str, asked: int | None) -> int | None:
-        """The context size to send with a request about the model, for a client that asked for `asked` tokens, or for
-        none; None: send none.
+    def num_ctx(self, name: str, requested: int | None) -> int | None:
+        """The context size in tokens to send with a request for the model; None to send none. `requested` is the
+        client's.
 
-        A pinned one (`ctx` of the configured model) is always that. Otherwise it only grows: a request never asks for
-        less than the model is loaded with, because any other size, also a smaller one, makes Ollama load the model
-        anew. But a size is kept for others only once a request with it was answered with status 200, or Ollama says
-        that the model is loaded with it. Once the model was unloaded, it begins afresh. A size that Ollama itself chose
-        is never asked for, unless a client wants one that is smaller.
+        A configured `ctx` always takes precedence. Otherwise the size only grows: it is never smaller than the one the
+        model is loaded with, because any other size, also a smaller one, makes Ollama reload the model. A size applies
+        to other requests only once a request with it returned status 200, or Ollama lists the model as loaded with it.
+        It is reset when the model is unloaded. A size chosen by Ollama itself is sent only if a client requests a
+        smaller one.
         """
         key = key_of(name)
         if key in self._pinned:
@@ -241,55 +238,57 @@ class Hosts:
         self._forget_unloaded()
         loaded = [host.context_length(key) for host in self.hosts]
         size = self._contexts[key].size(loaded) if key in self._contexts else 0
-        if asked is not None and asked > 0:
-            size = max(asked, size, *loaded)
+        if requested is not None and requested > 0:
+            size = max(requested, size, *loaded)
         return size or None
 
-    async def tried(self, name: str, num_ctx: int | None, answer: Awaitable[UpstreamResponse]) -> UpstreamResponse:
-        """The `answer` to a request about the model with this `num_ctx`, which is kept for others if it works."""
+    async def track_context(
+        self, name: str, num_ctx: int | None, answer: Awaitable[UpstreamResponse]
+    ) -> UpstreamResponse:
+        """Await the `answer` to a request with this `num_ctx`, which applies to other requests if it succeeds."""
         key = key_of(name)
         if num_ctx is None or key in self._pinned:
             return await answer
-        self._watch.wake()
-        return await self._contexts.setdefault(key, _Context()).tried(num_ctx, answer)
+        self._sweeper.wake()
+        return await self._contexts.setdefault(key, _Context()).track_context(num_ctx, answer)
 
-    def used(self, name: str) -> None:
-        """The model may be loaded from now on, although no host has said so yet."""
+    def mark_used(self, name: str) -> None:
+        """Record a use of the model: it may be loaded although no host lists it yet."""
         if (context := self._contexts.get(key_of(name))) is not None:
             context.used_at = asyncio.get_running_loop().time()
 
-    def _look(self) -> bool:
-        """Now and then, as long as there are sizes to forget: they would stay for ever if nobody looked in time."""
+    def _sweep(self) -> bool:
+        """Called periodically while there are context sizes, so that they are reset also without requests."""
         self._refresh()
         self._forget_unloaded()
         return bool(self._contexts)
 
     def _forget_unloaded(self) -> None:
-        """Forget the context sizes of models of which every host that answers has said since that they are gone."""
+        """Reset the context sizes of models that no available host has listed as loaded since their last use."""
         looked_at = min((host.loaded_at for host in self.hosts if host.error is None), default=math.inf)
         for key, context in list(self._contexts.items()):
-            in_use = context.trying or any(host.has_loaded(key) for host in self.hosts)
+            in_use = context.pending or any(host.has_loaded(key) for host in self.hosts)
             if context.used_at < looked_at and not in_use:
                 del self._contexts[key]
 
-    async def _pull(self, key: str, name: str, headers: Headers, tell: Callable[[Progress], None]) -> None:
+    async def _pull(self, key: str, name: str, headers: Headers, report: Callable[[Progress], None]) -> None:
         now = asyncio.get_running_loop().time
         self._refusals = {key: kept for key, kept in self._refusals.items() if now() < kept[0]}
         self._refusals.pop(key, None)
         try:
-            await self._pull_somewhere(key, name, headers, tell)
+            await self._pull_from_hosts(key, name, headers, report)
         except (ModelNotFound, UpstreamFailed) as exc:
             if exc.code in (ModelNotFound.code, PULL_FAILED):
                 self._refusals[key] = now() + REFUSAL_KEPT_S, exc
             raise
 
-    async def _pull_somewhere(self, key: str, name: str, headers: Headers, tell: Callable[[Progress], None]) -> None:
+    async def _pull_from_hosts(self, key: str, name: str, headers: Headers, report: Callable[[Progress], None]) -> None:
         failure: UpstreamFailed | None = None
         for host in sorted(self._ranked(key), key=lambda host: (host.error is not None, key not in host.tags)):
             try:
-                return await host.pull(name, headers, tell)
+                return await host.pull(name, headers, report)
             except UpstreamFailed as exc:
-                if failure is None or failure.code != PULL_FAILED:  # which says more than what came of the others
+                if failure is None or failure.code != PULL_FAILED:  # Ollama's own message is the most specific one
                     failure = exc
         raise failure or UpstreamFailed("no Ollama host is configured")
 
@@ -298,26 +297,26 @@ class Hosts:
     def _serves(self, key: str) -> bool:
         return self._serves_all or key in self._named
 
-    def _held(self, key: str) -> bool:
+    def _has(self, key: str) -> bool:
         return any(key in host.tags for host in self.hosts)
 
     def _ranked(self, key: str) -> list[OllamaHost]:
         return sorted(self.hosts, key=lambda host: (host.error is not None, not host.has_loaded(key), host.in_flight))
 
-    def likeliest(self, key: str) -> OllamaHost:
-        """The host that would be asked first."""
+    def best_host(self, key: str) -> OllamaHost:
+        """The preferred host for the model."""
         return self._ranked(key)[0]
 
     def _refresh(self) -> None:
         for host in self.hosts:
             host.refresh()
 
-    async def _ask_around(self, key: str) -> None:
-        """Have the hosts list what they have now, those that were down only if the others do not have it."""
+    async def _update_holders(self, key: str) -> None:
+        """Refresh the hosts' listings; those that were down only if the others do not have the model."""
         for down in (False, True):
             hosts = [host for host in self.hosts if (host.error is not None) is down]
-            await asyncio.gather(*(host.listed(LISTING_PAUSE_S) for host in hosts))
-            if self._held(key):
+            await asyncio.gather(*(host.refresh_tags(LISTING_PAUSE_S) for host in hosts))
+            if self._has(key):
                 return
 
     def _merged(self, source: Callable[[OllamaHost], dict[str, Json]]) -> list[Json]:
@@ -334,7 +333,7 @@ class Hosts:
         return next((found for host in self.hosts if (found := source(host).get(key)) is not None), None)
 
     def missing(self, name: str) -> ModelNotFound | UpstreamFailed:
-        """Why there is no host for the model: none has it, or none answers."""
+        """The error for a model without a host: none has it, or none is available."""
         errors = [host.error for host in self.hosts if host.error is not None]
         if len(errors) == len(self.hosts):
             return UpstreamFailed(f"no Ollama host answers: {'; '.join(errors)}")

@@ -1,4 +1,4 @@
-"""One model of the Ollama hosts: asked from whichever of them is best placed, and pulled first if none has it."""
+"""One model of the Ollama hosts: used on the best host that has it, and pulled first if none has it."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ logger = logging.getLogger(__name__)
 
 KIND = "ollama"
 LOOK_S = 0.5
-"""Longest wait for hosts that are asked what they have loaded."""
+"""Longest wait in seconds for the hosts' lists of loaded models."""
 ANSWER_LIMIT = 1024 * 1024
-"""Most bytes that are read of an answer to a request of our own."""
+"""Maximum bytes read of an answer to one of the proxy's own requests."""
 
 
 class OllamaModel:
-    """`Model` for one that a host has, or, with `pull`, one that is pulled for the first request to it."""
+    """`Model` on an Ollama host; with `pull`, it is pulled by the first request if no host has it."""
 
     kind: ClassVar[str] = KIND
     owner: ClassVar[str] = KIND
@@ -55,8 +55,8 @@ class OllamaModel:
     # -- requests --------------------------------------------------------------------------------------------------
 
     def prepare(self, body: Json) -> int | None:
-        """Have `num_ctx` follow the one policy of the model (`Hosts.num_ctx`), or clients that differ would have it
-        loaded in turns. `options` is Ollama's; clients of other APIs may send it, too.
+        """Set `num_ctx` by the model's policy (`Hosts.num_ctx`), or clients with different sizes would cause
+        alternating reloads. Clients of other APIs may send Ollama's `options`, too.
 
         Returns the size that is sent, None for none. Raises: BadRequest.
         """
@@ -78,27 +78,26 @@ class OllamaModel:
         num_ctx = request.prepared if isinstance(request.prepared, int) else None
         async with AsyncExitStack() as stack:
             try:
-                yield await self._hosts.tried(self.name, num_ctx, self._begin(request, stack))
+                yield await self._hosts.track_context(self.name, num_ctx, self._begin(request, stack))
             finally:
-                self._hosts.used(self.name)
+                self._hosts.mark_used(self.name)
 
     async def _begin(self, request: UpstreamRequest, stack: AsyncExitStack) -> UpstreamResponse:
-        response = await self._try_holders(request, stack)
+        response = await self._open_at_holder(request, stack)
         if response is None:
             if not self._pull or not self._hosts.may_pull(self.name):
                 raise self._hosts.missing(self.name)
-            await self._hosts.pulled(self.name, request.headers)
-            response = await self._try_holders(request, stack)
-        if response is None:  # it may go by another name there: an alias, of a proxy like us
-            response = await stack.enter_async_context(self._hosts.likeliest(self._key).open(request, self._key))
+            await self._hosts.ensure_pulled(self.name, request.headers)
+            response = await self._open_at_holder(request, stack)
+        if response is None:  # a host may accept names that it does not list: aliases of another proxy
+            response = await stack.enter_async_context(self._hosts.best_host(self._key).open(request, self._key))
         return response
 
-    async def _try_holders(self, request: UpstreamRequest, stack: AsyncExitStack) -> UpstreamResponse | None:
-        """The answer of the first host that gives one; None if none has the model.
+    async def _open_at_holder(self, request: UpstreamRequest, stack: AsyncExitStack) -> UpstreamResponse | None:
+        """The answer of the first holder that gives one; None if no host has the model.
 
-        A host that cannot be reached is passed over, not one that failed with the request: it may have been at work on
-        it for long. Passed over is also one that says it has no such model and no longer lists it: somebody has deleted
-        it there.
+        An unreachable host is skipped, but not one that failed during the request, which may have run for long. A host
+        is also skipped if it returns 404 and no longer lists the model, which was deleted there.
         """
         failure: UpstreamFailed | None = None
         for host in await self._hosts.holders(self.name):
@@ -111,7 +110,7 @@ class OllamaModel:
                 failure = exc
                 continue
             if response.status == 404:
-                await host.listed(0)
+                await host.refresh_tags(0)
             if self._key in host.tags:
                 return response
             await stack.aclose()
@@ -122,7 +121,7 @@ class OllamaModel:
     # -- loading and deleting --------------------------------------------------------------------------------------
 
     async def load(self, *, wait: bool = True) -> None:
-        """Returns when it is loaded, in any case."""
+        """Returns when it is loaded, also without `wait`."""
         body: Json = {"model": self.name}
         await self._generate(body, self.prepare(body))
 
@@ -139,7 +138,7 @@ class OllamaModel:
         if not holders:
             raise self._hosts.missing(self.name)
         refused = None
-        for host in reversed(holders):  # what the best one answers counts
+        for host in reversed(holders):  # the answer of the best host is returned
             try:
                 refused = await _refused(partial(host.open, request))
             finally:
@@ -155,7 +154,7 @@ class OllamaModel:
         if refused is not None:
             raise refused
 
-    # -- what is known ---------------------------------------------------------------------------------------------
+    # -- information -----------------------------------------------------------------------------------------------
 
     async def info(self) -> ModelInfo:
         item = self._hosts.item(self.name)
@@ -164,7 +163,7 @@ class OllamaModel:
     async def residence(self) -> Residence | None:
         with suppress(TimeoutError):
             async with asyncio.timeout(LOOK_S):
-                await self._hosts.looked_up()
+                await self._hosts.refresh_loaded()
         item = self._hosts.loaded_item(self.name)
         if item is None:
             return None
@@ -173,8 +172,8 @@ class OllamaModel:
 
 
 async def _refused(opening: Callable[[], AbstractAsyncContextManager[UpstreamResponse]]) -> UpstreamRefused | None:
-    """Open a request of which only the success matters, once more if the host broke off. Returns the error that it was
-    answered with, None for success. Raises: what `opening` raises."""
+    """Send a request of which only the status matters, with one retry if the host disconnected. Returns the host's
+    error, None for success. Raises: as `opening`."""
     try:
         return await _error(opening())
     except UpstreamFailed as exc:
@@ -199,7 +198,7 @@ def _count(value: object) -> int:
 
 
 def _seconds(when: object) -> float:
-    """A time of Ollama's, in seconds since 1970; infinity for what is none."""
+    """An ISO 8601 time in seconds since 1970; infinity for an invalid one."""
     with suppress(ValueError, OverflowError, OSError):
         return datetime.fromisoformat(str(when)).timestamp()
     return math.inf

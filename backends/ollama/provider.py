@@ -15,7 +15,7 @@ from llama_smart_proxy.proxy.errors import UpstreamFailed
 
 
 class Ollama:
-    """`Provider` of what the hosts hold, of the configured models of this backend, and of what may be pulled."""
+    """`Provider` of the hosts' models, of this backend's configured models, and of models that may be pulled."""
 
     section: ClassVar[str] = "ollama"
     Config: ClassVar[Any] = OllamaConfig
@@ -53,24 +53,24 @@ class Ollama:
         return self._hosts.model(own_name, pull=pull) if own_name is not None else None
 
     def missing(self, name: str) -> UpstreamFailed | None:
-        """That no host answers."""
+        """The error if no host is available."""
         error = self._hosts.missing(name)
         return error if isinstance(error, UpstreamFailed) else None
 
     @property
     def default(self) -> None:
-        """None: hosts hold what they like."""
+        """None: the model must be named."""
 
     def can_download(self, name: str) -> bool:
-        """Whatever is left over: what there is, only the registries know."""
+        """Any name: only the registries can tell which models exist."""
         return True
 
     async def download(self, name: str, headers: Sequence[tuple[str, str]]) -> Download:
-        """The pull by a host, also of a model that is there. Raises: BadRequest."""
+        """The pull by a host, also of a model that exists, to update it. Raises: BadRequest."""
         return self._hosts.pull(name, headers)
 
     async def fitting(self, models: Sequence[str]) -> list[list[str]]:
-        """One group: hosts find room for a model themselves."""
+        """One group: the hosts manage their memory themselves."""
         return [list(models)]
 
     async def management(self, api: str, model: str | None) -> OllamaHost | None:

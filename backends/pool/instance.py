@@ -18,7 +18,7 @@ from llama_smart_proxy.backends.pool.messages import describe_exit, without_secr
 from llama_smart_proxy.backends.pool.ports import Ports, is_free
 from llama_smart_proxy.backends.pool.readiness import NotOurs
 from llama_smart_proxy.backends.pool.spawn import Child, spawn
-from llama_smart_proxy.backends.threads import in_thread
+from llama_smart_proxy.backends.threads import run_in_thread
 from llama_smart_proxy.proxy.config import PoolConfig
 from llama_smart_proxy.proxy.errors import ProxyError, StartFailed
 
@@ -195,7 +195,7 @@ class Instance:
     # -- starting --------------------------------------------------------------------------------------------------
 
     async def _start(self) -> None:
-        command_for = await in_thread(self.model.launcher.prepare)
+        command_for = await run_in_thread(self.model.launcher.prepare)
         for _ in range(BIND_ATTEMPTS):
             self.port = self._ports.reserve()
             child = self._spawn(command_for)

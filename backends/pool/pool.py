@@ -19,7 +19,7 @@ from llama_smart_proxy.backends.pool.launcher import PoolModel, Source
 from llama_smart_proxy.backends.pool.orphans import kill_orphans
 from llama_smart_proxy.backends.pool.queue import Lease, ModelQueue
 from llama_smart_proxy.backends.pool.scheduler import Scheduler
-from llama_smart_proxy.backends.threads import in_thread
+from llama_smart_proxy.backends.threads import run_in_thread
 from llama_smart_proxy.backends.weights.downloads import Download, Downloads, Progress
 from llama_smart_proxy.proxy.config import PoolConfig
 from llama_smart_proxy.proxy.errors import Overloaded, ProxyError, StartFailed
@@ -131,7 +131,7 @@ class Pool:
         """The download of the files of `model`: the one under way, or a new one. None when they are on this machine, or
         have no source.
         """
-        if model.source is None or await in_thread(model.source.find) is not None:
+        if model.source is None or await run_in_thread(model.source.find) is not None:
             return None
         return self._join(self._scheduler.queue(model), model.source)
 
@@ -144,7 +144,7 @@ class Pool:
         """
         queue = self._scheduler.queues.get(name)
         place = queue.place if queue is not None else None
-        if queue is not None and (download := self._download(queue)) is not None and download.wanted:
+        if queue is not None and (download := self._download(queue)) is not None and download.persistent:
             download.stop(Overloaded(f"Model '{name}' was unloaded while it was fetched.", code="unloaded"))
         if queue is None or place is None:
             return
@@ -249,10 +249,10 @@ class Pool:
     def _join(self, queue: ModelQueue, source: Source) -> Download:
         async def work(report: Callable[[Progress], None]) -> None:
             try:
-                path = await in_thread(source.find)
+                path = await run_in_thread(source.find)
                 if path is None:
                     await source.fetch(report)
-                    path = await in_thread(source.find)
+                    path = await run_in_thread(source.find)
             except ProxyError as exc:
                 self._note_failure(queue, exc)
                 raise
@@ -272,7 +272,7 @@ class Pool:
 
     async def start(self) -> None:
         """Clear away what an earlier run left behind."""
-        await in_thread(kill_orphans)
+        await run_in_thread(kill_orphans)
 
     async def close(self, *, drain_s: float) -> None:
         """Accept no requests, let those under way finish for up to `drain_s` seconds, then stop every process and wait

@@ -1,4 +1,4 @@
-"""Downloads of models, each made once however many wait for it."""
+"""Downloads of models, shared by all that wait for the same one."""
 
 from __future__ import annotations
 
@@ -12,47 +12,48 @@ from llama_smart_proxy.proxy.errors import Overloaded, ProxyError
 logger = logging.getLogger(__name__)
 
 Progress = dict[str, Any]
-"""What is under way: `status`, and for a file `digest`, `total` and `completed` in bytes (Ollama's `/api/pull`)."""
+"""The progress: `status`, and for a file `digest`, `total` and `completed` in bytes (Ollama's `/api/pull`)."""
 Work = Callable[[Callable[[Progress], None]], Awaitable[None]]
-"""Does the download. Tells its progress to what it is called with, in the event loop; raises ProxyError; on
-cancellation it stops at once and leaves behind what a later try can go on from."""
+"""Performs the download. Reports its progress to the callback, in the event loop; raises ProxyError. On cancellation it
+stops at once and keeps the partial data for a later attempt."""
 
 
 class Download:
-    """One download under way. `progress` is the newest; `error` says why it failed once it has ended."""
+    """One download. `progress` is the latest; `error` is set if it failed. A `persistent` one continues without
+    watchers."""
 
     def __init__(self, name: str, work: Work) -> None:
         self.name = name
         self.progress: Progress = {"status": "pulling manifest"}
         self.error: BaseException | None = None
         self.ended = False
-        self.wanted = False
+        self.persistent = False
         self._watchers = 0
         self._changed = asyncio.Event()
         self._begun = False
-        self._stopped: ProxyError | None = None
+        self._cancel_error: ProxyError | None = None
         self._task = asyncio.get_running_loop().create_task(self._do(work), name=f"download {name}")
         self._task.add_done_callback(self._end)
 
     @property
     def stopping(self) -> bool:
-        """Whether it is being broken off."""
-        return self._stopped is not None
+        """Whether it is being cancelled."""
+        return self._cancel_error is not None
 
     async def wait(self) -> None:
-        """Return once it has succeeded. It goes on even when all who wait leave.
+        """Return once it has succeeded. It continues even if all waiters are cancelled.
 
         Raises: what the work raised.
         """
-        self.wanted = True
+        self.persistent = True
         async for _ in self.watch():
             pass
 
     async def watch(self) -> AsyncGenerator[Progress, None]:
-        """Its progress from now on, the newest only for a slow reader; ends when it has succeeded.
+        """The progress from now on, for a slow reader only the latest; ends when it has succeeded.
 
-        When the last watcher leaves, and nobody ever waited, it is broken off. Who leaves the loop early closes the
-        iterator (`contextlib.aclosing`).
+        The download is cancelled when the last watcher leaves, unless it is persistent. Close the iterator when leaving
+        the loop early (`contextlib.aclosing`).
 
         Raises: what the work raised.
         """
@@ -63,25 +64,25 @@ class Download:
                 yield self.progress
                 await changed.wait()
             if self.error is not None:
-                raise self.error.with_traceback(None)  # else it grows with each one it is raised to
+                raise self.error.with_traceback(None)  # else its traceback grows with every raise
         finally:
             self._watchers -= 1
-            if not self._watchers and not self.wanted:
-                self.stop(Overloaded(f"The download of '{self.name}' was broken off.", code="download_cancelled"))
+            if not self._watchers and not self.persistent:
+                self.stop(Overloaded(f"The download of '{self.name}' was cancelled.", code="download_cancelled"))
 
     def stop(self, error: ProxyError) -> None:
-        """Break it off; all who wait get `error`. Nothing when it has ended."""
-        if not self.ended and self._stopped is None:
-            self._stopped = error
+        """Cancel it; all waiters get `error`. No effect after its end."""
+        if not self.ended and self._cancel_error is None:
+            self._cancel_error = error
             self._task.cancel()
 
     async def _do(self, work: Work) -> None:
-        await work(self._tell)
+        await work(self._set_progress)
 
-    def _tell(self, progress: Progress) -> None:
+    def _set_progress(self, progress: Progress) -> None:
         if self.ended:
             return
-        if not self._begun and "total" in progress:  # else there may be nothing to fetch
+        if not self._begun and "total" in progress:  # else there may be nothing to download
             self._begun = True
             logger.info("%s: download begins", self.name)
         self.progress = progress
@@ -92,9 +93,9 @@ class Download:
         self._changed = asyncio.Event()
 
     def _end(self, task: asyncio.Task[None]) -> None:
-        """The work is over, whichever way; also if it was cancelled before its first step."""
+        """Record the end of the work; called also if it was cancelled before its first step."""
         if task.cancelled():
-            self.error = self._stopped or Overloaded(f"The download of '{self.name}' was broken off.")
+            self.error = self._cancel_error or Overloaded(f"The download of '{self.name}' was cancelled.")
         else:
             self.error = task.exception()
         if self.error is not None:
@@ -109,14 +110,14 @@ class Download:
 
 
 class Downloads:
-    """All downloads under way, by name. Use it from the event loop."""
+    """All downloads in progress, by name. To be used in the event loop only."""
 
     def __init__(self) -> None:
         self._running: dict[str, Download] = {}
         self._closed = False
 
     def join(self, name: str, work: Work) -> Download:
-        """The download called `name`: the one under way, else a new one that does `work`.
+        """The download called `name`: the one in progress, or a new one of `work`.
 
         Raises: `Overloaded` (code `shutting_down`) after `close`.
         """
@@ -129,16 +130,16 @@ class Downloads:
         return download
 
     def get(self, name: str) -> Download | None:
-        """The download under way of that name, unless it is being broken off."""
+        """The download of that name in progress, unless it is being cancelled."""
         download = self._running.get(name)
         return None if download is None or download.stopping else download
 
     def status(self) -> list[dict[str, Any]]:
-        """Those under way, for operators."""
+        """The downloads in progress, for operators."""
         return [{"model": name, **download.progress} for name, download in self._running.items()]
 
     async def close(self) -> None:
-        """Break off all of them, and begin no more; returns when they have ended."""
+        """Cancel all downloads and accept no more; returns when they have ended."""
         self._closed = True
         running = list(self._running.values())
         for download in running:

@@ -1,4 +1,4 @@
-"""What the names of GGUF files say: which belong together, which quantisation they hold, and which one is meant."""
+"""Interprets the names of GGUF files: the parts of a split model, the quantisation, and selection by variant."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ SPLIT = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf")
 _QUANTISATION = re.compile(
     r"(?:^|[-._/])((?:UD-)?(?:I?Q\d(?:_[A-Z0-9]+)*|TQ\d_\d|MXFP4(?:_[A-Z]+)?|BF16|FP?16|FP?32))(?=[-.])", re.IGNORECASE
 )
-_SHOWN = 20
+_MAX_LISTED = 20
 
 
 def is_projector(file: str) -> bool:
-    """A vision or audio projector, which goes beside a model and is none itself."""
+    """Whether it is a vision or audio projector, which accompanies a model and is not one itself."""
     return "mmproj" in PurePosixPath(file).name.lower()
 
 
 def whole_name(file: str) -> str:
-    """The name a split model would have if it were not; any other file's name as it is."""
+    """The name of a split model without the part number; any other name unchanged."""
     split = SPLIT.fullmatch(file)
     return f"{split['stem']}.gguf" if split else file
 
 
 def all_parts(file: str) -> list[str]:
-    """All parts of a split model, in order, given any of them; a file that is not split is its own only part."""
+    """All parts of a split model, in order, from any of them; a file that is not split is its only part."""
     split = SPLIT.fullmatch(file)
     if split is None:
         return [file]
@@ -38,13 +38,13 @@ def all_parts(file: str) -> list[str]:
 
 
 def quantisation(file: str) -> str | None:
-    """The part of a file's name that tells its quantisation, as it is written there: the last one, in upper case."""
+    """The quantisation in a file's name, in upper case; the last one of several; None without any."""
     found = _QUANTISATION.findall(whole_name(file))
     return str(found[-1]).upper() if found else None
 
 
 def models_among(files: Iterable[str]) -> dict[str, list[str]]:
-    """The models among the files of a repository: by whole name, the files of each. Projectors are none."""
+    """The models among the files of a repository: the files of each, by whole name. Projectors are excluded."""
     models: dict[str, list[str]] = {}
     for file in sorted(files):
         if file.lower().endswith(".gguf") and not is_projector(file):
@@ -53,11 +53,11 @@ def models_among(files: Iterable[str]) -> dict[str, list[str]]:
 
 
 def fitting(models: Collection[str], variant: str) -> list[str]:
-    """Those whole names that `variant` means: the one it names, with or without `.gguf`; else those of that very
-    quantisation; else those it fits as a glob, or has as a part of the name. Case matters for names only."""
+    """The whole names that match `variant`: as a name, with or without `.gguf`; else as a quantisation; else as a glob
+    or a part of the name. Only names are case-sensitive."""
     named = [model for model in models if variant in (model, model.removesuffix(".gguf"))]
-    wanted = variant.lower()
-    pattern = wanted if wanted.endswith(".gguf") or set("*?[") & set(wanted) else f"*{wanted}*.gguf"
+    lowered = variant.lower()
+    pattern = lowered if lowered.endswith(".gguf") or set("*?[") & set(lowered) else f"*{lowered}*.gguf"
     return (
         named
         or [model for model in models if quantisation(model) == variant.upper()]
@@ -66,10 +66,9 @@ def fitting(models: Collection[str], variant: str) -> list[str]:
 
 
 def choose(where: str, files: Iterable[str], variant: str) -> list[str]:
-    """The files, in order, of the one model among `files` that `variant` means.
+    """The files, in order, of the one model among `files` that matches `variant`.
 
-    Raises: `ModelNotFound`, naming `where` that is and the candidates, when none or several fit, or when a part is
-    missing.
+    Raises: `ModelNotFound`, with `where` and the candidates, if none or several match, or if a part is missing.
     """
     models = models_among(files)
     fits = fitting(models, whole_name(variant))
@@ -83,7 +82,7 @@ def choose(where: str, files: Iterable[str], variant: str) -> list[str]:
 
 
 def is_whole(parts: list[str]) -> bool:
-    """Whether these, in order, are all parts of a model."""
+    """Whether these are all parts of a model, in order."""
     return parts == all_parts(parts[0])
 
 
@@ -93,5 +92,5 @@ def _fits(model: str, pattern: str) -> bool:
 
 def _listing(models: Collection[str] | Mapping[str, object]) -> str:
     names = sorted(models)
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more if names else "it holds no GGUF files"
+    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+    return ", ".join(names[:_MAX_LISTED]) + more if names else "it contains no GGUF files"

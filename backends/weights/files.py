@@ -1,6 +1,6 @@
-"""Where a model's GGUF file is: a path, an installed package, the local Hugging Face cache, a folder of files.
+"""Locates GGUF files: by path, in an installed package, in the local Hugging Face cache, in a folder.
 
-Everything here blocks on the disk: call it in a thread. Nothing is fetched; `backends.hub` does that.
+Everything here blocks on the disk: call it in a thread. Nothing is downloaded; `hub` does that.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ MAX_NAME = 255
 
 
 def resolve(name: str, model: ModelConfig) -> Path:
-    """The GGUF file to load for the model `name`: the first part when it is split.
+    """The GGUF file to load for the model `name`: the first part if it is split.
 
-    Raises: `StartFailed` with what to do about it.
+    Raises: `StartFailed`; the message has the remedy.
     """
     if model.path is not None:
         return _checked(name, Path(model.path).expanduser())
@@ -33,7 +33,7 @@ def resolve(name: str, model: ModelConfig) -> Path:
 
 
 def locate(name: str, model: ModelConfig) -> Path | None:
-    """The same, or None when it is not (whole, readable, verified) on this machine now."""
+    """As `resolve`, but None if the file is missing, incomplete or unreadable."""
     try:
         return resolve(name, model)
     except StartFailed:
@@ -41,7 +41,7 @@ def locate(name: str, model: ModelConfig) -> Path | None:
 
 
 def _checked(name: str, path: Path) -> Path:
-    """`path` itself, made absolute, once it is a readable GGUF with all its parts. Raises: `StartFailed`."""
+    """The absolute `path`, after checking that it is a readable GGUF file with all parts. Raises: `StartFailed`."""
     path = path.absolute()
     for part in map(path.with_name, all_parts(path.name)):
         try:
@@ -57,10 +57,10 @@ def _checked(name: str, path: Path) -> Path:
 
 
 def _in_package(name: str, package: str, file: str) -> Path:
-    """A file of an installed package, which is found but never imported."""
+    """The path of a file in an installed package, which is not imported."""
     try:
         spec = importlib.util.find_spec(package) if "." not in package else None
-    except ValueError:  # a module without a spec: nothing that was installed
+    except ValueError:  # a module without a spec, so not an installed package
         spec = None
     folders = list(spec.submodule_search_locations or ()) if spec else []
     if not folders:
@@ -69,7 +69,7 @@ def _in_package(name: str, package: str, file: str) -> Path:
     for folder in folders:
         if (path := Path(folder, file)).is_file():
             return path
-    raise StartFailed(f"Model '{name}': the package {package} holds no file {file}")
+    raise StartFailed(f"Model '{name}': the package {package} contains no file {file}")
 
 
 def _in_cache(name: str, repo: str, variant: str) -> Path:
@@ -82,8 +82,8 @@ def _in_cache(name: str, repo: str, variant: str) -> Path:
 def scan_models_dir(folder: Path) -> dict[str, ModelConfig]:
     """The `*.gguf` files of a folder as models, by file stem; a split model once, without its part number.
 
-    Hidden files, image projectors and whatever is no regular file (behind a link, too) are left out. A character that
-    no model name may have becomes `-`; of two files with the same name the first in alphabetical order stays.
+    Hidden files, image projectors and anything but regular files (also behind links) are excluded. Characters that are
+    invalid in a model name become `-`; of files with the same name the first in alphabetical order is used.
 
     Raises: `ConfigError` when the folder cannot be read.
     """

@@ -1,8 +1,8 @@
-"""What a GGUF file says about its model, read from its header without trusting a byte of it.
+"""Reads the description of a model from the header of its GGUF file, which is not trusted.
 
 The header is key-value metadata, then one entry for each tensor; the tensors' data follow. It is read into memory from
-its beginning, never mapped: a file that shrinks under a mapping kills the process. How much is read, stepped over and
-kept is bounded, whatever the file says: some 50 MiB of memory and 0.2 s for the worst, 20 ms for common models.
+its beginning, never mapped: a file that shrinks under a mapping kills the process. How much is read, skipped and
+kept is bounded for any file: some 50 MiB of memory and 0.2 s for the worst, 20 ms for common models.
 
 Source: llama.cpp `ggml/src/gguf.cpp`, `gguf-py/gguf/constants.py`, `src/llama-vocab.cpp`, build b11434.
 """
@@ -23,14 +23,14 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 CHUNK = 2**20
 MAX_HEADER = 40 * 2**20
-"""Most bytes of a header; 262 144 tokens with their merges, the largest vocabulary in use, take 16 MiB."""
+"""Maximum bytes of a header; 262 144 tokens with their merges, the largest vocabulary in use, take 16 MiB."""
 MAX_KEYS, MAX_TENSORS, MAX_STRINGS = 1024, 2**14, 2**20
 MAX_TEXT = 2 * 2**20
-"""Most bytes of text kept of one file; what would go beyond that is elided."""
+"""Maximum bytes of text kept of one file; text beyond that is elided."""
 MAX_SEARCHED = 8 * 2**20
-"""Most bytes of tokens that are looked through for those that fill in the middle."""
+"""Maximum bytes of tokens searched for the fill-in-the-middle tokens."""
 MAX_KEPT = 64
-"""Most elements of an array that is kept."""
+"""Maximum number of elements of an array that is kept."""
 MAX_DIMENSIONS, MAX_TENSOR_NAME = 4, 63
 MAX_ELEMENTS = 2**63 - 1
 
@@ -53,25 +53,25 @@ _BLOCKS = {
     **{39: (32, 17), 40: (64, 36), 41: (128, 18), 42: (64, 18)},  # MXFP4, NVFP4, Q1_0, Q2_0
 }
 
-# The three tokens that filling in the middle takes, by the words that their names are made of.
+# The three tokens required for fill-in-the-middle, by the words in their names.
 _INFILL = (("pre", "prefix", "begin"), ("suf", "suffix", "hole"), ("mid", "middle", "end"))
 
 
 class GgufError(Exception):
-    """The file is no GGUF that can be trusted; the message is a clause that says why, without the file's name."""
+    """The file is not a valid GGUF file; the message is a clause with the reason, without the file's name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Elided:
-    """In place of a metadata value too long to keep: how many elements, or bytes of text, it has."""
+    """Replaces a metadata value that is too long to keep; `count` is its number of elements, or bytes of text."""
 
     count: int
 
 
 @dataclass(frozen=True, slots=True)
 class GgufInfo:
-    """What the header says. `tensors`, `parameters` (elements of all tensors) and `size_bytes` are of all parts of a
-    split model, the rest is from its first. `infill`: whether llama-server can fill in the middle with it."""
+    """The contents of a header. `tensors`, `parameters` (elements of all tensors) and `size_bytes` are sums over all
+    parts of a split model, the rest is from its first. `infill`: it supports llama-server's fill-in-the-middle."""
 
     version: int
     metadata: Mapping[str, Any]
@@ -84,10 +84,10 @@ class GgufInfo:
 def read_info(path: Path) -> GgufInfo:
     """Read the header of the model at `path`, any part of it when it is split. Blocks: call it in a thread.
 
-    Metadata values are as Python has them; arrays of more than 64 elements are `Elided`, and so is text beyond 2 MiB
+    Metadata values are Python values; arrays of more than 64 elements are `Elided`, and so is text beyond 2 MiB
     in all. Text that is not UTF-8 has U+FFFD in it; numbers may be NaN or infinite.
 
-    Raises: `GgufError`, for a part that is missing, too.
+    Raises: `GgufError`, also for a missing part.
     """
     try:
         headers = [_read(path.with_name(part)) for part in all_parts(path.name)]
@@ -110,12 +110,12 @@ def _read(path: Path) -> _Header:
     with path.open("rb") as file:
         header = _Header(file, os.fstat(file.fileno()).st_size)
         header.read()
-        header.forget()
+        header.release()
     return header
 
 
 class _Header:
-    """The header of one file: a window on it that begins at byte 0 and grows, and what was found in there."""
+    """The header of one file: a buffer that begins at byte 0 and grows, and the values parsed from it."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self.size = size
@@ -131,13 +131,13 @@ class _Header:
         self._strings_left = MAX_STRINGS
         self._tokens = (0, 0)
 
-    def forget(self) -> None:
-        """Drop the bytes."""
+    def release(self) -> None:
+        """Drop the buffer."""
         self._data = bytearray()
 
     def read(self) -> None:
         """Read all of it. Raises: `GgufError`."""
-        if self._data[self._step(len(MAGIC)) : len(MAGIC)] != MAGIC:
+        if self._data[self._skip(len(MAGIC)) : len(MAGIC)] != MAGIC:
             raise GgufError("it is not a GGUF file")
         (self.version,) = self._take(_U32)
         if self.version & 0xFFFF == 0:
@@ -182,36 +182,37 @@ class _Header:
             if count <= MAX_KEPT:
                 texts = [self._text() for _ in range(count)]
                 return Elided(count) if any(isinstance(text, Elided) for text in texts) else texts
-            self._step_over_strings(count)
+            self._skip_strings(count)
         elif count <= MAX_KEPT:
             return list(self._take(struct.Struct(f"<{count}{_code(kind)}")))
         else:
-            self._step(count * struct.calcsize("<" + _code(kind)))
+            self._skip(count * struct.calcsize("<" + _code(kind)))
         return Elided(count)
 
     def _text(self) -> str | Elided:
         (size,) = self._take(_U64)
-        begins = self._step(size)
+        begins = self._skip(size)
         if size > self._text_left:
             return Elided(size)
         self._text_left -= size
         return self._data[begins : begins + size].decode("utf-8", "replace")
 
-    def _step_over_strings(self, count: int) -> None:
+    def _skip_strings(self, count: int) -> None:
         data, at, length_at, strings = self._data, self._at, _U64.unpack_from, repeat(None, count)
         while True:
             try:
                 for _ in strings:
                     at += 8 + length_at(data, at)[0]
                 break
-            except (struct.error, OverflowError):  # that one begins beyond the bytes in memory
+            except (struct.error, OverflowError):  # the next one begins beyond the buffer
                 self._load(at + 8)
                 at += 8 + length_at(data, at)[0]
         self._at = at
-        self._step(0)
+        self._skip(0)
 
     def _has_token(self, short: str, long: str, other: str) -> bool:
-        """Whether a metadata key names a token for this, or one has a text by which llama.cpp recognises it."""
+        """Whether a metadata key names a token for this role, or a token has a text by which llama.cpp recognises
+        it."""
         if {f"tokenizer.ggml.fim_{short}_token_id", f"tokenizer.ggml.{long}_token_id"} & self.metadata.keys():
             return True
         texts = [f"<|fim_{long}|>", f"<fim-{long}>", f"<fim_{long}>", f"<|code_{long}|>", f"<|{long}|>"]
@@ -228,11 +229,11 @@ class _Header:
     # -- tensors ---------------------------------------------------------------------------------------------------
 
     def _read_tensor(self) -> int:
-        """Count one tensor; where its data end, counted from where all data begin."""
+        """Parse one tensor's entry. Returns the end of its data, as an offset from the start of all data."""
         (name_length,) = self._take(_U64)
         if name_length > MAX_TENSOR_NAME:
             raise GgufError(f"a tensor's name has {name_length} bytes")
-        self._step(name_length)
+        self._skip(name_length)
         (dimensions,) = self._take(_U32)
         if dimensions > MAX_DIMENSIONS:
             raise GgufError(f"a tensor has {dimensions} dimensions")
@@ -251,10 +252,10 @@ class _Header:
     # -- bytes -----------------------------------------------------------------------------------------------------
 
     def _take(self, layout: struct.Struct) -> tuple[Any, ...]:
-        return layout.unpack_from(self._data, self._step(layout.size))
+        return layout.unpack_from(self._data, self._skip(layout.size))
 
-    def _step(self, size: int) -> int:
-        """Have the next `size` bytes in memory and step over them; where they begin."""
+    def _skip(self, size: int) -> int:
+        """Skip the next `size` bytes, after loading them into the buffer. Returns their offset."""
         begins = self._at
         self._at += size
         if self._at > len(self._data):

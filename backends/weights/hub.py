@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub: fetched into the local cache, verified, and only then to be seen there."""
+"""Downloads models from the Hugging Face hub into the local cache; they appear there only after verification."""
 
 from __future__ import annotations
 
@@ -15,11 +15,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llama_smart_proxy.backends.threads import in_thread
+from llama_smart_proxy.backends.threads import run_in_thread
 from llama_smart_proxy.backends.weights.downloads import Progress, Work
 from llama_smart_proxy.backends.weights.filenames import DEFAULT_VARIANT, choose
 from llama_smart_proxy.backends.weights.hub_cache import REPO, Folder, cached_models, delete, is_gguf, root
-from llama_smart_proxy.backends.weights.hub_http import FILE, Lie, RemoteFile, Stopped, fetch, manifest
+from llama_smart_proxy.backends.weights.hub_http import (
+    FILE,
+    DownloadCancelled,
+    InvalidResponse,
+    RemoteFile,
+    fetch,
+    manifest,
+)
 from llama_smart_proxy.proxy.errors import ModelNotFound, ProxyError, StartFailed
 
 if TYPE_CHECKING:
@@ -28,17 +35,17 @@ if TYPE_CHECKING:
 __all__ = ["PREFIXES", "cached_models", "delete", "download_name", "parse_name", "pull", "work"]
 
 PREFIXES = ("hf.co/", "huggingface.co/")
-"""How the name of a model of the hub begins."""
-TELL_S = 0.1
-LOCK_S = 0.5
+"""Prefixes of the names of models of the hub."""
+PROGRESS_INTERVAL_S = 0.1
+LOCK_POLL_S = 0.5
 READ_BYTES = 1024 * 1024
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def parse_name(name: str) -> tuple[str, str] | None:
-    """`hf.co/org/repo:variant` as repository and variant; None for anything else.
+    """The repository and variant of `hf.co/org/repo:variant`; None for any other name.
 
-    Without a variant, or with Ollama's `latest`, it is Q4_K_M. Neither part can lead out of the cache.
+    The variant defaults to Q4_K_M, also for Ollama's `latest`. Neither part can be a path out of the cache.
     """
     prefix = next((prefix for prefix in PREFIXES if name.lower().startswith(prefix)), None)
     if prefix is None:
@@ -50,85 +57,87 @@ def parse_name(name: str) -> tuple[str, str] | None:
 
 
 def download_name(repo: str, variant: str | None) -> str:
-    """What the download of a model is called in `Downloads`, so that all who want it find the same one."""
+    """The name of a model's download in `Downloads`, equal for all requests for the model."""
     return f"hf.co/{repo}:{variant or DEFAULT_VARIANT}"
 
 
 def work(repo: str, variant: str | None) -> Work:
-    """The download of one model, for `Downloads.join`; what it does and raises is `pull`'s.
+    """The work of `pull` for `Downloads.join`. Raises: as `pull`.
 
-    When it is cancelled its thread ends with the next piece of data, at the latest when the connection times out.
+    After cancellation its thread ends with the next piece of data, at the latest when the connection times out.
     """
 
-    async def do(tell: Callable[[Progress], None]) -> None:
+    async def do(report: Callable[[Progress], None]) -> None:
         loop = asyncio.get_running_loop()
-        stopped = threading.Event()
+        cancelled = threading.Event()
 
-        def told(progress: Progress) -> None:
+        def report_in_loop(progress: Progress) -> None:
             with suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(tell, progress)
+                loop.call_soon_threadsafe(report, progress)
 
         try:
-            await in_thread(partial(pull, repo, variant, told, stopped))
+            await run_in_thread(partial(pull, repo, variant, report_in_loop, cancelled))
         finally:
-            stopped.set()
+            cancelled.set()
 
     return do
 
 
-def pull(repo: str, variant: str | None, tell: Callable[[Progress], None], stopped: threading.Event) -> None:
-    """Bring the newest version of a model into the cache; blocks. `tell` gets its progress, in Ollama's words.
+def pull(repo: str, variant: str | None, report: Callable[[Progress], None], cancelled: threading.Event) -> None:
+    """Download the newest version of a model into the cache; blocks. `report` gets the progress in Ollama's format.
 
-    What is there is not fetched again. However it ends, what has come stays, unless it was wrong.
+    Existing files are not downloaded again. Partial data is kept on failure, unless it is invalid.
 
-    Raises: `ModelNotFound`; `StartFailed` (codes `model_gated`, `no_space`, `download_failed`); `Stopped` soon after
-    `stopped` was set.
+    Raises: `ModelNotFound`; `StartFailed` (codes `model_gated`, `no_space`, `download_failed`); `DownloadCancelled`
+    soon after `cancelled` was set.
     """
-    with _told_apart(repo):
-        tell({"status": "pulling manifest"})
+    with _translate_errors(repo):
+        report({"status": "pulling manifest"})
         files = manifest(repo)
         folder = Folder(repo)
         wanted = [files[name] for name in choose(f"hf.co/{repo}", files, variant or DEFAULT_VARIANT)]
         (folder.path / "blobs").mkdir(parents=True, exist_ok=True)
         (folder.path / "snapshots").mkdir(exist_ok=True)
         folder.drop_partials({file.digest for file in files.values()})
-        _check_room(folder, wanted)
+        _check_space(folder, wanted)
         for file in wanted:
-            _get(folder, file, tell, stopped)
-        tell({"status": "writing manifest"})
+            _download_file(folder, file, report, cancelled)
+        report({"status": "writing manifest"})
         folder.publish(wanted[0].commit, {file.name: file.digest for file in wanted})
 
 
-def _get(folder: Folder, file: RemoteFile, tell: Callable[[Progress], None], stopped: threading.Event) -> None:
-    """Have the verified bytes of one file in the cache. Whoever else fetches it is waited for."""
+def _download_file(
+    folder: Folder, file: RemoteFile, report: Callable[[Progress], None], cancelled: threading.Event
+) -> None:
+    """Download and verify one file, after waiting for any other download of it."""
     kind = "sha256" if len(file.digest) == 64 else "sha1"
     status = {"status": f"pulling {file.digest[:12]}", "digest": f"{kind}:{file.digest}", "total": file.size}
-    told_at = 0.0
+    reported_at = 0.0
 
     def completed(size: int) -> None:
-        nonlocal told_at
+        nonlocal reported_at
         now = time.monotonic()
-        if now - told_at >= TELL_S or size == file.size:
-            told_at = now
-            tell({**status, "completed": size})
+        if now - reported_at >= PROGRESS_INTERVAL_S or size == file.size:
+            reported_at = now
+            report({**status, "completed": size})
 
-    with _locked(folder.lock(file.digest), stopped):
-        if _is_here(folder, file):
+    with _locked(folder.lock(file.digest), cancelled):
+        if _is_cached(folder, file):
             completed(file.size)
             return
         part = folder.partial(file.digest)
-        fetch(file, part, completed, stopped)
-        tell({"status": f"verifying {kind} digest"})
+        fetch(file, part, completed, cancelled)
+        report({"status": f"verifying {kind} digest"})
         try:
-            _verify(part, file, stopped)
-        except Lie:
+            _verify(part, file, cancelled)
+        except InvalidResponse:
             part.unlink()
             raise
         part.replace(folder.blob(file.digest))
 
 
-def _is_here(folder: Folder, file: RemoteFile) -> bool:
-    """Whether its bytes are in the cache. Bytes that another program left unfinished there are removed."""
+def _is_cached(folder: Folder, file: RemoteFile) -> bool:
+    """Whether the file is in the cache. Removes an incomplete file left by another program."""
     held = folder.held(file.commit, file.name, file.digest)
     if held is not None and held.stat().st_size != file.size:
         held.unlink()
@@ -136,49 +145,49 @@ def _is_here(folder: Folder, file: RemoteFile) -> bool:
     return held is not None
 
 
-def _verify(path: Path, file: RemoteFile, stopped: threading.Event) -> None:
-    """See that the bytes on the disk are those the hub announced, and stay there. Raises: `Lie`, `Stopped`."""
+def _verify(path: Path, file: RemoteFile, cancelled: threading.Event) -> None:
+    """Check size, digest and format of the file, and sync it. Raises: `InvalidResponse`, `DownloadCancelled`."""
     digest = hashlib.sha256()
     if len(file.digest) == 40:
         digest = hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
     with path.open("rb") as data:
         while piece := data.read(READ_BYTES):
-            if stopped.is_set():
-                raise Stopped
+            if cancelled.is_set():
+                raise DownloadCancelled
             digest.update(piece)
         os.fsync(data.fileno())
     if digest.hexdigest() != file.digest:
-        raise Lie(f"{file.name} has another digest than it had announced")
+        raise InvalidResponse(f"{file.name} has another digest than announced")
     if not is_gguf(path):
-        raise Lie(f"{file.name} is not a GGUF file")
+        raise InvalidResponse(f"{file.name} is not a GGUF file")
 
 
-def _check_room(folder: Folder, wanted: list[RemoteFile]) -> None:
-    """Raises: `StartFailed` (code `no_space`) when the disk has no room for what is still to come."""
+def _check_space(folder: Folder, wanted: list[RemoteFile]) -> None:
+    """Raises: `StartFailed` (code `no_space`) if the disk has not enough space for the missing data."""
     missing = 0
     for file in wanted:
-        if not _is_here(folder, file):
+        if not _is_cached(folder, file):
             with suppress(FileNotFoundError):
                 missing -= folder.partial(file.digest).stat().st_size
             missing += file.size
     free = shutil.disk_usage(folder.path).free
     if missing > free:
-        message = f"hf.co/{folder.repo}: no space for it: {_size(missing)} are to be fetched, {_size(free)} are free"
+        message = f"hf.co/{folder.repo}: no space: {_size(missing)} are missing, {_size(free)} are free"
         raise StartFailed(f"{message} in {folder.path.parent}", code="no_space")
 
 
 @contextmanager
-def _locked(path: Path, stopped: threading.Event) -> Iterator[None]:
-    """Hold the lock that keeps two downloads of the same bytes apart, also those of other programs."""
+def _locked(path: Path, cancelled: threading.Event) -> Iterator[None]:
+    """Hold the lock that excludes other downloads of the same file, also by other programs."""
     from filelock import FileLock, Timeout
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         while True:
-            if stopped.is_set():
-                raise Stopped
+            if cancelled.is_set():
+                raise DownloadCancelled
             try:
-                stack.enter_context(FileLock(path, timeout=LOCK_S, mode=0o664))
+                stack.enter_context(FileLock(path, timeout=LOCK_POLL_S, mode=0o664))
             except Timeout:
                 continue
             except NotImplementedError:  # a file system without locks
@@ -188,17 +197,17 @@ def _locked(path: Path, stopped: threading.Event) -> Iterator[None]:
 
 
 @contextmanager
-def _told_apart(repo: str) -> Iterator[None]:
-    """Turns whatever goes wrong outside of this program into an error that says what it is, in one line."""
+def _translate_errors(repo: str) -> Iterator[None]:
+    """Converts external failures to errors of the proxy with a message of one line."""
     import httpx2
     from huggingface_hub import constants, errors
 
     try:
         yield
-    except Lie as lie:
-        raise _failed(f"hf.co/{repo}: {constants.ENDPOINT} sent something wrong: {lie}") from lie
+    except InvalidResponse as error:
+        raise _failed(f"hf.co/{repo}: {constants.ENDPOINT} sent an invalid response: {error}") from error
     except errors.OfflineModeIsEnabled as error:
-        raise _failed(f"hf.co/{repo}: HF_HUB_OFFLINE is set, so nothing can be fetched") from error
+        raise _failed(f"hf.co/{repo}: HF_HUB_OFFLINE is set, so nothing can be downloaded") from error
     except errors.HFValidationError as error:
         raise ModelNotFound(f"{repo!r} cannot be the name of a repository") from error
     except errors.HfHubHTTPError as error:
@@ -208,14 +217,14 @@ def _told_apart(repo: str) -> Iterator[None]:
     except httpx2.HTTPError as error:
         raise _failed(f"hf.co/{repo}: cannot reach {constants.ENDPOINT}: {_first_line(error)}") from error
     except OSError as error:
-        if error.errno in NO_ROOM:
-            message = f"hf.co/{repo}: the disk of {root()} is full; what was fetched is kept"
+        if error.errno in DISK_FULL:
+            message = f"hf.co/{repo}: the disk of {root()} is full; partial data is kept"
             raise StartFailed(message, code="no_space") from error
         raise _failed(f"hf.co/{repo}: cannot write to {root()}: {error.strerror}") from error
 
 
 def _refused(repo: str, error: HfHubHTTPError) -> ProxyError:
-    """What an answer of the hub with an error status means."""
+    """The error for an error status of the hub."""
     import huggingface_hub as hub
 
     endpoint, status = hub.constants.ENDPOINT, error.response.status_code
@@ -241,5 +250,5 @@ def _first_line(error: Exception) -> str:
 
 
 def _size(size: int) -> str:
-    """A number of bytes as people read it."""
+    """A number of bytes, for display."""
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"

@@ -1,8 +1,8 @@
-"""The local Hugging Face cache: what is whole in it, where a download goes, and how files come and go.
+"""The local Hugging Face cache: finding complete models, paths for downloads, publishing and deleting files.
 
 Its layout is that of `huggingface_hub`, so that other programs share it: in `models--org--repo`, `blobs/<digest>` holds
-the bytes, `snapshots/<commit>/<file>` links to them, and `refs/main` names the newest commit. Nothing is linked before
-it is verified (`backends.hub`), so whatever is linked may be loaded.
+the bytes, `snapshots/<commit>/<file>` links to them, and `refs/main` names the newest commit. Files are
+linked only after verification (`hub`), so that all linked files can be loaded.
 
 Everything here blocks on the disk: call it in a thread.
 """
@@ -25,10 +25,10 @@ from llama_smart_proxy.proxy.errors import ModelNotFound, StartFailed
 MAGIC = b"GGUF"
 PARTIAL = ".lsp.incomplete"
 SETTLED_NS = 2_000_000_000
-"""A folder changed less than so long ago may change again without getting another time stamp."""
+"""A folder that changed more recently may change again without a new time stamp, so its scan is not cached."""
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
 REPO = re.compile(rf"(?!.*(?:--|\.\.))(?=.{{3,96}}\Z){_PART}/{_PART}")
-"""A repository that the hub may have: no `--`, which stands for the slash in the cache, and no way out of it."""
+"""Valid repository names: without `--`, which replaces the slash in the cache, and without `..`."""
 
 
 def root() -> Path:
@@ -39,14 +39,14 @@ def root() -> Path:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether it begins as a GGUF file does. Raises: `OSError`."""
+    """Whether it begins with the magic number of GGUF. Raises: `OSError`."""
     with path.open("rb") as file:
         return file.read(len(MAGIC)) == MAGIC
 
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """Where the cache keeps one repository."""
+    """The folder of one repository in the cache."""
 
     repo: str
 
@@ -55,30 +55,30 @@ class Folder:
         return root() / f"models--{self.repo.replace('/', '--')}"
 
     def blob(self, digest: str) -> Path:
-        """The verified bytes with that digest."""
+        """The path of the verified file with that digest."""
         return self.path / "blobs" / digest
 
     def partial(self, digest: str) -> Path:
-        """What has come of them so far."""
+        """The path of its partial download."""
         return self.path / "blobs" / f"{digest}{PARTIAL}"
 
     def lock(self, digest: str) -> Path:
-        """Held by whoever fetches them; `huggingface_hub` looks at the same one."""
+        """The lock file of its download, shared with `huggingface_hub`."""
         return root() / ".locks" / self.path.name / f"{digest}.lock"
 
     def drop_partials(self, digests: set[str]) -> None:
-        """Remove what was begun of any other bytes: the repository does not hold them any more."""
+        """Remove partial downloads of all other digests, which the repository does not contain any more."""
         for file in (self.path / "blobs").glob(f"*{PARTIAL}"):
             if file.name.removesuffix(PARTIAL) not in digests:
                 file.unlink(missing_ok=True)
 
     def held(self, commit: str, file: str, digest: str) -> Path | None:
-        """The bytes of `file`, if they are here: where there are no links they are in the snapshot itself."""
-        places = (self.blob(digest), self.path / "snapshots" / commit / file)
-        return next((place for place in places if place.is_file()), None)
+        """The path of the data of `file`, if present; without symbolic links it is in the snapshot itself."""
+        paths = (self.blob(digest), self.path / "snapshots" / commit / file)
+        return next((path for path in paths if path.is_file()), None)
 
     def publish(self, commit: str, files: dict[str, str]) -> None:
-        """Make these files, each with its digest, part of the snapshot `commit`, and that the newest one."""
+        """Link these files, given with their digests, in the snapshot `commit`, and make it the newest."""
         for file, digest in files.items():
             link, blob = self.path / "snapshots" / commit / file, self.blob(digest)
             link.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ class Folder:
             link.unlink(missing_ok=True)
             try:
                 link.symlink_to(os.path.relpath(blob, link.parent))
-            except FileExistsError:  # another program was quicker
+            except FileExistsError:  # created by another program
                 pass
             except OSError:  # a file system without links
                 blob.replace(link)
@@ -98,8 +98,8 @@ class Folder:
 
 @dataclass(frozen=True, slots=True)
 class _Scan:
-    """The whole models of each snapshot of a repository, the newest first: by whole name, the first part's path.
-    `stamps`: when each folder changed."""
+    """The complete models of each snapshot of a repository, newest first: the path of the first part, by whole name.
+    `stamps`: the modification time of each folder in ns."""
 
     snapshots: list[dict[str, Path]]
     stamps: dict[Path, int]
@@ -109,8 +109,8 @@ _scans: dict[Path, _Scan] = {}
 
 
 def find(repo: str, variant: str) -> Path | None:
-    """The first part of the model that `variant` means, if it is whole in the cache: in the newest snapshot, which is
-    that of `refs/main`, else in the next one."""
+    """The first part of the model that matches `variant`, if it is complete: in the snapshot of `refs/main`, else in
+    the next newest; None if no or several models match."""
     for models in _snapshots(Folder(repo).path):
         fits = fitting(models, whole_name(variant))
         if fits:
@@ -119,11 +119,11 @@ def find(repo: str, variant: str) -> Path | None:
 
 
 def cached_models() -> dict[str, ModelConfig]:
-    """Every whole GGUF model of the cache, as `hf.co/org/repo:VARIANT`.
+    """All complete GGUF models of the cache, as `hf.co/org/repo:VARIANT`.
 
-    VARIANT is its quantisation, or its file name without `.gguf` if another one of the repository has the same. The
-    `variant` of the configuration is its exact file name. A cache that cannot be read is empty; one that has not
-    changed is not read again.
+    VARIANT is the quantisation, or the file name without `.gguf` if several models of the repository have the same. The
+    `variant` of the configuration is the exact file name. An unreadable cache counts as empty; an unchanged one is not
+    read again.
     """
     found: dict[str, ModelConfig] = {}
     for path in _repositories():
@@ -133,21 +133,21 @@ def cached_models() -> dict[str, ModelConfig]:
         for file in sorted(models):
             own = quantisation(file)
             variant = own if own is not None and count[own] == 1 else file.removesuffix(".gguf")
-            with suppress(ValueError):  # a file name that no model may have
+            with suppress(ValueError):  # not valid as a model name
                 found[checked_name(f"hf.co/{repo}:{variant}")] = ModelConfig(repo=repo, variant=file)
     return found
 
 
 def delete(repo: str, file: str) -> None:
-    """Remove a file, all parts of it if it is split, from every snapshot, and its bytes unless others link to them.
+    """Delete a file, with all parts if it is split, from every snapshot, and its data unless other files link to it.
 
-    Raises: `ModelNotFound` when it is not there, `StartFailed` (code `delete_failed`) when that is not possible.
+    Raises: `ModelNotFound` if it is not in the cache, `StartFailed` (code `delete_failed`) if the disk refuses.
     """
     import huggingface_hub as hub
 
     try:
         cache = hub.scan_cache_dir(root())
-        doomed = [
+        files = [
             entry
             for held in cache.repos
             if (held.repo_type, held.repo_id) == ("model", repo)
@@ -155,13 +155,13 @@ def delete(repo: str, file: str) -> None:
             for entry in revision.files
             if whole_name(entry.file_path.relative_to(revision.snapshot_path).as_posix()) == whole_name(file)
         ]
-        if doomed:
-            cache.delete_files(*doomed).execute()
+        if files:
+            cache.delete_files(*files).execute()
     except hub.CacheNotFound:
-        doomed = []
+        files = []
     except OSError as error:
         raise StartFailed(f"hf.co/{repo}: cannot remove {file}: {error.strerror}", code="delete_failed") from error
-    if not doomed:
+    if not files:
         raise ModelNotFound(f"hf.co/{repo}: {file} is not in the local Hugging Face cache")
 
 
@@ -185,7 +185,7 @@ def _snapshots(folder: Path) -> list[dict[str, Path]]:
 
 
 def _stamp(path: Path) -> int:
-    """When it last changed, in nanoseconds; 0 when there is no such thing."""
+    """The modification time in ns; 0 if it does not exist."""
     try:
         return path.stat().st_mtime_ns
     except OSError:
@@ -217,7 +217,7 @@ class _Scanner:
         return []
 
     def _files(self, folder: Path) -> Iterator[Path]:
-        """The GGUF files below `folder` that are there and can be read."""
+        """The readable GGUF files below `folder`."""
         self._note(folder)
         with suppress(OSError):
             for path in folder.iterdir():

@@ -1,8 +1,7 @@
-"""The Hugging Face hub over HTTP: what a repository holds, and the bytes of its files, from where a try before ended.
+"""The Hugging Face hub over HTTP: the files of a repository, and resumable downloads.
 
-`huggingface_hub` finds the endpoint, the token and the proxies and knows the hub's errors; what it has for fetching a
-file begins anew after every failure (2.4), so that is done here: plain HTTP with byte ranges, also for files that it
-would fetch from Xet storage.
+`huggingface_hub` provides the endpoint, the token, the proxies and the hub's errors. Its downloads restart after every
+failure (2.4), so files are downloaded here with plain HTTP and byte ranges, also those in Xet storage.
 
 Everything here blocks on the network: call it in a thread.
 """
@@ -28,28 +27,28 @@ DIGEST = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 CONTENT_RANGE = re.compile(r"bytes (?P<first>\d+)-(?P<last>\d+)/(?P<size>\d+)")
 RETRY_S = (1.0, 2.0, 4.0, 8.0)
-"""Pauses between tries that bring nothing new; one that did is followed by the next at once."""
-PASSING = (408, 429, 500, 502, 503, 504)
-"""Statuses that may be others in a moment."""
+"""Pauses in seconds between attempts without progress; after progress, the next attempt follows at once."""
+TRANSIENT_STATUSES = (408, 429, 500, 502, 503, 504)
+"""Statuses after which a retry may succeed."""
 MAX_REDIRECTS = 5
 MAX_PIECE = 40 * 10**9
-"""Bytes asked for at a time: the hub's content network refuses answers of more than 50 GB."""
+"""Maximum bytes per request: the hub's content network refuses answers of more than 50 GB."""
 
-for _library in ("httpx2", "httpcore2"):  # they log every address, also those that carry a signature
+for _library in ("httpx2", "httpcore2"):  # they log all URLs, including signed ones
     logging.getLogger(_library).setLevel(logging.WARNING)
 
 
-class Lie(Exception):
-    """The server sent something other than what it had announced, so that nothing of it can be used."""
+class InvalidResponse(Exception):
+    """The server's response is invalid or contradicts what it announced, so that none of it can be used."""
 
 
-class Stopped(Exception):
-    """Whoever began this does not want it any more."""
+class DownloadCancelled(Exception):
+    """The download was cancelled."""
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """A file as the hub announces it. `digest` is its SHA-256, or git's SHA-1 of a small file that is not in LFS."""
+    """A file in the hub's listing. `digest` is its SHA-256, or git's SHA-1 of a small file that is not in LFS."""
 
     repo: str
     commit: str
@@ -61,7 +60,7 @@ class RemoteFile:
 def manifest(repo: str) -> dict[str, RemoteFile]:
     """The GGUF files of a repository's newest commit, by name.
 
-    Raises: what `huggingface_hub` and its HTTP client raise; `Lie` when the answer makes no sense.
+    Raises: what `huggingface_hub` and its HTTP client raise; `InvalidResponse`.
     """
     import huggingface_hub as hub
 
@@ -69,85 +68,85 @@ def manifest(repo: str) -> dict[str, RemoteFile]:
         info = hub.model_info(repo, files_metadata=True, timeout=hub.constants.HF_HUB_ETAG_TIMEOUT)
     except (hub.errors.HFValidationError, hub.errors.HfHubHTTPError):
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:  # of JSON, or of what is made of it
-        raise Lie("its answer does not describe a repository") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # from parsing the JSON, or its conversion
+        raise InvalidResponse("its answer does not describe a repository") from error
     if info.sha is None or not COMMIT.fullmatch(info.sha):
-        raise Lie("it names no commit")
+        raise InvalidResponse("it contains no commit")
     found = {}
     for sibling in info.siblings or ():
         name, size, digest = sibling.rfilename, sibling.size, sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
         if name.lower().endswith(".gguf") and FILE.fullmatch(name):
             if not isinstance(size, int) or size < 0 or not isinstance(digest, str) or not DIGEST.fullmatch(digest):
-                raise Lie(f"it does not tell size and digest of {name}")
+                raise InvalidResponse(f"it does not contain size and digest of {name}")
             found[name] = RemoteFile(repo, info.sha, name, size, digest)
     return found
 
 
-def fetch(file: RemoteFile, partial: Path, tell: Callable[[int], None], stopped: threading.Event) -> None:
-    """Complete `partial`, which holds what earlier tries brought; `tell` gets the number of bytes that are there.
+def fetch(file: RemoteFile, partial: Path, report: Callable[[int], None], cancelled: threading.Event) -> None:
+    """Complete the file `partial` of earlier attempts; `report` gets its size in bytes.
 
-    Connections that break off are made again where they broke off, for as long as that brings anything.
+    Failed connections are retried from the last byte, as long as there is progress.
 
-    Raises: `Lie`, `Stopped`, `OSError` of the disk, and what the HTTP client raises.
+    Raises: `InvalidResponse`, `DownloadCancelled`, `OSError` of the disk, and what the HTTP client raises.
     """
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError
 
     with partial.open("ab") as out:
         if out.tell() > file.size:
-            _cut(out, 0)
+            _truncate(out, 0)
         best, failures = out.tell(), 0
-        tell(best)
+        report(best)
         while out.tell() < file.size:
             try:
-                _fetch_once(file, out, tell, stopped)
+                _fetch_once(file, out, report, cancelled)
             except (httpx2.TransportError, HfHubHTTPError) as error:
-                if isinstance(error, HfHubHTTPError) and error.response.status_code not in PASSING:
+                if isinstance(error, HfHubHTTPError) and error.response.status_code not in TRANSIENT_STATUSES:
                     raise
                 failures = 0 if out.tell() > best else failures + 1
                 if failures > len(RETRY_S):
                     raise
                 best = max(best, out.tell())
-                if failures and stopped.wait(RETRY_S[failures - 1]):
-                    raise Stopped from error
+                if failures and cancelled.wait(RETRY_S[failures - 1]):
+                    raise DownloadCancelled from error
 
 
-def _fetch_once(file: RemoteFile, out: BinaryIO, tell: Callable[[int], None], stopped: threading.Event) -> None:
-    """Ask once for what is missing and add what comes."""
+def _fetch_once(file: RemoteFile, out: BinaryIO, report: Callable[[int], None], cancelled: threading.Event) -> None:
+    """Send one request for the missing bytes, and append them."""
     start = out.tell()
     end = min(file.size, start + MAX_PIECE)
-    with _asked(file, start, end) as response:
+    with _request_range(file, start, end) as response:
         start, end = _covered(response, start, end, file.size)
         if start < out.tell():
-            _cut(out, start)
+            _truncate(out, start)
         for data in response.iter_raw():
-            if stopped.is_set():
-                raise Stopped
+            if cancelled.is_set():
+                raise DownloadCancelled
             if out.tell() + len(data) > end:
-                raise Lie(f"it sent more than the {file.size} bytes it had announced")
+                raise InvalidResponse(f"it sent more than the announced {file.size} bytes")
             out.write(data)
-            tell(out.tell())
+            report(out.tell())
     if out.tell() < end:
-        raise _cut_short(response)
+        raise _incomplete(response)
 
 
-def _cut(out: BinaryIO, size: int) -> None:
+def _truncate(out: BinaryIO, size: int) -> None:
     out.truncate(size)
     out.seek(size)
 
 
-def _cut_short(response: httpx2.Response) -> Exception:
+def _incomplete(response: httpx2.Response) -> Exception:
     import httpx2
 
     return httpx2.RemoteProtocolError("the answer ended too soon", request=response.request)
 
 
 @contextmanager
-def _asked(file: RemoteFile, start: int, end: int) -> Iterator[httpx2.Response]:
+def _request_range(file: RemoteFile, start: int, end: int) -> Iterator[httpx2.Response]:
     """The answer, with its headers, to the request for the bytes from `start` up to `end`.
 
-    Redirects are followed here, not by the HTTP client, which would go anywhere. It drops the token on a way to
-    another origin by itself.
+    Redirects are followed here, not by the HTTP client, which does not restrict them. The client itself drops the
+    token on a redirect to another origin.
     """
     import huggingface_hub as hub
 
@@ -168,31 +167,33 @@ def _asked(file: RemoteFile, start: int, end: int) -> Iterator[httpx2.Response]:
                 yield response
                 return
             request = response.next_request
-            _check_way(home, request.url)
+            _check_redirect(home, request.url)
         finally:
             response.close()
-    raise Lie(f"it redirects more than {MAX_REDIRECTS} times")
+    raise InvalidResponse(f"it redirects more than {MAX_REDIRECTS} times")
 
 
 def _covered(response: httpx2.Response, start: int, end: int, size: int) -> tuple[int, int]:
-    """Which bytes of the file the body holds: those asked for, or all of them if the server knows no ranges.
+    """The range of the file in the body: the requested one, or all of it if the server does not support ranges.
 
-    Raises: `Lie` before anything of the body is taken for the file.
+    Raises: `InvalidResponse`.
     """
     if response.status_code == 206:
-        told = response.headers.get("Content-Range", "")
-        found = CONTENT_RANGE.fullmatch(told)
+        content_range = response.headers.get("Content-Range", "")
+        found = CONTENT_RANGE.fullmatch(content_range)
         if found is None or [int(number) for number in found.groups()] != [start, end - 1, size]:
-            raise Lie(f"asked for the bytes {start} to {end - 1} of {size}, it sent '{told}'")
+            raise InvalidResponse(
+                f"on a request for the bytes {start} to {end - 1} of {size}, it sent '{content_range}'"
+            )
         return start, end
     length = response.headers.get("Content-Length")
     if response.status_code != 200 or (length is None and start) or length not in (None, str(size)):
         sent = f"{length or 'an unknown number of'} bytes with status {response.status_code}"
-        raise Lie(f"it had announced {size} bytes, and sends {sent}")
+        raise InvalidResponse(f"it announced {size} bytes, and sends {sent}")
     return 0, size
 
 
-# -- where redirects may lead ------------------------------------------------------------------------------------------
+# -- redirects -------------------------------------------------------------------------------------------------------
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 INTERNET, NETWORK, MACHINE, NOWHERE = range(4)
@@ -201,20 +202,20 @@ TUNNELS = (ipaddress.IPv6Network("2002::/16"), ipaddress.IPv6Network("2001::/32"
 UNICAST = ipaddress.IPv6Network("2000::/3")
 
 
-def _check_way(home: httpx2.URL, target: httpx2.URL) -> None:
-    """Refuse a redirect to what only we may reach: a hub on the internet has no business in our network or machine.
+def _check_redirect(home: httpx2.URL, target: httpx2.URL) -> None:
+    """Reject redirects of a hub on the internet to addresses of the private network or this machine.
 
-    Raises: `Lie`.
+    Raises: `InvalidResponse`.
     """
     if target.scheme not in ("http", "https") or (home.scheme == "https" and target.scheme == "http"):
-        raise Lie(f"it redirects to {target.scheme}://{target.host}")
+        raise InvalidResponse(f"it redirects to {target.scheme}://{target.host}")
     if target.host != home.host and reach(target.host) > min(reach(home.host), MACHINE):
-        raise Lie(f"it redirects to {target.host}, an address of a private network")
+        raise InvalidResponse(f"it redirects to {target.host}, an address of a private network")
 
 
 def reach(host: str) -> int:
-    """How far away the addresses of a host are, going by the nearest: `INTERNET`, `NETWORK`, `MACHINE` (this one), or
-    `NOWHERE` for those that no server may have. A name that cannot be resolved here is left to whoever can."""
+    """The most local class of a host's addresses: `INTERNET`, `NETWORK` (private), `MACHINE` (this one), or `NOWHERE`
+    (invalid for servers). A name that cannot be resolved here counts as `INTERNET`: a proxy may resolve it."""
     try:
         infos: list[Any] = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):

@@ -54,7 +54,7 @@ async def download_model(http: web.BaseRequest) -> web.Response:
         raise BadRequest(f"{name[:100]!r} is not org/repo:variant", param="model")
     download = await http[PROXY].router.download(hub_name, upstream_headers(http.headers, has_body=False))
     if download is not None:
-        download.wanted = True
+        download.persistent = True
     return web.json_response({"success": True})
 
 

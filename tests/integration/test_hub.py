@@ -137,7 +137,7 @@ def test_a_hub_cannot_name_a_file_outside_of_the_cache(bench: Bench, name: str) 
     bench.hub.add("evil/repo/x", b"")
     bench.hub.behave("evil/repo", info=f'{{"id": "evil/repo", "sha": "{"b" * 40}", "siblings": [{siblings}]}}')
     outcome = bench.calls("pull", "evil/repo", "evil.gguf")
-    assert outcome.code == "model_not_found" and "it holds no GGUF files" in outcome.message
+    assert outcome.code == "model_not_found" and "it contains no GGUF files" in outcome.message
 
 
 # -- errors that say which ---------------------------------------------------------------------------------------------

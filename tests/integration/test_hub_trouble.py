@@ -183,10 +183,10 @@ def test_a_wrong_file_that_was_never_verified_is_never_loaded(bench: Bench, wron
 @pytest.mark.parametrize(
     ("lie", "said"),
     [
-        ("html", "it had announced 1000000 bytes, and sends 48 bytes with status 200"),
-        ("short", "it had announced 1000000 bytes, and sends 999000 bytes with status 200"),
-        ("long", "it had announced 1000000 bytes, and sends 1001000 bytes with status 200"),
-        ("more", "it sent more than the 1000000 bytes"),
+        ("html", "it announced 1000000 bytes, and sends 48 bytes with status 200"),
+        ("short", "it announced 1000000 bytes, and sends 999000 bytes with status 200"),
+        ("long", "it announced 1000000 bytes, and sends 1001000 bytes with status 200"),
+        ("more", "it sent more than the announced 1000000 bytes"),
         ("content", "another digest"),
     ],
 )
@@ -194,7 +194,7 @@ def test_what_is_not_what_was_announced_is_never_loaded(bench: Bench, lie: str, 
     data = add(bench, f"lies/{lie}", lie=lie)
     outcome = bench.calls("pull", f"lies/{lie}")
     assert (outcome.code, outcome.status) == ("download_failed", 503)
-    assert "sent something wrong" in outcome.message and said in outcome.message and "\n" not in outcome.message
+    assert "sent an invalid response" in outcome.message and said in outcome.message and "\n" not in outcome.message
     assert fetched(bench, f"lies/{lie}") is None
     bench.hub.behave(f"lies/{lie}/m-Q4_K_M.gguf")
     assert bench.calls("pull", f"lies/{lie}").message == ""
@@ -230,7 +230,7 @@ def test_what_does_not_fit_is_not_begun(bench: Bench, small_disk: Path) -> None:
     with calling(bench.hub.env(small_disk)) as calls:
         outcome = calls("pull", "space/big")
     assert (outcome.code, outcome.status) == ("no_space", 503)
-    assert "6.00 MB are to be fetched, 4." in outcome.message and "MB are free in" in outcome.message
+    assert "6.00 MB are missing, 4." in outcome.message and "MB are free in" in outcome.message
     assert ranges(bench, "space/big") == []
 
 

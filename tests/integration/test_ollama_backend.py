@@ -105,7 +105,7 @@ async def test_what_is_loaded_is_merged_and_looked_up_again_while_it_is_asked_fo
         await load(first, "a")
         await until(lambda: len(upstream.loaded()) == 1, what="the loaded model")
         await load(second, "b")
-        await upstream.looked_up()
+        await upstream.refresh_loaded()
         assert [(item["name"], item["context_length"]) for item in upstream.loaded()] == [
             ("a:latest", 4096),
             ("b:latest", 4096),
@@ -208,7 +208,7 @@ async def test_a_host_that_comes_back_is_noticed_and_kept_its_place_meanwhile() 
             await upstream.listed()
             await until(lambda: upstream.models, what="the models")
             assert (await ask(upstream.model("m"), chat("m")))[0] == 200
-            await upstream.hosts[0].looked_up(0)
+            await upstream.hosts[0].refresh_loaded(0)
             assert upstream.has_loaded("M")
             await fake.kill()
             with pytest.raises(UpstreamFailed):

@@ -128,7 +128,7 @@ async def test_a_size_is_not_forgotten_while_the_model_is_loading() -> None:
     async with running_ollama("m", load_s=2.5) as fake, opened(fake.port) as upstream:
         first = asyncio.ensure_future(use(upstream, 8192))
         await until(lambda: fake.events("load"), what="the load")
-        await upstream.hosts[0].looked_up(0)
+        await upstream.hosts[0].refresh_loaded(0)
         assert not upstream.has_loaded("m")
         assert sized(upstream.model("m"), 512) == 8192
         assert await first == 8192
@@ -187,5 +187,5 @@ async def test_a_size_whose_client_left_before_the_answer_counts_if_the_model_is
         asking.cancel()
         with suppress(asyncio.CancelledError):
             await asking
-        await upstream.looked_up()
+        await upstream.refresh_loaded()
         assert sized(upstream.model("m"), None) == 8192

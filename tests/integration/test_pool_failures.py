@@ -188,7 +188,7 @@ async def test_a_crash_in_mid_stream_that_only_the_end_of_the_process_tells_is_a
         leased(pool, "m", model) as instance,
         instance.connections.request(call) as response,
     ):
-        await until(lambda: response._held > BUFFER_LIMIT)
+        await until(lambda: response._buffered > BUFFER_LIMIT)
         os.kill(instance.pid, signal.SIGKILL)
         await until(lambda: pool.state("m") == "unloaded")
         with pytest.raises(UpstreamFailed) as failure:

@@ -63,20 +63,20 @@ async def test_an_answer_of_another_shape_keeps_the_one_before() -> None:
     taken: list[str] = []
     async with raw_upstream(plain(b'{"a": "one"}')) as upstream:
         pool = ConnectionPool(Endpoint("127.0.0.1", upstream.port))
-        listing = Listing("it", pool, "/x", lambda answer: taken.append(str(answer["a"])), fresh_s=60)
-        await listing.younger_than(math.inf)
+        listing = Listing("it", pool, "/x", lambda answer: taken.append(str(answer["a"])), max_age_s=60)
+        await listing.wait_fresh(math.inf)
         for wrong in (plain(b"[]"), plain(b"{"), plain(b"{}"), plain(b'{"a": "two"}', 500)):
             upstream.script = wrong
-            await listing.younger_than(0)
+            await listing.wait_fresh(0)
             assert listing.error is not None
         upstream.script = plain(b'{"a": "three"}')
-        await listing.younger_than(0)
+        await listing.wait_fresh(0)
         assert (listing.error, taken) == (None, ["one", "three"])
         asked = len(upstream.requests)
-        await asyncio.gather(*(listing.younger_than(math.inf) for _ in range(5)))
+        await asyncio.gather(*(listing.wait_fresh(math.inf) for _ in range(5)))
         assert len(upstream.requests) == asked
-        listing.outdated()
-        await asyncio.gather(*(listing.younger_than(math.inf) for _ in range(5)))
+        listing.invalidate()
+        await asyncio.gather(*(listing.wait_fresh(math.inf) for _ in range(5)))
         assert len(upstream.requests) == asked + 1
         await listing.close()
         pool.close("the test is over")

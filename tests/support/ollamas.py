@@ -128,9 +128,9 @@ async def unwatched(upstream: Hosts) -> None:
     """Have it hear now that nothing is loaded, and not look again unless it is told to: when it does is left to chance,
     and what it hears then is the least that it asks for."""
     await upstream.listed()
-    await upstream.looked_up()
+    await upstream.refresh_loaded()
     for host in upstream.hosts:
-        host._ps_listing._fresh_s = math.inf
+        host._ps_listing._max_age_s = math.inf
 
 
 def chat(model: str, *, num_ctx: int | None = None, stream: bool = False) -> UpstreamRequest:

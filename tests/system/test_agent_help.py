@@ -71,7 +71,7 @@ async def test_it_tells_every_command_and_its_options_in_every_api_and_starts_no
         assert any(line.startswith(f"- `{command}` ") for line in lines), command
     place = lines.index("- `/parrot` Says it again.")
     assert lines[place + 1 : place + 3] == ["    - `times=` How often.", "    - `voice=` Whose voice."]
-    assert "- `/agents` Tells which agents run in this chat." in lines
+    assert "- `/agents` Lists the agents that run in this chat." in lines
     assert "- quiet: Does its work unseen, in `[think]` tags." in lines, "no chat UI takes it for a thought"
     assert "- elsewhere: Is of one model only." not in lines
     assert not any("feathers" in line or "concerns nobody" in line for line in lines)

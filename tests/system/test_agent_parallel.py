@@ -155,7 +155,7 @@ async def test_models_grade_each_other(stage: Stage) -> None:
     before = len(sent_to(fakes, "a", "b", "c"))
     said = await STREAM.ask(proxy, STREAM.body("/parallel models=a,b strategy=judge Which?"))
     assert said.text == "It is B", "a gives 10 to everybody, b gives 3"
-    assert "Grades: a: 3, b: 10. The answer of b it is." in said.reasoning
+    assert "Grades: a: 3, b: 10. Selected: b." in said.reasoning
     asked = sent_to(fakes, "a", "b", "c")[before:]
     assert sorted(body["model"] for body in asked) == ["a", "a", "b", "b"]
     grading = [body for body in asked if "Grade the answer" in body["messages"][-1]["content"]]
@@ -229,7 +229,7 @@ async def test_one_that_takes_too_long_is_left_behind(stage: Stage) -> None:
 async def test_bad_calls_are_told_in_the_clients_api(stage: Stage) -> None:
     for way in WAYS:
         for text, words in (
-            ("/parallel", "needs a question after it"),
+            ("/parallel", "requires a question after it"),
             ("/parallel n=0 Why?", "option n of /parallel"),
             ("/parallel strategy=guess Why?", "option strategy of /parallel"),
         ):
@@ -251,7 +251,7 @@ async def test_a_client_may_have_all_answers_as_choices(stage: Stage) -> None:
     texts = [choice["message"]["content"] for choice in answer["choices"]]
     assert "not found" in texts[0] and texts[1] == "It is A", "one for each of the models"
     answer = (await raw_client.post(stage.proxy.port, CHAT, WHOLE.body("/parallel strategy=show Why?", n=99))).json()
-    assert "16 answers at most" in answer["error"]["message"]
+    assert "at most 16 answers" in answer["error"]["message"]
     said = await WHOLE.ask(stage.proxy, WHOLE.body("/parallel models=a,b strategy=vote Why?", n=2))
     assert said.text == "It is A", "one answer is made of all"
 

@@ -213,7 +213,7 @@ async def test_the_users_model_is_not_evicted_for_them(fakes: Fakes) -> None:
 
 async def test_a_bad_pattern_is_told_at_the_start(fakes: Fakes) -> None:
     config = fakes.config({"m": fakes.model()}) | {"agents": [{"shield": {"patterns": ["("]}}]}
-    with pytest.raises(AssertionError, match=r"'\(' is no regular expression"):
+    with pytest.raises(AssertionError, match=r"'\(' is not a regular expression"):
         async with running_proxy(config):
             pass
 

@@ -176,7 +176,7 @@ async def test_help_tells_of_what_is_asked_about(fakes: Fakes) -> None:
         for text in ("/help guard", "/help /guard"):
             assert await said(proxy, text) == "- `/guard` Says that it was there.", text
         for text in ("/help agents", "/help /agents"):
-            assert await said(proxy, text) == "- `/agents` Tells which agents run in this chat.", text
+            assert await said(proxy, text) == "- `/agents` Lists the agents that run in this chat.", text
         assert (await said(proxy, "/help on")).startswith("There is no command `/on`.")
         assert (await said(proxy, "/guard /help on")).endswith("`/guard off` ends it."), "it is not on in the chat"
         assert await said(proxy, "/agents") == "Agents that run in this chat: none."

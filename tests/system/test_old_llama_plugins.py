@@ -16,7 +16,7 @@ import openai
 import psutil
 import pytest
 
-from llama_smart_proxy.agents.compat.adapter import AT_ONCE
+from llama_smart_proxy.agents.compat.adapter import MAX_THREADS
 from tests.support import raw_client
 from tests.support.agent_clients import WAYS, Way
 from tests.support.e2e_support import CHAT, PIXEL, Fakes, fakes
@@ -198,7 +198,7 @@ async def test_its_failure_is_an_error_that_names_it(fakes: Fakes, code: str, wo
 async def test_threads_that_hang_take_no_more_than_their_places(fakes: Fakes) -> None:
     source = FAILING.replace("REQUEST", "threading.Event().wait()").replace("RESPONSE", "pass")
     write_plugin(fakes.folder, "failing", source)
-    way, calls = CHATS[0], 2 * AT_ONCE
+    way, calls = CHATS[0], 2 * MAX_THREADS
     async with proxy_beside(fakes, [{"failing": {"timeout_s": 0.02}}], ECHO=1) as proxy:
         before = psutil.Process(proxy.pid).num_threads()
         for _ in range(calls):

@@ -126,9 +126,9 @@ def test_a_pattern_that_takes_for_ever_is_given_up() -> None:
 
 def test_bad_patterns_are_told_when_the_configuration_is_read() -> None:
     for patterns, words in (
-        ([{"name": "x", "pattern": "("}], "the pattern x is no regular expression: missing )"),
+        ([{"name": "x", "pattern": "("}], "the pattern x is not a regular expression: missing )"),
         ([{"name": "x", "pattern": "a*"}], "the pattern x matches the empty text"),
-        ([{"name": "x", "pattern": r"a\Kb"}], "the pattern x has .*, for which"),
+        ([{"name": "x", "pattern": r"a\Kb"}], "the pattern x has .*, which require"),
         (["e-mail"], "there is no pattern 'e-mail'; known ones: api_key, credit_card, email,"),
     ):
         with pytest.raises(ValidationError, match=words.replace("(", r"\(").replace(")", r"\)")):

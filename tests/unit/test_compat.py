@@ -107,7 +107,7 @@ def test_packages_of_these_names_are_imported_only_by_who_asks_for_them(tmp_path
         ("class A:\n    async def on_request(self, r): ...\n", "A has no name, which is the command"),
         (
             "class A:\n    def process_request(self, r): ...\nclass B(A):\n    pass\n",
-            "holds several plugins (A, B); keep one",
+            "contains several plugins (A, B); keep one",
         ),
         ("class A:\n    def __init__(self, x): ...\n    def process_request(self, r): ...\n", "TypeError: "),
         ("class A:\n    name = '42 words'\n    async def on_request(self, r): ...\n", "its command '42 words' must"),

