@@ -1,7 +1,7 @@
 """Logging to stderr: the journal or the terminal takes it from there.
 
 Every record is written at once. Only the lines of requests, of which there may be thousands a second, wait for others
-to share a write with: for 50 ms at most, and no longer than until the next record, which stands behind them.
+to share a write with: for 50 ms at most, and no longer than until the next record, which follows them.
 
 Nothing here waits for a reader of stderr. What it does not take now is kept for a while, and then given up.
 """
@@ -142,7 +142,7 @@ class _Writer:
         except BlockingIOError:
             return False
         except OSError:
-            written = len(self._unwritten)  # nobody reads any more, or the disk is full
+            written = len(self._unwritten)  # the reader is gone, or the disk is full
         self._unwritten = self._unwritten[written:]
         return True
 

@@ -269,7 +269,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> dict[str, Any]:
     """The fields of `CommonParams` that a command line sets, dotted where they are nested.
 
     Reads as llama-server does: exact spellings (`_` stands for `-` after `--`), the argument after a flag is its value
-    whatever it looks like, the last of two wins, but lists, sets and tables add up. Raises: `UsageError`.
+    in any form, the last of two wins, but lists, sets and tables add up. Raises: `UsageError`.
     """
     fields: dict[str, Any] = {}
     if key := environ.get("LLAMA_API_KEY"):

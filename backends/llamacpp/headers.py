@@ -102,7 +102,7 @@ def _look(path: Path, known: _Known | None) -> _Known:
             return known
         header, digest = read_info(path), _digest(path, stamp)
     except (OSError, GgufError) as error:
-        logger.warning("%s tells nothing of its model: %s", path, error)
+        logger.warning("%s: the header cannot be read: %s", path, error)
         return _Known(stamp, "", None)
     kept = {key: [] if isinstance(value, Elided) else value for key, value in header.metadata.items()}
     return _Known(stamp, digest, replace(header, metadata=kept))

@@ -71,9 +71,9 @@ def _do(loop: asyncio.AbstractEventLoop, result: asyncio.Future[R], work: Callab
     made: tuple[R | None, BaseException | None]
     try:
         made = work(value), None
-    except BaseException as exc:  # whoever waits for it gets it
+    except BaseException as exc:  # raised where the result is awaited
         made = None, exc
-    with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+    with suppress(RuntimeError):  # the loop is closed
         loop.call_soon_threadsafe(_settle, result, *made)
 
 

@@ -33,9 +33,9 @@ ON_LOOP_BYTES = 64 * 1024
 """Larger bodies are parsed in a thread, so that other streams go on; and so are smaller ones with many values."""
 ON_LOOP_VALUES = 2000
 _FEW_BYTES = 16 * 1024
-"""Bodies up to that size are parsed at once, whatever is in them."""
+"""Bodies up to that size are parsed at once, with any content."""
 _HEAVY = web.RequestKey("heavy", bool)
-"""Whether whatever is done with the whole body of a request is to be done in a thread."""
+"""Whether work on the whole body of a request is done in a thread."""
 
 
 class Body(NamedTuple):
@@ -45,7 +45,7 @@ class Body(NamedTuple):
     raw: bytes | None
 
     def reusable(self) -> Reusable | None:
-        """What tells later whether the bytes can be sent as they came."""
+        """For a later decision on whether the bytes can be sent as they came."""
         return Reusable(self.raw, list(self.value.items())) if self.raw is not None else None
 
 

@@ -1,7 +1,7 @@
 """Everything that runs for one request with agents, and the end of it.
 
-The work of the request is a task of its own. Whoever leaves and whenever: it, and every task that was started in an
-agent's code, is cancelled, and again if it does not care, until it has ended.
+The work of the request is a task of its own. When the client leaves or the work ends, it and every task that was
+started in an agent's code are cancelled, repeatedly if need be, until they have ended.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 SWEEP_S = 0.1
-"""How late a hanging agent may be noticed, and how long after that it is told again."""
+"""How late a hanging agent may be noticed, and how long after that it is cancelled again."""
 AGAIN_S = 0.03
 """Time between two cancellations of a task that goes on all the same."""
 PATIENCE_S = 2.0
-"""Then a task is left to itself, and the log tells of it: nothing in Python can end it."""
+"""Then a task is abandoned, with a log entry: nothing in Python can end it."""
 
 
 class HookTimer:
@@ -109,7 +109,7 @@ class HookTimer:
         work.cancel()
 
     def hung(self) -> AgentError:
-        """What the client is told of that."""
+        """The error that the client gets for that."""
         return AgentError(self.name, f"did not go on within {self.deadline_s:g} s", status=504, code="agent_timeout")
 
     def was_cancelled(self) -> bool:
@@ -133,13 +133,13 @@ class Scope:
         self.closing = False
         self._work: asyncio.Task[Any] | None = None
         self._lost: asyncio.Future[HookTimer] | None = None
-        self._told: HookTimer | None = None
+        self._timed_out: HookTimer | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def run(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of `work`. When this returns, or is cancelled, nothing of the request runs any more.
 
-        Raises: what `work` does; AgentError for an agent that goes on whatever it is told.
+        Raises: what `work` does; AgentError for an agent that ignores cancellation.
         """
         loop = asyncio.get_running_loop()
         task: asyncio.Task[T] = loop.create_task(work)
@@ -152,10 +152,10 @@ class Scope:
             _scopes.discard(self)
             await self._end()
         if self._lost.done() and (not task.done() or task.cancelled()):
-            words = "does not end, whatever it is told"
-            raise AgentError(self._lost.result().name, words, status=504, code="agent_timeout")
-        if self._told is not None and task.cancelled():  # the one that hung ran in a task of another agent's
-            raise self._told.hung()
+            reason = "does not end when it is cancelled"
+            raise AgentError(self._lost.result().name, reason, status=504, code="agent_timeout")
+        if self._timed_out is not None and task.cancelled():  # the one that hung ran in a task of another agent's
+            raise self._timed_out.hung()
         return task.result()
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -177,14 +177,14 @@ class Scope:
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         error = None if task.cancelled() else task.exception()
-        if error is not None and not isinstance(error, ProxyError):  # that one is told where it came from
+        if error is not None and not isinstance(error, ProxyError):  # that one is reported where it came from
             logger.warning("a task of an agent failed: %s: %s", _shown(task), error.__class__.__name__, exc_info=error)
 
     def check(self, now: float) -> None:
         """Break off the hook of an agent that hangs."""
         for timer in self.timers:
             if timer.running and self._work is not None and timer.overdue(now):
-                self._told = timer
+                self._timed_out = timer
                 timer.cancel(self._work)
                 if timer.cancels * SWEEP_S > PATIENCE_S and self._lost is not None and not self._lost.done():
                     self._lost.set_result(timer)
@@ -203,7 +203,7 @@ class Scope:
             try:
                 await asyncio.wait(pending, timeout=AGAIN_S)
             except asyncio.CancelledError:
-                cancelled = True  # told twice to leave: what is left still has to end
+                cancelled = True  # cancelled twice: what is left still has to end
         self.timers.clear()  # they refer to this scope, and to the answer: nothing is left to the garbage collector
         if self._work is not None and self._work.done() and not self._work.cancelled():
             self._work.exception()  # `run` may not come to ask for it
@@ -211,7 +211,7 @@ class Scope:
             raise asyncio.CancelledError
 
     async def _give_up(self, pending: set[asyncio.Task[Any]]) -> None:
-        """Leave these tasks to themselves, but let them hold no model, and nobody wait for them at a shutdown."""
+        """Abandon these tasks, but let them hold no model, and do not wait for them at shutdown."""
         logger.error("%d tasks of agents do not end: %s", len(pending), ", ".join(map(_shown, pending)))
         for task in pending:
             _unregister_task(task)
@@ -244,7 +244,7 @@ def _watch(scope: Scope) -> None:
 
 
 def make_task(loop: asyncio.AbstractEventLoop, work: Any, **options: Any) -> asyncio.Task[Any]:
-    """A task factory for the event loop: what an agent's code starts, by whatever means, belongs to its request."""
+    """A task factory for the event loop: what an agent's code starts, by any means, belongs to its request."""
     task = asyncio.Task(work, loop=loop, **options)
     scope = _owner.get()
     if scope is not None:

@@ -1,7 +1,7 @@
 """Encodes chunks of an answer into the bytes for the client. No I/O.
 
 An unchanged chunk received in the client's own API is sent as the original bytes; every other one is encoded anew.
-Whatever agents do to the chunks, the output is a valid answer: it always has an end, and nothing follows the end.
+Agents cannot make the output an invalid answer: it always has an end, and nothing follows the end.
 """
 
 from __future__ import annotations

@@ -324,7 +324,7 @@ async def test_what_never_ends_is_given_up(fakes: Fakes) -> None:
         whole = [way for way in WAYS if not way.stream]
         asked = [way.ask(proxy, way.body(f"/deaf {text}")) for way in whole for text in ("now", "hi")]
         for said in await asyncio.gather(*asked):
-            assert (said.status, said.error) == (504, "agent deaf does not end, whatever it is told")
+            assert (said.status, said.error) == (504, "agent deaf does not end when it is cancelled")
         await until(lambda: idle(proxy))
         assert (await STREAM.ask(proxy, STREAM.body("hi"))).error is None
 

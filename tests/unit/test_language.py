@@ -12,17 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = (
-    "proxy/app.py",
-    "proxy/chat",
-    "proxy/cli",
-    "proxy/config",
-    "proxy/dialects",
-    "proxy/errors.py",
-    "proxy/models",
-    "proxy/registry.py",
-    "proxy/serve.py",
-)
+ROOMS = ("proxy", "backends", "agents", "src/llama_smart_proxy")
 """Files and folders that are checked."""
 BANNED = re.compile(r"\b(told|tells|wants|whatever|whoever|nobody|somebody|stands\s+behind)\b", re.IGNORECASE)
 QUOTED = re.compile(r"`[^`]*`")
