@@ -95,15 +95,15 @@ def pull(repo: str, variant: str | None, report: Callable[[Progress], None], can
         report({"status": "pulling manifest"})
         files = manifest(repo)
         folder = Folder(repo)
-        wanted = [files[name] for name in choose(f"hf.co/{repo}", files, variant or DEFAULT_VARIANT)]
+        selected = [files[name] for name in choose(f"hf.co/{repo}", files, variant or DEFAULT_VARIANT)]
         (folder.path / "blobs").mkdir(parents=True, exist_ok=True)
         (folder.path / "snapshots").mkdir(exist_ok=True)
         folder.drop_partials({file.digest for file in files.values()})
-        _check_space(folder, wanted)
-        for file in wanted:
+        _check_space(folder, selected)
+        for file in selected:
             _download_file(folder, file, report, cancelled)
         report({"status": "writing manifest"})
-        folder.publish(wanted[0].commit, {file.name: file.digest for file in wanted})
+        folder.publish(selected[0].commit, {file.name: file.digest for file in selected})
 
 
 def _download_file(
@@ -162,10 +162,10 @@ def _verify(path: Path, file: RemoteFile, cancelled: threading.Event) -> None:
         raise InvalidResponse(f"{file.name} is not a GGUF file")
 
 
-def _check_space(folder: Folder, wanted: list[RemoteFile]) -> None:
+def _check_space(folder: Folder, selected: list[RemoteFile]) -> None:
     """Raises: `StartFailed` (code `no_space`) if the disk has not enough space for the missing data."""
     missing = 0
-    for file in wanted:
+    for file in selected:
         if not _is_cached(folder, file):
             with suppress(FileNotFoundError):
                 missing -= folder.partial(file.digest).stat().st_size
