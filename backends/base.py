@@ -38,6 +38,7 @@ class Feature(StrEnum):
 
     LOADING = "loading"  # the proxy can load and unload the model
     TOKENS = "tokens"  # /tokenize, /detokenize and /apply-template of llama-server
+    FILES = "files"  # its files are on this machine, and its provider can delete those that it downloaded
 
 
 @dataclass(slots=True)  # not frozen: that costs a microsecond, for every request

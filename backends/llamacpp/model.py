@@ -21,7 +21,7 @@ class LlamaCppModel(SpawnedModel):
 
     codec: ClassVar[str] = KIND
     speaks: ClassVar[frozenset[str]] = frozenset({"openai", "responses", "anthropic", "native"})
-    features: ClassVar[frozenset[Feature]] = frozenset({Feature.LOADING, Feature.TOKENS})
+    features: ClassVar[frozenset[Feature]] = frozenset({Feature.LOADING, Feature.TOKENS, Feature.FILES})
 
     def __init__(
         self,

@@ -59,11 +59,12 @@ async def download_model(http: web.BaseRequest) -> web.Response:
 
 
 async def delete_model(http: web.BaseRequest) -> web.Response:
-    """`DELETE /models?model=...`: for models that can be downloaded again; not for configured ones."""
+    """`DELETE /models?model=...`: for models downloaded to this machine; not for configured ones, and not for those of
+    other servers, whose files are not the proxy's to delete here."""
     name = http.query.get("model", "")
     router = http[PROXY].router
     model = await router.find(name, pull=False) or await router.find(_hub_name(name), pull=False)
-    if model is None:
+    if model is None or Feature.FILES not in model.features:
         raise ModelNotFound(f"model {name[:100]!r} not found")
     http[RECORD].routed(model.name, model.kind)
     await model.delete(upstream_headers(http.headers, has_body=True))

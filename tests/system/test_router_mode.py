@@ -15,6 +15,7 @@ from tests.fakes.hub import Hub, gguf, running_hub
 from tests.support import raw_client
 from tests.support.e2e_support import Fakes, chat, fakes
 from tests.support.harness import Proxy, running_proxy, until
+from tests.support.ollamas import running_ollama
 from tests.support.raw_client import RawClient, request
 
 __all__ = ["fakes"]  # a fixture
@@ -196,3 +197,15 @@ async def test_pages_of_other_sites_change_nothing(hub: Hub, fakes: Fakes) -> No
             answer = await raw_client.ask(proxy.port, request(method, path, body, headers=headers, close=True))
             assert answer.status == 403, (path, answer.body)
         assert hub.requests() == []
+
+
+async def test_a_model_of_an_ollama_is_not_deleted_by_the_router_mode_api() -> None:
+    async with (
+        running_ollama("m") as ollama,
+        running_proxy({"ollama": {"host": f"127.0.0.1:{ollama.port}"}, "llama_cpp": {"hf_cache": False}}) as proxy,
+    ):
+        refused = await raw_client.ask(proxy.port, request("DELETE", "/models?model=m", close=True))
+        assert refused.status == 404
+        listed = (await raw_client.get(proxy.port, "/api/tags")).json()["models"]
+        assert [model["name"] for model in listed] == ["m:latest"]
+        assert ollama.events("request", "/api/delete") == []
