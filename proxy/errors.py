@@ -111,6 +111,20 @@ class UpstreamRefused(ProxyError):
         self.kind = _KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
 
 
+class ContextExceeded(UpstreamRefused):
+    """The prompt does not fit into the model's context. `tokens` is the prompt's length and `limit` the context's, in
+    tokens, as far as the server reports them; the dialects have a message of their own, because clients match it."""
+
+    code = "context_length_exceeded"
+
+    def __init__(
+        self, message: str, *, details: Mapping[str, Any] | None = None, tokens: int | None, limit: int | None
+    ) -> None:
+        super().__init__(message, status=400, details=details)
+        self.tokens = tokens
+        self.limit = limit
+
+
 class AgentError(ProxyError):
     """The agent `agent` failed: it raised, hung, or returned something invalid. The message is `agent NAME` followed by
     `reason`; its exception is only logged, as it may contain prompt text."""

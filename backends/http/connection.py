@@ -12,7 +12,7 @@ import ssl
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from llama_smart_proxy.backends.base import UpstreamRequest
 from llama_smart_proxy.backends.http.exchange import Connection, Timeouts, UpstreamResponse
@@ -22,6 +22,8 @@ from llama_smart_proxy.proxy.errors import UpstreamFailed
 IDLE_LIMIT_S = 4.0
 """Maximum idle time of a pooled connection in seconds. llama-server closes idle connections after 5 s (`Keep-Alive:
 timeout=5`, cpp-httplib's default), and a request sent at that moment must be retried."""
+LINGER_S = 1.0
+"""How long a connection is kept for the end of an answer whose last frame has arrived, in seconds."""
 UNREACHABLE = "upstream_unreachable"
 """Error code if no connection to the server could be made: nothing was sent to it."""
 
@@ -162,7 +164,14 @@ class ConnectionPool:
         return bool(self._active or self._idle)
 
     def _release(self, connection: Connection, response: UpstreamResponse | None) -> None:
-        """Return the connection to the pool, or close it if `response` is None or does not allow reuse."""
+        """Return the connection to the pool, or close it if `response` is None or does not allow reuse. The end of an
+        answer that its reader did not need is awaited for `LINGER_S`: most servers send it separately."""
+        if response is not None and response.stopped and not response.complete and not response.broken:
+            response.detach(lingering=True)
+            response.resume()
+            response.when_over = partial(self._release, connection, response)
+            asyncio.get_running_loop().call_later(LINGER_S, response.fail, "its end did not arrive")
+            return
         if connection.response is not None:
             connection.response.detach()
         connection.response = None

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast
 
 import httptools
 
+from llama_smart_proxy.backends.http.inflate import Inflater
 from llama_smart_proxy.proxy.errors import UpstreamFailed
 
 if TYPE_CHECKING:
@@ -132,6 +134,11 @@ class UpstreamResponse:
         self.sent_s = time.monotonic()  # more precise than the loop's clock of milliseconds
         self._received_at = self._loop.time()
         self._waiter: asyncio.Future[None] | None = None
+        self._inflater: Inflater | None = None
+        self.stopped = False
+        """Whether the reader needs no more of the body."""
+        self.when_over: Callable[[], None] | None = None
+        """Called once when the answer is complete or has failed, if it was stopped before."""
 
     # -- called by the reader --------------------------------------------------------------------------------------
 
@@ -151,6 +158,15 @@ class UpstreamResponse:
         """Return when a body byte is available, or the body has ended without one."""
         while not self._pieces and not self._is_done():
             await self._event()
+
+    def peek(self) -> bytes:
+        """The body bytes that have arrived and were not read yet; they stay unread."""
+        return b"".join(self._pieces)
+
+    def skip(self, start: bytes) -> None:
+        """Drop `start` if the unread bytes begin with it."""
+        if self._pieces and (data := self.peek()).startswith(start):
+            self._pieces[:] = [data[len(start) :]]
 
     async def read(self, limit: int) -> bytes | None:
         """The whole body; None if it exceeds `limit` bytes (then `pipe` can be called for all of it)."""
@@ -193,16 +209,23 @@ class UpstreamResponse:
             self.resume()
             await self._event()
 
+    def stop(self) -> None:
+        """The body has all that its reader needs: reads return what has arrived, and then its end. What still follows
+        is discarded."""
+        self.stopped = True
+        self._wake()
+
     @property
     def broken(self) -> bool:
         """Whether the exchange has failed."""
         return self._error is not None
 
-    def detach(self) -> None:
+    def detach(self, *, lingering: bool = False) -> None:
         """Drop references after the last read. Parser and response form a cycle, as do errors through their tracebacks,
         and the sink refers to the client's request: megabytes would otherwise stay until the next garbage
-        collection."""
-        del self._parser
+        collection. If it is `lingering`, its end is still awaited."""
+        if not lingering:
+            del self._parser
         self._error = None
         self._sink = None
         self._pieces.clear()
@@ -210,9 +233,9 @@ class UpstreamResponse:
     # -- waiting ---------------------------------------------------------------------------------------------------
 
     def _is_done(self) -> bool:
-        if self._error is not None:
+        if self._error is not None and not self.stopped:
             raise self._error
-        return self.complete
+        return self.complete or self.stopped
 
     async def _event(self) -> None:
         """Wait for the next change worth a task switch."""
@@ -238,7 +261,7 @@ class UpstreamResponse:
         if self._error is None and not self.complete:
             self._error = UpstreamFailed(message, status=status, code=code)
             self._connection.abort()
-            self._wake()
+            self._over()
 
     def _pause(self) -> None:
         if not self._paused and self._connection.open:
@@ -309,6 +332,9 @@ class UpstreamResponse:
             self._framed = False
             return
         self._head_done = True
+        encoding = self.header("content-encoding").strip().lower()
+        if encoding not in ("", "identity"):
+            self._decode(encoding)
         if self._bodiless or self.status in (204, 304):
             # RFC 9112 6.3: such an answer ends with its headers in any case. The parser does not support HEAD
             # and would wait for a body, so this connection is not reused.
@@ -317,9 +343,17 @@ class UpstreamResponse:
             self._wake()
 
     def on_body(self, data: bytes) -> None:
-        if self.complete:
+        if self.complete or self.stopped or self._error is not None:
             return
         self._body_started = True
+        if self._inflater is not None:
+            try:
+                data = self._inflater.inflate(data)
+            except ValueError as exc:
+                self.fail(f"the model server's answer cannot be decompressed: {exc}", code="upstream_error")
+                return
+            if not data:
+                return
         if self._sink is not None:
             if not self._sink.feed(data) and not self._sink_full:
                 self._sink_full = True
@@ -333,8 +367,16 @@ class UpstreamResponse:
         self._wake()
 
     def on_message_complete(self) -> None:
-        if self._head_done and not self.complete:
+        if self._head_done and not self.complete and self._error is None:
             self._finish(reusable=self._framed and self._parser.should_keep_alive() and not self._closes_silently())
+
+    def _decode(self, encoding: str) -> None:
+        """Decompress the body: its readers, and clients, requested no compression."""
+        if encoding not in Inflater.ENCODINGS:
+            self.fail(f"the model server's answer is compressed with {encoding[:20]!r}", code="upstream_error")
+            return
+        self._inflater = Inflater()
+        self.headers = [pair for pair in self.headers if pair[0] not in ("content-encoding", "content-length")]
 
     def _closes_silently(self) -> bool:
         """llama-server closes the connection shortly after every streamed answer without announcing it, so that the
@@ -344,4 +386,10 @@ class UpstreamResponse:
 
     def _finish(self, *, reusable: bool) -> None:
         self.complete, self.reusable = True, reusable
+        self._over()
+
+    def _over(self) -> None:
         self._wake()
+        if self.when_over is not None:
+            self._loop.call_soon(self.when_over)
+            self.when_over = None

@@ -11,6 +11,7 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import orjson
@@ -30,7 +31,7 @@ from llama_smart_proxy.proxy.middleware.hooks import reply_layer, response_layer
 from llama_smart_proxy.proxy.middleware.scope import Scope
 from llama_smart_proxy.proxy.middleware.side_calls import SideCalls, check_depth
 from llama_smart_proxy.proxy.models.router import Route
-from llama_smart_proxy.proxy.stream.answer import UNENCODABLE, Finalizer, ModelAnswer, respond
+from llama_smart_proxy.proxy.stream.answer import UNENCODABLE, Finalizer, ModelAnswer, respond, respond_unstreamed
 from llama_smart_proxy.proxy.stream.relay import relay
 from llama_smart_proxy.proxy.stream.upstream import ANSWER_LIMIT
 
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 
 Preparation = Callable[[Model, ChatRequest], Awaitable[tuple[ChatRequest, Finalizer | None]]]
 """Completes a decoded request for a server that does not support the client's API."""
+_OF_ANSWER = ("model", "n", "stream_options")
+"""Fields of a request that its answer depends on."""
 _COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
 _NOT_JSON = re.compile("not JSON serializable|Dict key must")
 """orjson's messages about values that JSON cannot represent."""
@@ -274,9 +277,13 @@ async def relay_request(
         data = (reusable.bytes_of(body) if reusable is not None else None) or await to_bytes(http, body)
     headers = upstream_headers(http.headers, has_body=has_body)
     path = _upstream_path(http, model.name)
+    stall_s, unstreamed = proxy.config.server.send_stall_s, None
+    if endpoint.codec is not None and endpoint.codec.streams(body):
+        chat = ChatRequest({**{name: body[name] for name in _OF_ANSWER if name in body}, "messages": []}, True)
+        unstreamed = partial(respond_unstreamed, http, endpoint.codec, chat, stall_s=stall_s)
     request = UpstreamRequest(http.method, path, data, headers, endpoint.slot, prepared=prepared)
     del body, reusable  # the answer may last for minutes
-    return await relay(http, model, request, endpoint.dialect, stall_s=proxy.config.server.send_stall_s)
+    return await relay(http, model, request, endpoint.dialect, stall_s=stall_s, unstreamed=unstreamed)
 
 
 def _upstream_path(http: web.BaseRequest, model: str) -> str:

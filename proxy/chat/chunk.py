@@ -6,6 +6,27 @@ from collections.abc import AsyncIterator
 
 from llama_smart_proxy.proxy.chat.extensions import Json
 
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""The names that servers have for the reasoning in a delta; some send it under several. vLLM, since 0.11, and
+OpenRouter use the second one."""
+
+
+def reasoning_of(delta: Json) -> str:
+    """The reasoning in a delta or a message, under any of its names; OpenRouter's `reasoning_details` are a list."""
+    if len(delta) == 1 and "content" in delta:  # the usual token
+        return ""
+    for name in REASONING:
+        value = delta.get(name)
+        if isinstance(value, dict):
+            value = value.get("text") or value.get("content")
+        if value and isinstance(value, str):
+            return value
+    details = delta.get("reasoning_details")
+    if not details or not isinstance(details, list):
+        return ""
+    texts = (item.get("text") or item.get("summary") for item in details if isinstance(item, dict))
+    return "".join(text for text in texts if isinstance(text, str))
+
 
 class Chunk:
     """One piece of an answer: OpenAI's `chat.completion.chunk` and, while it is unchanged, the bytes it was received
@@ -69,16 +90,13 @@ class Chunk:
 
     @property
     def reasoning(self) -> str:
-        """What it adds to the reasoning: `reasoning_content`, or `reasoning` as some servers call it."""
-        delta = self.delta
-        thought = delta.get("reasoning_content") or delta.get("reasoning") or ""
-        return thought if isinstance(thought, str) else ""
+        """What it adds to the reasoning, under whichever name."""
+        return reasoning_of(self.delta)
 
     @reasoning.setter
     def reasoning(self, text: str) -> None:
         delta = self.delta
-        plain = "reasoning" in delta and "reasoning_content" not in delta
-        self._set("reasoning" if plain else "reasoning_content", text)
+        self._set(next((name for name in REASONING if name in delta), "reasoning_content"), text)
 
     @property
     def tool_calls(self) -> list[Json]:
@@ -132,7 +150,7 @@ class Chunk:
         delta = choice["delta"] = choice.get("delta") or {}
         if (delta.get(key) or "") != text:  # other fields that repeat the old text would contradict the new one
             choice.pop("logprobs", None)
-            for other in () if key == "content" else ("reasoning_content", "reasoning", "reasoning_details"):
+            for other in () if key == "content" else (*REASONING, "reasoning_details"):
                 delta.pop(other, None)
         delta[key] = text
         if not text:

@@ -23,6 +23,14 @@ def _unchanged(body: Json, params: Mapping[str, str]) -> Json:
     return body
 
 
+def _always(body: bytes) -> bool:
+    return True
+
+
+def _never(frames: bytes) -> bool:
+    return False
+
+
 def _no_usage(frames: bytes) -> Json | None:
     return None
 
@@ -43,14 +51,21 @@ class Dialect:
     is_end: Callable[[bytes], bool]
     is_error: Callable[[bytes], bool]
     ending: bytes = b""
+    is_finished: Callable[[bytes], bool] = _never
+    """Whether these frames, the last ones of a stream that ended properly, complete the answer although `is_end` is
+    false of them: some servers leave out the last frame."""
+    stream_type: str = "text/event-stream"
+    """Content type of a stream."""
+    end_mark: bytes = b""
+    """Bytes that are in every last frame and in hardly another one, so that looking for them costs little."""
+    is_error_body: Callable[[bytes], bool] = _always
+    """Whether clients can read this body of a failed request, unlike that of a web server in front of the model's."""
     usage: Callable[[bytes], Json | None] = _no_usage
     bind: Callable[[Json, Mapping[str, str]], Json] = _unchanged
     """Normalizes a parsed body: adds the values from its path (`params`: the named parts of the endpoint's pattern) and
     normalizes field names. Afterwards `model` is the model's name and `stream` whether to stream."""
     cuts: bool = False
     """The connection is aborted after an error in a stream: clients take a proper end for a complete answer."""
-    json_errors: bool = False
-    """Clients can parse only JSON errors, unlike the HTML page of a web server in front of the model's."""
     stateful_frames: bool = False
     """A frame depends on those before it, so frames are passed on unchanged only as long as all have been."""
     last_frame_sums: bool = False
@@ -90,7 +105,7 @@ class Reader(Protocol):
     def read(self, frame: bytes) -> Json | None:
         """The chunk of `frame`; None if it has none (a comment, `[DONE]`).
 
-        Raises: UpstreamFailed for an error in the stream, and for an invalid frame.
+        Raises: UpstreamRefused for an error in the stream, UpstreamFailed for an invalid frame.
         """
 
 
@@ -121,12 +136,14 @@ class Writer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class UpstreamCodec:
-    """The API of a server: `encode` returns path and body of a request for a stream, `reader` parses its answer."""
+    """The API of a server: `encode` returns path and body of a request for a stream, `reader` parses its answer.
+    `renames`: the reasoning of its answers gets OpenAI's usual name for it, whichever the server uses."""
 
     dialect: Dialect
     splitter: Callable[[], Splitter]
     encode: Callable[[ChatRequest], tuple[str, Json]]
     reader: Callable[[ChatRequest], Reader]
+    renames: bool = True
 
 
 class Loading(StrEnum):
@@ -164,6 +181,10 @@ class ClientCodec:
     def writer(self, request: ChatRequest, timing: Timing) -> Writer:
         """A writer for the answer to `request`."""
         raise NotImplementedError
+
+    def streams(self, body: Json) -> bool:
+        """Whether an undecoded body requests a stream."""
+        return body.get("stream") is True
 
     def user_text(self, body: Json) -> str:
         """The user's last text, or its first part, in an undecoded and unchecked body; empty if there is none."""

@@ -6,7 +6,7 @@ Bytes are split, not text: `str.splitlines` would also split at U+2028, which is
 from __future__ import annotations
 
 import re
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 MAX_FRAME = 8 * 1024 * 1024
 """Longest frame, in bytes. Ollama's own Go client gives up at 8 MB a line; no real answer comes near."""
@@ -21,8 +21,12 @@ class Splitter(Protocol):
     `rest`, are its input.
 
     `push` returns the frames that `data` completes, in one piece, because a relay needs no more than that; `split`
-    divides such a piece, or `rest`, into frames.
+    divides such a piece, or `rest`, into frames. `openings` are the bytes that frames begin with, `foreign` those of
+    other formats: JSON, HTML.
     """
+
+    openings: ClassVar[bytes]
+    foreign: ClassVar[bytes]
 
     @property
     def rest(self) -> bytes: ...
@@ -35,6 +39,8 @@ class LineSplitter:
     """Splits newline-delimited JSON."""
 
     __slots__ = ("_held",)
+    openings: ClassVar[bytes] = b"{"
+    foreign: ClassVar[bytes] = b"<"
 
     def __init__(self) -> None:
         self._held = bytearray()
@@ -75,6 +81,8 @@ class EventSplitter:
     """
 
     __slots__ = ("_held",)
+    openings: ClassVar[bytes] = b":deir"  # comments, data, event, id, retry
+    foreign: ClassVar[bytes] = b"<{["
 
     def __init__(self) -> None:
         self._held = bytearray()
@@ -112,6 +120,17 @@ class EventSplitter:
     def has_content(self, whole: bytes) -> bool:
         """Whether `whole` contains more than comments and blank lines."""
         return b"data:" in whole
+
+
+BOM = b"\xef\xbb\xbf"
+"""UTF-8's byte order mark, which some servers send at the beginning of a stream."""
+
+
+def opening(data: bytes) -> bytes | None:
+    """The first byte of a stream that is neither blank nor of a byte order mark; None if `data` has none yet."""
+    if BOM.startswith(data):
+        return None
+    return data.removeprefix(BOM).lstrip()[:1] or None
 
 
 _LINE = re.compile(rb"[^\n]*\n|[^\n]+")

@@ -5,6 +5,7 @@ Source: the OpenAI API reference; llama.cpp tools/server, b11434, for `timings`,
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from typing import Any
@@ -12,14 +13,21 @@ from typing import Any
 import orjson
 
 from llama_smart_proxy.proxy.chat import EXTENSIONS, ChatRequest, Json, Timing, without_extensions
+from llama_smart_proxy.proxy.dialects.arguments import mend_arguments
 from llama_smart_proxy.proxy.dialects.base import ClientCodec, Dialect, UpstreamCodec, counts, has_line, last_objects
 from llama_smart_proxy.proxy.dialects.framing import EventSplitter, event_data
-from llama_smart_proxy.proxy.errors import BadRequest, ProxyError, UpstreamFailed, UpstreamRefused
+from llama_smart_proxy.proxy.dialects.upstream_errors import error_in, error_text
+from llama_smart_proxy.proxy.errors import BadRequest, ContextExceeded, ProxyError, UpstreamFailed, UpstreamRefused
+
+_DONE = re.compile(rb"(?:^|[\r\n])data:[ \t]*\[DONE\][ \t]*(?:[\r\n]|$)")
+"""The event that ends a stream; some servers send blanks around it."""
 
 
 def _openai_error(exc: ProxyError) -> bytes:
     details = exc.details if isinstance(exc, UpstreamRefused) else {}
     error = {"message": exc.message, "type": exc.kind, "param": exc.param, "code": exc.code, **details}
+    if isinstance(exc, ContextExceeded):  # clients match this code, and shorten the chat
+        error |= {"type": exc.kind, "code": exc.code, "n_prompt_tokens": exc.tokens, "n_ctx": exc.limit}
     return orjson.dumps({"error": error})
 
 
@@ -30,6 +38,14 @@ def _openai_event(exc: ProxyError) -> bytes:
 def _has_error_event(events: bytes) -> bool:
     """llama-server sends `data: {"error": ...}` (b11434); some servers send `error: {...}` instead."""
     return has_line(events, b'data: {"error"', b'data:{"error"', b"error: ")
+
+
+def _has_finish_reason(frames: bytes) -> bool:
+    """Whether a choice has ended in one of `frames`."""
+    if b"finish_reason" not in frames:
+        return False
+    choices = (choice for event in last_objects(frames) for choice in event.get("choices") or ())
+    return any(isinstance(choice, dict) and choice.get("finish_reason") for choice in choices)
 
 
 def _usage(frames: bytes) -> Json | None:
@@ -47,12 +63,16 @@ OPENAI = Dialect(
     name="openai",
     error_body=_openai_error,
     error_event=_openai_event,
-    is_end=lambda events: has_line(events, b"data: [DONE]", b"data:[DONE]"),
+    is_end=lambda events: b"[DONE]" in events and _DONE.search(events) is not None,
+    is_finished=_has_finish_reason,
     is_error=_has_error_event,
+    bind=lambda body, params: mend_arguments(body),
     ending=b"data: [DONE]\n\n",
+    end_mark=b"[DONE]",
     usage=_usage,
 )
-"""Source: the OpenAI API reference; llama-server and vLLM both end a stream with `[DONE]`."""
+"""Source: the OpenAI API reference; llama-server and vLLM both end a stream with `[DONE]`, TGI and ik_llama.cpp do
+not."""
 
 NATIVE = Dialect(
     name="llama.cpp",
@@ -186,10 +206,6 @@ def _text_choice(choice: Json, message: Json) -> Json:
 class EventReader:
     """Reads the events of a chat, of a text completion and of llama-server's `/infill`."""
 
-    renames = True
-    """Whether `reasoning` is renamed to `reasoning_content`. vLLM, since 0.11, and OpenRouter use the former, others
-    the latter; some send both."""
-
     def __init__(self, request: ChatRequest) -> None:
         self.done = False
 
@@ -200,27 +216,29 @@ class EventReader:
             event = self._lines(frame)
         if event is None:
             return None
-        if not isinstance(event, dict) or "error" in event:
+        if not isinstance(event, dict):
             raise UpstreamFailed(error_text(event), code="upstream_error")
-        if "choices" not in event:
-            return self._native(event)
-        for choice in event["choices"]:
-            if "text" in choice:
+        choices = event.get("choices")
+        if "error" in event or not choices:
+            if (error := error_in(event)) is not None:
+                raise error
+            if not choices:
+                return self._native(event) if "content" in event or "stop" in event else event
+        for choice in choices:
+            if choice and "text" in choice:
                 choice["delta"] = {"content": choice.pop("text")}
-            elif self.renames and "reasoning" in (choice.get("delta") or ()):
-                _rename_reasoning(choice["delta"])
         return event
 
     def _lines(self, frame: bytes) -> Any:
         """The JSON of an event of any form; None for one without data, and for `[DONE]`."""
-        data = event_data(frame)
-        if data is None or data == b"[DONE]":
-            self.done = self.done or data is not None
+        data = (event_data(frame) or b"").strip()
+        if not data or data == b"[DONE]":
+            self.done = self.done or data != b""
             return None
         try:
             event = orjson.loads(data)
         except orjson.JSONDecodeError:
-            raise UpstreamFailed("the model server sent an event that is not JSON") from None
+            raise UpstreamFailed("the model server sent an event that is not JSON", code="upstream_error") from None
         if event is None:
             raise UpstreamFailed(error_text(event), code="upstream_error")
         return event
@@ -235,39 +253,6 @@ class EventReader:
         if "timings" in event:
             chunk["timings"] = event["timings"]
         return chunk
-
-
-def error_details(body: Any) -> Json:
-    """The fields of a server's error object other than its message: `type`, `code`, `param`, and llama-server's
-    numbers (`n_*`)."""
-    error = body.get("error") if isinstance(body, dict) else None
-    fields = error if isinstance(error, dict) else {}
-    names = (name for name in fields if name in ("type", "code", "param") or name.startswith("n_"))
-    return {name: fields[name] for name in names if _is_short(fields[name])}
-
-
-def _is_short(value: Any) -> bool:
-    return value is None or isinstance(value, int | float) or (isinstance(value, str) and len(value) <= 200)
-
-
-def error_text(body: Any) -> str:
-    """The message of a server's error body, in OpenAI's, Anthropic's or Ollama's format; its JSON in any other."""
-    error = body.get("error", body) if isinstance(body, dict) else body
-    if isinstance(error, dict):
-        error = error.get("message", error)
-    return error if isinstance(error, str) else orjson.dumps(error).decode()
-
-
-class OwnEventReader(EventReader):
-    """Like `EventReader`, for clients of the same API: every field keeps the name that the server sent."""
-
-    renames = False
-
-
-def _rename_reasoning(delta: Json) -> None:
-    reasoning = delta.pop("reasoning")
-    if isinstance(reasoning, str) and not delta.get("reasoning_content"):
-        delta["reasoning_content"] = reasoning
 
 
 def _event(value: Json) -> bytes:
@@ -304,7 +289,7 @@ def _to_llama_cpp(request: ChatRequest) -> tuple[str, Json]:
 
 WIRE = UpstreamCodec(OPENAI, EventSplitter, _to_openai, EventReader)
 """Any OpenAI-compatible server."""
-OWN_WIRE = UpstreamCodec(OPENAI, EventSplitter, _as_requested, OwnEventReader)
+OWN_WIRE = UpstreamCodec(OPENAI, EventSplitter, _as_requested, EventReader, renames=False)
 """The same, for clients of that API."""
 LLAMA_CPP = UpstreamCodec(OPENAI, EventSplitter, _to_llama_cpp, EventReader)
 """llama-server."""

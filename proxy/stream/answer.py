@@ -23,8 +23,9 @@ from llama_smart_proxy.proxy.dialects.base import ClientCodec, UpstreamCodec
 from llama_smart_proxy.proxy.errors import ProxyError, UpstreamFailed
 from llama_smart_proxy.proxy.http.headers import RECORD
 from llama_smart_proxy.proxy.http.response import ResponseWriter
+from llama_smart_proxy.proxy.stream.decoder import StreamDecoder
 from llama_smart_proxy.proxy.stream.encoder import StreamEncoder
-from llama_smart_proxy.proxy.stream.upstream import Amend, Attempts, StreamDecoder, refusal, unreadable
+from llama_smart_proxy.proxy.stream.upstream import ANSWER_LIMIT, Amend, Attempts, refusal, unreadable
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +124,12 @@ class ModelAnswer:
         if self.opened is not None:
             self.opened()
         return StreamDecoder(
-            self.codec, self.chat, verbatim=self.verbatim, keep_text=self.finalizer is not None, limit=self.limit
+            self.codec,
+            self.chat,
+            verbatim=self.verbatim,
+            keep_text=self.finalizer is not None,
+            limit=self.limit,
+            ended=upstream.stop,
         )
 
     async def _end(self, upstream: UpstreamResponse, decoder: StreamDecoder) -> None:
@@ -214,6 +220,24 @@ async def respond(
         return await written.send(partial(_pull, layered), answer, cuts=codec.dialect.cuts)
     assert answer is not None
     return await written.send(answer.push, answer, cuts=codec.dialect.cuts)
+
+
+async def respond_unstreamed(
+    http: web.BaseRequest, codec: ClientCodec, chat: ChatRequest, upstream: UpstreamResponse, *, stall_s: float
+) -> web.StreamResponse:
+    """Send an answer that `upstream`, a server of the client's API, did not stream to the client as a stream."""
+    server = codec.same_api
+    assert server is not None
+    decoder = StreamDecoder(server, chat)
+    chunks = decoder.feed(await upstream.read(ANSWER_LIMIT) or b"") + decoder.finish()
+    if decoder.failure is not None:
+        raise decoder.failure
+
+    async def made() -> AsyncIterator[Chunk]:
+        for chunk in chunks:
+            yield chunk
+
+    return await respond(http, codec, chat, None, made(), stall_s=stall_s)
 
 
 async def _pull(chunks: AsyncIterator[Chunk], sink: _StreamSink) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 
 from aiohttp import web
@@ -16,16 +16,25 @@ from aiohttp import web
 from llama_smart_proxy.backends.base import Management, Model, UpstreamRequest
 from llama_smart_proxy.backends.http.exchange import UpstreamResponse
 from llama_smart_proxy.proxy.dialects import Dialect
-from llama_smart_proxy.proxy.dialects.framing import EventSplitter, FrameTooLong, LineSplitter, Splitter
-from llama_smart_proxy.proxy.errors import ProxyError, UpstreamFailed
+from llama_smart_proxy.proxy.dialects.framing import BOM, EventSplitter, FrameTooLong, LineSplitter, Splitter, opening
+from llama_smart_proxy.proxy.dialects.upstream_errors import refused
+from llama_smart_proxy.proxy.errors import ContextExceeded, ProxyError, UpstreamFailed
 from llama_smart_proxy.proxy.http.headers import RECORD, downstream_headers
 from llama_smart_proxy.proxy.http.response import ResponseWriter, WholeResponse
-from llama_smart_proxy.proxy.stream.upstream import Attempts, frame_too_long, incomplete, refusal
+from llama_smart_proxy.proxy.stream.upstream import Attempts, frame_too_long, incomplete
 
 logger = logging.getLogger(__name__)
 
 PLAIN_LIMIT = 1024 * 1024
 """Answers up to this size in bytes are buffered before the first byte is sent, so that truncation results in a 502."""
+
+
+_STREAMS: dict[str, type[EventSplitter] | type[LineSplitter]] = {
+    "text/event-stream": EventSplitter,
+    "application/x-ndjson": LineSplitter,
+}
+Unstreamed = Callable[[UpstreamResponse], Awaitable[web.StreamResponse]]
+"""Answers a request for a stream although the server's answer, of which nothing was read yet, is none."""
 
 
 async def relay(
@@ -35,8 +44,10 @@ async def relay(
     dialect: Dialect,
     *,
     stall_s: float,
+    unstreamed: Unstreamed | None = None,
 ) -> web.StreamResponse:
-    """Answer `http`, whose API is `dialect`, with the answer of `model` to `request`.
+    """Answer `http`, whose API is `dialect`, with the answer of `model` to `request`; `unstreamed` is given if
+    that is a request for a stream.
 
     A failure before the first byte is raised, after one retry. A later one is reported in the stream, or by closing
     the connection early if the format has no error event. A client that reads nothing for `stall_s` seconds is
@@ -46,31 +57,43 @@ async def relay(
     async for attempt in Attempts(model, request, lambda: response.begun):
         async with attempt as upstream:
             response.record.sent_s = upstream.sent_s
-            return await _pass_on(http, upstream, dialect, response, stall_s)
+            return await _pass_on(http, upstream, dialect, response, stall_s, unstreamed)
     raise AssertionError("the last attempt returns or raises")
 
 
 async def _pass_on(
-    http: web.BaseRequest, upstream: UpstreamResponse, dialect: Dialect, response: ResponseWriter, stall_s: float
+    http: web.BaseRequest,
+    upstream: UpstreamResponse,
+    dialect: Dialect,
+    response: ResponseWriter,
+    stall_s: float,
+    unstreamed: Unstreamed | None,
 ) -> web.StreamResponse:
-    kind = upstream.header("content-type")
-    if dialect.json_errors and upstream.status >= 400 and not kind.startswith("application/json"):
-        raise await refusal(upstream)
     bodiless = upstream.status in (204, 304) or http.method == "HEAD"
-    splitter = None if bodiless else _STREAMS.get(kind.partition(";")[0].strip())
-    if splitter is not None:
+    kind = upstream.header("content-type").partition(";")[0].strip().lower()
+    declared = kind in _STREAMS
+    if not bodiless and (declared or (unstreamed is not None and upstream.status == 200)):
+        splitter = _STREAMS[kind if declared else dialect.stream_type]
         await upstream.first_piece()  # headers are sent with the first byte; until then a failure sets the status code
-        return await _stream(upstream, dialect, response, splitter())
+        first = opening(upstream.peek()) or b"-"
+        if unstreamed is not None and first in splitter.foreign:
+            return await unstreamed(upstream)
+        if declared or first in splitter.openings:
+            return await _stream(upstream, dialect, response, splitter(), declared)
     body = await upstream.read(PLAIN_LIMIT)
     if body is None:
         return await _large(upstream, response)
+    if upstream.status >= 400 and not bodiless:
+        _check_error(upstream.status, body, dialect)
     return _whole(http, upstream, dialect, body, stall_s)
 
 
-_STREAMS: dict[str, Callable[[], Splitter]] = {
-    "text/event-stream": EventSplitter,
-    "application/x-ndjson": LineSplitter,
-}
+def _check_error(status: int, body: bytes, dialect: Dialect) -> None:
+    """Raises: UpstreamRefused if the server's error is not in the client's format, or is one that clients recognize by
+    a text or a code that the server does not use."""
+    error = refused(status, body)
+    if isinstance(error, ContextExceeded) or not dialect.is_error_body(body):
+        raise error
 
 
 def _whole(
@@ -88,18 +111,23 @@ def _whole(
 
 
 async def _stream(
-    upstream: UpstreamResponse, dialect: Dialect, response: ResponseWriter, splitter: Splitter
+    upstream: UpstreamResponse, dialect: Dialect, response: ResponseWriter, splitter: Splitter, declared: bool
 ) -> web.StreamResponse:
+    """`declared`: the server's content type is that of a stream."""
     record = response.record
     record.first_byte_s = time.monotonic()
-    await response.begin(upstream.status, downstream_headers(upstream.headers))
-    sink = _FrameSink(response, splitter)
+    headers = downstream_headers(upstream.headers)
+    if not declared:
+        headers = [pair for pair in headers if pair[0] != "content-type"] + [("content-type", dialect.stream_type)]
+    await response.begin(upstream.status, headers)
+    upstream.skip(BOM)
+    sink = _FrameSink(response, splitter, dialect, upstream.stop)
     failure: ProxyError | None = None
     try:
         await upstream.pipe(sink)
     except UpstreamFailed as exc:
         failure = exc
-    failed = sink.end(dialect, failure)
+    failed = sink.end(failure)
     record.last_byte_s = time.monotonic()
     record.count_usage = partial(dialect.usage, sink.last_frames)
     return await response.finish(cut=failed and dialect.cuts)
@@ -117,21 +145,27 @@ async def _large(upstream: UpstreamResponse, response: ResponseWriter) -> web.St
 
 
 class _FrameSink:
-    """Passes on complete frames only, so that an error event can be inserted at any time."""
+    """Passes on complete frames only, so that an error event can be inserted at any time. `ended` is called with the
+    frame that ends the answer: what the server sends later, or its end, is not waited for."""
 
-    __slots__ = ("_before", "_failure", "_last", "_response", "_splitter")
+    __slots__ = ("_dialect", "_earlier", "_end_mark", "_ended", "_failure", "_last", "_response", "_splitter")
 
-    def __init__(self, response: ResponseWriter, splitter: Splitter) -> None:
+    def __init__(
+        self, response: ResponseWriter, splitter: Splitter, dialect: Dialect, ended: Callable[[], None]
+    ) -> None:
         self._response = response
         self._splitter = splitter
-        self._before = b""
+        self._dialect = dialect
+        self._end_mark = dialect.end_mark
+        self._ended = ended
+        self._earlier: tuple[bytes, bytes] = (b"", b"")
         self._last = b""
         self._failure: UpstreamFailed | None = None
 
     @property
     def last_frames(self) -> bytes:
-        """The last frames with content: the token counts may be in the one before the end."""
-        return self._before + self._last
+        """The last frames with content: finish reason and token counts may be in those before the end."""
+        return b"".join((*self._earlier, self._last))
 
     def feed(self, data: bytes) -> bool:
         try:
@@ -142,7 +176,9 @@ class _FrameSink:
         if not whole:
             return True
         if self._splitter.has_content(whole):
-            self._before, self._last = self._last, whole
+            self._earlier, self._last = (self._earlier[1], self._last), whole
+            if self._end_mark and self._end_mark in whole and self._dialect.is_end(whole):
+                self._ended()
         return self._response.feed(whole)
 
     async def drained(self) -> None:
@@ -150,19 +186,22 @@ class _FrameSink:
             raise self._failure
         await self._response.drained()
 
-    def end(self, dialect: Dialect, failure: ProxyError | None) -> bool:
+    def end(self, failure: ProxyError | None) -> bool:
         """Complete the stream: write an error event and the API's end, if the server has not sent them. Returns whether
         the answer failed."""
-        if failure is None and dialect.is_end(self._splitter.rest):
-            self._before, self._last = self._last, self._splitter.rest  # complete except for the final line break
-            self._response.feed(self._last)
+        dialect, rest = self._dialect, self._splitter.rest
+        if failure is None and rest and (dialect.is_end(rest) or dialect.is_finished(rest)):
+            self._earlier, self._last = (self._earlier[1], self._last), rest  # complete but for the final line break
+            self._response.feed(rest if dialect.is_end(rest) else rest + b"\n\n")
         if dialect.is_end(self._last):
             return False
-        closing = dialect.ending
-        if not dialect.is_error(self._last):
+        closing, failed = dialect.ending, True
+        if failure is None and dialect.is_finished(self.last_frames):
+            failed = False
+        elif not dialect.is_error(self._last):
             failure = failure or incomplete()
             logger.warning("stream aborted: %s", failure)
             closing = dialect.error_event(failure) + closing
         if closing:
             self._response.feed(closing)
-        return True
+        return failed

@@ -1,4 +1,4 @@
-"""One request to a model's server: retries, and decoding the answer into chunks.
+"""One request to a model's server: retries, answers in JSON, and errors.
 
 Every request to a model goes through `Attempts`: the relay, streams, and the proxy's own requests.
 """
@@ -14,10 +14,8 @@ import orjson
 
 from llama_smart_proxy.backends.base import Management, Model, UpstreamRequest
 from llama_smart_proxy.backends.http.exchange import UpstreamResponse
-from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, Json
-from llama_smart_proxy.proxy.dialects.base import UpstreamCodec
-from llama_smart_proxy.proxy.dialects.framing import FrameTooLong
-from llama_smart_proxy.proxy.dialects.openai import error_details, error_text
+from llama_smart_proxy.proxy.chat import Json
+from llama_smart_proxy.proxy.dialects.upstream_errors import refused
 from llama_smart_proxy.proxy.errors import ProxyError, UpstreamFailed, UpstreamRefused
 from llama_smart_proxy.proxy.http.body import serialise
 
@@ -25,8 +23,6 @@ logger = logging.getLogger(__name__)
 
 ERROR_LIMIT = 1024 * 1024
 """Largest error body of a server that is read, in bytes."""
-MESSAGE_LENGTH = 2000
-"""Characters of a server's error message that are passed to the client; some servers send whole web pages."""
 ANSWER_LIMIT = 64 * 1024 * 1024
 """Largest answer that is buffered, in bytes; thousands of embeddings are large."""
 OFF_LOOP_BYTES = 1024 * 1024
@@ -34,8 +30,6 @@ OFF_LOOP_BYTES = 1024 * 1024
 JSON_HEADERS = [("Content-Type", "application/json")]
 _FINAL = frozenset({"upstream_error", "upstream_frame_too_long", "pull_failed"})
 """Codes of failures that the server's answer reports or causes: a retry would have the same result."""
-_KEEP_ALIVES = (b":", b"event: ping")
-"""Events without content that do not affect later ones."""
 
 Amend = Callable[[UpstreamRefused], UpstreamRequest | None]
 """Returns a modified request that the server may accept after its refusal; None if there is none."""
@@ -112,133 +106,6 @@ class Attempts(AbstractAsyncContextManager[UpstreamResponse]):
         return True
 
 
-class StreamDecoder:
-    """Decodes a server's bytes into chunks. With `verbatim` each chunk keeps its original bytes, and `tail` has those
-    of the frame that ended the answer: all chunks and the tail, joined, are the input.
-
-    `failure` is set when the answer is invalid or exceeds `limit` bytes, after the chunks before it were returned.
-    `texts` are the texts of all chunks, with `keep_text`.
-    """
-
-    def __init__(
-        self,
-        codec: UpstreamCodec,
-        request: ChatRequest,
-        *,
-        verbatim: bool = False,
-        keep_text: bool = False,
-        limit: int | None = None,
-    ) -> None:
-        self._splitter = codec.splitter()
-        self._reader = codec.reader(request)
-        self._verbatim = verbatim
-        self._grouped = codec.dialect.stateful_frames  # frames that open and close blocks belong to the next chunk
-        self._held = b""
-        self._serial = 0  # of the next chunk
-        self._left = limit
-        self.tail = b""
-        self.usage: Json | None = None
-        """The token counts of the last chunk that had any."""
-        self.failure: ProxyError | None = None
-        self.texts: list[str] | None = [] if keep_text else None
-
-    @property
-    def done(self) -> bool:
-        """Whether the answer has ended."""
-        return self._reader.done
-
-    @property
-    def count(self) -> int:
-        """The number of chunks so far."""
-        return self._serial
-
-    def connection_failed(self, failure: ProxyError) -> None:
-        """Record that the connection failed; ignored after the end of the answer."""
-        if not self.done and self.failure is None:
-            self.failure = failure
-
-    def feed(self, data: bytes) -> list[Chunk]:
-        """The chunks completed by `data`; none after a failure."""
-        if self.failure is not None:
-            return []
-        if self._left is not None:
-            self._left -= len(data)
-            if self._left < 0:
-                self.failure = UpstreamFailed(f"the answer is over {ANSWER_LIMIT // 2**20} MiB", code="upstream_error")
-                return []
-        try:
-            return self._chunks(self._splitter.split(self._splitter.push(data)))
-        except FrameTooLong:
-            self.failure = frame_too_long()
-            return []
-
-    def finish(self) -> list[Chunk]:
-        """The chunks of a last frame without a line end. Sets `failure` if the answer has not ended."""
-        if self.failure is not None:
-            return []
-        rest = self._splitter.rest
-        last = self._chunks(self._splitter.split(rest)) if rest else []
-        if not self.done and self.failure is None:
-            self.failure = incomplete()
-        return last
-
-    def _chunks(self, frames: list[bytes]) -> list[Chunk]:
-        made: list[Chunk] = []
-        read = self._reader.read
-        try:
-            for frame in frames:
-                data = read(frame)
-                if data is None:
-                    self._add_silent(frame, made)
-                    continue
-                choices = data.get("choices")
-                if not choices or len(choices) != 1 or self._held or "usage" in data:
-                    self._add(data, frame, made)
-                    continue
-                delta = choices[0].get("delta")  # as in `_add`: a call for each token would be a tenth of its cost
-                if delta is not None and (content := delta.get("content")) is not None and content.__class__ is not str:
-                    raise TypeError("content is not text")
-                made.append(Chunk(data, frame if self._verbatim else None, self._serial))
-                self._serial += 1
-        except UpstreamFailed as exc:
-            self.failure = exc
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as exc:
-            self.failure = unreadable(exc)
-        if self.texts is not None:
-            self.texts += [chunk.text for chunk in made if not chunk.index]
-        return made
-
-    def _add_silent(self, frame: bytes, made: list[Chunk]) -> None:
-        """Handle a frame without content."""
-        if self.done:
-            self.tail += self._held + frame
-            self._held = b""
-        elif self._grouped and (self._held or not frame.lstrip(b"\r\n").startswith(_KEEP_ALIVES)):
-            self._held += frame
-        elif self._verbatim:
-            made.append(Chunk({}, frame, self._next()))
-
-    def _add(self, data: Json, frame: bytes, made: list[Chunk]) -> None:
-        if self._held:
-            frame, self._held = self._held + frame, b""
-        if "usage" in data:
-            self.usage = data["usage"]
-        choices = data.get("choices") or ()
-        for choice in choices:  # an invalid one would fail in an agent, which is not at fault
-            delta = choice.get("delta")
-            if delta is not None and (content := delta.get("content")) is not None and content.__class__ is not str:
-                raise TypeError("content is not text")
-        if len(choices) > 1:  # a chunk has one choice
-            made.extend(Chunk({**data, "choices": [choice]}, serial=self._next()) for choice in choices)
-        else:
-            made.append(Chunk(data, frame if self._verbatim else None, self._serial))
-            self._serial += 1
-
-    def _next(self) -> int:
-        self._serial += 1
-        return self._serial - 1
-
-
 async def post_json(model: Model, path: str, body: Json, *, slot: bool = False) -> Json:
     """POST a small request to the model's server; returns its JSON answer.
 
@@ -274,13 +141,7 @@ def parsed_answer(body: bytes | None) -> Json:
 
 async def refusal(upstream: UpstreamResponse) -> ProxyError:
     """The error for an answer with an error status, with the server's own message."""
-    body = await upstream.read(ERROR_LIMIT) or b""
-    message, details = body.decode(errors="replace").strip(), Json()
-    with suppress(orjson.JSONDecodeError):
-        parsed = orjson.loads(body)
-        message, details = error_text(parsed), error_details(parsed)
-    message = message[:MESSAGE_LENGTH] or f"the model server answered with status {upstream.status}"
-    return UpstreamRefused(message, status=upstream.status if upstream.status >= 400 else 502, details=details)
+    return refused(upstream.status, await upstream.read(ERROR_LIMIT) or b"")
 
 
 def unreadable(exc: Exception) -> UpstreamFailed:
@@ -297,3 +158,8 @@ def frame_too_long() -> UpstreamFailed:
 def incomplete() -> UpstreamFailed:
     """The error for a stream that ended without its end mark."""
     return UpstreamFailed("the model server ended its answer before it was complete", code="upstream_incomplete")
+
+
+def not_a_stream(what: str) -> UpstreamFailed:
+    """The error for `what` in the place of an answer."""
+    return UpstreamFailed(f"the model server answered with {what} instead of a completion", code="upstream_error")

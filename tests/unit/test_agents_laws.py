@@ -25,8 +25,8 @@ from llama_smart_proxy.proxy.middleware.context import AgentContext, RequestFact
 from llama_smart_proxy.proxy.middleware.hooks import response_layer
 from llama_smart_proxy.proxy.middleware.plugins import LoadedAgent, Plugin
 from llama_smart_proxy.proxy.middleware.scope import Scope
+from llama_smart_proxy.proxy.stream.decoder import StreamDecoder
 from llama_smart_proxy.proxy.stream.encoder import StreamEncoder
-from llama_smart_proxy.proxy.stream.upstream import StreamDecoder
 from tests.support.agent_clients import Said, Way
 
 REQUEST = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 9}

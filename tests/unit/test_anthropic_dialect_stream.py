@@ -12,7 +12,7 @@ from llama_smart_proxy.proxy.dialects.anthropic import MESSAGES, reader
 from llama_smart_proxy.proxy.dialects.base import Writer
 from llama_smart_proxy.proxy.dialects.framing import EventSplitter, event_data
 from llama_smart_proxy.proxy.dialects.openai import WIRE
-from llama_smart_proxy.proxy.errors import Overloaded, UpstreamFailed
+from llama_smart_proxy.proxy.errors import Overloaded, UpstreamFailed, UpstreamRefused
 from tests.support.laws import TEXT, law, splits
 
 REQUEST = ChatRequest({"model": "asked", "messages": [{"role": "user", "content": "12345678"}]}, stream=True)
@@ -357,6 +357,6 @@ def test_stream_that_breaks_off_is_not_done() -> None:
     ],
 )
 def test_error_and_nonsense_of_a_server_are_its_failure(frame: bytes, message: str) -> None:
-    with pytest.raises(UpstreamFailed) as raised:
+    with pytest.raises((UpstreamFailed, UpstreamRefused)) as raised:
         reader().read(frame)
     assert raised.value.message == message

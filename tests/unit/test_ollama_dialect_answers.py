@@ -14,7 +14,7 @@ import pytest
 from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, Fold, Json, Timing, extensions_of
 from llama_smart_proxy.proxy.dialects.ollama import CHAT, GENERATE, WIRE, OllamaReader, OllamaWriter
 from llama_smart_proxy.proxy.dialects.ollama.writing import LONGEST_TEXT
-from llama_smart_proxy.proxy.errors import UpstreamFailed
+from llama_smart_proxy.proxy.errors import UpstreamFailed, UpstreamRefused
 
 GOLDEN = {
     file.stem: json.loads(file.read_text(encoding="utf-8"))
@@ -142,7 +142,7 @@ def test_an_error_line_is_a_failure_with_its_words() -> None:
     *good, bad = frames("chat-error-midway")
     reader = OllamaReader()
     assert all(reader.read(frame) for frame in good)
-    with pytest.raises(UpstreamFailed, match="an error was encountered while running the model: unexpected EOF"):
+    with pytest.raises(UpstreamRefused, match="an error was encountered while running the model: unexpected EOF"):
         reader.read(bad)
     assert not reader.done
 
@@ -235,7 +235,7 @@ def test_what_is_no_line_of_an_answer_is_the_servers_failure(frame: bytes) -> No
 
 @pytest.mark.parametrize("error", ["out of memory", {"message": "out of memory"}])
 def test_an_error_may_be_a_text_or_an_object(error: Any) -> None:
-    with pytest.raises(UpstreamFailed, match=r"^out of memory$"):
+    with pytest.raises(UpstreamRefused, match=r"^out of memory$"):
         OllamaReader().read(orjson.dumps({"error": error}))
 
 

@@ -161,8 +161,6 @@ def test_what_another_api_set_aside_does_not_get_into_ollama() -> None:
         {"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]},
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://x/y.png"}}]}]},
         {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
-        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[]"}}]}]},
         {"messages": [{"role": "assistant", "tool_calls": [{"custom": {}}]}]},
         {"messages": [{"role": "assistant", "tool_calls": 5}]},
     ],

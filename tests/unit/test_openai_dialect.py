@@ -20,10 +20,10 @@ from llama_smart_proxy.proxy.chat import (
     extensions_of,
     without_extensions,
 )
-from llama_smart_proxy.proxy.dialects import openai
+from llama_smart_proxy.proxy.dialects import openai, upstream_errors
 from llama_smart_proxy.proxy.dialects.openai import WIRE, ChatWriter, EventReader, TextWriter
-from llama_smart_proxy.proxy.errors import BadRequest, UpstreamFailed
-from llama_smart_proxy.proxy.stream.upstream import StreamDecoder
+from llama_smart_proxy.proxy.errors import BadRequest, ContextExceeded, UpstreamFailed, UpstreamRefused
+from llama_smart_proxy.proxy.stream.decoder import StreamDecoder
 from tests.support.laws import law, splits, unknown_fields
 
 ASK: Json = {"model": "m", "messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]}
@@ -142,7 +142,7 @@ def test_an_answer_of_nothing_is_still_one() -> None:
     ],
 )
 def test_an_error_in_a_stream_is_raised_with_its_words(frame: bytes, words: str) -> None:
-    with pytest.raises(UpstreamFailed, match=words):
+    with pytest.raises((UpstreamFailed, UpstreamRefused), match=words):
         EventReader(REQUEST).read(frame)
 
 
@@ -170,16 +170,6 @@ def test_infill_and_text_completions_are_read_as_chunks() -> None:
     assert read == Chunk.of("b").seen
 
 
-def test_thoughts_have_one_name_whatever_the_server_calls_them() -> None:
-    for said, thought in (
-        ({"reasoning": "Hm."}, {"reasoning_content": "Hm."}),
-        ({"reasoning": "Hm.", "reasoning_content": "Hm."}, {"reasoning_content": "Hm."}),
-        ({"reasoning": None, "content": "a"}, {"content": "a"}),
-    ):
-        event = b"data: " + json.dumps({"choices": [{"index": 0, "delta": said}]}).encode()
-        assert EventReader(REQUEST).read(event) == {"choices": [{"index": 0, "delta": thought}]}
-
-
 def test_thoughts_stay_where_the_server_put_them_for_clients_of_its_api() -> None:
     read = openai.OWN_WIRE.reader(REQUEST).read(b'data: {"choices":[{"index":0,"delta":{"reasoning":"Hm."}}]}')
     assert read is not None
@@ -205,9 +195,9 @@ def test_what_is_said_as_before_keeps_its_logprobs() -> None:
 
 def test_only_what_is_known_of_a_servers_error_is_passed_on() -> None:
     error = {"message": "no", "type": "exceed", "code": 400, "n_ctx": 8, "key": "sk", "param": "x" * 201, "n_bad": [1]}
-    assert openai.error_details({"error": error}) == {"type": "exceed", "code": 400, "n_ctx": 8}
+    assert upstream_errors.error_details({"error": error}) == {"type": "exceed", "code": 400, "n_ctx": 8}
     for body in ({"error": "no"}, {"detail": "no"}, ["no"], None):
-        assert openai.error_details(body) == {}
+        assert upstream_errors.error_details(body) == {}
 
 
 def test_fill_in_the_middle_goes_to_llama_servers_own_endpoint() -> None:
@@ -274,3 +264,20 @@ def test_what_was_set_aside_is_seen_by_its_own_dialect_alone() -> None:
     assert without_extensions({"_extensions": {"x": 1}}) == {"_extensions": {"x": 1}}
     with pytest.raises(TypeError):
         orjson.dumps(Extensions("ollama", {}), option=orjson.OPT_PASSTHROUGH_SUBCLASS)
+
+
+@pytest.mark.parametrize(
+    ("message", "tokens", "limit"),
+    [
+        ("request (932 tokens) exceeds the available context size (64 tokens), try increasing it", 932, 64),
+        ("This model's maximum context length is 4096 tokens. However, you requested 5000 tokens (1 in x)", 5000, 4096),
+        ("This model's maximum context length is 8 tokens. However, your messages resulted in 9 tokens", 9, 8),
+        ("prompt is too long: 20 tokens > 10 maximum", 20, 10),
+        ("the input length exceeds the context length", None, None),
+    ],
+)
+def test_a_prompt_over_the_context_is_recognized(message: str, tokens: int | None, limit: int | None) -> None:
+    error = upstream_errors.refused(400, json.dumps({"error": {"message": message}}).encode())
+    assert isinstance(error, ContextExceeded) and error.message == message
+    assert (error.status, error.tokens, error.limit) == (400, tokens, limit)
+    assert not isinstance(upstream_errors.refused(400, b'{"error":"the context is fine"}'), ContextExceeded)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import orjson
 
 from llama_smart_proxy.proxy.chat import Json
 from llama_smart_proxy.proxy.dialects.base import Dialect, counts, has_line, last_objects
-from llama_smart_proxy.proxy.errors import ProxyError
+from llama_smart_proxy.proxy.errors import ContextExceeded, ProxyError
 
 _ANTHROPIC_KINDS = {
     400: "invalid_request_error",
@@ -21,8 +23,13 @@ _ANTHROPIC_KINDS = {
 
 
 def _anthropic_error(exc: ProxyError) -> bytes:
-    kind = _ANTHROPIC_KINDS.get(exc.status, "api_error")
-    return orjson.dumps({"type": "error", "error": {"type": kind, "message": exc.message}})
+    kind = _ANTHROPIC_KINDS.get(exc.status, "invalid_request_error" if exc.status < 500 else "api_error")
+    message = exc.message
+    if isinstance(exc, ContextExceeded) and exc.tokens and exc.limit:  # Claude Code compacts the chat on this text
+        message = f"prompt is too long: {exc.tokens} tokens > {exc.limit} maximum"
+    elif isinstance(exc, ContextExceeded):
+        message = f"prompt is too long: {message}"
+    return orjson.dumps({"type": "error", "error": {"type": kind, "message": message}})
 
 
 def _usage(frames: bytes) -> Json | None:
@@ -34,6 +41,14 @@ def _usage(frames: bytes) -> Json | None:
     return None
 
 
+def _is_error_body(body: bytes) -> bool:
+    """llama-server answers errors of `/v1/messages` in OpenAI's format (b11434)."""
+    with suppress(orjson.JSONDecodeError):
+        parsed = orjson.loads(body)
+        return isinstance(parsed, dict) and parsed.get("type") == "error"
+    return False
+
+
 ANTHROPIC = Dialect(
     name="anthropic",
     error_body=_anthropic_error,
@@ -41,6 +56,8 @@ ANTHROPIC = Dialect(
     is_end=lambda events: has_line(events, b"event: message_stop"),
     is_error=lambda events: has_line(events, b"event: error"),
     usage=_usage,
+    is_error_body=_is_error_body,
+    end_mark=b"message_stop",
     stateful_frames=True,
 )
 """Source: the Anthropic API reference, Messages streaming and errors."""

@@ -11,7 +11,7 @@ from llama_smart_proxy.proxy.chat import Json, attach
 from llama_smart_proxy.proxy.dialects.anthropic.shape import NAME
 from llama_smart_proxy.proxy.dialects.anthropic.stream import STOP_REASONS
 from llama_smart_proxy.proxy.dialects.framing import event_data
-from llama_smart_proxy.proxy.dialects.openai import error_text
+from llama_smart_proxy.proxy.dialects.upstream_errors import error_in
 from llama_smart_proxy.proxy.errors import UpstreamFailed
 
 _FINISH_REASONS = {
@@ -44,8 +44,8 @@ class MessageReader:
             return None
         try:
             event = orjson.loads(data)
-            if event.get("type") == "error" or "error" in event:
-                raise UpstreamFailed(error_text(event), code="upstream_error")
+            if (error := error_in(event)) is not None:
+                raise error
             return self._chunk(event)
         except (AttributeError, KeyError, TypeError, ValueError):
             raise UpstreamFailed("the model server sent an event that cannot be understood") from None
@@ -64,7 +64,19 @@ class MessageReader:
                 return self._end(event["delta"], event.get("usage") or {})
             case "message_stop":
                 self.done = True
+            case "message":  # a whole one, from a server that does not stream
+                return self._whole(event)
         return None
+
+    def _whole(self, message: Json) -> Json:
+        delta: Json = {"role": "assistant"}
+        for number, block in enumerate(message["content"]):
+            added = self._start(number, block)
+            for name, value in added["choices"][0]["delta"].items() if added is not None else ():
+                delta[name] = delta[name] + value if name in delta else value
+        end = self._end(message, message.get("usage") or {})
+        end["choices"][0]["delta"] = delta
+        return {"id": message.get("id"), "model": message.get("model"), **end}
 
     def _start(self, index: int, block: Json) -> Json | None:
         match block["type"]:

@@ -51,6 +51,9 @@ class OllamaChatCodec(ClientCodec):
     _content = frozenset({"messages"})
     """A body with none of these fields only loads the model."""
 
+    def streams(self, body: Json) -> bool:
+        return body.get("stream") is not False
+
     def decode(self, body: Json) -> ChatRequest:
         return decode_chat(body)
 

@@ -9,11 +9,15 @@ import orjson
 from llama_smart_proxy.proxy.chat import Json
 from llama_smart_proxy.proxy.dialects.base import Dialect, counts, has_line, last_objects
 from llama_smart_proxy.proxy.dialects.ollama.fields import folded
-from llama_smart_proxy.proxy.errors import ModelNotFound, ProxyError
+from llama_smart_proxy.proxy.errors import ContextExceeded, ModelNotFound, ProxyError
+
+CONTEXT_EXCEEDED = "the input length exceeds the context length"
+"""Ollama's message for a prompt that is too long. Source: Ollama's llm package."""
 
 
 def _ollama_error(exc: ProxyError) -> bytes:
-    return orjson.dumps({"error": exc.brief if isinstance(exc, ModelNotFound) else exc.message})
+    message = exc.brief if isinstance(exc, ModelNotFound) else exc.message
+    return orjson.dumps({"error": CONTEXT_EXCEEDED if isinstance(exc, ContextExceeded) else message})
 
 
 def _is_last_line(lines: bytes) -> bool:
@@ -37,6 +41,13 @@ def _usage(frames: bytes) -> Json | None:
     return None
 
 
+def _is_error_body(body: bytes) -> bool:
+    """ollama-python raises its own exception if the body is not a JSON object."""
+    with suppress(orjson.JSONDecodeError):
+        return isinstance(orjson.loads(body), dict)
+    return False
+
+
 OLLAMA = Dialect(
     name="ollama",
     error_body=_ollama_error,
@@ -46,7 +57,9 @@ OLLAMA = Dialect(
     bind=lambda body, params: folded(body),
     usage=_usage,
     cuts=True,
-    json_errors=True,
+    is_error_body=_is_error_body,
+    stream_type="application/x-ndjson",
+    end_mark=b"true",
     last_frame_sums=True,
 )
 """Newline-delimited JSON. The error is a string, never an object: ollama-python expects that. Open WebUI shows an error

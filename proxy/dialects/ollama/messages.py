@@ -14,6 +14,7 @@ from typing import Any
 import orjson
 
 from llama_smart_proxy.proxy.chat import Json
+from llama_smart_proxy.proxy.dialects.arguments import arguments_text
 from llama_smart_proxy.proxy.dialects.ollama.fields import (
     CALL_FIELDS,
     FUNCTION_FIELDS,
@@ -199,9 +200,7 @@ def _encode_call(call: Any, names: dict[str, str]) -> Json:
     if call.get("id"):
         encoded["id"] = call["id"]
         names[str(call["id"])] = function["name"]
-    arguments = arguments_object(function.get("arguments"))
-    if arguments is None:
-        raise BadRequest(f"the arguments of the call of {function['name']!r} are not a JSON object", param="messages")
+    arguments = orjson.loads(arguments_text(function.get("arguments")))
     encoded["function"] = restore_spelling({"name": function["name"], "arguments": arguments}, function)
     return restore_spelling(encoded, call)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
 
 import orjson
 
 from llama_smart_proxy.proxy.chat import ChatRequest, Json, attach
 from llama_smart_proxy.proxy.dialects.ollama.fields import NAME
+from llama_smart_proxy.proxy.dialects.upstream_errors import error_in
 from llama_smart_proxy.proxy.errors import UpstreamFailed
 
 _MS = 1e6  # nanoseconds
@@ -31,14 +31,15 @@ class OllamaReader:
     def read(self, frame: bytes) -> Json | None:
         """The chunk of one line; None for a line without content.
 
-        Raises: UpstreamFailed for an error line and for an invalid one.
+        Raises: UpstreamRefused for an error line, UpstreamFailed for an invalid one.
         """
         if frame.isspace():
             return None
         try:
             line = orjson.loads(frame)
-            if "error" in line:
-                raise UpstreamFailed(_error_text(line["error"]), code="upstream_error")
+            if (error := error_in(line)) is not None:
+                raise error
+            line.pop("error", None)
             return self._chunk(line)
         except (ValueError, TypeError, KeyError, AttributeError):  # ValueError: not JSON
             raise UpstreamFailed(
@@ -83,7 +84,8 @@ class OllamaReader:
     def _call(self, call: Json, created_at: str) -> Json:
         index, self._calls = self._calls, self._calls + 1
         function = call.pop("function")
-        name, arguments = function.pop("name"), orjson.dumps(function.pop("arguments", None) or {})
+        name, given = function.pop("name"), function.pop("arguments", None)
+        arguments = given.encode() if isinstance(given, str) and given else orjson.dumps(given or {})
         function.pop("index", None)
         if function:
             call["function"] = function
@@ -104,10 +106,14 @@ class OllamaReader:
 def _read_metrics(line: Json, chunk: Json) -> None:
     """Set `usage` and `timings` of `chunk`. Ollama's count of a prompt includes cached tokens, llama.cpp's does not;
     newer versions of Ollama report how many there were."""
-    prompt, predicted = line.pop("prompt_eval_count", 0), line.pop("eval_count", 0)
+    prompt, predicted = int(line.pop("prompt_eval_count", 0) or 0), int(line.pop("eval_count", 0) or 0)
     cached = line.get("prompt_eval_cached_count")
+    for name in ("load_duration", "total_duration"):
+        if line.get(name, 0) is None:
+            del line[name]
     line.get("load_duration", 0) + 0  # TypeError if it is not a number
-    prompt_ms, predicted_ms = line.pop("prompt_eval_duration", 0) / _MS, line.pop("eval_duration", 0) / _MS
+    prompt_ms = (line.pop("prompt_eval_duration", 0) or 0) / _MS
+    predicted_ms = (line.pop("eval_duration", 0) or 0) / _MS
     usage: Json = {"prompt_tokens": prompt, "completion_tokens": predicted, "total_tokens": prompt + predicted}
     timings: Json = {
         "prompt_n": prompt - (cached or 0),
@@ -123,9 +129,3 @@ def _read_metrics(line: Json, chunk: Json) -> None:
     if predicted_ms:
         timings["predicted_per_second"] = predicted / predicted_ms * 1e3
     chunk["usage"], chunk["timings"] = usage, timings
-
-
-def _error_text(error: Any) -> str:
-    """The message of an error, which is a string in Ollama's API; some compatible servers send an object."""
-    text = error.get("message") if isinstance(error, dict) else error
-    return text if isinstance(text, str) and text else "the Ollama server failed without a message"

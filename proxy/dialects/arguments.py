@@ -1,0 +1,57 @@
+"""The arguments of tool calls in the history of a chat."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+
+from llama_smart_proxy.proxy.chat import Json
+
+
+def mend_arguments(body: Json) -> Json:
+    """Make the arguments of all tool calls in `messages` the text of a JSON object. Returns `body`, whose `messages`
+    are then another list.
+
+    Models sometimes write something else, and clients send it back with every later turn. OpenAI's API accepts any
+    text there; llama-server and vLLM parse it, and would refuse the chat from then on.
+    """
+    messages = body.get("messages")
+    if isinstance(messages, list):
+        mended = [_mended(message) for message in messages]
+        if any(new is not old for new, old in zip(mended, messages, strict=True)):
+            body["messages"] = mended
+    return body
+
+
+def arguments_text(value: Any) -> str:
+    """`value`, the arguments of a call, as the text of a JSON object: an empty one for none, and one that contains
+    what is not an object as `arguments`."""
+    if value in (None, ""):
+        return "{}"
+    if isinstance(value, str):
+        try:
+            if isinstance(orjson.loads(value), dict):
+                return value
+        except orjson.JSONDecodeError:
+            pass
+    return orjson.dumps(value if isinstance(value, dict) else {"arguments": value}).decode()
+
+
+def _mended(message: Any) -> Any:
+    """`message`, or a copy with other arguments."""
+    calls = message.get("tool_calls") if isinstance(message, dict) else None
+    if not isinstance(calls, list):
+        return message
+    mended = [_mended_call(call) for call in calls]
+    changed = any(new is not old for new, old in zip(mended, calls, strict=True))
+    return {**message, "tool_calls": mended} if changed else message
+
+
+def _mended_call(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        return call
+    given = function.get("arguments")
+    text = arguments_text(given)
+    return call if text is given or text == given else {**call, "function": {**function, "arguments": text}}

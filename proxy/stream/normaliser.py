@@ -1,0 +1,150 @@
+"""Gives the chunks of a server's answer the form of OpenAI's reference, where servers deviate from it. No I/O."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llama_smart_proxy.proxy.chat import Json
+from llama_smart_proxy.proxy.chat.chunk import reasoning_of
+from llama_smart_proxy.proxy.errors import UpstreamFailed
+from llama_smart_proxy.proxy.stream.tool_calls import CallSequence
+
+_FINISH_REASONS = {
+    "length": "length",
+    "max_tokens": "length",
+    "model_length": "length",
+    "tool_calls": "tool_calls",
+    "tool_use": "tool_calls",
+    "function_call": "function_call",
+    "content_filter": "content_filter",
+    "refusal": "content_filter",
+}
+"""OpenAI's finish reasons by those of servers: Anthropic's, Mistral's; every other one means `stop` (`eos_token` and
+`stop_sequence` of TGI, `abort` of vLLM)."""
+_COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
+
+
+class Normaliser:
+    """Normalises the chunks of one answer with `choices` choices, in place. With `renames`, reasoning is always
+    `reasoning_content`; otherwise it keeps the name that the server gave it."""
+
+    def __init__(self, choices: int, *, renames: bool) -> None:
+        self._choices = choices
+        self._renames = renames
+        self._calls: dict[int, CallSequence] = {}
+        self._finished: set[int] = set()
+
+    @property
+    def finished(self) -> bool:
+        """Whether every choice has a finish reason."""
+        return len(self._finished) >= self._choices
+
+    def normalise(self, chunk: Json) -> bool:
+        """Normalise `chunk`. Returns whether the bytes it came as no longer stand for it.
+
+        Raises: TypeError, ValueError, AttributeError for a chunk that cannot be understood; UpstreamFailed for one that
+        reports a failure.
+        """
+        if "usage" in chunk:
+            _normalise_usage(chunk)
+        choices = chunk.get("choices")
+        choices = chunk["choices"] = [choice for choice in choices or () if choice is not None]
+        return any([self._normalise_choice(choice) for choice in choices])
+
+    def rest(self) -> Json | None:
+        """A last chunk with the tool calls that were not passed on yet; None if there are none."""
+        choices = []
+        for index, sequence in self._calls.items():
+            if parts := sequence.rest():
+                choices.append({"index": index, "delta": {"tool_calls": parts}, "finish_reason": None})
+        return {"choices": choices} if choices else None
+
+    def _normalise_choice(self, choice: Json) -> bool:
+        if not isinstance(choice.get("index"), int):
+            choice["index"] = 0
+        delta = choice.get("delta")
+        if delta is None:
+            delta = choice["delta"] = choice.pop("message", None) or {}
+        content = delta.get("content")
+        if content is not None and not isinstance(content, str):
+            delta["content"], thoughts = _text_of(content)
+            if thoughts and not reasoning_of(delta):
+                delta["reasoning_content"] = thoughts
+        if self._renames:
+            _rename_reasoning(delta)
+        reason = choice.get("finish_reason")
+        if reason is not None:
+            choice["finish_reason"] = reason = _finish_reason(reason)
+        changed = False
+        if "tool_calls" in delta or (reason and choice["index"] in self._calls):
+            changed = self._order_calls(choice["index"], delta, ended=reason is not None)
+        if reason:
+            self._finished.add(choice["index"])
+        return changed
+
+    def _order_calls(self, index: int, delta: Json, *, ended: bool) -> bool:
+        given = delta.get("tool_calls") or []
+        if isinstance(given, dict):
+            given = [given]
+        if not given and index not in self._calls:
+            return False
+        sequence = self._calls.setdefault(index, CallSequence())
+        parts, changed = sequence.pass_on(given)
+        rest = sequence.rest() if ended else []
+        delta["tool_calls"] = parts + rest
+        if not delta["tool_calls"]:
+            del delta["tool_calls"]
+        return changed or bool(rest)
+
+
+def _normalise_usage(chunk: Json) -> None:
+    """Remove a `usage` without counts; in any other, every count is an integer."""
+    usage = chunk["usage"]
+    usage = usage if isinstance(usage, dict) else {}
+    given = [usage[name] for name in _COUNTS if name in usage]
+    if given and all(value.__class__ is int for value in given):
+        return
+    del chunk["usage"]
+    usage = {name: value for name, value in usage.items() if value is not None}
+    if not any(name in usage for name in _COUNTS):
+        return
+    prompt, completion = (int(usage.get(name) or 0) for name in _COUNTS[:2])
+    total = int(usage.get("total_tokens") or prompt + completion)
+    chunk["usage"] = usage | {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": total}
+
+
+def _finish_reason(given: Any) -> str | None:
+    if not given:
+        return None
+    if given == "error":
+        raise UpstreamFailed("the model server ended its answer with an error", code="upstream_error")
+    return _FINISH_REASONS.get(str(given), "stop")
+
+
+def _rename_reasoning(delta: Json) -> None:
+    if "reasoning" not in delta and "thinking" not in delta and "reasoning_details" not in delta:
+        return
+    text = reasoning_of(delta)
+    for name in ("reasoning", "thinking"):
+        delta.pop(name, None)
+    if text:
+        delta["reasoning_content"] = text
+
+
+def _text_of(content: Any) -> tuple[str, str]:
+    """The text and the reasoning in a list of content parts, as Mistral's reasoning models send them.
+
+    Raises: TypeError for anything else.
+    """
+    texts, thoughts = [], []
+    for part in content if isinstance(content, list) else [content]:
+        if isinstance(part, str):
+            texts.append(part)
+        elif not isinstance(part, dict):
+            raise TypeError("content is not text")
+        elif part.get("type") in ("thinking", "reasoning"):
+            inner = part.get("thinking") or part.get("text") or ""
+            thoughts.append(inner if isinstance(inner, str) else _text_of(inner)[0])
+        else:
+            texts.append(part.get("text") or "")
+    return "".join(texts), "".join(thoughts)

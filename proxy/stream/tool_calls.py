@@ -1,0 +1,190 @@
+"""Puts the parts of streamed tool calls in order. No I/O.
+
+Source: OpenAI's API reference for the intended form (the first part has id and name; all have the call's `index`); the
+deviations are those of servers: no or equal indexes, indexes from 1, names or ids with every part, arguments as an
+object, calls that interleave.
+"""
+
+from __future__ import annotations
+
+import secrets
+import string
+from typing import Any
+
+import orjson
+
+from llama_smart_proxy.proxy.chat import Json
+from llama_smart_proxy.proxy.chat.fold import MAX_TOOL_CALLS
+
+_ID_LETTERS = string.ascii_letters + string.digits
+ID_LENGTH = 9
+"""Letters of an id made here: the chat templates of Mistral's models accept only ids of nine letters and digits."""
+
+
+class _Call:
+    """One call: `number` is its position in the answer, `held` what is known of it before it is passed on (without the
+    arguments), and None afterwards."""
+
+    __slots__ = ("arguments", "begun", "held", "id", "name", "number")
+
+    def __init__(self, number: int, identity: str | None) -> None:
+        self.number = number
+        self.id = identity
+        self.name = ""
+        self.arguments: list[str] = []
+        self.held: Json | None = {}
+        self.begun = False  # its first part was written
+
+    @property
+    def complete(self) -> bool:
+        """Whether its arguments are a whole JSON object, which nothing can continue."""
+        if not self.arguments or not self.arguments[-1].rstrip().endswith("}"):
+            return False
+        self.arguments = ["".join(self.arguments)]
+        try:
+            return isinstance(orjson.loads(self.arguments[0]), dict)
+        except orjson.JSONDecodeError:
+            return False
+
+    def hold(self, part: Json) -> None:
+        """Add `part` to what is held; its arguments are in `arguments`."""
+        assert self.held is not None
+        function = {**self.held.get("function", {}), **part.get("function", {})}
+        self.held |= part
+        if function:
+            self.held["function"] = function
+
+    def release(self) -> Json:
+        """All parts so far as one."""
+        held, self.held = self.held, None
+        assert held is not None
+        if "function" in held:
+            held["function"]["arguments"] = "".join(self.arguments)
+        return held
+
+
+class CallSequence:
+    """The tool calls of one choice. Parts leave it one call after the other, numbered from 0, with id and name in the
+    first part only, and with arguments as text. Parts of a later call are held while an earlier one is incomplete.
+
+    A part belongs to the call with its id, else to the one with its index, else to the last one. A part with a new id
+    begins a call; so does one without an id whose name shows that it cannot continue the call it would belong to.
+    """
+
+    def __init__(self) -> None:
+        self._calls: list[_Call] = []
+        self._by_id: dict[str, _Call] = {}
+        self._by_index: dict[int, _Call] = {}
+        self._open: _Call | None = None
+
+    def pass_on(self, parts: list[Json]) -> tuple[list[Json], bool]:
+        """The parts to pass on for `parts`, in order, and whether they differ from these.
+
+        Raises: ValueError for too many calls, TypeError and AttributeError for parts that are not objects.
+        """
+        passed: list[Json] = []
+        changed = False
+        for part in parts:
+            call, own = self._written(part)
+            changed = changed or own != _given(part)
+            if call is self._open:
+                passed += [own, *self._followers()]
+            elif call.held is not None:  # not a complete one, that a server repeats
+                call.hold(own)
+                if self._open is None or self._open.complete:
+                    passed += [self._release(call), *self._followers()]
+        return passed, changed or len(passed) != len(parts)
+
+    def rest(self) -> list[Json]:
+        """The parts still held, at the end of the answer."""
+        return [call.release() for call in self._calls if call.held is not None]
+
+    def _release(self, call: _Call) -> Json:
+        self._open = call
+        return call.release()
+
+    def _followers(self) -> list[Json]:
+        """What is held of the calls that may follow now."""
+        return [
+            self._release(call)
+            for call in self._calls
+            if call.held is not None and self._open is not None and self._open.complete
+        ]
+
+    def _written(self, part: Json) -> tuple[_Call, Json]:
+        """The call of `part`, and the part as OpenAI's reference has it."""
+        function = part.get("function")
+        rest = {name: value for name, value in part.items() if name not in _FIELDS and value is not None}
+        if function is None and ("arguments" in part or "name" in part):
+            function = {name: rest.pop(name) for name in ("name", "arguments") if name in rest}
+        name, text = _name_and_arguments(function or {})
+        call = self._call_of(part, name, text)
+        own: Json = {"index": call.number}
+        if not call.begun:
+            call.begun = True
+            call.id = call.id or "".join(secrets.choice(_ID_LETTERS) for _ in range(ID_LENGTH))
+            own |= {"id": call.id, "type": part.get("type") or "function"}
+        elif part.get("id") in (call.id, "", None):
+            own |= {key: part[key] for key in ("id", "type") if part.get(key)}
+        if function is not None:
+            own["function"] = {key: value for key, value in function.items() if value is not None and key != "name"}
+            own["function"]["arguments"] = text
+            if name and not call.name:
+                own["function"]["name"] = call.name = name
+            call.arguments.append(text)
+        return call, own | rest
+
+    def _call_of(self, part: Json, name: str, text: str) -> _Call:
+        identity = part.get("id") if isinstance(part.get("id"), str) and part["id"] else None
+        index = _number(part.get("index"))
+        known = self._by_id.get(identity) if identity is not None else None
+        if known is None:
+            known = self._by_index.get(index) if index is not None else (self._calls[-1] if self._calls else None)
+            if known is not None and not _continues(known, identity, name, text):
+                known = None
+            elif known is None and self._calls and not (identity or name):
+                known = self._calls[-1]  # nothing begins without a name
+        if known is None:
+            known = self._new(identity)
+        if index is not None:
+            self._by_index[index] = known
+        return known
+
+    def _new(self, identity: str | None) -> _Call:
+        if len(self._calls) >= MAX_TOOL_CALLS:
+            raise ValueError("too many tool calls")
+        call = _Call(len(self._calls), identity)
+        self._calls.append(call)
+        if identity is not None:
+            self._by_id[identity] = call
+        return call
+
+
+_FIELDS = frozenset({"index", "id", "type", "function"})
+
+
+def _given(part: Json) -> Json:
+    """`part` without its empty fields."""
+    return {name: value for name, value in part.items() if value is not None and value != ""}
+
+
+def _continues(call: _Call, identity: str | None, name: str, text: str) -> bool:
+    """Whether a part with this id (None, or not seen before), name and arguments can continue `call`."""
+    if identity is not None:
+        return not name and call.id is None
+    if not name:
+        return True
+    return name == call.name and not (text.lstrip().startswith("{") and call.complete)
+
+
+def _name_and_arguments(function: Json) -> tuple[str, str]:
+    name, arguments = function.get("name") or "", function.get("arguments")
+    if not isinstance(arguments, str):
+        arguments = "" if arguments is None else orjson.dumps(arguments).decode()
+    return name + "", arguments
+
+
+def _number(index: Any) -> int | None:
+    if isinstance(index, str) and index.isdecimal() and len(index) < 10:
+        return int(index)
+    return index if isinstance(index, int) and not isinstance(index, bool) else None
