@@ -278,12 +278,15 @@ async def relay_request(
     headers = upstream_headers(http.headers, has_body=has_body)
     path = _upstream_path(http, model.name)
     stall_s, unstreamed = proxy.config.server.send_stall_s, None
+    generates = endpoint.codec is not None
     if endpoint.codec is not None and endpoint.codec.streams(body):
         chat = ChatRequest({**{name: body[name] for name in _OF_ANSWER if name in body}, "messages": []}, True)
         unstreamed = partial(respond_unstreamed, http, endpoint.codec, chat, stall_s=stall_s)
     request = UpstreamRequest(http.method, path, data, headers, endpoint.slot, prepared=prepared)
     del body, reusable  # the answer may last for minutes
-    return await relay(http, model, request, endpoint.dialect, stall_s=stall_s, unstreamed=unstreamed)
+    return await relay(
+        http, model, request, endpoint.dialect, stall_s=stall_s, generates=generates, unstreamed=unstreamed
+    )
 
 
 def _upstream_path(http: web.BaseRequest, model: str) -> str:

@@ -9,19 +9,21 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from functools import partial
 
+import orjson
 from aiohttp import web
 
 from llama_smart_proxy.backends.base import Management, Model, UpstreamRequest
 from llama_smart_proxy.backends.http.exchange import UpstreamResponse
 from llama_smart_proxy.proxy.dialects import Dialect
 from llama_smart_proxy.proxy.dialects.framing import BOM, EventSplitter, FrameTooLong, LineSplitter, Splitter, opening
-from llama_smart_proxy.proxy.dialects.upstream_errors import refused
+from llama_smart_proxy.proxy.dialects.upstream_errors import error_in, refused
 from llama_smart_proxy.proxy.errors import ContextExceeded, ProxyError, UpstreamFailed
 from llama_smart_proxy.proxy.http.headers import RECORD, downstream_headers
 from llama_smart_proxy.proxy.http.response import ResponseWriter, WholeResponse
-from llama_smart_proxy.proxy.stream.upstream import Attempts, frame_too_long, incomplete
+from llama_smart_proxy.proxy.stream.upstream import Attempts, frame_too_long, incomplete, not_a_stream
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +46,11 @@ async def relay(
     dialect: Dialect,
     *,
     stall_s: float,
+    generates: bool = False,
     unstreamed: Unstreamed | None = None,
 ) -> web.StreamResponse:
-    """Answer `http`, whose API is `dialect`, with the answer of `model` to `request`; `unstreamed` is given if
-    that is a request for a stream.
+    """Answer `http`, whose API is `dialect`, with the answer of `model` to `request`. `generates`: that is to be a
+    generated answer; `unstreamed` is given if it is to be a stream.
 
     A failure before the first byte is raised, after one retry. A later one is reported in the stream, or by closing
     the connection early if the format has no error event. A client that reads nothing for `stall_s` seconds is
@@ -57,7 +60,7 @@ async def relay(
     async for attempt in Attempts(model, request, lambda: response.begun):
         async with attempt as upstream:
             response.record.sent_s = upstream.sent_s
-            return await _pass_on(http, upstream, dialect, response, stall_s, unstreamed)
+            return await _pass_on(http, upstream, dialect, response, stall_s, generates, unstreamed)
     raise AssertionError("the last attempt returns or raises")
 
 
@@ -67,6 +70,7 @@ async def _pass_on(
     dialect: Dialect,
     response: ResponseWriter,
     stall_s: float,
+    generates: bool,
     unstreamed: Unstreamed | None,
 ) -> web.StreamResponse:
     bodiless = upstream.status in (204, 304) or http.method == "HEAD"
@@ -85,7 +89,23 @@ async def _pass_on(
         return await _large(upstream, response)
     if upstream.status >= 400 and not bodiless:
         _check_error(upstream.status, body, dialect)
+    elif generates and upstream.status == 200 and body.startswith(_NO_ANSWERS):
+        _check_answer(body)
     return _whole(http, upstream, dialect, body, stall_s)
+
+
+_NO_ANSWERS = (b"<", b'{"error"', b'{ "error"', b"{\n", b"\n", b"\r", b" ")
+"""How bodies begin that may be a web page or an error, unlike nearly all answers, which are not parsed."""
+
+
+def _check_answer(body: bytes) -> None:
+    """Raises: UpstreamRefused or UpstreamFailed if `body`, with the status 200, is an error or a web page."""
+    if opening(body) == b"<":
+        raise not_a_stream("a web page")
+    with suppress(orjson.JSONDecodeError):
+        parsed = orjson.loads(body)
+        if isinstance(parsed, dict) and (error := error_in(parsed)) is not None:
+            raise error
 
 
 def _check_error(status: int, body: bytes, dialect: Dialect) -> None:

@@ -175,6 +175,24 @@ async def test_a_connection_whose_end_comes_later_is_used_again(proxy: Proxy, up
     assert len(upstream.links) < 4
 
 
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        (b'{"error":{"message":"quota exceeded","code":429}}', 429, "quota exceeded"),
+        (b'\n{\n "error": "it broke"\n}', 502, "it broke"),
+        (b"<!DOCTYPE html><html>Log in</html>", 502, "a web page instead of a completion"),
+    ],
+)
+async def test_a_relayed_answer_that_is_an_error_has_its_status(
+    proxy: Proxy, upstream: RawUpstream, body: bytes, status: int, message: str
+) -> None:
+    upstream.script = plain(body)
+    answer = await post(proxy.port, CHAT, ASKED)
+    assert (answer.status, message in answer.json()["error"]["message"]) == (status, True)
+    upstream.script = plain(b'{\n "error": null, "choices": []}')
+    assert (await post(proxy.port, CHAT, ASKED)).status == 200
+
+
 TOO_LONG = "request (932 tokens) exceeds the available context size (64 tokens), try increasing it"
 """Source: llama.cpp tools/server/server-context.cpp, b11434."""
 
