@@ -46,6 +46,8 @@ _NOT_UPSTREAM = HOP_BY_HOP | {
     "content-encoding",
     "accept-encoding",
     "expect",
+    "range",  # answers are generated, not stored: llama-server would generate one and then answer 416
+    "if-range",
     "authorization",  # the client's credentials are for the proxy; the model server has its own
     "x-api-key",
     "cookie",
