@@ -39,6 +39,8 @@ class Feature(StrEnum):
     LOADING = "loading"  # the proxy can load and unload the model
     TOKENS = "tokens"  # /tokenize, /detokenize and /apply-template of llama-server
     FILES = "files"  # its files are on this machine, and its provider can delete those that it downloaded
+    RESUMABLE = "resumable"  # its streams go on without their client, by `X-Conversation-Id` of llama-server
+    TOOLS = "tools"  # /tools and /mcp of llama-server, which may run commands on its machine
 
 
 @dataclass(slots=True)  # not frozen: that costs a microsecond, for every request
@@ -112,15 +114,17 @@ class Model(Protocol):
     """One model of a provider.
 
     `name` is its id on its server, `kind` the kind of server (`llama.cpp`, `ollama`, `remote`, ...; visible to agents),
-    `owner` the owner in model lists. `speaks` are the APIs that its server supports: `openai`, `responses`,
-    `anthropic`, `ollama`, and `native` for llama-server's own. `codec` is the API used for clients of any other API
-    (see `proxy.dialects.UPSTREAM_CODECS`).
+    `owner` the owner in model lists, `tags` the labels there. `speaks` are the APIs that its server supports: `openai`,
+    `responses`, `anthropic`, `ollama`, and `native` for llama-server's own. `codec` is the API used for clients of any
+    other API (see `proxy.dialects.UPSTREAM_CODECS`).
     """
 
     @property
     def name(self) -> str: ...
     @property
     def aliases(self) -> Sequence[str]: ...
+    @property
+    def tags(self) -> Sequence[str]: ...
     @property
     def kind(self) -> str: ...
     @property
@@ -221,6 +225,9 @@ class Provider(Protocol):
     async def listed(self) -> None:
         """Return once the first listing has ended, whether it succeeded or not."""
 
+    async def reread(self) -> None:
+        """Look for added and removed models now; what it has in memory may be a moment old otherwise."""
+
     def models(self) -> Sequence[Model]:
         """All of its models."""
 
@@ -271,6 +278,9 @@ class BaseProvider:
 
     async def listed(self) -> None:
         """Nothing to learn."""
+
+    async def reread(self) -> None:
+        """Nothing changes."""
 
     def models(self) -> Sequence[Model]:
         return self._models

@@ -182,6 +182,11 @@ class Remote:
         if not self._fixed:
             await self._listing.wait_fresh(math.inf)
 
+    async def reread(self) -> None:
+        """Return once the list has been requested again, whether that succeeded or not."""
+        if not self._fixed:
+            await self._listing.wait_fresh(0.0)
+
     async def find(self, model: str) -> bool:
         """Whether the server has `model`; refreshes the list if the model is unknown."""
         if model not in self._models and not self._fixed:
@@ -204,6 +209,7 @@ class RemoteModel:
     speaks: ClassVar[frozenset[str]] = frozenset({"openai", "responses", "anthropic", "native"})
     features: ClassVar[frozenset[Feature]] = frozenset()
     aliases: ClassVar[Sequence[str]] = ()
+    tags: ClassVar[Sequence[str]] = ()
     state: ClassVar[ModelState] = ModelState("loaded")
 
     def __init__(self, remote: Remote, name: str) -> None:
@@ -260,6 +266,9 @@ class Remotes:
 
     async def listed(self) -> None:
         await asyncio.gather(*(remote.listed() for remote in self._remotes))
+
+    async def reread(self) -> None:
+        await asyncio.gather(*(remote.reread() for remote in self._remotes))
 
     def models(self) -> Sequence[RemoteModel]:
         return [RemoteModel(remote, model) for remote in self._remotes for model in remote.models]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from llama_smart_proxy.backends.base import Services
 from llama_smart_proxy.backends.pool.pool import Pool
 from llama_smart_proxy.backends.weights.downloads import Downloads
-from llama_smart_proxy.proxy.api import admin, router_mode
+from llama_smart_proxy.proxy.api import admin, llama_server, router_mode
 from llama_smart_proxy.proxy.api import ollama as ollama_api
 from llama_smart_proxy.proxy.api.dispatcher import Dispatcher, Handler
 from llama_smart_proxy.proxy.api.endpoints import EndpointHandler
@@ -20,6 +20,7 @@ from llama_smart_proxy.proxy.registry import Registry
 _BLOB = "/api/blobs/{digest:sha256:[0-9a-f]{64}}"
 ROUTES: list[tuple[str, str, Handler]] = [
     ("GET", "/health", admin.health),
+    ("GET", "/v1/health", admin.health),
     ("GET", "/plugins", admin.plugins_listed),
     ("GET", "/v1/models", list_models),
     ("GET", "/v1/models/{id:.+}", show_model),
@@ -43,6 +44,16 @@ ROUTES: list[tuple[str, str, Handler]] = [
     ("GET", "/models/sse", router_mode.model_events),
     ("POST", "/models/load", router_mode.load_model),
     ("POST", "/models/unload", router_mode.unload_model),
+    # llama-server's other endpoints that are not simply relayed
+    ("GET", "/props", llama_server.props),
+    ("POST", "/lora-adapters", llama_server.set_lora_adapters),
+    ("POST", "/v1/audio/transcriptions", llama_server.transcribe),
+    ("POST", "/audio/transcriptions", llama_server.transcribe),
+    ("GET", "/v1/stream", llama_server.resume_stream),
+    ("DELETE", "/v1/stream", llama_server.stop_stream),
+    ("POST", "/v1/streams/lookup", llama_server.find_streams),
+    *((method, path, llama_server.use_tools) for path in ("/tools", "/mcp") for method in ("GET", "POST")),
+    ("DELETE", "/mcp", llama_server.use_tools),
 ]
 """Routes that are not answered by a model; those are the registry's endpoints."""
 

@@ -51,19 +51,22 @@ def build_argv(
     gguf: Path,
     host: str,
     port: int,
+    required_args: Sequence[str] = (),
     default_args: Sequence[str] = (),
 ) -> list[str]:
     """The whole argument list that serves `gguf` as `name` on `host:port`.
 
     Each value is an element of its own, no shell is involved, and the API key is not among them. llama-server takes the
-    last of two equal flags, so `default_args` beat ours and the model's own `args` beat both.
+    last of two equal flags, so `default_args` beat ours and those that the file requires, and the model's own `args`
+    beat all.
     """
     argv = [*command, "--model", os.path.abspath(gguf), "--host", host, "--port", str(port), "--alias", name]
     if model.ctx is not None:
         argv += ["--ctx-size", str(model.ctx)]
     if model.parallel is not None:
         argv += ["--parallel", str(model.parallel)]
-    return [*argv, "--jinja", "--metrics", "--slots", "--no-webui", *default_args, *model.args]
+    ours = ["--jinja", "--metrics", "--slots", "--no-webui", *required_args]
+    return [*argv, *ours, *default_args, *model.args]
 
 
 def child_env(environ: Mapping[str, str], model_env: Mapping[str, str], key: str) -> dict[str, str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llama_smart_proxy.backends.base import ModelInfo
+from llama_smart_proxy.backends.llamacpp.arguments import flags_of
 from llama_smart_proxy.backends.threads import run_in_thread
 from llama_smart_proxy.backends.weights.files import locate
 from llama_smart_proxy.backends.weights.gguf import Elided, GgufError, GgufInfo, read_info
@@ -68,7 +69,7 @@ def capabilities(header: GgufInfo, args: Sequence[str]) -> tuple[str, ...]:
     A model made for embeddings can do nothing else. Tools and thinking are read from the chat templates, as Ollama
     does: there is no better place.
     """
-    flags = {flag.replace("_", "-") if flag.startswith("--") else flag for flag in args}
+    flags = flags_of(args)
     if f"{header.metadata.get('general.architecture')}.pooling_type" in header.metadata or flags & EMBEDDING_FLAGS:
         return ("embedding",)
     # There may be several templates; llama.cpp has one of its own for tools.

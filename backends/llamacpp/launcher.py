@@ -6,26 +6,44 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
+from llama_smart_proxy.backends.base import UpstreamRequest
 from llama_smart_proxy.backends.http.connection import ConnectionPool, Endpoint
+from llama_smart_proxy.backends.llamacpp.arguments import required_by
 from llama_smart_proxy.backends.llamacpp.command import build_argv, child_env, server_command
 from llama_smart_proxy.backends.pool.launcher import Command, CommandFor, HttpLauncher, PoolModel, Source
-from llama_smart_proxy.backends.pool.readiness import prove_ours
+from llama_smart_proxy.backends.pool.readiness import is_up, prove_ours, wait_until
 from llama_smart_proxy.backends.weights import hub
 from llama_smart_proxy.backends.weights.files import locate, resolve
+from llama_smart_proxy.backends.weights.gguf import GgufError, read_info
 from llama_smart_proxy.proxy.config import ModelConfig
 from llama_smart_proxy.proxy.errors import ConfigError, StartFailed
+
+REMEDY = (
+    "llama-server reads it from LLAMA_API_KEY; to accept a server that does not, which any process of this machine can "
+    "then use, set llama_cpp.allow_unauthenticated: true"
+)
 
 
 class LlamaCppLauncher(HttpLauncher):
     """`Launcher` of llama-server. `server` is `llama_cpp.server` of the configuration; `default_args` are the flags
-    that every model gets."""
+    that every model gets. With `unauthenticated`, a server that does not enforce its API key is accepted."""
 
-    def __init__(self, name: str, model: ModelConfig, server: str | None, default_args: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        name: str,
+        model: ModelConfig,
+        server: str | None,
+        default_args: Sequence[str] = (),
+        *,
+        unauthenticated: bool = False,
+    ) -> None:
         self._name = name
         self._model = model
         self._server = server
         self._default_args = default_args
+        self._unauthenticated = unauthenticated
 
     def prepare(self) -> CommandFor:
         try:
@@ -33,6 +51,7 @@ class LlamaCppLauncher(HttpLauncher):
         except ConfigError as exc:
             raise StartFailed(str(exc)) from exc
         gguf = resolve(self._name, self._model)
+        required_args = self._required_by(gguf)
 
         def command_for(listen: Endpoint, key: str) -> Command:
             argv = build_argv(
@@ -42,24 +61,50 @@ class LlamaCppLauncher(HttpLauncher):
                 gguf=gguf,
                 host=listen.host,
                 port=listen.port,
+                required_args=required_args,
                 default_args=self._default_args,
             )
             return Command(argv, child_env(os.environ, self._model.env, key), listen)
 
         return command_for
 
+    def _required_by(self, gguf: Path) -> list[str]:
+        """The flags for what the file says of itself; none for a broken one, which the server itself reports."""
+        try:
+            metadata = read_info(gguf).metadata
+        except GgufError:
+            return []
+        return required_by(metadata, self._model.ctx, [*self._default_args, *self._model.args])
+
     async def ready(self, connections: ConnectionPool, patience_s: Callable[[], float]) -> int:
-        return _slots(await prove_ours(connections, patience_s, health_path="/health", keyed_path="/props"))
+        if self._unauthenticated:
+            return _slots(await wait_until(lambda timeout_s: _props(connections, timeout_s), patience_s))
+        paths = {"health_path": "/health", "keyed_path": "/props"}
+        return _slots(await prove_ours(connections, patience_s, **paths, remedy=REMEDY))
 
 
-def pool_model(name: str, model: ModelConfig, server: str | None, default_args: Sequence[str] = ()) -> PoolModel:
+def pool_model(
+    name: str,
+    model: ModelConfig,
+    server: str | None,
+    default_args: Sequence[str] = (),
+    *,
+    unauthenticated: bool = False,
+) -> PoolModel:
     """A configured model as the pool knows it; the other arguments are those of its launcher."""
-    launcher = LlamaCppLauncher(name, model, server, default_args)
+    launcher = LlamaCppLauncher(name, model, server, default_args, unauthenticated=unauthenticated)
     source = None
     if model.repo is not None:
         download = hub.download_name(model.repo, model.variant)
         source = Source(download, partial(locate, name, model), hub.work(model.repo, model.variant))
     return PoolModel(name, launcher, model.pinned, model.keep_alive, source)
+
+
+async def _props(connections: ConnectionPool, timeout_s: float) -> bytes | None:
+    """The answer to `GET /props` once the server is ready."""
+    if not await is_up(connections, "/health", timeout_s):
+        return None
+    return (await connections.fetch(UpstreamRequest("GET", "/props", slot=False), timeout_s=timeout_s))[1]
 
 
 def _slots(props: bytes) -> int:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import ClassVar
 
 from llama_smart_proxy.backends.base import Feature, ModelInfo, Residence
+from llama_smart_proxy.backends.llamacpp.arguments import flags_of, tags_of
 from llama_smart_proxy.backends.llamacpp.headers import Headers
 from llama_smart_proxy.backends.pool.launcher import PoolModel
 from llama_smart_proxy.backends.pool.pool import Pool
@@ -14,14 +15,17 @@ from llama_smart_proxy.backends.pool.spawned import SpawnedModel
 from llama_smart_proxy.proxy.config import ModelConfig
 
 KIND = "llama.cpp"
+TOOL_FLAGS = {"--tools", "--mcp-servers-config", "--mcp-servers-json", "-ag", "--agent"}
+"""Source: llama.cpp tools/server/README.md, b11434: these flags switch on `/tools`."""
 
 
 class LlamaCppModel(SpawnedModel):
-    """`Model` for a GGUF file in llama-server. `remove` deletes its files; without it, it cannot be deleted."""
+    """`Model` for a GGUF file in llama-server. `remove` deletes its files; without it, it cannot be deleted. `aliases`
+    are further ones than the configured."""
 
     codec: ClassVar[str] = KIND
     speaks: ClassVar[frozenset[str]] = frozenset({"openai", "responses", "anthropic", "native"})
-    features: ClassVar[frozenset[Feature]] = frozenset({Feature.LOADING, Feature.TOKENS, Feature.FILES})
+    features = frozenset({Feature.LOADING, Feature.TOKENS, Feature.FILES})
 
     def __init__(
         self,
@@ -30,9 +34,13 @@ class LlamaCppModel(SpawnedModel):
         config: ModelConfig,
         headers: Headers,
         remove: Callable[[LlamaCppModel], Awaitable[None]] | None = None,
+        *,
+        aliases: Sequence[str] = (),
     ) -> None:
-        super().__init__(pool, model, kind=KIND, aliases=config.aliases)
+        super().__init__(pool, model, kind=KIND, aliases=[*config.aliases, *aliases])
         self.config = config
+        self.tags = tags_of(config.args)
+        self.features = self.features | _optional_features(config)
         self._headers = headers
         self._remove = remove
 
@@ -55,3 +63,12 @@ class LlamaCppModel(SpawnedModel):
         trained = info.metadata.get(f"{info.metadata.get('general.architecture')}.context_length")
         each = trained // (self.config.parallel or 1) if isinstance(trained, int) else 0
         return replace(residence, context_length=info.num_ctx or each)
+
+
+def _optional_features(config: ModelConfig) -> frozenset[Feature]:
+    """The features that the configuration of the model switches on."""
+    enabled = {
+        Feature.RESUMABLE: config.resumable_streams,
+        Feature.TOOLS: not TOOL_FLAGS.isdisjoint(flags_of(config.args)),
+    }
+    return frozenset(feature for feature, on in enabled.items() if on)

@@ -40,7 +40,7 @@ class LlamaCpp(BaseProvider):
         self._pool = services.pool
         self._downloads = services.downloads
         self._headers = Headers()
-        self._server = config.llama_cpp.server
+        self._config = config.llama_cpp
         self._default_args = config.default_args()
         self._takes_hub_names = config.backend == KIND
         self._models_dir = config.llama_cpp.models_dir
@@ -78,6 +78,16 @@ class LlamaCpp(BaseProvider):
         """Return once the list of what is in the cache is at most 2 s old, or could not be read in 2 s."""
         await self._read_cache()
 
+    async def reread(self) -> None:
+        """Read `models_dir` and the cache again, and unload the models that are gone from there."""
+        before = dict.fromkeys([*self._files.values(), *self._cached.values()])
+        self._scanned_ns = -1
+        await self._read_cache(at_once=True)
+        after = set(self.models())
+        for spawned in before:
+            if spawned not in after:
+                await spawned.unload()
+
     def models(self) -> Sequence[LlamaCppModel]:
         return [*self._configured, *self._scan().values(), *dict.fromkeys(self._cached.values())]
 
@@ -96,6 +106,8 @@ class LlamaCpp(BaseProvider):
     async def find(self, name: str, *, pull: bool) -> LlamaCppModel | None:
         if hub.parse_name(name) is not None:
             await self._read_cache(at_once=True)
+        elif hub.parse_name(f"{hub.PREFIXES[0]}{name}") is not None:  # a name of many kinds, so not that often
+            await self._read_cache()
         return self.known(name)
 
     @property
@@ -147,6 +159,7 @@ class LlamaCpp(BaseProvider):
         for name, model in found.items():
             spawned = known.get(name) or self._model(name, model, cached=True)
             names = [name, f"hf.co/{model.repo}:{model.variant}"]
+            names += [key.removeprefix("hf.co/") for key in names]  # llama-server's own names
             names += [f"hf.co/{model.repo}", f"hf.co/{model.repo}:latest"] if alone[model.repo] == 1 else []
             keyed |= {key.lower(): spawned for key in names if key.lower() not in self._by_key}
         return keyed
@@ -180,5 +193,9 @@ class LlamaCpp(BaseProvider):
         return self._files
 
     def _model(self, name: str, model: ModelConfig, *, cached: bool = False) -> LlamaCppModel:
-        pooled = pool_model(name, model, self._server, self._default_args)
-        return LlamaCppModel(self._pool, pooled, model, self._headers, self._remove if cached else None)
+        server, unauthenticated = self._config.server, self._config.allow_unauthenticated
+        pooled = pool_model(name, model, server, self._default_args, unauthenticated=unauthenticated)
+        if not cached:
+            return LlamaCppModel(self._pool, pooled, model, self._headers)
+        aliases = [name.removeprefix("hf.co/")]
+        return LlamaCppModel(self._pool, pooled, model, self._headers, self._remove, aliases=aliases)

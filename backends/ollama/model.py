@@ -41,6 +41,7 @@ class OllamaModel:
     speaks: ClassVar[frozenset[str]] = frozenset({"ollama", "responses"})
     features: ClassVar[frozenset[Feature]] = frozenset({Feature.LOADING})
     aliases: ClassVar[Sequence[str]] = ()
+    tags: ClassVar[Sequence[str]] = ()
 
     def __init__(self, hosts: Hosts, name: str, *, pull: bool) -> None:
         self.name = name

@@ -39,6 +39,9 @@ class Ollama:
     async def listed(self) -> None:
         await self._hosts.listed()
 
+    async def reread(self) -> None:
+        await self._hosts.listed()
+
     def models(self) -> Sequence[OllamaModel]:
         return [self._hosts.model(name) for name in self._hosts.models]
 

@@ -9,14 +9,15 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from enum import StrEnum
+from functools import partial
 
 from llama_smart_proxy.backends.http.connection import ConnectionPool, Endpoint
 from llama_smart_proxy.backends.http.exchange import Timeouts
 from llama_smart_proxy.backends.pool.launcher import Command, CommandFor, PoolModel
 from llama_smart_proxy.backends.pool.logring import LogRing
 from llama_smart_proxy.backends.pool.messages import describe_exit, without_secrets
-from llama_smart_proxy.backends.pool.ports import Ports, is_free
-from llama_smart_proxy.backends.pool.readiness import NotOurs
+from llama_smart_proxy.backends.pool.ports import Ports, is_free, listens
+from llama_smart_proxy.backends.pool.readiness import NotOurs, TakesAnyKey
 from llama_smart_proxy.backends.pool.spawn import Child, spawn
 from llama_smart_proxy.backends.threads import run_in_thread
 from llama_smart_proxy.proxy.config import PoolConfig
@@ -202,12 +203,15 @@ class Instance:
             try:
                 return await self._until_ready(child)
             except NotOurs as exc:
-                logger.warning("%s: port %d: %s; trying another", self.name, self.port, exc)
-                reason = str(exc)
+                if isinstance(exc, TakesAnyKey) and await run_in_thread(partial(listens, child.pid, self.port)):
+                    message = f"its server does not enforce the API key that it is given; {exc.remedy}."
+                    raise StartFailed(f"Model '{self.name}' failed to load: {message}") from exc
+                failure = exc
+            logger.warning("%s: port %d: %s; trying another", self.name, self.port, failure)
             child.kill()
             await child.wait()
             self._release_port()
-        raise StartFailed(f"Model '{self.name}' failed to load: each of {BIND_ATTEMPTS} ports was lost: {reason}.")
+        raise StartFailed(f"Model '{self.name}' failed to load: each of {BIND_ATTEMPTS} ports was lost: {failure}.")
 
     def _spawn(self, command_for: CommandFor) -> Child:
         loop = asyncio.get_running_loop()

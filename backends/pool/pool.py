@@ -22,7 +22,7 @@ from llama_smart_proxy.backends.pool.scheduler import Scheduler
 from llama_smart_proxy.backends.threads import run_in_thread
 from llama_smart_proxy.backends.weights.downloads import Download, Downloads, Progress
 from llama_smart_proxy.proxy.config import PoolConfig
-from llama_smart_proxy.proxy.errors import Overloaded, ProxyError, StartFailed
+from llama_smart_proxy.proxy.errors import BadRequest, Overloaded, ProxyError, StartFailed
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,8 @@ class Pool:
         now or not at all: a request that holds one model and waits for another may wait for itself.
 
         Raises: `Overloaded` (codes `overloaded`, `queue_timeout`, `shutting_down`, `unloaded`, `no_slot_now`),
-        `StartFailed`, `ModelNotFound` when its source does not have it.
+        `StartFailed`, `ModelNotFound` when its source does not have it, `BadRequest` when it is not loaded and the
+        configuration disables `autoload`.
         """
         if self._scheduler.closing:
             raise _shutting_down()
@@ -82,6 +83,9 @@ class Pool:
         else:
             if self._scheduler.queued + self._fetching.total() >= self._scheduler.config.queue_limit:
                 raise Overloaded("Too many requests are waiting for a model; try again later.")
+            if not self._scheduler.config.autoload and (place is None or queue.cold or place.unloading):
+                message = f"model '{model.name}' is not loaded, and server_pool.autoload is false"
+                raise BadRequest(f"{message}; POST /models/load loads it", code="model_not_loaded", param="model")
             if place is None:
                 await self._fetch(queue)
             lease = await self._wait(queue, request)

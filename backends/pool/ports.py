@@ -6,6 +6,8 @@ import socket
 import sys
 from contextlib import suppress
 
+import psutil
+
 from llama_smart_proxy.proxy.errors import StartFailed
 
 
@@ -51,3 +53,20 @@ def is_free(host: str, port: int) -> bool:
         probe.listen(1)
         return True
     return False
+
+
+def listens(pid: int, port: int) -> bool:
+    """Whether process `pid`, or one that it has started, listens on `port`; False if that cannot be known. Blocks."""
+    with suppress(psutil.Error):
+        process = psutil.Process(pid)
+        for member in (process, *process.children(recursive=True)):
+            if port in _listened_on(member):
+                return True
+    return False
+
+
+def _listened_on(process: psutil.Process) -> list[int]:
+    with suppress(psutil.Error):
+        found = process.net_connections("tcp")
+        return [one.laddr.port for one in found if one.laddr and one.status == psutil.CONN_LISTEN]
+    return []

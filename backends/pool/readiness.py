@@ -14,10 +14,20 @@ T = TypeVar("T")
 
 POLL_S = 0.015
 ANSWER_S = 2.0
+ANY_KEY = "what answers there takes any key"
 
 
 class NotOurs(Exception):
     """Another process answers on the port, or listens there."""
+
+
+class TakesAnyKey(NotOurs):
+    """What answers on the port takes any key: another process, or a server of ours that does not enforce its key.
+    `remedy` is a clause on what the operator can do about the latter."""
+
+    def __init__(self, remedy: str) -> None:
+        super().__init__(ANY_KEY)
+        self.remedy = remedy
 
 
 async def wait_until(attempt: Callable[[float], Awaitable[T | None]], patience_s: Callable[[], float]) -> T:
@@ -45,14 +55,19 @@ async def is_up(connections: ConnectionPool, path: str, timeout_s: float) -> boo
 
 
 async def prove_ours(
-    connections: ConnectionPool, patience_s: Callable[[], float], *, health_path: str, keyed_path: str
+    connections: ConnectionPool,
+    patience_s: Callable[[], float],
+    *,
+    health_path: str,
+    keyed_path: str,
+    remedy: str = "",
 ) -> bytes:
     """Wait until the server of `connections` is ready, and return its answer to `GET keyed_path`.
 
     `connections` carry a key that only our own child received. A server on that port is ours only if it refuses a wrong
     key and accepts the right one for `keyed_path`; the right one is not sent to it before. `health_path` requires none.
 
-    Raises: `NotOurs`; what `patience_s` raises.
+    Raises: `NotOurs`, with a `remedy` its subclass `TakesAnyKey`; what `patience_s` raises.
     """
     stranger = ConnectionPool(connections.endpoint, headers=[("Authorization", "Bearer a-wrong-key")])
 
@@ -64,7 +79,7 @@ async def prove_ours(
         if status == 503:
             return None
         if status not in (401, 403):
-            raise NotOurs("what answers there takes any key")
+            raise TakesAnyKey(remedy) if remedy else NotOurs(ANY_KEY)
         status, body = await connections.fetch(keyed, timeout_s=timeout_s)
         if status in (401, 403):
             raise NotOurs("what answers there does not take our key")

@@ -32,7 +32,8 @@ class SpawnedModel:
 
     codec: ClassVar[str] = "openai"
     speaks: ClassVar[frozenset[str]] = frozenset({"openai"})
-    features: ClassVar[frozenset[Feature]] = frozenset({Feature.LOADING})
+    features: frozenset[Feature] = frozenset({Feature.LOADING})
+    tags: Sequence[str] = ()
 
     def __init__(self, pool: Pool, model: PoolModel, *, kind: str, aliases: Sequence[str] = ()) -> None:
         self.name = model.name

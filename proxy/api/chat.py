@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING
 import orjson
 from aiohttp import web
 
-from llama_smart_proxy.backends.base import Model, UpstreamRequest
+from llama_smart_proxy.backends.base import Feature, Model, UpstreamRequest
 from llama_smart_proxy.proxy.api.state import Proxy
 from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, Json, say
 from llama_smart_proxy.proxy.dialects import UPSTREAM_CODECS
 from llama_smart_proxy.proxy.dialects.base import ClientCodec, Loading, UpstreamCodec
 from llama_smart_proxy.proxy.errors import AgentError, BadRequest, ProxyError, UpstreamRefused
 from llama_smart_proxy.proxy.http.body import Reusable, offload, serialise, to_bytes
-from llama_smart_proxy.proxy.http.headers import RECORD, upstream_headers
+from llama_smart_proxy.proxy.http.headers import CONVERSATION, RECORD, upstream_headers
 from llama_smart_proxy.proxy.middleware.chain import FIELD, Selection
 from llama_smart_proxy.proxy.middleware.context import AgentContext, RequestFacts
 from llama_smart_proxy.proxy.middleware.hooks import reply_layer, response_layer, run_request_hooks
@@ -276,12 +276,16 @@ async def relay_request(
         prepared = model.prepare(body)
         data = (reusable.bytes_of(body) if reusable is not None else None) or await to_bytes(http, body)
     headers = upstream_headers(http.headers, has_body=has_body)
+    if Feature.RESUMABLE in model.features and endpoint.slot and CONVERSATION in http.headers:
+        headers.append((CONVERSATION, http.headers[CONVERSATION]))
     path = _upstream_path(http, model.name)
     stall_s, unstreamed = proxy.config.server.send_stall_s, None
     generates = endpoint.codec is not None
     if endpoint.codec is not None and endpoint.codec.streams(body):
         chat = ChatRequest({**{name: body[name] for name in _OF_ANSWER if name in body}, "messages": []}, True)
         unstreamed = partial(respond_unstreamed, http, endpoint.codec, chat, stall_s=stall_s)
+    if endpoint.path:
+        path = "".join((endpoint.path, *path.partition("?")[1:]))
     request = UpstreamRequest(http.method, path, data, headers, endpoint.slot, prepared=prepared)
     del body, reusable  # the answer may last for minutes
     return await relay(

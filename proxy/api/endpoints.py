@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import orjson
@@ -16,6 +16,7 @@ from aiohttp import web
 
 from llama_smart_proxy.proxy.api.chat import Chat, Preparation, relay_request
 from llama_smart_proxy.proxy.api.generate_context import with_context
+from llama_smart_proxy.proxy.api.llama_server import apply_autoload
 from llama_smart_proxy.proxy.api.state import Proxy
 from llama_smart_proxy.proxy.chat import Json
 from llama_smart_proxy.proxy.dialects import ANTHROPIC, NATIVE, OLLAMA, OPENAI, RESPONSES, Dialect, anthropic, openai
@@ -43,7 +44,8 @@ class Endpoint:
     is translated by `codec` (chat and text) or `embeddings`, or answered by `estimate`; without any, it is refused.
 
     `slot`: a call occupies one of the server's slots. `preparation` completes a decoded request, with requests to the
-    model's server. `generates`: the endpoint generates text but has no codec, so agents do not run there.
+    model's server. `generates`: the endpoint generates text but has no codec, so agents do not run there. `path` is the
+    server's own one, if that differs from the client's.
     """
 
     dialect: Dialect = OPENAI
@@ -55,6 +57,7 @@ class Endpoint:
     embeddings: EmbeddingClient | None = None
     estimate: Callable[[Json], Json] | None = None
     generates: bool = False
+    path: str = ""
 
 
 def _estimated_tokens(body: Json) -> Json:
@@ -78,6 +81,8 @@ ENDPOINTS: dict[str, Endpoint] = {
     "/v1/messages/count_tokens": Endpoint(ANTHROPIC, api="anthropic", slot=False, estimate=_estimated_tokens),
     "/v1/chat/completions/input_tokens": NATIVE_UTILITY,
     "/v1/chat/completions/control": NATIVE_UTILITY,
+    "/v1/systemone": NATIVE_JSON,
+    "/chat/completions/input_tokens": NATIVE_UTILITY,
     "/chat/completions": Endpoint(codec=openai.CHAT),
     "/completion": NATIVE_ANSWER,
     "/completions": NATIVE_ANSWER,
@@ -89,10 +94,11 @@ ENDPOINTS: dict[str, Endpoint] = {
     "/tokenize": NATIVE_UTILITY,
     "/detokenize": NATIVE_UTILITY,
     "/apply-template": NATIVE_UTILITY,
-    "/props": Endpoint(api="native", slot=False, methods=_READABLE | {"POST"}),
+    "/props": NATIVE_UTILITY,  # GET, and POST of "/lora-adapters": `proxy.api.llama_server`
+    "/metrics": Endpoint(api="native", slot=False, methods=_READABLE),
     "/slots": Endpoint(api="native", slot=False, methods=_READABLE),
     r"/slots/{id:\d+}": NATIVE_UTILITY,
-    "/lora-adapters": Endpoint(api="native", slot=False, methods=_READABLE | {"POST"}),
+    "/lora-adapters": Endpoint(api="native", slot=False, methods=_READABLE),
     "/api/chat": Endpoint(OLLAMA, api="ollama", codec=ollama_dialect.CHAT),
     "/api/generate": Endpoint(OLLAMA, api="ollama", codec=ollama_dialect.GENERATE, preparation=with_context),
     "/api/embed": Endpoint(OLLAMA, api="ollama", embeddings=OLLAMA_EMBED),
@@ -100,6 +106,8 @@ ENDPOINTS: dict[str, Endpoint] = {
 }
 """By path; a part in braces matches one segment. Source: llama.cpp tools/server, b11434; Ollama's
 server/routes.go; the OpenAI and Anthropic API references."""
+for _path in ("/v1/messages", "/v1/messages/count_tokens"):
+    ENDPOINTS[_path.removeprefix("/v1")] = replace(ENDPOINTS[_path], path=_path)
 
 
 class EndpointHandler:
@@ -137,6 +145,8 @@ class EndpointHandler:
             http.query.get("model") if named in (None, "") else named, pull=endpoint.slot and not unloads
         )
         http[RECORD].routed(route.model.name, route.model.kind)
+        if "autoload=" in http.raw_path:
+            await apply_autoload(http, route.model)
         return route
 
     async def _answer(

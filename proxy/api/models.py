@@ -9,11 +9,15 @@ from llama_smart_proxy.proxy.http.headers import PARAMS
 
 LISTING_S = 0.5
 """Longest wait in seconds for servers that have not answered since the start."""
+RELOAD_S = 5.0
+"""Longest wait in seconds for a new look at folders and servers."""
 
 
 async def list_models(http: web.BaseRequest) -> web.Response:
     """`GET /v1/models`, and `GET /models` of llama-server's router mode, from memory."""
     router = http[PROXY].router
+    if http.query.get("reload"):  # of router mode
+        await router.reread(RELOAD_S)
     await router.listed(LISTING_S)
     data = [entry.as_openai(router.created) for entry in router.catalogue()]
     return web.json_response({"object": "list", "data": data})

@@ -19,7 +19,7 @@ _REASONS = {
     ("-mu", "--model-url"): "use path or repo instead",
     ("-hf", "-hfr", "--hf-repo", "-hff", "--hf-file"): "use repo and variant instead",
 }
-_OF_PROCESSES = ("args", "env", "parallel", "keep_alive", "preload", "pinned")
+_OF_PROCESSES = ("args", "env", "parallel", "keep_alive", "preload", "pinned", "resumable_streams")
 """Settings of a model that apply only to a process of the pool."""
 OWNED_FLAGS = {flag: reason for flags, reason in _REASONS.items() for flag in flags}
 

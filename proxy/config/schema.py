@@ -85,6 +85,11 @@ class PoolConfig(Section):
     idle_timeout_s: Seconds = Field(
         default=120.0, gt=0, description="Seconds a process may be silent in the middle of its answer."
     )
+    autoload: bool = Field(
+        default=True,
+        description="Whether a request loads its model; if not, requests for a model that is not loaded get status "
+        "400, and POST /models/load loads it.",
+    )
     gpu_layers: int | None = Field(
         default=None, description="Layers to put on the GPU for every model (-ngl); negative leaves it to llama-server."
     )
@@ -170,6 +175,11 @@ class ModelConfig(Section):
     )
     preload: bool = Field(default=False, description="Load it when the proxy starts.")
     pinned: bool = Field(default=False, description="Never evict it to make room for another model.")
+    resumable_streams: bool = Field(
+        default=False,
+        description="Let clients resume a stream by X-Conversation-Id and /v1/stream of llama-server, which then "
+        "generates to the end after its client has left.",
+    )
     backend: BackendName | None = Field(
         default=None, description="What runs it; by default llama.cpp if it has a source, else the top-level backend."
     )
@@ -187,6 +197,11 @@ class LlamaCppConfig(Section):
         default=None,
         description="Path or name of llama-server, or `embedded` for the built-in one; by default llama-server "
         "if it is on PATH, else embedded.",
+    )
+    allow_unauthenticated: bool = Field(
+        default=False,
+        description="Accept a server that does not enforce the API key it is given; other processes of this machine "
+        "can use it, too.",
     )
     args: shapes.Args = Field(default_factory=list, description="llama-server flags for every model.")
     models: dict[shapes.Name, ModelConfig] = Field(

@@ -84,6 +84,16 @@ async def read_body(http: web.BaseRequest, max_bytes: int) -> Body:
     return parse_body(raw)
 
 
+async def read_bytes(http: web.BaseRequest, max_bytes: int) -> bytes:
+    """The request's body as it came, for one that is no JSON object. Raises: BadRequest 413 over `max_bytes`, 415 for a
+    content coding."""
+    if http.headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise BadRequest("compressed bodies are not accepted here", status=415, code="unsupported_media_type")
+    if (http.content_length or 0) > max_bytes:
+        raise _too_large(max_bytes)
+    return http.content.read_nowait() if http.content.is_eof() else await _upload(http, max_bytes)
+
+
 async def to_bytes(http: web.BaseRequest, value: dict[str, Any]) -> bytes:
     """`serialise(value)`, the body of `http`; in a thread if it takes long."""
     return await offload(http, serialise, value)

@@ -34,6 +34,11 @@ HOP_BY_HOP = frozenset(
 )
 """RFC 9110 7.6.1: meant for the next hop alone."""
 
+CONVERSATION = "X-Conversation-Id"
+"""Makes a stream of llama-server resumable: it generates to the end after its client has left, and another request with
+the same id ends it. Sent on only to models that are configured for that. No other header has such an effect there.
+Source: llama.cpp tools/server/server-stream.h, b11434."""
+
 _NOT_UPSTREAM = HOP_BY_HOP | {
     "host",
     "content-length",
@@ -41,6 +46,8 @@ _NOT_UPSTREAM = HOP_BY_HOP | {
     "content-encoding",
     "accept-encoding",
     "expect",
+    "range",  # answers are generated, not stored: llama-server would generate one and then answer 416
+    "if-range",
     "authorization",  # the client's credentials are for the proxy; the model server has its own
     "x-api-key",
     "cookie",
@@ -50,6 +57,7 @@ _NOT_UPSTREAM = HOP_BY_HOP | {
     "forwarded",  # a client's claims about its own address are neither trusted nor passed on
     "x-real-ip",
     "x-agents",  # names agents of this proxy; the next proxy has others
+    "x-conversation-id",  # see `CONVERSATION`
 }
 _NOT_UPSTREAM_PREFIXES = ("x-forwarded-", "proxy-", "sec-", "access-control-")
 

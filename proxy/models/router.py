@@ -39,9 +39,11 @@ class Entry:
     owner: str
     aliases: Sequence[str]
     model: Model | None
+    tags: Sequence[str] = ()
 
     def as_openai(self, created: int) -> dict[str, Any]:
-        """The item of `/v1/models`, with `status` as llama-server's router mode writes it (Open WebUI reads it)."""
+        """The item of `/v1/models`, with `status` as llama-server's router mode writes it (Open WebUI reads it). All
+        names are in `aliases`, as llama-server lists them."""
         state = self.model.state if self.model is not None else ModelState("unloaded")
         status: dict[str, Any] = {"value": state.value}
         if state.error:
@@ -51,7 +53,8 @@ class Entry:
             "object": "model",
             "created": created,
             "owned_by": self.owner,
-            "aliases": list(self.aliases),
+            "aliases": list(dict.fromkeys([self.id, *self.aliases])),
+            "tags": list(self.tags),
             "status": status,
         }
 
@@ -150,7 +153,7 @@ class Router:
         model = route.model
         if route.virtual:
             return self._virtual_entry(route.virtual, model)
-        return Entry(model.name, model.owner, model.aliases, model)
+        return Entry(model.name, model.owner, model.aliases, model, model.tags)
 
     def _virtual_entry(self, name: str, model: Model | None) -> Entry:
         return Entry(name, "llama-smart-proxy", self._virtual[name].aliases, model)
@@ -160,6 +163,12 @@ class Router:
         with suppress(TimeoutError):
             async with asyncio.timeout(limit_s):
                 await asyncio.gather(*(provider.listed() for provider in self._providers))
+
+    async def reread(self, limit_s: float) -> None:
+        """Look for added and removed models now, for at most `limit_s` seconds."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(limit_s):
+                await asyncio.gather(*(provider.reread() for provider in self._providers))
 
     async def fitting(self, names: Sequence[str]) -> list[list[str]]:
         """`names` in groups of models that can be loaded at the same time; those loaded now come first.

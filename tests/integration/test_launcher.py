@@ -13,7 +13,7 @@ import pytest
 
 from llama_smart_proxy.backends.base import UpstreamRequest
 from llama_smart_proxy.backends.http.connection import ConnectionPool, Endpoint
-from llama_smart_proxy.backends.llamacpp.launcher import LlamaCppLauncher
+from llama_smart_proxy.backends.llamacpp.launcher import LlamaCppLauncher, pool_model
 from llama_smart_proxy.backends.pool.launcher import Command, CommandFor, HttpLauncher, PoolModel
 from llama_smart_proxy.backends.pool.pool import Pool
 from llama_smart_proxy.proxy.errors import Overloaded, StartFailed
@@ -196,3 +196,29 @@ async def test_a_program_that_is_not_there_fails_the_start(fakes: Fakes) -> None
     async with open_pool(fakes.config()) as pool:
         with pytest.raises(StartFailed, match="vllm: no such program"):
             await pool.load(PoolModel("m", Missing()))
+
+
+# -- a llama-server that does not enforce its API key ------------------------------------------------------------------
+
+
+def keyless(fakes: Fakes) -> FakeModel:
+    """A model whose server is started by a script that loses the API key."""
+    script = fakes.folder / "keyless"
+    script.write_text(f'#!/bin/sh\nunset LLAMA_API_KEY\n"{fakes.program}" "$@"\n')
+    script.chmod(0o755)
+    return fakes.model().run_by(script)
+
+
+async def test_a_server_that_does_not_enforce_its_key_says_just_that(fakes: Fakes) -> None:
+    async with open_pool(fakes.config()) as pool:
+        with pytest.raises(StartFailed, match=r"not enforce the API key .* llama_cpp\.allow_unauthenticated: true"):
+            await pool.load(keyless(fakes).at("m"))
+        assert fakes.spawns == 1
+
+
+async def test_a_server_that_does_not_enforce_its_key_is_used_where_that_is_allowed(fakes: Fakes) -> None:
+    model = keyless(fakes)
+    allowed = pool_model("m", model, model._program, unauthenticated=True)
+    async with open_pool(fakes.config()) as pool, pool.lease(allowed, PROPS) as lease:
+        assert lease.instance.slots == 4
+        assert (await lease.instance.connections.fetch(PROPS, timeout_s=PATIENCE_S))[0] == 200

@@ -26,11 +26,14 @@ SPACE = FIRST_BYTE + 256
 VOCABULARY = SPACE + 1
 
 
-def write_tiny_gguf(path: Path, *, seed: int = 0, name: str = "tiny") -> Path:
+def write_tiny_gguf(
+    path: Path, *, seed: int = 0, name: str = "tiny", pooling: gguf.PoolingType = gguf.PoolingType.MEAN
+) -> Path:
     """Writes a llama-architecture model to `path` and returns `path`; another `seed` gives another model."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name(name)
     _add_shape(writer)
+    writer.add_pooling_type(pooling)
     _add_tokenizer(writer)
     for tensor, values in _weights(np.random.default_rng(seed)).items():
         writer.add_tensor(tensor, values.astype(np.float32))
@@ -51,7 +54,6 @@ def _add_shape(writer: gguf.GGUFWriter) -> None:
     writer.add_rope_dimension_count(WIDTH // HEADS)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(VOCABULARY)
-    writer.add_pooling_type(gguf.PoolingType.MEAN)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
 
 

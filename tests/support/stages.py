@@ -67,7 +67,7 @@ def chain(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
         "smollm2": {**SMOLLM2, "args": ["-t", "1", "--chat-template-file", str(template)]},
         "tiny": tiny(tiny_models["tiny-a"]),
         "embed": tiny(tiny_models["tiny-b"], "--embeddings"),
-        "spare": tiny(tiny_models["tiny-c"]),
+        "spare": tiny(tiny_models["tiny-c"], resumable_streams=True),
     }
     with session_proxy(embedded(models, size=4, keep_alive=-1)) as local:
         upstream = {"host": f"127.0.0.1:{local.port}", "pull": "never"}

@@ -166,7 +166,7 @@ async def test_virtual_models_are_in_every_menu(stage: tuple[Proxy, Fakes]) -> N
     proxy, _ = stage
     listed = {item["id"]: item for item in (await raw_client.get(proxy.port, "/v1/models")).json()["data"]}
     assert {"m", "with-d", "own", "bare"} <= listed.keys()
-    assert listed["with-d"]["status"] == listed["m"]["status"] and listed["with-d"]["aliases"] == ["dd"]
+    assert listed["with-d"]["status"] == listed["m"]["status"] and listed["with-d"]["aliases"] == ["with-d", "dd"]
     tags = {item["name"]: item for item in (await raw_client.get(proxy.port, "/api/tags")).json()["models"]}
     assert tags["with-d"]["model"] == "with-d" and tags["with-d"]["size"] == tags["m"]["size"]
     await ask(stage, "hi", model="with-d")

@@ -71,7 +71,7 @@ async def test_both_lists_tell_what_is_unloaded_loading_and_loaded(fakes: Fakes,
 async def test_an_entry_has_what_clients_look_for(fakes: Fakes) -> None:
     async with running_proxy(fakes.config({"org/m:7b": fakes.model(fields={"aliases": ["m"]})})) as proxy:
         (entry,) = (await raw_client.get(proxy.port, "/v1/models")).json()["data"]
-        assert entry["id"] == "org/m:7b" and entry["object"] == "model" and entry["aliases"] == ["m"]
+        assert entry["id"] == "org/m:7b" and entry["object"] == "model" and entry["aliases"] == ["org/m:7b", "m"]
         assert isinstance(entry["created"], int) and isinstance(entry["owned_by"], str)
         for name in ("org/m:7b", "org/m:7b/", "m", "org%2Fm:7b", "ORG/M:7B"):
             answer = await raw_client.get(proxy.port, f"/v1/models/{name}")
@@ -174,6 +174,21 @@ async def test_files_that_appear_in_models_dir_are_offered_without_a_restart(
         assert answer.status == 200 and answer.json()["model"] == "new.model"
         (tmp_path / "new.model.gguf").unlink()
         assert await ids(proxy) == ["fixed"]
+
+
+@needs_llama_cpp
+async def test_a_reload_of_the_list_unloads_what_is_gone(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
+    config = embedded({"fixed": tiny(tiny_models["tiny-a"])})
+    config["llama_cpp"] |= {"models_dir": str(tmp_path), "args": ["-t", "1", "-c", "2048"]}
+    file = tmp_path / "other.gguf"
+    shutil.copy(tiny_models["tiny-b"], file)
+    async with running_proxy(config) as proxy:
+        for name in ("fixed", "other"):
+            assert (await chat(proxy, name, max_tokens=3)).status == 200
+        file.unlink()
+        listed = (await raw_client.get(proxy.port, "/models?reload=1")).json()["data"]
+        assert [item["id"] for item in listed] == ["fixed"]
+        assert [item["model"] for item in (await proxy.health())["instances"]] == ["fixed"]
 
 
 # -- remotes -----------------------------------------------------------------------------------------------------------

@@ -36,6 +36,9 @@ NEVER_UPSTREAM = [
     ("X-Forwarded-Proto", CANARY),
     ("X-Forwarded-Anything", CANARY),
     ("Accept-Encoding", f"gzip, {CANARY}"),
+    ("Range", f"bytes=0-9, {CANARY}"),
+    ("If-Range", CANARY),
+    ("X-Conversation-Id", CANARY),
     ("Sec-Fetch-Site", CANARY),
     ("Access-Control-Request-Method", CANARY),
 ]

@@ -21,6 +21,8 @@ from tests.support.raw_client import RawClient, request
 __all__ = ["fakes"]  # a fixture
 FILE = "org/repo/m-Q4_K_M.gguf"
 NAME = "hf.co/org/repo:Q4_K_M"
+SHORT = "org/repo:Q4_K_M"
+"""llama-server's own name for it."""
 SIZE = 8_000_000
 
 
@@ -121,7 +123,8 @@ async def test_a_model_of_the_hub_is_downloaded_offered_used_and_deleted(by: str
         await watch.until(NAME, status="unloaded")
         for path in ("/v1/models", "/api/tags"):
             await until(lambda path=path: offered(proxy, path), what=f"the model in {path}")  # type: ignore[misc]
-        assert (await chat(proxy, NAME)).status == 200
+        for name in (NAME, SHORT, SHORT.lower()):
+            assert (await chat(proxy, name)).status == 200
         if by == "router":
             gone = await raw_client.ask(proxy.port, request("DELETE", "/models?model=org/repo:Q4_K_M", close=True))
         else:
@@ -131,7 +134,19 @@ async def test_a_model_of_the_hub_is_downloaded_offered_used_and_deleted(by: str
             gone = await raw_client.ask(proxy.port, request("DELETE", "/api/delete", body, close=True))
         assert gone.status == 200
         await until(lambda: no_more_offered(proxy), what="the end of the model in the list")
-        assert (await chat(proxy, NAME)).status == 404
+        for name in (NAME, SHORT):
+            assert (await chat(proxy, name)).status == 404
+
+
+async def test_a_reload_of_the_list_finds_what_another_program_has_put_into_the_cache(hub: Hub, fakes: Fakes) -> None:
+    async with proxy_with(hub, fakes) as proxy:
+        assert await names(proxy) == ["near"]
+        snapshot = fakes.folder / "home" / "hub" / "models--a--b" / "snapshots" / "c"
+        snapshot.mkdir(parents=True)
+        (snapshot / "m-Q8_0.gguf").write_bytes(gguf(1000))
+        assert await names(proxy, "/models?reload=1") == ["near", "hf.co/a/b:Q8_0"]
+        listed = (await raw_client.get(proxy.port, "/models")).json()["data"]
+        assert listed[1]["aliases"] == ["hf.co/a/b:Q8_0", "a/b:Q8_0"]
 
 
 async def offered(proxy: Proxy, path: str = "/v1/models") -> bool:
