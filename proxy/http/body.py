@@ -1,8 +1,9 @@
 """The client's JSON, parsed once and strictly.
 
-What we check must be what the model server parses. Python takes duplicate keys, `NaN` and lone surrogates; Go matches
-keys in any case; C++ libraries differ again. So a body that two parsers could read differently is refused, and what
-goes upstream is serialised anew from what was checked: or is the very bytes that came, where that would give the same.
+What we check must be what the model server parses. Python takes duplicate keys and `NaN`; Go matches keys in any case;
+C++ libraries differ again. So a body that two parsers could read differently is refused, and what goes upstream is
+serialised anew from what was checked: or is the very bytes that came, where that would give the same. Texts that are
+not valid Unicode are repaired (`proxy.http.text`), so what goes upstream is always valid UTF-8.
 
 Any parser holds the interpreter's lock as long as it runs, and no stream goes on meanwhile. So what takes long is done
 in a thread, one body after the other, with pauses.
@@ -10,10 +11,12 @@ in a thread, one body after the other, with pauses.
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import orjson
@@ -21,7 +24,9 @@ from aiohttp import web
 
 from llama_smart_proxy.proxy.errors import BadRequest
 from llama_smart_proxy.proxy.http.aside import in_thread
+from llama_smart_proxy.proxy.http.coding import coding_of, decompressed
 from llama_smart_proxy.proxy.http.server import FrontConnection
+from llama_smart_proxy.proxy.http.text import MARK, decoded, repaired, repaired_body
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -68,16 +73,19 @@ async def read_json(http: web.BaseRequest, max_bytes: int) -> dict[str, Any]:
 async def read_body(http: web.BaseRequest, max_bytes: int) -> Body:
     """The request's JSON object, and the bytes it came as if they may be sent in its place.
 
-    Raises: BadRequest 413 over `max_bytes`, 415 for a content encoding, 400 for anything that is not one JSON object.
+    Raises: BadRequest 413 over `max_bytes`, 415 for an unknown content coding, 400 for anything that is not one JSON
+    object.
     """
-    if http.headers.get("Content-Encoding", "identity").lower() != "identity":
-        raise BadRequest("compressed request bodies are not accepted", status=415, code="unsupported_media_type")
+    coding = coding_of(http.headers["Content-Encoding"]) if "Content-Encoding" in http.headers else None
     if (http.content_length or 0) > max_bytes:
         raise _too_large(max_bytes)
     if http.content.is_eof():
         raw = http.content.read_nowait()  # small bodies are there already
     else:
         raw = await _upload(http, max_bytes)
+    if coding is not None:
+        http[_HEAVY] = True
+        return await in_thread(partial(_parse_compressed, coding=coding, max_bytes=max_bytes), raw, urgent=False)
     if len(raw) > _FEW_BYTES and (len(raw) > ON_LOOP_BYTES or _count(raw, b",[{") > ON_LOOP_VALUES):
         http[_HEAVY] = True
         return await in_thread(parse_body, raw, urgent=False)
@@ -119,6 +127,11 @@ async def _upload(http: web.BaseRequest, max_bytes: int) -> bytes:
     return bytes(raw)
 
 
+def _parse_compressed(raw: bytes, coding: str, max_bytes: int) -> Body:
+    """In one step, so that what waits for the thread is compressed."""
+    return parse_body(decompressed(raw, coding, max_bytes))
+
+
 def parse_object(raw: bytes) -> dict[str, Any]:
     """Parse one JSON object; same result in every JSON parser, or BadRequest."""
     return parse_body(raw).value
@@ -156,15 +169,19 @@ def _has_twins(value: dict[str, Any]) -> bool:
 
 def parse_strictly(raw: bytes) -> dict[str, Any]:
     """`parse_object` for any body, by Python's own parser."""
+    raw = raw.removeprefix(codecs.BOM_UTF8)  # RFC 8259 8.1; Windows tools write one
     if not raw.strip():
         raise BadRequest("missing request body", code="missing_body")
+    text, has_surrogates = decoded(raw)
     try:
-        value = _decoder.decode(raw.decode())
-    except UnicodeDecodeError:
-        raise BadRequest("the request body is not valid UTF-8", code="invalid_json") from None
+        value = _decoder.decode(text)
+        if has_surrogates and isinstance(value, dict):
+            value = repaired_body(value)
     except RecursionError:
         raise BadRequest("the request body is nested too deeply", code="invalid_json") from None
     except json.JSONDecodeError as exc:
+        if MARK in text:
+            raise BadRequest("the request body is not valid UTF-8", code="invalid_json") from None
         raise BadRequest(
             f"the request body is not valid JSON: {exc.msg} at line {exc.lineno}, column {exc.colno}",
             code="invalid_json",
@@ -191,11 +208,16 @@ def _too_large(max_bytes: int) -> BadRequest:
 def serialise(value: dict[str, Any]) -> bytes:
     """The JSON bytes to send upstream.
 
-    Raises: BadRequest for what JSON cannot carry faithfully: lone surrogates, integers past 64 bits, deep nesting.
+    Raises: BadRequest for what JSON cannot carry faithfully: integers past 64 bits, deep nesting.
     """
     try:
-        return orjson.dumps(value)
-    except TypeError as exc:  # orjson.JSONEncodeError
+        try:
+            return orjson.dumps(value)
+        except TypeError as exc:  # orjson.JSONEncodeError
+            if "surrogates" not in str(exc):
+                raise
+            return orjson.dumps(repaired(value))  # a translation has parsed the JSON within a text
+    except TypeError as exc:
         raise BadRequest(f"the request body cannot be passed on: {exc}", code="invalid_json") from None
 
 

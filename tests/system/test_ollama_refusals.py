@@ -13,27 +13,27 @@ from tests.support.stages import Stage
 __all__ = ["eager"]  # a fixture
 LONE = "\ud800"
 LONE_MESSAGES = [{"role": "user", "content": LONE}]
-USED_BY: dict[str, dict[str, Any]] = {
-    "/api/chat": {"keep_alive": LONE, "think": LONE, "format": LONE, "messages": LONE_MESSAGES},
-    "/api/generate": {"keep_alive": LONE, "think": LONE, "format": LONE, "prompt": LONE},
-    "/api/embed": {"keep_alive": LONE, "input": LONE},
-    "/api/embeddings": {"keep_alive": LONE, "prompt": LONE},
-    "/api/create": {"system": LONE},
+TEXTS: dict[str, dict[str, Any]] = {
+    "/api/chat": {"messages": LONE_MESSAGES},
+    "/api/generate": {"prompt": LONE, "system": LONE},
+    "/api/embed": {"input": LONE},
+    "/api/embeddings": {"prompt": LONE},
     "/v1/chat/completions": {"messages": LONE_MESSAGES},
     "/v1/completions": {"prompt": LONE},
-    "/v1/messages": {"messages": LONE_MESSAGES},
+    "/v1/messages": {"messages": LONE_MESSAGES, "system": LONE},
     "/v1/embeddings": {"input": LONE},
 }
 
 
 @both_backends
-@pytest.mark.parametrize("path", USED_BY)
-async def test_half_a_character_is_refused(stage: Stage, path: str, model: str) -> None:
-    for field, value in USED_BY[path].items():
+@pytest.mark.parametrize("path", TEXTS)
+async def test_half_a_character_in_a_text_is_another_character(stage: Stage, path: str, model: str) -> None:
+    for field, value in TEXTS[path].items():
         body = body_of(model, **{field: value})
         if field == "prompt":
             del body["messages"]  # it would be a chat
-        refused(await ask(stage.proxy, path, body), path)
+        answer = await ask(stage.proxy, path, body)
+        assert answer.status == 200, (field, answer)
 
 
 @pytest.mark.parametrize("path", [*ASKING, *ABOUT, *V1])

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import random
+import zlib
+from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -11,6 +16,7 @@ from hypothesis import strategies as st
 
 from llama_smart_proxy.proxy.errors import BadRequest
 from llama_smart_proxy.proxy.http.body import parse_object, serialise
+from llama_smart_proxy.proxy.http.coding import CODINGS, FREE_BYTES, MAX_RATIO, coding_of, decompressed
 from llama_smart_proxy.proxy.http.headers import downstream_headers
 from tests.support.laws import law, same
 
@@ -68,3 +74,82 @@ def test_numbers_keep_their_value(text: str) -> None:
 def test_named_by_connection_in_any_order() -> None:
     kept = downstream_headers([("x-a", "1"), ("connection", "X-A , close"), ("x-b", "2"), ("connection", "x-c")])
     assert kept == [("x-b", "2")]
+
+
+def test_what_is_sent_is_valid_utf_8_also_where_a_lone_surrogate_comes_from_within() -> None:
+    assert serialise({"messages": [{"content": "a\ud83d"}]}).decode() == '{"messages":[{"content":"a\ufffd"}]}'
+    with pytest.raises(BadRequest, match="key"):
+        serialise({"\ud83d": 1})
+
+
+# -- compressed bodies -------------------------------------------------------------------------------------------------
+
+MIB = 2**20
+TEXT = b'{"model":"m"}' * 10
+
+
+def raw_deflate(data: bytes) -> bytes:
+    stream = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    return stream.compress(data) + stream.flush()
+
+
+WRITERS: list[tuple[str, Callable[[bytes], bytes]]] = [
+    ("gzip", gzip.compress),
+    ("x-gzip", gzip.compress),
+    ("deflate", zlib.compress),
+    ("deflate", raw_deflate),
+]
+
+
+@pytest.mark.parametrize(("coding", "compress"), WRITERS)
+def test_a_compressed_body_is_what_was_compressed(coding: str, compress: Callable[[bytes], bytes]) -> None:
+    assert decompressed(compress(TEXT), coding, MIB) == TEXT
+    assert decompressed(compress(b""), coding, MIB) == b""
+
+
+@pytest.mark.parametrize(("coding", "compress"), WRITERS)
+def test_what_is_cut_or_not_compressed_or_has_more_behind_it_is_a_bad_request(
+    coding: str, compress: Callable[[bytes], bytes]
+) -> None:
+    whole = compress(TEXT)
+    for raw in (b"", b"x", TEXT, whole[:-1], whole[:5], whole + b"x", whole + whole):
+        with pytest.raises(BadRequest, match=f"is not valid {coding} data") as failed:
+            decompressed(raw, coding, MIB)
+        assert failed.value.status == 400
+
+
+@pytest.mark.parametrize(("coding", "compress"), WRITERS)
+def test_a_body_may_not_be_larger_than_the_limit_or_compressed_too_well(
+    coding: str, compress: Callable[[bytes], bytes]
+) -> None:
+    fits = random.Random(1).randbytes(MIB)
+    assert decompressed(compress(fits), coding, MIB) == fits
+    for body, limit, says in ((fits + b"x", MIB, "larger than 1 MiB"), (b"0" * 40 * MIB, 64 * MIB, "more than 1:100")):
+        with pytest.raises(BadRequest, match=says) as failed:
+            decompressed(compress(body), coding, limit)
+        assert failed.value.status == 413
+    assert len(decompressed(compress(b"0" * FREE_BYTES), coding, 64 * MIB)) == FREE_BYTES > MAX_RATIO * 5000
+
+
+@pytest.mark.skipif("zstd" not in CODINGS, reason="Python's own zstd comes with 3.14")
+def test_zstd_is_decompressed_where_python_can() -> None:
+    zstd = import_module("compression.zstd")
+    assert decompressed(zstd.compress(TEXT), "zstd", MIB) == TEXT
+    for raw in (b"", b"x", zstd.compress(TEXT)[:-1], zstd.compress(b"0" * 40 * MIB)):
+        with pytest.raises(BadRequest):
+            decompressed(raw, "zstd", 64 * MIB)
+
+
+@pytest.mark.parametrize(
+    ("header", "coding"),
+    [("gzip", "gzip"), ("GZip", "gzip"), ("identity", None), ("", None), ("identity, gzip", "gzip")],
+)
+def test_the_coding_is_named_in_any_case_and_identity_is_none(header: str, coding: str | None) -> None:
+    assert coding_of(header) == coding
+
+
+@pytest.mark.parametrize("header", ["br", "compress", "gzip, gzip", "gzip, br", "gzip;q=1", "aws-chunked", "*"])
+def test_a_coding_that_is_not_taken_is_415_and_names_those_that_are(header: str) -> None:
+    with pytest.raises(BadRequest, match="gzip, deflate") as refused:
+        coding_of(header)
+    assert refused.value.status == 415
