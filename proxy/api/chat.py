@@ -18,13 +18,13 @@ from aiohttp import web
 
 from llama_smart_proxy.backends.base import Model, UpstreamRequest
 from llama_smart_proxy.proxy.api.state import Proxy
-from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, Json, say
+from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, Json, first_problem, say
 from llama_smart_proxy.proxy.dialects import UPSTREAM_CODECS
 from llama_smart_proxy.proxy.dialects.base import ClientCodec, Loading, UpstreamCodec
 from llama_smart_proxy.proxy.errors import AgentError, BadRequest, ProxyError, UpstreamRefused
 from llama_smart_proxy.proxy.http.body import Reusable, offload, serialise, to_bytes
 from llama_smart_proxy.proxy.http.headers import RECORD, upstream_headers
-from llama_smart_proxy.proxy.middleware.chain import FIELD, Selection
+from llama_smart_proxy.proxy.middleware.chain import Selection
 from llama_smart_proxy.proxy.middleware.context import AgentContext, RequestFacts
 from llama_smart_proxy.proxy.middleware.hooks import reply_layer, response_layer, run_request_hooks
 from llama_smart_proxy.proxy.middleware.scope import Scope
@@ -61,8 +61,13 @@ class Chat:
         """Answer the request, with the agents that apply to it. `reusable` are the bytes that `body` came as."""
         self.keep_alive = body.get("keep_alive")
         loading = self.codec.loading(body)
-        if loading is None and self.proxy.chain.may_apply(self.http.headers, body, route.name, self.codec):
-            return await self._with_agents(route, body)
+        chain = self.proxy.chain
+        if loading is None and chain.may_apply(self.http.headers, body, route.name, self.codec):
+            await chain.plugins.refresh()
+            selection = chain.select(self.http.headers, body, route.name, self.codec)
+            if selection.chain or selection.reply is not None:
+                del reusable
+                return await self._with_agents(route, body, selection)
         if self._is_native(route.model):
             relaying = relay_request(self.http, self.proxy, self.endpoint, route, body, reusable)
             del body, reusable
@@ -71,12 +76,16 @@ class Chat:
             return await self._load(route.model, loading)
         await self._check_capabilities(route.model, body)
         body["model"] = route.model.name
-        return await self._stream(route, await offload(self.http, self.codec.decode, body))
+        return await self._stream(route, await self._decoded(route.model, body))
 
     # -- without agents in the answer --------------------------------------------------------------------------------
 
     def _is_native(self, model: Model) -> bool:
         return self.endpoint.api in model.speaks
+
+    async def _decoded(self, model: Model, body: Json) -> ChatRequest:
+        decode = self.codec.decode_same_api if self._is_native(model) else self.codec.decode
+        return await offload(self.http, decode, body)
 
     async def _load(self, model: Model, loading: Loading) -> web.Response:
         if loading is Loading.UNLOAD:
@@ -118,6 +127,8 @@ class Chat:
         in the client's API if it supports that."""
         finalizer: Finalizer | None = None
         if not self._is_native(model):
+            if (problem := first_problem(chat.body)) is not None:  # an agent has chosen a model on another server
+                raise problem
             if self.endpoint.preparation is not None:
                 chat, finalizer = await self.endpoint.preparation(model, chat)
             self._keep_loaded(model)  # only once the request is known to be valid
@@ -167,19 +178,14 @@ class Chat:
 
     # -- with agents -------------------------------------------------------------------------------------------------
 
-    async def _with_agents(self, route: Route, body: Json) -> web.StreamResponse:
+    async def _with_agents(self, route: Route, body: Json, selection: Selection) -> web.StreamResponse:
         plugins = self.proxy.chain.plugins
-        await plugins.refresh()
         await self._check_capabilities(route.model, body)
-        named = body.pop(FIELD, None)
-        chat = await offload(self.http, self.codec.decode, body)
-        resends = self.codec.resends_chat and not chat.is_text
-        selection = self.proxy.chain.select(self.http.headers, named, chat, route.name, resends_chat=resends)
+        chat = await self._decoded(route.model, body)
         if selection.reply is not None:
             return await self._respond(chat, None, say(selection.reply))
+        selection.take_commands(chat)
         chat.model = route.model.name
-        if not selection.chain:
-            return await self._send(route, chat)
         depth = check_depth(self.http.headers)
         self.agents = self.http[RECORD].agents = [active.plugin.name for active in selection.chain]
         scope = Scope()
