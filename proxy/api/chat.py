@@ -11,6 +11,7 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import orjson
@@ -18,6 +19,7 @@ from aiohttp import web
 
 from llama_smart_proxy.backends.base import Model, UpstreamRequest
 from llama_smart_proxy.proxy.api.state import Proxy
+from llama_smart_proxy.proxy.api.usage import usage_of
 from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, Json, first_problem, say
 from llama_smart_proxy.proxy.dialects import UPSTREAM_CODECS
 from llama_smart_proxy.proxy.dialects.base import ClientCodec, Loading, UpstreamCodec
@@ -26,7 +28,8 @@ from llama_smart_proxy.proxy.http.body import Reusable, offload, serialise, to_b
 from llama_smart_proxy.proxy.http.headers import RECORD, upstream_headers
 from llama_smart_proxy.proxy.middleware.chain import Selection
 from llama_smart_proxy.proxy.middleware.context import AgentContext, RequestFacts
-from llama_smart_proxy.proxy.middleware.hooks import reply_layer, response_layer, run_request_hooks
+from llama_smart_proxy.proxy.middleware.hooks import run_request_hooks
+from llama_smart_proxy.proxy.middleware.layers import choices_of, reply_layer, response_layer
 from llama_smart_proxy.proxy.middleware.scope import Scope
 from llama_smart_proxy.proxy.middleware.side_calls import SideCalls, check_depth
 from llama_smart_proxy.proxy.models.router import Route
@@ -39,7 +42,6 @@ if TYPE_CHECKING:
 
 Preparation = Callable[[Model, ChatRequest], Awaitable[tuple[ChatRequest, Finalizer | None]]]
 """Completes a decoded request for a server that does not support the client's API."""
-_COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
 _NOT_JSON = re.compile("not JSON serializable|Dict key must")
 """orjson's messages about values that JSON cannot represent."""
 _THINKING = ("chat_template_kwargs", "reasoning_effort", "think", "thinking_budget_tokens")
@@ -238,8 +240,9 @@ class Chat:
             source.opened, source.closed = calls.reply_began, calls.reply_ended
             stream = source.chunks()
         await open_streams.enter_async_context(aclosing(stream))
+        choices = choices_of(chat)
         for ctx in reversed(rewriting):
-            stream = await open_streams.enter_async_context(aclosing(response_layer(ctx, stream)))
+            stream = await open_streams.enter_async_context(aclosing(response_layer(ctx, stream, choices)))
         return await self._respond(source.chat if source is not None else chat, source, stream)
 
     async def _rerouted(self, route: Route, chat: ChatRequest) -> Route:
@@ -253,10 +256,9 @@ class Chat:
     async def _respond(
         self, chat: ChatRequest, source: ModelAnswer | None, stream: AsyncIterator[Chunk]
     ) -> web.StreamResponse:
-        if source is None:
-            stream = _with_usage(stream)
+        usage = partial(usage_of, source)
         try:
-            return await respond(self.http, self.codec, chat, source, stream, stall_s=self._stall_s)
+            return await respond(self.http, self.codec, chat, source, stream, usage, stall_s=self._stall_s)
         except UNENCODABLE as exc:
             message = "an agent turned the answer into something that cannot be sent"
             raise ProxyError(message, code="agent_failed") from exc
@@ -292,17 +294,6 @@ def _upstream_path(http: web.BaseRequest, model: str) -> str:
     if mark and http.query.get("model", model) != model:
         query = http.rel_url.update_query(model=model).raw_query_string
     return (http.path.rstrip("/") if path[-1] == "/" or "%" in path else path) + mark + query
-
-
-async def _with_usage(stream: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:
-    """An answer of an agent or the proxy, with a usage chunk appended if it has none: clients require usage. It is zero
-    then, as no model was involved."""
-    has_usage = False
-    async for chunk in stream:
-        has_usage = has_usage or chunk.usage is not None
-        yield chunk
-    if not has_usage:
-        yield Chunk({"choices": [], "usage": dict.fromkeys(_COUNTS, 0)})
 
 
 def _same_form(path: str, requested: str) -> bool:
