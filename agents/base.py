@@ -64,8 +64,8 @@ class Agent:
     async def on_response(self, stream: ChunkStream, ctx: Context) -> AsyncIterator[Chunk]:
         """Transform the whole answer, as an async generator: delay, drop, split or insert chunks, or stop early.
 
-        Keep state in local variables and clean up in `finally`. Yield delayed text before returning. By default it
-        calls `on_chunk`.
+        Keep state in local variables and clean up in `finally`. Yield delayed text before returning. With `n` > 1 it is
+        called for each choice, one after the other. By default it calls `on_chunk`.
         """
         async for chunk in stream:
             passed = await self.on_chunk(chunk, ctx)

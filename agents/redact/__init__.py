@@ -20,6 +20,10 @@ from llama_smart_proxy.agents.redact.matching import (
 )
 from llama_smart_proxy.agents.redact.presets import PRESETS
 
+_NO_TEXT = {"type", "id", "tool_use_id", "cache_control", "image_url", "input_audio", "file", "multimodal_data", "data"}
+_NO_TEXT |= {"media_type", "signature", "encrypted_content", "encrypted_index", "_extensions"}
+"""Fields of content parts that are not searched: names, and data of other media."""
+
 
 class Pattern(Options):
     """A custom pattern."""
@@ -247,7 +251,8 @@ def _texts(body: Json) -> Iterator[tuple[Any, Any]]:
 
 
 def _text_at(holder: Any, key: Any) -> Iterator[tuple[Any, Any]]:
-    """The texts at `holder[key]`, also in content parts, and in llama-server's prompts: nested lists, and objects."""
+    """The texts at `holder[key]`, also in content parts of any type, and in llama-server's prompts: nested lists, and
+    objects."""
     value = holder.get(key) if isinstance(holder, dict) else holder[key]
     if isinstance(value, str):
         yield holder, key
@@ -255,7 +260,7 @@ def _text_at(holder: Any, key: Any) -> Iterator[tuple[Any, Any]]:
         for position in range(len(value)):
             yield from _text_at(value, position)
     elif isinstance(value, dict):
-        for name in ("text", "prompt_string"):
+        for name in [name for name in value if name not in _NO_TEXT]:
             yield from _text_at(value, name)
 
 

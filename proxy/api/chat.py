@@ -19,15 +19,17 @@ from aiohttp import web
 
 from llama_smart_proxy.backends.base import Feature, Model, UpstreamRequest
 from llama_smart_proxy.proxy.api.state import Proxy
-from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, Json, say
+from llama_smart_proxy.proxy.api.usage import usage_of
+from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, Json, first_problem, say
 from llama_smart_proxy.proxy.dialects import UPSTREAM_CODECS
 from llama_smart_proxy.proxy.dialects.base import ClientCodec, Loading, UpstreamCodec
 from llama_smart_proxy.proxy.errors import AgentError, BadRequest, ProxyError, UpstreamRefused
 from llama_smart_proxy.proxy.http.body import Reusable, offload, serialise, to_bytes
 from llama_smart_proxy.proxy.http.headers import CONVERSATION, RECORD, upstream_headers
-from llama_smart_proxy.proxy.middleware.chain import FIELD, Selection
+from llama_smart_proxy.proxy.middleware.chain import Selection
 from llama_smart_proxy.proxy.middleware.context import AgentContext, RequestFacts
-from llama_smart_proxy.proxy.middleware.hooks import reply_layer, response_layer, run_request_hooks
+from llama_smart_proxy.proxy.middleware.hooks import run_request_hooks
+from llama_smart_proxy.proxy.middleware.layers import choices_of, reply_layer, response_layer
 from llama_smart_proxy.proxy.middleware.scope import Scope
 from llama_smart_proxy.proxy.middleware.side_calls import SideCalls, check_depth
 from llama_smart_proxy.proxy.models.router import Route
@@ -42,7 +44,6 @@ Preparation = Callable[[Model, ChatRequest], Awaitable[tuple[ChatRequest, Finali
 """Completes a decoded request for a server that does not support the client's API."""
 _OF_ANSWER = ("model", "n", "stream_options")
 """Fields of a request that its answer depends on."""
-_COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
 _NOT_JSON = re.compile("not JSON serializable|Dict key must")
 """orjson's messages about values that JSON cannot represent."""
 _THINKING = ("chat_template_kwargs", "reasoning_effort", "think", "thinking_budget_tokens")
@@ -64,8 +65,13 @@ class Chat:
         """Answer the request, with the agents that apply to it. `reusable` are the bytes that `body` came as."""
         self.keep_alive = body.get("keep_alive")
         loading = self.codec.loading(body)
-        if loading is None and self.proxy.chain.may_apply(self.http.headers, body, route.name, self.codec):
-            return await self._with_agents(route, body)
+        chain = self.proxy.chain
+        if loading is None and chain.may_apply(self.http.headers, body, route.name, self.codec):
+            await chain.plugins.refresh()
+            selection = chain.select(self.http.headers, body, route.name, self.codec)
+            if selection.chain or selection.reply is not None:
+                del reusable
+                return await self._with_agents(route, body, selection)
         if self._is_native(route.model):
             relaying = relay_request(self.http, self.proxy, self.endpoint, route, body, reusable)
             del body, reusable
@@ -74,12 +80,16 @@ class Chat:
             return await self._load(route.model, loading)
         await self._check_capabilities(route.model, body)
         body["model"] = route.model.name
-        return await self._stream(route, await offload(self.http, self.codec.decode, body))
+        return await self._stream(route, await self._decoded(route.model, body))
 
     # -- without agents in the answer --------------------------------------------------------------------------------
 
     def _is_native(self, model: Model) -> bool:
         return self.endpoint.api in model.speaks
+
+    async def _decoded(self, model: Model, body: Json) -> ChatRequest:
+        decode = self.codec.decode_same_api if self._is_native(model) else self.codec.decode
+        return await offload(self.http, decode, body)
 
     async def _load(self, model: Model, loading: Loading) -> web.Response:
         if loading is Loading.UNLOAD:
@@ -121,6 +131,8 @@ class Chat:
         in the client's API if it supports that."""
         finalizer: Finalizer | None = None
         if not self._is_native(model):
+            if (problem := first_problem(chat.body)) is not None:  # an agent has chosen a model on another server
+                raise problem
             if self.endpoint.preparation is not None:
                 chat, finalizer = await self.endpoint.preparation(model, chat)
             self._keep_loaded(model)  # only once the request is known to be valid
@@ -170,19 +182,14 @@ class Chat:
 
     # -- with agents -------------------------------------------------------------------------------------------------
 
-    async def _with_agents(self, route: Route, body: Json) -> web.StreamResponse:
+    async def _with_agents(self, route: Route, body: Json, selection: Selection) -> web.StreamResponse:
         plugins = self.proxy.chain.plugins
-        await plugins.refresh()
         await self._check_capabilities(route.model, body)
-        named = body.pop(FIELD, None)
-        chat = await offload(self.http, self.codec.decode, body)
-        resends = self.codec.resends_chat and not chat.is_text
-        selection = self.proxy.chain.select(self.http.headers, named, chat, route.name, resends_chat=resends)
+        chat = await self._decoded(route.model, body)
         if selection.reply is not None:
             return await self._respond(chat, None, say(selection.reply))
+        selection.take_commands(chat)
         chat.model = route.model.name
-        if not selection.chain:
-            return await self._send(route, chat)
         depth = check_depth(self.http.headers)
         self.agents = self.http[RECORD].agents = [active.plugin.name for active in selection.chain]
         scope = Scope()
@@ -235,8 +242,9 @@ class Chat:
             source.opened, source.closed = calls.reply_began, calls.reply_ended
             stream = source.chunks()
         await open_streams.enter_async_context(aclosing(stream))
+        choices = choices_of(chat)
         for ctx in reversed(rewriting):
-            stream = await open_streams.enter_async_context(aclosing(response_layer(ctx, stream)))
+            stream = await open_streams.enter_async_context(aclosing(response_layer(ctx, stream, choices)))
         return await self._respond(source.chat if source is not None else chat, source, stream)
 
     async def _rerouted(self, route: Route, chat: ChatRequest) -> Route:
@@ -250,10 +258,9 @@ class Chat:
     async def _respond(
         self, chat: ChatRequest, source: ModelAnswer | None, stream: AsyncIterator[Chunk]
     ) -> web.StreamResponse:
-        if source is None:
-            stream = _with_usage(stream)
+        usage = partial(usage_of, source)
         try:
-            return await respond(self.http, self.codec, chat, source, stream, stall_s=self._stall_s)
+            return await respond(self.http, self.codec, chat, source, stream, usage, stall_s=self._stall_s)
         except UNENCODABLE as exc:
             message = "an agent turned the answer into something that cannot be sent"
             raise ProxyError(message, code="agent_failed") from exc
@@ -300,17 +307,6 @@ def _upstream_path(http: web.BaseRequest, model: str) -> str:
     if mark and http.query.get("model", model) != model:
         query = http.rel_url.update_query(model=model).raw_query_string
     return (http.path.rstrip("/") if path[-1] == "/" or "%" in path else path) + mark + query
-
-
-async def _with_usage(stream: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:
-    """An answer of an agent or the proxy, with a usage chunk appended if it has none: clients require usage. It is zero
-    then, as no model was involved."""
-    has_usage = False
-    async for chunk in stream:
-        has_usage = has_usage or chunk.usage is not None
-        yield chunk
-    if not has_usage:
-        yield Chunk({"choices": [], "usage": dict.fromkeys(_COUNTS, 0)})
 
 
 def _same_form(path: str, requested: str) -> bool:

@@ -6,6 +6,7 @@ Agents receive a `ChatRequest`, and an answer as a `ChunkStream` of `Chunk`s. `s
 A request is an OpenAI chat body (`messages`) or text body (`prompt`); an answer is a sequence of chunks, each an OpenAI
 `chat.completion.chunk`, and `Fold` makes one `chat.completion` of them. Fields that only the client's own API has are
 attached to the same object under `EXTENSIONS`: none is lost on the way back to that API, and none reaches another.
+Items that OpenAI's API cannot express at all are `kept` in their place.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from llama_smart_proxy.proxy.chat.extensions import (
     Json,
     attach,
     extensions_of,
+    first_problem,
+    is_kept,
+    kept,
     without_extensions,
 )
 from llama_smart_proxy.proxy.chat.fold import Fold, Reply, fold
@@ -37,8 +41,11 @@ __all__ = [
     "Timing",
     "attach",
     "extensions_of",
+    "first_problem",
     "first_text_part",
     "fold",
+    "is_kept",
+    "kept",
     "last_user_message",
     "say",
     "text_of",

@@ -40,26 +40,50 @@ class ChatRequest:
         messages: list[Json] = self.body.get("messages", [])
         return messages
 
+    @messages.setter
+    def messages(self, messages: Iterable[Json]) -> None:
+        """Raises: ValueError for a text completion, which has a prompt and no messages."""
+        if self.is_text:
+            raise ValueError("a text completion has a prompt, and no messages")
+        self.body["messages"] = list(messages)
+
     @property
     def tools(self) -> list[Json]:
-        """The tools that the model may call, in OpenAI's shape."""
+        """The tools that the model may call, in OpenAI's shape. Setting none also removes the choice among them."""
         return self.body.get("tools") or []
+
+    @tools.setter
+    def tools(self, tools: Iterable[Json]) -> None:
+        self.body["tools"] = list(tools)
+        if not self.body["tools"]:
+            for name in ("tools", "tool_choice", "parallel_tool_calls"):
+                self.body.pop(name, None)
 
     @property
     def system(self) -> str:
         """The text of the first message if that is a system message, else empty. Setting it inserts or replaces that
-        message; an empty text removes it."""
+        message; an empty text removes it. A text completion has no system message: a text is put in front of its
+        prompt. Raises: ValueError if that prompt is no text."""
         first = self.messages[0] if self.messages else {}
         return text_of(first.get("content")) if first.get("role") in ("system", "developer") else ""
 
     @system.setter
     def system(self, text: str) -> None:
         if self.is_text:
+            self._prepend(text)
             return
         if self.messages and self.messages[0].get("role") in ("system", "developer"):
             del self.messages[0]
         if text:
             self.messages.insert(0, {"role": "system", "content": text})
+
+    def _prepend(self, text: str) -> None:
+        prompt = self.body.get("prompt")
+        prompts = prompt if isinstance(prompt, list) else [prompt]
+        if not all(isinstance(one, str) for one in prompts):
+            raise ValueError("a text cannot be put in front of a prompt that is no text")
+        written = [f"{text}\n\n{one}" if text else one for one in prompts]
+        self.body["prompt"] = written if isinstance(prompt, list) else written[0]
 
     @property
     def last_user_text(self) -> str:

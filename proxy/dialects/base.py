@@ -10,11 +10,19 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import orjson
 
-from llama_smart_proxy.proxy.chat import ChatRequest, Json, Timing, first_text_part, without_extensions
+from llama_smart_proxy.proxy.chat import (
+    ChatRequest,
+    Json,
+    Timing,
+    first_text_part,
+    last_user_message,
+    text_of,
+    without_extensions,
+)
 from llama_smart_proxy.proxy.dialects.framing import Splitter
 from llama_smart_proxy.proxy.errors import BadRequest, ProxyError
 
@@ -163,7 +171,7 @@ class ClientCodec:
     dialect: ClassVar[Dialect]
     same_api: ClassVar[UpstreamCodec | None] = None
     resends_chat: ClassVar[bool] = True
-    """Each request repeats the chat from its beginning, which identifies the chat."""
+    """Each request repeats the chat from its beginning, in `messages`, which identifies the chat."""
     thinking_is_optional: ClassVar[bool] = True
     """A request for thinking is answered without it by a model that does not support it, instead of refused."""
 
@@ -173,6 +181,11 @@ class ClientCodec:
         Raises: BadRequest for an invalid body.
         """
         raise NotImplementedError
+
+    def decode_same_api(self, body: Json) -> ChatRequest:
+        """`decode` for a server that implements this API itself: what OpenAI's shape cannot express is kept
+        (`proxy.chat.extensions`), and `encode` writes it back."""
+        return self.decode(body)
 
     def encode(self, request: ChatRequest) -> Json:
         """The inverse of `decode`: the body, with every field it had."""
@@ -187,19 +200,29 @@ class ClientCodec:
         return body.get("stream") is True
 
     def user_text(self, body: Json) -> str:
-        """The user's last text, or its first part, in an undecoded and unchecked body; empty if there is none."""
-        messages = body.get("messages")
+        """`ChatRequest.last_user_text` of an undecoded and unchecked body."""
+        messages = body.get("messages") if self.resends_chat else None
         if not isinstance(messages, list):
             prompt = body.get("prompt")
             prompt = prompt[0] if isinstance(prompt, list) and len(prompt) == 1 else prompt
             return prompt if isinstance(prompt, str) else ""
-        for message in reversed(messages):
-            if isinstance(message, dict) and message.get("role") == "user":
-                content = message.get("content")
-                part = first_text_part(content) if isinstance(content, list) else None
-                if part is not None or isinstance(content, str):
-                    return str(part["text"]) if part is not None else str(content)
-        return ""
+        content = (last_user_message(messages) or {}).get("content")
+        part = first_text_part(content) if isinstance(content, list) else None
+        return str(part["text"]) if part is not None else content if isinstance(content, str) else ""
+
+    def beginning(self, body: Json) -> list[tuple[Any, str]]:
+        """Role and text of the messages up to the user's first one, of an undecoded and unchecked body: all later
+        requests of the chat begin with the same ones."""
+        messages = body.get("messages") if self.resends_chat else None
+        if not isinstance(messages, list):
+            return [("user", self.user_text(body))]
+        result: list[tuple[Any, str]] = [("system", system)] if (system := text_of(body.get("system"))) else []
+        for message in messages:
+            if isinstance(message, dict):
+                result.append((message.get("role"), text_of(message.get("content"))))
+                if message.get("role") == "user":
+                    break
+        return result
 
     def fits(self, request: ChatRequest) -> bool:
         """Whether a body of this endpoint can express all of `request`: an agent may have set fields that only some

@@ -322,6 +322,8 @@ class ChatCodec(ClientCodec):
 class TextCodec(ChatCodec):
     """`POST /v1/completions`."""
 
+    resends_chat = False
+
     def decode(self, body: Json) -> ChatRequest:
         if "prompt" not in body:
             raise BadRequest("prompt is required", param="prompt")

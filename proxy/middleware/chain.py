@@ -23,7 +23,7 @@ from llama_smart_proxy.proxy.dialects.base import ClientCodec
 from llama_smart_proxy.proxy.errors import AgentError, BadRequest
 from llama_smart_proxy.proxy.middleware.chats import CHAT_ID_HEADERS, Chats, chat_id, is_named
 from llama_smart_proxy.proxy.middleware.plugins import HELP_AGENT, LoadedAgent, Plugin, Plugins
-from llama_smart_proxy.proxy.middleware.slash import MAX_ITEMS, Command, leading_commands
+from llama_smart_proxy.proxy.middleware.slash import MAX_ITEMS, Command, first_command, leading_commands
 from llama_smart_proxy.proxy.models.router import names_by_key
 
 HEADER = "X-Agents"
@@ -44,15 +44,31 @@ class ActiveAgent:
     explicit: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Called:
+    """The slash commands that `text` begins with, and the rest of it."""
+
+    commands: list[Command]
+    rest: str
+    text: str
+
+
 @dataclass(slots=True)
 class Selection:
-    """How to handle a request: run `chain` around it, or answer it with the proxy's own text `reply`. `about` returns
-    the descriptions of all agents, computed on demand."""
+    """How to handle a request: run `chain` around it, or answer it with the proxy's own text `reply`; or neither, so
+    that no agent touches it. `called` are the slash commands in its text. `about` returns the descriptions of all
+    agents, computed on demand."""
 
     chat_id: str = ""
     chain: list[ActiveAgent] = field(default_factory=list)
     reply: str | None = None
+    called: Called | None = None
     about: Callable[[], list[About]] = list
+
+    def take_commands(self, request: ChatRequest) -> None:
+        """Remove the slash commands from the text of the decoded request."""
+        if self.called is not None and request.last_user_text == self.called.text:
+            request.last_user_text = self.called.rest
 
 
 @dataclass(slots=True)
@@ -110,29 +126,32 @@ class Chain:
             message = f"agents do not run at this endpoint, so it cannot run {named[0][:100]}"
             raise BadRequest(message, param=HEADER)
 
-    def select(
-        self, headers: CIMultiDictProxy[str], field: object, request: ChatRequest, model: str, *, resends_chat: bool
-    ) -> Selection:
-        """The agents of `request`; slash commands are removed from its text. `field` is the value of its field
-        `agents`, `model` the name of the model; `resends_chat`: each request of its API contains the whole chat.
+    def select(self, headers: CIMultiDictProxy[str], body: Json, model: str, codec: ClientCodec) -> Selection:
+        """The agents of the request with the undecoded `body`, whose field `agents` is removed. `model` is the name of
+        the model.
 
         Raises: BadRequest for an unknown agent named outside the text, and for an invalid option; AgentError for a
         required agent that could not be loaded.
         """
-        named = _named(_header(headers), field)
-        selection = Selection(chat_id(headers, request))
+        named = _named(_header(headers), body.pop(FIELD, None))
+        selection = Selection(chat_id(headers, codec.beginning(body)))
         candidates = self._default(model)
         if named is None or self._name(model) in self._barred:
             candidates = {name: candidate for name, candidate in candidates.items() if candidate.settings.required}
         else:
-            commands, identified = self._take_commands(request), resends_chat or is_named(headers)
-            if commands is not None and (action := self._control_action(commands, request)) is not None:
-                selection.reply = self._control(selection.chat_id if identified else None, commands, action, candidates)
+            text, identified = codec.user_text(body), codec.resends_chat or is_named(headers)
+            called = selection.called = self._called(text)
+            if (idle := self._idle(called, text)) is not None:
+                selection.reply = idle
+                return selection
+            if called is not None and (action := self._control_action(called)) is not None:
+                chat = selection.chat_id if identified else None
+                selection.reply = self._control(chat, called.commands, action, candidates)
                 return selection
             if identified:
                 self._add_switched(candidates, selection.chat_id)
             self._add_named(candidates, named)
-            for command in commands or ():
+            for command in called.commands if called is not None else ():
                 candidate = self._add(candidates, self.plugins.commands()[command.name])
                 candidate.typed |= command.options
                 candidate.explicit = True
@@ -186,9 +205,8 @@ class Chain:
 
     # -- slash commands --------------------------------------------------------------------------------------------
 
-    def _take_commands(self, request: ChatRequest) -> list[Command] | None:
-        """Remove the leading slash commands from the last user message and return them; None if there are none."""
-        text = request.last_user_text
+    def _called(self, text: str) -> Called | None:
+        """The slash commands that the user's text begins with; None if there are none."""
         if not self._slash or not text.startswith("/"):
             return None
         known = {name: _per_call(plugin) for name, plugin in self.plugins.commands().items()} | {FIELD: frozenset()}
@@ -199,15 +217,27 @@ class Chain:
             return None
         if any(command.name == FIELD for command in commands) and (rest or len(commands) > 1):
             return None  # ordinary text that begins with "/agents"
-        request.last_user_text = rest
-        return commands
+        return Called(commands, rest, text)
 
-    def _control_action(self, commands: list[Command], request: ChatRequest) -> str | None:
+    def _idle(self, called: Called | None, text: str) -> str | None:
+        """How to enable the agent whose command is the next word; None if that is no agent that could be enabled."""
+        rest = called.rest if called is not None else text
+        command = first_command(rest) if self._slash and rest.startswith("/") else None
+        if called is not None and called.commands[0].name == HELP_AGENT:
+            return None  # the topic of the help
+        if command is None or not self.plugins.could_be_enabled(command):
+            return None
+        return (
+            f"The agent /{command} is part of this proxy, but it is not enabled. To enable it, add `{command}` to "
+            "`agents:` in the configuration of the proxy, and restart the proxy. No model was asked."
+        )
+
+    def _control_action(self, called: Called) -> str | None:
         """`on`, `off` or `agents` if the commands control the chain itself; otherwise None."""
-        if commands[0].name == FIELD:
+        if called.commands[0].name == FIELD:
             return FIELD
-        text = request.last_user_text.strip()
-        is_help = any(command.name == HELP_AGENT for command in commands)
+        text = called.rest.strip()
+        is_help = any(command.name == HELP_AGENT for command in called.commands)
         return text if text in ("on", "off") and not is_help else None
 
     def _control(

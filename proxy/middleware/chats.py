@@ -8,8 +8,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-
-from llama_smart_proxy.proxy.chat import ChatRequest, text_of
+from typing import Any
 
 CHAT_ID_HEADERS = ("X-OpenWebUI-Chat-Id", "X-Conversation-Id", "X-Chat-Id", "X-Session-Id")
 """Headers in which chat UIs send the id of the chat; the first one present is used."""
@@ -71,27 +70,16 @@ class Chats:
             self._chats.popitem(last=False)
 
 
-def chat_id(headers: Mapping[str, str], request: ChatRequest) -> str:
-    """A hash that identifies the chat of a request: of the client's chat id, or else of the first messages. It includes
-    the API key, so that no client can switch agents in the chats of another."""
+def chat_id(headers: Mapping[str, str], beginning: Iterable[tuple[Any, str]]) -> str:
+    """A hash that identifies the chat of a request: of the client's chat id, or else of the role and text of its first
+    messages. It includes the API key, so that no client can switch agents in the chats of another."""
     key = headers.get("Authorization") or headers.get("X-Api-Key") or ""
     named = next((headers[name] for name in CHAT_ID_HEADERS if headers.get(name)), None)
-    start = named if named is not None else _beginning(request)
+    first = [[role, text[:HASHED_CHARS]] for role, text in beginning]
+    start = named if named is not None else first
     return hashlib.blake2b(json.dumps([key, start]).encode(), digest_size=16).hexdigest()
 
 
 def is_named(headers: Mapping[str, str]) -> bool:
     """Whether the client sent the id of the chat."""
     return any(headers.get(name) for name in CHAT_ID_HEADERS)
-
-
-def _beginning(request: ChatRequest) -> object:
-    """The messages up to the first one of the user: all later requests of the chat begin with the same ones."""
-    if request.is_text:
-        return str(request.body.get("prompt"))[:HASHED_CHARS]
-    beginning = []
-    for message in request.messages:
-        beginning.append([message.get("role"), text_of(message.get("content"))[:HASHED_CHARS]])
-        if message.get("role") == "user":
-            break
-    return beginning

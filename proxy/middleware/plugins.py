@@ -115,6 +115,8 @@ class Plugins:
     reload: bool = False
     any_always: bool = False
     """Whether any agent runs without being called; cached, as every request checks it."""
+    idle: dict[str, AgentSource] = field(default_factory=dict)
+    """The built-in agents that are not enabled, by name."""
 
     @classmethod
     def of(cls, config: Config) -> Plugins:
@@ -137,6 +139,7 @@ class Plugins:
                 problems += plugins._enable(entry, source, path, everywhere)
         problems += plugins._resolve_commands()
         plugins._update_any_always()
+        plugins.idle = {n: source for n, source in sources.items() if source.is_shipped and n not in plugins.by_name}
         if problems:
             raise ConfigError(problems)
         return plugins
@@ -184,6 +187,15 @@ class Plugins:
     def commands(self) -> dict[str, Plugin]:
         """The agents that can be called, by their command."""
         return {plugin.command: plugin for plugin in self if plugin.command is not None}
+
+    def could_be_enabled(self, command: str) -> bool:
+        """Whether this is the command of a built-in agent that is not enabled. Such an agent has it as its name."""
+        source = self.idle.get(command)
+        if source is None or command in self.commands():
+            return False
+        if source.load().command != command:  # an agent without a command; checked once
+            del self.idle[command]
+        return command in self.idle
 
     @property
     def broken(self) -> list[str]:

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from asyncio.tasks import _unregister_task
-from collections.abc import AsyncGenerator, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any, TypeVar
@@ -26,6 +26,8 @@ SWEEP_S = 0.1
 """How late a hanging agent may be noticed, and how long after that it is cancelled again."""
 AGAIN_S = 0.03
 """Time between two cancellations of a task that goes on all the same."""
+BLOCKED_S = 0.5
+"""Code that runs for longer without awaiting anything is logged: no request goes on meanwhile."""
 PATIENCE_S = 2.0
 """Then a task is abandoned, with a log entry: nothing in Python can end it."""
 
@@ -39,7 +41,6 @@ class HookTimer:
 
     __slots__ = (
         "_began",
-        "_blocking_s",
         "_scope",
         "_waited_until",
         "_waiting",
@@ -58,7 +59,6 @@ class HookTimer:
         self._scope = scope
         self.deadline_s = deadline_s
         self._began = 0.0
-        self._blocking_s = deadline_s + 2 * SWEEP_S
         self._waiting = 0
         self._waited_until = 0.0
         self.cancels = 0
@@ -77,15 +77,14 @@ class HookTimer:
             self.running = False
             took_s = _now() - self._began
             self.spent_s += took_s
-            if took_s > self._blocking_s:
-                self._check_blocked(took_s)
+            if took_s >= BLOCKED_S:
+                _clock.check(max(self._began, self._waited_until), [self.name])
         _own(None)
 
-    def _check_blocked(self, took_s: float) -> None:
-        """Log that the agent's code ran for so long without awaiting anything that it could not be cancelled."""
-        if not self.cancels and self._waited_until < self._began:
-            message = "agent %s blocked the process, and with it every request, for %.1f s; await what takes long"
-            logger.warning(message, self.name, took_s)
+    @property
+    def busy(self) -> bool:
+        """Whether the agent's code runs, or awaits something other than a model."""
+        return self.running and not self._waiting
 
     @contextmanager
     def awaiting_model(self) -> Iterator[None]:
@@ -228,8 +227,27 @@ _now = time.perf_counter
 _scopes: set[Scope] = set()
 
 
+class _LoopClock:
+    """When the event loop was last seen to go on: a long time since then is one in which no request went on."""
+
+    def __init__(self) -> None:
+        self.seen_s = 0.0
+
+    def check(self, since_s: float, agents: Iterable[str]) -> None:
+        """Log that the loop was blocked, if it was: since `since_s` at the earliest, while the code of `agents` ran."""
+        now = _now()
+        blocked_s, self.seen_s = now - max(since_s, self.seen_s), now
+        if blocked_s >= BLOCKED_S and (names := " or ".join(sorted(set(agents)))):
+            message = "agent %s blocked the process, and with it every request, for %.1f s; await what takes long"
+            logger.warning(f"{message}, or use a thread", names, blocked_s)
+
+
+_clock = _LoopClock()
+
+
 def _look() -> bool:
     now = time.perf_counter()
+    _clock.check(0.0, (timer.name for scope in _scopes for timer in scope.timers if timer.busy))
     for scope in list(_scopes):
         scope.check(now)
     return bool(_scopes)
@@ -239,6 +257,8 @@ _sweeper = Sweeper(SWEEP_S, _look)
 
 
 def _watch(scope: Scope) -> None:
+    if not _scopes:
+        _clock.seen_s = _now()
     _scopes.add(scope)
     _sweeper.wake()
 

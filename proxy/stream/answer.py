@@ -6,9 +6,11 @@ pull chunks at their own pace. In both cases a client that requested no stream g
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -18,7 +20,7 @@ from aiohttp import web
 from llama_smart_proxy.backends.base import Model, UpstreamRequest
 from llama_smart_proxy.backends.http.connection import ConnectionPool
 from llama_smart_proxy.backends.http.exchange import UpstreamResponse
-from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, Fold, Json, RequestRecord, fold
+from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, Fold, Json, RequestRecord
 from llama_smart_proxy.proxy.dialects.base import ClientCodec, UpstreamCodec
 from llama_smart_proxy.proxy.errors import ProxyError, UpstreamFailed
 from llama_smart_proxy.proxy.http.headers import RECORD
@@ -32,6 +34,10 @@ logger = logging.getLogger(__name__)
 Finalizer = Callable[[str, ConnectionPool], Awaitable[Json]]
 """Called when the answer is complete, returns extra fields for its last frame. Gets the text of the answer and the
 server's connections: the slot is still held, so acquiring a second one could deadlock."""
+Usage = Callable[[], Awaitable[Json | None]]
+"""Called when an answer is complete, returns its token counts in OpenAI's shape; None if they are not known."""
+COUNTS_S = 0.5
+"""Time limit in seconds for what a server sends after the end of the text."""
 UNENCODABLE = (AttributeError, KeyError, TypeError, ValueError)
 """Raised on encoding a value that does not have the shape the API requires."""
 
@@ -57,7 +63,8 @@ class ModelAnswer:
     """One answer of a model's server, in chunks: requested when read, and read once, with `push` or `chunks`.
 
     `opened` is called when the server answers, `closed` when its slot is released. `limit` is the maximum number of
-    bytes. `tail` and `count` are those of `StreamDecoder`, set once all was read.
+    bytes. `tail` and `count` are those of `StreamDecoder`, set once all was read. `usage` are the token counts that the
+    server sent; `stopped_after` is set if the caller stopped reading before that: the number of chunks with content.
 
     Both methods raise: UpstreamRefused with the server's own message, UpstreamFailed, and as `Model.open`.
     """
@@ -75,6 +82,8 @@ class ModelAnswer:
     limit: int | None = None
     tail: bytes = b""
     count: int = 0
+    usage: Json | None = None
+    stopped_after: int | None = None
 
     async def push(self, sink: ChunkSink) -> None:
         """Pass all chunks to `sink`."""
@@ -97,6 +106,8 @@ class ModelAnswer:
     async def chunks(self) -> AsyncGenerator[Chunk, None]:
         """All chunks, at the pace of the caller."""
         attempts = Attempts(self.model, self.request, amend=self.amend)
+        chunk: Chunk | None = None
+        empty = 0  # chunks without content in front
         try:
             async for attempt in attempts:
                 async with attempt as upstream:
@@ -109,12 +120,31 @@ class ModelAnswer:
                             data = b""
                             decoder.connection_failed(exc)
                         for chunk in decoder.feed(data) if data else decoder.finish():
-                            attempts.again = False
-                            yield chunk
+                            if attempts.again:
+                                attempts.again = False
+                                empty = not (chunk.text or chunk.reasoning or chunk.tool_calls)
+                            try:
+                                yield chunk
+                            except GeneratorExit:
+                                await self._stopped(upstream, decoder, chunk, empty)
+                                raise
                     await self._end(upstream, decoder)
         finally:
             if self.closed is not None:
                 self.closed()
+
+    async def _stopped(self, upstream: UpstreamResponse, decoder: StreamDecoder, last: Chunk, empty: int) -> None:
+        """The caller does not read on after the chunk `last`. If the server has ended its answer with that, its counts
+        follow at once, and are read."""
+        if last.choice.get("finish_reason"):
+            with suppress(TimeoutError, ProxyError):
+                async with asyncio.timeout(COUNTS_S):
+                    while not decoder.done and decoder.failure is None and (data := await upstream.piece()):
+                        decoder.feed(data)
+        self.usage = decoder.usage
+        self.stopped_after = None if decoder.done else decoder.count - empty
+        if self.record is not None:
+            self.record.counted = decoder.usage
 
     async def _decoder(self, upstream: UpstreamResponse) -> StreamDecoder:
         if upstream.status != 200:
@@ -140,7 +170,7 @@ class ModelAnswer:
             raise decoder.failure
         if self.finalizer is not None and record is not None:
             record.extra = await self.finalizer("".join(decoder.texts or ()), upstream.pool)
-        self.tail, self.count = decoder.tail, decoder.count
+        self.tail, self.count, self.usage = decoder.tail, decoder.count, decoder.usage
 
 
 async def _next(upstream: UpstreamResponse, decoder: StreamDecoder) -> tuple[bool, list[Chunk]]:
@@ -196,18 +226,19 @@ async def respond(
     chat: ChatRequest,
     answer: ModelAnswer | None,
     layered: AsyncIterator[Chunk] | None,
+    usage: Usage | None = None,
     *,
     stall_s: float,
 ) -> web.StreamResponse:
     """Send an answer to the client of `http` in its API: `layered` if it is given, the output of agents, else `answer`
-    itself. `answer` is None if no model is involved.
+    itself. `answer` is None if no model is involved. `usage` returns the token counts for a `layered` without any.
 
     A failure before the first byte is raised; a later one is reported in the stream.
     """
     writer = codec.writer(chat, http[RECORD])
     if not chat.stream:
         if layered is not None:
-            whole = (await fold(layered)).data
+            whole = await _folded(layered, usage)
         else:
             assert answer is not None
             folded = _FoldSink()
@@ -217,7 +248,7 @@ async def respond(
     encoder = StreamEncoder(writer, codec.dialect, several=chat.body.get("n") not in (None, 1))
     written = _StreamSink(encoder, ResponseWriter(http, stall_s), writer.content_type)
     if layered is not None:
-        return await written.send(partial(_pull, layered), answer, cuts=codec.dialect.cuts)
+        return await written.send(partial(_pull, layered, usage), answer, cuts=codec.dialect.cuts)
     assert answer is not None
     return await written.send(answer.push, answer, cuts=codec.dialect.cuts)
 
@@ -240,12 +271,36 @@ async def respond_unstreamed(
     return await respond(http, codec, chat, None, made(), stall_s=stall_s)
 
 
-async def _pull(chunks: AsyncIterator[Chunk], sink: _StreamSink) -> None:
+async def _pull(chunks: AsyncIterator[Chunk], usage: Usage | None, sink: _StreamSink) -> None:
     async for chunk in chunks:
+        if usage is not None and chunk.usage is not None and _is_total(chunk):
+            usage = None
         if not sink.begun:
             await sink.start([chunk])
         elif not sink.write(chunk):
             await sink.drained()
+    if usage is not None and (counts := await usage()) is not None:
+        last = Chunk({"choices": [], "usage": counts})
+        if not sink.begun:
+            await sink.start([last])
+        elif not sink.write(last):
+            await sink.drained()
+
+
+async def _folded(chunks: AsyncIterator[Chunk], usage: Usage | None) -> Json:
+    folded = Fold()
+    async for chunk in chunks:
+        if chunk.usage is not None and _is_total(chunk):
+            usage = None
+        folded.add(chunk.seen)
+    if usage is not None and (counts := await usage()) is not None:
+        folded.add({"usage": counts})
+    return folded.completion()
+
+
+def _is_total(chunk: Chunk) -> bool:
+    """Whether counts in this chunk are those of the whole answer: some servers send counts from the beginning on."""
+    return bool(chunk.finish_reason or not chunk.choice)
 
 
 class _FoldSink:

@@ -188,7 +188,8 @@ class Connection:
             return 200, {"object": "list", "data": [{"id": server.alias, "object": "model", "owned_by": "llamacpp"}]}
         if path == "/tokenize":
             return 200, {"tokens": [len(word) for word in json.loads(body).get("content", "").split()]}
-        return 200, {"path": path, "echo": body.decode("utf-8", "replace")}
+        counted = {"input_tokens": 1} if path.endswith("input_tokens") else {}
+        return 200, {"path": path, "echo": body.decode("utf-8", "replace"), **counted}
 
     def generate(self, path: str, body: dict[str, Any]) -> None:
         if "FAKE_STRICT" in ENV and int(body.get("n") or 1) > self.server.slots:

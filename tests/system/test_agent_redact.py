@@ -73,6 +73,24 @@ async def test_every_text_of_a_request_is_looked_at(stage: tuple[Proxy, Fakes]) 
     assert event["path"] == "/v1/messages" and mail not in event["body"]
 
 
+async def test_blocks_that_no_other_api_has_are_looked_at_too(stage: tuple[Proxy, Fakes]) -> None:
+    proxy, fakes = stage
+    mail = "me@home.org"
+    text = {"type": "text", "text": mail}
+    pdf = {
+        "type": "document",
+        "title": mail,
+        "source": {"type": "base64", "media_type": "x", "data": "bWVAaG9tZS5vcmc="},
+    }
+    blocks = [{"type": "search_result", "source": mail, "title": mail, "content": [text]}, pdf]
+    result = {"type": "tool_result", "tool_use_id": "1", "content": [{"type": "new", "deep": [{"er": mail}]}]}
+    messages = [{"role": "user", "content": [result, *blocks]}, {"role": "developer", "content": [text]}]
+    body = {"model": "m", "max_tokens": 9, "messages": messages}
+    await raw_client.post(proxy.port, "/v1/messages", body)
+    sent = fakes.events("request")[-1]["body"]
+    assert json.loads(sent) == json.loads(json.dumps(body | {"stream": True}).replace(mail, "[email]"))
+
+
 async def test_what_was_taken_out_is_put_back_for_the_user(stage: tuple[Proxy, Fakes]) -> None:
     proxy, fakes = stage
     way = Way(CHAT, stream=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llama_smart_proxy.proxy.chat import ChatRequest
+from llama_smart_proxy.proxy.dialects.openai import CHAT as CHAT_CODEC
 from llama_smart_proxy.proxy.middleware.chats import Chats, chat_id
 from tests.support import raw_client
 from tests.support.agent_clients import WAYS, Said, Way, write_agent
@@ -198,7 +198,7 @@ def test_the_id_of_a_chat_depends_on_key_and_beginning_only() -> None:
     def of(*texts: str, key: str = "", system: str = "") -> str:
         messages = [{"role": "system", "content": system}] if system else []
         messages += [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
-        return chat_id({"Authorization": key} if key else {}, ChatRequest({"messages": messages}))
+        return chat_id({"Authorization": key} if key else {}, CHAT_CODEC.beginning({"messages": messages}))
 
     assert of("a") == of("a", "b", "c")
     assert of("\udc80") != of("a"), "half a character is no trouble"

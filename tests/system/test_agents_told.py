@@ -40,8 +40,19 @@ class Blocks(Agent):
     """Forgets that others wait."""
     command = "blocks"
     async def on_request(self, request: ChatRequest, ctx: Context) -> ChunkStream | None:
-        time.sleep(0.5)
+        if "late" in request.last_user_text:
+            await asyncio.sleep(0.3)
+        if "task" in request.last_user_text:
+            await asyncio.gather(self.in_a_task())
+        if "now" in request.last_user_text:
+            time.sleep(0.5)
+        if "late" in request.last_user_text:
+            await asyncio.sleep(0.3)
         return None
+    async def in_a_task(self) -> None:
+        await asyncio.sleep(0.3)
+        time.sleep(0.6)
+        await asyncio.sleep(0.3)
 '''
 BROKEN = "import no_such_module"
 
@@ -99,9 +110,10 @@ async def test_a_clients_mistake_is_no_failure_of_the_agent(fakes: Fakes) -> Non
 
 
 async def test_an_agent_that_blocks_the_process_is_told_in_the_log(fakes: Fakes) -> None:
-    async with proxy_with_agents(fakes, {"blocks": BLOCKS}, agent_limits={"timeout_s": 0.1}) as proxy:
-        assert (await WAY.ask(proxy, WAY.body("/blocks hi"))).status == 200
-        await until(lambda: "agent blocks blocked the process" in proxy.log, what="the line of the log")
+    async with proxy_with_agents(fakes, {"blocks": BLOCKS}) as proxy:
+        for lines, words in enumerate(("now", "late now", "in a task"), 1):
+            assert (await WAY.ask(proxy, WAY.body(f"/blocks {words}"))).status == 200
+            await until(lambda: proxy.log.count("agent blocks blocked the process") >= lines, what=words)  # noqa: B023
 
 
 def test_check_tells_of_folders_that_are_not_there_and_counts_virtual_models(tmp_path: Path) -> None:

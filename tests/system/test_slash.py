@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.support import raw_client
-from tests.support.agent_clients import Way, write_agent
+from tests.support.agent_clients import WAYS, Way, write_agent
 from tests.support.e2e_support import CHAT, Fakes
 from tests.support.harness import Proxy, running_proxy, session_proxy
 
@@ -118,3 +118,36 @@ async def test_the_configuration_can_do_without_slash_commands(stage: tuple[Prox
         assert fakes.generated()[-1]["messages"][-1]["content"] == "/rag hi"
         await way.ask(proxy, way.body("/rag hi", agents=["rag"]))
         assert fakes.generated()[-1]["marked"] is True and "/rag hi" in json.dumps(fakes.generated()[-1])
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("/parallel n=2 hi", True),
+        ("/PARALLEL", True),
+        ("/example on", True),
+        ("/rag /parallel hi", True),
+        ("/rag /example", True),
+        ("/unknown /parallel hi", False),
+        ("/redact hi", False),  # it has no command
+        ("/think hi", False),  # nor has that one, and it means something to some models
+        ("/parallelism hi", False),
+        ("hi /parallel", False),
+        ("/help /parallel", False),
+        ("/rag /etc/parallel", False),
+    ],
+)
+async def test_the_command_of_an_agent_that_is_not_enabled_is_answered_by_how_to_enable_it(
+    stage: tuple[Proxy, Fakes], text: str, told: bool
+) -> None:
+    proxy, fakes = stage
+    name = text.lower().partition("example" if "example" in text else "parallel")[1]
+    hint = f"The agent /{name} is part of this proxy, but it is not enabled. To enable it, add `{name}` to `agents:`"
+    for way in WAYS if told else WAYS[:1]:
+        asked = len(fakes.events("request"))
+        said = await way.ask(proxy, way.body(text))
+        assert (said.error, said.text.startswith(hint)) == (None, told), way
+        if told:
+            assert len(fakes.events("request")) == asked, "no model was asked"
+    disabled = await WAYS[0].ask(proxy, WAYS[0].body(text, model="off"))
+    assert "not enabled" not in disabled.text, "where agents are off, commands are text"

@@ -22,7 +22,7 @@ from llama_smart_proxy.proxy.dialects.base import ClientCodec, UpstreamCodec
 from llama_smart_proxy.proxy.errors import ProxyError, UpstreamFailed
 from llama_smart_proxy.proxy.middleware.chain import ActiveAgent, Selection
 from llama_smart_proxy.proxy.middleware.context import AgentContext, RequestFacts
-from llama_smart_proxy.proxy.middleware.hooks import response_layer
+from llama_smart_proxy.proxy.middleware.layers import response_layer
 from llama_smart_proxy.proxy.middleware.plugins import LoadedAgent, Plugin
 from llama_smart_proxy.proxy.middleware.scope import Scope
 from llama_smart_proxy.proxy.stream.decoder import StreamDecoder
@@ -158,7 +158,7 @@ async def answer(
     outlet = StreamEncoder(face.writer(ChatRequest(dict(REQUEST), True), Timing(0.0)), face.dialect, several=several)
     written, layers, stream = [], [], source
     for ctx in chain:
-        stream = response_layer(ctx, stream)
+        stream = response_layer(ctx, stream, 2 if several else 1)
         layers.append(stream)
     intact = True
     try:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from llama_smart_proxy.proxy.chat import ChatRequest, Json, Timing
+from typing import Any
+
+from llama_smart_proxy.proxy.chat import ChatRequest, Json, Timing, first_problem
+from llama_smart_proxy.proxy.dialects.anthropic.blocks import normalize_billing_header
 from llama_smart_proxy.proxy.dialects.anthropic.dialect import ANTHROPIC
+from llama_smart_proxy.proxy.dialects.anthropic.messages import last_user_text
 from llama_smart_proxy.proxy.dialects.anthropic.reader import MessageReader
 from llama_smart_proxy.proxy.dialects.anthropic.request import decode, encode
 from llama_smart_proxy.proxy.dialects.anthropic.stream import MessageWriter
@@ -19,7 +23,7 @@ def reader(request: ChatRequest | None = None) -> Reader:
 
 def count_tokens(body: Json) -> int:
     """The `input_tokens` of a body of `POST /v1/messages/count_tokens`, by `estimate`'s rule. Raises: BadRequest."""
-    return estimate(decode({**body, "max_tokens": 1}).body)
+    return estimate(MESSAGES.decode({**body, "max_tokens": 1}).body)
 
 
 def _upstream(request: ChatRequest) -> tuple[str, Json]:
@@ -37,6 +41,12 @@ class MessagesCodec(ClientCodec):
     same_api = WIRE
 
     def decode(self, body: Json) -> ChatRequest:
+        request = decode(body)
+        if (problem := first_problem(request.body)) is not None:
+            raise problem
+        return request
+
+    def decode_same_api(self, body: Json) -> ChatRequest:
         return decode(body)
 
     def encode(self, request: ChatRequest) -> Json:
@@ -44,6 +54,12 @@ class MessagesCodec(ClientCodec):
 
     def writer(self, request: ChatRequest, timing: Timing) -> MessageWriter:
         return MessageWriter(request, timing)
+
+    def user_text(self, body: Json) -> str:
+        return last_user_text(body.get("messages"))
+
+    def beginning(self, body: Json) -> list[tuple[Any, str]]:
+        return [(role, normalize_billing_header(text)) for role, text in super().beginning(body)]
 
 
 MESSAGES = MessagesCodec()

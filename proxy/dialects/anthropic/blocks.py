@@ -1,7 +1,7 @@
 """Converts a content block of an Anthropic request to a part of an OpenAI message or to a tool call, and back.
 
 Further fields of a block are extensions of the part or the call, under their own names; so are the further fields of an
-image's `source` and the `type` of a document.
+image's `source` and the `type` of a document. A block that no part can express is kept in its own form.
 Source: the Anthropic API reference; `server_chat_convert_anthropic_to_oai` in llama.cpp tools/server, b11434.
 """
 
@@ -12,11 +12,12 @@ from typing import Any
 
 import orjson
 
-from llama_smart_proxy.proxy.chat import Json, attach
+from llama_smart_proxy.proxy.chat import EXTENSIONS, Json, attach, is_kept
 from llama_smart_proxy.proxy.dialects.anthropic.shape import (
     NAME,
     add_extensions,
     anthropic_extensions,
+    keeping,
     need,
     type_of,
     without,
@@ -29,7 +30,11 @@ _BILLING_HASH = re.compile(r"(x-anthropic-billing-header:.*?cch=)\w{5}(?=;)", re
 
 
 def decode_part(block: Any, path: str) -> Json:
-    """Convert a block of text, image or plain-text document to a part. Raises: BadRequest."""
+    """Convert a block of text, image or plain-text document to a part; others are kept. Raises: BadRequest."""
+    return keeping(_decode_part, block, path)
+
+
+def _decode_part(block: Any, path: str) -> Json:
     match type_of(block, path):
         case "text":
             return decode_text(block, path)
@@ -53,6 +58,8 @@ def decode_text(block: Any, path: str) -> Json:
 
 def encode_part(part: Json) -> Json:
     """The inverse of `decode_part`. Raises: BadRequest for parts of other types, such as audio."""
+    if is_kept(part):
+        return without(part, EXTENSIONS)
     remaining = anthropic_extensions(part)
     kind = part.get("type")
     if kind == "image_url":

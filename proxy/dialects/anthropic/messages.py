@@ -8,6 +8,7 @@
 | thinking blocks | `reasoning_content`, all of them joined; the blocks are in the extension `content` |
 | tool_use block | an entry of `tool_calls` |
 | tool_result block | a message of role `tool`; the blocks before and after it become separate messages |
+| other blocks, and messages of other roles | kept in their own form |
 
 Further fields of a message are its extensions. Its extension `content` is, for an assistant, the order of its blocks;
 for a tool result its further fields; for a system prompt the original text.
@@ -19,7 +20,7 @@ from __future__ import annotations
 from itertools import islice
 from typing import Any
 
-from llama_smart_proxy.proxy.chat import Json, attach
+from llama_smart_proxy.proxy.chat import EXTENSIONS, Json, attach, is_kept, kept
 from llama_smart_proxy.proxy.dialects.anthropic.blocks import (
     decode_call,
     decode_part,
@@ -35,6 +36,7 @@ from llama_smart_proxy.proxy.dialects.anthropic.shape import (
     add_extensions,
     anthropic_extensions,
     check,
+    keeping,
     need,
     type_of,
     without,
@@ -57,14 +59,25 @@ def decode_system(system: Any) -> Json:
         text = normalize_billing_header(system)
         return attach({"role": "system", "content": text}, NAME, {"content": system} if text != system else {})
     blocks = enumerate(check(system, list, "system"))
-    return {"role": "system", "content": [normalize_part(decode_text(block, f"system.{at}")) for at, block in blocks]}
+    parts = [keeping(decode_text, block, f"system.{at}") for at, block in blocks]
+    return {"role": "system", "content": [part if is_kept(part) else normalize_part(part) for part in parts]}
 
 
 def decode_messages(messages: list[Any]) -> list[Json]:
     """Convert messages: to one each, or to several if they contain tool results. Raises: BadRequest."""
     if not messages:
         raise BadRequest("messages: at least one message is required")
-    return [decoded for at, message in enumerate(messages) for decoded in _decode(message, f"messages.{at}")]
+    return [decoded for at, message in enumerate(messages) for decoded in _decode_or_keep(message, f"messages.{at}")]
+
+
+def _decode_or_keep(message: Any, path: str) -> list[Json]:
+    try:
+        return _decode(message, path)
+    except BadRequest as exc:
+        known = not isinstance(message, dict) or message.get("role") in (None, *_BLOCKS)
+        if known or not isinstance(message["role"], str):
+            raise
+        return [kept(message, NAME, exc)]
 
 
 def _decode(message: Any, path: str) -> list[Json]:
@@ -82,19 +95,22 @@ def _decode(message: Any, path: str) -> list[Json]:
 
 
 def _system(blocks: list[Any], path: str) -> list[Json]:
-    return [{"role": "system", "content": [decode_text(block, f"{path}.{at}") for at, block in enumerate(blocks)]}]
+    parts = [keeping(decode_text, block, f"{path}.{at}") for at, block in enumerate(blocks)]
+    return [{"role": "system", "content": parts}]
 
 
 def _user(blocks: list[Any], path: str) -> list[Json]:
     result: list[Json] = []
     for at, block in enumerate(blocks):
         where = f"{path}.{at}"
-        if type_of(block, where) == "tool_result":
-            result.append(_tool_message(block, where))
+        is_result = type_of(block, where) == "tool_result"
+        decoded = keeping(_tool_message, block, where) if is_result else decode_part(block, where)
+        if is_result and not is_kept(decoded):
+            result.append(decoded)
             continue
         if not result or result[-1]["role"] != "user":
             result.append({"role": "user", "content": []})
-        result[-1]["content"].append(decode_part(block, where))
+        result[-1]["content"].append(decoded)
     return result or [{"role": "user", "content": []}]
 
 
@@ -116,18 +132,17 @@ def _assistant(blocks: list[Any], path: str) -> list[Json]:
     order = list[Json | str]()
     for at, block in enumerate(blocks):
         where = f"{path}.{at}"
-        match type_of(block, where):
-            case "thinking":
-                thoughts.append(need(block, "thinking", str, where))
-                order.append(block)
-            case "redacted_thinking":
-                order.append(block)
-            case "tool_use":
-                calls.append(decode_call(block, where))
-                order.append(_CALL)
-            case _:
-                parts.append(decode_part(block, where))
-                order.append(_PART)
+        kind = type_of(block, where)
+        decoded = keeping(_OF_ASSISTANT.get(kind, decode_part), block, where)
+        if is_kept(decoded) or kind not in _OF_ASSISTANT:
+            parts.append(decoded)
+            order.append(_PART)
+        elif kind == "tool_use":
+            calls.append(decoded)
+            order.append(_CALL)
+        else:
+            thoughts.append(block["thinking"] if kind == "thinking" else "")
+            order.append(block)
     message: Json = {"role": "assistant", "content": parts if parts or not blocks else ""}
     if reasoning := "".join(thoughts):
         message["reasoning_content"] = reasoning
@@ -139,7 +154,51 @@ def _assistant(blocks: list[Any], path: str) -> list[Json]:
     return [attach(message, NAME, {"content": order} if order else {})]
 
 
+def _thinking(block: Json, path: str) -> Json:
+    if block["type"] == "thinking":
+        need(block, "thinking", str, path)
+    return block
+
+
+_OF_ASSISTANT = {"thinking": _thinking, "redacted_thinking": _thinking, "tool_use": decode_call}
 _BLOCKS = {"system": _system, "user": _user, "assistant": _assistant}
+
+
+def last_user_text(messages: Any) -> str:
+    """`ChatRequest.last_user_text` of what `decode_messages` would make of undecoded and unchecked `messages`."""
+    for message in reversed(messages if isinstance(messages, list) else list[Any]()):
+        if not isinstance(message, dict) or message.get("role") != "user":
+            continue
+        blocks = message.get("content")
+        if isinstance(blocks, str):
+            return blocks
+        if isinstance(blocks, list) and ((run := _last_run(blocks)) or not blocks):
+            return next((text for block in run if isinstance(text := _text_of_block(block), str)), "")
+    return ""
+
+
+def _last_run(blocks: list[Any]) -> list[Any]:
+    """The last blocks in a row that are no tool results: these become one message."""
+    end = len(blocks)
+    while end and _is_result(blocks[end - 1]):
+        end -= 1
+    start = end
+    while start and not _is_result(blocks[start - 1]):
+        start -= 1
+    return blocks[start:end]
+
+
+def _is_result(block: Any) -> bool:
+    return isinstance(block, dict) and block.get("type") == "tool_result"
+
+
+def _text_of_block(block: Any) -> Any:
+    if not isinstance(block, dict) or block.get("type") not in ("text", "document"):
+        return None
+    if block["type"] == "text":
+        return block.get("text")
+    source = block.get("source")
+    return source.get("data") if isinstance(source, dict) and source.get("type") == "text" else None
 
 
 # -- and back ----------------------------------------------------------------------------------------------------------
@@ -150,6 +209,9 @@ def encode_messages(messages: list[Json]) -> Json:
     system: list[str | list[Json]] = []
     result: list[Json] = []
     for message in messages:
+        if is_kept(message):
+            result.append(without(message, EXTENSIONS))
+            continue
         remaining = anthropic_extensions(message)
         if message["role"] == "system" and not result and "role" not in remaining:
             content = _content(message)

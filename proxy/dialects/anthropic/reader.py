@@ -59,7 +59,8 @@ class MessageReader:
             case "message_start":
                 message = event["message"]
                 self._count(message.get("usage") or {})
-                return {"id": message["id"], "model": message["model"], **_chunk({"role": "assistant", "content": ""})}
+                start = {"id": message["id"], "model": message["model"], **_chunk({"role": "assistant", "content": ""})}
+                return start | ({"usage": self._openai_usage()} if self._usage else {})
             case "message_delta":
                 return self._end(event["delta"], event.get("usage") or {})
             case "message_stop":

@@ -13,7 +13,8 @@
 | `metadata.user_id` | `user` |
 
 Everything else becomes extensions; so do null and empty values, and `thinking` of other types (`adaptive`), for which
-the model decides. Messages: `proxy.dialects.anthropic.messages`.
+the model decides; and so does what OpenAI's API cannot express, with the reason. Tools of other types are the extension
+`tools`: pairs of position and tool. Messages: `proxy.dialects.anthropic.messages`.
 Source: the Anthropic API reference and its Python package 2.12; llama.cpp tools/server, b11434.
 """
 
@@ -21,9 +22,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from llama_smart_proxy.proxy.chat import ChatRequest, Json, attach
+from llama_smart_proxy.proxy.chat import EXTENSIONS, ChatRequest, Json, attach, is_kept, kept
 from llama_smart_proxy.proxy.dialects.anthropic.messages import decode_messages, decode_system, encode_messages
-from llama_smart_proxy.proxy.dialects.anthropic.shape import NAME, anthropic_extensions, check, need, type_of, without
+from llama_smart_proxy.proxy.dialects.anthropic.shape import (
+    NAME,
+    anthropic_extensions,
+    check,
+    need,
+    type_of,
+    without,
+)
 from llama_smart_proxy.proxy.errors import BadRequest
 
 _SAME = ("model", "max_tokens", "temperature", "top_p", "top_k", "stream", "chat_template_kwargs")
@@ -32,25 +40,24 @@ _CHOICES_BACK = {openai: anthropic for anthropic, openai in _CHOICES.items()}
 
 
 def decode(body: Json) -> ChatRequest:
-    """Convert a body of `POST /v1/messages`. Raises: BadRequest."""
-    if need(body, "max_tokens", int) < 0:
-        raise BadRequest("max_tokens: Input should be greater than or equal to 0")
+    """Convert a body of `POST /v1/messages`; what cannot be converted is kept (`proxy.chat.extensions`).
+
+    Raises: BadRequest if `messages` or `stream` make no sense.
+    """
     stream = body.get("stream")
     if stream is not None:
         check(stream, bool, "stream")
-    remaining = dict(body)
+    remaining, problem = dict(body), None
     result: Json = {key: remaining.pop(key) for key in _SAME if key in remaining}
-    result["messages"] = [decode_system(remaining.pop("system"))] if remaining.get("system") else []
-    result["messages"] += decode_messages(need(body, "messages", list))
+    result["messages"] = decode_messages(need(body, "messages", list))
     del remaining["messages"]
-    if remaining.get("stop_sequences"):
-        result["stop"] = check(remaining.pop("stop_sequences"), list, "stop_sequences")
-    if remaining.get("tools"):
-        tools = check(remaining.pop("tools"), list, "tools")
-        result["tools"] = [_tool(tool, f"tools.{number}") for number, tool in enumerate(tools)]
-    for convert in (_decode_tool_choice, _decode_thinking, _decode_format, _decode_user):
-        convert(remaining, result)
-    return ChatRequest(attach(result, NAME, remaining), stream is True)
+    for convert in _CONVERSIONS:
+        before = dict(remaining), dict(result)
+        try:
+            convert(remaining, result)
+        except BadRequest as exc:
+            (remaining, result), problem = before, problem or exc
+    return ChatRequest(attach(result, NAME, remaining, problem), stream is True)
 
 
 def encode(request: ChatRequest) -> Json:
@@ -63,11 +70,60 @@ def encode(request: ChatRequest) -> Json:
     result |= encode_messages(body["messages"])
     if "stop" in body:
         result["stop_sequences"] = [body["stop"]] if isinstance(body["stop"], str) else body["stop"]
-    if "tools" in body:
-        result["tools"] = [_tool_back(tool) for tool in body["tools"]]
+    _encode_tools(body, result)
     for convert in (_encode_tool_choice, _encode_thinking, _encode_format, _encode_user):
         convert(body, result)
     return result
+
+
+def _check_limit(remaining: Json, result: Json) -> None:
+    if need(result, "max_tokens", int) < 0:
+        raise BadRequest("max_tokens: Input should be greater than or equal to 0")
+
+
+def _decode_system(remaining: Json, result: Json) -> None:
+    if remaining.get("system"):
+        result["messages"] = [decode_system(remaining.pop("system")), *result["messages"]]
+
+
+def _decode_stop(remaining: Json, result: Json) -> None:
+    if remaining.get("stop_sequences"):
+        result["stop"] = check(remaining.pop("stop_sequences"), list, "stop_sequences")
+
+
+def _decode_tools(remaining: Json, result: Json) -> None:
+    if not remaining.get("tools"):
+        return
+    given = enumerate(check(remaining.pop("tools"), list, "tools"))
+    tools = [(at, _tool_or_kept(tool, f"tools.{at}")) for at, tool in given]
+    result["tools"] = [tool for _, tool in tools if not is_kept(tool)]
+    if others := _Others((at, tool) for at, tool in tools if is_kept(tool)):
+        remaining["tools"] = others
+        if len(others) == len(tools):
+            del result["tools"]
+
+
+def _encode_tools(body: Json, result: Json) -> None:
+    others = result.pop("tools") if isinstance(result.get("tools"), _Others) else _Others()
+    if "tools" not in body and not others:
+        return
+    tools = [_tool_back(tool) for tool in body.get("tools") or ()]
+    for at, tool in others:
+        tools.insert(at, without(tool, EXTENSIONS))
+    result["tools"] = tools
+
+
+class _Others(list[tuple[int, Json]]):
+    """The tools that OpenAI's API cannot express, with their positions among all tools."""
+
+
+def _tool_or_kept(tool: Any, path: str) -> Json:
+    try:
+        return _tool(tool, path)
+    except BadRequest as exc:
+        if not isinstance(tool, dict):
+            raise
+        return kept(tool, NAME, exc)
 
 
 def _tool(tool: Any, path: str) -> Json:
@@ -113,8 +169,11 @@ def _decode_tool_choice(remaining: Json, result: Json) -> None:
 
 def _encode_tool_choice(body: Json, result: Json) -> None:
     choice, parallel = body.get("tool_choice"), body.get("parallel_tool_calls")
-    remaining = result.pop("tool_choice") if result.get("tool_choice") else {}
+    given = result.get("tool_choice")
+    remaining = given if isinstance(given, dict) else {}
     if choice is None and parallel is None:
+        if remaining and "type" not in remaining:  # what is left of a choice that an agent has removed
+            del result["tool_choice"]
         return
     if isinstance(choice, dict):
         remaining |= {"type": "tool", "name": choice["function"]["name"]}
@@ -188,3 +247,15 @@ def _decode_user(remaining: Json, result: Json) -> None:
 def _encode_user(body: Json, result: Json) -> None:
     if "user" in body:
         result["metadata"] = {**(result.get("metadata") or {}), "user_id": body["user"]}
+
+
+_CONVERSIONS = (
+    _check_limit,
+    _decode_system,
+    _decode_stop,
+    _decode_tools,
+    _decode_tool_choice,
+    _decode_thinking,
+    _decode_format,
+    _decode_user,
+)

@@ -6,9 +6,10 @@ Error messages have the form and text of Anthropic's own API, because clients sh
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
-from llama_smart_proxy.proxy.chat import Json, attach, extensions_of
+from llama_smart_proxy.proxy.chat import EXTENSIONS, Extensions, Json, attach, extensions_of, kept
 from llama_smart_proxy.proxy.dialects.anthropic.dialect import ANTHROPIC
 from llama_smart_proxy.proxy.errors import BadRequest
 
@@ -48,9 +49,24 @@ def without(source: Json, *keys: str) -> Json:
 
 def add_extensions(target: Json, fields: Json) -> Json:
     """Add `fields` to the Anthropic extensions of `target`. Returns `target`."""
-    return attach(target, NAME, {**extensions_of(target, NAME), **fields})
+    before = target.get(EXTENSIONS)
+    problem = before.problem if isinstance(before, Extensions) else None
+    return attach(target, NAME, {**extensions_of(target, NAME), **fields}, problem)
 
 
 def anthropic_extensions(source: Json) -> Json:
     """A copy of the Anthropic extensions of `source`."""
     return dict(extensions_of(source, NAME))
+
+
+def keeping(convert: Callable[[Any, str], Json], block: Any, path: str) -> Json:
+    """`convert(block, path)`; or the block itself, kept, if that refuses it.
+
+    Raises: BadRequest for what is no block of any type, and for an invalid text, which agents would take for one.
+    """
+    try:
+        return convert(block, path)
+    except BadRequest as exc:
+        if not isinstance(block, dict) or not isinstance(block.get("type"), str) or block["type"] == "text":
+            raise
+        return kept(block, NAME, exc)

@@ -48,11 +48,11 @@ class MessageWriter:
         self._extensions: Json = {}
 
     def chunk(self, chunk: Json) -> bytes:
+        if usage := chunk.get("usage"):
+            self._usage = usage
         written = b"" if self._begun else self._begin(chunk)
         if EXTENSIONS in chunk:
             self._extensions |= extensions_of(chunk, NAME)
-        if usage := chunk.get("usage"):
-            self._usage = usage
         for choice in chunk.get("choices") or ():
             delta = choice.get("delta") or {}
             if text := delta.get("reasoning_content"):

@@ -20,6 +20,7 @@ def estimate(body: Json) -> int:
     for message in body["messages"]:
         content = message.get("content") or ()
         parts = [{"text": content}] if isinstance(content, str) else content
+        parts = [part for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
         images += sum(part.get("type") == "image_url" for part in parts)
         size += sum(_size(part.get("text")) for part in parts) + _size(message.get("reasoning_content"))
         for call in message.get("tool_calls") or ():
