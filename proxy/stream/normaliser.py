@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from llama_smart_proxy.proxy.chat import Json
-from llama_smart_proxy.proxy.chat.chunk import reasoning_of
+from llama_smart_proxy.proxy.chat.chunk import REASONING, reasoning_of
 from llama_smart_proxy.proxy.errors import UpstreamFailed
 from llama_smart_proxy.proxy.stream.tool_calls import CallSequence
 
@@ -26,11 +26,12 @@ _COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
 
 class Normaliser:
     """Normalises the chunks of one answer with `choices` choices, in place. With `renames`, reasoning is always
-    `reasoning_content`; otherwise it keeps the name that the server gave it."""
+    `reasoning_content`; otherwise it keeps the names that the server gave it, one of which is in all chunks."""
 
     def __init__(self, choices: int, *, renames: bool) -> None:
         self._choices = choices
         self._renames = renames
+        self._reasoning = "reasoning_content" if renames else ""  # its name, once known
         self._calls: dict[int, CallSequence] = {}
         self._finished: set[int] = set()
 
@@ -70,8 +71,8 @@ class Normaliser:
             delta["content"], thoughts = _text_of(content)
             if thoughts and not reasoning_of(delta):
                 delta["reasoning_content"] = thoughts
-        if self._renames:
-            _rename_reasoning(delta)
+        if len(delta) > 1 or "content" not in delta:
+            self._rename_reasoning(delta)
         reason = choice.get("finish_reason")
         if reason is not None:
             choice["finish_reason"] = reason = _finish_reason(reason)
@@ -81,6 +82,15 @@ class Normaliser:
         if reason:
             self._finished.add(choice["index"])
         return changed
+
+    def _rename_reasoning(self, delta: Json) -> None:
+        text = reasoning_of(delta)
+        if self._renames:
+            for name in REASONING[1:]:
+                delta.pop(name, None)
+        if text:
+            self._reasoning = self._reasoning or next((name for name in REASONING[:2] if name in delta), REASONING[0])
+            delta[self._reasoning] = text
 
     def _order_calls(self, index: int, delta: Json, *, ended: bool) -> bool:
         given = delta.get("tool_calls") or []
@@ -119,16 +129,6 @@ def _finish_reason(given: Any) -> str | None:
     if given == "error":
         raise UpstreamFailed("the model server ended its answer with an error", code="upstream_error")
     return _FINISH_REASONS.get(str(given), "stop")
-
-
-def _rename_reasoning(delta: Json) -> None:
-    if "reasoning" not in delta and "thinking" not in delta and "reasoning_details" not in delta:
-        return
-    text = reasoning_of(delta)
-    for name in ("reasoning", "thinking"):
-        delta.pop(name, None)
-    if text:
-        delta["reasoning_content"] = text
 
 
 def _text_of(content: Any) -> tuple[str, str]:

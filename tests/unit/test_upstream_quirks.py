@@ -136,6 +136,8 @@ def test_reasoning_has_one_name_and_occurs_once(fields: Json) -> None:
     assert (message["reasoning_content"], message["content"]) == ("Hm.", "Hi")
     assert not {"reasoning", "thinking"} & message.keys()
     assert "".join(chunk.reasoning for chunk in decoded(data, openai.OWN_WIRE)[1]) == "Hm."
+    same_api = folded(data, openai.OWN_WIRE)["choices"][0]["message"]
+    assert "Hm." in (same_api.get("reasoning"), same_api.get("reasoning_content"))
 
 
 @pytest.mark.parametrize(
