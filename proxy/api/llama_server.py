@@ -40,6 +40,10 @@ _LOCAL_PAGE = re.compile(r"https?://(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,
 _ENDS = (OPENAI, NATIVE, ANTHROPIC, RESPONSES)
 REPLAY = replace(OPENAI, is_end=lambda events: any(dialect.is_end(events) for dialect in _ENDS), ending=b"")
 """The rest of a stream of any API."""
+TRANSCRIPT = replace(
+    OPENAI, is_end=lambda events: OPENAI.is_end(events) or b'"transcript.text.done"' in events, ending=b""
+)
+"""A transcription in pieces: OpenAI's ends with its whole text, llama-server's with `[DONE]`."""
 TOOL_STREAM = replace(OPENAI, is_end=lambda events: b'"done":true' in events or b'"jsonrpc"' in events, ending=b"")
 """The output of a tool, which ends with `{"done": true}`; each message of MCP is complete in itself."""
 
@@ -157,7 +161,8 @@ async def transcribe(http: web.BaseRequest) -> web.StreamResponse:
     http[PROXY].chain.check_none_required(http.headers, route.name)
     data = form.with_text("model", route.model.name)
     del form
-    return await _pass_on(http, route.model, data, content_type=http.headers["Content-Type"], slot=True)
+    content_type = http.headers["Content-Type"]
+    return await _pass_on(http, route.model, data, content_type=content_type, dialect=TRANSCRIPT, slot=True)
 
 
 # -- resumable streams -------------------------------------------------------------------------------------------------

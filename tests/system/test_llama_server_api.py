@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 
 from llama_smart_proxy.proxy.middleware.chats import CHAT_ID_HEADERS
+from tests.support import toxic
 from tests.support.e2e_support import Fakes, body_of, state
 from tests.support.harness import Proxy, session_proxy, until
 from tests.support.raw_client import Answer, ask, get, post, request
 from tests.support.speakers import SPEAKERS
 from tests.support.stages import Chain, Stage
+from tests.support.toxic import RawUpstream
 
 CHAT = "/v1/chat/completions"
 DOCUMENTED = ("README.md", "docs/agents.md", "docs/clients.md", "agents/README.md")
@@ -198,15 +200,17 @@ SOUND = bytes(range(256)) * 300 + b"\r\n--cu"
 FORM = ("Content-Type", "multipart/form-data; boundary=cut")
 
 
-async def transcribed(native: Native, data: bytes, content_type: str, path: str = "/v1/audio/transcriptions") -> Answer:
+async def transcribed(proxy: Proxy, data: bytes, content_type: str, path: str = "/v1/audio/transcriptions") -> Answer:
     head = f"POST {path} HTTP/1.1\r\nHost: test\r\nConnection: close\r\nContent-Type: {content_type}\r\n"
-    return await ask(native.proxy.port, f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+    return await ask(proxy.port, f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
 
 
 @pytest.mark.parametrize("path", ["/v1/audio/transcriptions", "/audio/transcriptions"])
 async def test_a_recording_reaches_the_models_server_byte_for_byte(native: Native, path: str) -> None:
     file = ('name="file"; filename="model.wav"', SOUND)
-    answer = await transcribed(native, form(file, ('name="model"', b"FIRST"), ("name=language", b"de")), FORM[1], path)
+    answer = await transcribed(
+        native.proxy, form(file, ('name="model"', b"FIRST"), ("name=language", b"de")), FORM[1], path
+    )
     assert answer.status == 200
     event = sent(native.fakes, path)[-1]
     assert event["headers"]["content-type"] == FORM[1]
@@ -230,9 +234,29 @@ async def test_a_recording_reaches_the_models_server_byte_for_byte(native: Nativ
 async def test_a_form_that_cannot_be_passed_on_is_refused(
     native: Native, data: bytes, content_type: str, status: int
 ) -> None:
-    answer = await transcribed(native, data, content_type)
+    answer = await transcribed(native.proxy, data, content_type)
     assert answer.status == status, answer.body
     assert answer.error["message"]
+
+
+@pytest.mark.parametrize(
+    ("last", "whole"),
+    [
+        (b'{"type":"transcript.text.done","text":"a"}', True),
+        (b"[DONE]", True),
+        (b'{"type":"transcript.text.delta"}', False),
+    ],
+)
+async def test_a_streamed_transcription_of_a_remote_ends_as_its_server_ends_it(
+    proxy: Proxy, upstream: RawUpstream, last: bytes, whole: bool
+) -> None:
+    events = b'data: {"type":"transcript.text.delta","delta":"a"}\n\ndata: ' + last + b"\n\n"
+    headers = [("Content-Type", "text/event-stream"), ("Transfer-Encoding", "chunked")]
+    upstream.script = toxic.head(200, headers) + toxic.chunk(events) + toxic.LAST_CHUNK
+    data = form(('name="model"', b"m"), ('name="file"; filename="a"', SOUND))
+    answer = await transcribed(proxy, data, FORM[1])
+    assert answer.body.startswith(events) and (answer.body == events) is whole
+    assert upstream.requests[-1].body == data
 
 
 # -- resumable streams -------------------------------------------------------------------------------------------------
