@@ -21,7 +21,7 @@ from llama_smart_proxy.proxy.api.multipart import Form
 from llama_smart_proxy.proxy.api.state import PROXY
 from llama_smart_proxy.proxy.chat import Json
 from llama_smart_proxy.proxy.dialects import ANTHROPIC, NATIVE, OPENAI, RESPONSES, Dialect
-from llama_smart_proxy.proxy.errors import BadRequest, ProxyError
+from llama_smart_proxy.proxy.errors import BadRequest, Overloaded, ProxyError
 from llama_smart_proxy.proxy.http.aside import in_thread
 from llama_smart_proxy.proxy.http.body import read_bytes, read_json, serialise
 from llama_smart_proxy.proxy.http.headers import RECORD, upstream_headers
@@ -172,6 +172,8 @@ async def resume_stream(http: web.BaseRequest) -> web.StreamResponse:
     """`GET /v1/stream?conv_id=&from=`: the stream of a chat from that byte on, also one that is not complete yet."""
     chat = _conversation(http)
     models = await _resumable(http)
+    if http[PROXY].conversations.waits(chat):
+        raise Overloaded("Stream owner model is loading, retry later", code="model_loading")
     if not models:
         raise BadRequest("Stream not found or expired", status=404, code="not_found")
     owner = models[0]
@@ -184,7 +186,7 @@ async def resume_stream(http: web.BaseRequest) -> web.StreamResponse:
 
 async def stop_stream(http: web.BaseRequest) -> web.StreamResponse:
     """`DELETE /v1/stream?conv_id=`: ends the stream of a chat; 204 also if there is none."""
-    _conversation(http)
+    http[PROXY].conversations.stop(_conversation(http))
     for model in await _resumable(http):
         async for attempt in Attempts(model, UpstreamRequest("DELETE", http.raw_path, slot=False)):
             async with attempt as upstream:

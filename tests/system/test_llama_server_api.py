@@ -12,13 +12,14 @@ import pytest
 
 from llama_smart_proxy.proxy.middleware.chats import CHAT_ID_HEADERS
 from tests.support import toxic
-from tests.support.e2e_support import Fakes, body_of, state
-from tests.support.harness import Proxy, session_proxy, until
-from tests.support.raw_client import Answer, ask, get, post, request
+from tests.support.e2e_support import Fakes, Gate, body_of, fakes, gate, state
+from tests.support.harness import Proxy, running_proxy, session_proxy, until
+from tests.support.raw_client import Answer, ask, connected, get, post, request
 from tests.support.speakers import SPEAKERS
 from tests.support.stages import Chain, Stage
 from tests.support.toxic import RawUpstream
 
+__all__ = ["fakes", "gate"]  # fixtures
 CHAT = "/v1/chat/completions"
 DOCUMENTED = ("README.md", "docs/agents.md", "docs/clients.md", "agents/README.md")
 CONVERSATION = ("X-Conversation-Id", "conv::org/repo:Q8_0")
@@ -284,6 +285,39 @@ async def test_a_stream_is_only_looked_for_where_streams_are_kept(native: Native
     ]
     assert (await native.send("GET", "/v1/stream")).status == 400
     assert (await native.send("GET", f"/v1/stream?{CONV}&model=plain")).status == 404
+
+
+async def test_a_request_for_a_resumable_stream_waits_for_its_model_without_its_client(
+    fakes: Fakes, gate: Gate
+) -> None:
+    kept = fakes.model(fields={"resumable_streams": True}, LOAD_UNTIL=gate)
+    question = request("POST", CHAT, body_of("kept", stream=True), headers=[CONVERSATION])
+    async with running_proxy(fakes.config({"kept": kept})) as proxy:
+
+        async def resumed() -> int:
+            return (await get(proxy.port, f"/v1/stream?{CONV}&from=0")).status
+
+        async def waits() -> bool:
+            return await resumed() == 503
+
+        assert await resumed() == 404
+        async with connected(proxy.port) as client:
+            await client.send(question)
+            await until(waits, what="the request")
+            assert (await ask(proxy.port, request("DELETE", f"/v1/stream?{CONV}", close=True))).status == 204
+            stopped = await client.answer()
+            assert (stopped.status, stopped.error["code"]) == (400, "request_cancelled")
+        assert await resumed() == 404
+        async with connected(proxy.port) as client:
+            await client.send(question)
+            await until(waits, what="the second request")
+            client.leave()
+        await until(lambda: " 499 " in proxy.log, what="the end of the client")
+        assert await waits() and not sent(fakes, CHAT)
+        gate.open()
+        await until(lambda: sent(fakes, CHAT), what="the request at the server")
+        assert sent(fakes, CHAT)[0]["headers"]["x-conversation-id"] == CONVERSATION[1]
+        assert await resumed() == 200
 
 
 async def test_a_stream_of_real_llama_cpp_is_resumed_and_stopped(chain: Chain) -> None:
