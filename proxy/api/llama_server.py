@@ -138,6 +138,20 @@ async def _only_props(http: web.BaseRequest) -> Json:
     return {}
 
 
+async def metrics(http: web.BaseRequest) -> web.StreamResponse:
+    """`GET /metrics?model=`: for Prometheus. Its header is documented in this spelling, which some readers require."""
+    model = (await _resolved(http, None)).model
+    headers = upstream_headers(http.headers, has_body=False)
+    async for attempt in Attempts(model, UpstreamRequest("GET", "/metrics", b"", headers, slot=False)):
+        async with attempt as upstream:
+            body = await upstream.read(ANSWER_LIMIT)
+    response = web.Response(status=upstream.status, body=body)
+    for name in ("Content-Type", "Process-Start-Time-Unix"):
+        if value := upstream.header(name.lower()):
+            response.headers[name] = value
+    return response
+
+
 async def set_lora_adapters(http: web.BaseRequest) -> web.StreamResponse:
     """`POST /lora-adapters`: the scales of adapters as a list, which leaves `?model=` to name the model."""
     raw = await read_bytes(http, min(LARGEST_LIST, http[PROXY].max_body_bytes))

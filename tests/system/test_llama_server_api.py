@@ -341,7 +341,13 @@ async def test_real_llama_cpp_answers_what_is_passed_on(chain: Chain) -> None:
         assert (await post(port, path, chat)).json()["input_tokens"] > 5
     assert (await post(port, "/messages", chat)).json()["type"] == "message"
     assert (await post(port, "/messages/count_tokens", chat)).json()["input_tokens"] > 5
-    assert b"llamacpp:prompt_tokens_total" in (await get(port, "/metrics?model=spare")).body
+    async with connected(port) as client:
+        await client.send(request("GET", "/metrics?model=spare", close=True))
+        metrics = b"".join([piece async for piece in client.reader])
+    assert metrics.startswith(b"HTTP/1.1 200 ") and b"\r\nProcess-Start-Time-Unix: 1" in metrics
+    assert (
+        b"\r\nContent-Type: text/plain; version=0.0.4\r\n" in metrics and b"\nllamacpp:prompt_tokens_total " in metrics
+    )
     adapters = await ask(port, request("POST", "/lora-adapters?model=spare", b"[]", close=True))
     assert (adapters.status, adapters.json()) == (200, {"success": True})
     assert (await get(port, "/props")).json()["role"] == "router"
