@@ -46,6 +46,7 @@ ROUTES: list[tuple[str, str, Handler]] = [
     ("POST", "/models/unload", router_mode.unload_model),
     # llama-server's other endpoints that are not simply relayed
     ("GET", "/props", llama_server.props),
+    ("GET", "/metrics", llama_server.metrics),
     ("POST", "/lora-adapters", llama_server.set_lora_adapters),
     ("POST", "/v1/audio/transcriptions", llama_server.transcribe),
     ("POST", "/audio/transcriptions", llama_server.transcribe),

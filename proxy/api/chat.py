@@ -283,8 +283,9 @@ async def relay_request(
         prepared = model.prepare(body)
         data = (reusable.bytes_of(body) if reusable is not None else None) or await to_bytes(http, body)
     headers = upstream_headers(http.headers, has_body=has_body)
-    if Feature.RESUMABLE in model.features and endpoint.slot and CONVERSATION in http.headers:
-        headers.append((CONVERSATION, http.headers[CONVERSATION]))
+    chat_id = http.headers.get(CONVERSATION) if endpoint.slot and Feature.RESUMABLE in model.features else None
+    if chat_id:
+        headers.append((CONVERSATION, chat_id))
     path = _upstream_path(http, model.name)
     stall_s, unstreamed = proxy.config.server.send_stall_s, None
     generates = endpoint.codec is not None
@@ -295,6 +296,8 @@ async def relay_request(
         path = "".join((endpoint.path, *path.partition("?")[1:]))
     request = UpstreamRequest(http.method, path, data, headers, endpoint.slot, prepared=prepared)
     del body, reusable  # the answer may last for minutes
+    if chat_id and model.state.value != "loaded" and proxy.config.server_pool.autoload:
+        await proxy.conversations.load(chat_id, model, request)
     return await relay(
         http, model, request, endpoint.dialect, stall_s=stall_s, generates=generates, unstreamed=unstreamed
     )

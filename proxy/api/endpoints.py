@@ -94,8 +94,7 @@ ENDPOINTS: dict[str, Endpoint] = {
     "/tokenize": NATIVE_UTILITY,
     "/detokenize": NATIVE_UTILITY,
     "/apply-template": NATIVE_UTILITY,
-    "/props": NATIVE_UTILITY,  # GET, and POST of "/lora-adapters": `proxy.api.llama_server`
-    "/metrics": Endpoint(api="native", slot=False, methods=_READABLE),
+    "/props": NATIVE_UTILITY,  # GET, and the methods of other paths that are not here: `proxy.api.llama_server`
     "/slots": Endpoint(api="native", slot=False, methods=_READABLE),
     r"/slots/{id:\d+}": NATIVE_UTILITY,
     "/lora-adapters": Endpoint(api="native", slot=False, methods=_READABLE),

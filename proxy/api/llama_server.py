@@ -21,7 +21,7 @@ from llama_smart_proxy.proxy.api.multipart import Form
 from llama_smart_proxy.proxy.api.state import PROXY
 from llama_smart_proxy.proxy.chat import Json
 from llama_smart_proxy.proxy.dialects import ANTHROPIC, NATIVE, OPENAI, RESPONSES, Dialect
-from llama_smart_proxy.proxy.errors import BadRequest, ProxyError
+from llama_smart_proxy.proxy.errors import BadRequest, Overloaded, ProxyError
 from llama_smart_proxy.proxy.http.aside import in_thread
 from llama_smart_proxy.proxy.http.body import read_bytes, read_json, serialise
 from llama_smart_proxy.proxy.http.headers import RECORD, upstream_headers
@@ -40,6 +40,10 @@ _LOCAL_PAGE = re.compile(r"https?://(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,
 _ENDS = (OPENAI, NATIVE, ANTHROPIC, RESPONSES)
 REPLAY = replace(OPENAI, is_end=lambda events: any(dialect.is_end(events) for dialect in _ENDS), ending=b"")
 """The rest of a stream of any API."""
+TRANSCRIPT = replace(
+    OPENAI, is_end=lambda events: OPENAI.is_end(events) or b'"transcript.text.done"' in events, ending=b""
+)
+"""A transcription in pieces: OpenAI's ends with its whole text, llama-server's with `[DONE]`."""
 TOOL_STREAM = replace(OPENAI, is_end=lambda events: b'"done":true' in events or b'"jsonrpc"' in events, ending=b"")
 """The output of a tool, which ends with `{"done": true}`; each message of MCP is complete in itself."""
 
@@ -134,6 +138,20 @@ async def _only_props(http: web.BaseRequest) -> Json:
     return {}
 
 
+async def metrics(http: web.BaseRequest) -> web.StreamResponse:
+    """`GET /metrics?model=`: for Prometheus. Its header is documented in this spelling, which some readers require."""
+    model = (await _resolved(http, None)).model
+    headers = upstream_headers(http.headers, has_body=False)
+    async for attempt in Attempts(model, UpstreamRequest("GET", "/metrics", b"", headers, slot=False)):
+        async with attempt as upstream:
+            body = await upstream.read(ANSWER_LIMIT)
+    response = web.Response(status=upstream.status, body=body)
+    for name in ("Content-Type", "Process-Start-Time-Unix"):
+        if value := upstream.header(name.lower()):
+            response.headers[name] = value
+    return response
+
+
 async def set_lora_adapters(http: web.BaseRequest) -> web.StreamResponse:
     """`POST /lora-adapters`: the scales of adapters as a list, which leaves `?model=` to name the model."""
     raw = await read_bytes(http, min(LARGEST_LIST, http[PROXY].max_body_bytes))
@@ -157,7 +175,8 @@ async def transcribe(http: web.BaseRequest) -> web.StreamResponse:
     http[PROXY].chain.check_none_required(http.headers, route.name)
     data = form.with_text("model", route.model.name)
     del form
-    return await _pass_on(http, route.model, data, content_type=http.headers["Content-Type"], slot=True)
+    content_type = http.headers["Content-Type"]
+    return await _pass_on(http, route.model, data, content_type=content_type, dialect=TRANSCRIPT, slot=True)
 
 
 # -- resumable streams -------------------------------------------------------------------------------------------------
@@ -167,6 +186,8 @@ async def resume_stream(http: web.BaseRequest) -> web.StreamResponse:
     """`GET /v1/stream?conv_id=&from=`: the stream of a chat from that byte on, also one that is not complete yet."""
     chat = _conversation(http)
     models = await _resumable(http)
+    if http[PROXY].conversations.waits(chat):
+        raise Overloaded("Stream owner model is loading, retry later", code="model_loading")
     if not models:
         raise BadRequest("Stream not found or expired", status=404, code="not_found")
     owner = models[0]
@@ -179,7 +200,7 @@ async def resume_stream(http: web.BaseRequest) -> web.StreamResponse:
 
 async def stop_stream(http: web.BaseRequest) -> web.StreamResponse:
     """`DELETE /v1/stream?conv_id=`: ends the stream of a chat; 204 also if there is none."""
-    _conversation(http)
+    http[PROXY].conversations.stop(_conversation(http))
     for model in await _resumable(http):
         async for attempt in Attempts(model, UpstreamRequest("DELETE", http.raw_path, slot=False)):
             async with attempt as upstream:

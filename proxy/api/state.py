@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from aiohttp import web
 
+from llama_smart_proxy.proxy.api.conversations import Conversations
 from llama_smart_proxy.proxy.config import Config
 from llama_smart_proxy.proxy.middleware.chain import Chain
 from llama_smart_proxy.proxy.models.router import Router
@@ -20,6 +21,7 @@ class Proxy:
     router: Router
     chain: Chain
     draining: asyncio.Event = field(default_factory=asyncio.Event)
+    conversations: Conversations = field(default_factory=Conversations)
 
     @property
     def max_body_bytes(self) -> int:

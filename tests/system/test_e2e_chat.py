@@ -137,7 +137,10 @@ async def test_a_question_to_a_server_names_the_model_in_the_query(llama: Proxy,
     if path.startswith("/slots"):
         assert [slot["id"] for slot in answer.json()] == [0, 1, 2, 3]
     nameless = await raw_client.get(llama.port, path)
-    assert nameless.status == 400 and nameless.error["param"] == "model"
+    if path.startswith("/props"):
+        assert nameless.status == 200 and nameless.json()["role"] == "router"
+    else:
+        assert nameless.status == 400 and nameless.error["param"] == "model"
 
 
 STREAMS: list[tuple[str, dict[str, Any], bytes]] = [
@@ -189,9 +192,9 @@ async def test_extras_of_llama_cpp_survive_in_both_directions(llama: Proxy) -> N
 
 
 async def test_an_error_of_the_server_passes_as_it_is(llama: Proxy) -> None:
-    answer = await raw_client.post(llama.port, "/v1/embeddings", {"model": "tiny", "input": "x"})
+    answer = await raw_client.post(llama.port, "/v1/rerank", {"model": "tiny", "query": "x", "documents": ["x"]})
     assert answer.status == 501
-    assert answer.error["type"] == "not_supported_error" and "--embeddings" in answer.error["message"]
+    assert answer.error["type"] == "not_supported_error" and "--reranking" in answer.error["message"]
     too_long = await raw_client.post(llama.port, "/completion", {"model": "tiny", "prompt": "x" * 3000})
     assert too_long.status == 400 and too_long.error["type"] == "exceed_context_size_error"
 

@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 
 from llama_smart_proxy.proxy.middleware.chats import CHAT_ID_HEADERS
-from tests.support.e2e_support import Fakes, body_of, state
-from tests.support.harness import Proxy, session_proxy, until
-from tests.support.raw_client import Answer, ask, get, post, request
+from tests.support import toxic
+from tests.support.e2e_support import Fakes, Gate, body_of, fakes, gate, state
+from tests.support.harness import Proxy, running_proxy, session_proxy, until
+from tests.support.raw_client import Answer, ask, connected, get, post, request
 from tests.support.speakers import SPEAKERS
 from tests.support.stages import Chain, Stage
+from tests.support.toxic import RawUpstream
 
+__all__ = ["fakes", "gate"]  # fixtures
 CHAT = "/v1/chat/completions"
 DOCUMENTED = ("README.md", "docs/agents.md", "docs/clients.md", "agents/README.md")
 CONVERSATION = ("X-Conversation-Id", "conv::org/repo:Q8_0")
@@ -198,15 +201,17 @@ SOUND = bytes(range(256)) * 300 + b"\r\n--cu"
 FORM = ("Content-Type", "multipart/form-data; boundary=cut")
 
 
-async def transcribed(native: Native, data: bytes, content_type: str, path: str = "/v1/audio/transcriptions") -> Answer:
+async def transcribed(proxy: Proxy, data: bytes, content_type: str, path: str = "/v1/audio/transcriptions") -> Answer:
     head = f"POST {path} HTTP/1.1\r\nHost: test\r\nConnection: close\r\nContent-Type: {content_type}\r\n"
-    return await ask(native.proxy.port, f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+    return await ask(proxy.port, f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
 
 
 @pytest.mark.parametrize("path", ["/v1/audio/transcriptions", "/audio/transcriptions"])
 async def test_a_recording_reaches_the_models_server_byte_for_byte(native: Native, path: str) -> None:
     file = ('name="file"; filename="model.wav"', SOUND)
-    answer = await transcribed(native, form(file, ('name="model"', b"FIRST"), ("name=language", b"de")), FORM[1], path)
+    answer = await transcribed(
+        native.proxy, form(file, ('name="model"', b"FIRST"), ("name=language", b"de")), FORM[1], path
+    )
     assert answer.status == 200
     event = sent(native.fakes, path)[-1]
     assert event["headers"]["content-type"] == FORM[1]
@@ -230,9 +235,29 @@ async def test_a_recording_reaches_the_models_server_byte_for_byte(native: Nativ
 async def test_a_form_that_cannot_be_passed_on_is_refused(
     native: Native, data: bytes, content_type: str, status: int
 ) -> None:
-    answer = await transcribed(native, data, content_type)
+    answer = await transcribed(native.proxy, data, content_type)
     assert answer.status == status, answer.body
     assert answer.error["message"]
+
+
+@pytest.mark.parametrize(
+    ("last", "whole"),
+    [
+        (b'{"type":"transcript.text.done","text":"a"}', True),
+        (b"[DONE]", True),
+        (b'{"type":"transcript.text.delta"}', False),
+    ],
+)
+async def test_a_streamed_transcription_of_a_remote_ends_as_its_server_ends_it(
+    proxy: Proxy, upstream: RawUpstream, last: bytes, whole: bool
+) -> None:
+    events = b'data: {"type":"transcript.text.delta","delta":"a"}\n\ndata: ' + last + b"\n\n"
+    headers = [("Content-Type", "text/event-stream"), ("Transfer-Encoding", "chunked")]
+    upstream.script = toxic.head(200, headers) + toxic.chunk(events) + toxic.LAST_CHUNK
+    data = form(('name="model"', b"m"), ('name="file"; filename="a"', SOUND))
+    answer = await transcribed(proxy, data, FORM[1])
+    assert answer.body.startswith(events) and (answer.body == events) is whole
+    assert upstream.requests[-1].body == data
 
 
 # -- resumable streams -------------------------------------------------------------------------------------------------
@@ -262,6 +287,39 @@ async def test_a_stream_is_only_looked_for_where_streams_are_kept(native: Native
     assert (await native.send("GET", f"/v1/stream?{CONV}&model=plain")).status == 404
 
 
+async def test_a_request_for_a_resumable_stream_waits_for_its_model_without_its_client(
+    fakes: Fakes, gate: Gate
+) -> None:
+    kept = fakes.model(fields={"resumable_streams": True}, LOAD_UNTIL=gate)
+    question = request("POST", CHAT, body_of("kept", stream=True), headers=[CONVERSATION])
+    async with running_proxy(fakes.config({"kept": kept})) as proxy:
+
+        async def resumed() -> int:
+            return (await get(proxy.port, f"/v1/stream?{CONV}&from=0")).status
+
+        async def waits() -> bool:
+            return await resumed() == 503
+
+        assert await resumed() == 404
+        async with connected(proxy.port) as client:
+            await client.send(question)
+            await until(waits, what="the request")
+            assert (await ask(proxy.port, request("DELETE", f"/v1/stream?{CONV}", close=True))).status == 204
+            stopped = await client.answer()
+            assert (stopped.status, stopped.error["code"]) == (400, "request_cancelled")
+        assert await resumed() == 404
+        async with connected(proxy.port) as client:
+            await client.send(question)
+            await until(waits, what="the second request")
+            client.leave()
+        await until(lambda: " 499 " in proxy.log, what="the end of the client")
+        assert await waits() and not sent(fakes, CHAT)
+        gate.open()
+        await until(lambda: sent(fakes, CHAT), what="the request at the server")
+        assert sent(fakes, CHAT)[0]["headers"]["x-conversation-id"] == CONVERSATION[1]
+        assert await resumed() == 200
+
+
 async def test_a_stream_of_real_llama_cpp_is_resumed_and_stopped(chain: Chain) -> None:
     port = chain.local.port
     body = body_of("spare", stream=True, max_tokens=12)
@@ -283,7 +341,13 @@ async def test_real_llama_cpp_answers_what_is_passed_on(chain: Chain) -> None:
         assert (await post(port, path, chat)).json()["input_tokens"] > 5
     assert (await post(port, "/messages", chat)).json()["type"] == "message"
     assert (await post(port, "/messages/count_tokens", chat)).json()["input_tokens"] > 5
-    assert b"llamacpp:prompt_tokens_total" in (await get(port, "/metrics?model=spare")).body
+    async with connected(port) as client:
+        await client.send(request("GET", "/metrics?model=spare", close=True))
+        metrics = b"".join([piece async for piece in client.reader])
+    assert metrics.startswith(b"HTTP/1.1 200 ") and b"\r\nProcess-Start-Time-Unix: 1" in metrics
+    assert (
+        b"\r\nContent-Type: text/plain; version=0.0.4\r\n" in metrics and b"\nllamacpp:prompt_tokens_total " in metrics
+    )
     adapters = await ask(port, request("POST", "/lora-adapters?model=spare", b"[]", close=True))
     assert (adapters.status, adapters.json()) == (200, {"success": True})
     assert (await get(port, "/props")).json()["role"] == "router"
