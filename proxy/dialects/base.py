@@ -53,6 +53,8 @@ class Dialect:
     """Clients can parse only JSON errors, unlike the HTML page of a web server in front of the model's."""
     stateful_frames: bool = False
     """A frame depends on those before it, so frames are passed on unchanged only as long as all have been."""
+    id_headers: tuple[str, ...] = ()
+    """The response headers in which clients look for a request's id, besides `X-Request-Id`."""
     last_frame_sums: bool = False
     """The last frame summarizes those before it, so it is passed on unchanged only if all of them were."""
 

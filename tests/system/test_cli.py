@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -20,6 +21,17 @@ from tests.support.harness import ROOT, environment, free_port, running_proxy
 
 TIMEOUT_S = 60.0
 INSTALLED = Path(sys.executable).with_name("llama-smart-proxy")
+
+
+def _has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return socket.has_dualstack_ipv6()
+
+
+needs_ipv6 = pytest.mark.skipif(not _has_ipv6(), reason="there is no IPv6")
 
 
 def run(
@@ -173,6 +185,26 @@ async def test_flags_beat_variables_and_variables_beat_the_file() -> None:
         assert (proxy.host, proxy.port) == ("0.0.0.0", flag)
     async with running_proxy({"log_level": "info"}, args=["--host", "127.0.0.1", "--log-level", "info"]) as proxy:
         assert proxy.host == "127.0.0.1" and (await raw_client.get(proxy.port, "/health")).status == 200
+
+
+@needs_ipv6
+@pytest.mark.parametrize("host", ["::", "[::]", "0::0"])
+async def test_every_interface_is_both_families_and_a_url_in_the_log(host: str) -> None:
+    async with running_proxy({"server": {"allow_unauthenticated": True}}, args=["--host", host]) as proxy:
+        assert proxy.host == "[::]"
+        for address in ("127.0.0.1", "[::1]"):
+            url = f"http://{address}:{proxy.port}/health"
+            assert (await asyncio.to_thread(urllib.request.urlopen, url, timeout=TIMEOUT_S)).status == 200
+    assert "without authentication" not in proxy.log
+
+
+@pytest.mark.parametrize(
+    ("host", "warned"), [("0.0.0.0", True), ("127.0.0.2", False), pytest.param("[::1]", False, marks=needs_ipv6)]
+)
+async def test_only_an_address_that_others_can_reach_is_warned_about(host: str, warned: bool) -> None:
+    async with running_proxy({"server": {"host": host}}) as proxy:
+        pass
+    assert ("server.allow_unauthenticated: true silences this warning" in proxy.log) == warned
 
 
 def test_a_variable_may_name_the_file(tmp_path: Path) -> None:

@@ -42,5 +42,6 @@ ANTHROPIC = Dialect(
     is_error=lambda events: has_line(events, b"event: error"),
     usage=_usage,
     stateful_frames=True,
+    id_headers=("request-id",),
 )
 """Source: the Anthropic API reference, Messages streaming and errors."""
