@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -154,6 +155,22 @@ def test_schema_is_the_json_schema_of_the_file() -> None:
     schema = json.loads(done.stdout)
     assert done.returncode == 0 and schema["$schema"].startswith("https://json-schema.org/")
     assert {"server", "server_pool", "llama_cpp", "models", "remotes"} <= schema["properties"].keys()
+
+
+@pytest.mark.parametrize(
+    ("words", "unread"), [("schema", "stdout"), ("check", "stdout"), ("--help", "stdout"), ("pull none", "stderr")]
+)
+def test_output_whose_reader_has_left_is_no_traceback(words: str, unread: str) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    other = "stderr" if unread == "stdout" else "stdout"
+    argv = [sys.executable, "-m", "llama_smart_proxy", *words.split()]
+    done: subprocess.CompletedProcess[str] = subprocess.run(  # type: ignore[call-overload]
+        argv, cwd=ROOT, env=environment(), text=True, timeout=TIMEOUT_S, **{unread: writing, other: subprocess.PIPE}
+    )
+    os.close(writing)
+    assert getattr(done, other) == ""
+    assert done.returncode in (0, 128 + signal.SIGPIPE)  # argparse itself ignores that its help is not read
 
 
 # -- serving -----------------------------------------------------------------------------------------------------------
