@@ -9,14 +9,16 @@ import logging
 import resource
 import shlex
 import signal
+import socket
 from contextlib import suppress
+from typing import Any
 
 import uvloop
 
 from llama_smart_proxy.backends.llamacpp.command import server_command
 from llama_smart_proxy.proxy import __version__
 from llama_smart_proxy.proxy.app import App
-from llama_smart_proxy.proxy.config import Config
+from llama_smart_proxy.proxy.config import Config, ServerConfig, shapes
 from llama_smart_proxy.proxy.http.server import FrontServer
 from llama_smart_proxy.proxy.middleware.plugins import Plugins
 from llama_smart_proxy.proxy.middleware.scope import PATIENCE_S, make_task
@@ -51,13 +53,13 @@ async def _serve(app: App, config: Config) -> int:
         front = front_server(app, config)
         _tune_garbage_collector()
         try:
-            listener = await loop.create_server(front, config.server.host, config.server.port, backlog=1024)
+            listener = await loop.create_server(front, **_address(config.server), backlog=1024)
         except OSError as exc:
             logger.error("cannot listen on %s port %d: %s", config.server.host, config.server.port, exc.strerror or exc)
             return 1
         for sock in listener.sockets:
             host, port = sock.getsockname()[:2]
-            logger.info("llama-smart-proxy %s listening on http://%s:%d", __version__, host, port)
+            logger.info("llama-smart-proxy %s listening on http://%s:%d", __version__, shapes.bracketed(host), port)
         _log_startup(config)
         _log_agents(app.plugins)
         number = await signals.get()
@@ -70,6 +72,16 @@ async def _serve(app: App, config: Config) -> int:
         logger.info("stopped")
 
 
+def _address(server: ServerConfig) -> dict[str, Any]:
+    """Where to listen, as arguments of `create_server`, which would make a socket for `::` refuse IPv4.
+
+    Raises: OSError if that is not possible.
+    """
+    if server.host != "::" or not socket.has_dualstack_ipv6():
+        return {"host": server.host, "port": server.port}
+    return {"sock": socket.create_server(("::", server.port), family=socket.AF_INET6, dualstack_ipv6=True)}
+
+
 def front_server(app: App, config: Config) -> FrontServer:
     """The server that passes clients' requests to `app`."""
     return FrontServer(
@@ -77,6 +89,7 @@ def front_server(app: App, config: Config) -> FrontServer:
         head_timeout_s=config.server.head_timeout_s,
         keepalive_timeout_s=config.server.keepalive_timeout_s,
         send_stall_s=config.server.send_stall_s,
+        dialect_of=app.dispatcher.dialect_of,
     )
 
 
@@ -123,9 +136,11 @@ def _log_startup(config: Config) -> None:
         logger.info("models run in: %s", shlex.join(server_command(config.llama_cpp.server)))
     if config.uses_ollama:
         logger.info("models of Ollama at: %s", ", ".join(config.ollama.urls))
-    if not _is_loopback(config.server.host):
+    if not config.server.allow_unauthenticated and not _is_loopback(config.server.host):
         logger.warning(
-            "listening on %s without authentication: anyone who can reach this address can use it", config.server.host
+            "listening on %s without authentication: anyone who can reach this address can use it; "
+            "server.allow_unauthenticated: true silences this warning",
+            config.server.host,
         )
 
 

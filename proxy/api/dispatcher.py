@@ -18,8 +18,10 @@ from llama_smart_proxy.proxy.api.state import PROXY, Proxy
 from llama_smart_proxy.proxy.chat import Observer, RequestRecord
 from llama_smart_proxy.proxy.dialects import OPENAI, Dialect, dialect_of
 from llama_smart_proxy.proxy.errors import BadRequest, Overloaded, ProxyError
-from llama_smart_proxy.proxy.http.headers import PARAMS, RECORD, own_headers, shown_path
-from llama_smart_proxy.proxy.http.server import AMBIGUOUS, FrontConnection, check_request
+from llama_smart_proxy.proxy.http.coding import ACCEPTED
+from llama_smart_proxy.proxy.http.headers import EXTRA, PARAMS, RECORD, own_headers, request_id_of, shown_path
+from llama_smart_proxy.proxy.http.origins import Origins, is_preflight, preflight
+from llama_smart_proxy.proxy.http.server import AMBIGUOUS, TOO_LARGE, FrontConnection, check_request
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +50,7 @@ class Dispatcher:
         self._observers = list(observers)
         self._exact: dict[str, Resource] = {}
         self._patterns: list[tuple[re.Pattern[str], Resource]] = []
+        self._origins = Origins(proxy.config.server.allow_origins)
         self._run = secrets.token_hex(4)
         self._serial = count(1)
 
@@ -65,8 +68,14 @@ class Dispatcher:
             if method == "GET":
                 resource.handlers["HEAD"] = handler
 
+    def dialect_of(self, path: str) -> Dialect:
+        """The API in which errors are reported at `path`."""
+        resource = self._find(path)
+        return resource.dialect if resource is not None else dialect_of(path)
+
     async def __call__(self, http: Any) -> web.StreamResponse:
-        record = RequestRecord(time.monotonic(), request_id=f"{self._run}-{next(self._serial):x}", method=http.method)
+        request_id = request_id_of(http.headers) or f"{self._run}-{next(self._serial):x}"
+        record = RequestRecord(time.monotonic(), request_id=request_id, method=http.method)
         http[RECORD] = record
         if isinstance(http.protocol, FrontConnection):
             http.protocol.head_complete()
@@ -89,33 +98,60 @@ class Dispatcher:
             logger.error("an observer of requests failed", exc_info=exc)
 
     async def _answer(self, http: web.BaseRequest) -> web.StreamResponse:
-        resource = self._exact.get(http.path)
+        resource = self._find(http.path, http)
+        dialect = resource.dialect if resource is not None else dialect_of(http.path)
+        http[EXTRA] = [(name, http[RECORD].request_id) for name in dialect.id_headers]
         try:
+            if "Origin" in http.headers:
+                http[EXTRA] += self._origins.headers(_origin(http))
             check_request(http)
-            if "Via" in http.headers or "Origin" in http.headers:
-                _check_sender(http)
-            if self._proxy.draining.is_set() and http.path != "/health":
-                raise Overloaded("the proxy is shutting down", code="shutting_down", retry_after_s=5)
-            if resource is None:
-                resource = self._match(http)
-            handler = resource.handlers.get(http.method)
-            if handler is None:
-                raise web.HTTPMethodNotAllowed(http.method, resource.handlers)
-            http[PROXY] = self._proxy
-            response = await handler(http)
+            if "Via" in http.headers:
+                _check_loop(http)
+            if "Origin" in http.headers:
+                self._check_origin(http)
+            response = await self._handler(http, resource)(http)
             if not response.prepared and isinstance(response, web.Response):
                 response.headers.extend(own_headers(http))
             return response
         except BaseException as exc:
-            return _failed(http, exc, resource.dialect if resource is not None else dialect_of(http.path))
+            return _failed(http, exc, dialect)
 
-    def _match(self, http: web.BaseRequest) -> Resource:
-        path = http.path.rstrip("/")
+    def _handler(self, http: web.BaseRequest, resource: Resource | None) -> Handler:
+        """What answers `http`. Raises: Overloaded while shutting down; BadRequest 404; HTTPMethodNotAllowed."""
+        if is_preflight(http):
+            return preflight
+        if self._proxy.draining.is_set() and http.path != "/health":
+            raise Overloaded("the proxy is shutting down", code="shutting_down", retry_after_s=5)
+        if resource is None:
+            raise BadRequest("there is no such endpoint", status=404, code="not_found")
+        handler = resource.handlers.get(http.method)
+        if handler is None:
+            raise web.HTTPMethodNotAllowed(http.method, resource.handlers)
+        http[PROXY] = self._proxy
+        return handler
+
+    def _find(self, path: str, http: web.BaseRequest | None = None) -> Resource | None:
+        """The resource at `path`; its parameters are stored in `http`."""
+        resource = self._exact.get(path)
+        if resource is not None:
+            return resource
+        path = path.rstrip("/")
         for pattern, resource in self._patterns:
             if (found := pattern.fullmatch(path)) is not None:
-                http[PARAMS] = found.groupdict()
+                if http is not None:
+                    http[PARAMS] = found.groupdict()
                 return resource
-        raise BadRequest("there is no such endpoint", status=404, code="not_found")
+        return None
+
+    def _check_origin(self, http: web.BaseRequest) -> None:
+        """Reject a request of a web page of another origin, unless it is one that a link or an image could cause too.
+
+        Raises: BadRequest 403.
+        """
+        harmless = http.method in ("GET", "HEAD", "OPTIONS") and not is_preflight(http)
+        if not harmless and not self._origins.allow(_origin(http)):
+            message = "pages of this origin may not do this; server.allow_origins lists those that may"
+            raise BadRequest(message, status=403, code="forbidden_origin")
 
 
 def _pattern(path: str) -> re.Pattern[str]:
@@ -127,25 +163,15 @@ def _pattern(path: str) -> re.Pattern[str]:
     return re.compile(pattern + re.escape(path[position:]))
 
 
-def _check_sender(http: web.BaseRequest) -> None:
-    """Reject a request that loops back to this proxy, and a cross-origin request of a web page.
+def _origin(http: web.BaseRequest) -> str:
+    return ", ".join(http.headers.getall("Origin"))
 
-    Browsers send `Origin`. Allowed are pages on this machine, and applications, which have a scheme of their own. Other
-    host names are never trusted (DNS rebinding).
 
-    Raises: BadRequest 508 and 403.
-    """
-    headers = http.headers
-    if "Via" in headers and OUR_VIA in ",".join(headers.getall("Via")):
+def _check_loop(http: web.BaseRequest) -> None:
+    """Reject a request that loops back to this proxy. Raises: BadRequest 508."""
+    if OUR_VIA in ",".join(http.headers.getall("Via")):
         message = "this request has looped: this proxy is among its own upstream servers"
         raise BadRequest(message, status=508, code="loop_detected")
-    if "Origin" in headers and http.method not in ("GET", "HEAD", "OPTIONS"):
-        scheme, _, rest = headers["Origin"].partition("://")
-        if scheme in ("http", "https", "null") and not _LOCAL_ORIGIN.fullmatch(rest):
-            raise BadRequest("pages of other origins may not do this", status=403, code="forbidden_origin")
-
-
-_LOCAL_ORIGIN = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?")
 
 
 def _failed(http: web.BaseRequest, exc: BaseException, dialect: Dialect) -> web.StreamResponse:
@@ -165,7 +191,9 @@ def _failed(http: web.BaseRequest, exc: BaseException, dialect: Dialect) -> web.
         response.headers["Retry-After"] = str(exc.retry_after_s)
     if allow:
         response.headers["Allow"] = allow
-    if exc.code == AMBIGUOUS or exc.code == "shutting_down" or not http.content.is_eof():
+    if exc.status == 415:
+        response.headers["Accept-Encoding"] = ACCEPTED
+    if exc.code in (AMBIGUOUS, TOO_LARGE, "shutting_down") or not http.content.is_eof():
         response.force_close()  # further input is unreliable, unwanted, or the rest of a large body
     return response
 

@@ -4,17 +4,50 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
+from typing import TextIO
 
 from llama_smart_proxy.proxy import __version__
 from llama_smart_proxy.proxy.errors import ConfigError
 from llama_smart_proxy.proxy.log import LEVELS
 
+READER_GONE = 128 + signal.SIGPIPE
+"""Exit status when the reader of the output has left (`schema | head`), as shells show it of other programs."""
+
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command. Returns the exit status (2: the configuration or the command line is invalid)."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Run one command. Returns the exit status: 2 if the configuration or the command line is invalid, `READER_GONE`
+    if the reader of its output has left."""
+    try:
+        try:
+            return _command(sys.argv[1:] if argv is None else argv)
+        finally:
+            for stream in _outputs():
+                stream.flush()  # here, as nothing can be caught when the interpreter does it
+    except BrokenPipeError:
+        for stream in _outputs():
+            _discard(stream)
+        return READER_GONE
+
+
+def _outputs() -> list[TextIO]:
+    """Standard output and error, without those that were closed before the program started."""
+    return [stream for stream in (sys.stdout, sys.stderr) if stream is not None]
+
+
+def _discard(stream: TextIO) -> None:
+    """Drop what `stream` has not written and cannot write."""
+    try:
+        stream.flush()
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+def _command(argv: list[str]) -> int:
     if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help", "--version")):
         argv = ["serve", *argv]
     args = _parser().parse_args(argv)

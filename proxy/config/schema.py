@@ -36,8 +36,19 @@ class Section(BaseModel):
 class ServerConfig(Section):
     """The socket for clients, and the limits of one client."""
 
-    host: str = Field(default="127.0.0.1", description="Address to listen on; 0.0.0.0 is every IPv4 interface.")
+    host: shapes.Address = Field(
+        default="127.0.0.1", description="Address to listen on; 0.0.0.0 is every IPv4 interface, :: every interface."
+    )
     port: int = Field(default=11555, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
+    allow_unauthenticated: bool = Field(
+        default=False,
+        description="Listen beyond loopback without authentication on purpose: there is no warning about it.",
+    )
+    allow_origins: shapes.Origins = Field(
+        default_factory=list,
+        description="Origins of web pages that may send requests, such as https://chat.example, besides pages on this "
+        "machine; * is every one.",
+    )
     max_body_mib: int = Field(default=64, ge=1, description="Largest request body, in MiB; larger ones get status 413.")
     drain_s: Seconds = Field(
         default=30.0, description="Seconds that requests in progress may take to finish at shutdown."

@@ -98,6 +98,28 @@ def bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
+def address(host: str) -> str:
+    """A name, or an IP address in its shortest form, without brackets."""
+    host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    try:
+        return str(ipaddress.ip_address(host))
+    except ValueError:
+        return host
+
+
+def origin(text: str) -> str:
+    """The origin of a web page as browsers write it: `scheme://host:port` in lower case, without a scheme's own port;
+    or `null`, or `*` for any."""
+    text = text.lower().rstrip("/")
+    found = re.fullmatch(r"([a-z][a-z0-9+.-]*)://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:\d{1,5})?", text)
+    if text in ("*", "null"):
+        return text
+    if found is None:
+        raise ValueError("must be the origin of a page, such as https://chat.example or http://chat.example:8080")
+    scheme, host, port = found.groups()
+    return f"{scheme}://{host}{'' if (scheme, port) in (('http', ':80'), ('https', ':443')) else port or ''}"
+
+
 def http_url(url: str) -> str:
     """An http or https URL of a server, without a trailing slash."""
     try:
@@ -128,6 +150,12 @@ Args = Annotated[
 ]
 Hosts = Annotated[
     list[Annotated[str, AfterValidator(ollama_host)]],
+    BeforeValidator(comma_list),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
+]
+Address = Annotated[str, AfterValidator(address)]
+Origins = Annotated[
+    list[Annotated[str, AfterValidator(origin)]],
     BeforeValidator(comma_list),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
 ]

@@ -76,6 +76,8 @@ class Dialect:
     """The connection is aborted after an error in a stream: clients take a proper end for a complete answer."""
     stateful_frames: bool = False
     """A frame depends on those before it, so frames are passed on unchanged only as long as all have been."""
+    id_headers: tuple[str, ...] = ()
+    """The response headers in which clients look for a request's id, besides `X-Request-Id`."""
     last_frame_sums: bool = False
     """The last frame summarizes those before it, so it is passed on unchanged only if all of them were."""
 

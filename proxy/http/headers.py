@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterable
 from email.utils import formatdate
@@ -17,7 +18,11 @@ RECORD = web.RequestKey("record", RequestRecord)
 """The key of a request's record in the request itself."""
 PARAMS = web.RequestKey("params", dict[str, str])
 """The path parameters of a request, if its pattern has any."""
+EXTRA = web.RequestKey("extra", list[tuple[str, str]])
+"""Headers of the response to a request besides those of every response."""
 SERVER = f"llama-smart-proxy/{__version__}"
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@|~-]{1,128}")
 
 HOP_BY_HOP = frozenset(
     {
@@ -41,6 +46,7 @@ Source: llama.cpp tools/server/server-stream.h, b11434."""
 
 _NOT_UPSTREAM = HOP_BY_HOP | {
     "host",
+    "http2-settings",  # part of an offer to the proxy, which `Connection` should name but may not
     "content-length",
     "content-type",  # the body is serialised anew, as JSON
     "content-encoding",
@@ -71,6 +77,7 @@ _NOT_DOWNSTREAM = HOP_BY_HOP | {
     "strict-transport-security",
     "www-authenticate",
     "x-request-id",
+    "request-id",
 }
 _NOT_DOWNSTREAM_PREFIXES = ("access-control-", "proxy-")
 
@@ -100,8 +107,15 @@ def downstream_headers(upstream: Iterable[tuple[str, str]]) -> list[tuple[str, s
 
 
 def own_headers(http: web.BaseRequest) -> list[tuple[str, str]]:
-    """The headers of every response of the proxy."""
-    return [("server", SERVER), ("x-request-id", http[RECORD].request_id), ("date", _date(int(time.time())))]
+    """The headers of the proxy in its response to `http`."""
+    named = http[RECORD].request_id
+    return [("server", SERVER), ("x-request-id", named), ("date", _date(int(time.time()))), *http[EXTRA]]
+
+
+def request_id_of(headers: MultiMapping[str]) -> str | None:
+    """The client's own id of a request, if it is safe in a header and in a log line."""
+    given = headers.get("X-Request-Id")
+    return given if given is not None and _REQUEST_ID.fullmatch(given) else None
 
 
 def shown_path(http: web.BaseRequest) -> str:

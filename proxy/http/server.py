@@ -1,8 +1,9 @@
 """The HTTP server: aiohttp's, hardened for long-running, exposed processes.
 
-aiohttp 3.14 has no time limit for a request head, and returns the invalid bytes (possibly an API key) in the body of a
-400. `FrontServer` and `FrontConnection` fix both by overriding public methods. `check_request` rejects requests that
-aiohttp accepts but the next HTTP parser might interpret differently.
+aiohttp 3.14 has no time limit for a request head, returns the invalid bytes (possibly an API key) in the body of a 400,
+and loses what follows a request that offers another protocol. `FrontServer` and `FrontConnection` fix that by
+overriding public methods. `check_request` rejects requests that aiohttp accepts but the next HTTP parser might
+interpret differently.
 """
 
 from __future__ import annotations
@@ -10,26 +11,36 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import secrets
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, cast
 
 from aiohttp import HttpVersion10, HttpVersion11, web
+from aiohttp.http_exceptions import BadHttpMessage, LineTooLong
 
 from llama_smart_proxy.backends.http.sweep import Sweeper
-from llama_smart_proxy.proxy.dialects import OPENAI
+from llama_smart_proxy.proxy.dialects import Dialect
 from llama_smart_proxy.proxy.errors import BadRequest, ProxyError
-from llama_smart_proxy.proxy.http.headers import SERVER
+from llama_smart_proxy.proxy.http.headers import RECORD, SERVER
 
 logger = logging.getLogger(__name__)
 
 _HOST = re.compile(r"(?:[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\])(?::(\d{1,5}))?")
-MAX_HEADER_LINE = 8190
+MAX_HEADER_LINE = 16 * 1024
+"""Bytes of a request line or of a header: browsers send the cookies of all servers on this machine to each of them."""
 MAX_HEADERS = 100
 MAX_HEAD_BYTES = 64 * 1024
+IGNORED_UPGRADE = re.compile(r"h2c?(-\d+)?|HTTP/\d(\.\d)?|TLS/\d(\.\d)?", re.IGNORECASE)
+"""Protocols that clients offer, but do not require: the answer comes by HTTP/1.1 (RFC 9110 7.8)."""
+_START_BYTES = 256
+"""Bytes of a request that are kept until it is answered, as an error must be in the API that its path belongs to."""
+_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d{1,18})", re.IGNORECASE)
 AMBIGUOUS = "invalid_http"
 """Error code of invalid or ambiguous HTTP."""
+TOO_LARGE = "headers_too_large"
 MIN_BODY_RATE = 1024
 BODY_GRACE_S = 10.0
 """After so many seconds, the client of a body slower than `MIN_BODY_RATE` bytes per second is disconnected."""
@@ -52,6 +63,7 @@ class FrontConnection(web.RequestHandler):
         self.wire: asyncio.Transport
         """The connection's transport; the attribute `transport` is None as soon as aiohttp begins to close it."""
         self._front = front
+        self._start = b""
         self._last_request = False
         self._serving = False
 
@@ -63,8 +75,14 @@ class FrontConnection(web.RequestHandler):
     def data_received(self, data: bytes) -> None:
         if self.head_since is None and not self._serving:
             self.head_since = asyncio.get_running_loop().time()
+        if not self._start:
+            self._start = data[:_START_BYTES]
         self.body_bytes += len(data)
-        super().data_received(data)
+        if b"pgrade" in data or b"PGRADE" in data:
+            for piece in _split_behind_upgrades(data):
+                super().data_received(piece)
+        else:
+            super().data_received(data)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._front.disconnected(self)
@@ -97,6 +115,7 @@ class FrontConnection(web.RequestHandler):
     ) -> tuple[web.StreamResponse, bool]:
         result = await super().finish_response(request, resp, start_time)
         self._serving = False
+        self._start = b""
         self._front.request_ended(self)
         if self._last_request:
             super().close()
@@ -113,15 +132,53 @@ class FrontConnection(web.RequestHandler):
         self.head_since = None
         if request.writer.output_size > 0:
             raise ConnectionError("a response has already been started")
+        named = request[RECORD].request_id if RECORD in request else secrets.token_hex(8)
         if status < 500:
-            error: ProxyError = BadRequest("the request is not valid HTTP", status=status, code=AMBIGUOUS)
+            error: ProxyError = _invalid(exc, status)
+            logger.info("a request that is not accepted as HTTP: %d %s", error.status, named)
         else:
             logger.error("unhandled error", exc_info=exc)
             error = ProxyError("internal error; the proxy's log has the details")
-        response = web.Response(status=status, body=OPENAI.error_body(error), content_type="application/json")
-        response.headers["Server"] = SERVER
+        dialect = self._front.dialect_of(self._path)
+        response = web.Response(
+            status=error.status, body=dialect.error_body(error), content_type="application/json",
+            headers={"Server": SERVER, "X-Request-Id": named, **dict.fromkeys(dialect.id_headers, named)},
+        )  # fmt: skip
         response.force_close()
         return response
+
+    @property
+    def _path(self) -> str:
+        """The path of the current request; empty if that is not known."""
+        _, _, target = self._start.lstrip(b"\r\n").partition(b" ")
+        return target.partition(b" ")[0].partition(b"?")[0].decode("ascii", "replace")
+
+
+def _split_behind_upgrades(data: bytes) -> list[bytes]:
+    """`data` in pieces that end where a request may end, as aiohttp loses what follows, within one piece, a request
+    that offers another protocol."""
+    cuts, position = [0], 0
+    while (end := data.find(b"\r\n\r\n", position)) >= 0:
+        length = _LENGTH.search(data, position, end)
+        position = end + 4
+        cuts.append(position)
+        if length is not None:
+            position += int(length[1])
+            cuts.append(position)
+    return [piece for start, end in pairwise([*cuts, len(data)]) if (piece := data[start:end])]
+
+
+def _invalid(exc: BaseException | None, status: int) -> BadRequest:
+    """The error for a request that the parser refused."""
+    if isinstance(exc, LineTooLong):
+        return _head_too_large(f"a line of them may have {MAX_HEADER_LINE // 1024} KiB")
+    if isinstance(exc, BadHttpMessage) and exc.message.startswith("Too many headers"):
+        return _head_too_large(f"there may be {MAX_HEADERS} of them")
+    return BadRequest("the request is not valid HTTP", status=status, code=AMBIGUOUS)
+
+
+def _head_too_large(limit: str) -> BadRequest:
+    return BadRequest(f"the request headers are too large: {limit}", status=431, code=TOO_LARGE)
 
 
 class FrontServer(web.Server):
@@ -139,14 +196,16 @@ class FrontServer(web.Server):
         head_timeout_s: float,
         keepalive_timeout_s: float,
         send_stall_s: float,
+        dialect_of: Callable[[str], Dialect],
     ) -> None:
         super().__init__(handler, handler_cancellation=True)
+        self.dialect_of = dialect_of
         self._options: dict[str, Any] = {
             "keepalive_timeout": keepalive_timeout_s,
             "max_line_size": MAX_HEADER_LINE,
             "max_field_size": MAX_HEADER_LINE,
             "max_headers": MAX_HEADERS,
-            "auto_decompress": False,  # compressed bodies are refused: decompressing one is the attack
+            "auto_decompress": False,  # `proxy.http.body` decompresses, within limits
             "lingering_time": 0,  # a refused upload is not read to its end
             "access_log": None,  # the handler logs requests, with model and duration
         }
@@ -222,7 +281,7 @@ def check_request(http: web.BaseRequest) -> None:
         len(raw) * MAX_HEADER_LINE > MAX_HEAD_BYTES
         and sum(len(name) + len(value) for name, value in raw) > MAX_HEAD_BYTES
     ):
-        raise BadRequest("the request headers are too large", status=431, code=AMBIGUOUS)
+        raise _head_too_large(f"together they may have {MAX_HEAD_BYTES // 1024} KiB")
     coding = headers.get("Transfer-Encoding")
     if coding is not None:
         if http.version == HttpVersion10 or "Content-Length" in headers:
@@ -230,7 +289,13 @@ def check_request(http: web.BaseRequest) -> None:
         if coding.strip().lower() != "chunked":
             raise BadRequest("this transfer coding is not supported", status=501, code=AMBIGUOUS)
     _check_host(http)
-    if "Upgrade" in headers and "upgrade" in headers.get("Connection", "").lower():
+    if "Upgrade" in headers and "upgrade" in ",".join(headers.getall("Connection", ())).lower():
+        _check_upgrade(",".join(headers.getall("Upgrade")))
+
+
+def _check_upgrade(offers: str) -> None:
+    """Reject an offer of a protocol that its client may require, such as a web socket."""
+    if not all(IGNORED_UPGRADE.fullmatch(offer.strip()) for offer in offers.split(",") if offer.strip()):
         raise BadRequest("protocol upgrades are not supported", code=AMBIGUOUS)
 
 

@@ -3,7 +3,9 @@ that are not valid Unicode."""
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
 
 import pytest
 
@@ -212,3 +214,32 @@ async def test_a_cut_emoji_fails_no_chat_in_any_api(stage: Stage, model: str, pa
     body = {"model": model, "max_tokens": 8, "stream": False, "messages": [cut]}
     answer = await post(stage.proxy.port, path, json.dumps(body).encode())
     assert answer.status == 200, answer
+
+
+@pytest.mark.parametrize("coding", ["gzip", "deflate", "GZIP", "identity"])
+async def test_a_compressed_body_reaches_the_model_server_plain(
+    proxy: Proxy, upstream: RawUpstream, coding: str
+) -> None:
+    upstream.script = toxic.plain(b"{}")
+    plain = json.dumps({"model": "m", "prompt": "hi " * 50_000}).encode()
+    coded = {"gzip": gzip.compress(plain), "deflate": zlib.compress(plain), "identity": plain}[coding.lower()]
+    answer = await post(proxy.port, CHAT, coded, headers=[("Content-Encoding", coding)])
+    assert answer.status == 200, answer
+    assert upstream.requests[0].json() == json.loads(plain)
+    assert upstream.requests[0].header("content-encoding") is None
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/messages", "/v1/responses", "/api/chat", "/api/show", "/models/load"])
+async def test_a_coding_that_is_not_taken_is_refused_with_415_and_those_that_are(proxy: Proxy, path: str) -> None:
+    answer = await post(proxy.port, path, b"x" * 100, headers=[("Content-Encoding", "br")])
+    assert answer.status == 415 and str(answer.header("accept-encoding")).startswith("gzip, deflate")
+    error = answer.json()["error"]
+    assert "Content-Encoding" in (error if path.startswith("/api/") else error["message"])
+
+
+async def test_what_is_compressed_too_well_is_refused_with_413(proxy: Proxy, upstream: RawUpstream) -> None:
+    before = proxy.rss_bytes()
+    bomb = gzip.compress(with_model(b'"prompt":"' + b"x" * (60 * 2**20) + b'"'))
+    answer = await post(proxy.port, CHAT, bomb, headers=[("Content-Encoding", "gzip")])
+    assert (answer.status, answer.error["code"]) == (413, "request_too_large")
+    assert proxy.rss_bytes() - before < 30 * 2**20 and upstream.received == b""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +22,17 @@ from tests.support.harness import ROOT, environment, free_port, running_proxy
 
 TIMEOUT_S = 60.0
 INSTALLED = Path(sys.executable).with_name("llama-smart-proxy")
+
+
+def _has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return socket.has_dualstack_ipv6()
+
+
+needs_ipv6 = pytest.mark.skipif(not _has_ipv6(), reason="there is no IPv6")
 
 
 def run(
@@ -144,6 +157,22 @@ def test_schema_is_the_json_schema_of_the_file() -> None:
     assert {"server", "server_pool", "llama_cpp", "models", "remotes"} <= schema["properties"].keys()
 
 
+@pytest.mark.parametrize(
+    ("words", "unread"), [("schema", "stdout"), ("check", "stdout"), ("--help", "stdout"), ("pull none", "stderr")]
+)
+def test_output_whose_reader_has_left_is_no_traceback(words: str, unread: str) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    other = "stderr" if unread == "stdout" else "stdout"
+    argv = [sys.executable, "-m", "llama_smart_proxy", *words.split()]
+    done: subprocess.CompletedProcess[str] = subprocess.run(  # type: ignore[call-overload]
+        argv, cwd=ROOT, env=environment(), text=True, timeout=TIMEOUT_S, **{unread: writing, other: subprocess.PIPE}
+    )
+    os.close(writing)
+    assert getattr(done, other) == ""
+    assert done.returncode in (0, 128 + signal.SIGPIPE)  # argparse itself ignores that its help is not read
+
+
 # -- serving -----------------------------------------------------------------------------------------------------------
 
 
@@ -173,6 +202,26 @@ async def test_flags_beat_variables_and_variables_beat_the_file() -> None:
         assert (proxy.host, proxy.port) == ("0.0.0.0", flag)
     async with running_proxy({"log_level": "info"}, args=["--host", "127.0.0.1", "--log-level", "info"]) as proxy:
         assert proxy.host == "127.0.0.1" and (await raw_client.get(proxy.port, "/health")).status == 200
+
+
+@needs_ipv6
+@pytest.mark.parametrize("host", ["::", "[::]", "0::0"])
+async def test_every_interface_is_both_families_and_a_url_in_the_log(host: str) -> None:
+    async with running_proxy({"server": {"allow_unauthenticated": True}}, args=["--host", host]) as proxy:
+        assert proxy.host == "[::]"
+        for address in ("127.0.0.1", "[::1]"):
+            url = f"http://{address}:{proxy.port}/health"
+            assert (await asyncio.to_thread(urllib.request.urlopen, url, timeout=TIMEOUT_S)).status == 200
+    assert "without authentication" not in proxy.log
+
+
+@pytest.mark.parametrize(
+    ("host", "warned"), [("0.0.0.0", True), ("127.0.0.2", False), pytest.param("[::1]", False, marks=needs_ipv6)]
+)
+async def test_only_an_address_that_others_can_reach_is_warned_about(host: str, warned: bool) -> None:
+    async with running_proxy({"server": {"host": host}}) as proxy:
+        pass
+    assert ("server.allow_unauthenticated: true silences this warning" in proxy.log) == warned
 
 
 def test_a_variable_may_name_the_file(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 
 import pytest
 
@@ -38,6 +39,9 @@ def chunked(wire: bytes, coding: str | bytes = "Transfer-Encoding: chunked") -> 
     return post(coding, body=wire)
 
 
+SETTINGS = "HTTP2-Settings: AAMAAABkAAQAAP__"
+OFFER = ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", SETTINGS)
+"""What Java's HttpClient and `curl --http2` send."""
 CHUNK = toxic.chunk(BODY)
 CHUNKED = CHUNK + toxic.LAST_CHUNK
 
@@ -174,10 +178,15 @@ MALFORMED: dict[str, bytes] = {
     "asterisk": sized(start="POST * HTTP/1.1"),
     "asterisk of OPTIONS": post(start="OPTIONS * HTTP/1.1", body=b""),
     "path without a slash": sized(start=f"POST {CHAT[1:]} HTTP/1.1"),
-    "path of 9000 bytes": sized(start=f"POST {CHAT}?{CANARY * 900} HTTP/1.1"),
+    "path of 17 KB": sized(start=f"POST {CHAT}?{CANARY * 1700} HTTP/1.1"),
     # other
     "upgrade": sized("Connection: Upgrade", "Upgrade: websocket"),
-    "upgrade to h2c": sized("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABkAAQAAP__"),
+    "upgrade in two headers": sized("Connection: keep-alive", "Connection: Upgrade", "Upgrade: websocket"),
+    "upgrade to a web socket or h2c": sized("Connection: upgrade", "Upgrade: h2c, websocket"),
+    "upgrade to a web socket in another header": sized("Connection: upgrade", "Upgrade: h2c", "Upgrade: WebSocket"),
+    "upgrade to something unknown": sized("Connection: upgrade", "Upgrade: spdy/3"),
+    "upgrade to something like h2c": sized("Connection: upgrade", "Upgrade: h2cx"),
+    "upgrade to h2c and back": sized("Connection: upgrade", "Upgrade: h2c;q=1"),
     "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + CANARY.encode() * 20,
     "garbage": b"\x00\xff" + CANARY.encode() + b"\r\n\r\n",
     "a line of nothing but colons": b"::::\r\n\r\n",
@@ -235,6 +244,18 @@ ODD_BUT_VALID: dict[str, bytes] = {
     "trailers": chunked(CHUNK + b"0\r\nX-Trailer: 1\r\n\r\n"),
     "trailer that routes": chunked(CHUNK + b"0\r\nHost: other\r\n\r\n"),
     "expectation of 100": sized("Expect: 100-continue"),
+    **{
+        f"offer of {offer}, {connection}": sized(f"Connection: {connection}", f"Upgrade: {offer}", SETTINGS)
+        for offer in ("h2c", "H2C", "h2c, HTTP/2.0", "h2,h2c", "h2c-14", ", h2c ,", "TLS/1.2", "")
+        for connection in ("Upgrade, HTTP2-Settings", "keep-alive, upgrade")
+    },
+    "offer in two headers": sized("Connection: Upgrade", "Connection: HTTP2-Settings", "Upgrade: h2c", SETTINGS),
+    "offer with a chunked body": post(*OFFER, "Transfer-Encoding: chunked", body=CHUNKED),
+    "offer with an expectation": sized(*OFFER, "Expect: 100-continue"),
+    "offer in HTTP/1.0": sized(*OFFER, start=f"POST {CHAT} HTTP/1.0"),
+    "web socket that is not asked for": sized("Upgrade: websocket"),
+    "header of 16 KiB": sized("Cookie: s=" + "x" * (16 * 1024 - len("Cookies="))),
+    "target of 16 KiB": sized(start=f"POST {CHAT}?{'x' * (16 * 1024 - len(CHAT) - 1)} HTTP/1.1"),
     "IPv6 Host": sized("Host: [::1]:80", host=False),
     "Host without port": sized("Host: localhost", host=False),
     "HTTP/1.0 without Host": sized(start=f"POST {CHAT} HTTP/1.0", host=False),
@@ -254,12 +275,35 @@ async def test_odd_but_valid_is_served_in_the_proxys_own_words(proxy: Proxy, ups
             answer = await client.answer()
     assert (answer.status, answer.body) == (200, b'{"reached":"upstream"}')
     (seen,) = upstream.requests
-    assert seen.line == f"POST {CHAT} HTTP/1.1"
+    assert re.fullmatch(rf"POST {CHAT}(\?x+)? HTTP/1.1", seen.line)
     assert json.loads(seen.body) == json.loads(BODY)
     names = [name for name, _ in seen.headers]
     assert names.count("content-length") == names.count("host") == names.count("content-type") == 1
-    assert not {"transfer-encoding", "expect", "x-trailer"} & set(names)
+    assert not {"transfer-encoding", "expect", "x-trailer", "upgrade", "http2-settings"} & set(names)
     assert seen.header("content-type") == "application/json" and seen.header("host") == f"127.0.0.1:{upstream.port}"
+
+
+NEXT = b"GET /health HTTP/1.1\r\nHost: test\r\n\r\n"
+OFFERED: dict[str, bytes] = {
+    "without a body": post(*OFFER, start="GET /health HTTP/1.1", body=b""),
+    "with a length": sized(*OFFER),
+    "with a length, and line ends in the body": post(
+        *OFFER, f"Content-Length: {SIZE + 8}", body=BODY[:1] + b"\r\n\r\n" + BODY[1:] + b"\r\n\r\n"
+    ),
+    "with chunks": post(*OFFER, "Transfer-Encoding: chunked", body=CHUNKED),
+    "with trailers": post(*OFFER, "Transfer-Encoding: chunked", body=CHUNK + b"0\r\nX-Trailer: 1\r\n\r\n"),
+}
+
+
+@pytest.mark.parametrize("name", OFFERED)
+async def test_the_connection_of_an_offer_stays_usable_also_for_what_was_sent_behind_it(
+    proxy: Proxy, upstream: RawUpstream, name: str
+) -> None:
+    upstream.script = toxic.plain(b"{}")
+    async with connected(proxy.port) as client:
+        for wire, answers in ((OFFERED[name], 1), (OFFERED[name] + NEXT, 2), (NEXT + OFFERED[name] * 2 + NEXT, 4)):
+            await client.send(wire)
+            assert [(await client.answer()).status for _ in range(answers)] == [200] * answers
 
 
 @pytest.mark.parametrize("step", [1, 7])

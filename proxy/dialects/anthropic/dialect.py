@@ -59,5 +59,6 @@ ANTHROPIC = Dialect(
     is_error_body=_is_error_body,
     end_mark=b"message_stop",
     stateful_frames=True,
+    id_headers=("request-id",),
 )
 """Source: the Anthropic API reference, Messages streaming and errors."""
