@@ -5,13 +5,15 @@ An agent imports these names from `llama_smart_proxy`, and nothing else of this 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
 from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, ChunkStream, Reply
+
+T = TypeVar("T")
 
 
 class Options(BaseModel):
@@ -148,6 +150,11 @@ class Context(Protocol):
 
     async def embed(self, texts: Sequence[str], model: str) -> list[list[float]]:
         """One vector per text. Raises: as `chat`."""
+
+    async def aside(self, steps: Generator[Any, None, T]) -> T:
+        """Do long work beside the answers of others: runs the generator `steps` in a thread, a few milliseconds at a
+        time with pauses, and returns its return value. Between two `yield` should pass a few milliseconds at most.
+        """
 
     async def fitting(self, models: Sequence[str]) -> list[list[str]]:
         """`models` in groups whose models can be loaded at the same time: used group by group, they need the fewest

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
-from typing import Any, Literal
+from collections.abc import AsyncIterator, Iterable, Iterator
+from dataclasses import replace
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field, PrivateAttr, model_validator
 
@@ -13,13 +14,19 @@ from llama_smart_proxy.agents.redact.matching import (
     Matcher,
     Naming,
     Scrubber,
+    Steps,
     by_replacement,
     compiled,
-    scrubbed,
-    scrubbed_json,
+    result_of,
+    scrubbing,
+    scrubbing_json,
 )
 from llama_smart_proxy.agents.redact.presets import PRESETS
 
+T = TypeVar("T")
+
+LONG = 8 * 1024
+"""Characters that are searched in a few milliseconds."""
 _NO_TEXT = {"type", "id", "tool_use_id", "cache_control", "image_url", "input_audio", "file", "multimodal_data", "data"}
 _NO_TEXT |= {"media_type", "signature", "encrypted_content", "encrypted_index", "_extensions"}
 """Fields of content parts that are not searched: names, and data of other media."""
@@ -84,8 +91,8 @@ class Redact(Agent):
     async def on_request(self, request: ChatRequest, ctx: Context) -> ChunkStream | None:
         if "request" in ctx.config.where:
             found = ctx.state["found"] = Found(ctx.config)
-            for holder, key in _texts(request.body):
-                holder[key] = found.take_out(holder[key], is_json=key == "arguments")
+            texts = list(_texts(request.body))
+            await _done(found.take_out(texts), sum(len(holder[key]) for holder, key in texts), ctx)
         return None
 
     async def on_response(self, stream: ChunkStream, ctx: Context) -> AsyncIterator[Chunk]:
@@ -99,13 +106,13 @@ class Redact(Agent):
         async for chunk in stream:
             if matchers and (chunk.delta or chunk.finish_reason):
                 if chunk.index not in answers:
-                    answers[chunk.index] = _Answer(chunk.index, matchers, ctx.config.hold, naming)
-                for passed in answers[chunk.index].take(chunk):
+                    answers[chunk.index] = _Answer(chunk.index, matchers, ctx, naming)
+                for passed in await answers[chunk.index].take(chunk):
                     yield passed
             else:
                 yield chunk
         for answer in answers.values():
-            for passed in answer.end():
+            for passed in await answer.end():
                 yield passed
 
 
@@ -120,12 +127,20 @@ class Found:
         self._count: dict[str, int] = {}
         self.originals: dict[str, str] = {}
 
-    def take_out(self, text: str, *, is_json: bool) -> str:
-        return (scrubbed_json if is_json else scrubbed)(self._matchers, text, self._naming)
+    def take_out(self, texts: Iterable[tuple[Any, Any]]) -> Steps[None]:
+        """Remove the matches from these texts, each given as its container and its key there."""
+        for holder, key in texts:
+            scrub = scrubbing_json if key == "arguments" else scrubbing
+            holder[key] = yield from scrub(self._matchers, holder[key], self._naming)
+            yield
 
     def placeholders(self) -> Matcher:
-        """A matcher for the placeholders."""
-        return compiled("", "|".join(map(_escaped, self.originals)), "")
+        """A matcher for the placeholders. Their number is not limited, so its pattern does not list them."""
+        names = "|".join(sorted(_escaped(name) for name in self._count))
+        return replace(
+            compiled("", rf"\[(?:{names}) \d{{1,9}}\]", ""),
+            check=lambda text: len(text) if text in self.originals else 0,
+        )
 
     def put_back(self, matcher: Matcher, found: str) -> str:
         """The original value of a placeholder; for a match of another pattern, its replacement."""
@@ -144,32 +159,38 @@ class _Answer:
     """One answer. Its text and reasoning are redacted while streaming; the arguments of tool calls when they are
     complete, as they are JSON, in which text is escaped."""
 
-    def __init__(self, index: int, matchers: list[Matcher], hold: int, naming: Naming) -> None:
+    def __init__(self, index: int, matchers: list[Matcher], ctx: Context, naming: Naming) -> None:
         self._index = index
         self._matchers = matchers
-        self._hold = hold
+        self._ctx = ctx
+        self._hold: int = ctx.config.hold
         self._naming = naming
         self._kind = ""  # of the current text: `content`, or the server's field name for reasoning
-        self._scrubber = Scrubber(matchers, hold, naming)
+        self._scrubber = Scrubber(matchers, self._hold, naming)
         self._calls: list[Chunk] = []
 
-    def take(self, chunk: Chunk) -> list[Chunk]:
+    async def take(self, chunk: Chunk) -> list[Chunk]:
         """The chunks to send for `chunk`, in the original order, and before the end."""
         chunks = []
         for part in _parts(chunk):
-            chunks += self._take(part)
+            chunks += await self._take(part)
         return chunks
 
-    def end(self) -> list[Chunk]:
+    async def end(self) -> list[Chunk]:
         """The chunks that are still delayed."""
-        return [*self._rest(), *self._called()]
+        return [*await self._rest(), *await self._called()]
 
-    def _take(self, chunk: Chunk) -> list[Chunk]:
+    async def _take(self, chunk: Chunk) -> list[Chunk]:
         text = chunk.reasoning or chunk.text
-        chunks = self._begin(_kind(chunk)) if text else []
+        chunks = await self._begin(_kind(chunk)) if text else []
         if text:
             held = self._scrubber.holds
-            clean = self._scrubber.feed(text) + (self._scrubber.end() if chunk.finish_reason else "")
+            if self._scrubber.held + len(text) > LONG:
+                clean = await self._ctx.aside(self._scrubber.feeding(text))
+            else:
+                clean = self._scrubber.feed(text)
+            if chunk.finish_reason:
+                clean += await self._ended()
             if held or clean != text:
                 if chunk.reasoning:
                     chunk.reasoning = clean
@@ -178,31 +199,39 @@ class _Answer:
                 if not clean and not chunk.finish_reason and "role" not in chunk.delta:
                     return chunks
         if chunk.tool_calls:
-            chunks += self._rest()
+            chunks += await self._rest()
             self._calls.append(chunk)
         if chunk.finish_reason:
-            chunks += self.end()
+            chunks += await self.end()
         return chunks if chunk.tool_calls else [*chunks, chunk]
 
-    def _begin(self, kind: str) -> list[Chunk]:
+    async def _begin(self, kind: str) -> list[Chunk]:
         """The chunks delayed until text of another kind begins."""
-        rest = self._called() if self._kind == kind else self.end()
+        if self._kind == kind and not self._calls:
+            return []
+        rest = await (self._called() if self._kind == kind else self.end())
         self._kind = kind
         return rest
 
-    def _rest(self) -> list[Chunk]:
-        rest, self._scrubber = self._scrubber.end(), Scrubber(self._matchers, self._hold, self._naming)
+    async def _ended(self) -> str:
+        return await _done(self._scrubber.ending(), self._scrubber.held, self._ctx)
+
+    async def _rest(self) -> list[Chunk]:
+        rest, self._scrubber = await self._ended(), Scrubber(self._matchers, self._hold, self._naming)
         if not rest:
             return []
         return [Chunk({"choices": [{"index": self._index, "delta": {self._kind: rest}, "finish_reason": None}]})]
 
-    def _called(self) -> list[Chunk]:
+    async def _called(self) -> list[Chunk]:
         """The delayed tool calls. A modified one has all of its arguments in its first chunk."""
         chunks, self._calls = self._calls, []
         whole: dict[int, str] = {}
         for number, function in (pair for chunk in chunks for pair in _functions(chunk.seen)):
             whole[number] = whole.get(number, "") + (function.get("arguments") or "")
-        clean = {number: scrubbed_json(self._matchers, text, self._naming) for number, text in whole.items()}
+        clean = {
+            number: await _done(scrubbing_json(self._matchers, text, self._naming), len(text), self._ctx)
+            for number, text in whole.items()
+        }
         changed = {number for number, text in clean.items() if text != whole[number]}
         for chunk in chunks:
             if any(number in changed for number, _ in _functions(chunk.seen)):
@@ -210,6 +239,11 @@ class _Answer:
                     if number in changed:
                         function["arguments"] = clean.pop(number, "")
         return chunks
+
+
+async def _done(steps: Steps[T], length: int, ctx: Context) -> T:
+    """The result of `steps`, which search a text of this `length`: a long one aside, as other requests would wait."""
+    return await ctx.aside(steps) if length > LONG else result_of(steps)
 
 
 def _parts(chunk: Chunk) -> list[Chunk]:

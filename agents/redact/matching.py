@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import regex
+
+T = TypeVar("T")
 
 HOLD = 256
 """Maximum number of characters that are delayed for a possible match."""
@@ -16,7 +18,12 @@ GROWTH = 16
 BEHIND = 256
 """Characters already returned that look-behinds can still see."""
 TIMEOUT_S = 1.0
-"""Time limit in seconds for one search: some patterns take exponential time."""
+"""Time limit in seconds for one search, of a million characters at most: some patterns take exponential time."""
+PATIENT = 512
+"""With more characters delayed, a search is repeated only when there are an eighth more of them: with one for each
+token, the time would grow with the square of the length."""
+PIECE = 1024
+"""Characters of a long text that are added at a time."""
 _TOKEN = r"\\.|\[\^?\]?(?:\\.|\[:\^?\w+:\]|[^\]\\])*\]|."
 _LOOKAHEADS = {
     r"\b": r"(?:(?<=\w)(?!\w)|(?<!\w)(?=\w))",
@@ -65,10 +72,11 @@ class Matcher:
         return end if found is None else int(found.start())
 
     def _search(self, pattern: Any, text: str, start: int, end: int, *, partial: bool = False) -> Any:
+        limit_s = TIMEOUT_S * max(1.0, (end - start) / 1e6)
         try:
-            return pattern.search(text, start, end, partial=partial, timeout=TIMEOUT_S)
+            return pattern.search(text, start, end, partial=partial, timeout=limit_s)
         except TimeoutError:
-            raise PatternTooSlow(f"the pattern {self.name} took over {TIMEOUT_S:g} s for one text") from None
+            raise PatternTooSlow(f"the pattern {self.name} took over {limit_s:g} s for one text") from None
 
 
 def _open(pattern: Any) -> str:
@@ -117,29 +125,55 @@ def matches(matchers: Sequence[Matcher], text: str, start: int, end: int) -> Ite
                 found[matcher] = span
 
 
-def scrubbed(matchers: Sequence[Matcher], text: str, naming: Naming = by_replacement) -> str:
+Steps = Generator[None, None, T]
+"""Work in small steps, each of which ends at a `yield`, so that others can go on in between; it returns the result."""
+
+
+def result_of(steps: Steps[T]) -> T:
+    """The result of `steps`, which are all done now."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as done:
+            result: T = done.value
+            return result
+
+
+def scrubbing(matchers: Sequence[Matcher], text: str, naming: Naming = by_replacement) -> Steps[str]:
     """Replace the matches in a complete text; they may have any length."""
     written, position = [], 0
     for start, end, matcher in matches(matchers, text, 0, len(text)):
         written += [text[position:start], naming(matcher, text[start:end])]
         position = end
+        yield
     return "".join([*written, text[position:]])
 
 
-def scrubbed_json(matchers: Sequence[Matcher], text: str, naming: Naming = by_replacement) -> str:
-    """Replace the matches within the strings and numbers of a JSON text, which stays valid; else as `scrubbed`."""
+def scrubbed(matchers: Sequence[Matcher], text: str, naming: Naming = by_replacement) -> str:
+    """`scrubbing`, at once."""
+    return result_of(scrubbing(matchers, text, naming))
+
+
+def scrubbing_json(matchers: Sequence[Matcher], text: str, naming: Naming = by_replacement) -> Steps[str]:
+    """Replace the matches within the strings and numbers of a JSON text, which stays valid; else as `scrubbing`."""
     try:
         json.loads(text)
     except (ValueError, RecursionError):
-        return scrubbed(matchers, text, naming)
+        return (yield from scrubbing(matchers, text, naming))
+    written, position = [], 0
+    for found in _JSON_VALUE.finditer(text):
+        value: str = found[0]
+        plain = json.loads(value) if value[0] == '"' else value
+        clean = yield from scrubbing(matchers, plain, naming)
+        if clean != plain:
+            written += [text[position : found.start()], json.dumps(clean, ensure_ascii=value.isascii())]
+            position = found.end()
+        yield
+    return "".join([*written, text[position:]])
 
-    def value(found: Any) -> str:
-        written: str = found[0]
-        text = json.loads(written) if written[0] == '"' else written
-        clean = scrubbed(matchers, text, naming)
-        return written if clean == text else json.dumps(clean, ensure_ascii=written.isascii())
 
-    return str(_JSON_VALUE.sub(value, text))
+def _patience(held: int) -> int:
+    return held + held // 8 if held > PATIENT else 0
 
 
 class Scrubber:
@@ -147,7 +181,8 @@ class Scrubber:
     does not depend on how the text is split, and equals that of `scrubbed` unless a match takes over `hold` characters.
 
     A possible match of more than `hold` characters is passed, beginning with its first character; an actual match that
-    still grows is cut at `GROWTH` times that. Both methods raise: PatternTooSlow.
+    still grows is cut at `GROWTH` times that. `feeding` and `ending` are the same in steps, for long texts. All of them
+    raise: PatternTooSlow.
     """
 
     def __init__(self, matchers: Sequence[Matcher], hold: int, naming: Naming = by_replacement) -> None:
@@ -156,23 +191,53 @@ class Scrubber:
         self._naming = naming
         self._text = ""
         self._position = 0  # text before it was returned, and is kept for look-behinds
+        self._enough = 0  # characters delayed, below which a search would find no more than the last one
 
     @property
     def holds(self) -> bool:
         """Whether any text is delayed."""
         return self._position < len(self._text)
 
+    @property
+    def held(self) -> int:
+        """The number of characters that are delayed."""
+        return len(self._text) - self._position
+
     def feed(self, text: str) -> str:
-        behind = min(self._position, BEHIND)
-        self._text = self._text[self._position - behind :] + text
-        self._position = behind
+        self._add(text)
         return "".join(self._steps(ended=False))
 
     def end(self) -> str:
         return "".join(self._steps(ended=True))
 
+    def feeding(self, text: str) -> Steps[str]:
+        written = []
+        for start in range(
+            0, len(text), PIECE
+        ):  # a search takes longer in a longer text, also if it is in a part of it
+            self._add(text[start : start + PIECE])
+            for piece in self._steps(ended=False):
+                written.append(piece)
+                yield
+        return "".join(written)
+
+    def ending(self) -> Steps[str]:
+        written = []
+        for piece in self._steps(ended=True):
+            written.append(piece)
+            yield
+        return "".join(written)
+
+    def _add(self, text: str) -> None:
+        behind = min(self._position, BEHIND)
+        self._text = self._text[self._position - behind :] + text
+        self._position = behind
+
     def _steps(self, *, ended: bool) -> Iterator[str]:
         """No step looks further than `hold` ahead: otherwise the result would depend on how much has arrived."""
+        if not ended and self.held < self._enough:
+            return
+        self._enough = 0
         while self.holds:
             window = min(len(self._text), self._position + self._hold)
             whole = ended and window == len(self._text)
@@ -183,10 +248,12 @@ class Scrubber:
             elif decided > self._position:
                 yield self._passed(decided)
             elif window < self._position + self._hold:
+                self._enough = _patience(self.held)
                 return
             elif found is None or found[0] > self._position:
                 yield self._passed(self._position + 1)
             elif (grown := self._grown(ended)) is None:
+                self._enough = _patience(self.held)
                 return
             else:
                 yield grown

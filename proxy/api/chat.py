@@ -119,7 +119,7 @@ class Chat:
     async def _send(self, route: Route, chat: ChatRequest) -> web.StreamResponse:
         """Answer a decoded request whose answer no agent reads."""
         if self._is_native(route.model) and self.codec.fits(chat):
-            return await relay_request(self.http, self.proxy, self.endpoint, route, self._encoded(chat))
+            return await relay_request(self.http, self.proxy, self.endpoint, route, await self._encoded(chat))
         return await self._stream(route, chat)
 
     async def _stream(self, route: Route, chat: ChatRequest) -> web.StreamResponse:
@@ -155,16 +155,16 @@ class Chat:
             finalizer=finalizer, amend=amend, limit=None if chat.stream else ANSWER_LIMIT,
         )  # fmt: skip
 
-    def _encoded(self, chat: ChatRequest) -> Json:
+    async def _encoded(self, chat: ChatRequest) -> Json:
         try:
-            return self.codec.encode(chat)
+            return await offload(self.http, self.codec.encode, chat)
         except UNENCODABLE as exc:
             raise self._unencodable() or exc from exc
 
     async def _written(self, codec: UpstreamCodec, model: Model, chat: ChatRequest) -> UpstreamRequest:
         """The request to the model's server. Raises: AgentError if agents made it impossible to encode."""
         try:
-            path, body = codec.encode(chat)
+            path, body = await offload(self.http, codec.encode, chat)
             prepared = model.prepare(body)
             data = await to_bytes(self.http, body)
         except UNENCODABLE as exc:

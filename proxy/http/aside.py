@@ -26,18 +26,18 @@ R = TypeVar("R")
 LONGEST_REST_S = 0.1
 
 
-async def in_thread(work: Callable[[A], R], value: A, *, urgent: bool) -> R:
-    """`work(value)`, done in the thread: before all that is not urgent, or behind all that waits. What ends a request's
-    use of its memory is urgent: otherwise all that was begun would pile up."""
+async def in_thread(work: Callable[[A], R], value: A, *, urgent: bool, worker: Worker | None = None) -> R:
+    """`work(value)`, done in the thread (of `worker`): before all that is not urgent, or behind all that waits. What
+    ends a request's use of its memory is urgent: otherwise all that was begun would pile up."""
     loop = asyncio.get_running_loop()
     result: asyncio.Future[R] = loop.create_future()
     # not a `concurrent.futures.Future`, which refers to itself once it is awaited: its result would stay in the memory
     # until the next round of the garbage collector
-    _worker.put(urgent, loop, result, work, value)
+    (worker or _worker).put(urgent, loop, result, work, value)
     return await result
 
 
-class _Worker:
+class Worker:
     """The thread, which is started when it is first needed."""
 
     def __init__(self) -> None:
@@ -86,4 +86,4 @@ def _settle(result: asyncio.Future[Any], value: object, error: BaseException | N
         result.set_exception(error)
 
 
-_worker = _Worker()
+_worker = Worker()

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import aclosing
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from llama_smart_proxy.agents.base import About
 from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, ChunkStream, Reply, fold
+from llama_smart_proxy.proxy.http.aside import Worker, in_thread
 from llama_smart_proxy.proxy.middleware.chain import ActiveAgent, Selection
 from llama_smart_proxy.proxy.middleware.scope import HookTimer, Scope
 from llama_smart_proxy.proxy.middleware.side_calls import SideCalls
 
+T = TypeVar("T")
+
+ASIDE_S = 0.004
+"""Seconds of long work before a pause in which others go on."""
 _WITHHELD = frozenset({"authorization", "x-api-key", "cookie", "proxy-authorization"})
 
 
@@ -80,9 +86,31 @@ class AgentContext:
         with self.timer.awaiting_model():
             return await self._calls.embed(self.name, texts, model)
 
+    async def aside(self, steps: Generator[Any, None, T]) -> T:
+        with self.timer.awaiting_model():  # it ends: each step does, and it is not the agent's fault how long it waits
+            while True:
+                ended, result = await in_thread(_advance, steps, urgent=False, worker=_worker)
+                if ended:
+                    return cast(T, result)
+
     async def fitting(self, models: Sequence[str]) -> list[list[str]]:
         with self.timer.awaiting_model():
             return await self._calls.router.fitting(models)
+
+
+_worker = Worker()
+"""Another one than for the bodies of requests, which are not to wait for what agents do."""
+
+
+def _advance(steps: Generator[Any, None, T]) -> tuple[bool, T | None]:
+    """Continue `steps` for a moment. Returns whether they have ended, and their result."""
+    until = time.perf_counter() + ASIDE_S
+    try:
+        while time.perf_counter() < until:
+            next(steps)
+    except StopIteration as done:
+        return True, done.value
+    return False, None
 
 
 class _Timed:

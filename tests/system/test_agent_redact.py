@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -110,3 +112,21 @@ async def test_own_patterns_and_places(stage: tuple[Proxy, Fakes]) -> None:
     said = await way.ask(proxy, way.body("X-12 and Y-3", model="own", fake={"texts": ["X-1"]}))
     assert said.text == "X-1"
     assert fakes.generated()[-1]["messages"][-1]["content"] == "*** and ***"
+
+
+@pytest.mark.parametrize("where", ["request", "answer"])
+async def test_others_are_served_while_a_long_text_is_searched(stage: tuple[Proxy, Fakes], where: str) -> None:
+    proxy, _ = stage
+    text = f"to me@home.org, {'x ' * 20}" * (10_000 if where == "request" else 1_500)
+    way = Way(CHAT, stream=where == "answer")
+    body = way.body(text) if where == "request" else way.body("hi", fake={"texts": [text]})
+    long = asyncio.ensure_future(way.ask(proxy, body))
+    began, waited_s = time.monotonic(), [0.0]
+    while not long.done():
+        asked = time.monotonic()
+        assert (await raw_client.get(proxy.port, "/health")).status == 200
+        waited_s.append(time.monotonic() - asked)
+    assert (await long).error is None
+    assert max(waited_s) < (time.monotonic() - began) / 3, "no one else waits for most of the time"
+    if where == "answer":
+        assert (await long).text == text.replace("me@home.org", "[email]")

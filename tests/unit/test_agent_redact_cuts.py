@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from typing import Any, cast
 
@@ -14,7 +15,7 @@ from pydantic import ValidationError
 
 from llama_smart_proxy.agents.base import Context
 from llama_smart_proxy.agents.redact import Redact
-from llama_smart_proxy.agents.redact.matching import Scrubber, compiled, scrubbed
+from llama_smart_proxy.agents.redact.matching import Scrubber, compiled, result_of, scrubbed, scrubbing, scrubbing_json
 from llama_smart_proxy.agents.redact.presets import PRESETS
 from llama_smart_proxy.proxy.chat import ChatRequest, Chunk
 
@@ -116,6 +117,31 @@ def test_what_is_held_back_is_bounded() -> None:
     assert left >= 15 * 100 - 33
     scrubber = Scrubber([compiled("block", r"BEGIN[^#]*END")], 32)
     assert scrubber.feed("BEGIN") + scrubber.feed(" 1 END ") + scrubber.end() == "[block] "
+
+
+def test_the_time_for_a_text_that_is_held_back_does_not_grow_with_its_square() -> None:
+    took_s = []
+    for length in (2_000, 32_000):
+        scrubber = Scrubber([compiled("block", r"BEGIN[^#]*END")], 1_000_000)
+        began = time.process_time()
+        assert scrubber.feed("BEGIN") + "".join(scrubber.feed("abc ") for _ in range(length)) == ""
+        took_s.append(time.process_time() - began)
+        assert scrubber.feed("END") + scrubber.end() == "[block]"
+    assert took_s[1] < 16 * 5 * took_s[0]
+
+
+def test_long_texts_are_done_in_steps_with_the_same_result() -> None:
+    text = f"to me@home.org, {'x' * 300} " * 20
+    matchers = [PRESETS["email"]]
+    scrubber = Scrubber(matchers, 64)
+    steps = 0
+    for making in (scrubber.feeding(text), scrubber.ending(), scrubbing(matchers, text)):
+        steps += sum(1 for _ in making)
+    assert steps > 40
+    clean = scrubbed(matchers, text)
+    assert result_of(scrubbing_json(matchers, json.dumps({"a": [text, 1]}))) == json.dumps({"a": [clean, 1]})
+    again = Scrubber(matchers, 64)
+    assert result_of(again.feeding(text)) + result_of(again.ending()) == scrubbed(matchers, text)
 
 
 def test_a_pattern_that_takes_for_ever_is_given_up() -> None:
