@@ -28,7 +28,7 @@ from llama_smart_proxy.proxy.dialects.embeddings import (
     OPENAI_EMBEDDINGS,
     EmbeddingClient,
 )
-from llama_smart_proxy.proxy.errors import BadRequest
+from llama_smart_proxy.proxy.errors import BadRequest, ModelNotFound
 from llama_smart_proxy.proxy.http.body import Body, Reusable, read_body
 from llama_smart_proxy.proxy.http.headers import PARAMS, RECORD
 from llama_smart_proxy.proxy.models.router import Route
@@ -141,9 +141,11 @@ class EndpointHandler:
         endpoint = self._endpoint
         named = body.get("model")
         unloads = endpoint.codec is not None and endpoint.codec.loading(body) is Loading.UNLOAD
-        route = await self._proxy.router.resolve(
-            http.query.get("model") if named in (None, "") else named, pull=endpoint.slot and not unloads
-        )
+        named = http.query.get("model") if named in (None, "") else named
+        try:
+            route = await self._proxy.router.resolve(named, pull=endpoint.slot and not unloads)
+        except ModelNotFound as exc:
+            raise endpoint.dialect.not_found(named, exc) from None
         http[RECORD].routed(route.model.name, route.model.kind)
         if "autoload=" in http.raw_path:
             await apply_autoload(http, route.model)
@@ -156,7 +158,7 @@ class EndpointHandler:
         endpoint, model = self._endpoint, route.model
         if endpoint.generates:
             self._proxy.chain.check_none_required(http.headers, route.name)
-        if endpoint.api in model.speaks:
+        if endpoint.api in model.speaks and not self._is_limited(route, body):
             relaying = relay_request(http, self._proxy, endpoint, route, body, reusable)
             del body, reusable
             return await relaying
@@ -168,8 +170,17 @@ class EndpointHandler:
         request = endpoint.embeddings.decode(body)
         if request.keep_alive_s is not None:
             model.keep_loaded(request.keep_alive_s)
-        embedded = await embed(model, request)
-        return await _as_response(endpoint.embeddings.encode(model.name, request, embedded), len(embedded.vectors))
+        embedded = await embed(model, request, timing=http[RECORD])
+        return await _as_response(endpoint.embeddings.encode(route.shown, request, embedded), len(embedded.vectors))
+
+    def _is_limited(self, route: Route, body: Json) -> bool:
+        """Whether a server of this API would give embeddings that are not the client's: under another name, or of
+        longer texts, because the model is loaded with a larger context size than the client's."""
+        client = self._endpoint.embeddings
+        if client is None or route.renamed:
+            return client is not None
+        asked = client.num_ctx(body)
+        return asked is not None and route.model.prepare(dict(body)) not in (None, asked)
 
 
 async def _as_response(answer: Any, vectors: int) -> web.Response:

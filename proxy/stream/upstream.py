@@ -14,7 +14,7 @@ import orjson
 
 from llama_smart_proxy.backends.base import Management, Model, UpstreamRequest
 from llama_smart_proxy.backends.http.exchange import UpstreamResponse
-from llama_smart_proxy.proxy.chat import Json
+from llama_smart_proxy.proxy.chat import Json, Timing
 from llama_smart_proxy.proxy.dialects.upstream_errors import refused
 from llama_smart_proxy.proxy.errors import ProxyError, UpstreamFailed, UpstreamRefused
 from llama_smart_proxy.proxy.http.body import serialise
@@ -106,22 +106,32 @@ class Attempts(AbstractAsyncContextManager[UpstreamResponse]):
         return True
 
 
-async def post_json(model: Model, path: str, body: Json, *, slot: bool = False) -> Json:
-    """POST a small request to the model's server; returns its JSON answer.
+async def post_json(
+    model: Model, path: str, body: Json, *, slot: bool = False, timing: Timing | None = None
+) -> Json:
+    """POST a small request to the model's server; returns its JSON answer. Sets `sent_s` of `timing` if it is 0.
 
     Raises: UpstreamRefused with the server's own message, UpstreamFailed.
     """
     prepared = model.prepare(body)
     request = UpstreamRequest("POST", path, serialise(body), JSON_HEADERS, slot, prepared=prepared)
-    return await fetch_json(model, request)
+    return await fetch_json(model, request, timing=timing)
 
 
-async def fetch_json(model: Model, request: UpstreamRequest, opened: Callable[[], None] | None = None) -> Json:
+async def fetch_json(
+    model: Model,
+    request: UpstreamRequest,
+    opened: Callable[[], None] | None = None,
+    *,
+    timing: Timing | None = None,
+) -> Json:
     """The JSON answer to `request`; `opened` is called when the server answers. Raises: as `post_json`."""
     async for attempt in Attempts(model, request):
         async with attempt as upstream:
             if opened is not None:
                 opened()
+            if timing is not None:
+                timing.sent_s = timing.sent_s or upstream.sent_s
             if upstream.status != 200:
                 raise await refusal(upstream)
             answer = await upstream.read(ANSWER_LIMIT)
