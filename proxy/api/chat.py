@@ -24,7 +24,7 @@ from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, Json, first_problem
 from llama_smart_proxy.proxy.dialects import UPSTREAM_CODECS
 from llama_smart_proxy.proxy.dialects.base import ClientCodec, Loading, UpstreamCodec
 from llama_smart_proxy.proxy.errors import AgentError, BadRequest, ProxyError, UpstreamRefused
-from llama_smart_proxy.proxy.http.body import Reusable, offload, serialise, to_bytes
+from llama_smart_proxy.proxy.http.body import Reusable, offload, to_bytes
 from llama_smart_proxy.proxy.http.headers import CONVERSATION, RECORD, upstream_headers
 from llama_smart_proxy.proxy.middleware.chain import Selection
 from llama_smart_proxy.proxy.middleware.context import AgentContext, RequestFacts
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 Preparation = Callable[[Model, ChatRequest], Awaitable[tuple[ChatRequest, Finalizer | None]]]
 """Completes a decoded request for a server that does not support the client's API."""
+Amending = Callable[[Model, ChatRequest, UpstreamRefused], Awaitable[ChatRequest | None]]
+"""Returns such a request as the server may accept it after its refusal; None if there is none."""
 _OF_ANSWER = ("model", "n", "stream_options")
 """Fields of a request that its answer depends on."""
 _NOT_JSON = re.compile("not JSON serializable|Dict key must")
@@ -114,11 +116,12 @@ class Chat:
     async def _check_capabilities(self, model: Model, body: Json) -> None:
         """Raises: BadRequest if the body requires a capability that the model is known not to have."""
         needed = self.codec.needs(body)
-        if needed is None or self._is_native(model):
+        if not needed or self._is_native(model):
             return
-        info = await model.info()
-        if info.capabilities and needed not in info.capabilities:
-            raise BadRequest(f'"{model.name}" does not support {needed}')
+        capabilities = await self.proxy.router.capabilities(model)
+        for capability in needed:
+            if capabilities and capability not in capabilities:
+                raise BadRequest(self.codec.lacks(str(body.get("model") or model.name), capability))
 
     async def _send(self, route: Route, chat: ChatRequest) -> web.StreamResponse:
         """Answer a decoded request whose answer no agent reads."""
@@ -145,14 +148,12 @@ class Chat:
         codec = own or UPSTREAM_CODECS[model.codec]
         request = await self._written(codec, model, chat)
 
-        def amend(refused: UpstreamRefused) -> UpstreamRequest | None:
-            if not self.codec.thinking_is_optional or not _remove_thinking(chat, refused):
-                return None
-            path, body = codec.encode(chat)
-            prepared = model.prepare(body)
-            return UpstreamRequest(
-                "POST", path, serialise(body), request.headers, client=request.client, prepared=prepared
-            )
+        async def amend(refused: UpstreamRefused) -> UpstreamRequest | None:
+            if self.codec.thinking_is_optional and _remove_thinking(chat, refused):
+                return await self._written(codec, model, chat)
+            amending = self.endpoint.amending if not self._is_native(model) else None
+            amended = await amending(model, chat, refused) if amending is not None else None
+            return await self._written(codec, model, amended) if amended is not None else None
 
         return ModelAnswer(
             model, request, codec, chat, self.http[RECORD],

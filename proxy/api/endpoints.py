@@ -9,14 +9,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import orjson
 from aiohttp import web
 
-from llama_smart_proxy.proxy.api.chat import Chat, Preparation, relay_request
+from llama_smart_proxy.proxy.api.chat import Amending, Chat, Preparation, relay_request
 from llama_smart_proxy.proxy.api.generate_context import with_context
 from llama_smart_proxy.proxy.api.llama_server import apply_autoload
+from llama_smart_proxy.proxy.api.refusals import amended
 from llama_smart_proxy.proxy.api.state import Proxy
 from llama_smart_proxy.proxy.chat import Json
 from llama_smart_proxy.proxy.dialects import ANTHROPIC, NATIVE, OLLAMA, OPENAI, RESPONSES, Dialect, anthropic, openai
@@ -44,8 +46,8 @@ class Endpoint:
     is translated by `codec` (chat and text) or `embeddings`, or answered by `estimate`; without any, it is refused.
 
     `slot`: a call occupies one of the server's slots. `preparation` completes a decoded request, with requests to the
-    model's server. `generates`: the endpoint generates text but has no codec, so agents do not run there. `path` is the
-    server's own one, if that differs from the client's.
+    model's server, and `amending` one that it has refused. `generates`: the endpoint generates text but has no codec,
+    so agents do not run there. `path` is the server's own one, if that differs from the client's.
     """
 
     dialect: Dialect = OPENAI
@@ -55,6 +57,7 @@ class Endpoint:
     codec: ClientCodec | None = None
     preparation: Preparation | None = None
     embeddings: EmbeddingClient | None = None
+    amending: Amending | None = None
     estimate: Callable[[Json], Json] | None = None
     generates: bool = False
     path: str = ""
@@ -99,8 +102,14 @@ ENDPOINTS: dict[str, Endpoint] = {
     "/slots": Endpoint(api="native", slot=False, methods=_READABLE),
     r"/slots/{id:\d+}": NATIVE_UTILITY,
     "/lora-adapters": Endpoint(api="native", slot=False, methods=_READABLE),
-    "/api/chat": Endpoint(OLLAMA, api="ollama", codec=ollama_dialect.CHAT),
-    "/api/generate": Endpoint(OLLAMA, api="ollama", codec=ollama_dialect.GENERATE, preparation=with_context),
+    "/api/chat": Endpoint(OLLAMA, api="ollama", codec=ollama_dialect.CHAT, amending=amended),
+    "/api/generate": Endpoint(
+        OLLAMA,
+        api="ollama",
+        codec=ollama_dialect.GENERATE,
+        preparation=with_context,
+        amending=partial(amended, generates=True),
+    ),
     "/api/embed": Endpoint(OLLAMA, api="ollama", embeddings=OLLAMA_EMBED),
     "/api/embeddings": Endpoint(OLLAMA, api="ollama", embeddings=OLLAMA_EMBEDDINGS),
 }

@@ -6,7 +6,7 @@ A request goes through `ClientCodec.decode` and `UpstreamCodec.encode`, its answ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
@@ -253,6 +253,10 @@ class ClientCodec:
         """Seconds that the model stays loaded when idle, if the body sets them. Raises: BadRequest."""
         return None
 
-    def needs(self, body: Json) -> str | None:
-        """The capability that the body requires of a model; None if it requires no special one."""
-        return None
+    def needs(self, body: Json) -> Sequence[str]:
+        """The capabilities that the body requires of a model, by the names of `ModelInfo.capabilities`."""
+        return ()
+
+    def lacks(self, model: str, capability: str) -> str:
+        """The error message for a model without it."""
+        return f'"{model}" does not support {capability}'

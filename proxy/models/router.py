@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -15,6 +16,8 @@ from llama_smart_proxy.backends.weights.downloads import Download, Downloads
 from llama_smart_proxy.proxy.config import Config, ModelConfig
 from llama_smart_proxy.proxy.errors import BadRequest, ModelNotFound
 
+CAPABILITIES_FRESH_S = 10.0
+"""Age in seconds from which the capabilities of a model are read again."""
 SHOWN_NAMES = 20
 """Most names listed in an error message."""
 
@@ -91,6 +94,7 @@ class Router:
         self._providers = providers
         self._virtual = config.virtual
         self._names = names_by_key(config.models | config.virtual)
+        self._capabilities: dict[tuple[str, str], tuple[float, Sequence[str]]] = {}
 
     # -- names -----------------------------------------------------------------------------------------------------
 
@@ -188,6 +192,16 @@ class Router:
 
     def _virtual_entry(self, name: str, model: Model | None) -> Entry:
         return Entry(name, "llama-smart-proxy", self._virtual[name].aliases, model)
+
+    async def capabilities(self, model: Model) -> Sequence[str]:
+        """What the model can do, by Ollama's names; empty if that is unknown. It may be some seconds old: reading the
+        header of a file takes a thread, which is too much for every chat."""
+        key, now = (model.kind, model.name), time.monotonic()
+        read_at, known = self._capabilities.get(key, (-math.inf, ()))
+        if now - read_at > CAPABILITIES_FRESH_S:
+            known = (await model.info()).capabilities
+            self._capabilities[key] = now, known
+        return known
 
     async def listed(self, limit_s: float) -> None:
         """Wait until every provider has listed its models, at most `limit_s` seconds."""

@@ -332,7 +332,7 @@ def test_a_question_put_into_its_template_is_asked_for_with_the_same_limits() ->
         ({"messages": ASK, "prompt": "hi"}, False, False),
         ({"messages": None, "suffix": "x"}, True, False),
         ({"messages": [], "images": ["QQ=="]}, True, False),
-        ({"messages": [], "context": [1]}, True, False),
+        ({"messages": [], "context": [1]}, True, True),
     ],
 )
 def test_an_empty_request_only_loads(body: Json, chat_loads: bool, generate_loads: bool) -> None:

@@ -180,17 +180,6 @@ def line(message: str, rest: str = '"done":false') -> bytes:
     return f'{{"model":"m","created_at":"x","message":{{"role":"assistant",{message}}},{rest}}}\n'.encode()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "object_sent"),
-    [("", {}), (None, {}), ("null", {}), ("[1]", {"arguments": "[1]"}), ('{"a": "b', {"arguments": '{"a": "b'})],
-)
-def test_arguments_in_the_history_that_are_no_object_do_not_end_the_chat(arguments: Any, object_sent: Json) -> None:
-    function = {"name": "look", "arguments": arguments}
-    messages = [{"role": "assistant", "content": None, "tool_calls": [{"id": "x", "function": function}]}]
-    (encoded,) = sent(messages=messages)["messages"]
-    assert encoded["tool_calls"][0]["function"] == {"name": "look", "arguments": object_sent}
-
-
 def calling(arguments: str) -> bytes:
     """One with a tool call."""
     return line(f'"content":"","tool_calls":[{{"function":{{"name":"set_todo","arguments":{arguments}}}}}]')
