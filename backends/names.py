@@ -8,3 +8,22 @@ def key_of(name: str) -> str:
     user `library` are optional."""
     key = name.lower().removeprefix("registry.ollama.ai/").removeprefix("library/")
     return key if ":" in key.rpartition("/")[2] else f"{key}:latest"
+
+
+def other_forms(name: str) -> list[str]:
+    """The other spellings of `name` by these rules, apart from case, the closest first."""
+    short = name
+    for prefix in ("registry.ollama.ai/", "library/"):
+        if short.lower().startswith(prefix):
+            short = short[len(prefix) :]
+    forms = [_other_tag(name)]
+    if short != name and short:
+        forms += [short, _other_tag(short)]
+    return [form for form in forms if form != name]
+
+
+def _other_tag(name: str) -> str:
+    """`name` without its tag `latest`, or with it; unchanged with any other tag."""
+    if name.lower().endswith(":latest"):
+        return name[: -len(":latest")]
+    return name if ":" in name.rpartition("/")[2] else f"{name}:latest"

@@ -29,6 +29,8 @@ ROUTES: list[tuple[str, str, Handler]] = [
     ("GET", "/api/version", ollama_api.version),
     ("GET", "/api/tags", ollama_api.tags),
     ("GET", "/api/ps", ollama_api.ps),
+    ("GET", "/api/status", ollama_api.status),
+    ("POST", "/api/me", ollama_api.me),
     ("POST", "/api/show", ollama_api.show),
     ("POST", "/api/pull", ollama_api.pull),
     ("DELETE", "/api/delete", ollama_api.delete),

@@ -8,6 +8,7 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,7 +75,7 @@ def capabilities(header: GgufInfo, args: Sequence[str]) -> tuple[str, ...]:
         return ("embedding",)
     # There may be several templates; llama.cpp has one of its own for tools.
     texts = (text for key, text in header.metadata.items() if key.startswith("tokenizer.chat_template"))
-    templates = "".join(text for text in texts if isinstance(text, str))
+    templates = _given_template(args) or "".join(text for text in texts if isinstance(text, str))
     able = {
         "completion": True,
         "tools": "tools" in templates or "tool_call" in templates,
@@ -83,6 +84,20 @@ def capabilities(header: GgufInfo, args: Sequence[str]) -> tuple[str, ...]:
         "vision": bool(flags & VISION_FLAGS),
     }
     return tuple(capability for capability, has in able.items() if has)
+
+
+def _given_template(args: Sequence[str]) -> str:
+    """The chat template that `args` set in place of the model's; for one of llama.cpp's own by name, which may have
+    tools, a text with that word; empty if there is none."""
+    for flag, value in pairwise(args):
+        if flag == "--chat-template-file":
+            try:
+                return Path(value).expanduser().read_text(errors="replace")
+            except OSError:
+                return "tools"
+        if flag == "--chat-template":
+            return value if "{" in value else "tools"
+    return ""
 
 
 class _Known(NamedTuple):

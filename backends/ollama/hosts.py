@@ -6,67 +6,31 @@ import asyncio
 import logging
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
 from functools import partial
 
 from llama_smart_proxy.backends.base import Json
 from llama_smart_proxy.backends.http.exchange import UpstreamResponse
 from llama_smart_proxy.backends.http.sweep import Sweeper
 from llama_smart_proxy.backends.names import key_of
+from llama_smart_proxy.backends.ollama.context import LOOK_S, Context
 from llama_smart_proxy.backends.ollama.host import PULL_FAILED, OllamaHost, is_name
 from llama_smart_proxy.backends.ollama.model import OllamaModel
 from llama_smart_proxy.backends.openai import LISTING_PAUSE_S
 from llama_smart_proxy.backends.weights.downloads import Download, Downloads, Progress
-from llama_smart_proxy.proxy.config import ModelConfig, OllamaConfig
+from llama_smart_proxy.proxy.config import ModelConfig, OllamaConfig, is_ollama_name
 from llama_smart_proxy.proxy.errors import BadRequest, ModelNotFound, ProxyError, UpstreamFailed
 
 logger = logging.getLogger(__name__)
 
 Headers = Sequence[tuple[str, str]]
 
+LISTED_FRESH_S = 1.0
+"""Maximum age in seconds of the list of a host's models for listing them."""
 LOADED_STALE_S = 30.0
 """Maximum age in seconds of the list of loaded models for selecting a host."""
 REFUSAL_KEPT_S = 10.0
 """Seconds for which requests for a model that Ollama could not pull get the same error without a retry."""
-
-
-@dataclass(slots=True)
-class _Context:
-    """The context sizes in requests for one model, and their results.
-
-    `confirmed` is the largest size of a successful request, `pending` are those of requests without an answer yet,
-    `failed` is the last one that failed. `used_at` is the last use of the model, on the event loop's clock.
-    """
-
-    confirmed: int = 0
-    pending: list[int] = field(default_factory=list)
-    failed: int = 0
-    used_at: float = -math.inf
-
-    def size(self, loaded: list[int]) -> int:
-        """The size to send, 0 for none; `loaded` are the sizes with which hosts have the model loaded.
-
-        Pending sizes count, or concurrent first requests would cause alternating reloads; but not a size that has
-        failed before, which would fail other requests.
-        """
-        if self.failed in loaded:  # its client disconnected before the answer
-            self.confirmed = max(self.confirmed, self.failed)
-        return max(self.confirmed, *(size for size in self.pending if size != self.failed), 0)
-
-    async def track_context(self, size: int, answer: Awaitable[UpstreamResponse]) -> UpstreamResponse:
-        """Await the `answer` to a request with that size, and record whether it succeeded."""
-        self.pending.append(size)
-        confirmed = False
-        try:
-            response = await answer
-            confirmed = response.status == 200
-            return response
-        finally:
-            self.pending.remove(size)
-            if confirmed:
-                self.confirmed = max(self.confirmed, size)
-            else:
-                self.failed = size
 
 
 class Hosts:
@@ -81,9 +45,12 @@ class Hosts:
         self._pulls = config.pull == "auto"
         self._downloads = downloads
         self._named = {key_of(name): name for name in (*configured, *(config.models or ()))}
+        self._aliases = {key_of(name): tuple(model.aliases) for name, model in configured.items()}
+        self._by_alias = {key_of(alias): name for name, model in configured.items() for alias in model.aliases}
         self._serves_all = config.models is None
         self._pinned = {key_of(name): model.ctx for name, model in configured.items() if model.ctx}
-        self._contexts: dict[str, _Context] = {}
+        self._contexts: dict[str, Context] = {}
+        self._defaults: dict[str, int] = {}
         self._refusals: dict[str, tuple[float, ProxyError]] = {}
         self._sweeper = Sweeper(LOADED_STALE_S, self._sweep)
 
@@ -129,8 +96,9 @@ class Hosts:
         ]
 
     def known(self, name: str) -> str | None:
-        """The model's name in the spelling of the hosts, or of the configuration; None if it is unknown."""
-        key = key_of(name)
+        """The model's name in the spelling of the hosts, or of the configuration; None if it is unknown. `name` may be
+        an alias of the configuration."""
+        key = key_of(self.real_name(name))
         if not self._serves(key):
             return None
         self._refresh()
@@ -139,8 +107,16 @@ class Hosts:
 
     async def find(self, name: str) -> str | None:
         """As `known`, after refreshing the listings of all hosts if the model is unknown."""
-        await self.holders(name)
+        await self.holders(self.real_name(name))
         return self.known(name)
+
+    def real_name(self, name: str) -> str:
+        """The name of the configured model of which `name` is an alias; `name` itself if it is none."""
+        return self._by_alias.get(key_of(name), name) if self._by_alias else name
+
+    def aliases(self, name: str) -> Sequence[str]:
+        """The aliases of the model in the configuration."""
+        return self._aliases.get(key_of(name), ())
 
     async def holders(self, name: str) -> list[OllamaHost]:
         """The hosts that have the model, best first: available, with the model loaded, least busy."""
@@ -166,10 +142,11 @@ class Hosts:
         self._refresh()
 
     async def listed(self) -> None:
-        """Return once every host has been listed, or its listing has failed: after 2 s at the latest."""
+        """Return once every host has been listed, an available one a moment ago, or its listing has failed: after 2 s
+        at the latest. Models come and go in Ollama itself, so a list that is asked for is a new one."""
         self._refresh()
-        for host in self.hosts:
-            await host.refresh_tags(math.inf)
+        ages = [LISTED_FRESH_S if host.error is None else math.inf for host in self.hosts]
+        await asyncio.gather(*(host.refresh_tags(age) for host, age in zip(self.hosts, ages, strict=True)))
 
     async def refresh_loaded(self) -> None:
         """Refresh `loaded` from the hosts, except those whose last listing failed; returns after 2 s at the latest."""
@@ -182,9 +159,10 @@ class Hosts:
 
     # -- models ----------------------------------------------------------------------------------------------------
 
-    def model(self, name: str, *, pull: bool = True) -> OllamaModel:
-        """The model of that name, which need not exist yet. With `pull`, a request to it may pull it."""
-        return OllamaModel(self, name, pull=pull)
+    def model(self, name: str, *, pull: bool = True, asked: str = "") -> OllamaModel:
+        """The model of that name, which need not exist yet. With `pull`, a request to it may pull it. `asked` is the
+        client's name for it."""
+        return OllamaModel(self, name, pull=pull, asked=asked)
 
     def item(self, name: str) -> Json | None:
         """Its item of /api/tags, from the first host that has it."""
@@ -196,7 +174,7 @@ class Hosts:
 
     def may_pull(self, name: str) -> bool:
         """Whether a request for this model, if no host has it, pulls it."""
-        return self._pulls and is_name(name) and self._serves(key_of(name))
+        return self._pulls and is_ollama_name(name) and self._serves(key_of(name))
 
     def pull(self, name: str, headers: Headers = ()) -> Download:
         """The download of the model in progress, or a new one, by the host that has it, else by the least busy one.
@@ -205,7 +183,7 @@ class Hosts:
         The download raises ModelNotFound with Ollama's message, or UpstreamFailed (code `pull_failed` for any other
         error reported by Ollama). Raises: BadRequest.
         """
-        if not is_name(name):
+        if not is_ollama_name(name):
             raise BadRequest("invalid model name", param="model")
         key = key_of(name)
         return self._downloads.join(
@@ -229,28 +207,47 @@ class Hosts:
         A configured `ctx` always takes precedence. Otherwise the size only grows: it is never smaller than the one the
         model is loaded with, because any other size, also a smaller one, makes Ollama reload the model. A size applies
         to other requests only once a request with it returned status 200, or Ollama lists the model as loaded with it.
-        It is reset when the model is unloaded. A size chosen by Ollama itself is sent only if a client requests a
-        smaller one.
+        It is reset when the model is unloaded.
+
+        A request without a size gets that of others only if it is not smaller than Ollama's own, as far as that is
+        known. A size chosen by Ollama itself is sent only if a client requests a smaller one.
         """
         key = key_of(name)
         if key in self._pinned:
             return self._pinned[key]
         self._forget_unloaded()
-        loaded = [host.context_length(key) for host in self.hosts]
+        loaded = self._loaded_sizes(key)
         size = self._contexts[key].size(loaded) if key in self._contexts else 0
         if requested is not None and requested > 0:
-            size = max(requested, size, *loaded)
-        return size or None
+            return max(requested, size, *loaded)
+        default = self._defaults.get(key) or max(self._defaults.values(), default=0)
+        return size if 0 < default <= size else None
 
     async def track_context(
         self, name: str, num_ctx: int | None, answer: Awaitable[UpstreamResponse]
     ) -> UpstreamResponse:
-        """Await the `answer` to a request with this `num_ctx`, which applies to other requests if it succeeds."""
+        """Await the `answer` to a request with this `num_ctx`, which applies to other requests if it succeeds; without
+        one, Ollama's own size is looked up afterwards, unless it has been."""
         key = key_of(name)
-        if num_ctx is None or key in self._pinned:
+        if key in self._pinned:
             return await answer
         self._sweeper.wake()
-        return await self._contexts.setdefault(key, _Context()).track_context(num_ctx, answer)
+        context = self._contexts.setdefault(key, Context())
+        if num_ctx is not None:
+            return await context.track(num_ctx, answer)
+        before = [] if context.looked else self._loaded_sizes(key)
+        response = await answer
+        if response.status == 200 and not context.looked and not context.pending:
+            context.looked = True
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_S):
+                    await self.refresh_loaded()
+            if (default := context.default_of(before, self._loaded_sizes(key))) > 0:
+                self._defaults[key] = default
+        return response
+
+    def _loaded_sizes(self, key: str) -> list[int]:
+        return [host.context_length(key) for host in self.hosts]
 
     def mark_used(self, name: str) -> None:
         """Record a use of the model: it may be loaded although no host lists it yet."""

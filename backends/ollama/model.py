@@ -17,6 +17,7 @@ from llama_smart_proxy.backends.base import Feature, Json, ModelInfo, ModelState
 from llama_smart_proxy.backends.http.connection import UNREACHABLE
 from llama_smart_proxy.backends.http.exchange import UpstreamResponse
 from llama_smart_proxy.backends.names import key_of
+from llama_smart_proxy.backends.ollama.context import LOOK_S
 from llama_smart_proxy.backends.ollama.host import JSON_HEADERS, MAX_CONTEXT, PULL_FAILED
 from llama_smart_proxy.proxy.errors import BadRequest, UpstreamFailed, UpstreamRefused
 
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 KIND = "ollama"
-LOOK_S = 0.5
-"""Longest wait in seconds for the hosts' lists of loaded models."""
 ANSWER_LIMIT = 1024 * 1024
 """Maximum bytes read of an answer to one of the proxy's own requests."""
 
@@ -39,15 +38,20 @@ class OllamaModel:
     owner: ClassVar[str] = KIND
     codec: ClassVar[str] = KIND
     speaks: ClassVar[frozenset[str]] = frozenset({"ollama", "responses"})
-    features: ClassVar[frozenset[Feature]] = frozenset({Feature.LOADING})
-    aliases: ClassVar[Sequence[str]] = ()
+    features: ClassVar[frozenset[Feature]] = frozenset({Feature.LOADING, Feature.ECHO})
     tags: ClassVar[Sequence[str]] = ()
 
-    def __init__(self, hosts: Hosts, name: str, *, pull: bool) -> None:
+    def __init__(self, hosts: Hosts, name: str, *, pull: bool, asked: str = "") -> None:
         self.name = name
         self._hosts = hosts
         self._key = key_of(name)
         self._pull = pull
+        self._asked = asked or name
+        self._keep_alive: float | None = None
+
+    @property
+    def aliases(self) -> Sequence[str]:
+        return self._hosts.aliases(self.name)
 
     @property
     def state(self) -> ModelState:
@@ -87,7 +91,7 @@ class OllamaModel:
         response = await self._open_at_holder(request, stack)
         if response is None:
             if not self._pull or not self._hosts.may_pull(self.name):
-                raise self._hosts.missing(self.name)
+                raise self._hosts.missing(self._asked)
             await self._hosts.ensure_pulled(self.name, request.headers)
             response = await self._open_at_holder(request, stack)
         if response is None:  # a host may accept names that it does not list: aliases of another proxy
@@ -124,20 +128,23 @@ class OllamaModel:
     async def load(self, *, wait: bool = True) -> None:
         """Returns when it is loaded, also without `wait`."""
         body: Json = {"model": self.name}
+        if self._keep_alive is not None:
+            body["keep_alive"] = self._keep_alive if math.isfinite(self._keep_alive) else -1
         await self._generate(body, self.prepare(body))
 
     async def unload(self) -> None:
         await self._generate({"model": self.name, "keep_alive": 0})
 
     def keep_loaded(self, seconds: float) -> None:
-        """Nothing: its host reads `keep_alive` in the requests themselves."""
+        """Affects only `load`: otherwise its host reads `keep_alive` in the requests themselves."""
+        self._keep_alive = seconds
 
     async def delete(self, headers: Sequence[tuple[str, str]]) -> None:
         """Remove it from every host that has it. Raises: ModelNotFound, UpstreamFailed, UpstreamRefused."""
         request = UpstreamRequest("DELETE", "/api/delete", orjson.dumps({"model": self.name}), headers, slot=False)
         holders = await self._hosts.holders(self.name)
         if not holders:
-            raise self._hosts.missing(self.name)
+            raise self._hosts.missing(self._asked)
         refused = None
         for host in reversed(holders):  # the answer of the best host is returned
             try:

@@ -47,13 +47,13 @@ class Ollama:
 
     def known(self, name: str, *, pull: bool = True) -> OllamaModel | None:
         own_name = self._hosts.known(name)
-        return self._hosts.model(own_name, pull=pull) if own_name is not None else None
+        return self._hosts.model(own_name, pull=pull, asked=name) if own_name is not None else None
 
     async def find(self, name: str, *, pull: bool) -> OllamaModel | None:
         own_name = await self._hosts.find(name)
         if own_name is None and pull and self._hosts.may_pull(name):
             own_name = name
-        return self._hosts.model(own_name, pull=pull) if own_name is not None else None
+        return self._hosts.model(own_name, pull=pull, asked=name) if own_name is not None else None
 
     def missing(self, name: str) -> UpstreamFailed | None:
         """The error if no host is available."""

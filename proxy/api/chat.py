@@ -24,7 +24,7 @@ from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, Json, first_problem
 from llama_smart_proxy.proxy.dialects import UPSTREAM_CODECS
 from llama_smart_proxy.proxy.dialects.base import ClientCodec, Loading, UpstreamCodec
 from llama_smart_proxy.proxy.errors import AgentError, BadRequest, ProxyError, UpstreamRefused
-from llama_smart_proxy.proxy.http.body import Reusable, offload, serialise, to_bytes
+from llama_smart_proxy.proxy.http.body import Reusable, offload, to_bytes
 from llama_smart_proxy.proxy.http.headers import CONVERSATION, RECORD, upstream_headers
 from llama_smart_proxy.proxy.middleware.chain import Selection
 from llama_smart_proxy.proxy.middleware.context import AgentContext, RequestFacts
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 Preparation = Callable[[Model, ChatRequest], Awaitable[tuple[ChatRequest, Finalizer | None]]]
 """Completes a decoded request for a server that does not support the client's API."""
+Amending = Callable[[Model, ChatRequest, UpstreamRefused], Awaitable[ChatRequest | None]]
+"""Returns such a request as the server may accept it after its refusal; None if there is none."""
 _OF_ANSWER = ("model", "n", "stream_options")
 """Fields of a request that its answer depends on."""
 _NOT_JSON = re.compile("not JSON serializable|Dict key must")
@@ -60,10 +62,11 @@ class Chat:
     codec: ClientCodec
     keep_alive: object = None
     agents: Sequence[str] = ()
+    renamed: bool = False
 
     async def answer(self, route: Route, body: Json, reusable: Reusable | None) -> web.StreamResponse:
         """Answer the request, with the agents that apply to it. `reusable` are the bytes that `body` came as."""
-        self.keep_alive = body.get("keep_alive")
+        self.keep_alive, self.renamed = body.get("keep_alive"), route.renamed
         loading = self.codec.loading(body)
         chain = self.proxy.chain
         if loading is None and chain.may_apply(self.http.headers, body, route.name, self.codec):
@@ -77,28 +80,31 @@ class Chat:
             del body, reusable
             return await relaying
         if loading is not None:
-            return await self._load(route.model, loading)
+            return await self._load(route, loading)
         await self._check_capabilities(route.model, body)
         body["model"] = route.model.name
-        return await self._stream(route, await self._decoded(route.model, body))
+        return await self._stream(route, await self._decoded(route, body))
 
     # -- without agents in the answer --------------------------------------------------------------------------------
 
     def _is_native(self, model: Model) -> bool:
-        return self.endpoint.api in model.speaks
+        return self.endpoint.api in model.speaks and not self.renamed
 
-    async def _decoded(self, model: Model, body: Json) -> ChatRequest:
-        decode = self.codec.decode_same_api if self._is_native(model) else self.codec.decode
-        return await offload(self.http, decode, body)
+    async def _decoded(self, route: Route, body: Json) -> ChatRequest:
+        decode = self.codec.decode_same_api if self._is_native(route.model) else self.codec.decode
+        chat = await offload(self.http, decode, body)
+        chat.asked = route.asked
+        return chat
 
-    async def _load(self, model: Model, loading: Loading) -> web.Response:
+    async def _load(self, route: Route, loading: Loading) -> web.Response:
+        model = route.model
         if loading is Loading.UNLOAD:
             await model.unload()
         else:
             self._keep_loaded(model)
             await model.load()
         return web.Response(
-            body=orjson.dumps(self.codec.load_reply(model.name, loading)), content_type="application/json"
+            body=orjson.dumps(self.codec.load_reply(route.shown, loading)), content_type="application/json"
         )
 
     def _keep_loaded(self, model: Model) -> None:
@@ -110,11 +116,12 @@ class Chat:
     async def _check_capabilities(self, model: Model, body: Json) -> None:
         """Raises: BadRequest if the body requires a capability that the model is known not to have."""
         needed = self.codec.needs(body)
-        if needed is None or self._is_native(model):
+        if not needed or self._is_native(model):
             return
-        info = await model.info()
-        if info.capabilities and needed not in info.capabilities:
-            raise BadRequest(f'"{model.name}" does not support {needed}')
+        capabilities = await self.proxy.router.capabilities(model)
+        for capability in needed:
+            if capabilities and capability not in capabilities:
+                raise BadRequest(self.codec.lacks(str(body.get("model") or model.name), capability))
 
     async def _send(self, route: Route, chat: ChatRequest) -> web.StreamResponse:
         """Answer a decoded request whose answer no agent reads."""
@@ -136,18 +143,17 @@ class Chat:
             if self.endpoint.preparation is not None:
                 chat, finalizer = await self.endpoint.preparation(model, chat)
             self._keep_loaded(model)  # only once the request is known to be valid
+        same_api = same_api and (Feature.ECHO not in model.features or chat.asked in ("", model.name))
         own = self.codec.same_api if same_api and self._is_native(model) and self.codec.fits(chat) else None
         codec = own or UPSTREAM_CODECS[model.codec]
         request = await self._written(codec, model, chat)
 
-        def amend(refused: UpstreamRefused) -> UpstreamRequest | None:
-            if not self.codec.thinking_is_optional or not _remove_thinking(chat, refused):
-                return None
-            path, body = codec.encode(chat)
-            prepared = model.prepare(body)
-            return UpstreamRequest(
-                "POST", path, serialise(body), request.headers, client=request.client, prepared=prepared
-            )
+        async def amend(refused: UpstreamRefused) -> UpstreamRequest | None:
+            if self.codec.thinking_is_optional and _remove_thinking(chat, refused):
+                return await self._written(codec, model, chat)
+            amending = self.endpoint.amending if not self._is_native(model) else None
+            amended = await amending(model, chat, refused) if amending is not None else None
+            return await self._written(codec, model, amended) if amended is not None else None
 
         return ModelAnswer(
             model, request, codec, chat, self.http[RECORD],
@@ -185,7 +191,7 @@ class Chat:
     async def _with_agents(self, route: Route, body: Json, selection: Selection) -> web.StreamResponse:
         plugins = self.proxy.chain.plugins
         await self._check_capabilities(route.model, body)
-        chat = await self._decoded(route.model, body)
+        chat = await self._decoded(route, body)
         if selection.reply is not None:
             return await self._respond(chat, None, say(selection.reply))
         selection.take_commands(chat)
@@ -251,7 +257,7 @@ class Chat:
         """The route of the request after the agents, which may have changed its model."""
         if chat.model != route.model.name:
             route = await self.proxy.router.resolve(chat.model)
-            chat.model = route.model.name
+            chat.model, chat.asked, self.renamed = route.model.name, "", False
             self.http[RECORD].routed(route.model.name, route.model.kind)
         return route
 
@@ -279,7 +285,7 @@ async def relay_request(
     model, has_body = route.model, http.method == "POST"
     prepared, data = None, b""
     if has_body:
-        body["model"] = model.name
+        body["model"] = route.sent
         prepared = model.prepare(body)
         data = (reusable.bytes_of(body) if reusable is not None else None) or await to_bytes(http, body)
     headers = upstream_headers(http.headers, has_body=has_body)

@@ -9,14 +9,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import orjson
 from aiohttp import web
 
-from llama_smart_proxy.proxy.api.chat import Chat, Preparation, relay_request
+from llama_smart_proxy.proxy.api.chat import Amending, Chat, Preparation, relay_request
 from llama_smart_proxy.proxy.api.generate_context import with_context
 from llama_smart_proxy.proxy.api.llama_server import apply_autoload
+from llama_smart_proxy.proxy.api.refusals import amended
 from llama_smart_proxy.proxy.api.state import Proxy
 from llama_smart_proxy.proxy.chat import Json
 from llama_smart_proxy.proxy.dialects import ANTHROPIC, NATIVE, OLLAMA, OPENAI, RESPONSES, Dialect, anthropic, openai
@@ -28,7 +30,7 @@ from llama_smart_proxy.proxy.dialects.embeddings import (
     OPENAI_EMBEDDINGS,
     EmbeddingClient,
 )
-from llama_smart_proxy.proxy.errors import BadRequest
+from llama_smart_proxy.proxy.errors import BadRequest, ModelNotFound
 from llama_smart_proxy.proxy.http.body import Body, Reusable, read_body
 from llama_smart_proxy.proxy.http.headers import PARAMS, RECORD
 from llama_smart_proxy.proxy.models.router import Route
@@ -44,8 +46,8 @@ class Endpoint:
     is translated by `codec` (chat and text) or `embeddings`, or answered by `estimate`; without any, it is refused.
 
     `slot`: a call occupies one of the server's slots. `preparation` completes a decoded request, with requests to the
-    model's server. `generates`: the endpoint generates text but has no codec, so agents do not run there. `path` is the
-    server's own one, if that differs from the client's.
+    model's server, and `amending` one that it has refused. `generates`: the endpoint generates text but has no codec,
+    so agents do not run there. `path` is the server's own one, if that differs from the client's.
     """
 
     dialect: Dialect = OPENAI
@@ -55,6 +57,7 @@ class Endpoint:
     codec: ClientCodec | None = None
     preparation: Preparation | None = None
     embeddings: EmbeddingClient | None = None
+    amending: Amending | None = None
     estimate: Callable[[Json], Json] | None = None
     generates: bool = False
     path: str = ""
@@ -98,8 +101,14 @@ ENDPOINTS: dict[str, Endpoint] = {
     "/slots": Endpoint(api="native", slot=False, methods=_READABLE),
     r"/slots/{id:\d+}": NATIVE_UTILITY,
     "/lora-adapters": Endpoint(api="native", slot=False, methods=_READABLE),
-    "/api/chat": Endpoint(OLLAMA, api="ollama", codec=ollama_dialect.CHAT),
-    "/api/generate": Endpoint(OLLAMA, api="ollama", codec=ollama_dialect.GENERATE, preparation=with_context),
+    "/api/chat": Endpoint(OLLAMA, api="ollama", codec=ollama_dialect.CHAT, amending=amended),
+    "/api/generate": Endpoint(
+        OLLAMA,
+        api="ollama",
+        codec=ollama_dialect.GENERATE,
+        preparation=with_context,
+        amending=partial(amended, generates=True),
+    ),
     "/api/embed": Endpoint(OLLAMA, api="ollama", embeddings=OLLAMA_EMBED),
     "/api/embeddings": Endpoint(OLLAMA, api="ollama", embeddings=OLLAMA_EMBEDDINGS),
 }
@@ -140,9 +149,11 @@ class EndpointHandler:
         endpoint = self._endpoint
         named = body.get("model")
         unloads = endpoint.codec is not None and endpoint.codec.loading(body) is Loading.UNLOAD
-        route = await self._proxy.router.resolve(
-            http.query.get("model") if named in (None, "") else named, pull=endpoint.slot and not unloads
-        )
+        named = http.query.get("model") if named in (None, "") else named
+        try:
+            route = await self._proxy.router.resolve(named, pull=endpoint.slot and not unloads)
+        except ModelNotFound as exc:
+            raise endpoint.dialect.not_found(named, exc) from None
         http[RECORD].routed(route.model.name, route.model.kind)
         if "autoload=" in http.raw_path:
             await apply_autoload(http, route.model)
@@ -155,7 +166,7 @@ class EndpointHandler:
         endpoint, model = self._endpoint, route.model
         if endpoint.generates:
             self._proxy.chain.check_none_required(http.headers, route.name)
-        if endpoint.api in model.speaks:
+        if endpoint.api in model.speaks and not self._is_limited(route, body):
             relaying = relay_request(http, self._proxy, endpoint, route, body, reusable)
             del body, reusable
             return await relaying
@@ -167,8 +178,17 @@ class EndpointHandler:
         request = endpoint.embeddings.decode(body)
         if request.keep_alive_s is not None:
             model.keep_loaded(request.keep_alive_s)
-        embedded = await embed(model, request)
-        return await _as_response(endpoint.embeddings.encode(model.name, request, embedded), len(embedded.vectors))
+        embedded = await embed(model, request, timing=http[RECORD])
+        return await _as_response(endpoint.embeddings.encode(route.shown, request, embedded), len(embedded.vectors))
+
+    def _is_limited(self, route: Route, body: Json) -> bool:
+        """Whether a server of this API would give embeddings that are not the client's: under another name, or of
+        longer texts, because the model is loaded with a larger context size than the client's."""
+        client = self._endpoint.embeddings
+        if client is None or route.renamed:
+            return client is not None
+        asked = client.num_ctx(body)
+        return asked is not None and route.model.prepare(dict(body)) not in (None, asked)
 
 
 async def _as_response(answer: Any, vectors: int) -> web.Response:

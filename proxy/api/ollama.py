@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import aclosing, nullcontext
 
 import aiohttp
@@ -15,6 +15,7 @@ import orjson
 from aiohttp import web
 
 from llama_smart_proxy.backends.base import Management, Model, ModelInfo, UpstreamRequest
+from llama_smart_proxy.backends.names import key_of
 from llama_smart_proxy.backends.weights.downloads import Download
 from llama_smart_proxy.proxy.api.models import LISTING_S
 from llama_smart_proxy.proxy.api.state import PROXY, Proxy
@@ -22,18 +23,19 @@ from llama_smart_proxy.proxy.chat import Json
 from llama_smart_proxy.proxy.config import checked_name
 from llama_smart_proxy.proxy.dialects import OLLAMA
 from llama_smart_proxy.proxy.dialects.ollama import models
-from llama_smart_proxy.proxy.errors import BadRequest, ProxyError, UpstreamFailed
+from llama_smart_proxy.proxy.errors import BadRequest, ModelNotFound, ProxyError, UpstreamFailed
 from llama_smart_proxy.proxy.http.body import read_json, serialise
 from llama_smart_proxy.proxy.http.headers import RECORD, upstream_headers
 from llama_smart_proxy.proxy.http.response import ResponseWriter
 from llama_smart_proxy.proxy.http.server import FrontConnection
-from llama_smart_proxy.proxy.models.router import Entry
+from llama_smart_proxy.proxy.models.router import Entry, Route
 from llama_smart_proxy.proxy.stream.relay import PLAIN_LIMIT, relay
 
 logger = logging.getLogger(__name__)
 
 VERSION = "0.13.0"
 """The version of Ollama whose API is implemented. Clients compare it; Open WebUI accepts only digits and dots."""
+SIGN_IN = "https://ollama.com/signin"
 FAMILY = models.NAME
 """The key of this API in `Model.speaks`."""
 
@@ -49,11 +51,12 @@ async def version(http: web.BaseRequest) -> web.Response:
 
 
 async def tags(http: web.BaseRequest) -> web.Response:
-    """`GET /api/tags`: all models of all providers, by the names of `/v1/models`, except those that an Ollama host is
-    configured to pull and does not have yet."""
+    """`GET /api/tags`: all models of all providers, by the names of `/v1/models` and their aliases, except those that
+    an Ollama host is configured to pull and does not have yet."""
     router = http[PROXY].router
     await router.listed(LISTING_S)
-    return _listing(await asyncio.gather(*map(_tags_item, router.catalogue())))
+    entries = router.catalogue()
+    return _listing(_by_all_names(entries, await asyncio.gather(*map(_tags_item, entries))))
 
 
 async def _tags_item(entry: Entry) -> Json | None:
@@ -67,8 +70,9 @@ async def _tags_item(entry: Entry) -> Json | None:
 
 async def ps(http: web.BaseRequest) -> web.Response:
     """`GET /api/ps`: the loaded models, by descending expiry time."""
-    items = await asyncio.gather(*map(_ps_item, http[PROXY].router.catalogue()))
-    return _listing(sorted(items, key=lambda item: str((item or {}).get("expires_at", "")), reverse=True))
+    entries = http[PROXY].router.catalogue()
+    items = _by_all_names(entries, await asyncio.gather(*map(_ps_item, entries)))
+    return _listing(sorted(items, key=lambda item: str(item.get("expires_at", "")), reverse=True))
 
 
 async def _ps_item(entry: Entry) -> Json | None:
@@ -83,8 +87,37 @@ def _renamed(item: Json, name: str) -> Json:
     return item if item["name"] == name else {**item, "name": name, "model": name}
 
 
-def _listing(items: Iterable[Json | None]) -> web.Response:
-    return web.json_response({"models": [item for item in items if item is not None]}, dumps=_dumps)
+def _by_all_names(entries: Sequence[Entry], items: Sequence[Json | None]) -> list[Json]:
+    """The `items` that there are, each also under the aliases of its entry."""
+    taken = {key_of(entry.id) for entry in entries}
+    named: list[Json] = []
+    for entry, item in zip(entries, items, strict=True):
+        if item is not None:
+            aliases = [alias for alias in entry.aliases if key_of(alias) not in taken]
+            taken.update(map(key_of, aliases))
+            named += [item, *(_renamed(item, alias) for alias in aliases)]
+    return named
+
+
+def _listing(items: Sequence[Json]) -> web.Response:
+    return web.json_response({"models": items}, dumps=_dumps)
+
+
+async def status(http: web.BaseRequest) -> web.Response:
+    """`GET /api/status`: models of Ollama's cloud are not offered."""
+    return web.json_response({"cloud": {"disabled": True, "source": "config"}})
+
+
+async def me(http: web.BaseRequest) -> web.Response:
+    """`POST /api/me`, which `ollama push` sends first: the account of the first Ollama host, or that there is none."""
+    server = await http[PROXY].router.management(FAMILY, None)
+    if server is not None:
+        headers = upstream_headers(http.headers, has_body=False)
+        async with server.open(UpstreamRequest("POST", "/api/me", b"", headers, slot=False)) as upstream:
+            body = await upstream.read(PLAIN_LIMIT)
+        if body is not None and upstream.status != 404:  # 404: an Ollama without accounts
+            return web.Response(status=upstream.status, body=body, content_type="application/json")
+    return web.json_response({"error": "unauthorized", "signin_url": SIGN_IN}, status=401)
 
 
 async def show(http: web.BaseRequest) -> web.StreamResponse:
@@ -92,7 +125,7 @@ async def show(http: web.BaseRequest) -> web.StreamResponse:
     proxy = http[PROXY]
     body = await read_json(http, proxy.max_body_bytes)
     name = _named(body)
-    model = (await proxy.router.resolve(name, pull=False)).model
+    model = (await _resolved(proxy, name)).model
     http[RECORD].routed(model.name, model.kind)
     if FAMILY in model.speaks:
         return await _relay_request(http, proxy, model, {**body, "model": model.name})
@@ -107,7 +140,10 @@ async def pull(http: web.BaseRequest) -> web.StreamResponse:
     proxy = http[PROXY]
     body = await read_json(http, proxy.max_body_bytes)
     name = http[RECORD].model = _named(body)
-    download = await proxy.router.download(name, upstream_headers(http.headers, has_body=False))
+    try:
+        download = await proxy.router.download(name, upstream_headers(http.headers, has_body=False))
+    except ModelNotFound as exc:
+        raise OLLAMA.not_found(name, exc) from None
     async with aclosing(_lines(download)) as progress:
         if body.get("stream", True) is False:
             async for line in progress:
@@ -141,7 +177,7 @@ async def delete(http: web.BaseRequest) -> web.StreamResponse:
     proxy = http[PROXY]
     body = await read_json(http, proxy.max_body_bytes)
     name = http[RECORD].model = _named(body)
-    route = await proxy.router.resolve(name, pull=False)
+    route = await _resolved(proxy, name)
     await route.model.delete(upstream_headers(http.headers, has_body=True))
     return web.Response()
 
@@ -201,7 +237,7 @@ def _check_names(names: Iterable[object]) -> None:
             if name not in (None, ""):
                 checked_name(str(name))
     except ValueError:
-        raise BadRequest("invalid model name") from None
+        raise BadRequest(models.INVALID_NAME) from None
 
 
 async def _relay_request(
@@ -219,6 +255,14 @@ async def _managing(proxy: Proxy, model: str | None) -> Management:
     if server is None:
         raise BadRequest("no Ollama is configured, and only an Ollama can do this", status=404)
     return server
+
+
+async def _resolved(proxy: Proxy, name: str) -> Route:
+    """Raises: BadRequest for an invalid name; as `Router.resolve`."""
+    try:
+        return await proxy.router.resolve(name, pull=False)
+    except ModelNotFound as exc:
+        raise OLLAMA.not_found(name, exc) from None
 
 
 def _named(body: Json) -> str:

@@ -14,12 +14,14 @@ class ChatRequest:
     """One request for a generated answer.
 
     `body` is OpenAI's: with `messages` (`/v1/chat/completions`), or with `prompt` and perhaps `suffix`
-    (`/v1/completions`). `stream` is whether the client expects a stream, by a field or by its API's default. The
-    properties read and write the body.
+    (`/v1/completions`). `stream` is whether the client expects a stream, by a field or by its API's default. `asked` is
+    the model's name in the client's spelling, empty if the answer is to have that of `model`. The properties read and
+    write the body.
     """
 
     body: Json
     stream: bool = True
+    asked: str = ""
 
     @property
     def model(self) -> str:
@@ -120,7 +122,7 @@ class ChatRequest:
 
     def copy(self) -> ChatRequest:
         """A deep copy; strings and extensions are shared."""
-        return ChatRequest(_copied(self.body), self.stream)
+        return ChatRequest(_copied(self.body), self.stream, self.asked)
 
 
 def last_user_message(messages: Iterable[Any]) -> Json | None:

@@ -26,7 +26,7 @@ from llama_smart_proxy.proxy.config.schema import (
     UpstreamConfig,
     schema_json,
 )
-from llama_smart_proxy.proxy.config.shapes import checked_name
+from llama_smart_proxy.proxy.config.shapes import checked_name, is_ollama_name
 
 __all__ = [
     "AgentConfig",
@@ -45,6 +45,7 @@ __all__ = [
     "ServerConfig",
     "UpstreamConfig",
     "checked_name",
+    "is_ollama_name",
     "load_config",
     "parse_duration",
     "read_config",

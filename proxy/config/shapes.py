@@ -14,6 +14,9 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BeforeValidator, WithJsonSchema
 
 _NAME = re.compile(r"[A-Za-z0-9._:/@+-]{1,255}")
+_START, _REST = "[A-Za-z0-9_]", "[A-Za-z0-9_-]"
+_PART = rf"{_START}(?:{_REST}|\.){{0,79}}"
+_OLLAMA_NAME = re.compile(rf"(?:(?:{_START}(?:{_REST}|[.:]){{0,349}}/)?{_START}{_REST}{{0,79}}/)?{_PART}(?::{_PART})?")
 _ITEM = TypeVar("_ITEM")
 
 
@@ -24,6 +27,11 @@ def checked_name(name: str) -> str:
     if ".." in name or name.startswith("/"):
         raise ValueError("a name has no '..' in it and does not begin with '/'")
     return name
+
+
+def is_ollama_name(name: str) -> bool:
+    """Whether a model could have this name in Ollama: `[host/][user/]model[:tag]`. Source: its types/model/name.go."""
+    return _OLLAMA_NAME.fullmatch(name) is not None
 
 
 def quoted(value: object) -> object:

@@ -6,7 +6,7 @@ A request goes through `ClientCodec.decode` and `UpstreamCodec.encode`, its answ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
@@ -24,7 +24,7 @@ from llama_smart_proxy.proxy.chat import (
     without_extensions,
 )
 from llama_smart_proxy.proxy.dialects.framing import Splitter
-from llama_smart_proxy.proxy.errors import BadRequest, ProxyError
+from llama_smart_proxy.proxy.errors import BadRequest, ModelNotFound, ProxyError
 
 
 def _unchanged(body: Json, params: Mapping[str, str]) -> Json:
@@ -41,6 +41,10 @@ def _never(frames: bytes) -> bool:
 
 def _no_usage(frames: bytes) -> Json | None:
     return None
+
+
+def _not_found(name: object, exc: ModelNotFound) -> ProxyError:
+    return exc
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,8 @@ class Dialect:
     is_error_body: Callable[[bytes], bool] = _always
     """Whether clients can read this body of a failed request, unlike that of a web server in front of the model's."""
     usage: Callable[[bytes], Json | None] = _no_usage
+    not_found: Callable[[object, ModelNotFound], ProxyError] = _not_found
+    """The error for a name that no model has, which may be an invalid name."""
     bind: Callable[[Json, Mapping[str, str]], Json] = _unchanged
     """Normalizes a parsed body: adds the values from its path (`params`: the named parts of the endpoint's pattern) and
     normalizes field names. Afterwards `model` is the model's name and `stream` whether to stream."""
@@ -249,6 +255,10 @@ class ClientCodec:
         """Seconds that the model stays loaded when idle, if the body sets them. Raises: BadRequest."""
         return None
 
-    def needs(self, body: Json) -> str | None:
-        """The capability that the body requires of a model; None if it requires no special one."""
-        return None
+    def needs(self, body: Json) -> Sequence[str]:
+        """The capabilities that the body requires of a model, by the names of `ModelInfo.capabilities`."""
+        return ()
+
+    def lacks(self, model: str, capability: str) -> str:
+        """The error message for a model without it."""
+        return f'"{model}" does not support {capability}'

@@ -25,11 +25,12 @@ _TOO_LONG = re.compile(r"batch size: (\d+)|context size \((\d+)|n_ctx_slot = (\d
 @dataclass(slots=True)
 class EmbeddingRequest:
     """Texts to be embedded. `truncate`: texts that are too long are truncated to the model's limit, otherwise they are
-    an error. `fields` is the client's body; of its other fields an Ollama server is sent those it supports.
-    `keep_alive_s`: seconds that the model stays loaded when idle."""
+    an error. `num_ctx` is a limit of the client's, in tokens for each text. `fields` is the client's body; of its other
+    fields an Ollama server is sent those it supports. `keep_alive_s`: seconds that the model stays loaded when idle."""
 
     inputs: list[str]
     truncate: bool = True
+    num_ctx: int | None = None
     dimensions: int | None = None
     base64: bool = False
     fields: Json = field(default_factory=dict)
@@ -38,19 +39,23 @@ class EmbeddingRequest:
 
 @dataclass(slots=True)
 class Embedded:
-    """A vector for each input, in order, the number of tokens of all inputs, and the time taken."""
+    """A vector for each input, in order, the number of tokens of all inputs, the time taken, and how much of it passed
+    until the model was loaded and free."""
 
     vectors: Vectors
     tokens: int = 0
     spent_ns: int = 0
+    loaded_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingClient:
-    """A client's endpoint for embeddings: `decode` raises BadRequest; `encode` takes the model's name as well."""
+    """A client's endpoint for embeddings: `decode` raises BadRequest; `encode` takes the model's name as well.
+    `num_ctx` reads the client's limit from an undecoded body."""
 
     decode: Callable[[Json], EmbeddingRequest]
     encode: Callable[[str, EmbeddingRequest, Embedded], Json]
+    num_ctx: Callable[[Json], int | None] = lambda body: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +102,6 @@ def _decode_ollama(body: Json) -> EmbeddingRequest:
         raise BadRequest("invalid input type")
     dimensions = body.get("dimensions")
     request = _of_ollama(inputs, body)
-    request.truncate = body.get("truncate", True) is not False
     request.dimensions = dimensions if isinstance(dimensions, int) else None
     return request
 
@@ -112,11 +116,21 @@ def _decode_legacy(body: Json) -> EmbeddingRequest:
 def _of_ollama(inputs: list[str], body: Json) -> EmbeddingRequest:
     if not isinstance(body.get("options") or {}, dict):
         raise BadRequest("options must be an object")
-    return EmbeddingRequest(inputs, fields=body, keep_alive_s=keep_alive_s(body.get("keep_alive")))
+    request = EmbeddingRequest(inputs, fields=body, keep_alive_s=keep_alive_s(body.get("keep_alive")))
+    request.truncate = body.get("truncate", True) is not False
+    request.num_ctx = _num_ctx(body)
+    return request
+
+
+def _num_ctx(body: Json) -> int | None:
+    options = body.get("options")
+    size = options.get("num_ctx") if isinstance(options, dict) else None
+    return size if isinstance(size, int) and not isinstance(size, bool) else None
 
 
 def _encode_ollama(model: str, request: EmbeddingRequest, embedded: Embedded) -> Json:
     answer: Json = {"model": model, "embeddings": embedded.vectors, "total_duration": embedded.spent_ns}
+    answer["load_duration"] = embedded.loaded_ns  # required by the provider of Vercel's AI SDK
     return answer | ({"prompt_eval_count": embedded.tokens} if embedded.tokens else {})
 
 
@@ -126,7 +140,7 @@ def _encode_legacy(model: str, request: EmbeddingRequest, embedded: Embedded) ->
 
 OPENAI_EMBEDDINGS = EmbeddingClient(_decode_openai, _encode_openai)
 """`POST /v1/embeddings`. Extra fields that Ollama supports are passed on."""
-OLLAMA_EMBED = EmbeddingClient(_decode_ollama, _encode_ollama)
+OLLAMA_EMBED = EmbeddingClient(_decode_ollama, _encode_ollama, _num_ctx)
 """`POST /api/embed`."""
 OLLAMA_EMBEDDINGS = EmbeddingClient(_decode_legacy, _encode_legacy)
 """`POST /api/embeddings`, for one prompt."""
@@ -140,8 +154,10 @@ def _encode_for_ollama(model: str, inputs: list[Any], request: EmbeddingRequest)
 
 
 def _read_ollama(answer: Json) -> Embedded:
-    counted = answer.get("prompt_eval_count")
-    return Embedded(_checked(answer.get("embeddings")), counted if isinstance(counted, int) else 0)
+    counted, loaded = (
+        value if isinstance(value := answer.get(name), int) else 0 for name in ("prompt_eval_count", "load_duration")
+    )
+    return Embedded(_checked(answer.get("embeddings")), counted, loaded_ns=loaded)
 
 
 def _encode_for_openai(model: str, inputs: list[Any], request: EmbeddingRequest) -> Json:

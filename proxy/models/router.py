@@ -3,32 +3,57 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from llama_smart_proxy.backends.base import Management, Model, ModelState, Provider, ProviderStatus
+from llama_smart_proxy.backends.base import Feature, Management, Model, ModelState, Provider, ProviderStatus
+from llama_smart_proxy.backends.names import key_of, other_forms
 from llama_smart_proxy.backends.weights.downloads import Download, Downloads
 from llama_smart_proxy.proxy.config import Config, ModelConfig
 from llama_smart_proxy.proxy.errors import BadRequest, ModelNotFound
 
+CAPABILITIES_FRESH_S = 10.0
+"""Age in seconds from which the capabilities of a model are read again."""
 SHOWN_NAMES = 20
 """Most names listed in an error message."""
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Where a request goes. `virtual` is the name of the virtual model that was requested; empty if it was none."""
+    """Where a request goes. `virtual` is the name of the virtual model that was requested; empty if it was none.
+    `asked` is the name in the request; empty if there was none."""
 
     model: Model
     virtual: str = ""
+    asked: str = ""
 
     @property
     def name(self) -> str:
         """The name of the requested model."""
         return self.virtual or self.model.name
+
+    @property
+    def shown(self) -> str:
+        """The name in an answer: the one that was asked for."""
+        return self.asked or self.model.name
+
+    @property
+    def sent(self) -> str:
+        """The name for the model's server: the client's spelling of it if the answer repeats that."""
+        return self.asked if self.asked and Feature.ECHO in self.model.features and self._is_same else self.model.name
+
+    @property
+    def renamed(self) -> bool:
+        """Whether the server's answer would have another name than the one asked for."""
+        return bool(self.asked) and Feature.ECHO in self.model.features and not self._is_same
+
+    @property
+    def _is_same(self) -> bool:
+        return self.asked == self.model.name or key_of(self.asked) == key_of(self.model.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +94,7 @@ class Router:
         self._providers = providers
         self._virtual = config.virtual
         self._names = names_by_key(config.models | config.virtual)
+        self._capabilities: dict[tuple[str, str], tuple[float, Sequence[str]]] = {}
 
     # -- names -----------------------------------------------------------------------------------------------------
 
@@ -92,8 +118,7 @@ class Router:
     async def _resolve(self, name: object, *, pull: bool) -> tuple[Provider, Route]:
         if not isinstance(name, str) or not name:
             return self._unnamed(name)
-        key = name.lower()
-        known = self._names.get(key) or self._names.get(key.removesuffix(":latest"), "")
+        known = self._names.get(name.lower()) or self._spelled(name)
         virtual = known if known in self._virtual else ""
         base = str(self._virtual[virtual].model) if virtual else name
         located = await self._locate(base, pull=pull)
@@ -102,21 +127,31 @@ class Router:
                 if (error := provider.missing(base)) is not None:
                     raise error
             raise self._not_found(base)
-        return located[0], Route(located[1], virtual)
+        return located[0], Route(located[1], virtual, name)
+
+    def _spelled(self, name: str) -> str:
+        """The configured model of that name in another spelling; empty if there is none."""
+        return next((self._names[form.lower()] for form in other_forms(name) if form.lower() in self._names), "")
 
     async def _locate(self, name: str, *, pull: bool) -> tuple[Provider, Model] | None:
         if (found := self._remembered(name, pull=pull)) is not None:
             return found
         for provider in self._providers:
-            if (model := await provider.find(name, pull=pull)) is not None:
+            model = await provider.find(name, pull=pull) or _in_other_form(provider, name, pull=pull)
+            if model is not None:
                 return provider, model
         return None
 
     def _remembered(self, name: str, *, pull: bool) -> tuple[Provider, Model] | None:
+        """The first model of exactly this name, else the first of the same name in another spelling."""
+        spelled: tuple[Provider, Model] | None = None
         for provider in self._providers:
-            if (model := provider.known(name, pull=pull)) is not None:
+            model = provider.known(name, pull=pull) or _in_other_form(provider, name, pull=pull)
+            if model is not None and _is_called(model, name):
                 return provider, model
-        return None
+            if model is not None and spelled is None:
+                spelled = provider, model
+        return spelled
 
     def _unnamed(self, name: object) -> tuple[Provider, Route]:
         if name is not None and name != "":
@@ -157,6 +192,16 @@ class Router:
 
     def _virtual_entry(self, name: str, model: Model | None) -> Entry:
         return Entry(name, "llama-smart-proxy", self._virtual[name].aliases, model)
+
+    async def capabilities(self, model: Model) -> Sequence[str]:
+        """What the model can do, by Ollama's names; empty if that is unknown. It may be some seconds old: reading the
+        header of a file takes a thread, which is too much for every chat."""
+        key, now = (model.kind, model.name), time.monotonic()
+        read_at, known = self._capabilities.get(key, (-math.inf, ()))
+        if now - read_at > CAPABILITIES_FRESH_S:
+            known = (await model.info()).capabilities
+            self._capabilities[key] = now, known
+        return known
 
     async def listed(self, limit_s: float) -> None:
         """Wait until every provider has listed its models, at most `limit_s` seconds."""
@@ -223,6 +268,17 @@ class Router:
         await self.downloads.close()
         for provider in self._providers:
             await provider.close()
+
+
+def _in_other_form(provider: Provider, name: str, *, pull: bool) -> Model | None:
+    """The provider's model of that name in another spelling, from memory."""
+    forms = other_forms(name)
+    return next((model for form in forms if (model := provider.known(form, pull=pull)) is not None), None)
+
+
+def _is_called(model: Model, name: str) -> bool:
+    """Whether that is its name or an alias, but for case."""
+    return name == model.name or name.lower() in map(str.lower, (model.name, *model.aliases))
 
 
 def names_by_key(models: Mapping[str, ModelConfig]) -> dict[str, str]:

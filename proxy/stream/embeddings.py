@@ -2,54 +2,144 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
 
-from llama_smart_proxy.backends.base import Model
-from llama_smart_proxy.proxy.chat import Json
+from llama_smart_proxy.backends.base import Feature, Model
+from llama_smart_proxy.proxy.chat import Json, Timing
 from llama_smart_proxy.proxy.dialects.embeddings import EMBEDDING_SERVERS, Embedded, EmbeddingRequest, cut
 from llama_smart_proxy.proxy.errors import BadRequest, UpstreamFailed, UpstreamRefused
 from llama_smart_proxy.proxy.stream.upstream import post_json
 
 PostJson = Callable[[str, Json], Awaitable[Json]]
 """Sends a JSON body to a path of the model's server and returns its JSON answer."""
+_Embed = Callable[[Sequence[Any]], Awaitable[Embedded]]
+
+TOO_LONG = "the input length exceeds the context length"
+NOTHING_LEFT = "input after truncation exceeds maximum context length"
+NOT_ENOUGH = "input exceeds maximum context length and cannot be truncated further"
+"""Ollama's error messages. Source: its server/routes.go and runner."""
+_SPECIAL = 2
+"""Most tokens that a model adds to a text."""
+_WORD_END = re.compile(r"(?<=\S)(?=\s)")
 
 
-async def embed(model: Model, request: EmbeddingRequest, post: PostJson | None = None) -> Embedded:
-    """One vector per input. With no input the model is only loaded, as Ollama does.
+async def embed(
+    model: Model, request: EmbeddingRequest, post: PostJson | None = None, timing: Timing | None = None
+) -> Embedded:
+    """One vector per input. With no input the model is only loaded, as Ollama does. `timing` is that of the client's
+    request.
 
-    Raises: BadRequest for an input that is too long if `request.truncate` is False; as `post_json`.
+    Raises: BadRequest for an input that is too long if `request.truncate` is False, or if nothing of it could be kept;
+    as `post_json`.
     """
     started_ns = time.monotonic_ns()
     if not request.inputs:
         await model.load()
-        return Embedded([], spent_ns=time.monotonic_ns() - started_ns)
+        spent_ns = time.monotonic_ns() - started_ns
+        return Embedded([], spent_ns=spent_ns, loaded_ns=spent_ns)
     server = EMBEDDING_SERVERS[model.codec]
-    post = post or partial(post_json, model, slot=True)
+    timing = timing or Timing(time.monotonic())
+    post = post or partial(post_json, model, slot=True, timing=timing)
 
-    async def vectors_of(inputs: list[Any]) -> Embedded:
-        return server.decode(await post(server.path, server.encode(model.name, inputs, request)))
+    async def vectors_of(inputs: Sequence[Any]) -> Embedded:
+        return server.decode(await post(server.path, server.encode(model.name, list(inputs), request)))
 
-    try:
+    if server.complete:
         embedded = await vectors_of(request.inputs)
-    except UpstreamRefused as exc:
-        limit = server.limit(exc.message)
-        if limit is None:
-            raise
-        if not request.truncate:
-            raise BadRequest("the input length exceeds the context length") from None
-        embedded = await vectors_of([await _shortened(model, text, limit) for text in request.inputs])
-    if not server.complete:
+        if request.num_ctx is not None and embedded.tokens > request.num_ctx:
+            embedded = await _limited(vectors_of, request, request.num_ctx)
+    else:
+        embedded = await _shortened(model, request, vectors_of, server.limit)
         embedded.vectors = [cut(vector, request.dimensions) for vector in embedded.vectors]
     embedded.spent_ns = time.monotonic_ns() - started_ns
+    embedded.loaded_ns += max(0, round((timing.sent_s - timing.arrived_s) * 1e9))
     return embedded
 
 
-async def _shortened(model: Model, text: str, limit: int) -> list[int]:
-    """The first tokens of `text`, fewer than `limit`."""
-    tokens = (await post_json(model, "/tokenize", {"content": text, "add_special": True})).get("tokens")
+async def _shortened(
+    model: Model, request: EmbeddingRequest, vectors_of: _Embed, limit_of: Callable[[str], int | None]
+) -> Embedded:
+    """The vectors of the inputs, cut to the limit of the client and of the server."""
+    inputs: list[Any] = request.inputs
+    if request.num_ctx is not None and Feature.TOKENS in model.features:
+        inputs = [await _beginning(model, text, request.num_ctx, truncate=request.truncate) for text in inputs]
+    try:
+        return await vectors_of(inputs)
+    except UpstreamRefused as exc:
+        limit = limit_of(exc.message)
+        if limit is None:
+            raise
+    if not request.truncate:
+        raise BadRequest(TOO_LONG)
+    limit -= 1  # servers differ in whether the limit itself is allowed
+    limit = min(limit, request.num_ctx) if request.num_ctx is not None else limit
+    inputs = [await _beginning(model, text, limit, truncate=True) for text in request.inputs]
+    try:
+        return await vectors_of(inputs)
+    except UpstreamRefused as exc:
+        raise (exc if limit_of(exc.message) is None else BadRequest(NOT_ENOUGH)) from None
+
+
+async def _beginning(model: Model, text: str, limit: int, *, truncate: bool) -> str | list[int]:
+    """`text` if it has at most `limit` tokens, else the first ones of it, between those that the model adds.
+
+    Raises: BadRequest if that is not allowed, or if there is no room.
+    """
+    if len(text.encode(errors="replace")) + _SPECIAL <= limit:  # a token is at least a byte
+        return text
+    whole = await _tokens(model, text, special=True)
+    if len(whole) <= limit:
+        return text
+    if not truncate:
+        raise BadRequest(TOO_LONG)
+    plain = await _tokens(model, text, special=False)
+    added = len(whole) - len(plain)
+    if limit <= added:
+        raise BadRequest(NOTHING_LEFT)
+    start = next((at for at in range(added + 1) if whole[at : at + len(plain)] == plain), 0)
+    return whole[:start] + plain[: limit - added] + whole[start + len(plain) :]
+
+
+async def _tokens(model: Model, text: str, *, special: bool) -> list[int]:
+    tokens = (await post_json(model, "/tokenize", {"content": text, "add_special": special})).get("tokens")
     if not isinstance(tokens, list):
         raise UpstreamFailed("the model server's answer contains no tokens", code="upstream_error")
-    return tokens[: limit - 1]  # servers differ in whether the limit itself is allowed
+    return tokens
+
+
+async def _limited(vectors_of: _Embed, request: EmbeddingRequest, limit: int) -> Embedded:
+    """The vectors of the inputs, each cut to `limit` tokens, from a server that counts tokens but cannot be asked for
+    them. A text is cut between words, if it has any."""
+    result = Embedded([])
+    for text in request.inputs:
+        one = await vectors_of([text])
+        if one.tokens > limit and not request.truncate:
+            raise BadRequest(TOO_LONG)
+        if one.tokens > limit:
+            ends = [end.start() for end in _WORD_END.finditer(text)]
+            found = await _longest(vectors_of, text, ends, limit)
+            found = found or await _longest(vectors_of, text, range(1, ends[0] if ends else len(text)), limit)
+            if found is None:
+                raise BadRequest(NOTHING_LEFT)
+            one = found
+        result.vectors += one.vectors
+        result.tokens += one.tokens
+        result.loaded_ns += one.loaded_ns
+    return result
+
+
+async def _longest(vectors_of: _Embed, text: str, ends: Sequence[int], limit: int) -> Embedded | None:
+    """The vector of the longest beginning of `text` up to one of `ends` that has at most `limit` tokens."""
+    found, low, high = None, 0, len(ends)
+    while low < high:
+        middle = (low + high) // 2
+        tried = await vectors_of([text[: ends[middle]]])
+        if tried.tokens <= limit:
+            found, low = tried, middle + 1
+        else:
+            high = middle
+    return found

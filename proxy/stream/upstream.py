@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, suppress
 
 import orjson
 
 from llama_smart_proxy.backends.base import Management, Model, UpstreamRequest
 from llama_smart_proxy.backends.http.exchange import UpstreamResponse
-from llama_smart_proxy.proxy.chat import Json
+from llama_smart_proxy.proxy.chat import Json, Timing
 from llama_smart_proxy.proxy.dialects.upstream_errors import refused
 from llama_smart_proxy.proxy.errors import ProxyError, UpstreamFailed, UpstreamRefused
 from llama_smart_proxy.proxy.http.body import serialise
@@ -31,8 +31,10 @@ JSON_HEADERS = [("Content-Type", "application/json")]
 _FINAL = frozenset({"upstream_error", "upstream_frame_too_long", "pull_failed"})
 """Codes of failures that the server's answer reports or causes: a retry would have the same result."""
 
-Amend = Callable[[UpstreamRefused], UpstreamRequest | None]
+Amend = Callable[[UpstreamRefused], Awaitable[UpstreamRequest | None]]
 """Returns a modified request that the server may accept after its refusal; None if there is none."""
+MOST_AMENDS = 3
+"""Most modified requests that are sent for one."""
 
 
 def _never() -> bool:
@@ -41,8 +43,8 @@ def _never() -> bool:
 
 class Attempts(AbstractAsyncContextManager[UpstreamResponse]):
     """Sends a request, with one retry if the server was unreachable or disconnected before any of its answer was used:
-    its instance is gone by then, and the retry gets a new one. A request that the server refuses is retried once as
-    modified by `amend`.
+    its instance is gone by then, and the retry gets a new one. A request that the server refuses is retried as modified
+    by `amend`.
 
         async for attempt in Attempts(model, request, begun):
             async with attempt as upstream: ...
@@ -65,6 +67,7 @@ class Attempts(AbstractAsyncContextManager[UpstreamResponse]):
         self.again = True
         """Whether a retry is still allowed; a caller that has used the answer sets it to False."""
         self._over = False
+        self._amends = 0
 
     def __aiter__(self) -> Attempts:
         return self
@@ -81,24 +84,24 @@ class Attempts(AbstractAsyncContextManager[UpstreamResponse]):
             try:
                 return await self._exchange.__aenter__()
             except UpstreamFailed as exc:
-                if not self._may_retry(exc):
+                if not await self._may_retry(exc):
                     raise
 
     async def __aexit__(self, kind: object, exc: BaseException | None, trace: object) -> bool:
         await self._exchange.__aexit__(kind, exc, trace)  # type: ignore[arg-type]
-        self._over = exc is None or not self._may_retry(exc)
+        self._over = exc is None or not await self._may_retry(exc)
         return not self._over
 
-    def _may_retry(self, exc: BaseException) -> bool:
-        """Whether to retry after `exc`, which happens at most once."""
+    async def _may_retry(self, exc: BaseException) -> bool:
+        """Whether to retry after `exc`: at most once after a failure, at most three times after a refusal."""
         if not self.again or self._begun():
             return False
         if isinstance(exc, UpstreamRefused):
-            amended = self._amend(exc) if self._amend is not None else None
-            if amended is None:
-                return False
-            self._request = amended
-        elif isinstance(exc, UpstreamFailed) and exc.status == 502 and exc.code not in _FINAL:
+            self._amends += 1
+            amended = await self._amend(exc) if self._amend is not None and self._amends <= MOST_AMENDS else None
+            self._request = amended or self._request
+            return amended is not None
+        if isinstance(exc, UpstreamFailed) and exc.status == 502 and exc.code not in _FINAL:
             logger.warning("%s before the first byte: %s; retrying", self._request.path.partition("?")[0], exc)
         else:
             return False
@@ -106,22 +109,30 @@ class Attempts(AbstractAsyncContextManager[UpstreamResponse]):
         return True
 
 
-async def post_json(model: Model, path: str, body: Json, *, slot: bool = False) -> Json:
-    """POST a small request to the model's server; returns its JSON answer.
+async def post_json(model: Model, path: str, body: Json, *, slot: bool = False, timing: Timing | None = None) -> Json:
+    """POST a small request to the model's server; returns its JSON answer. Sets `sent_s` of `timing` if it is 0.
 
     Raises: UpstreamRefused with the server's own message, UpstreamFailed.
     """
     prepared = model.prepare(body)
     request = UpstreamRequest("POST", path, serialise(body), JSON_HEADERS, slot, prepared=prepared)
-    return await fetch_json(model, request)
+    return await fetch_json(model, request, timing=timing)
 
 
-async def fetch_json(model: Model, request: UpstreamRequest, opened: Callable[[], None] | None = None) -> Json:
+async def fetch_json(
+    model: Model,
+    request: UpstreamRequest,
+    opened: Callable[[], None] | None = None,
+    *,
+    timing: Timing | None = None,
+) -> Json:
     """The JSON answer to `request`; `opened` is called when the server answers. Raises: as `post_json`."""
     async for attempt in Attempts(model, request):
         async with attempt as upstream:
             if opened is not None:
                 opened()
+            if timing is not None:
+                timing.sent_s = timing.sent_s or upstream.sent_s
             if upstream.status != 200:
                 raise await refusal(upstream)
             answer = await upstream.read(ANSWER_LIMIT)

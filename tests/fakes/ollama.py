@@ -13,6 +13,7 @@ it listens on. Tests use `running_ollama()`. `POST /fake` with a JSON object cha
     pull_steps=3 pull_step_s=0    progress lines of a pull          pull_error     an error line in the middle of one
     pull_dies         resets the connection in the middle of one
     default_ctx=4096 train_ctx=1048576    what it loads a model with if nobody asks, and at most
+    account           who is signed in
     absent_ctx_counts     a request without num_ctx means default_ctx, as in older versions; else it fits any
 
 A model is loaded anew for another `num_ctx`, also a smaller one. Events, a JSON object a line in the log: request
@@ -41,14 +42,14 @@ MANNERS: Json = {
     **{"tokens": 4, "token_s": 0, "answer": None, "thinking": "", "tool_call": None, "delay_s": 0, "load_s": 0},
     **{"hang": [], "error": None, "error_after": -1, "die_after": -1, "registry": None},
     **{"pull_error": "", "pull_steps": 3, "pull_step_s": 0, "pull_dies": False, "default_ctx": 4096},
-    **{"train_ctx": 1 << 20, "absent_ctx_counts": False},
+    **{"train_ctx": 1 << 20, "absent_ctx_counts": False, "account": None},
 }
 LOADING = ("/api/chat", "/api/generate", "/api/embed", "/api/embeddings")
 _DURATION = re.compile(r"(-?[\d.]+)(ms|s|m|h)")
 
 
 def key_of(name: str) -> str:
-    name = name.lower()
+    name = name.lower().removeprefix("registry.ollama.ai/").removeprefix("library/")
     return name if ":" in name.rpartition("/")[2] else name + ":latest"
 
 
@@ -161,7 +162,7 @@ class Handler(Wire):
             self.pause(1e6)
         if path.startswith("/api/blobs/"):
             return self.blob(path.removeprefix("/api/blobs/"))
-        if self.command == "POST" and not raw:
+        if self.command == "POST" and not raw and path != "/api/me":
             raise Refused(400, "missing request body")
         body: Json = json.loads(raw) if raw else {}
         if (golden := self.transcript(path, body)) is not None:
@@ -179,6 +180,11 @@ class Handler(Wire):
 
     def api_version(self, body: Json) -> None:
         self.reply(200, {"version": "0.12.6"})
+
+    def api_me(self, body: Json) -> None:
+        if self.state.manners["account"] is None:
+            return self.send(404, b"404 page not found", "text/plain")
+        self.reply(200, self.state.manners["account"])
 
     def api_tags(self, body: Json) -> None:
         self.reply(200, {"models": list(self.state.models.values())})
@@ -263,7 +269,7 @@ class Handler(Wire):
         runner["ends"] = time.time() + keep_s(body.get("keep_alive", "5m"))
         times = {"load_duration": loaded - begun, "prompt_eval_count": 5, "prompt_eval_duration": 1000}
         if path.startswith("/api/embed"):
-            return self.embed(path, body, times)
+            return self.embed(path, body, times, min(runner["ctx"], manners["train_ctx"]))
         if not (body.get("messages") or body.get("prompt")):
             return self.reply(200, self.line(path, name, {}) | {"done": True, "done_reason": "load"})
         self.stream(body, self.answer(path, name, times, begun))
@@ -281,13 +287,16 @@ class Handler(Wire):
         self.state.runners[key] = runner = {"ctx": size, "ends": time.time() + 300}
         return runner
 
-    def embed(self, path: str, body: Json, times: Json) -> None:
+    def embed(self, path: str, body: Json, times: Json, size: int) -> None:
+        """A token is a word; each text has two more."""
         if path == "/api/embeddings":
             return self.reply(200, {"embedding": [3.0, 4.0] if body.get("prompt") else []})
         inputs = [body["input"]] if isinstance(body.get("input"), str) else body.get("input") or []
-        self.reply(
-            200, {"model": body["model"], "embeddings": [[0.6, 0.8] for _ in inputs], "total_duration": 1} | times
-        )
+        counts = [len(text.split()) + 2 for text in inputs]
+        if body.get("truncate") is False and any(count > size for count in counts):
+            raise Refused(400, "the input length exceeds the context length")
+        times |= {"prompt_eval_count": sum(min(count, size) for count in counts), "total_duration": 1}
+        self.reply(200, {"model": body["model"], "embeddings": [[0.6, 0.8] for _ in inputs]} | times)
 
     def line(self, path: str, name: str, part: Json) -> Json:
         whole = {"model": name, "created_at": stamp(time.time())}

@@ -67,9 +67,29 @@ async def test_clients_at_the_same_time_are_sent_the_largest_size_asked_so_far()
 async def test_a_size_only_grows() -> None:
     async with running_ollama("m") as fake, opened(fake.port) as upstream:
         await unwatched(upstream)
-        sent = [await use(upstream, asked) for asked in (None, 512, 2048, 512, None, 4096, 2048, None, 0, -1)]
-        assert sent == [None, 512, 2048, 2048, 2048, 4096, 4096, 4096, 4096, 4096]
-        assert loads(fake) == [4096, 512, 2048, 4096]
+        sent = [await use(upstream, asked) for asked in (512, 2048, 512, 4096, 2048, 8192, 512)]
+        assert sent == [512, 2048, 2048, 4096, 4096, 8192, 8192]
+        assert loads(fake) == [512, 2048, 4096, 8192]
+
+
+@pytest.mark.parametrize(("absent_ctx_counts", "sizes"), [(True, [64, 4096]), (False, [64])])
+async def test_a_size_below_ollamas_own_is_not_sent_for_a_client_that_asked_for_none(
+    absent_ctx_counts: bool, sizes: list[int]
+) -> None:
+    async with running_ollama("m", absent_ctx_counts=absent_ctx_counts) as fake, opened(fake.port) as upstream:
+        assert [await use(upstream, asked) for asked in (64, None, 64, None)][:2] == [64, None]
+        later = [4096, 4096] if absent_ctx_counts else [None, 64]
+        assert [await use(upstream, asked) for asked in (None, 64)] == later
+        assert loads(fake) == sizes, "no reloads in turns"
+
+
+async def test_a_size_above_ollamas_own_is_kept_for_clients_that_ask_for_none() -> None:
+    async with running_ollama("m", "n", absent_ctx_counts=True) as fake, opened(fake.port) as upstream:
+        sent = [await use(upstream, asked) for asked in (None, 512, None, 8192, None, 0, -1, 512)]
+        assert sent == [None, 4096, 4096, 8192, 8192, 8192, 8192, 8192]
+        assert loads(fake) == [4096, 8192]
+        assert [await use(upstream, asked, "n") for asked in (8192, None)] == [8192, 8192], "known from the other model"
+        assert [await use(upstream, asked, "n") for asked in (2048, 0)] == [8192, 8192]
 
 
 async def test_a_pinned_size_is_always_sent() -> None:
@@ -89,7 +109,7 @@ async def test_what_somebody_else_loaded_is_not_loaded_anew_for_less() -> None:
             await upstream.listed()
             await until(lambda: upstream.has_loaded("m"), what="the loaded model")
             assert await use(upstream, 2048) == 8192
-            assert await use(upstream, None) == 8192
+            assert await use(upstream, None) is None, "Ollama's own size is not known"
             assert loads(fake) == [8192]
 
 
@@ -136,7 +156,7 @@ async def test_a_size_is_not_forgotten_while_the_model_is_loading() -> None:
 
 async def test_each_model_has_a_size_of_its_own() -> None:
     async with running_ollama("m", "n") as fake, opened(fake.port) as upstream:
-        assert [await use(upstream, 8192, "m"), await use(upstream, 512, "n"), await use(upstream, None, "M")] == [
+        assert [await use(upstream, 8192, "m"), await use(upstream, 512, "n"), await use(upstream, 64, "M")] == [
             8192,
             512,
             8192,
@@ -151,7 +171,7 @@ async def test_a_size_that_ollama_refuses_is_nobody_elses() -> None:
             await fake.set(error=[500, "model requires more system memory"])
             assert await tried(upstream, ABSURD) == (ABSURD, 500), "it is passed on as it was asked"
             await fake.set(error=None)
-            assert await tried(upstream, None) == (2048, 200)
+            assert await tried(upstream, None) == (None, 200)
             assert await tried(upstream, 512) == (2048, 200)
 
 
@@ -188,4 +208,4 @@ async def test_a_size_whose_client_left_before_the_answer_counts_if_the_model_is
         with suppress(asyncio.CancelledError):
             await asking
         await upstream.refresh_loaded()
-        assert sized(upstream.model("m"), None) == 8192
+        assert sized(upstream.model("m"), 512) == 8192

@@ -27,13 +27,15 @@ VOCABULARY = SPACE + 1
 
 
 def write_tiny_gguf(
-    path: Path, *, seed: int = 0, name: str = "tiny", pooling: gguf.PoolingType = gguf.PoolingType.MEAN
+    path: Path, *, seed: int = 0, name: str = "tiny", pooling: gguf.PoolingType | None = gguf.PoolingType.MEAN
 ) -> Path:
-    """Writes a llama-architecture model to `path` and returns `path`; another `seed` gives another model."""
+    """Writes a llama-architecture model to `path` and returns `path`; another `seed` gives another model. With
+    `pooling` it says that it is made for embeddings."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name(name)
     _add_shape(writer)
-    writer.add_pooling_type(pooling)
+    if pooling is not None:
+        writer.add_pooling_type(pooling)
     _add_tokenizer(writer)
     for tensor, values in _weights(np.random.default_rng(seed)).items():
         writer.add_tensor(tensor, values.astype(np.float32))
@@ -104,10 +106,14 @@ def _output(random: np.random.Generator) -> Matrix:
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Four distinct tiny models by name: tiny-a, tiny-b, tiny-c, tiny-d."""
+    """Four distinct tiny models by name: tiny-a, tiny-b, tiny-c, tiny-d. Only tiny-b is made for embeddings."""
     folder = tmp_path_factory.mktemp("models")
+    pooled = {"tiny-b": gguf.PoolingType.MEAN}
     names = [f"tiny-{letter}" for letter in "abcd"]
-    return {name: write_tiny_gguf(folder / f"{name}.gguf", seed=seed, name=name) for seed, name in enumerate(names)}
+    return {
+        name: write_tiny_gguf(folder / f"{name}.gguf", seed=seed, name=name, pooling=pooled.get(name))
+        for seed, name in enumerate(names)
+    }
 
 
 def write_small_gguf(path: Path, change: Callable[[gguf.GGUFWriter], object] = lambda writer: None) -> Path:

@@ -192,7 +192,7 @@ async def test_what_is_configured_is_not_deleted_and_what_is_unknown_not_found(h
             ("DELETE", "/api/delete", b'{"model":"near"}', 400),
             ("DELETE", "/api/delete", b'{"model":"far"}', 404),
             ("POST", "/models", b'{"model":"../repo"}', 400),
-            ("POST", "/api/pull", b'{"model":"hf.co/../repo:x"}', 404),
+            ("POST", "/api/pull", b'{"model":"hf.co/../repo:x"}', 400),
             ("POST", "/models/unload", b'{"model":"far"}', 404),
         ):
             answer = await raw_client.ask(proxy.port, request(method, path, body, close=True))

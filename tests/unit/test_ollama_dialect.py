@@ -218,19 +218,50 @@ def test_calls_without_ids_get_the_same_ones_each_time_and_results_find_them() -
     ]
     request = chat(messages=messages)
     first, *results, second, last = without_extensions(request.body["messages"])
-    assert [item["id"] for item in first["tool_calls"]] == ["call_0", "call_1", "call_2"]
+    assert [item["id"] for item in first["tool_calls"]] == ["call00000", "call00001", "call00002"]
     assert first["tool_calls"][0]["type"] == "function"
     assert first["tool_calls"][0]["function"] == {"name": "look", "arguments": '{"at":"Łódź"}'}
     assert [(item["tool_call_id"], item["name"]) for item in results] == [
-        ("call_2", "read"),
-        ("call_0", "look"),
-        ("call_1", "look"),
+        ("call00002", "read"),
+        ("call00000", "look"),
+        ("call00001", "look"),
     ]
     assert (second["reasoning_content"], second["tool_calls"][0]["id"]) == ("Hm.", "mine")
     assert last == {"role": "tool", "content": "rain", "tool_call_id": "mine", "name": "look"}
     assert CHAT.encode(request)["messages"] == messages
     longer = chat(messages=[*messages, *ASK])
     assert without_extensions(longer.body["messages"][:-1]) == without_extensions(request.body["messages"])
+
+
+def test_ids_that_are_made_are_nine_letters_and_digits_and_those_of_results_follow_their_calls() -> None:
+    """Mistral's chat templates accept no others. Some clients leave out the ids of calls, but not those of results."""
+    calls = [call({}), call({}), {"function": {"name": "read"}}]
+    messages = [
+        {"role": "assistant", "tool_calls": calls},
+        {"role": "tool", "content": "1", "tool_name": "read", "tool_call_id": "lost-3"},
+        {"role": "tool", "content": "2", "tool_call_id": "lost-1"},
+        {"role": "tool", "content": "3", "tool_name": "renamed"},
+        {"role": "assistant", "tool_calls": [call({}, id="call00003"), call({})]},
+        {"role": "tool", "content": "4", "tool_name": "look"},
+        {"role": "tool", "content": "5"},
+        {"role": "tool", "content": "too many"},
+    ]
+    request = chat(messages=messages)
+    first, *found = request.body["messages"]
+    made = [item["id"] for item in first["tool_calls"]]
+    assert all(len(one) == 9 and one.isalnum() for one in made)
+    assert [item["tool_call_id"] for item in found[:3]] == [made[2], made[0], made[1]]
+    again = [item["id"] for item in found[3]["tool_calls"]]
+    assert again[0] == "call00003" and again[1] not in [*made, again[0]] and len(again[1]) == 9
+    assert [item.get("tool_call_id") for item in found[4:]] == [*again, None]
+    assert CHAT.encode(request)["messages"] == messages, "an Ollama gets what was sent"
+
+
+def test_a_message_without_a_role_is_a_users() -> None:
+    messages = [{"content": "hi"}, {"role": None, "content": "you"}, {"role": "", "content": "there"}]
+    request = chat(messages=messages)
+    assert [message["role"] for message in request.body["messages"]] == ["user"] * 3
+    assert CHAT.encode(request)["messages"] == messages, "an Ollama gets what was sent"
 
 
 def test_a_message_that_is_changed_goes_up_changed_and_keeps_its_other_fields() -> None:
@@ -301,7 +332,7 @@ def test_a_question_put_into_its_template_is_asked_for_with_the_same_limits() ->
         ({"messages": ASK, "prompt": "hi"}, False, False),
         ({"messages": None, "suffix": "x"}, True, False),
         ({"messages": [], "images": ["QQ=="]}, True, False),
-        ({"messages": [], "context": [1]}, True, False),
+        ({"messages": [], "context": [1]}, True, True),
     ],
 )
 def test_an_empty_request_only_loads(body: Json, chat_loads: bool, generate_loads: bool) -> None:

@@ -6,11 +6,15 @@ requests; `reading` and `writing` convert answers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from llama_smart_proxy.proxy.chat import ChatRequest, Json, Timing
 from llama_smart_proxy.proxy.dialects.base import ClientCodec, Loading, UpstreamCodec
 from llama_smart_proxy.proxy.dialects.framing import LineSplitter
 from llama_smart_proxy.proxy.dialects.ollama.dialect import OLLAMA
 from llama_smart_proxy.proxy.dialects.ollama.fields import folded, keep_alive_s
+from llama_smart_proxy.proxy.dialects.ollama.models import full_name
+from llama_smart_proxy.proxy.dialects.ollama.options import unconstrained
 from llama_smart_proxy.proxy.dialects.ollama.reading import OllamaReader
 from llama_smart_proxy.proxy.dialects.ollama.request import (
     GENERATE_PATH,
@@ -30,6 +34,8 @@ __all__ = [
     "as_text",
     "folded",
     "keep_alive_s",
+    "lacks",
+    "unconstrained",
 ]
 
 
@@ -42,6 +48,11 @@ WIRE = UpstreamCodec(OLLAMA, LineSplitter, _upstream, OllamaReader)
 """An Ollama server; requests are always for a stream."""
 
 
+def lacks(model: str, capability: str) -> str:
+    """Ollama's error message for a model without a capability."""
+    return f"{full_name(model)} does not support {capability}"
+
+
 class OllamaChatCodec(ClientCodec):
     """`POST /api/chat`."""
 
@@ -50,9 +61,12 @@ class OllamaChatCodec(ClientCodec):
     thinking_is_optional = False
     _content = frozenset({"messages"})
     """A body with none of these fields only loads the model."""
+    _uses = ("completion", "tools", "thinking")
+    """The capabilities that a body may require."""
+    _verb = "chat"
 
     def streams(self, body: Json) -> bool:
-        return body.get("stream") is not False
+        return body.get("stream") is not False and self.loading(body) is None
 
     def decode(self, body: Json) -> ChatRequest:
         return decode_chat(body)
@@ -77,8 +91,15 @@ class OllamaChatCodec(ClientCodec):
     def keep_alive_s(self, body: Json) -> float | None:
         return keep_alive_s(body.get("keep_alive"))
 
-    def needs(self, body: Json) -> str | None:
-        return "thinking" if body.get("think") else None
+    def needs(self, body: Json) -> Sequence[str]:
+        used = {"completion": True, "tools": body.get("tools"), "thinking": body.get("think")}
+        used["insert"] = body.get("suffix") and not body.get("raw")
+        return [capability for capability in self._uses if used[capability]]
+
+    def lacks(self, model: str, capability: str) -> str:
+        if capability in ("completion", "thinking"):
+            return super().lacks(model, self._verb if capability == "completion" else capability)
+        return lacks(model, capability)
 
     def _empty(self) -> Json:
         return {"message": {"role": "assistant", "content": ""}}
@@ -89,7 +110,9 @@ class OllamaGenerateCodec(OllamaChatCodec):
     `/api/chat`, and `fits` is false."""
 
     resends_chat = False
-    _content = frozenset({"prompt", "suffix", "images", "context"})
+    _content = frozenset({"prompt", "suffix", "images"})
+    _uses = ("completion", "insert", "thinking")
+    _verb = "generate"
 
     def decode(self, body: Json) -> ChatRequest:
         return decode_generate(body)

@@ -7,9 +7,11 @@ from contextlib import suppress
 import orjson
 
 from llama_smart_proxy.proxy.chat import Json
+from llama_smart_proxy.proxy.config import is_ollama_name
 from llama_smart_proxy.proxy.dialects.base import Dialect, counts, has_line, last_objects
 from llama_smart_proxy.proxy.dialects.ollama.fields import folded
-from llama_smart_proxy.proxy.errors import ContextExceeded, ModelNotFound, ProxyError
+from llama_smart_proxy.proxy.dialects.ollama.models import INVALID_NAME
+from llama_smart_proxy.proxy.errors import BadRequest, ContextExceeded, ModelNotFound, ProxyError
 
 CONTEXT_EXCEEDED = "the input length exceeds the context length"
 """Ollama's message for a prompt that is too long. Source: Ollama's llm package."""
@@ -48,6 +50,10 @@ def _is_error_body(body: bytes) -> bool:
     return False
 
 
+def _not_found(name: object, exc: ModelNotFound) -> ProxyError:
+    return exc if isinstance(name, str) and is_ollama_name(name) else BadRequest(INVALID_NAME, param="model")
+
+
 OLLAMA = Dialect(
     name="ollama",
     error_body=_ollama_error,
@@ -56,6 +62,7 @@ OLLAMA = Dialect(
     is_error=lambda lines: has_line(lines, b'{"error":', b'{"error" :'),
     bind=lambda body, params: folded(body),
     usage=_usage,
+    not_found=_not_found,
     cuts=True,
     is_error_body=_is_error_body,
     stream_type="application/x-ndjson",

@@ -43,26 +43,35 @@ class _Calls:
     def __init__(self) -> None:
         self._names: dict[str, str] = {}
         self._open: dict[str, str] = {}
+        self._made: set[str] = set()
 
     def add(self, given: str | None, name: str) -> str:
         """The id of the next call: `given`, or a new one that is the same whenever this conversation is sent."""
         number = len(self._names)
-        while not given and f"call_{number}" in self._names:
+        while not given and made_id(number) in self._names:
             number += 1
-        known = given or f"call_{number}"
+        known = given or made_id(number)
         self._names[known] = self._open[known] = name
+        if not given:
+            self._made.add(known)
         return known
 
     def match_result(self, given: str | None, name: str | None) -> tuple[str | None, str | None]:
-        """Id and name of the call that the next result belongs to: of `given`, or of the first call without a result
-        that has the name, if there is one."""
+        """Id and name of the call that the next result belongs to: of `given`, or of the first call without a result,
+        one of that name if there is any. An id that no call has is that of a call which the client sent without."""
+        if not given or given not in self._names:
+            waiting = [known for known in self._open if not given or known in self._made]
+            named = [known for known in waiting if name in (None, "", self._open[known])]
+            given = next(iter(named or waiting), given)
         if not given:
-            matching = (known for known, called in self._open.items() if name in (None, "", called))
-            given = next(matching, None)
-        if given is None:
             return None, name
         self._open.pop(given, None)
         return given, name or self._names.get(given)
+
+
+def made_id(number: int) -> str:
+    """An id of nine letters and digits: the chat templates of Mistral's models accept no other."""
+    return f"call{number:05}"[-9:]
 
 
 def checked_messages(sent: Sequence[object]) -> list[Json]:
@@ -142,9 +151,7 @@ def _checked_message(sent: object) -> Json:
 
 
 def _decode_message(sent: Json, calls: _Calls) -> Json:
-    message: Json = {}
-    if sent.get("role") is not None:
-        message["role"] = sent["role"].lower()
+    message: Json = {"role": (sent.get("role") or "user").lower()}
     message["content"] = content_of(sent.get("content"), sent.get("images"), "ChatRequest.messages.images")
     if sent.get("thinking"):
         message["reasoning_content"] = sent["thinking"]

@@ -36,9 +36,17 @@ INFILL_NOTE = "{# /api/generate takes a suffix (.Suffix): this model can fill in
 language has. It is a comment in Jinja, so the template renders to the same text."""
 NEVER = datetime(2318, 1, 1, tzinfo=UTC)
 """`expires_at` of a model that never expires: close to Ollama's value, and clients can parse it."""
+INVALID_NAME = "invalid model name"
+"""Error message for a name that is not valid."""
 COPILOT = "GitHubCopilotChat/"
 SHOWN_ELEMENTS = 5
 """Longer arrays of the metadata are returned empty, as Ollama does, unless the request is `verbose`."""
+
+
+def full_name(name: str) -> str:
+    """The name with the registry, user and tag that Ollama adds."""
+    path = name if ":" in name.rpartition("/")[2] else f"{name}:latest"
+    return ("registry.ollama.ai/library/", "registry.ollama.ai/", "")[min(path.count("/"), 2)] + path
 
 
 def tags_item(info: ModelInfo) -> Json:

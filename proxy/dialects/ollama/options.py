@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from llama_smart_proxy.proxy.chat import Json, without_extensions
+from llama_smart_proxy.proxy.chat import ChatRequest, Json, without_extensions
 from llama_smart_proxy.proxy.errors import BadRequest
 
 SAMPLING = {
@@ -88,6 +88,16 @@ def decode_format(value: object, *, text: bool) -> Json:
     if value == "json":
         return {"response_format": {"type": "json_object"}}
     return {"response_format": {"type": "json_schema", "json_schema": {"name": "schema", "schema": value}}}
+
+
+def unconstrained(request: ChatRequest) -> ChatRequest | None:
+    """The request for JSON of any shape in place of a schema; None if it has no schema."""
+    body = request.body
+    if (body.get("response_format") or {}).get("type") == "json_schema":
+        body = {**body, "response_format": {"type": "json_object"}}
+    elif body.get("json_schema"):
+        body = {**body, "json_schema": {}}
+    return ChatRequest(body, request.stream, request.asked) if body is not request.body else None
 
 
 def encode_format(body: Mapping[str, Any]) -> Any:

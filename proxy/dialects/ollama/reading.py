@@ -11,6 +11,8 @@ from llama_smart_proxy.proxy.dialects.ollama.fields import NAME
 from llama_smart_proxy.proxy.dialects.upstream_errors import error_in
 from llama_smart_proxy.proxy.errors import UpstreamFailed
 
+ID_LENGTH = 9
+"""The chat templates of Mistral's models accept only ids of nine letters and digits."""
 _MS = 1e6  # nanoseconds
 
 
@@ -22,10 +24,11 @@ class OllamaReader:
     "unload", and unknown fields, also those of the message and its tool calls.
     """
 
-    __slots__ = ("_calls", "done")
+    __slots__ = ("_asked", "_calls", "done")
 
     def __init__(self, request: ChatRequest | None = None) -> None:
         self.done = False
+        self._asked = request.asked if request is not None else ""
         self._calls = 0
 
     def read(self, frame: bytes) -> Json | None:
@@ -48,6 +51,7 @@ class OllamaReader:
 
     def _chunk(self, line: Json) -> Json | None:
         created_at, model = line.pop("created_at", ""), line.pop("model", None)
+        model = self._asked or model
         message = line.pop("message", None)
         if message is None:
             delta = self._delta(line, "response", created_at)
@@ -92,7 +96,7 @@ class OllamaReader:
         call_id = call.pop("id", None)
         if not call_id:  # deterministic for these bytes, different for every answer
             seed = f"{created_at} {index} {name} ".encode() + arguments
-            call_id = f"call_{hashlib.blake2s(seed, digest_size=8).hexdigest()}"
+            call_id = hashlib.blake2s(seed, digest_size=8).hexdigest()[:ID_LENGTH]
         whole = {"name": name + "", "arguments": arguments.decode()}
         return {"index": index, "id": call_id, "type": "function", "function": whole}
 

@@ -93,7 +93,7 @@ def as_text(request: ChatRequest, prompt: str) -> ChatRequest:
     body |= {"prompt": prompt} | decode_format(encode_format(request.body), text=True)
     if request.body.get("logprobs"):
         body["logprobs"] = request.body.get("top_logprobs", 1)
-    return ChatRequest(body, request.stream)
+    return ChatRequest(body, request.stream, request.asked)
 
 
 def encode(request: ChatRequest) -> tuple[str, Json]:

@@ -47,7 +47,7 @@ class OllamaWriter:
         clock: Callable[[], float] = time.monotonic,
         wall_ns: Callable[[], int] = time.time_ns,
     ) -> None:
-        self._model = request.model
+        self._model = request.asked or request.model
         self._timing = timing
         self._chat = chat
         self._clock = clock
