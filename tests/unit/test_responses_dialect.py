@@ -316,6 +316,14 @@ def test_the_users_last_text_is_found_before_the_body_is_checked(given: Any, tex
     assert CODEC.user_text({"input": given}) == text
 
 
+def test_a_chat_is_known_by_its_messages_up_to_the_users_first() -> None:
+    parts = [{"type": "input_text", "text": text} for text in "ab"]
+    given = [{"role": "developer", "content": "d"}, THOUGHT, user(parts), assistant("x"), user("later")]
+    expected = [("system", "Be kind."), ("developer", "d"), ("user", "a\nb")]
+    assert CODEC.beginning({"instructions": "Be kind.", "input": given}) == expected
+    assert CODEC.beginning({"input": "hi"}) == CODEC.beginning({"input": [user("hi"), SAID]}) == [("user", "hi")]
+
+
 # -- laws --------------------------------------------------------------------------------------------------------------
 
 PART = st.fixed_dictionaries(
@@ -374,5 +382,6 @@ def test_any_body_is_decoded_to_a_chat_or_refused(body: Json) -> None:
     assert seen["messages"] and all(message.keys() <= MESSAGE_FIELDS for message in seen["messages"])
     assert all(tool.keys() == {"type", "function"} for tool in seen.get("tools", ()))
     assert not any(isinstance(value, Extensions) for found in objects_in(seen) for value in found.values())
-    CODEC.user_text(body)
+    assert CODEC.user_text(body) == request.last_user_text
+    CODEC.beginning(body)
     CODEC.writer(request, None)  # type: ignore[arg-type]  # what is repeated in the answer can be repeated

@@ -53,7 +53,7 @@ def _messages(body: Json) -> Iterator[tuple[Any, list[str]]]:
     """Role and texts of each message in an undecoded and unchecked body."""
     given = body.get("input")
     for item in given if isinstance(given, list) else [{"role": "user", "content": given}]:
-        if isinstance(item, dict) and item.get("type", "message") == "message":
+        if isinstance(item, dict) and item.get("type") in (None, "message"):
             content = item.get("content")
             parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
             yield item.get("role"), [text for text in map(text_in, parts) if text is not None]
