@@ -163,6 +163,10 @@ CONVERSATIONS: dict[str, tuple[Any, list[Json]]] = {
         ],
     ),
     "a refusal": ([user("hi"), assistant([{"type": "refusal", "refusal": "No"}])], [user("hi"), assistant("No")]),
+    "arguments as an object": (
+        [user("hi"), {**CALL, "arguments": {"a": 1}}, {**CALL_2, "arguments": None}],
+        [user("hi"), assistant(tool_calls=[LOOK, call("c2", "look", "")])],
+    ),
     "nothing said": ([user(""), assistant(None), user([])], [user(""), assistant(""), user("")]),
 }
 

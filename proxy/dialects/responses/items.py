@@ -17,6 +17,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import orjson
+
 from llama_smart_proxy.proxy.chat import Json
 from llama_smart_proxy.proxy.dialects.responses.parts import decode_content, decode_result, decode_texts
 from llama_smart_proxy.proxy.dialects.responses.shape import check, invalid, need, unstored
@@ -56,9 +58,9 @@ def _add(messages: list[Json], item: Json, path: str, aside: list[Json]) -> None
                 turn = _turn(messages, ends_at=("content", "tool_calls"))
                 turn["reasoning_content"] = turn.get("reasoning_content", "") + thoughts
         case "function_call":
-            _add_call(messages, item, path, str(item.get("arguments") or ""))
+            _add_call(messages, item, path, _as_text(item.get("arguments")))
         case "custom_tool_call":
-            _add_call(messages, item, path, custom_arguments(str(item.get("input") or "")))
+            _add_call(messages, item, path, custom_arguments(_as_text(item.get("input"))))
         case "function_call_output" | "custom_tool_call_output":
             content = decode_result(item.get("output"), f"{path}.output", aside)
             messages.append({"role": "tool", "tool_call_id": need(item, "call_id", str, path), "content": content})
@@ -95,6 +97,17 @@ def _turn(messages: list[Json], ends_at: tuple[str, ...] = ()) -> Json:
     if last.get("role") != "assistant" or any(last.get(field) for field in ends_at):
         messages.append({"role": "assistant", "content": ""})
     return messages[-1]
+
+
+def _as_text(value: Any) -> str:
+    """A text; the JSON of anything else, as some clients send arguments as an object.
+    Raises: BadRequest."""
+    if isinstance(value, str):
+        return value
+    try:
+        return "" if value is None else orjson.dumps(value).decode()
+    except TypeError as exc:  # orjson.JSONEncodeError
+        raise BadRequest(f"The arguments of a call cannot be passed on: {exc}", param="input") from None
 
 
 def _as_parts(content: str | list[Json]) -> list[Json]:
