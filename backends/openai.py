@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 OUR_VIA = f"1.1 llama-smart-proxy-{secrets.token_hex(4)}"
 """The `Via` header of requests to external servers, unique per run: a request that returns with it has looped."""
 
+_SPEAKS = frozenset({"openai", "anthropic", "native"})
+
 LISTING_TIMEOUT_S = 5.0
 LISTING_FRESH_S = 60.0
 """Age in seconds from which a remote's list of models is refreshed in the background."""
@@ -155,6 +157,7 @@ class Remote:
     def __init__(self, name: str, config: RemoteConfig) -> None:
         self.name = name
         self.connections = connections_to(config.url, config)
+        self.speaks = _SPEAKS | {"responses"} if config.responses else _SPEAKS
         self._fixed = config.models is not None
         self._models: tuple[str, ...] = tuple(config.models or ())
         self._listing = Listing(
@@ -206,7 +209,6 @@ class RemoteModel:
 
     kind: ClassVar[str] = "remote"
     codec: ClassVar[str] = "openai"
-    speaks: ClassVar[frozenset[str]] = frozenset({"openai", "responses", "anthropic", "native"})
     features: ClassVar[frozenset[Feature]] = frozenset()
     aliases: ClassVar[Sequence[str]] = ()
     tags: ClassVar[Sequence[str]] = ()
@@ -215,6 +217,7 @@ class RemoteModel:
     def __init__(self, remote: Remote, name: str) -> None:
         self.name = name
         self.owner = remote.name
+        self.speaks = remote.speaks
         self._connections = remote.connections
 
     def open(self, request: UpstreamRequest) -> AbstractAsyncContextManager[UpstreamResponse]:

@@ -83,6 +83,7 @@ class Shared:
 def shared() -> Iterator[Shared]:
     port = free_port()
     remote = {"url": f"http://127.0.0.1:{port}", "models": ["m"], "first_byte_timeout_s": 300, "idle_timeout_s": 300}
+    remote["responses"] = True
     with session_proxy({"remotes": {"upstream": remote}}) as proxy:
         yield Shared(proxy, port)
 

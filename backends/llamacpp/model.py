@@ -24,7 +24,7 @@ class LlamaCppModel(SpawnedModel):
     are further ones than the configured."""
 
     codec: ClassVar[str] = KIND
-    speaks: ClassVar[frozenset[str]] = frozenset({"openai", "responses", "anthropic", "native"})
+    speaks: ClassVar[frozenset[str]] = frozenset({"openai", "anthropic", "native"})
     features = frozenset({Feature.LOADING, Feature.TOKENS, Feature.FILES})
 
     def __init__(

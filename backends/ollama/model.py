@@ -37,7 +37,7 @@ class OllamaModel:
     kind: ClassVar[str] = KIND
     owner: ClassVar[str] = KIND
     codec: ClassVar[str] = KIND
-    speaks: ClassVar[frozenset[str]] = frozenset({"ollama", "responses"})
+    speaks: ClassVar[frozenset[str]] = frozenset({"ollama"})
     features: ClassVar[frozenset[Feature]] = frozenset({Feature.LOADING, Feature.ECHO})
     tags: ClassVar[Sequence[str]] = ()
 

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,13 +15,25 @@ from typing import Any
 import orjson
 from aiohttp import web
 
+from llama_smart_proxy.backends.base import Model
 from llama_smart_proxy.proxy.api.chat import Amending, Chat, Preparation, relay_request
 from llama_smart_proxy.proxy.api.generate_context import with_context
+from llama_smart_proxy.proxy.api.input_tokens import count_input_tokens
 from llama_smart_proxy.proxy.api.llama_server import apply_autoload
 from llama_smart_proxy.proxy.api.refusals import amended
 from llama_smart_proxy.proxy.api.state import Proxy
 from llama_smart_proxy.proxy.chat import Json
-from llama_smart_proxy.proxy.dialects import ANTHROPIC, NATIVE, OLLAMA, OPENAI, RESPONSES, Dialect, anthropic, openai
+from llama_smart_proxy.proxy.dialects import (
+    ANTHROPIC,
+    NATIVE,
+    OLLAMA,
+    OPENAI,
+    RESPONSES,
+    Dialect,
+    anthropic,
+    openai,
+    responses,
+)
 from llama_smart_proxy.proxy.dialects import ollama as ollama_dialect
 from llama_smart_proxy.proxy.dialects.base import ClientCodec, Loading
 from llama_smart_proxy.proxy.dialects.embeddings import (
@@ -43,7 +55,7 @@ OFF_LOOP_VECTORS = 64
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """One endpoint that uses a model. A server that supports `api` gets the request unchanged. For any other server it
-    is translated by `codec` (chat and text) or `embeddings`, or answered by `estimate`; without any, it is refused.
+    is translated by `codec` (chat and text) or `embeddings`, or answered by `count`; without any, it is refused.
 
     `slot`: a call occupies one of the server's slots. `preparation` completes a decoded request, with requests to the
     model's server, and `amending` one that it has refused. `generates`: the endpoint generates text but has no codec,
@@ -58,12 +70,12 @@ class Endpoint:
     preparation: Preparation | None = None
     embeddings: EmbeddingClient | None = None
     amending: Amending | None = None
-    estimate: Callable[[Json], Json] | None = None
+    count: Callable[[Model, Json], Awaitable[Json]] | None = None
     generates: bool = False
     path: str = ""
 
 
-def _estimated_tokens(body: Json) -> Json:
+async def _estimated_tokens(model: Model, body: Json) -> Json:
     """`POST /v1/messages/count_tokens` for servers without a tokenizer endpoint."""
     return {"input_tokens": anthropic.count_tokens(body)}
 
@@ -79,9 +91,10 @@ ENDPOINTS: dict[str, Endpoint] = {
     "/v1/embeddings": Endpoint(embeddings=OPENAI_EMBEDDINGS),
     "/v1/rerank": NATIVE_JSON,
     "/v1/reranking": NATIVE_JSON,
-    "/v1/responses": Endpoint(RESPONSES, api="responses", generates=True),
+    "/v1/responses": Endpoint(RESPONSES, api="responses", codec=responses.CODEC),
+    "/v1/responses/input_tokens": Endpoint(RESPONSES, api="responses", slot=False, count=count_input_tokens),
     "/v1/messages": Endpoint(ANTHROPIC, api="anthropic", codec=anthropic.MESSAGES),
-    "/v1/messages/count_tokens": Endpoint(ANTHROPIC, api="anthropic", slot=False, estimate=_estimated_tokens),
+    "/v1/messages/count_tokens": Endpoint(ANTHROPIC, api="anthropic", slot=False, count=_estimated_tokens),
     "/v1/chat/completions/input_tokens": NATIVE_UTILITY,
     "/v1/chat/completions/control": NATIVE_UTILITY,
     "/v1/systemone": NATIVE_JSON,
@@ -114,7 +127,7 @@ ENDPOINTS: dict[str, Endpoint] = {
 }
 """By path; a part in braces matches one segment. Source: llama.cpp tools/server, b11434; Ollama's
 server/routes.go; the OpenAI and Anthropic API references."""
-for _path in ("/v1/messages", "/v1/messages/count_tokens"):
+for _path in ("/v1/messages", "/v1/messages/count_tokens", "/v1/responses", "/v1/responses/input_tokens"):
     ENDPOINTS[_path.removeprefix("/v1")] = replace(ENDPOINTS[_path], path=_path)
 
 
@@ -170,8 +183,8 @@ class EndpointHandler:
             relaying = relay_request(http, self._proxy, endpoint, route, body, reusable)
             del body, reusable
             return await relaying
-        if endpoint.estimate is not None:
-            return web.json_response(endpoint.estimate(body))
+        if endpoint.count is not None:
+            return web.json_response(await endpoint.count(model, body))
         if endpoint.embeddings is None:
             message = f"model {model.name[:100]!r} is on a server that does not have this endpoint"
             raise BadRequest(message, status=501, code="not_supported")

@@ -1,6 +1,7 @@
 """The wire APIs. All differences between them are in this package.
 
-`base` defines the interface; `openai`, `anthropic` and `ollama` implement it. To add one, see `docs/extending.md`.
+`base` defines the interface; `openai`, `responses`, `anthropic` and `ollama` implement it. To add one, see
+`docs/extending.md`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from llama_smart_proxy.proxy.dialects import ollama, openai
 from llama_smart_proxy.proxy.dialects.anthropic.dialect import ANTHROPIC
 from llama_smart_proxy.proxy.dialects.base import Dialect, UpstreamCodec
 from llama_smart_proxy.proxy.dialects.ollama.dialect import OLLAMA
-from llama_smart_proxy.proxy.dialects.openai import NATIVE, OPENAI, RESPONSES
+from llama_smart_proxy.proxy.dialects.openai import NATIVE, OPENAI
+from llama_smart_proxy.proxy.dialects.responses.dialect import RESPONSES
 
 __all__ = ["ANTHROPIC", "NATIVE", "OLLAMA", "OPENAI", "RESPONSES", "UPSTREAM_CODECS", "Dialect", "dialect_of"]
 

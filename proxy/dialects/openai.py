@@ -86,32 +86,6 @@ NATIVE = Dialect(
 Generated text cannot match, as JSON escapes its quotes. Source: llama.cpp tools/server/server-context.cpp, b11434."""
 
 
-def _responses_event(exc: ProxyError) -> bytes:
-    event = {"type": "error", "code": exc.code, "message": exc.message, "param": exc.param}
-    return b"event: error\ndata: " + orjson.dumps(event) + b"\n\n"
-
-
-def _usage_of_response(frames: bytes) -> Json | None:
-    for event in last_objects(frames):
-        usage = event.get("response", event).get("usage")
-        if isinstance(usage, dict):
-            return counts(usage.get("input_tokens"), usage.get("output_tokens"))
-    return None
-
-
-RESPONSES = Dialect(
-    name="openai-responses",
-    usage=_usage_of_response,
-    error_body=_openai_error,
-    error_event=_responses_event,
-    is_end=lambda events: has_line(
-        events, b"event: response.completed", b"event: response.incomplete", b"event: response.failed"
-    ),
-    is_error=lambda events: has_line(events, b"event: error") or _has_error_event(events),
-)
-"""Source: the OpenAI API reference, streaming events of the Responses API."""
-
-
 _TOKEN_LIMITS = ("max_completion_tokens", "max_tokens")
 
 

@@ -19,10 +19,12 @@ from tests.support.stages import Stage
 
 CHATS = {"/v1/chat/completions", "/v1/messages", "/api/chat"}
 CALL = ["get_weather", {"city": "Oslo"}]
-FINISHES = {"openai": "tool_calls", "ollama": "stop", "anthropic": "tool_use"}
-REASONS = {"openai": "stop", "ollama": "stop", "anthropic": "end_turn"}
+FINISHES = {"openai": "tool_calls", "ollama": "stop", "anthropic": "tool_use", "responses": "completed"}
+REASONS = {"openai": "stop", "ollama": "stop", "anthropic": "end_turn", "responses": "completed"}
 ENDS = {"openai": "200 [DONE]", "ollama": "200 done", "anthropic": "200 message_stop"}
+ENDS["responses"] = "200 response.completed"
 FAILS = {"openai": "200 error [DONE]", "ollama": "200 {error} cut off", "anthropic": "200 event: error"}
+FAILS["responses"] = "200 error response.failed"
 
 
 @dataclass

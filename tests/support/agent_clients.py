@@ -1,5 +1,5 @@
 """Agents in tests, written as a stranger would write them: a file with a class and a line of configuration; and the
-ten ways in which clients ask for an answer."""
+twelve ways in which clients ask for an answer."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tests.support.e2e_support import Fakes
 from tests.support.harness import Proxy, running_proxy
 from tests.support.raw_client import Answer
 
+RESPONSES = "/v1/responses"
 HEAD = """
 from collections.abc import AsyncIterator
 from typing import Any
@@ -82,6 +83,8 @@ class Way:
         body: dict[str, Any] = {"model": model, "stream": self.stream, **fields}
         if self.path in ("/v1/completions", "/api/generate"):
             return body | {"prompt": text}
+        if self.path == RESPONSES:
+            return body | {"input": text}
         return body | {"messages": [{"role": "user", "content": text}]} | self._needed()
 
     def steered(self, command: str = "", *, model: str = "m", **manners: Any) -> dict[str, Any]:
@@ -117,6 +120,8 @@ class Way:
             for block in value["content"]:
                 texts[block["type"]] = texts.get(block["type"], "") + str(block.get(block["type"], ""))
             return Said(200, texts["text"], texts["thinking"], value["stop_reason"])
+        if self.path == RESPONSES:
+            return _read_response(value)
         choice = value["choices"][0]
         message = choice.get("message") or {"content": choice.get("text")}
         return Said(200, message.get("content") or "", message.get("reasoning_content") or "", choice["finish_reason"])
@@ -128,6 +133,8 @@ class Way:
         assert intact, data[-200:]
         *events, rest = data.split(b"\n\n")
         assert rest == b"", data[-200:]
+        if self.path == RESPONSES:
+            return _read_response(json.loads(events[-1].partition(b"\ndata: ")[2])["response"])
         return _read_messages(events) if self.path == "/v1/messages" else _read_openai(events)
 
     def _read_lines(self, data: bytes, intact: bool) -> Said:
@@ -149,10 +156,10 @@ class Way:
 
 WAYS = [
     Way(path, stream)
-    for path in ("/api/chat", "/api/generate", "/v1/chat/completions", "/v1/completions", "/v1/messages")
+    for path in (*("/api/chat", "/api/generate", "/v1/chat/completions", "/v1/completions", "/v1/messages", RESPONSES),)
     for stream in (True, False)
 ]
-"""The ten ways to ask: five endpoints, streamed and not."""
+"""The twelve ways to ask: six endpoints, streamed and not."""
 
 
 async def _chunks(client: raw_client.RawClient) -> tuple[bytes, bool]:
@@ -178,6 +185,17 @@ def _read_openai(events: list[bytes]) -> Said:
         assert choices[-1]["finish_reason"], "the end is the last thing that is said"
     text, reasoning = ("".join(delta.get(key) or "" for delta in deltas) for key in ("content", "reasoning_content"))
     return Said(200, text, reasoning, finishes[0] if finishes else None, error)
+
+
+def _read_response(response: Any) -> Said:
+    """The end of a response in the words of a chat."""
+    parts = [part for item in response["output"] for part in item.get("content", ())]
+    text, reasoning = (
+        "".join(p["text"] for p in parts if p["type"] == f"{kind}_text") for kind in ("output", "reasoning")
+    )
+    if response["status"] == "failed":
+        return Said(200, text, reasoning, error=response["error"]["message"])
+    return Said(200, text, reasoning, {"completed": "stop", "incomplete": "length"}[response["status"]])
 
 
 def _read_messages(events: list[bytes]) -> Said:

@@ -1,4 +1,4 @@
-"""The three APIs as strict clients: how each asks for a chat, and the one form in which each may be answered."""
+"""The four APIs as strict clients: how each asks for a chat, and the one form in which each may be answered."""
 
 from __future__ import annotations
 
@@ -55,6 +55,9 @@ class Speaker:
         if self.name == "anthropic":
             parts = {"name": function["name"], "input_schema": function["parameters"]}
             return body | {"max_tokens": 64} | ({"tools": [parts]} if tools else {})
+        if self.name == "responses":
+            body["input"] = body.pop("messages")
+            return body | ({"tools": [{"type": "function", **function}]} if tools else {})
         return body | ({"tools": [WEATHER]} if tools else {})
 
     async def ask(self, port: int, body: dict[str, Any]) -> Outcome:
@@ -177,6 +180,46 @@ def _lines(event: bytes) -> list[str]:
     return lines
 
 
+# -- OpenAI's Responses ------------------------------------------------------------------------------------------------
+
+
+def _responses_stream(received: Received) -> Outcome:
+    assert received.intact and received.content_type == "text/event-stream"
+    *events, rest = received.body.split(b"\n\n")
+    named = [
+        (lines[0].removeprefix("event: "), json.loads(lines[1].removeprefix("data: "))) for lines in map(_lines, events)
+    ]
+    kinds = [kind for kind, _ in named]
+    assert rest == b"" and kinds[:2] == ["response.created", "response.in_progress"], kinds
+    assert all(kind == value["type"] for kind, value in named)
+    assert [value["sequence_number"] for _, value in named] == list(range(len(named)))
+    last, response = named[-1][0], named[-1][1]["response"]
+    ends = ("response.completed", "response.incomplete", "response.failed")
+    assert last in ends and not set(ends) & set(kinds[:-1]) and response["id"] == named[0][1]["response"]["id"]
+    failed = [value for kind, value in named if kind == "error"]
+    assert len(failed) == (last == "response.failed") and all(kinds[-2] == "error" for _ in failed)
+    deltas = [value["delta"] for kind, value in named if kind == "response.output_text.delta"]
+    outcome = _responses_read(response)
+    assert "".join(deltas) == outcome.text
+    error = str(failed[0]["message"]) if failed else None
+    assert error == (response["error"] or {}).get("message")
+    form = "200 error response.failed" if failed else f"200 {last}"
+    return Outcome(200, form, outcome.text, outcome.calls, None if failed else outcome.finish, error)
+
+
+def _responses_whole(body: Any) -> Outcome:
+    assert body["status"] in ("completed", "incomplete") and body["error"] is None
+    return _responses_read(body)
+
+
+def _responses_read(response: Any) -> Outcome:
+    assert response["object"] == "response" and response["store"] is False
+    parts = [part for item in response["output"] if item["type"] == "message" for part in item["content"]]
+    calls = [item for item in response["output"] if item["type"] == "function_call"]
+    read = tuple((call["name"], _parsed(call["arguments"])) for call in calls)
+    return Outcome(200, "200", "".join(part["text"] for part in parts), read, response["status"])
+
+
 # -- Ollama ------------------------------------------------------------------------------------------------------------
 
 
@@ -217,4 +260,5 @@ SPEAKERS = {
     "openai": Speaker("openai", "/v1/chat/completions", _openai_error, _openai_stream, _openai_whole),
     "ollama": Speaker("ollama", "/api/chat", _ollama_error, _ollama_stream, _ollama_whole),
     "anthropic": Speaker("anthropic", "/v1/messages", _anthropic_error, _anthropic_stream, _anthropic_whole),
+    "responses": Speaker("responses", "/v1/responses", _openai_error, _responses_stream, _responses_whole),
 }

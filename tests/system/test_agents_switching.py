@@ -108,9 +108,9 @@ async def test_only_what_generates_needs_the_required_agents(fakes: Fakes) -> No
     entries = [{"guard": {"required": True}}]
     async with proxy_with_agents(fakes, {"guard": GUARD}, entries) as proxy:
         for path, field, status in (
-            ("/v1/responses", "input", 403), ("/completion", "prompt", 403), ("/infill", "input_prefix", 403),
-            ("/v1/embeddings", "input", 200), ("/embedding", "content", 200), ("/v1/rerank", "query", 200),
-            ("/tokenize", "content", 200),
+            ("/completion", "prompt", 403), ("/infill", "input_prefix", 403), ("/v1/responses", "input", 200),
+            ("/v1/responses/input_tokens", "input", 200), ("/v1/embeddings", "input", 200),
+            ("/embedding", "content", 200), ("/v1/rerank", "query", 200), ("/tokenize", "content", 200),
         ):  # fmt: skip
             answer = await raw_client.post(proxy.port, path, {"model": "m", field: "hi", "documents": ["hi"]})
             assert answer.status == status, path

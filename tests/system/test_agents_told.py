@@ -80,7 +80,7 @@ async def test_options_are_not_kept_for_a_chat(fakes: Fakes) -> None:
 
 async def test_an_endpoint_without_agents_says_so_to_who_names_one(fakes: Fakes) -> None:
     async with proxy_with_agents(fakes, {"greets": GREETS}) as proxy:
-        for path, field in (("/v1/responses", "input"), ("/completion", "prompt")):
+        for path, field in (("/infill", "input_prefix"), ("/completion", "prompt")):
             for named, status in (("greets", 400), ("off", 200)):
                 headers = [("X-Agents", named)]
                 whole = raw_client.request("POST", path, {"model": "m", field: "hi"}, headers=headers, close=True)

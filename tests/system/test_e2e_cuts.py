@@ -26,7 +26,7 @@ LINES = [
     {"model": "m", "message": {"role": "assistant", "content": ""}, "done": True, "done_reason": "stop"},
 ]
 FRAMES = [chunk(json.dumps(line, separators=(",", ":")).encode() + b"\n") for line in LINES] + [LAST_CHUNK]
-FINISHES = {"openai": "stop", "ollama": "stop", "anthropic": "end_turn"}
+FINISHES = {"openai": "stop", "ollama": "stop", "anthropic": "end_turn", "responses": "completed"}
 QUICK, ALL = [0, 1, 20, -3, -1], [0, 1, 2, 4, 8, 20, 40, 60, -8, -4, -3, -2, -1]
 each_api = pytest.mark.parametrize("speaker", [pytest.param(speaker, id=name) for name, speaker in SPEAKERS.items()])
 each_extent = pytest.mark.parametrize("places", [QUICK, pytest.param(ALL, marks=pytest.mark.full)], ids=["few", "all"])
@@ -98,8 +98,9 @@ async def test_a_llama_server_that_breaks_off_anywhere_is_no_silent_success(
         check(speaker, outcome, cut, stream=stream)
 
     # role, three tokens, the finish, [DONE]; with usage one more. /v1/messages has no [DONE].
-    frames = {"openai": 6, "ollama": 7, "anthropic": 6}[speaker.name]
-    both = [True, False] if speaker.name == "ollama" else [True]  # a whole answer of the server is in test_relay_errors
+    translated = speaker.name in ("ollama", "responses")
+    frames = 7 if translated else 6
+    both = [True, False] if translated else [True]  # a whole answer of the server is in test_relay_errors
     await asyncio.gather(*(ask(cut, stream) for stream in both for cut in cuts(places, frames)))
 
 

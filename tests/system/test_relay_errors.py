@@ -66,7 +66,7 @@ def openai_error(frame: bytes) -> dict[str, object]:
 
 def responses_error(frame: bytes) -> dict[str, object]:
     error = data_of(frame, b"event: error\ndata: ")
-    assert set(error) == {"type", "message", "param", "code"} and error["type"] == "error"
+    assert set(error) == {"type", "message", "param", "code", "error"} and error["type"] == "error"
     return error
 
 
