@@ -252,11 +252,7 @@ class RemoteConfig(UpstreamConfig):
     """An OpenAI-compatible server that requests are forwarded to."""
 
     url: str = Field(description="Its base URL, http or https, with or without the final /v1.")
-    responses: bool = Field(
-        default=False,
-        description="Use the server's own /v1/responses, which may store responses and have tools of its own, for "
-        "requests that no agent reads. Otherwise its chat completions are used.",
-    )
+    responses: bool = Field(default=False, description="Use its own /v1/responses where no agent reads the request.")
 
     @field_validator("url")
     @classmethod
