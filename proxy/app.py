@@ -89,5 +89,6 @@ class App:
 
     async def close(self) -> None:
         """Stop agents, processes and connections."""
+        await self.proxy.conversations.close()
         await self.plugins.close()
         await self.proxy.router.close()

@@ -18,18 +18,18 @@ class Conversations:
     """The requests that wait for their model, one for each conversation."""
 
     def __init__(self) -> None:
-        self._stops: dict[str, asyncio.Future[None]] = {}
+        self._waits: dict[str, asyncio.Timeout] = {}
         self._left: set[asyncio.Task[None]] = set()
 
     def waits(self, chat: str) -> bool:
         """Whether a request of this conversation waits."""
-        return chat in self._stops
+        return chat in self._waits
 
     def stop(self, chat: str) -> None:
         """End the waiting request of this conversation, if there is one."""
-        stop = self._stops.pop(chat, None)
-        if stop is not None and not stop.done():
-            stop.set_result(None)
+        wait = self._waits.pop(chat, None)
+        if wait is not None:
+            wait.reschedule(asyncio.get_running_loop().time())
 
     async def load(self, chat: str, model: Model, request: UpstreamRequest) -> None:
         """Load `model` for `request`, and end an earlier request of the conversation that waits. If the client leaves
@@ -37,40 +37,38 @@ class Conversations:
 
         Raises: BadRequest if the request is ended by `stop`; as `Model.load`.
         """
-        loop = asyncio.get_running_loop()
         self.stop(chat)
-        stop = self._stops[chat] = loop.create_future()
-        loading = loop.create_task(model.load(), name=f"load {model.name}")
         try:
-            await self._loaded(chat, loading, stop)
+            await self._loaded(chat, model)
         except asyncio.CancelledError:
-            if not loading.cancelled():
-                task = loop.create_task(self._send(chat, model, request, loading, stop), name=f"stream of {model.name}")
-                self._left.add(task)
-                task.add_done_callback(self._left.discard)
+            task = asyncio.get_running_loop().create_task(self._send(chat, model, request))
+            self._left.add(task)
+            task.add_done_callback(self._left.discard)
             raise
 
-    async def _loaded(self, chat: str, loading: asyncio.Task[None], stop: asyncio.Future[None]) -> None:
-        await asyncio.wait({loading, stop}, return_when=asyncio.FIRST_COMPLETED)
-        if self._stops.get(chat) is stop:
-            del self._stops[chat]
-        if stop.done():
-            loading.cancel()
-            message = "request cancelled by a stop while the model was loading"
-            raise BadRequest(message, code="request_cancelled")
-        await loading
+    async def close(self) -> None:
+        """End the requests whose clients have left."""
+        for task in self._left:
+            task.cancel()
+        await asyncio.gather(*self._left, return_exceptions=True)
 
-    async def _send(
-        self,
-        chat: str,
-        model: Model,
-        request: UpstreamRequest,
-        loading: asyncio.Task[None],
-        stop: asyncio.Future[None],
-    ) -> None:
+    async def _loaded(self, chat: str, model: Model) -> None:
+        try:
+            async with asyncio.timeout(None) as wait:  # ended by `stop`
+                self._waits[chat] = wait
+                try:
+                    await model.load()
+                finally:
+                    if self._waits.get(chat) is wait:
+                        del self._waits[chat]
+        except TimeoutError:
+            message = "request cancelled by a stop while the model was loading"
+            raise BadRequest(message, code="request_cancelled") from None
+
+    async def _send(self, chat: str, model: Model, request: UpstreamRequest) -> None:
         """The server generates to the end, although nothing of its answer is read here."""
         try:
-            await self._loaded(chat, loading, stop)
+            await self._loaded(chat, model)
             async with model.open(request):
                 pass
         except ProxyError as exc:

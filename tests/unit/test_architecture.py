@@ -56,6 +56,7 @@ TASK_MAKERS = {
     "backends/pool/instance.py",  # the life of a process
     "backends/pool/pool.py",  # loads that nobody waits for, and the shutdown
     "backends/weights/downloads.py",  # one for all who wait
+    "proxy/api/conversations.py",  # requests for resumable streams that have lost their client
     "proxy/http/response.py",  # waiting for a slow client
     "proxy/middleware/scope.py",  # a request with agents, and whatever they start
     "proxy/serve.py",  # waiting for the first of two events
