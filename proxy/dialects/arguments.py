@@ -7,6 +7,7 @@ from typing import Any
 import orjson
 
 from llama_smart_proxy.proxy.chat import Json
+from llama_smart_proxy.proxy.errors import BadRequest
 
 
 def mend_arguments(body: Json) -> Json:
@@ -26,7 +27,7 @@ def mend_arguments(body: Json) -> Json:
 
 def arguments_text(value: Any) -> str:
     """`value`, the arguments of a call, as the text of a JSON object: an empty one for none, and one that contains
-    what is not an object as `arguments`."""
+    what is not an object as `arguments`. Raises: BadRequest for what JSON cannot represent."""
     if value in (None, ""):
         return "{}"
     if isinstance(value, str):
@@ -35,7 +36,10 @@ def arguments_text(value: Any) -> str:
                 return value
         except orjson.JSONDecodeError:
             pass
-    return orjson.dumps(value if isinstance(value, dict) else {"arguments": value}).decode()
+    try:
+        return orjson.dumps(value if isinstance(value, dict) else {"arguments": value}).decode()
+    except TypeError as exc:  # orjson.JSONEncodeError: nested too deeply
+        raise BadRequest(f"the arguments of a tool call cannot be passed on: {exc}", param="messages") from None
 
 
 def _mended(message: Any) -> Any:

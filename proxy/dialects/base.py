@@ -70,6 +70,8 @@ class Dialect:
     """Content type of a stream."""
     end_mark: bytes = b""
     """Bytes that are in every last frame and in hardly another one, so that looking for them costs little."""
+    matched_context_error: bool = True
+    """Clients match the message or the code of the error for a prompt over the model's context."""
     is_error_body: Callable[[bytes], bool] = _always
     """Whether clients can read this body of a failed request, unlike that of a web server in front of the model's."""
     usage: Callable[[bytes], Json | None] = _no_usage

@@ -80,6 +80,7 @@ NATIVE = Dialect(
     error_event=_openai_event,
     is_end=lambda events: b'"stop":true' in events,
     is_error=_has_error_event,
+    matched_context_error=False,
     usage=_usage,
 )
 """llama-server's own `/completion` and `/infill`: the last event contains `"stop":true`, and no `[DONE]` follows.

@@ -112,7 +112,7 @@ def _check_error(status: int, body: bytes, dialect: Dialect) -> None:
     """Raises: UpstreamRefused if the server's error is not in the client's format, or is one that clients recognize by
     a text or a code that the server does not use."""
     error = refused(status, body)
-    if isinstance(error, ContextExceeded) or not dialect.is_error_body(body):
+    if (isinstance(error, ContextExceeded) and dialect.matched_context_error) or not dialect.is_error_body(body):
         raise error
 
 

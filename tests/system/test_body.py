@@ -181,7 +181,7 @@ PLACES: dict[str, bytes] = {
     "input": b'"input":["%b"]',
     "content part": b'"messages":[{"role":"user","content":[{"type":"text","text":"%b"}]}]',
     "tool result": b'"messages":[{"role":"tool","tool_call_id":"1","content":"%b"}]',
-    "tool arguments as an object": b'"messages":[{"tool_calls":[{"function":{"arguments":{"a":["%b"]}}}]}]',
+    "an object in an object": b'"metadata":{"a":{"b":["%b"]}}',
     "description of a tool": b'"tools":[{"function":{"name":"f","description":"%b"}}]',
     "user": b'"user":"%b"',
 }
