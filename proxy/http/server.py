@@ -37,7 +37,8 @@ IGNORED_UPGRADE = re.compile(r"h2c?(-\d+)?|HTTP/\d(\.\d)?|TLS/\d(\.\d)?", re.IGN
 """Protocols that clients offer, but do not require: the answer comes by HTTP/1.1 (RFC 9110 7.8)."""
 _START_BYTES = 256
 """Bytes of a request that are kept until it is answered, as an error must be in the API that its path belongs to."""
-_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d{1,18})", re.IGNORECASE)
+_METHOD = re.compile(rb"(?:DELETE|GET|HEAD|OPTIONS|PATCH|POST|PUT) ")
+_LONGEST_METHOD = len("OPTIONS")
 AMBIGUOUS = "invalid_http"
 """Error code of invalid or ambiguous HTTP."""
 TOO_LARGE = "headers_too_large"
@@ -64,6 +65,7 @@ class FrontConnection(web.RequestHandler):
         """The connection's transport; the attribute `transport` is None as soon as aiohttp begins to close it."""
         self._front = front
         self._start = b""
+        self._may_upgrade = False
         self._last_request = False
         self._serving = False
 
@@ -77,9 +79,12 @@ class FrontConnection(web.RequestHandler):
             self.head_since = asyncio.get_running_loop().time()
         if not self._start:
             self._start = data[:_START_BYTES]
+        elif self.head_since is not None:
+            self._may_upgrade = True  # the header may be cut in two
         self.body_bytes += len(data)
-        if b"pgrade" in data or b"PGRADE" in data:
-            for piece in _split_behind_upgrades(data):
+        if self._may_upgrade or b"pgrade" in data or b"PGRADE" in data:
+            self._may_upgrade = True
+            for piece in _split_before_requests(data):
                 super().data_received(piece)
         else:
             super().data_received(data)
@@ -154,18 +159,13 @@ class FrontConnection(web.RequestHandler):
         return target.partition(b" ")[0].partition(b"?")[0].decode("ascii", "replace")
 
 
-def _split_behind_upgrades(data: bytes) -> list[bytes]:
-    """`data` in pieces that end where a request may end, as aiohttp loses what follows, within one piece, a request
-    that offers another protocol."""
-    cuts, position = [0], 0
-    while (end := data.find(b"\r\n\r\n", position)) >= 0:
-        length = _LENGTH.search(data, position, end)
-        position = end + 4
-        cuts.append(position)
-        if length is not None:
-            position += int(length[1])
-            cuts.append(position)
-    return [piece for start, end in pairwise([*cuts, len(data)]) if (piece := data[start:end])]
+def _split_before_requests(data: bytes) -> list[bytes]:
+    """`data` in pieces, of which one begins wherever a request may begin. aiohttp loses what follows, within one piece,
+    a request that offers another protocol; further cuts do no harm. A method may be cut in two by the end of `data`."""
+    end = len(data)
+    cuts = {0, end, *range(max(0, end - _LONGEST_METHOD), end)}
+    cuts.update(found.start() for found in _METHOD.finditer(data))
+    return [data[start:stop] for start, stop in pairwise(sorted(cuts))]
 
 
 def _invalid(exc: BaseException | None, status: int) -> BadRequest:

@@ -11,8 +11,9 @@ import pytest
 
 from tests.support import toxic
 from tests.support.harness import Proxy, until
+from tests.support.here import served_here
 from tests.support.raw_client import RawClient, connected, request
-from tests.support.toxic import RawUpstream
+from tests.support.toxic import RawUpstream, raw_upstream
 
 CHAT = "/v1/chat/completions"
 CANARY = "canary7c1e"
@@ -304,6 +305,21 @@ async def test_the_connection_of_an_offer_stays_usable_also_for_what_was_sent_be
         for wire, answers in ((OFFERED[name], 1), (OFFERED[name] + NEXT, 2), (NEXT + OFFERED[name] * 2 + NEXT, 4)):
             await client.send(wire)
             assert [(await client.answer()).status for _ in range(answers)] == [200] * answers
+
+
+@pytest.mark.parametrize("step", [1, 7, 64, 150])
+@pytest.mark.parametrize("name", OFFERED)
+async def test_an_offer_and_what_is_behind_it_are_answered_in_small_segments(name: str, step: int) -> None:
+    """In this process, as the proxy is to read each segment by itself."""
+    async with raw_upstream(toxic.plain(b"{}")) as upstream:
+        remotes = {"up": {"url": f"http://127.0.0.1:{upstream.port}", "models": ["m"]}}
+        async with served_here({"remotes": remotes}) as (front, port), connected(port) as client:
+            await until(lambda: bool(front.clients))
+            (proxys_side,) = front.clients
+            wire = OFFERED[name] + NEXT + OFFERED[name] + NEXT
+            for at in range(0, len(wire), step):
+                proxys_side.data_received(wire[at : at + step])
+            assert [(await client.answer()).status for _ in range(4)] == [200] * 4
 
 
 @pytest.mark.parametrize("step", [1, 7])
