@@ -19,7 +19,7 @@ from llama_smart_proxy.proxy.chat import Observer, RequestRecord
 from llama_smart_proxy.proxy.dialects import OPENAI, Dialect, dialect_of
 from llama_smart_proxy.proxy.errors import BadRequest, Overloaded, ProxyError
 from llama_smart_proxy.proxy.http.coding import ACCEPTED
-from llama_smart_proxy.proxy.http.headers import EXTRA, PARAMS, RECORD, own_headers, request_id_of, shown_path
+from llama_smart_proxy.proxy.http.headers import EXTRA, PARAMS, RECORD, named_in, own_headers, request_id_of, shown_path
 from llama_smart_proxy.proxy.http.origins import Origins, is_preflight, preflight
 from llama_smart_proxy.proxy.http.server import AMBIGUOUS, TOO_LARGE, FrontConnection, check_request
 
@@ -100,7 +100,7 @@ class Dispatcher:
     async def _answer(self, http: web.BaseRequest) -> web.StreamResponse:
         resource = self._find(http.path, http)
         dialect = resource.dialect if resource is not None else dialect_of(http.path)
-        http[EXTRA] = [(name, http[RECORD].request_id) for name in dialect.id_headers]
+        http[EXTRA] = named_in(http, dialect.id_headers)
         try:
             if "Origin" in http.headers:
                 http[EXTRA] += self._origins.headers(_origin(http))

@@ -5,10 +5,11 @@ from __future__ import annotations
 from aiohttp import web
 
 from llama_smart_proxy.proxy.api.state import PROXY
+from llama_smart_proxy.proxy.chat import Json
 from llama_smart_proxy.proxy.dialects import ANTHROPIC
 from llama_smart_proxy.proxy.dialects.anthropic import models as anthropic_models
 from llama_smart_proxy.proxy.errors import ProxyError
-from llama_smart_proxy.proxy.http.headers import PARAMS
+from llama_smart_proxy.proxy.http.headers import EXTRA, PARAMS, named_in
 
 LISTING_S = 0.5
 """Longest wait in seconds for servers that have not answered since the start."""
@@ -26,9 +27,9 @@ async def list_models(http: web.BaseRequest) -> web.Response:
     if _is_anthropic(http):
         items = [anthropic_models.item(entry.id, router.created) for entry in entries]
         try:
-            return web.json_response(anthropic_models.page(items, http.query))
+            return _for_anthropic(http, anthropic_models.page(items, http.query))
         except ProxyError as exc:
-            return _anthropic_error(exc)
+            return _for_anthropic(http, exc)
     return web.json_response({"object": "list", "data": [entry.as_openai(router.created) for entry in entries]})
 
 
@@ -39,10 +40,10 @@ async def show_model(http: web.BaseRequest) -> web.Response:
         entry = router.entry(await router.resolve(http[PARAMS]["id"], pull=False))
     except ProxyError as exc:
         if _is_anthropic(http):
-            return _anthropic_error(exc)
+            return _for_anthropic(http, exc)
         raise
     if _is_anthropic(http):
-        return web.json_response(anthropic_models.item(entry.id, router.created))
+        return _for_anthropic(http, anthropic_models.item(entry.id, router.created))
     return web.json_response(entry.as_openai(router.created))
 
 
@@ -50,5 +51,8 @@ def _is_anthropic(http: web.BaseRequest) -> bool:
     return anthropic_models.VERSION_HEADER in http.headers and http.path.startswith("/v1/")
 
 
-def _anthropic_error(exc: ProxyError) -> web.Response:
-    return web.Response(status=exc.status, body=ANTHROPIC.error_body(exc), content_type="application/json")
+def _for_anthropic(http: web.BaseRequest, answer: Json | ProxyError) -> web.Response:
+    http[EXTRA] += named_in(http, ANTHROPIC.id_headers)
+    if isinstance(answer, ProxyError):
+        return web.Response(status=answer.status, body=ANTHROPIC.error_body(answer), content_type="application/json")
+    return web.json_response(answer)

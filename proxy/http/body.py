@@ -76,13 +76,7 @@ async def read_body(http: web.BaseRequest, max_bytes: int) -> Body:
     Raises: BadRequest 413 over `max_bytes`, 415 for an unknown content coding, 400 for anything that is not one JSON
     object.
     """
-    coding = coding_of(http.headers["Content-Encoding"]) if "Content-Encoding" in http.headers else None
-    if (http.content_length or 0) > max_bytes:
-        raise _too_large(max_bytes)
-    if http.content.is_eof():
-        raw = http.content.read_nowait()  # small bodies are there already
-    else:
-        raw = await _upload(http, max_bytes)
+    raw, coding = await _received(http, max_bytes)
     if coding is not None:
         http[_HEAVY] = True
         return await in_thread(partial(_parse_compressed, coding=coding, max_bytes=max_bytes), raw, urgent=False)
@@ -93,13 +87,22 @@ async def read_body(http: web.BaseRequest, max_bytes: int) -> Body:
 
 
 async def read_bytes(http: web.BaseRequest, max_bytes: int) -> bytes:
-    """The request's body as it came, for one that is no JSON object. Raises: BadRequest 413 over `max_bytes`, 415 for a
-    content coding."""
-    if http.headers.get("Content-Encoding", "identity").lower() != "identity":
-        raise BadRequest("compressed bodies are not accepted here", status=415, code="unsupported_media_type")
+    """The request's body without its content coding, for one that is no JSON object. Raises: BadRequest 413 over
+    `max_bytes`, 415 for an unknown content coding, 400 for data that is not valid in its coding."""
+    raw, coding = await _received(http, max_bytes)
+    if coding is None:
+        return raw
+    return await in_thread(partial(decompressed, coding=coding, max_bytes=max_bytes), raw, urgent=False)
+
+
+async def _received(http: web.BaseRequest, max_bytes: int) -> tuple[bytes, str | None]:
+    """The body as it came, and its content coding."""
+    coding = coding_of(http.headers["Content-Encoding"]) if "Content-Encoding" in http.headers else None
     if (http.content_length or 0) > max_bytes:
         raise _too_large(max_bytes)
-    return http.content.read_nowait() if http.content.is_eof() else await _upload(http, max_bytes)
+    if http.content.is_eof():
+        return http.content.read_nowait(), coding  # small bodies are there already
+    return await _upload(http, max_bytes), coding
 
 
 async def to_bytes(http: web.BaseRequest, value: dict[str, Any]) -> bytes:

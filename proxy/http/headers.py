@@ -112,6 +112,11 @@ def own_headers(http: web.BaseRequest) -> list[tuple[str, str]]:
     return [("server", SERVER), ("x-request-id", named), ("date", _date(int(time.time()))), *http[EXTRA]]
 
 
+def named_in(http: web.BaseRequest, names: Iterable[str]) -> list[tuple[str, str]]:
+    """The request's id in the headers `names`."""
+    return [(name, http[RECORD].request_id) for name in names]
+
+
 def request_id_of(headers: MultiMapping[str]) -> str | None:
     """The client's own id of a request, if it is safe in a header and in a log line."""
     given = headers.get("X-Request-Id")

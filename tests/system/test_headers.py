@@ -204,6 +204,15 @@ async def test_every_answer_names_the_request_by_the_clients_id_and_the_server_a
     assert sorted(ours) == [*named, ("server", f"llama-smart-proxy/{__version__}"), ("x-request-id", "mine-1")]
 
 
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/local", "/v1/models/none", "/v1/models?limit=x"])
+async def test_a_list_of_models_for_anthropics_clients_names_the_request_as_anthropic_does(
+    stage: Stage, path: str
+) -> None:
+    asking = [("Anthropic-Version", "2023-06-01"), ("X-Request-Id", "mine-2")]
+    answer = await ask(stage.proxy.port, request("GET", path, headers=asking, close=True), method="GET")
+    assert [value for name, value in answer.headers if name.endswith("request-id")] == ["mine-2"] * 2
+
+
 @pytest.mark.parametrize(
     ("given", "kept"),
     [
