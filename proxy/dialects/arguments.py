@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import orjson
 
 from llama_smart_proxy.proxy.chat import Json
 from llama_smart_proxy.proxy.errors import BadRequest
+
+_ESCAPE = re.compile(
+    r"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|u([dD][89a-fA-F][0-9a-fA-F]{2})|.)", re.DOTALL
+)
+"""An escape in JSON; that of a lone surrogate has a group."""
 
 
 def mend_arguments(body: Json) -> Json:
@@ -27,19 +33,29 @@ def mend_arguments(body: Json) -> Json:
 
 def arguments_text(value: Any) -> str:
     """`value`, the arguments of a call, as the text of a JSON object: an empty one for none, and one that contains
-    what is not an object as `arguments`. Raises: BadRequest for what JSON cannot represent."""
+    what is not an object as `arguments`. Escapes of lone surrogates, as of half an emoji, become U+FFFD.
+
+    Raises: BadRequest for what JSON cannot represent.
+    """
     if value in (None, ""):
         return "{}"
     if isinstance(value, str):
-        try:
-            if isinstance(orjson.loads(value), dict):
-                return value
-        except orjson.JSONDecodeError:
-            pass
+        if _is_object(value):
+            return value
+        whole = _ESCAPE.sub(lambda found: r"\ufffd" if found[1] else found[0], value)
+        if whole != value and _is_object(whole):
+            return whole
     try:
         return orjson.dumps(value if isinstance(value, dict) else {"arguments": value}).decode()
     except TypeError as exc:  # orjson.JSONEncodeError: nested too deeply
         raise BadRequest(f"the arguments of a tool call cannot be passed on: {exc}", param="messages") from None
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(orjson.loads(text), dict)
+    except orjson.JSONDecodeError:
+        return False
 
 
 def _mended(message: Any) -> Any:

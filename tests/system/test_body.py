@@ -216,6 +216,21 @@ async def test_a_cut_emoji_fails_no_chat_in_any_api(stage: Stage, model: str, pa
     assert answer.status == 200, answer
 
 
+@pytest.mark.parametrize("arguments", [r'{"a": "\ud83d"}', r'{"a": "\\\ude00"}', {"a": "\ud83d"}])
+async def test_a_cut_emoji_in_the_arguments_of_a_call_does_not_fail_the_chat(stage: Stage, arguments: object) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "done"},
+    ]
+    for model in ("local", "distant"):
+        answer = await post(stage.proxy.port, CHAT, {"model": model, "messages": messages, "max_tokens": 4})
+        assert answer.status == 200, answer
+    sent = json.loads(stage.distant.events("request", "/api/chat")[-1]["body"])["messages"][1]["tool_calls"]
+    assert sent[0]["function"]["arguments"]["a"].endswith(FFFD)
+
+
 @pytest.mark.parametrize("coding", ["gzip", "deflate", "GZIP", "identity"])
 async def test_a_compressed_body_reaches_the_model_server_plain(
     proxy: Proxy, upstream: RawUpstream, coding: str
