@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from aiohttp import web
 
 from llama_smart_proxy.proxy.config import Config
+from llama_smart_proxy.proxy.middleware.afterwards import Afterwards
 from llama_smart_proxy.proxy.middleware.chain import Chain
 from llama_smart_proxy.proxy.models.router import Router
+from llama_smart_proxy.proxy.store import Store
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +21,8 @@ class Proxy:
     config: Config
     router: Router
     chain: Chain
+    store: Store
+    afterwards: Afterwards
     draining: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
