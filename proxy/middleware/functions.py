@@ -102,7 +102,7 @@ async def with_calls(
     """The answer, in which calls of `functions` are done, and the model is asked again with the results, until it
     answers. The user gets all texts; calls of the client's own tools are passed on."""
     request = ctx.request.copy()
-    offered = {_name(tool) for tool in request.tools}
+    own = {_name(tool) for tool in request.tools if _is_own(tool, functions)}
     usage: Json = {}
     for number in range(MAX_ROUNDS + 1):
         folded, rest = Fold(), list[Chunk]()
@@ -116,11 +116,13 @@ async def with_calls(
         usage = _sum(usage, whole.get("usage")) if number else whole.get("usage") or {}
         message = whole["choices"][0]["message"]
         calls = message.get("tool_calls") or []
-        if not calls or any(_name(call) not in functions or _name(call) not in offered for call in calls):
+        if not calls or any(_name(call) not in own for call in calls):
+            foreign = {at: new for new, at in enumerate(at for at, call in enumerate(calls) if _name(call) not in own)}
             for chunk in rest:
                 if chunk.usage is not None and number:
                     chunk.data["usage"] = usage
-                yield chunk
+                if len(foreign) == len(calls) or _keeps_calls(chunk, foreign):
+                    yield chunk
             return
         for chunk in rest:
             if chunk.text or chunk.reasoning:
@@ -129,8 +131,24 @@ async def with_calls(
         results = [functions[_name(call)].result(call["function"]["arguments"], ctx) for call in calls]
         _add_results(request, message, calls, await asyncio.gather(*results))
         if number == MAX_ROUNDS - 1:
-            request.tools = [tool for tool in request.tools if _name(tool) not in functions]
+            request.tools = [tool for tool in request.tools if _name(tool) not in own]
         answer = ctx.chat(request)
+
+
+def _is_own(tool: Json, functions: Mapping[str, Function]) -> bool:
+    """Whether a tool of the request is one of the functions, and not the client's of the same name."""
+    return _name(tool) in functions and tool == functions[_name(tool)].tool
+
+
+def _keeps_calls(chunk: Chunk, foreign: Mapping[int, int]) -> bool:
+    """Remove the agent's calls from a chunk that also has calls of the client's tools: `foreign` maps their numbers to
+    new ones. The model will make the others again. Returns whether anything is left."""
+    if not chunk.tool_calls:
+        return True
+    numbered = [(call.get("index", at), call) for at, call in enumerate(chunk.tool_calls)]
+    calls = [{**call, "index": foreign[number]} for number, call in numbered if number in foreign]
+    chunk.data["choices"][0]["delta"]["tool_calls"] = calls
+    return bool(calls or chunk.finish_reason or chunk.text)
 
 
 def _identify(calls: list[Json], number: int) -> None:
