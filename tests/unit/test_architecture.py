@@ -59,6 +59,7 @@ TASK_MAKERS = {
     "backends/weights/downloads.py",  # one for all who wait
     "proxy/http/response.py",  # waiting for a slow client
     "proxy/middleware/afterwards.py",  # hooks after a request
+    "proxy/middleware/passage.py",  # a read of an answer, for a task of an agent
     "proxy/middleware/scope.py",  # a request with agents, and whatever they start
     "proxy/serve.py",  # waiting for the first of two events
 }
