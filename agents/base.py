@@ -5,7 +5,7 @@ An agent imports these names from `llama_smart_proxy`, and nothing else of this 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Generator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -38,6 +38,10 @@ class Agent:
     """The command that calls the agent: "rag" for `/rag`. An agent without one always runs."""
     per_call: ClassVar[frozenset[str]] = frozenset()
     """Fields of `Config` that a command may set for its request: `/rag top_k=3 What is ...`."""
+    tools: ClassVar[Sequence[Callable[..., Any]]] = ()
+    """Functions that the model may call in a chat. The proxy describes them to the model by name, docstring and
+    annotated parameters, calls them, and asks the model again with their results; clients see no more than the text.
+    A parameter `self` is the agent, `ctx` the context. Plain functions run in threads."""
 
     class Config(Options):
         """The agent's options in `config.yaml`; `Field(description=...)` documents one."""
@@ -74,6 +78,11 @@ class Agent:
             if passed is not None:
                 yield passed
 
+    async def on_reply(self, reply: Reply, ctx: Context) -> None:
+        """Called after the end of a request with the answer as the client got it: whole, streamed, or broken off (not
+        `reply.complete`). The client does not wait for it. Side calls have a budget of their own.
+        """
+
 
 @dataclass(frozen=True, slots=True)
 class About:
@@ -86,6 +95,24 @@ class About:
     description: str
     options: Mapping[str, str]
     running: bool
+
+
+class KeyValues(Protocol):
+    """A small persistent store of texts and of what JSON can express. It is bounded: what was written longest ago is
+    removed first."""
+
+    async def get(self, key: str, default: Any = None) -> Any:
+        """The value of `key`, or `default`."""
+
+    async def set(self, key: str, value: Any) -> None:
+        """Set the value of `key`. Raises: ValueError for a key over 512 characters and a value over 256 KiB of JSON,
+        TypeError for a value that JSON cannot express."""
+
+    async def delete(self, key: str) -> None:
+        """Remove `key`, if it is there."""
+
+    async def keys(self, prefix: str = "") -> list[str]:
+        """All keys that begin with `prefix`, sorted."""
 
 
 class Context(Protocol):
@@ -105,6 +132,23 @@ class Context(Protocol):
     @property
     def state(self) -> dict[str, Any]:
         """Values passed from one hook to later hooks of the same request."""
+
+    @property
+    def request(self) -> ChatRequest:
+        """The request; in hooks for answers as it was sent to the model."""
+
+    @property
+    def asked_model(self) -> str:
+        """The name of the model that the client asked for, which may be an alias or a virtual model."""
+
+    @property
+    def user(self) -> str:
+        """Who asks: a hash of the API key, else the field `user` or `metadata.user_id`, else the header
+        `X-OpenWebUI-User-Id`; empty if the client says nothing of that."""
+
+    @property
+    def store(self) -> KeyValues:
+        """Keys and values of this agent that outlive a restart, if the state directory can be written."""
 
     @property
     def request_id(self) -> str:

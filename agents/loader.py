@@ -33,7 +33,7 @@ RESERVED = frozenset({"always", "required", "on_error", "timeout_s"})
 """Keys of an agent's entry in the configuration that are not its own options."""
 _HERE = Path(base.__file__).parent
 _PACKAGE = base.__name__.rpartition(".")[0]
-_OURS = {"base", "compat", "loader"}
+_OURS = {"base", "compat", "loader", "substitution"}
 _NO_AGENTS = ("_*", ".*", "test_*.py", "*_test.py", "conftest.py")
 """Names of files and folders beside agents that are not agents."""
 _NAME = re.compile(r"[a-z][a-z0-9_-]*")
@@ -176,7 +176,7 @@ def _problem(cls: type[Agent]) -> str | None:
         return f"its Config must not have fields called {', '.join(taken)}: these are reserved"
     if unknown := sorted(cls.per_call - cls.Config.model_fields.keys()):
         return f"per_call contains names that Config does not have: {', '.join(unknown)}"
-    for hook in ("on_request", "on_chunk", "start", "close"):
+    for hook in ("on_request", "on_chunk", "on_reply", "start", "close"):
         if not inspect.iscoroutinefunction(getattr(cls, hook)):
             return f"{hook} must be an `async def` without `yield`"
     if inspect.iscoroutinefunction(cls.on_response):

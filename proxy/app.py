@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from llama_smart_proxy.backends.base import Services
 from llama_smart_proxy.backends.pool.pool import Pool
 from llama_smart_proxy.backends.weights.downloads import Downloads
@@ -12,10 +14,12 @@ from llama_smart_proxy.proxy.api.endpoints import EndpointHandler
 from llama_smart_proxy.proxy.api.models import list_models, show_model
 from llama_smart_proxy.proxy.api.state import Proxy
 from llama_smart_proxy.proxy.config import Config
+from llama_smart_proxy.proxy.middleware.afterwards import Afterwards
 from llama_smart_proxy.proxy.middleware.chain import Chain
 from llama_smart_proxy.proxy.middleware.plugins import Plugins
 from llama_smart_proxy.proxy.models.router import Router
 from llama_smart_proxy.proxy.registry import Registry
+from llama_smart_proxy.proxy.store import Store, state_dir
 
 _BLOB = "/api/blobs/{digest:sha256:[0-9a-f]{64}}"
 ROUTES: list[tuple[str, str, Handler]] = [
@@ -74,7 +78,9 @@ class App:
         self.plugins = Plugins.of(config)
         services = Services(downloads, self.pool)
         providers = [provider for cls in registry.providers if (provider := cls.create(config, services)) is not None]
-        self.proxy = Proxy(config, Router(providers, config, downloads), Chain(config, self.plugins))
+        router, chain = Router(providers, config, downloads), Chain(config, self.plugins)
+        store = Store(state_dir(config.state_dir, os.environ))
+        self.proxy = Proxy(config, router, chain, store, Afterwards(self.plugins))
         self.dispatcher = Dispatcher(self.proxy, registry.observers)
         for method, path, handler in ROUTES:
             self.dispatcher.add([method], path, handler)
@@ -84,11 +90,15 @@ class App:
 
     async def start(self) -> None:
         """Start loading models marked `preload`, and listing the models of servers."""
+        if self.proxy.config.state_dir is not None or "STATE_DIRECTORY" in os.environ:
+            await self.proxy.store.open()
         await self.proxy.router.start()
         await self.plugins.start()
 
     async def close(self) -> None:
         """Stop agents, processes and connections."""
         await self.proxy.conversations.close()
+        await self.proxy.afterwards.close()
         await self.plugins.close()
+        self.proxy.store.close()
         await self.proxy.router.close()

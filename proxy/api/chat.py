@@ -26,6 +26,7 @@ from llama_smart_proxy.proxy.dialects.base import ClientCodec, Loading, Upstream
 from llama_smart_proxy.proxy.errors import AgentError, BadRequest, ProxyError, UpstreamRefused
 from llama_smart_proxy.proxy.http.body import Reusable, offload, to_bytes
 from llama_smart_proxy.proxy.http.headers import CONVERSATION, RECORD, upstream_headers
+from llama_smart_proxy.proxy.middleware.afterwards import Heard
 from llama_smart_proxy.proxy.middleware.chain import Selection
 from llama_smart_proxy.proxy.middleware.context import AgentContext, RequestFacts
 from llama_smart_proxy.proxy.middleware.hooks import run_request_hooks
@@ -195,24 +196,26 @@ class Chat:
         if selection.reply is not None:
             return await self._respond(chat, None, say(selection.reply))
         selection.take_commands(chat)
-        chat.model = route.model.name
+        asked_model, chat.model = chat.model or route.name, route.model.name
         depth = check_depth(self.http.headers)
         self.agents = self.http[RECORD].agents = [active.plugin.name for active in selection.chain]
         scope = Scope()
         for active in selection.chain:
             active.loaded.users += 1
         try:
-            return await scope.run(self._chained(scope, selection, route, chat, depth))
+            return await scope.run(self._chained(scope, selection, route, chat, asked_model, depth))
         finally:
             for active in selection.chain:
                 await plugins.release(active.plugin.name, active.loaded)
 
     async def _chained(
-        self, scope: Scope, selection: Selection, route: Route, chat: ChatRequest, depth: int
+        self, scope: Scope, selection: Selection, route: Route, chat: ChatRequest, asked_model: str, depth: int
     ) -> web.StreamResponse:
-        calls = SideCalls(scope, self.proxy.router, self.proxy.config.agent_limits, depth)
-        request_id = self.http[RECORD].request_id
-        facts = RequestFacts(self.http.headers, self.http.path.rstrip("/"), request_id, route.model.kind, selection)
+        calls = self._side_calls(scope, depth)
+        facts = RequestFacts(
+            self.http.headers, self.http.path.rstrip("/"), self.http[RECORD].request_id, route.model.kind, selection,
+            chat, asked_model=asked_model, store=self.proxy.store,
+        )  # fmt: skip
         contexts = [AgentContext(active, facts, scope, calls) for active in selection.chain]
         try:
             async with AsyncExitStack() as open_streams:
@@ -224,6 +227,9 @@ class Chat:
         finally:
             for ctx in contexts:
                 ctx.active.plugin.spent_s += ctx.timer.spent_s
+
+    def _side_calls(self, scope: Scope, depth: int) -> SideCalls:
+        return SideCalls(scope, self.proxy.router, self.proxy.config.agent_limits, depth)
 
     async def _through(
         self,
@@ -238,11 +244,12 @@ class Chat:
         source: ModelAnswer | None = None
         entered, answering, stream = await run_request_hooks(contexts, chat)
         rewriting = [ctx for ctx in entered if ctx.active.loaded.rewrites]
+        listening = [ctx for ctx in (*entered, answering) if ctx is not None and ctx.active.loaded.listens]
         if answering is not None and stream is not None:
             stream = reply_layer(answering, stream)
         else:
             route = await self._rerouted(route, chat)
-            if not rewriting:
+            if not rewriting and not listening:
                 return await self._send(route, chat)
             source = await self._model_answer(route.model, chat, same_api=True)
             source.opened, source.closed = calls.reply_began, calls.reply_ended
@@ -251,7 +258,16 @@ class Chat:
         choices = choices_of(chat)
         for ctx in reversed(rewriting):
             stream = await open_streams.enter_async_context(aclosing(response_layer(ctx, stream, choices)))
-        return await self._respond(source.chat if source is not None else chat, source, stream)
+        if not listening:
+            return await self._respond(source.chat if source is not None else chat, source, stream)
+        heard = Heard()
+        stream = await open_streams.enter_async_context(aclosing(heard.passing(stream)))
+        try:
+            return await self._respond(source.chat if source is not None else chat, source, stream)
+        finally:
+            if heard.chunks:
+                side_calls = partial(self._side_calls, depth=calls.depth)
+                self.proxy.afterwards.start(listening, heard, partial(usage_of, source), side_calls)
 
     async def _rerouted(self, route: Route, chat: ChatRequest) -> Route:
         """The route of the request after the agents, which may have changed its model."""

@@ -9,8 +9,10 @@ from aiohttp import web
 
 from llama_smart_proxy.proxy.api.conversations import Conversations
 from llama_smart_proxy.proxy.config import Config
+from llama_smart_proxy.proxy.middleware.afterwards import Afterwards
 from llama_smart_proxy.proxy.middleware.chain import Chain
 from llama_smart_proxy.proxy.models.router import Router
+from llama_smart_proxy.proxy.store import Store
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +22,8 @@ class Proxy:
     config: Config
     router: Router
     chain: Chain
+    store: Store
+    afterwards: Afterwards
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     conversations: Conversations = field(default_factory=Conversations)
 

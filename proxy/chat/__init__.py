@@ -23,7 +23,7 @@ from llama_smart_proxy.proxy.chat.extensions import (
     kept,
     without_extensions,
 )
-from llama_smart_proxy.proxy.chat.fold import Fold, Reply, fold
+from llama_smart_proxy.proxy.chat.fold import Fold, Reply, fold, replay
 from llama_smart_proxy.proxy.chat.record import Observer, RequestRecord, Timing
 from llama_smart_proxy.proxy.chat.request import ChatRequest, first_text_part, last_user_message, text_of
 
@@ -47,6 +47,7 @@ __all__ = [
     "is_kept",
     "kept",
     "last_user_message",
+    "replay",
     "say",
     "text_of",
     "without_extensions",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llama_smart_proxy.proxy.chat.chunk import Chunk
-from llama_smart_proxy.proxy.chat.extensions import Json
+from llama_smart_proxy.proxy.chat.extensions import EXTENSIONS, Json
 
 MAX_TOOL_CALLS = 1024
 """Most tool calls in one answer: a server that sends a huge `index` must not make `Fold` allocate that many."""
@@ -46,16 +46,18 @@ class Fold:
         counts = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
         return {**usage, **counts}
 
-    def completion(self) -> Json:
-        """The `chat.completion`; `choices` ordered by index, at least one."""
+    def completion(self, *, ended: bool = True) -> Json:
+        """The `chat.completion`; `choices` ordered by index, at least one. Unless the answer has `ended`, a choice
+        without a finish reason has none."""
+        finish = "stop" if ended else None
         choices = [
-            {"finish_reason": "stop", **choice, "message": _joined(choice["message"])}
+            {"finish_reason": finish, **choice, "message": _joined(choice["message"])}
             for _, choice in sorted(self._choices.items())
         ]
         message = {"role": "assistant", "content": ""}
         return self._whole | {
             "object": "chat.completion",
-            "choices": choices or [{"index": 0, "message": message, "finish_reason": "stop"}],
+            "choices": choices or [{"index": 0, "message": message, "finish_reason": finish}],
         }
 
 
@@ -111,9 +113,11 @@ def _add_logprobs(choice: Json, logprobs: Json | None) -> None:
 
 @dataclass(slots=True)
 class Reply:
-    """A whole answer. `data` is OpenAI's `chat.completion`; the properties read its first choice."""
+    """A whole answer, or what there was of one that was broken off (not `complete`). `data` is OpenAI's
+    `chat.completion`; the properties read its first choice."""
 
     data: Json
+    complete: bool = True
 
     @property
     def message(self) -> Json:
@@ -139,8 +143,8 @@ class Reply:
 
     @property
     def finish_reason(self) -> str:
-        reason: str = self.data["choices"][0]["finish_reason"]
-        return reason
+        """Why it ended; empty if it did not."""
+        return self.data["choices"][0].get("finish_reason") or ""
 
     @property
     def usage(self) -> Json | None:
@@ -153,3 +157,27 @@ async def fold(stream: AsyncIterator[Chunk]) -> Reply:
     async for chunk in stream:
         whole.add(chunk.seen)
     return Reply(whole.completion())
+
+
+async def replay(reply: Reply) -> AsyncIterator[Chunk]:
+    """The answer `reply` as a stream, with thoughts, tool calls and token counts; the inverse of `fold`."""
+    common = {key: value for key, value in reply.data.items() if key in _COMMON}
+    others = {key: value for key, value in reply.data.items() if key not in (*_COMMON, "choices", "object")}
+    for choice in reply.data["choices"]:
+        index, message = choice.get("index", 0), dict(choice["message"])
+        last = {key: value for key, value in choice.items() if key not in ("index", "message", "logprobs")}
+        thoughts = {key: message.pop(key) for key in ("reasoning_content", "reasoning") if key in message}
+        content, calls = {"content": message.pop("content", None)}, message.pop("tool_calls", None) or []
+        parts = {"tool_calls": [{"index": number, **call} for number, call in enumerate(calls)]}
+        for delta in ({"role": "assistant", **message}, thoughts, content, parts):
+            if any(delta.values()):
+                probable = {"logprobs": choice["logprobs"]} if delta is content and "logprobs" in choice else {}
+                one = {"index": index, "delta": delta, "finish_reason": None, **probable}
+                yield Chunk({**common, "choices": [one]})
+        yield Chunk({**common, "choices": [{"finish_reason": "stop", **last, "index": index, "delta": {}}]})
+    if others:
+        yield Chunk({**common, **others, "choices": []})
+
+
+_COMMON = ("id", "created", "model", "system_fingerprint", EXTENSIONS)
+"""Fields of every chunk."""

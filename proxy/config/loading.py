@@ -227,6 +227,7 @@ def _resolve_paths(config: Config, folder: Path) -> None:
         model.path = model.path and _absolute(model.path, folder)
     llama_cpp.models_dir = llama_cpp.models_dir and _absolute(llama_cpp.models_dir, folder)
     config.agents_dirs = [_absolute(path, folder) for path in config.agents_dirs]
+    config.state_dir = config.state_dir and _absolute(config.state_dir, folder)
     config.modules = [_absolute(path, folder) for path in config.modules]
     # A bare name is looked up on PATH, as a shell would.
     if llama_cpp.server and (os.sep in llama_cpp.server or llama_cpp.server.startswith("~")):

@@ -333,6 +333,11 @@ class Config(Section):
     sections: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="Settings of the backends that `modules` add, by the name of their section."
     )
+    state_dir: Path | None = Field(
+        default=None,
+        description="Folder for what is kept over a restart; by default $STATE_DIRECTORY (of systemd), or "
+        "llama-smart-proxy in $XDG_STATE_HOME or ~/.local/state.",
+    )
     log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(shapes.lower)] = Field(
         default="info", description="Least important messages to log."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import aclosing
@@ -14,6 +15,7 @@ from llama_smart_proxy.proxy.http.aside import Worker, in_thread
 from llama_smart_proxy.proxy.middleware.chain import ActiveAgent, Selection
 from llama_smart_proxy.proxy.middleware.scope import HookTimer, Scope
 from llama_smart_proxy.proxy.middleware.side_calls import SideCalls
+from llama_smart_proxy.proxy.store import KeyValues, Store
 
 T = TypeVar("T")
 
@@ -26,9 +28,22 @@ class RequestFacts:
     """The fields of `Context` that are the same for all agents of a request."""
 
     def __init__(
-        self, headers: Mapping[str, str], api: str, request_id: str, server: str, selection: Selection
+        self,
+        headers: Mapping[str, str],
+        api: str,
+        request_id: str,
+        server: str,
+        selection: Selection,
+        request: ChatRequest | None = None,
+        *,
+        asked_model: str = "",
+        store: Store | None = None,
     ) -> None:
         self._all_headers = headers
+        self.request = request or ChatRequest({})
+        self.asked_model = asked_model
+        self.store = store or Store(None)
+        self._users = self.request.body.get("user"), self.request.body.get("metadata")
         self.api = api
         self.request_id = request_id
         self.server = server
@@ -38,6 +53,16 @@ class RequestFacts:
     def headers(self) -> dict[str, str]:
         lowered = ((name.lower(), value) for name, value in self._all_headers.items())
         return {name: value for name, value in lowered if name not in _WITHHELD}
+
+    @cached_property
+    def user(self) -> str:
+        key = self._all_headers.get("Authorization") or self._all_headers.get("X-Api-Key")
+        if key:
+            return f"key-{hashlib.blake2b(key.removeprefix('Bearer ').encode(), digest_size=8).hexdigest()}"
+        named, metadata = self._users
+        given = named, metadata.get("user_id") if isinstance(metadata, dict) else None
+        found = (*given, self._all_headers.get("X-OpenWebUI-User-Id"))
+        return next((user for user in found if isinstance(user, str) and user), "")
 
 
 class AgentContext:
@@ -58,6 +83,28 @@ class AgentContext:
         self.leaves_out: set[str] = set()
         self._facts = facts
         self._calls = calls
+
+    def afterwards(self, scope: Scope, calls: SideCalls) -> AgentContext:
+        """The same context for what comes after the request."""
+        later = AgentContext(self.active, self._facts, scope, calls)
+        later.state = self.state
+        return later
+
+    @property
+    def request(self) -> ChatRequest:
+        return self._facts.request
+
+    @property
+    def asked_model(self) -> str:
+        return self._facts.asked_model
+
+    @property
+    def user(self) -> str:
+        return self._facts.user
+
+    @cached_property
+    def store(self) -> KeyValues:
+        return KeyValues(self._facts.store, self.name)
 
     @property
     def headers(self) -> Mapping[str, str]:
@@ -89,7 +136,7 @@ class AgentContext:
     async def aside(self, steps: Generator[Any, None, T]) -> T:
         with self.timer.awaiting_model():  # it ends: each step does, and it is not the agent's fault how long it waits
             while True:
-                ended, result = await in_thread(_advance, steps, urgent=False, worker=_worker)
+                ended, result = await in_thread(_advance, steps, urgent=False, worker=agents_worker)
                 if ended:
                     return cast(T, result)
 
@@ -98,7 +145,7 @@ class AgentContext:
             return await self._calls.router.fitting(models)
 
 
-_worker = Worker()
+agents_worker = Worker()
 """Another one than for the bodies of requests, which are not to wait for what agents do."""
 
 

@@ -10,6 +10,7 @@ from llama_smart_proxy.agents.base import Agent
 from llama_smart_proxy.proxy.chat import ChatRequest, ChunkStream
 from llama_smart_proxy.proxy.errors import AgentError, BadRequest, ProxyError
 from llama_smart_proxy.proxy.middleware.context import AgentContext
+from llama_smart_proxy.proxy.middleware.functions import offer
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +40,12 @@ async def run_request_hooks(
 
 async def _on_request(ctx: AgentContext, request: ChatRequest) -> ChunkStream | None:
     agent = ctx.active.loaded.agent
-    if type(agent).on_request is Agent.on_request:
+    functions = ctx.active.loaded.functions
+    if type(agent).on_request is Agent.on_request and not functions:
         return None
     before = request.copy() if ctx.active.settings.on_error == "skip" else None
     try:
+        offer(request, functions)
         ctx.timer.begin()
         try:
             answer = await agent.on_request(request, ctx)

@@ -18,6 +18,7 @@ from typing import Any
 from llama_smart_proxy.agents.base import Agent
 from llama_smart_proxy.proxy.chat import ChatRequest, Chunk
 from llama_smart_proxy.proxy.middleware.context import AgentContext
+from llama_smart_proxy.proxy.middleware.functions import calling
 from llama_smart_proxy.proxy.middleware.hooks import failure_of
 from llama_smart_proxy.proxy.middleware.passage import CLOSE_S, YIELD_EVERY, InputStream, OutputLimit
 
@@ -28,10 +29,10 @@ def response_layer(ctx: AgentContext, below: AsyncIterator[Chunk], choices: int)
     """The answer `below`, transformed by the agent of `ctx`. It consists of so many `choices`, interleaved; a generator
     hook gets one after the other."""
     ctx.timer.below = below
-    agent = ctx.active.loaded.agent
-    if type(agent).on_response is Agent.on_response:
+    agent, functions = ctx.active.loaded.agent, ctx.active.loaded.functions
+    if type(agent).on_response is Agent.on_response and not functions:
         return _mapped(ctx, below)
-    hook = partial(agent.on_response, ctx=ctx)
+    hook = calling(agent, ctx, functions) if functions else partial(agent.on_response, ctx=ctx)
     if choices > 1:
         return _one_by_one(ctx, below, hook, choices)
     return _transformed(ctx, below, hook, skips=ctx.active.settings.on_error == "skip")

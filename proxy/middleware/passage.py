@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 from llama_smart_proxy.proxy.chat import Chunk
@@ -27,7 +28,7 @@ class InputStream:
         "_driver",
         "_keeps",
         "_limit",
-        "_reader",
+        "_read",
         "_retired",
         "_timer",
         "failure",
@@ -37,8 +38,8 @@ class InputStream:
     def __init__(self, ctx: AgentContext, below: AsyncIterator[Chunk], limit: OutputLimit, *, keeps: bool) -> None:
         self._ctx = ctx
         self._driver = _current_task()
-        self._reader: asyncio.Task[Any] | None = None
-        self._retired: asyncio.Event | None = None
+        self._read: asyncio.Task[Chunk | None] | None = None  # for the agent's tasks
+        self._retired = False
         self._below = below
         self._limit = limit
         self._timer = ctx.timer
@@ -50,7 +51,7 @@ class InputStream:
         return self
 
     async def __anext__(self) -> Chunk:
-        if _current_task() is not self._driver:
+        if self._read is not None or _current_task() is not self._driver:
             return await self._next_for_task()
         self._timer.end()
         try:
@@ -69,27 +70,46 @@ class InputStream:
         return chunk
 
     async def _next_for_task(self) -> Chunk:
-        """The next chunk, for a task that the agent has started; the hook itself may run meanwhile."""
-        if self._retired is not None:
+        """The next chunk, for a task that the agent has started, such as by `asyncio.wait_for`; the hook itself may run
+        meanwhile. If that task is cancelled, the next read goes on with what it has begun."""
+        if self._retired:
             raise StopAsyncIteration
-        self._reader = _current_task()
+        if self._read is None:
+            self._read = asyncio.ensure_future(self._read_one())
+        read = self._read
+        with self._timer.awaiting_model():
+            await asyncio.wait({read})
+        if self._read is read:
+            self._read = None
+        elif self._retired:
+            raise StopAsyncIteration
+        return self._taken(read.result())
+
+    async def _read_one(self) -> Chunk | None:
+        """The next chunk; None if there is none: `failure` has the reason, unless the answer has ended."""
+        self._timer.disown()
         try:
-            with self._timer.awaiting_model():
-                chunk = await self._below.__anext__()
+            return await self._below.__anext__()
         except StopAsyncIteration:
-            self._check_complete()
-            raise
+            return None
         except BaseException as exc:
             self.failure = exc
-            raise
-        finally:
-            self._reader = None
-            if self._retired is not None:
-                self._retired.set()
+            if isinstance(exc, asyncio.CancelledError):
+                raise
+            return None
+
+    def _taken(self, chunk: Chunk | None) -> Chunk:
+        if chunk is not None:
+            self._received(chunk)
+            return chunk
+        if self.failure is not None:
+            raise self.failure
+        raise StopAsyncIteration
+
+    def _received(self, chunk: Chunk) -> None:
         self._limit.received(chunk)
         if self._keeps:
             self.unpassed.append(chunk)
-        return chunk
 
     def passed_on(self, chunk: Chunk) -> None:
         """Forget the input up to this chunk, or all input if the agent created the chunk."""
@@ -112,16 +132,20 @@ class InputStream:
 
     async def retire(self) -> None:
         """End the agent's input. A pending read of one of its tasks is awaited; its chunk is in `unpassed` then."""
-        self._retired = asyncio.Event()
-        if self._reader is not None:
-            await self._retired.wait()
+        self._retired = True
+        read, self._read = self._read, None
+        if read is not None:
+            with suppress(StopAsyncIteration):
+                self._taken(await read)
         self._check_complete()
 
     async def release(self) -> None:
         """Cancel a pending read, and close what is below."""
-        if self._reader is not None:
-            self._reader.cancel()
-            await asyncio.wait({self._reader}, timeout=CLOSE_S)
+        self._retired = True
+        read, self._read = self._read, None
+        if read is not None:
+            read.cancel()
+            await asyncio.wait({read}, timeout=CLOSE_S)
         if isinstance(self._below, AsyncGenerator):
             await self._below.aclose()
 

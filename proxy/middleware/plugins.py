@@ -14,6 +14,7 @@ from llama_smart_proxy.agents.base import Agent
 from llama_smart_proxy.agents.loader import AgentSource, AgentUnusable, discover
 from llama_smart_proxy.proxy.config import AgentConfig, Config
 from llama_smart_proxy.proxy.errors import ConfigError
+from llama_smart_proxy.proxy.middleware.functions import Function, functions_of
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ OWN_COMMAND = "agents"
 """The command of the proxy itself."""
 START_S = 60.0
 """Time limit in seconds for an agent's `start`, and for its `close`."""
-HOOKS = ("on_request", "on_chunk", "on_response", "start", "close")
+HOOKS = ("on_request", "on_chunk", "on_response", "on_reply", "start", "close")
 
 
 @dataclass(eq=False, slots=True)
@@ -31,6 +32,7 @@ class LoadedAgent:
     """One agent object, of one import of its module. `users` counts the requests that use it now."""
 
     agent: Agent
+    functions: Mapping[str, Function] = field(default_factory=dict)
     users: int = 0
     retired: bool = False
 
@@ -38,7 +40,13 @@ class LoadedAgent:
     def rewrites(self) -> bool:
         """Whether it overrides a hook for answers."""
         cls = type(self.agent)
-        return cls.on_chunk is not Agent.on_chunk or cls.on_response is not Agent.on_response
+        changes = cls.on_chunk is not Agent.on_chunk or cls.on_response is not Agent.on_response
+        return changes or bool(self.functions)
+
+    @property
+    def listens(self) -> bool:
+        """Whether it overrides the hook after the answer."""
+        return type(self.agent).on_reply is not Agent.on_reply
 
 
 @dataclass(eq=False, slots=True)
@@ -95,7 +103,7 @@ class Plugin:
             config = cls.Config(**self.settings.options)
             for options in self.of_models:
                 cls.Config(**options)
-            self.loaded = LoadedAgent(cls(config))
+            self.loaded = LoadedAgent(cls(config), functions_of(cls))
         except ValidationError:
             raise
         except AgentUnusable as exc:

@@ -99,6 +99,10 @@ class HookTimer:
             self._waiting -= 1
             self._waited_until = time.perf_counter()
 
+    def disown(self) -> None:
+        """What the current task starts from here on is not the agent's."""
+        _own(None)
+
     def overdue(self, now: float) -> bool:
         return not self._waiting and now - max(self._began, self._waited_until) > self.deadline_s
 
@@ -176,7 +180,9 @@ class Scope:
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         error = None if task.cancelled() else task.exception()
-        if error is not None and not isinstance(error, ProxyError):  # that one is reported where it came from
+        if error is not None and not isinstance(
+            error, ProxyError | StopAsyncIteration
+        ):  # reported where they came from
             logger.warning("a task of an agent failed: %s: %s", _shown(task), error.__class__.__name__, exc_info=error)
 
     def check(self, now: float) -> None:

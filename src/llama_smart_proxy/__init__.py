@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llama_smart_proxy.agents.base import About, Agent, Context, Options
+    from llama_smart_proxy.agents.substitution import substitute
     from llama_smart_proxy.proxy.chat import (
         ChatRequest,
         Chunk,
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
         first_text_part,
         fold,
         last_user_message,
+        replay,
         say,
         text_of,
     )
@@ -56,11 +58,13 @@ __all__ = [
     "first_text_part",
     "fold",
     "last_user_message",
+    "replay",
     "say",
+    "substitute",
     "text_of",
 ]
 
-_MODULES = ("agents.base", "proxy.chat", "proxy.errors")
+_MODULES = ("agents.base", "proxy.chat", "proxy.errors", "agents.substitution")
 
 
 def __getattr__(name: str) -> Any:

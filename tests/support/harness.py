@@ -36,8 +36,9 @@ ORPHAN_S = 10.0
 LOG_BYTES = 1024 * 1024
 POLL_S = 0.005
 _LISTENING = re.compile(r"listening on http://(\S+):(\d+)")
-_OURS = ("LSP_", "OLLAMA_PROXY_", "AIP_", "LLAMA_", "FAKE_", "HF_", "HUGGINGFACE_")
+_OURS = ("STATE_DIRECTORY", "LSP_", "OLLAMA_PROXY_", "AIP_", "LLAMA_", "FAKE_", "HF_", "HUGGINGFACE_")
 _EMPTY_CACHE = tempfile.TemporaryDirectory(prefix="lsp-hf-", ignore_cleanup_errors=True)
+_STATE = tempfile.TemporaryDirectory(prefix="lsp-state-", ignore_cleanup_errors=True)
 companions: set[int] = set()
 """Pids of other programs that tests have started, and whatever they count are not to count."""
 _NEVER = ("Traceback", "unhandled error", "was destroyed but it is pending", "was never retrieved", "never awaited")
@@ -88,11 +89,11 @@ async def until(
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """This process's environment without anything that would configure a proxy, with an empty Hugging Face cache, plus
-    `extra`."""
+    """This process's environment without anything that would configure a proxy, with an empty Hugging Face cache and a
+    folder for state, plus `extra`."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(_OURS) and not k.lower().endswith("_proxy")}
     path = os.pathsep.join(filter(None, (str(ROOT), kept.get("PYTHONPATH"))))
-    return kept | {"PYTHONPATH": path, "HF_HOME": _EMPTY_CACHE.name} | dict(extra or {})
+    return kept | {"PYTHONPATH": path, "HF_HOME": _EMPTY_CACHE.name, "XDG_STATE_HOME": _STATE.name} | dict(extra or {})
 
 
 class Proxy:

@@ -79,3 +79,36 @@ def test_the_tokens_of_several_answers_are_summed() -> None:
             {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": tokens, "total_tokens": 5 + tokens}}
         )
     assert whole.completion()["usage"] == {"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12}
+
+
+IMPATIENT = '''
+class Impatient(Agent):
+    """Puts a dot where the model pauses."""
+    command = "impatient"
+    async def on_response(self, stream: ChunkStream, ctx: Context) -> AsyncIterator[Chunk]:
+        pauses = 0
+        while True:
+            try:
+                chunk = await asyncio.wait_for(anext(stream), 0.02)
+            except TimeoutError:
+                pauses += 1
+                if pauses == 3:
+                    Path(GO).touch()
+                continue
+            except StopAsyncIteration:
+                break
+            yield chunk
+        yield Chunk.of("." if pauses >= 3 else "too fast")
+'''
+
+
+@pytest.mark.parametrize("skip", [False, True])
+async def test_an_agent_may_give_up_waiting_for_a_chunk_and_wait_again(fakes: Fakes, skip: bool) -> None:
+    go = fakes.folder / "go"
+    source = f"from pathlib import Path\nGO = {str(go)!r}\n{IMPATIENT}"
+    entries = [{"impatient": {"on_error": "skip" if skip else "fail"}}]
+    async with proxy_with_agents(fakes, {"impatient": source}, entries) as proxy:
+        for way in WAYS:
+            go.unlink(missing_ok=True)
+            said = await way.ask(proxy, way.steered("/impatient", tokens=4, last_at=str(go)))
+            assert (said.text, said.error) == ("t0 t1 t2 t3 .", None), way

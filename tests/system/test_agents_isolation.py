@@ -145,23 +145,14 @@ BAD = {
                 yield chunk
             raise ValueError("t2")
     """,
-    "impatient": """
-        async def on_response(self, stream: ChunkStream, ctx: Context) -> AsyncIterator[Chunk]:
-            first = asyncio.ensure_future(anext(stream))
-            await asyncio.sleep(0)
-            first.cancel()
-            await asyncio.wait({first})
-            async for chunk in stream:
-                yield chunk
-    """,
 }
 """What each of them does wrong, nearly always at the third token."""
-BEFORE = {"request", "exits", "hangs", "impatient"}
+BEFORE = {"request", "exits", "hangs"}
 """Those that fail before there is an answer."""
 HANG = {"hangs", "stubborn", "stuck", "disguises", "resigns"}
 ENDLESS = {"floods", "repeats", "calls"}
-FINAL = ENDLESS | {"impatient"}
-"""Those without which the answer cannot go on: part of it is told already, or nobody can have it any more."""
+FINAL = ENDLESS
+"""Those without which the answer cannot go on: part of it is told already."""
 OTHERS = {
     "probe": """
         async def on_request(self, request: ChatRequest, ctx: Context) -> ChunkStream | None:

@@ -22,7 +22,7 @@ OURS = "llama_smart_proxy."
 MAX_FILE, MAX_FUNCTION = 400, 40
 
 ROOMS: list[set[str]] = [
-    {"proxy", "proxy.errors", "proxy.chat", "proxy.log"},
+    {"proxy", "proxy.errors", "proxy.chat", "proxy.log", "proxy.store"},
     {"proxy.config", "proxy.dialects"},
     {"agents"},
     {"backends"},
@@ -39,6 +39,7 @@ FACE = "llama_smart_proxy"
 AGENT_MACHINERY = {
     "agents.base": {"proxy.chat"},
     "agents.loader": {"agents.base", "agents.compat"},
+    "agents.substitution": {"agents.redact.matching", "proxy.chat"},
     "agents.compat.adapter": {"agents.base", "proxy.chat", "proxy.errors"},
     "agents.compat.views": {
         "agents.base",
@@ -58,6 +59,8 @@ TASK_MAKERS = {
     "backends/weights/downloads.py",  # one for all who wait
     "proxy/api/conversations.py",  # requests for resumable streams that have lost their client
     "proxy/http/response.py",  # waiting for a slow client
+    "proxy/middleware/afterwards.py",  # hooks after a request
+    "proxy/middleware/passage.py",  # a read of an answer, for a task of an agent
     "proxy/middleware/scope.py",  # a request with agents, and whatever they start
     "proxy/serve.py",  # waiting for the first of two events
 }

@@ -98,9 +98,9 @@ class MessageReader:
     def _delta(self, index: int, delta: Json) -> Json | None:
         match delta["type"]:
             case "text_delta":
-                return _chunk({"content": delta["text"]})
+                return _chunk({"content": delta["text"]}) if delta["text"] else None
             case "thinking_delta":
-                return _chunk({"reasoning_content": delta["thinking"]})
+                return _chunk({"reasoning_content": delta["thinking"]}) if delta["thinking"] else None
             case "input_json_delta" if index in self._calls:
                 function = {"arguments": delta["partial_json"]}
                 return _chunk({"tool_calls": [{"index": self._calls[index], "function": function}]})
