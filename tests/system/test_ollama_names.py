@@ -81,17 +81,20 @@ async def test_other_tags_are_other_models(named: Named, asked: str) -> None:
 def model_names(body: bytes) -> set[str]:
     """All names of models in an answer, whole or streamed."""
     lines = [line.removeprefix(b"data: ") for line in body.splitlines()]
-    return {json.loads(line)["model"] for line in lines if line.startswith(b"{")}
+    frames = [json.loads(line) for line in lines if line.startswith(b"{")]
+    return {found for frame in frames if (found := frame.get("message", frame).get("model") or frame.get("model"))}
 
 
 @pytest.mark.parametrize("asked", ["held", "HELD:latest", "library/held", "fast", "quick:1b", "team", "alone"])
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("path", ["/api/chat", "/api/generate", "/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize(
+    "path", ["/api/chat", "/api/generate", "/v1/chat/completions", "/v1/completions", "/v1/messages"]
+)
 async def test_an_answer_of_an_ollama_has_the_name_that_was_asked_for(
     named: Named, path: str, stream: bool, asked: str
 ) -> None:
     proxy, fake = named
-    body = {"model": asked, "messages": MESSAGES, "prompt": "hi", "stream": stream}
+    body = {"model": asked, "messages": MESSAGES, "prompt": "hi", "stream": stream, "max_tokens": 9}
     answer = await ask(proxy, path, body)
     assert (answer.status, model_names(answer.body)) == (200, {asked})
     sent = [json.loads(event["body"])["model"] for event in fake.events("request") if event["body"]]

@@ -47,3 +47,18 @@ async def test_a_chat_in_another_case_is_a_chat(stage: Stage, model: str) -> Non
     assert chat.json()["message"]["content"].startswith("t0 ")
     text = await ask(stage.proxy, "/api/generate", {"model": model, "Prompt": "hi", "stream": False})
     assert (text.status, text.json()["done_reason"]) == (200, "stop")
+
+
+@pytest.mark.parametrize(
+    "path", ["/api/chat", "/api/generate", "/v1/chat/completions", "/v1/messages", "/v1/embeddings"]
+)
+async def test_one_clients_small_context_size_is_not_sent_for_another_that_asks_for_none(
+    eager: Eager, path: str
+) -> None:
+    small = body_of("lone", options={"num_ctx": 64})
+    await eager.fake.set(models=["pinned", "free", "lone"])
+    assert (await ask(eager.proxy, "/api/chat", small)).status == 200
+    assert (await ask(eager.proxy, path, body_of("lone"))).status == 200
+    asked = {"/v1/embeddings": "/api/embed", "/api/generate": "/api/generate"}.get(path, "/api/chat")
+    sent = eager.sent(asked)
+    assert sent["model"].startswith("lone") and "num_ctx" not in sent.get("options", {})

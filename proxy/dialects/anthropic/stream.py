@@ -37,7 +37,7 @@ class MessageWriter:
     content_type = "text/event-stream"
 
     def __init__(self, request: ChatRequest, timing: Timing) -> None:
-        self._model = request.model
+        self._model = request.asked or request.model
         self._usage: Json = {"prompt_tokens": estimate(request.body), "completion_tokens": 0}
         self._begun = False
         self._open = ""  # type of the current block
