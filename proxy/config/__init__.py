@@ -1,31 +1,28 @@
 """The configuration: parsed, validated and complete. No other package reads the file.
 
 `load_config` reads the file, the environment and the command line, in ascending order of precedence, and returns a
-`Config` or raises `ConfigError` with every problem found. `schema` defines the fields, `shapes` and `duration` parse
-single values, `text` parses YAML and JSON, `expansion` replaces `${VAR}`, `environment` reads variables and flags,
-`legacy` renames the keys of the two projects that this one replaces, `checks` validates fields together, `loading`
-combines them all.
+`Config` or raises `ConfigError` with every problem found. `schema`, `agents` and `providers` define the fields, `shapes`
+and `duration` parse single values, `text` parses YAML and JSON, `expansion` replaces `${VAR}`, `environment` reads
+variables and flags, `legacy` renames the keys of the two projects that this one replaces, `checks` validates fields
+together, `loading` combines them all.
 """
 
 from __future__ import annotations
 
+from llama_smart_proxy.proxy.config.agents import AgentConfig, LimitsConfig
 from llama_smart_proxy.proxy.config.duration import Duration, Seconds, parse_duration
 from llama_smart_proxy.proxy.config.loading import Reading, load_config, read_config
-from llama_smart_proxy.proxy.config.schema import (
-    AgentConfig,
+from llama_smart_proxy.proxy.config.providers import (
     BackendName,
-    Config,
-    LimitsConfig,
     LlamaCppConfig,
     ModelConfig,
     OllamaConfig,
     PoolConfig,
     RemoteConfig,
-    Section,
-    ServerConfig,
     UpstreamConfig,
-    schema_json,
 )
+from llama_smart_proxy.proxy.config.schema import Config, ServerConfig, schema_json
+from llama_smart_proxy.proxy.config.section import Section
 from llama_smart_proxy.proxy.config.shapes import checked_name, is_ollama_name
 
 __all__ = [

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from llama_smart_proxy.proxy.config.problems import Loc, Problem, dotted
-from llama_smart_proxy.proxy.config.schema import Config, ModelConfig
+from llama_smart_proxy.proxy.config.providers import ModelConfig
+from llama_smart_proxy.proxy.config.schema import Config
 
 Clean = Callable[[Loc], bool]
 """Whether there is no problem yet at or below a path; a check of invalid fields would only report consequences."""

@@ -16,7 +16,8 @@ from llama_smart_proxy.proxy.config import environment, legacy, text
 from llama_smart_proxy.proxy.config.checks import cross_checks
 from llama_smart_proxy.proxy.config.expansion import expand_all
 from llama_smart_proxy.proxy.config.problems import Loc, Problem, dotted
-from llama_smart_proxy.proxy.config.schema import Config, Section
+from llama_smart_proxy.proxy.config.schema import Config
+from llama_smart_proxy.proxy.config.section import Section
 from llama_smart_proxy.proxy.errors import ConfigError
 
 
