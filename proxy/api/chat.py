@@ -308,7 +308,7 @@ async def relay_request(
     chat_id = http.headers.get(CONVERSATION) if endpoint.slot and Feature.RESUMABLE in model.features else None
     if chat_id:
         headers.append((CONVERSATION, chat_id))
-    path = _upstream_path(http, model.name)
+    path = upstream_path(http, model.name)
     stall_s, unstreamed = proxy.config.server.send_stall_s, None
     generates = endpoint.codec is not None
     if endpoint.codec is not None and endpoint.codec.streams(body):
@@ -325,7 +325,7 @@ async def relay_request(
     )
 
 
-def _upstream_path(http: web.BaseRequest, model: str) -> str:
+def upstream_path(http: web.BaseRequest, model: str) -> str:
     """The matched path, without the trailing slash that some clients add, and the query unchanged, except for a model
     named there, which gets the server's name for it."""
     path, mark, query = http.raw_path.partition("?")

@@ -17,6 +17,7 @@ from aiohttp import web
 
 from llama_smart_proxy.backends.base import Feature, Model, UpstreamRequest
 from llama_smart_proxy.proxy import __version__
+from llama_smart_proxy.proxy.api.chat import upstream_path
 from llama_smart_proxy.proxy.api.multipart import Form
 from llama_smart_proxy.proxy.api.state import PROXY
 from llama_smart_proxy.proxy.chat import Json
@@ -90,16 +91,8 @@ async def _pass_on(
     headers = upstream_headers(http.headers, has_body=False)
     if data:
         headers.append(("Content-Type", content_type))
-    request = UpstreamRequest(http.method, _path(http, model), data, headers, slot)
+    request = UpstreamRequest(http.method, upstream_path(http, model.name), data, headers, slot)
     return await relay(http, model, request, dialect, stall_s=http[PROXY].config.server.send_stall_s)
-
-
-def _path(http: web.BaseRequest, model: Model) -> str:
-    """Path and query for the model's server, with its own name of the model."""
-    query = http.rel_url.raw_query_string
-    if http.query.get("model", model.name) != model.name:
-        query = http.rel_url.update_query(model=model.name).raw_query_string
-    return http.path.rstrip("/") + (f"?{query}" if query else "")
 
 
 async def _answer_of(model: Model, method: str, path: str, body: Json | None = None) -> Any:
@@ -148,7 +141,8 @@ async def metrics(http: web.BaseRequest) -> web.StreamResponse:
     """`GET /metrics?model=`: for Prometheus. Its header is documented in this spelling, which some readers require."""
     model = (await _resolved(http, None)).model
     headers = upstream_headers(http.headers, has_body=False)
-    async for attempt in Attempts(model, UpstreamRequest("GET", _path(http, model), b"", headers, slot=False)):
+    request = UpstreamRequest("GET", upstream_path(http, model.name), b"", headers, slot=False)
+    async for attempt in Attempts(model, request):
         async with attempt as upstream:
             body = await upstream.read(ANSWER_LIMIT)
     response = web.Response(status=upstream.status, body=body)

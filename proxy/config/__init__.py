@@ -1,10 +1,10 @@
 """The configuration: parsed, validated and complete. No other package reads the file.
 
 `load_config` reads the file, the environment and the command line, in ascending order of precedence, and returns a
-`Config` or raises `ConfigError` with every problem found. `schema`, `agents` and `providers` define the fields, `shapes`
-and `duration` parse single values, `text` parses YAML and JSON, `expansion` replaces `${VAR}`, `environment` reads
-variables and flags, `legacy` renames the keys of the two projects that this one replaces, `checks` validates fields
-together, `loading` combines them all.
+`Config` or raises `ConfigError` with every problem found. `schema`, `agents` and `providers` define the fields,
+`shapes` and `duration` parse single values, `text` parses YAML and JSON, `expansion` replaces `${VAR}`, `environment`
+reads variables and flags, `legacy` renames the keys of the two projects that this one replaces, `checks` validates
+fields together, `loading` combines them all.
 """
 
 from __future__ import annotations
