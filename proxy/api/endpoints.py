@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import orjson
@@ -116,11 +115,7 @@ ENDPOINTS: dict[str, Endpoint] = {
     "/lora-adapters": Endpoint(api="native", slot=False, methods=_READABLE),
     "/api/chat": Endpoint(OLLAMA, api="ollama", codec=ollama_dialect.CHAT, amending=amended),
     "/api/generate": Endpoint(
-        OLLAMA,
-        api="ollama",
-        codec=ollama_dialect.GENERATE,
-        preparation=with_context,
-        amending=partial(amended, generates=True),
+        OLLAMA, api="ollama", codec=ollama_dialect.GENERATE, preparation=with_context, amending=amended
     ),
     "/api/embed": Endpoint(OLLAMA, api="ollama", embeddings=OLLAMA_EMBED),
     "/api/embeddings": Endpoint(OLLAMA, api="ollama", embeddings=OLLAMA_EMBEDDINGS),

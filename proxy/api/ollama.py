@@ -187,15 +187,18 @@ async def change(http: web.BaseRequest) -> web.StreamResponse:
     model, to the first host, as blobs are."""
     proxy = http[PROXY]
     body = await read_json(http, proxy.max_body_bytes)
-    source = next((body[key] for key in ("source", "from", "model", "name") if body.get(key)), None)
+    key = next((key for key in ("source", "from", "model", "name") if body.get(key)), "source")
+    source = body.get(key)
     if not isinstance(source, str):
         raise BadRequest("model is required")
-    _check_names(body.get(key) for key in ("source", "destination", "from", "model", "name"))
+    _check_names(body.get(name) for name in ("source", "destination", "from", "model", "name"))
     http[RECORD].model = source[:100]
     model = proxy.router.known(source)
     if model is not None and FAMILY not in model.speaks:
         raise BadRequest(f"model {source[:100]!r} is run by {model.kind}; only models of an Ollama can be changed")
     creates = http.path.startswith("/api/create")  # also from files, or a model not pulled yet
+    if model is not None and not (creates and key in ("model", "name")):
+        body[key] = model.name  # it may be an alias
     server = await _managing(proxy, source if model is not None or not creates else None)
     try:
         return await _relay_request(http, proxy, server, body)

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from llama_smart_proxy.backends.base import Feature, Model
-from llama_smart_proxy.proxy.chat import ChatRequest, Json, extensions_of, without_extensions
-from llama_smart_proxy.proxy.dialects.ollama import as_text, lacks, unconstrained
+from llama_smart_proxy.proxy.chat import ChatRequest, Json, extensions_of, text_of, without_extensions
+from llama_smart_proxy.proxy.dialects.ollama import lacks, unconstrained
 from llama_smart_proxy.proxy.errors import BadRequest, ContextExceeded, UpstreamRefused
 from llama_smart_proxy.proxy.stream.upstream import post_json
 
@@ -26,17 +26,18 @@ _TEMPLATE_FIELDS = frozenset({"messages", "tools", "chat_template_kwargs"})
 """The fields that `/apply-template` reads."""
 
 
-async def amended(
-    model: Model, chat: ChatRequest, refused: UpstreamRefused, *, generates: bool = False
-) -> ChatRequest | None:
-    """The request as the server may accept it; None if there is none. `generates`: it came to `/api/generate`.
+async def amended(model: Model, chat: ChatRequest, refused: UpstreamRefused) -> ChatRequest | None:
+    """The request as the server may accept it; None if there is none.
 
     Raises: BadRequest with Ollama's message, if the model cannot do what is asked.
     """
     if isinstance(refused, ContextExceeded):
-        if Feature.TOKENS not in model.features or extensions_of(chat.body, "ollama").get("truncate") is False:
+        if refused.limit is None or Feature.TOKENS not in model.features or _option(chat, "truncate") is False:
             return None
-        return await (_cut if generates else _shortened)(model, chat, refused)
+        shorter = None if chat.is_text else await _with_fewer_messages(model, chat, refused.limit, refused.tokens)
+        if shorter is not None or _option(chat, "shift") is False:
+            return shorter
+        return await (_cut if chat.is_text else _with_shorter_text)(model, chat, refused.limit)
     if _SCHEMA.search(refused.message) and (free := unconstrained(chat)) is not None:
         return free
     if (media := _NO_MEDIA.search(refused.message)) is not None:
@@ -44,20 +45,25 @@ async def amended(
     return None
 
 
-async def _shortened(model: Model, chat: ChatRequest, refused: ContextExceeded) -> ChatRequest | None:
-    """The chat without its oldest messages, as many as are necessary; None if the last ones alone do not fit."""
-    size, groups = refused.limit, leaving(chat.messages)
-    if not groups or size is None:
+def _option(chat: ChatRequest, name: str) -> Any:
+    return extensions_of(chat.body, "ollama").get(name)
+
+
+async def _with_fewer_messages(model: Model, chat: ChatRequest, size: int, total: int | None) -> ChatRequest | None:
+    """The chat without its oldest messages, as many as are necessary; None if the last ones alone do not fit. `total`
+    are the tokens of all as the server counts them."""
+    groups = leaving(chat.messages)
+    if not groups:
         return None
-    counted = await _count(model, chat, ())
-    beside = max(0, (refused.tokens or 0) - counted)  # images, above all
+    beside = max(0, (total or 0) - await _count(model, chat, ()))  # images, above all
     images = _images(chat.messages, ())
 
     async def tokens(number: int) -> int:
         gone = frozenset(index for group in groups[:number] for index in group)
         return await _count(model, chat, gone) + (beside * _images(chat.messages, gone) // images if images else beside)
 
-    room = _room(chat, size)
+    limit = chat.body.get("max_tokens") or size
+    room = size - 1 - min(limit, size // ANSWER_SHARE)
     fewest, most = 1, len(groups)
     while fewest < most:
         middle = (fewest + most) // 2
@@ -68,27 +74,48 @@ async def _shortened(model: Model, chat: ChatRequest, refused: ContextExceeded) 
     if fewest == len(groups) and await tokens(fewest) >= size:
         return None
     gone = frozenset(index for group in groups[:fewest] for index in group)
-    return ChatRequest({**chat.body, "messages": _without(chat.messages, gone)}, chat.stream, chat.asked)
+    return _changed(chat, messages=_without(chat.messages, gone))
 
 
-async def _cut(model: Model, chat: ChatRequest, refused: ContextExceeded) -> ChatRequest | None:
-    """The formatted prompt without the tokens behind its first ones, as many as are necessary; None if that is not
-    possible."""
-    size, prompt = refused.limit, chat.body.get("prompt")
-    if size is None or chat.body.get("suffix") or (not chat.is_text and _images(chat.messages, ())):
+async def _with_shorter_text(model: Model, chat: ChatRequest, size: int) -> ChatRequest | None:
+    """The chat without all messages that may be left out, and without the beginning of the longest text that remains;
+    None if that does not suffice."""
+    gone = frozenset(index for group in leaving(chat.messages) for index in group)
+    messages = _without(chat.messages, gone)
+    texts = [text_of(message.get("content")) if message.get("role") != "system" else "" for message in messages]
+    longest = max(range(len(messages)), key=lambda index: len(texts[index]))
+    tokens = await _tokens(model, texts[longest], special=False)
+    surplus = await _count(model, chat, gone) - _half(chat, size)
+    if surplus >= len(tokens):
         return None
-    tokens = await _tokens(model, prompt if chat.is_text else await _formatted(model, chat, ()))
-    kept = min(chat.body.get("n_keep") or KEPT, size // 2)
-    cut = tokens[:kept] + tokens[kept + len(tokens) - _room(chat, size) :]
-    amended = as_text(chat, "")
-    amended.body["prompt"] = cut
-    return amended if len(cut) < len(tokens) else None
+    kept = str((await post_json(model, "/detokenize", {"tokens": tokens[surplus:]})).get("content", ""))
+    content = messages[longest].get("content")
+    if isinstance(content, list):
+        content = [{"type": "text", "text": kept}, *(part for part in content if part.get("type") != "text")]
+    else:
+        content = kept
+    messages[longest] = {**messages[longest], "content": content}
+    return _changed(chat, messages=messages)
 
 
-def _room(chat: ChatRequest, size: int) -> int:
-    """The most tokens of a prompt that is cut for a context of that size."""
-    limit = chat.body.get("max_tokens") or size
-    return size - 1 - min(limit, size // ANSWER_SHARE)
+async def _cut(model: Model, chat: ChatRequest, size: int) -> ChatRequest | None:
+    """The text completion without the tokens behind its first ones; None if that is not possible."""
+    prompt = chat.body.get("prompt")
+    if chat.body.get("suffix") or not isinstance(prompt, str):
+        return None
+    tokens, limit = await _tokens(model, prompt), _half(chat, size)
+    kept = min(chat.body.get("n_keep") or KEPT, limit)
+    cut = tokens[:kept] + tokens[kept + len(tokens) - limit :]
+    return _changed(chat, prompt=cut) if len(cut) < len(tokens) else None
+
+
+def _half(chat: ChatRequest, size: int) -> int:
+    """The tokens of a prompt that Ollama cuts: about half of the context remains for the answer."""
+    return size - max((size - (chat.body.get("n_keep") or KEPT)) // 2, 1)
+
+
+def _changed(chat: ChatRequest, **fields: Any) -> ChatRequest:
+    return ChatRequest({**chat.body, **fields}, chat.stream, chat.asked)
 
 
 def leaving(messages: Sequence[Json]) -> list[list[int]]:
@@ -129,8 +156,8 @@ async def _formatted(model: Model, chat: ChatRequest, gone: frozenset[int] | Seq
     return str((await post_json(model, "/apply-template", fields)).get("prompt", ""))
 
 
-async def _tokens(model: Model, prompt: Any) -> list[int]:
-    answer = await post_json(model, "/tokenize", {"content": prompt, "add_special": True, "parse_special": True})
+async def _tokens(model: Model, text: str, *, special: bool = True) -> list[int]:
+    answer = await post_json(model, "/tokenize", {"content": text, "add_special": special, "parse_special": special})
     return list(answer.get("tokens", ()))
 
 

@@ -113,6 +113,20 @@ async def test_embeddings_and_loads_have_the_name_that_was_asked_for(named: Name
     assert sent["keep_alive"] in ("7m", 420)
 
 
+async def test_an_alias_is_copied_pushed_and_built_upon_by_its_real_name(named: Named) -> None:
+    proxy, fake = named
+    for path, body in (
+        ("/api/copy", {"source": "fast", "destination": "copied"}),
+        ("/api/create", {"model": "made", "from": "fast"}),
+        ("/api/push", {"model": "fast"}),
+    ):
+        assert (await ask(proxy, path, body)).status == 200
+        sent = json.loads(fake.events("request", path)[-1]["body"])
+        assert sent == body | {key: "held:latest" for key, value in body.items() if value == "fast"}
+    for name in ("copied", "made"):
+        assert (await ask(proxy, "/api/delete", {"model": name})).status == 200
+
+
 async def test_aliases_are_in_the_lists_of_ollama(named: Named) -> None:
     proxy, _ = named
     await ask(proxy, "/api/chat", {"model": "fast", "messages": MESSAGES, "stream": False})

@@ -82,13 +82,24 @@ async def test_a_chat_that_is_cut_leaves_room_for_an_answer(small: Proxy) -> Non
     assert answer["prompt_eval_count"] <= SIZE - SIZE // 8
 
 
-async def test_a_chat_that_cannot_or_may_not_be_cut_is_refused(small: Proxy) -> None:
-    for fields in ({"messages": [*TURN, *TURN, *TURN, LAST], "truncate": False}, {"messages": [said("user", SIZE)]}):
+async def test_a_chat_that_may_not_be_cut_is_refused(small: Proxy) -> None:
+    long = {"messages": [said("user", SIZE)]}
+    for fields in ({"messages": [*TURN, *TURN, *TURN, LAST], "truncate": False}, long | {"shift": False}):
         for stream in (False, True):
             body = {"model": "small", "stream": stream, **fields}
             assert "context" in refused(await ask(small, "/api/chat", body), "/api/chat")
     body = {"model": "small", "messages": [*TURN, *TURN, *TURN, LAST]}
     assert (await ask(small, "/v1/chat/completions", body)).status == 400, "that is a rule of Ollama's API"
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [[said("user", 700)], [SYSTEM, *TURN, said("user", 600)], [said("user", 20), *TOOLS[1:3], said("tool", 2000)]],
+)
+async def test_a_text_that_is_too_long_alone_loses_its_beginning(small: Proxy, messages: list[dict[str, Any]]) -> None:
+    """Ollama leaves about half of the context to the answer."""
+    answer = await chat(small, messages)
+    assert (answer["prompt_eval_count"], answer["eval_count"]) == (SIZE - (SIZE - 4) // 2, 4)
 
 
 async def test_a_chat_that_fits_is_sent_once_and_not_counted(stage: Stage) -> None:
@@ -103,7 +114,7 @@ async def test_a_chat_that_fits_is_sent_once_and_not_counted(stage: Stage) -> No
 async def test_a_prompt_that_does_not_fit_loses_its_beginning_but_for_a_few_tokens(small: Proxy, raw: bool) -> None:
     body = {"model": "small", "prompt": "x" * 2000 + "y", "raw": raw, "stream": False, "options": {"num_predict": 4}}
     answer = (await ask(small, "/api/generate", body)).json()
-    assert (answer["prompt_eval_count"], answer["eval_count"]) == (SIZE - 1 - 4, 4)
+    assert (answer["prompt_eval_count"], answer["eval_count"]) == (SIZE - (SIZE - 4) // 2, 4)
     assert "context" in refused(await ask(small, "/api/generate", {**body, "truncate": False}), "/api/generate")
 
 
@@ -156,7 +167,12 @@ async def test_what_a_model_cannot_do_is_refused_in_ollamas_words(
 @pytest.mark.parametrize("format", [{"type": "nonsense"}, {"properties": {"a": {"type": "nonsense"}}}])
 async def test_a_schema_that_llama_server_cannot_read_asks_for_json(small: Proxy, format: dict[str, Any]) -> None:
     for path in ("/api/chat", "/api/generate"):
-        body = {"model": "smollm2", "messages": [said("user", 5)], "prompt": "hi", "options": {"num_predict": 9}}
+        body = {
+            "model": "smollm2",
+            "messages": [said("user", 5)],
+            "prompt": "hi",
+            "options": {"num_predict": 16, "temperature": 0},
+        }
         answer = await ask(small, path, {**body, "format": format, "stream": False})
         assert answer.status == 200, answer.body
         said_by = answer.json().get("message", answer.json())
