@@ -195,7 +195,7 @@ class Chain:
 
     def _add_named(self, candidates: dict[str, _Candidate], names: Iterable[str]) -> None:
         for name in names:
-            plugin = self.plugins.by_name.get(name) or self.plugins.commands().get(name)
+            plugin = self.plugins.by_name.get(name) or self.plugins.commands().get(name.lower())
             if plugin is None:
                 known = ", ".join(sorted(self.plugins.by_name))
                 raise BadRequest(f"unknown agent {name[:100]!r}; known agents: {known}", param=FIELD)

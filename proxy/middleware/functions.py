@@ -169,7 +169,7 @@ def _add_results(request: ChatRequest, message: Json, calls: list[Json], results
 
 def _sum(usage: Json, more: Json | None) -> Json:
     more = more or {}
-    return {**usage, **more, **{name: usage.get(name, 0) + more.get(name, 0) for name in _COUNTS}}
+    return {**usage, **more, **{name: (usage.get(name) or 0) + (more.get(name) or 0) for name in _COUNTS}}
 
 
 def _name(tool: Json) -> str:

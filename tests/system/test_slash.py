@@ -151,3 +151,11 @@ async def test_the_command_of_an_agent_that_is_not_enabled_is_answered_by_how_to
             assert len(fakes.events("request")) == asked, "no model was asked"
     disabled = await WAYS[0].ask(proxy, WAYS[0].body(text, model="off"))
     assert "not enabled" not in disabled.text, "where agents are off, commands are text"
+
+
+async def test_capitals_make_no_difference(stage: tuple[Proxy, Fakes]) -> None:
+    proxy, fakes = stage
+    for text, headers in (("/RAG hi", []), ("/Rag hi", []), ("hi", [("X-Agents", "RAG")])):
+        said = await WAYS[0].ask(proxy, WAYS[0].body(text), headers)
+        assert said.error is None and fakes.generated()[-1]["marked"] is True, text
+    assert "rag" in (await WAYS[0].ask(proxy, WAYS[0].body("/HELP"))).text
