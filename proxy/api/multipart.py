@@ -12,6 +12,9 @@ from typing import Self
 from llama_smart_proxy.proxy.errors import BadRequest
 
 _NAME = re.compile(rb'^content-disposition:\s*form-data;.*?\bname="?([^";\r\n]*)', re.IGNORECASE | re.MULTILINE)
+MAX_PARTS = 1000
+_HEAD = 16 * 1024
+"""Bytes in which the headers of a part are looked for."""
 
 
 class Form:
@@ -26,14 +29,20 @@ class Form:
         """An empty form with the boundary of this header. Raises: BadRequest if it is no form."""
         header = Message()
         header["Content-Type"] = content_type
-        boundary = header.get_boundary("")
-        if header.get_content_type() != "multipart/form-data" or not boundary:
+        try:
+            boundary = header.get_boundary("")
+            is_form = header.get_content_type() == "multipart/form-data"
+        except ValueError:  # both UTF-8 and other bytes
+            is_form = False
+        if not is_form or not boundary:
             raise BadRequest("the request body must be multipart/form-data", code="invalid_form")
         return cls(boundary.encode("utf-8", "surrogateescape"))
 
     def parse(self, body: bytes) -> Self:
-        """Read `body`. Raises: BadRequest if it is not a complete form."""
-        self._parts = (b"\r\n" + body).split(b"\r\n" + self._delimiter)
+        """Read `body`. Raises: BadRequest if it is not a complete form, or has over `MAX_PARTS` fields."""
+        self._parts = (b"\r\n" + body).split(b"\r\n" + self._delimiter, MAX_PARTS + 2)
+        if len(self._parts) > MAX_PARTS + 2:
+            raise BadRequest(f"the form has over {MAX_PARTS} fields", status=413, code="request_too_large")
         if len(self._parts) < 2 or not self._parts[-1].startswith(b"--"):
             raise BadRequest("the form in the request body is not complete", code="invalid_form")
         return self
@@ -41,25 +50,26 @@ class Form:
     def text(self, name: str) -> str:
         """The text of the first field of that name; empty if there is none."""
         for part in self._parts[1:-1]:
-            head, _, value = part.partition(b"\r\n\r\n")
-            if _named(head) == name:
-                return value.decode(errors="replace")
+            if _named(part) == name:
+                return part.partition(b"\r\n\r\n")[2].decode(errors="replace")
         return ""
 
     def with_text(self, name: str, value: str) -> bytes:
         """The whole body, with this text in each field of that name, which is added if there is none."""
         parts = [self._replaced(part, name, value) for part in self._parts[1:-1]]
-        if not any(_named(part.partition(b"\r\n\r\n")[0]) == name for part in parts):
+        if not any(_named(part) == name for part in parts):
             parts.append(f'\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}'.encode())
         return (b"\r\n" + self._delimiter).join([self._parts[0], *parts, self._parts[-1]]).removeprefix(b"\r\n")
 
     @staticmethod
     def _replaced(part: bytes, name: str, value: str) -> bytes:
+        if _named(part) != name:
+            return part
         head, end, _ = part.partition(b"\r\n\r\n")
-        return head + end + value.encode() if _named(head) == name else part
+        return head + end + value.encode()
 
 
-def _named(head: bytes) -> str:
-    """The name of the field with these headers."""
-    found = _NAME.search(head)
+def _named(part: bytes) -> str:
+    """The name of the field, from its headers."""
+    found = _NAME.search(part[:_HEAD].partition(b"\r\n\r\n")[0])
     return found[1].decode(errors="replace") if found else ""

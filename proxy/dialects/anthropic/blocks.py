@@ -26,7 +26,7 @@ from llama_smart_proxy.proxy.errors import BadRequest
 
 _DATA_URI = re.compile(r"data:([^;,]+);base64,")
 _MEDIA_TYPE = re.compile(r"[^;,]+")
-_BILLING_HASH = re.compile(r"(x-anthropic-billing-header:.*?cch=)\w{5}(?=;)", re.DOTALL)
+_BILLING_HASH = re.compile(r"\A(x-anthropic-billing-header:.*?cch=)\w{5}(?=;)", re.DOTALL)
 
 
 def decode_part(block: Any, path: str) -> Json:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import binascii
 import re
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,35 +38,57 @@ _NOT_BASE64 = re.compile(r"[^A-Za-z0-9+/\r\n]")
 _LINE_ENDS = str.maketrans("", "", "\r\n")
 
 
+class _Waiting:
+    """Calls without a result, in order. Each method takes constant time: a chat may have very many calls."""
+
+    def __init__(self) -> None:
+        self._names: OrderedDict[str, str] = OrderedDict()
+        self._by_name: dict[str, OrderedDict[str, None]] = {}
+
+    def add(self, known: str, name: str) -> None:
+        self.remove(known)
+        self._names[known] = name
+        self._by_name.setdefault(name, OrderedDict())[known] = None
+
+    def remove(self, known: str) -> None:
+        if (name := self._names.pop(known, None)) is not None:
+            del self._by_name[name][known]
+
+    def first(self, name: str | None) -> str | None:
+        """The id of the first one of that name, else of the first one."""
+        return next(iter((self._by_name.get(name) if name else None) or self._names), None)
+
+
 class _Calls:
     """The tool calls of a conversation so far: their ids, and which have no result yet."""
 
     def __init__(self) -> None:
         self._names: dict[str, str] = {}
-        self._open: dict[str, str] = {}
-        self._made: set[str] = set()
+        self._open = _Waiting()
+        self._made = _Waiting()  # those among them that the client sent without an id
+        self._number = 0  # all smaller ones are in use
 
     def add(self, given: str | None, name: str) -> str:
         """The id of the next call: `given`, or a new one that is the same whenever this conversation is sent."""
-        number = len(self._names)
-        while not given and made_id(number) in self._names:
-            number += 1
-        known = given or made_id(number)
-        self._names[known] = self._open[known] = name
+        self._number = max(self._number, len(self._names))
+        while not given and made_id(self._number) in self._names:
+            self._number += 1
+        known = given or made_id(self._number)
+        self._names[known] = name
+        self._open.add(known, name)
         if not given:
-            self._made.add(known)
+            self._made.add(known, name)
         return known
 
     def match_result(self, given: str | None, name: str | None) -> tuple[str | None, str | None]:
         """Id and name of the call that the next result belongs to: of `given`, or of the first call without a result,
         one of that name if there is any. An id that no call has is that of a call which the client sent without."""
         if not given or given not in self._names:
-            waiting = [known for known in self._open if not given or known in self._made]
-            named = [known for known in waiting if name in (None, "", self._open[known])]
-            given = next(iter(named or waiting), given)
+            given = (self._made if given else self._open).first(name) or given
         if not given:
             return None, name
-        self._open.pop(given, None)
+        self._open.remove(given)
+        self._made.remove(given)
         return given, name or self._names.get(given)
 
 

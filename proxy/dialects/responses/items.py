@@ -41,6 +41,9 @@ def decode_input(given: Any, instructions: str | None, aside: list[Json]) -> lis
         _add(messages, check(item, dict, path), path, aside)
     if not messages:
         raise BadRequest("'input' must contain at least one message.", param="input")
+    for message in messages:
+        if "reasoning_content" in message:
+            message["reasoning_content"] = "".join(message["reasoning_content"])
     return _with_one_beginning(messages)
 
 
@@ -56,7 +59,7 @@ def _add(messages: list[Json], item: Json, path: str, aside: list[Json]) -> None
             thoughts = thoughts or decode_texts(item.get("summary"), f"{path}.summary")
             if thoughts:
                 turn = _turn(messages, ends_at=("content", "tool_calls"))
-                turn["reasoning_content"] = turn.get("reasoning_content", "") + thoughts
+                turn.setdefault("reasoning_content", []).append(thoughts)  # joined at the end, in linear time
         case "function_call":
             _add_call(messages, item, path, _as_text(item.get("arguments")))
         case "custom_tool_call":
@@ -81,7 +84,12 @@ def _add_message(messages: list[Json], item: Json, path: str, aside: list[Json])
         return
     # a text after calls precedes their results, and these must follow the message with the calls
     turn = _turn(messages, ends_at=() if messages and messages[-1].get("tool_calls") else ("content",))
-    turn["content"] = [*_as_parts(turn["content"]), *_as_parts(content)] if turn.get("content") else content
+    if not turn.get("content"):
+        turn["content"] = content
+        return
+    if isinstance(turn["content"], str):
+        turn["content"] = _as_parts(turn["content"])
+    turn["content"] += _as_parts(content)  # in place: there may be many
 
 
 def _add_call(messages: list[Json], item: Json, path: str, arguments: str) -> None:

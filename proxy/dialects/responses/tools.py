@@ -43,24 +43,28 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Offered:
-    """The functions that a model may call, in OpenAI's shape, and the origin of each, by its name."""
+    """The functions that a model may call, in OpenAI's shape, and the origin of each, by its name. `choices` are their
+    names by the name and the namespace that `tool_choice` may have for them."""
 
     functions: list[Json]
     origins: dict[str, Origin]
+    choices: dict[tuple[str, str | None], str]
 
     def named(self, chosen: Any, path: str) -> str:
         """The name of the function made from the tool that `tool_choice` names. Raises: BadRequest."""
         name = need(check(chosen, dict, path), "name", str, path)
-        wanted = (name, chosen.get("namespace"))
-        for known, origin in self.origins.items():
-            if wanted in ((origin.name, origin.namespace), (known, None)):
-                return known
-        raise BadRequest(f"Tool choice '{name[:60]}' not found in 'tools' parameter.", param="tool_choice")
+        namespace = chosen.get("namespace")
+        if namespace is not None:
+            check(namespace, str, f"{path}.namespace")
+        known = self.choices.get((name, namespace))
+        if known is None:
+            raise BadRequest(f"Tool choice '{name[:60]}' not found in 'tools' parameter.", param="tool_choice")
+        return known
 
 
 def offered(tools: Any) -> Offered:
     """The functions made from the field `tools`. Raises: BadRequest for an invalid tool."""
-    result = Offered([], {})
+    result = Offered([], {}, {})
     for at, tool in enumerate(check(tools, list, "tools") if tools is not None else ()):
         _add(result, tool, f"tools[{at}]", None)
     return result
@@ -125,6 +129,8 @@ def _add(result: Offered, tool: Any, path: str, namespace: str | None) -> None:
         function = _custom(tool) if kind == "custom" else _function(tool)
         result.functions.append({"type": "function", "function": {"name": known, **function}})
         result.origins[known] = Origin(name, namespace, kind == "custom")
+        for choice in ((name, namespace), (known, None)):
+            result.choices.setdefault(choice, known)
 
 
 def _function(tool: Json) -> Json:

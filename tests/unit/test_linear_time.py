@@ -1,0 +1,60 @@
+"""What takes time in proportion to a request or an answer takes no more than that, however it is made."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+
+from llama_smart_proxy.proxy.chat import Json
+from llama_smart_proxy.proxy.dialects import anthropic, ollama, responses
+
+LIMIT_S = 5.0
+"""Of processor time. All of these take a fraction of it, and took from ten seconds to hours in quadratic time."""
+
+
+def _response(**fields: object) -> Callable[[], object]:
+    body: Json = {"input": "x", **fields}
+    return lambda: responses.CODEC.decode(body)
+
+
+def _ollama(*messages: Json) -> Callable[[], object]:
+    return lambda: ollama.CHAT.decode({"model": "m", "messages": list(messages)})
+
+
+def _anthropic(text: str) -> Callable[[], object]:
+    body = {"model": "m", "max_tokens": 1, "system": text, "messages": [{"role": "user", "content": "x"}]}
+    return lambda: anthropic.MESSAGES.decode(body)
+
+
+def _ids(begin: int, end: int) -> Json:
+    calls = [{"id": f"call{number:05}", "function": {"name": "f"}} for number in range(begin, end)]
+    return {"role": "assistant", "tool_calls": calls}
+
+
+_UNNAMED: Json = {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}] * 20_000}
+_RESULT: Json = {"role": "tool", "content": "x", "tool_name": "g"}
+_CALL = {"type": "function_call", "name": "f", "call_id": "c", "arguments": "{}"}
+_CHOICE = {"type": "function", "name": "f9999"}
+REQUESTS = {
+    "Ollama: many calls and their results": _ollama(_UNNAMED, *[_RESULT] * 20_000),
+    "Ollama: results with lost ids": _ollama(_UNNAMED, *[_RESULT | {"tool_call_id": "lost"}] * 20_000),
+    "Ollama: ids that would be made": _ollama(_ids(20_000, 40_000), _UNNAMED),
+    "Anthropic: an endless billing header": _anthropic("x-anthropic-billing-header: " * 20_000),
+    "Responses: texts behind calls": _response(input=[_CALL, *[{"role": "assistant", "content": "a"}] * 100_000]),
+    "Responses: many thoughts": _response(
+        input=[{"type": "reasoning", "content": [{"type": "reasoning_text", "text": "x" * 100}]}] * 50_000
+    ),
+    "Responses: many tools to choose from": _response(
+        tools=[{"type": "function", "name": f"f{number}"} for number in range(10_000)],
+        tool_choice={"type": "allowed_tools", "mode": "auto", "tools": [_CHOICE] * 10_000},
+    ),
+}
+
+
+@pytest.mark.parametrize("work", REQUESTS.values(), ids=REQUESTS)
+def test_the_time_for_a_request_is_proportional_to_its_size(work: Callable[[], object]) -> None:
+    begun = time.process_time()
+    work()
+    assert time.process_time() - begun < LIMIT_S
