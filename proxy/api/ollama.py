@@ -28,7 +28,7 @@ from llama_smart_proxy.proxy.http.body import read_json, serialise
 from llama_smart_proxy.proxy.http.headers import RECORD, upstream_headers
 from llama_smart_proxy.proxy.http.response import ResponseWriter
 from llama_smart_proxy.proxy.http.server import FrontConnection
-from llama_smart_proxy.proxy.models.router import Entry, Route
+from llama_smart_proxy.proxy.models.router import Entry, Route, Router
 from llama_smart_proxy.proxy.stream.relay import PLAIN_LIMIT, relay
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ async def tags(http: web.BaseRequest) -> web.Response:
     router = http[PROXY].router
     await router.listed(LISTING_S)
     entries = router.catalogue()
-    return _listing(_by_all_names(entries, await asyncio.gather(*map(_tags_item, entries))))
+    return _listing(_by_all_names(router, entries, await asyncio.gather(*map(_tags_item, entries))))
 
 
 async def _tags_item(entry: Entry) -> Json | None:
@@ -70,8 +70,9 @@ async def _tags_item(entry: Entry) -> Json | None:
 
 async def ps(http: web.BaseRequest) -> web.Response:
     """`GET /api/ps`: the loaded models, by descending expiry time."""
-    entries = http[PROXY].router.catalogue()
-    items = _by_all_names(entries, await asyncio.gather(*map(_ps_item, entries)))
+    router = http[PROXY].router
+    entries = router.catalogue()
+    items = _by_all_names(router, entries, await asyncio.gather(*map(_ps_item, entries)))
     return _listing(sorted(items, key=lambda item: str(item.get("expires_at", "")), reverse=True))
 
 
@@ -87,13 +88,13 @@ def _renamed(item: Json, name: str) -> Json:
     return item if item["name"] == name else {**item, "name": name, "model": name}
 
 
-def _by_all_names(entries: Sequence[Entry], items: Sequence[Json | None]) -> list[Json]:
-    """The `items` that there are, each also under the aliases of its entry."""
+def _by_all_names(router: Router, entries: Sequence[Entry], items: Sequence[Json | None]) -> list[Json]:
+    """The `items` that there are, each also under the configured aliases of its entry."""
     taken = {key_of(entry.id) for entry in entries}
     named: list[Json] = []
     for entry, item in zip(entries, items, strict=True):
         if item is not None:
-            aliases = [alias for alias in entry.aliases if key_of(alias) not in taken]
+            aliases = [alias for alias in entry.aliases if router.configures(alias) and key_of(alias) not in taken]
             taken.update(map(key_of, aliases))
             named += [item, *(_renamed(item, alias) for alias in aliases)]
     return named

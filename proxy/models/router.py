@@ -193,6 +193,10 @@ class Router:
     def _virtual_entry(self, name: str, model: Model | None) -> Entry:
         return Entry(name, "llama-smart-proxy", self._virtual[name].aliases, model)
 
+    def configures(self, name: str) -> bool:
+        """Whether the configuration has it as the name or an alias of a model."""
+        return name.lower() in self._names
+
     async def capabilities(self, model: Model) -> Sequence[str]:
         """What the model can do, by Ollama's names; empty if that is unknown. It may be some seconds old: reading the
         header of a file takes a thread, which is too much for every chat."""

@@ -147,6 +147,8 @@ async def test_a_reload_of_the_list_finds_what_another_program_has_put_into_the_
         assert await names(proxy, "/models?reload=1") == ["near", "hf.co/a/b:Q8_0"]
         listed = (await raw_client.get(proxy.port, "/models")).json()["data"]
         assert listed[1]["aliases"] == ["hf.co/a/b:Q8_0", "a/b:Q8_0"]
+        tags = (await raw_client.get(proxy.port, "/api/tags")).json()["models"]
+        assert [item["name"] for item in tags] == ["near", "hf.co/a/b:Q8_0"], "menus show it once"
 
 
 async def offered(proxy: Proxy, path: str = "/v1/models") -> bool:
