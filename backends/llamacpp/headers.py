@@ -87,16 +87,16 @@ def capabilities(header: GgufInfo, args: Sequence[str]) -> tuple[str, ...]:
 
 
 def _given_template(args: Sequence[str]) -> str:
-    """The chat template that `args` set in place of the model's; for one of llama.cpp's own by name, which may have
-    tools, a text with that word; empty if there is none."""
+    """The chat template that `args` set in place of the model's; empty if there is none, or only the name of one of
+    llama.cpp's own."""
     for flag, value in pairwise(args):
         if flag == "--chat-template-file":
             try:
                 return Path(value).expanduser().read_text(errors="replace")
             except OSError:
-                return "tools"
-        if flag == "--chat-template":
-            return value if "{" in value else "tools"
+                return ""
+        if flag == "--chat-template" and "{" in value:
+            return value
     return ""
 
 
