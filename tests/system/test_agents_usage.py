@@ -76,7 +76,7 @@ def counts(way: Way, body: bytes) -> tuple[int, int]:
     names = ("prompt_tokens", "completion_tokens")
     if way.path.startswith("/api/"):
         names = ("prompt_eval_count", "eval_count")
-    elif way.path == "/v1/messages":
+    elif way.path in ("/v1/messages", "/v1/responses"):
         names = ("input_tokens", "output_tokens")
     found = [re.findall(rb'"%b": ?(\d+)' % name.encode(), body)[-1] for name in names]
     cached = re.findall(rb'"cache_read_input_tokens": ?(\d+)', body)  # of which Anthropic's input tokens are without
