@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,7 +42,7 @@ from llama_smart_proxy.proxy.dialects.embeddings import (
     EmbeddingClient,
 )
 from llama_smart_proxy.proxy.errors import BadRequest, ModelNotFound
-from llama_smart_proxy.proxy.http.body import Body, Reusable, read_body
+from llama_smart_proxy.proxy.http.body import Body, Reusable, offload, read_body
 from llama_smart_proxy.proxy.http.headers import PARAMS, RECORD
 from llama_smart_proxy.proxy.models.router import Route
 from llama_smart_proxy.proxy.stream.embeddings import embed
@@ -142,7 +142,7 @@ class EndpointHandler:
         body = parsed.value
         del parsed
         try:
-            body = endpoint.dialect.bind(body, http.get(PARAMS) or {})
+            body = await offload(http, partial(_bound, endpoint.dialect, http.get(PARAMS) or {}), body)
             route = await self._route(http, body)
             if endpoint.codec is not None:
                 answering = Chat(http, self._proxy, endpoint, endpoint.codec).answer(route, body, reusable)
@@ -197,6 +197,10 @@ class EndpointHandler:
             return client is not None
         asked = client.num_ctx(body)
         return asked is not None and route.model.prepare(dict(body)) not in (None, asked)
+
+
+def _bound(dialect: Dialect, params: Mapping[str, str], body: Json) -> Json:
+    return dialect.bind(body, params)
 
 
 async def _as_response(answer: Any, vectors: int) -> web.Response:

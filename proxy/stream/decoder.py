@@ -17,6 +17,8 @@ from llama_smart_proxy.proxy.stream.upstream import ANSWER_LIMIT, frame_too_long
 
 _KEEP_ALIVES = (b":", b"event: ping")
 """Events without content that do not affect later ones."""
+_BLANK_LIMIT = 64 * 1024
+"""Most blank bytes in front of an answer that are kept until it shows what it is."""
 
 
 def _nothing() -> None:
@@ -99,7 +101,7 @@ class StreamDecoder:
     def finish(self) -> list[Chunk]:
         """The chunks of a last frame without a line end. Sets `failure` if the answer has not ended: a stream that
         ended properly after its finish reasons is complete."""
-        if self.failure is not None:
+        if self.failure is not None or self.done:  # what follows the end is not part of the answer
             return []
         rest = self._splitter.rest or self._start
         last = self._chunks(self._splitter.split(rest)) if rest else []
@@ -119,13 +121,13 @@ class StreamDecoder:
         """The bytes to decode, once the first of them show what they are."""
         data = (self._start or b"") + data
         first = opening(data)
-        if first is None:
+        if first is None and len(data) < _BLANK_LIMIT:
             self._start = data
             return b""
         self._start = None
         if first == b"<":
             self.failure = not_a_stream("a web page")
-        elif first in self._splitter.foreign:
+        elif first is not None and first in self._splitter.foreign:
             self._whole = []
         return data.removeprefix(BOM)
 
@@ -161,9 +163,14 @@ class StreamDecoder:
         made: list[Chunk] = []
         read = self._reader.read
         try:
-            for frame in frames:
+            remaining = iter(frames)
+            for frame in remaining:
                 data = read(frame)
                 if data is None:
+                    if self._reader.done:
+                        self.tail = b"".join((self._held, frame, *remaining))
+                        self._held = b""
+                        break
                     self._add_silent(frame, made)
                     continue
                 choices = data.get("choices")
@@ -181,9 +188,9 @@ class StreamDecoder:
                         continue
                 self._add(data, frame, made)
         except (UpstreamFailed, UpstreamRefused) as exc:
-            self.failure = exc
+            self.failure = exc if not self._reader.done else None
         except (ValueError, TypeError, KeyError, AttributeError, IndexError) as exc:
-            self.failure = unreadable(exc)
+            self.failure = unreadable(exc) if not self._reader.done else None
         if self._reader.done and not self.done and self.failure is None:
             self._end(made)
         if self.texts is not None:
@@ -192,10 +199,7 @@ class StreamDecoder:
 
     def _add_silent(self, frame: bytes, made: list[Chunk]) -> None:
         """Handle a frame without content."""
-        if self._reader.done:
-            self.tail += self._held + frame
-            self._held = b""
-        elif self._grouped and (self._held or not frame.lstrip(b"\r\n").startswith(_KEEP_ALIVES)):
+        if self._grouped and (self._held or not frame.lstrip(b"\r\n").startswith(_KEEP_ALIVES)):
             self._held += frame
         elif self._verbatim:
             made.append(Chunk({}, frame, self._next()))

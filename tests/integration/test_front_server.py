@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ from dataclasses import dataclass
 import pytest
 
 from llama_smart_proxy.backends.http.exchange import BUFFER_LIMIT
+from llama_smart_proxy.proxy.dialects.arguments import mend_arguments
 from llama_smart_proxy.proxy.http.server import FrontServer
 from tests.support.harness import until
 from tests.support.here import served_here
@@ -99,3 +102,19 @@ async def test_the_end_of_a_stream_waits_for_a_stalled_reader_only_so_long() -> 
         assert not here.front.quiet.is_set(), "the stream is not over: this proves nothing"
         await until(here.front.quiet.is_set, LONG_S, what="the end of the request")
         await until(lambda: not here.front.clients, LONG_S, what="the end of the connection")
+
+
+async def test_the_calls_of_a_long_chat_are_looked_through_beside_the_event_loop() -> None:
+    calls = [{"function": {"arguments": "1"}} for _ in range(100_000)]
+    body = {"model": "m", "messages": [{"role": "assistant", "tool_calls": calls}]}
+    data = json.dumps(body).encode()
+    begun = time.thread_time()
+    mend_arguments(body)
+    took_s = time.thread_time() - begun
+    async with serving_here() as here, connected(here.port) as client:
+        here.upstream.script = plain(b"{}")
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+        begun = time.thread_time()  # of the thread of the event loop, the client and the upstream
+        await client.send(head + data)
+        assert (await client.answer()).status == 200
+        assert time.thread_time() - begun < took_s

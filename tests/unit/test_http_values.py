@@ -18,6 +18,7 @@ from llama_smart_proxy.proxy.errors import BadRequest
 from llama_smart_proxy.proxy.http.body import parse_object, serialise
 from llama_smart_proxy.proxy.http.coding import CODINGS, FREE_BYTES, MAX_RATIO, coding_of, decompressed
 from llama_smart_proxy.proxy.http.headers import downstream_headers
+from llama_smart_proxy.proxy.http.text import MAX_INVALID
 from tests.support.laws import law, same
 
 NAMES = st.text(st.characters(codec="utf-8"), max_size=8)
@@ -80,6 +81,13 @@ def test_what_is_sent_is_valid_utf_8_also_where_a_lone_surrogate_comes_from_with
     assert serialise({"messages": [{"content": "a\ud83d"}]}).decode() == '{"messages":[{"content":"a\ufffd"}]}'
     with pytest.raises(BadRequest, match="key"):
         serialise({"\ud83d": 1})
+
+
+def test_a_body_that_is_hardly_text_is_refused() -> None:
+    """Each invalid byte takes time, in the one thread that parses large bodies."""
+    assert parse_object(b'{"a":"' + b"\xff" * 1000 + b'"}') == {"a": "\ufffd" * 1000}
+    with pytest.raises(BadRequest, match="not valid UTF-8"):
+        parse_object(b'{"a":"' + b"\xff" * (MAX_INVALID + 1) + b'"}')
 
 
 # -- compressed bodies -------------------------------------------------------------------------------------------------

@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 import pytest
 
-from llama_smart_proxy.proxy.chat import Json
-from llama_smart_proxy.proxy.dialects import anthropic, ollama, responses
+from llama_smart_proxy.proxy.chat import ChatRequest, Json
+from llama_smart_proxy.proxy.dialects import anthropic, ollama, openai, responses
+from llama_smart_proxy.proxy.stream.decoder import StreamDecoder
 
 LIMIT_S = 5.0
 """Of processor time. All of these take a fraction of it, and took from ten seconds to hours in quadratic time."""
@@ -53,8 +54,28 @@ REQUESTS = {
 }
 
 
-@pytest.mark.parametrize("work", REQUESTS.values(), ids=REQUESTS)
-def test_the_time_for_a_request_is_proportional_to_its_size(work: Callable[[], object]) -> None:
+def _answer(*pieces: bytes) -> Callable[[], object]:
+    decoder = StreamDecoder(openai.WIRE, ChatRequest({"messages": []}))
+    return lambda: [decoder.feed(piece) for piece in pieces]
+
+
+ANSWERS = {
+    "blank lines in front": _answer(*[b"\n\n"] * 300_000),
+    "comments behind the end": _answer(b"data: [DONE]\n\n" + b":\n\n" * 300_000),
+}
+
+
+def _spent_s(work: Callable[[], object]) -> float:
     begun = time.process_time()
     work()
-    assert time.process_time() - begun < LIMIT_S
+    return time.process_time() - begun
+
+
+@pytest.mark.parametrize("work", REQUESTS.values(), ids=REQUESTS)
+def test_the_time_for_a_request_is_proportional_to_its_size(work: Callable[[], object]) -> None:
+    assert _spent_s(work) < LIMIT_S
+
+
+@pytest.mark.parametrize("work", ANSWERS.values(), ids=ANSWERS)
+def test_the_time_for_an_answer_is_proportional_to_its_size(work: Callable[[], object]) -> None:
+    assert _spent_s(work) < LIMIT_S

@@ -47,6 +47,8 @@ SAME_ANSWERS = {
     "always an empty one": delta("", content="Hello there") + DONE,
     "the server's own": USUAL + delta("eos_token") + DONE,
     "two of them": USUAL + END + END + DONE,
+    "more after the end mark": USUAL + END + DONE + delta(content=" again") + b"data: oops\n\n",
+    "half an event after the end mark": USUAL + END + DONE + b'data: {"choi',
     "null usage": event({"usage": None, "choices": [{"index": 0, "delta": {"content": "Hello there"}}]}) + END + DONE,
     "one JSON object": orjson.dumps(WHOLE),
     "one JSON object in many lines": orjson.dumps(WHOLE, option=orjson.OPT_INDENT_2) + b"\n",
