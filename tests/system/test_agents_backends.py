@@ -97,6 +97,8 @@ async def test_an_identity_agents_whole_answer_says_what_the_relays_says(everywh
             headers = [("X-Agents", agents)]
             answer = await raw_client.post(everywhere.port, way.path, way.body("hi", model=model), headers=headers)
             value = answer.json()
+            for item in value.get("output", ()):  # of /v1/responses
+                del item["id"]
             answers.append({k: v for k, v in value.items() if k not in never_the_same and not k.endswith("_duration")})
         relayed, passed = answers
         assert passed == relayed, way
