@@ -12,6 +12,7 @@ import asyncio
 import logging
 import re
 import secrets
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -37,7 +38,9 @@ IGNORED_UPGRADE = re.compile(r"h2c?(-\d+)?|HTTP/\d(\.\d)?|TLS/\d(\.\d)?", re.IGN
 """Protocols that clients offer, but do not require: the answer comes by HTTP/1.1 (RFC 9110 7.8)."""
 _START_BYTES = 256
 """Bytes of a request that are kept until it is answered, as an error must be in the API that its path belongs to."""
-_METHOD = re.compile(rb"(?:DELETE|GET|HEAD|OPTIONS|PATCH|POST|PUT) ")
+_METHODS = b"(?:DELETE|GET|HEAD|OPTIONS|PATCH|POST|PUT)"
+_REQUEST = re.compile(_METHODS + rb" +[^ \r\n]++ +HTTP/1")
+_CUT_REQUEST = re.compile(_METHODS + rb" +[^ \r\n]*+(?: +[HTP/]*)?\Z")
 _LONGEST_METHOD = len("OPTIONS")
 AMBIGUOUS = "invalid_http"
 """Error code of invalid or ambiguous HTTP."""
@@ -66,6 +69,7 @@ class FrontConnection(web.RequestHandler):
         self._front = front
         self._start = b""
         self._may_upgrade = False
+        self._unparsed: deque[bytes] = deque()
         self._last_request = False
         self._serving = False
 
@@ -77,19 +81,34 @@ class FrontConnection(web.RequestHandler):
     def data_received(self, data: bytes) -> None:
         if self.head_since is None and not self._serving:
             self.head_since = asyncio.get_running_loop().time()
-        if not self._start:
+        if data and not self._start:
             self._start = data[:_START_BYTES]
-        elif self.head_since is not None:
-            self._may_upgrade = True  # the header may be cut in two
+            self._may_upgrade = self._may_upgrade or b"\r\n\r\n" not in data  # the header may come later
         self.body_bytes += len(data)
-        if self._may_upgrade or b"pgrade" in data or b"PGRADE" in data:
+        if data and (self._may_upgrade or b"pgrade" in data or b"PGRADE" in data):
             self._may_upgrade = True
-            for piece in _split_before_requests(data):
-                super().data_received(piece)
+            self._unparsed.extend(_split_before_requests(data))
+        if data and self._unparsed:
+            self._parse_pieces()
         else:
-            super().data_received(data)
+            super().data_received(data)  # without data, aiohttp goes on with what it has, and then reads again
+            self._parse_later()
+
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        super().resume_reading(resume_parser)
+        self._parse_later()
+
+    def _parse_later(self) -> None:
+        if self._unparsed:  # not now, as a body may be being read just here
+            asyncio.get_running_loop().call_soon(self._parse_pieces)
+
+    def _parse_pieces(self) -> None:
+        """Pass on the pieces that wait, unless aiohttp takes none now: it would join them, and lose some again."""
+        while self._unparsed and self.wire.is_reading():
+            super().data_received(self._unparsed.popleft())
 
     def connection_lost(self, exc: BaseException | None) -> None:
+        self._unparsed.clear()
         self._front.disconnected(self)
         super().connection_lost(exc)
 
@@ -161,10 +180,13 @@ class FrontConnection(web.RequestHandler):
 
 def _split_before_requests(data: bytes) -> list[bytes]:
     """`data` in pieces, of which one begins wherever a request may begin. aiohttp loses what follows, within one piece,
-    a request that offers another protocol; further cuts do no harm. A method may be cut in two by the end of `data`."""
+    a request that offers another protocol; further cuts do no harm. The end of `data` may cut the first line of a
+    request in two, even its method."""
     end = len(data)
     cuts = {0, end, *range(max(0, end - _LONGEST_METHOD), end)}
-    cuts.update(found.start() for found in _METHOD.finditer(data))
+    cuts.update(found.start() for found in _CUT_REQUEST.finditer(data, max(0, end - MAX_HEADER_LINE)))
+    if b" HTTP/1" in data:
+        cuts.update(found.start() for found in _REQUEST.finditer(data))
     return [data[start:stop] for start, stop in pairwise(sorted(cuts))]
 
 

@@ -294,6 +294,8 @@ OFFERED: dict[str, bytes] = {
     "with chunks": post(*OFFER, "Transfer-Encoding: chunked", body=CHUNKED),
     "with trailers": post(*OFFER, "Transfer-Encoding: chunked", body=CHUNK + b"0\r\nX-Trailer: 1\r\n\r\n"),
 }
+LARGE = json.dumps({"model": "m", "prompt": "GET / HTTP/1.1 and POST Upgrade" * 30_000}).encode()
+"""More than aiohttp takes at a time, with words in it that look like requests."""
 
 
 @pytest.mark.parametrize("name", OFFERED)
@@ -301,10 +303,15 @@ async def test_the_connection_of_an_offer_stays_usable_also_for_what_was_sent_be
     proxy: Proxy, upstream: RawUpstream, name: str
 ) -> None:
     upstream.script = toxic.plain(b"{}")
-    async with connected(proxy.port) as client:
-        for wire, answers in ((OFFERED[name], 1), (OFFERED[name] + NEXT, 2), (NEXT + OFFERED[name] * 2 + NEXT, 4)):
-            await client.send(wire)
-            assert [(await client.answer()).status for _ in range(answers)] == [200] * answers
+    large = post(*OFFER, f"Content-Length: {len(LARGE)}", body=LARGE)
+    many = (OFFERED[name] + NEXT) * 40  # more than aiohttp holds
+    several = ((OFFERED[name], 1), (OFFERED[name] + NEXT, 2), (NEXT + OFFERED[name] * 2 + NEXT, 4))
+    for wires in (several, ((large + NEXT, 2), (NEXT, 1)), ((many, 80),)):
+        async with connected(proxy.port) as client:
+            for wire, answers in wires:
+                await client.send(wire)
+                assert [(await client.answer()).status for _ in range(answers)] == [200] * answers
+    assert json.loads(LARGE) in [json.loads(seen.body) for seen in upstream.requests]
 
 
 @pytest.mark.parametrize("step", [1, 7, 64, 150])
