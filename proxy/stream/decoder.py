@@ -10,6 +10,7 @@ import orjson
 from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, Json
 from llama_smart_proxy.proxy.dialects.base import UpstreamCodec
 from llama_smart_proxy.proxy.dialects.framing import BOM, FrameTooLong, opening
+from llama_smart_proxy.proxy.dialects.loose_json import loose_json
 from llama_smart_proxy.proxy.dialects.upstream_errors import bare_error_in
 from llama_smart_proxy.proxy.errors import ProxyError, UpstreamFailed, UpstreamRefused
 from llama_smart_proxy.proxy.stream.normaliser import Normaliser
@@ -26,7 +27,7 @@ def _nothing() -> None:
 class StreamDecoder:
     """Decodes a server's bytes into chunks, in OpenAI's form however the server deviates from it. With `verbatim` each
     chunk keeps its original bytes, and `tail` has those of the frame that ended the answer: all chunks and the tail,
-    joined, are the input, but for a byte order mark and for chunks whose bytes deviate too far.
+    joined, are the input up to its end, but for a byte order mark and for chunks whose bytes deviate too far.
 
     A server that ignores the request for a stream, and sends one JSON object, is understood too. `ended` is called when
     the answer has ended, although its server may keep the connection open.
@@ -47,7 +48,7 @@ class StreamDecoder:
     ) -> None:
         self._splitter = codec.splitter()
         self._reader = codec.reader(request)
-        self._normaliser = Normaliser(_choices(request), renames=codec.renames)
+        self._normaliser = Normaliser(_choices(request), renames=codec.renames, verbatim=verbatim)
         self._verbatim = verbatim
         self._grouped = codec.dialect.stateful_frames  # frames that open and close blocks belong to the next chunk
         self._start: bytes | None = b""  # the first bytes; None once they show that this is a stream
@@ -75,8 +76,8 @@ class StreamDecoder:
             self.failure = failure
 
     def feed(self, data: bytes) -> list[Chunk]:
-        """The chunks completed by `data`; none after a failure."""
-        if self.failure is not None:
+        """The chunks completed by `data`; none after a failure, and after the end."""
+        if self.failure is not None or self.done:
             return []
         if self._left is not None:
             self._left -= len(data)
@@ -99,7 +100,7 @@ class StreamDecoder:
     def finish(self) -> list[Chunk]:
         """The chunks of a last frame without a line end. Sets `failure` if the answer has not ended: a stream that
         ended properly after its finish reasons is complete."""
-        if self.failure is not None:
+        if self.failure is not None or self.done:
             return []
         rest = self._splitter.rest or self._start
         last = self._chunks(self._splitter.split(rest)) if rest else []
@@ -141,7 +142,7 @@ class StreamDecoder:
         made: list[Chunk] = []
         try:
             objects = _objects(body)
-        except orjson.JSONDecodeError:
+        except ValueError:
             self.failure = incomplete()
             return made
         for value in objects:
@@ -165,6 +166,8 @@ class StreamDecoder:
                 data = read(frame)
                 if data is None:
                     self._add_silent(frame, made)
+                    if self._reader.done:
+                        break  # what follows the end is no part of the answer
                     continue
                 choices = data.get("choices")
                 if choices and len(choices) == 1 and "usage" not in data and not self._held:
@@ -172,6 +175,7 @@ class StreamDecoder:
                     delta = choice.get("delta") if choice else None
                     if (
                         delta
+                        and choice.get("index") == 0
                         and len(delta) == 1
                         and delta.get("content").__class__ is str
                         and choice.get("finish_reason") is None
@@ -193,7 +197,7 @@ class StreamDecoder:
     def _add_silent(self, frame: bytes, made: list[Chunk]) -> None:
         """Handle a frame without content."""
         if self._reader.done:
-            self.tail += self._held + frame
+            self.tail = self._held + frame if self._verbatim else b""
             self._held = b""
         elif self._grouped and (self._held or not frame.lstrip(b"\r\n").startswith(_KEEP_ALIVES)):
             self._held += frame
@@ -233,6 +237,6 @@ def _choices(request: ChatRequest) -> int:
 def _objects(body: bytes) -> list[Any]:
     """The JSON value of `body`, or those of its lines."""
     try:
-        return [orjson.loads(body)]
-    except orjson.JSONDecodeError:
-        return [orjson.loads(line) for line in body.splitlines() if line.strip()]
+        return [loose_json(body)]
+    except ValueError:
+        return [loose_json(line) for line in body.splitlines() if line.strip()]

@@ -1,8 +1,8 @@
 """Puts the parts of streamed tool calls in order. No I/O.
 
 Source: OpenAI's API reference for the intended form (the first part has id and name; all have the call's `index`); the
-deviations are those of servers: no or equal indexes, indexes from 1, names or ids with every part, arguments as an
-object, calls that interleave.
+deviations are those of servers: no or equal indexes, indexes from 1, names or ids with every part, ids that change or
+come late, arguments as an object, repeated or after an empty object, calls that interleave.
 """
 
 from __future__ import annotations
@@ -25,15 +25,22 @@ class _Call:
     """One call: `number` is its position in the answer, `held` what is known of it before it is passed on (without the
     arguments), and None afterwards."""
 
-    __slots__ = ("arguments", "begun", "held", "id", "name", "number")
+    __slots__ = ("arguments", "begun", "given", "held", "id", "name", "number", "unfilled")
 
     def __init__(self, number: int, identity: str | None) -> None:
         self.number = number
+        self.given = identity  # the server's id; None if it gave none
         self.id = identity
         self.name = ""
         self.arguments: list[str] = []
         self.held: Json | None = {}
         self.begun = False  # its first part was written
+        self.unfilled = False  # it began with `{}`, which may stand for arguments that follow
+
+    @property
+    def ready(self) -> bool:
+        """Whether it can be passed on: its name is known, unless it has none."""
+        return bool(self.held is not None and (self.name or "function" not in self.held))
 
     @property
     def complete(self) -> bool:
@@ -62,16 +69,25 @@ class _Call:
             held["function"]["arguments"] = "".join(self.arguments)
         return held
 
+    def fill(self) -> list[Json]:
+        """The part with the `{}` that turned out to be its arguments; none if it has others."""
+        if not self.unfilled or self.held is not None:
+            return []
+        self.unfilled, self.arguments = False, ["{}"]
+        return [{"index": self.number, "function": {"arguments": "{}"}}]
+
 
 class CallSequence:
     """The tool calls of one choice. Parts leave it one call after the other, numbered from 0, with id and name in the
     first part only, and with arguments as text. Parts of a later call are held while an earlier one is incomplete.
 
     A part belongs to the call with its id, else to the one with its index, else to the last one. A part with a new id
-    begins a call; so does one without an id whose name shows that it cannot continue the call it would belong to.
+    and a name begins a call; so does one whose name shows that it cannot continue the call it would belong to. What
+    follows whole arguments is left out. With `waits`, `{}` is kept until the next part shows whether others follow.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, waits: bool) -> None:
+        self._waits = waits
         self._calls: list[_Call] = []
         self._by_id: dict[str, _Call] = {}
         self._by_index: dict[int, _Call] = {}
@@ -85,19 +101,26 @@ class CallSequence:
         passed: list[Json] = []
         changed = False
         for part in parts:
+            if part is None:
+                continue
             call, own = self._written(part)
             changed = changed or own != _given(part)
             if call is self._open:
                 passed += [own, *self._followers()]
             elif call.held is not None:  # not a complete one, that a server repeats
                 call.hold(own)
-                if self._open is None or self._open.complete:
+                passed += self._open.fill() if self._open is not None else []
+                if call.ready and (self._open is None or self._open.complete):
                     passed += [self._release(call), *self._followers()]
         return passed, changed or len(passed) != len(parts)
 
     def rest(self) -> list[Json]:
         """The parts still held, at the end of the answer."""
-        return [call.release() for call in self._calls if call.held is not None]
+        parts: list[Json] = []
+        for call in self._calls:
+            parts += [call.release()] if call.held is not None else []
+            parts += call.fill()
+        return parts
 
     def _release(self, call: _Call) -> Json:
         self._open = call
@@ -106,9 +129,7 @@ class CallSequence:
     def _followers(self) -> list[Json]:
         """What is held of the calls that may follow now."""
         return [
-            self._release(call)
-            for call in self._calls
-            if call.held is not None and self._open is not None and self._open.complete
+            self._release(call) for call in self._calls if call.ready and self._open is not None and self._open.complete
         ]
 
     def _written(self, part: Json) -> tuple[_Call, Json]:
@@ -119,6 +140,8 @@ class CallSequence:
             function = {name: rest.pop(name) for name in ("name", "arguments") if name in rest}
         name, text = _name_and_arguments(function or {})
         call = self._call_of(part, name, text)
+        if call.complete:
+            text = ""  # a repetition, or a brace too many
         own: Json = {"index": call.number}
         if not call.begun:
             call.begun = True
@@ -131,32 +154,48 @@ class CallSequence:
             own["function"]["arguments"] = text
             if name and not call.name:
                 own["function"]["name"] = call.name = name
-            call.arguments.append(text)
+            if self._waits and text == "{}" and not any(call.arguments):
+                call.unfilled, own["function"]["arguments"] = True, ""
+            elif text:
+                call.unfilled = False
+                call.arguments.append(text)
         return call, own | rest
 
     def _call_of(self, part: Json, name: str, text: str) -> _Call:
         identity = part.get("id") if isinstance(part.get("id"), str) and part["id"] else None
         index = _number(part.get("index"))
+        at_index = self._by_index.get(index) if index is not None else None
         known = self._by_id.get(identity) if identity is not None else None
+        if known is not None and known is not at_index and index is not None:
+            if at_index is not None and at_index.given == identity:
+                known = at_index
+            elif name and known.name and name != known.name:
+                return self._new(identity, index)  # some servers give all calls one id
         if known is None:
-            known = self._by_index.get(index) if index is not None else (self._calls[-1] if self._calls else None)
+            known = at_index if index is not None else (self._calls[-1] if self._calls else None)
             if known is not None and not _continues(known, identity, name, text):
                 known = None
             elif known is None and self._calls and not (identity or name):
                 known = self._calls[-1]  # nothing begins without a name
         if known is None:
-            known = self._new(identity)
+            return self._new(identity, index)
         if index is not None:
             self._by_index[index] = known
+        if identity is not None:
+            self._by_id[identity], known.given = known, known.given or identity
         return known
 
-    def _new(self, identity: str | None) -> _Call:
+    def _new(self, identity: str | None, index: int | None) -> _Call:
         if len(self._calls) >= MAX_TOOL_CALLS:
             raise ValueError("too many tool calls")
         call = _Call(len(self._calls), identity)
         self._calls.append(call)
         if identity is not None:
+            if identity in self._by_id:
+                call.id = None  # ids are unique
             self._by_id[identity] = call
+        if index is not None:
+            self._by_index[index] = call
         return call
 
 
@@ -170,9 +209,9 @@ def _given(part: Json) -> Json:
 
 def _continues(call: _Call, identity: str | None, name: str, text: str) -> bool:
     """Whether a part with this id (None, or not seen before), name and arguments can continue `call`."""
-    if identity is not None:
-        return not name and call.id is None
-    if not name:
+    if identity is not None and call.given is not None:
+        return not name and not call.complete
+    if not name or not call.name:
         return True
     return name == call.name and not (text.lstrip().startswith("{") and call.complete)
 
@@ -186,5 +225,7 @@ def _name_and_arguments(function: Json) -> tuple[str, str]:
 
 def _number(index: Any) -> int | None:
     if isinstance(index, str) and index.isdecimal() and len(index) < 10:
+        return int(index)
+    if isinstance(index, float) and index.is_integer():
         return int(index)
     return index if isinstance(index, int) and not isinstance(index, bool) else None
