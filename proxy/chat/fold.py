@@ -105,8 +105,8 @@ def _add_tool_call(calls: list[Json], delta: Json) -> None:
             call["function"][key] = value
 
 
-def _add_logprobs(choice: Json, logprobs: Json | None) -> None:
-    for key, items in (logprobs or {}).items():
+def _add_logprobs(choice: Json, logprobs: Any) -> None:
+    for key, items in logprobs.items() if isinstance(logprobs, dict) else ():
         if isinstance(items, list):
             choice.setdefault("logprobs", {}).setdefault(key, []).extend(items)
 

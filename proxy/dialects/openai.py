@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
+from contextlib import suppress
 from typing import Any
 
 import orjson
@@ -16,7 +17,8 @@ from llama_smart_proxy.proxy.chat import EXTENSIONS, ChatRequest, Json, Timing, 
 from llama_smart_proxy.proxy.dialects.arguments import mend_arguments
 from llama_smart_proxy.proxy.dialects.base import ClientCodec, Dialect, UpstreamCodec, counts, has_line, last_objects
 from llama_smart_proxy.proxy.dialects.framing import EventSplitter, event_data
-from llama_smart_proxy.proxy.dialects.upstream_errors import error_in, error_text
+from llama_smart_proxy.proxy.dialects.loose_json import loose_json
+from llama_smart_proxy.proxy.dialects.upstream_errors import bare_error_in, error_in, error_text
 from llama_smart_proxy.proxy.errors import BadRequest, ContextExceeded, ProxyError, UpstreamFailed, UpstreamRefused
 
 _DONE = re.compile(rb"(?:^|[\r\n])data:[ \t]*\[DONE\][ \t]*(?:[\r\n]|$)")
@@ -178,6 +180,21 @@ def _text_choice(choice: Json, message: Json) -> Json:
     return {"text": message.get("content") or "", **rest}
 
 
+_HEARTBEATS = frozenset({b"ping", b"keepalive", b"keep-alive", b"keep_alive", b"heartbeat"})
+"""Data of events without content. Other servers send a comment as the data of an event."""
+
+
+def _named_error(frame: bytes, data: bytes) -> ProxyError:
+    """The error of an event that is named one, or of a line `error: ...`, whatever its data are."""
+    if not data:
+        data = next(line[6:] for line in frame.splitlines() if line.startswith(b"error:"))
+    with suppress(ValueError):
+        value = loose_json(data)
+        found = bare_error_in(value) if isinstance(value, dict) else None
+        return found or UpstreamFailed(error_text(value), code="upstream_error")
+    return UpstreamFailed(data.decode(errors="replace").strip(), code="upstream_error")
+
+
 class EventReader:
     """Reads the events of a chat, of a text completion and of llama-server's `/infill`."""
 
@@ -205,14 +222,18 @@ class EventReader:
         return event
 
     def _lines(self, frame: bytes) -> Any:
-        """The JSON of an event of any form; None for one without data, and for `[DONE]`."""
+        """The JSON of an event of any form; None for one without data, for `[DONE]`, and for a heartbeat."""
         data = (event_data(frame) or b"").strip()
-        if not data or data == b"[DONE]":
+        if has_line(frame, b"event: error", b"event:error", b"error:"):
+            raise _named_error(frame, data)
+        if not data or data.strip(b'"').upper() == b"[DONE]":
             self.done = self.done or data != b""
             return None
+        if data.startswith(b":") or data.lower() in _HEARTBEATS:
+            return None
         try:
-            event = orjson.loads(data)
-        except orjson.JSONDecodeError:
+            event = loose_json(data)
+        except ValueError:
             raise UpstreamFailed("the model server sent an event that is not JSON", code="upstream_error") from None
         if event is None:
             raise UpstreamFailed(error_text(event), code="upstream_error")

@@ -10,6 +10,7 @@ import orjson
 from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, Json
 from llama_smart_proxy.proxy.dialects.base import UpstreamCodec
 from llama_smart_proxy.proxy.dialects.framing import BOM, FrameTooLong, opening
+from llama_smart_proxy.proxy.dialects.loose_json import loose_json
 from llama_smart_proxy.proxy.dialects.upstream_errors import bare_error_in
 from llama_smart_proxy.proxy.errors import ProxyError, UpstreamFailed, UpstreamRefused
 from llama_smart_proxy.proxy.stream.normaliser import Normaliser
@@ -28,7 +29,7 @@ def _nothing() -> None:
 class StreamDecoder:
     """Decodes a server's bytes into chunks, in OpenAI's form however the server deviates from it. With `verbatim` each
     chunk keeps its original bytes, and `tail` has those of the frame that ended the answer: all chunks and the tail,
-    joined, are the input, but for a byte order mark and for chunks whose bytes deviate too far.
+    joined, are the input up to its end, but for a byte order mark and for chunks whose bytes deviate too far.
 
     A server that ignores the request for a stream, and sends one JSON object, is understood too. `ended` is called when
     the answer has ended, although its server may keep the connection open.
@@ -49,7 +50,7 @@ class StreamDecoder:
     ) -> None:
         self._splitter = codec.splitter()
         self._reader = codec.reader(request)
-        self._normaliser = Normaliser(_choices(request), renames=codec.renames)
+        self._normaliser = Normaliser(_choices(request), renames=codec.renames, verbatim=verbatim)
         self._verbatim = verbatim
         self._grouped = codec.dialect.stateful_frames  # frames that open and close blocks belong to the next chunk
         self._start: bytes | None = b""  # the first bytes; None once they show that this is a stream
@@ -77,8 +78,8 @@ class StreamDecoder:
             self.failure = failure
 
     def feed(self, data: bytes) -> list[Chunk]:
-        """The chunks completed by `data`; none after a failure."""
-        if self.failure is not None:
+        """The chunks completed by `data`; none after a failure, and after the end."""
+        if self.failure is not None or self.done:
             return []
         if self._left is not None:
             self._left -= len(data)
@@ -143,7 +144,7 @@ class StreamDecoder:
         made: list[Chunk] = []
         try:
             objects = _objects(body)
-        except orjson.JSONDecodeError:
+        except ValueError:
             self.failure = incomplete()
             return made
         for value in objects:
@@ -168,7 +169,7 @@ class StreamDecoder:
                 data = read(frame)
                 if data is None:
                     if self._reader.done:
-                        self.tail = b"".join((self._held, frame, *remaining))
+                        self.tail = b"".join((self._held, frame, *remaining)) if self._verbatim else b""
                         self._held = b""
                         break
                     self._add_silent(frame, made)
@@ -179,6 +180,7 @@ class StreamDecoder:
                     delta = choice.get("delta") if choice else None
                     if (
                         delta
+                        and choice.get("index") == 0
                         and len(delta) == 1
                         and delta.get("content").__class__ is str
                         and choice.get("finish_reason") is None
@@ -237,6 +239,6 @@ def _choices(request: ChatRequest) -> int:
 def _objects(body: bytes) -> list[Any]:
     """The JSON value of `body`, or those of its lines."""
     try:
-        return [orjson.loads(body)]
-    except orjson.JSONDecodeError:
-        return [orjson.loads(line) for line in body.splitlines() if line.strip()]
+        return [loose_json(body)]
+    except ValueError:
+        return [loose_json(line) for line in body.splitlines() if line.strip()]

@@ -26,14 +26,17 @@ _COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
 
 class Normaliser:
     """Normalises the chunks of one answer with `choices` choices, in place. With `renames`, reasoning is always
-    `reasoning_content`; otherwise it keeps the names that the server gave it, one of which is in all chunks."""
+    `reasoning_content`; otherwise it keeps the names that the server gave it, one of which is in all chunks. With
+    `verbatim`, usual parts of tool calls are never delayed, because their bytes are kept."""
 
-    def __init__(self, choices: int, *, renames: bool) -> None:
+    def __init__(self, choices: int, *, renames: bool, verbatim: bool) -> None:
+        self._verbatim = verbatim
         self._choices = choices
         self._renames = renames
         self._reasoning = "reasoning_content" if renames else ""  # its name, once known
         self._calls: dict[int, CallSequence] = {}
         self._finished: set[int] = set()
+        self._first: int | None = None  # the index of an only choice, which may be 1
 
     @property
     def finished(self) -> bool:
@@ -46,9 +49,11 @@ class Normaliser:
         Raises: TypeError, ValueError, AttributeError for a chunk that cannot be understood; UpstreamFailed for one that
         reports a failure.
         """
+        choices = chunk.get("choices")
+        if not chunk.get("usage") and (elsewhere := _usage_elsewhere(chunk)):
+            chunk["usage"] = elsewhere
         if "usage" in chunk:
             _normalise_usage(chunk)
-        choices = chunk.get("choices")
         choices = chunk["choices"] = [choice for choice in choices or () if choice is not None]
         return any([self._normalise_choice(choice) for choice in choices])
 
@@ -61,11 +66,11 @@ class Normaliser:
         return {"choices": choices} if choices else None
 
     def _normalise_choice(self, choice: Json) -> bool:
-        if not isinstance(choice.get("index"), int):
-            choice["index"] = 0
+        changed = self._number(choice)
         delta = choice.get("delta")
         if delta is None:
             delta = choice["delta"] = choice.pop("message", None) or {}
+            changed = changed or bool(delta)
         content = delta.get("content")
         if content is not None and not isinstance(content, str):
             delta["content"], thoughts = _text_of(content)
@@ -76,12 +81,21 @@ class Normaliser:
         reason = choice.get("finish_reason")
         if reason is not None:
             choice["finish_reason"] = reason = _finish_reason(reason)
-        changed = False
+        if not isinstance(choice.get("logprobs") or {}, dict):
+            del choice["logprobs"]
         if "tool_calls" in delta or (reason and choice["index"] in self._calls):
-            changed = self._order_calls(choice["index"], delta, ended=reason is not None)
+            changed = self._order_calls(choice["index"], delta, ended=reason is not None) or changed
         if reason:
             self._finished.add(choice["index"])
         return changed
+
+    def _number(self, choice: Json) -> bool:
+        """Give `choice` a number; the only one is 0. Returns whether it had another."""
+        given = choice.get("index")
+        index = int(given) if isinstance(given, str) and given.isdecimal() else given if isinstance(given, int) else 0
+        self._first = index if self._first is None else self._first
+        choice["index"] = 0 if self._choices == 1 and index == self._first else index
+        return given is not None and given != choice["index"]
 
     def _rename_reasoning(self, delta: Json) -> None:
         text = reasoning_of(delta)
@@ -98,7 +112,7 @@ class Normaliser:
             given = [given]
         if not given and index not in self._calls:
             return False
-        sequence = self._calls.setdefault(index, CallSequence())
+        sequence = self._calls.setdefault(index, CallSequence(waits=not self._verbatim))
         parts, changed = sequence.pass_on(given)
         rest = sequence.rest() if ended else []
         delta["tool_calls"] = parts + rest
@@ -108,23 +122,44 @@ class Normaliser:
 
 
 def _normalise_usage(chunk: Json) -> None:
-    """Remove a `usage` without counts; in any other, every count is an integer."""
+    """Remove a `usage` without counts; in any other, every count is an integer, and details are objects."""
     usage = chunk["usage"]
     usage = usage if isinstance(usage, dict) else {}
     given = [usage[name] for name in _COUNTS if name in usage]
-    if given and all(value.__class__ is int for value in given):
+    odd = [name for name in usage if name.endswith("_details") and not isinstance(usage[name], dict | None)]
+    if given and not odd and all(value.__class__ is int and value >= 0 for value in given):
         return
     del chunk["usage"]
-    usage = {name: value for name, value in usage.items() if value is not None}
-    if not any(name in usage for name in _COUNTS):
+    usage = {name: value for name, value in usage.items() if value is not None and name not in odd}
+    for name, other in (("prompt_tokens", "input_tokens"), ("completion_tokens", "output_tokens")):
+        if name not in usage and other in usage:
+            usage[name] = usage[other]
+    found = {name: count for name in _COUNTS if (count := _count(usage.get(name))) is not None}
+    if not found:
         return
-    prompt, completion = (int(usage.get(name) or 0) for name in _COUNTS[:2])
-    total = int(usage.get("total_tokens") or prompt + completion)
+    prompt, completion = found.get("prompt_tokens", 0), found.get("completion_tokens", 0)
+    total = found.get("total_tokens") or prompt + completion
     chunk["usage"] = usage | {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": total}
 
 
+def _count(given: Any) -> int | None:
+    """`given` as a count; None if it is none."""
+    try:
+        return count if (count := int(given)) >= 0 else None
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def _usage_elsewhere(chunk: Json) -> Any:
+    """The usage that Moonshot's servers put into the choice, and Groq's into a field of their own."""
+    for place in (*(chunk.get("choices") or ()), chunk.get("x_groq")):
+        if isinstance(place, dict) and isinstance(place.get("usage"), dict):
+            return place["usage"]
+    return None
+
+
 def _finish_reason(given: Any) -> str | None:
-    if not given:
+    if not given or given in ("null", "none", "None"):
         return None
     if given == "error":
         raise UpstreamFailed("the model server ended its answer with an error", code="upstream_error")

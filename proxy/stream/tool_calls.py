@@ -83,10 +83,11 @@ class CallSequence:
 
     A part belongs to the call with its id, else to the one with its index, else to the last one. A part with a new id
     and a name begins a call; so does one whose name shows that it cannot continue the call it would belong to. What
-    follows whole arguments is left out, and `{}` is kept until the next part shows whether others follow.
+    follows whole arguments is left out. With `waits`, `{}` is kept until the next part shows whether others follow.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, waits: bool) -> None:
+        self._waits = waits
         self._calls: list[_Call] = []
         self._by_id: dict[str, _Call] = {}
         self._by_index: dict[int, _Call] = {}
@@ -153,7 +154,7 @@ class CallSequence:
             own["function"]["arguments"] = text
             if name and not call.name:
                 own["function"]["name"] = call.name = name
-            if text == "{}" and not any(call.arguments):
+            if self._waits and text == "{}" and not any(call.arguments):
                 call.unfilled, own["function"]["arguments"] = True, ""
             elif text:
                 call.unfilled = False

@@ -58,6 +58,14 @@ def completion(all_chunks: list[Json]) -> Json:
 TIMES = Timing(arrived_s=10.0, sent_s=10.5)
 
 
+def test_a_refusal_is_the_text_of_the_answer() -> None:
+    writer = CHAT.writer(ChatRequest({"model": "m"}, True), TIMES)
+    parts = [{"choices": [{"index": 0, "delta": {"content": None, "refusal": text}}]} for text in ("I can", "not.")]
+    lines = b"".join(writer.chunk(part) for part in parts) + writer.end()
+    assert "".join(json.loads(line)["message"]["content"] for line in lines.splitlines()) == "I cannot."
+    assert json.loads(writer.reply(completion(parts)))["message"]["content"] == "I cannot."
+
+
 def writer(*, chat: bool = True, request: ChatRequest | None = None, timing: Timing = TIMES) -> OllamaWriter:
     """One that is asked for the last line 2 seconds after the request arrived."""
     asked = request or ChatRequest({"model": "m", "messages": []}, stream=True)

@@ -119,10 +119,6 @@ TWO_CALLS = {
         *[part(..., '{"city":', index=0, id="a"), part("get_weather", '"Paris"}', index=0)],
         *[part(None, "", index=1, id="b"), part("get_time", ROME, index=1)],
     ],
-    "an empty object before the arguments": [
-        *[part("get_weather", "{}", index=0, id="a"), part(..., CITY, index=0)],
-        *[part("get_time", {}, index=1, id="b"), part(..., '{"city":', index=1), part(..., '"Rome"}', index=1)],
-    ],
     "an index with a fraction": [
         *[part("get_weather", '{"city":', index=0.0, id="a"), part("get_time", ROME, index=1.0, id="b")],
         part(..., '"Paris"}', index=0.0),
@@ -146,6 +142,13 @@ def test_no_call_is_finished_before_its_arguments_are(parts: list[bytes]) -> Non
     assert anthropic_calls(both(*parts)) == [WEATHER, TIME]
 
 
+def test_text_in_a_call_does_not_end_it() -> None:
+    half, text = part("get_weather", '{"city":', index=0, id="a"), delta(content="So")
+    data = both(half, text, part(..., '"Paris"}', index=0), text)
+    assert ollama_calls(data) == [("get_weather", orjson.loads(CITY))]
+    assert calls_of(folded(data)) == [WEATHER]
+
+
 def test_two_calls_of_one_tool_without_ids_are_two() -> None:
     parts = [
         part("get_time", '{"city":', index=0),
@@ -155,9 +158,23 @@ def test_two_calls_of_one_tool_without_ids_are_two() -> None:
     assert calls_of(folded(both(*parts))) == [("get_time", CITY), ("get_time", ROME)]
 
 
-@pytest.mark.parametrize("arguments", [None, "", {}, ...])
+@pytest.mark.parametrize("arguments", [None, "", " \n", {}, "{}", ...])
 def test_a_call_without_arguments_is_a_call(arguments: Any) -> None:
     assert ollama_calls(both(part("get_time", arguments, index=0, id="a"))) == [("get_time", {})]
+
+
+def test_an_empty_object_before_the_arguments_is_none_of_them() -> None:
+    parts = [
+        *[part("get_weather", "{}", index=0, id="a"), part(..., CITY, index=0)],
+        *[part("get_time", {}, index=1, id="b"), part(..., '{"city":', index=1), part(..., '"Rome"}', index=1)],
+    ]
+    assert calls_of(folded(both(*parts))) == [WEATHER, TIME]
+    assert ollama_calls(both(*parts)) == [(name, orjson.loads(text)) for name, text in (WEATHER, TIME)]
+
+
+def test_arguments_that_are_encoded_twice_are_an_object() -> None:
+    data = both(part("get_time", orjson.dumps(ROME).decode(), index=0, id="a"))
+    assert ollama_calls(data) == [("get_time", orjson.loads(ROME))]
 
 
 def test_calls_with_empty_arguments_are_whole_calls() -> None:

@@ -52,6 +52,32 @@ SAME_ANSWERS = {
     "null usage": event({"usage": None, "choices": [{"index": 0, "delta": {"content": "Hello there"}}]}) + END + DONE,
     "one JSON object": orjson.dumps(WHOLE),
     "one JSON object in many lines": orjson.dumps(WHOLE, option=orjson.OPT_INDENT_2) + b"\n",
+    "more after the end": USUAL + END + DONE + delta(content="!") + event({"error": "late"}),
+    "an end mark as JSON": USUAL + END + event("[DONE]"),
+    "an end mark in other letters": USUAL + END + event(b"[Done]"),
+    "heartbeats as data": event(b"ping")
+    + USUAL
+    + event(b": OPENROUTER PROCESSING")
+    + event(b"keep-alive")
+    + END
+    + DONE,
+    "NaN and Infinity": event(
+        b'{"choices":[{"index":0,"delta":{"content":"Hello there"},"x":[NaN,-Infinity]}],"timings":{"y":NaN}}'
+    )
+    + END
+    + DONE,
+    "NaN in one JSON object": orjson.dumps(WHOLE).replace(b'"object"', b'"x":NaN,"object"'),
+    "indexes as texts": event({"choices": [{"index": "0", "delta": {"content": "Hello"}}]})
+    + event({"choices": [{"index": "0", "delta": {"content": " there"}, "finish_reason": "stop"}]})
+    + DONE,
+    "an only choice with index 1": event({"choices": [{"index": 1, "delta": {"content": "Hello"}}]})
+    + event({"choices": [{"index": 1, "delta": {"content": " there"}, "finish_reason": "stop"}]})
+    + DONE,
+    "logprobs as a list": event(
+        {"choices": [{"index": 0, "delta": {"content": "Hello there"}, "logprobs": [{"token": "x"}]}]}
+    )
+    + END
+    + DONE,
     "lines of JSON": b"\n".join(
         orjson.dumps({"choices": [{"index": 0, "delta": {"content": text}}]}) for text in ("Hello", " there")
     ),
@@ -62,7 +88,7 @@ SAME_ANSWERS = {
 def test_an_odd_stream_is_the_answer_that_it_means(data: bytes) -> None:
     choice = folded(data)["choices"][0]
     assert (choice["message"]["content"], choice["finish_reason"]) == ("Hello there", "stop")
-    assert choice == folded(data, openai.OWN_WIRE)["choices"][0]
+    assert choice == folded(data, openai.OWN_WIRE)["choices"][0] and choice["index"] == 0
 
 
 @pytest.mark.parametrize("name", ["no end mark, usage last", "null choices", "no choices"])
@@ -82,10 +108,37 @@ def test_its_usage_counts(name: str) -> None:
         (None, None),
         ([], None),
         ({"prompt_tokens": None}, None),
+        ({"prompt_tokens": "7", "completion_tokens": "3"}, USAGE),
+        ({"prompt_tokens": "n/a", "completion_tokens": 3}, {**USAGE, "prompt_tokens": 0, "total_tokens": 3}),
+        ({"prompt_tokens": -1, "completion_tokens": -1, "total_tokens": -2}, None),
+        ({**USAGE, "prompt_tokens_details": "none", "completion_tokens_details": []}, USAGE),
     ],
 )
 def test_odd_counts_are_numbers_or_none(usage: Any, meant: Json | None) -> None:
     assert folded(USUAL + event({"choices": [], "usage": usage}) + DONE).get("usage") == meant
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop", "usage": USAGE}]},
+        {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}], "x_groq": {"id": "r", "usage": USAGE}},
+        {
+            "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}],
+            "usage": {"input_tokens": 7, "output_tokens": 3},
+        },
+    ],
+)
+def test_usage_in_other_places_counts(end: Json) -> None:
+    found = folded(USUAL + event(end) + DONE)["usage"]
+    assert {name: found[name] for name in USAGE} == USAGE
+
+
+def test_half_an_emoji_does_not_end_an_answer() -> None:
+    halves = [
+        event(b'{"choices":[{"index":0,"delta":{"content":"%s"}}]}' % half) for half in (rb"a\ud83d", rb"\ude00b")
+    ]
+    assert folded(b"".join(halves) + END + DONE)["choices"][0]["message"]["content"] == "a\ufffd\ufffdb"
 
 
 def test_the_last_real_usage_counts() -> None:
@@ -153,6 +206,9 @@ def test_reasoning_has_one_name_and_occurs_once(fields: Json) -> None:
         (b'{"error":"it broke"}\n', "it broke", 502),
         (event({"choices": None, "error_type": "BadRequestError", "error_message": "too long"}), "too long", 502),
         (event({"object": "error", "message": "oom", "code": 500}), "oom", 500),
+        (USUAL + b'event: error\ndata: {"message": "overloaded", "code": 503}\n\n', "overloaded", 503),
+        (USUAL + b"event: error\ndata: out of memory\n\n", "out of memory", 502),
+        (USUAL + b'error: {"code":500,"message":"no slot"}\n\n', "no slot", 500),
         (
             event({"error": {"message": "gone", "code": 502}, "choices": [{"delta": {}, "finish_reason": "error"}]}),
             "gone",
@@ -164,6 +220,7 @@ def test_reasoning_has_one_name_and_occurs_once(fields: Json) -> None:
         (b'{"status":"ok"}', "the model server answered with JSON instead of a completion", 502),
         (b'[{"role":"user"}]', "the model server answered with JSON instead of a completion", 502),
         (b'{"choices":[{"message":{"cont', "the model server ended its answer before it was complete", 502),
+        (delta("null", content="Hello"), "the model server ended its answer before it was complete", 502),
         (USUAL, "the model server ended its answer before it was complete", 502),
         (b"", "the model server ended its answer before it was complete", 502),
     ],
@@ -206,6 +263,12 @@ def test_usual_frames_keep_their_bytes() -> None:
     data = USUAL + b"".join(parts) + delta("tool_calls") + TALLY + DONE
     decoder, chunks = decoded(data, openai.OWN_WIRE)
     assert b"".join(chunk.frame or b"?" for chunk in chunks) + decoder.tail == data
+
+
+def test_bytes_that_do_not_mean_what_they_say_are_not_kept() -> None:
+    whole = event({"choices": [{"message": {"role": "assistant", "content": "Hi"}, "finish_reason": "stop"}]})
+    assert [chunk.frame for chunk in decoded(whole + DONE, openai.OWN_WIRE)[1]] == [None]
+    assert decoded(USUAL + END + DONE)[0].tail == b""  # another API's client gets none of it
 
 
 @pytest.mark.parametrize("data", [USUAL + END + DONE, USUAL + DONE])

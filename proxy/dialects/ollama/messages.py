@@ -239,7 +239,8 @@ def arguments_object(text: Any) -> Json | None:
     """The arguments of a tool call as an object, parsed if they are a string; None if they are no JSON object."""
     if isinstance(text, str):
         try:
-            text = orjson.loads(text or "{}")
+            text = orjson.loads(text.strip() or "{}")
+            text = orjson.loads(text) if isinstance(text, str) else text  # some servers encode them twice
         except orjson.JSONDecodeError:
             return None
     return text if isinstance(text, dict) else None

@@ -71,7 +71,8 @@ class OllamaWriter:
             return b""
         choice = choices[0]
         delta = choice.get("delta") or {}
-        content, thinking, calls = delta.get("content"), delta.get("reasoning_content"), delta.get("tool_calls")
+        content, thinking = delta.get("content") or delta.get("refusal"), delta.get("reasoning_content")
+        calls = delta.get("tool_calls")
         fields = dict(extensions_of(chunk, NAME))
         of_calls: Json = {name: fields.pop(name) for name in ("message", "tool_calls") if calls and name in fields}
         if choice.get("finish_reason"):
@@ -79,11 +80,13 @@ class OllamaWriter:
         if choice.get("finish_reason") or not (content or thinking):
             self._held |= fields
             fields = {}
-        if choice.get("logprobs"):
-            self._logprobs += choice["logprobs"].get("content") or ()
+        if isinstance(logprobs := choice.get("logprobs"), dict):
+            self._logprobs += logprobs.get("content") or ()
         lines = b""
         if content or thinking:
-            lines = self._flush_calls() + self._say(content or "", thinking or "", fields)
+            complete = all(arguments_object(call["arguments"] or None) is not None for call in self._calls.values())
+            lines = self._flush_calls() if complete else b""
+            lines += self._say(content or "", thinking or "", fields)
         return lines + self._add_calls(calls, of_calls) if calls else lines
 
     def adopt(self, chunk: Json) -> None:
@@ -111,7 +114,7 @@ class OllamaWriter:
             self._add_calls([{**call, "index": index} for index, call in enumerate(message["tool_calls"])], {})
         if calls := _written_calls(self._calls, cut=choice.get("finish_reason") == "length"):
             fields["tool_calls"] = calls
-        return orjson.dumps(self._closed(self._object(message.get("content") or "", fields)))
+        return orjson.dumps(self._closed(self._object(message.get("content") or message.get("refusal") or "", fields)))
 
     def _say(self, content: str, thinking: str, besides: Json) -> bytes:
         if len(content) + len(thinking) <= LONGEST_TEXT:

@@ -203,9 +203,9 @@ def _usage(usage: Json) -> Json:
     }
 
 
-def _logprobs(logprobs: Json, alternatives: int) -> list[Json]:
+def _logprobs(logprobs: Any, alternatives: int) -> list[Json]:
     """The logprobs of a chunk, with as many alternatives as the client requested: more may have been."""
-    entries = logprobs.get("content") or ()
+    entries = (logprobs.get("content") if isinstance(logprobs, dict) else None) or ()
     return [{**_logprob(entry), "top_logprobs": _top(entry.get("top_logprobs"), alternatives)} for entry in entries]
 
 
