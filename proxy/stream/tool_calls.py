@@ -1,12 +1,13 @@
 """Puts the parts of streamed tool calls in order. No I/O.
 
 Source: OpenAI's API reference for the intended form (the first part has id and name; all have the call's `index`); the
-deviations are those of servers: no or equal indexes, indexes from 1, names or ids with every part, arguments as an
-object, calls that interleave.
+deviations are those of servers: no or equal indexes, indexes from 1, names or ids with every part, another id with
+every part, arguments as an object, calls that interleave.
 """
 
 from __future__ import annotations
 
+import re
 import secrets
 import string
 from typing import Any
@@ -20,12 +21,27 @@ _ID_LETTERS = string.ascii_letters + string.digits
 ID_LENGTH = 9
 """Letters of an id made here: the chat templates of Mistral's models accept only ids of nine letters and digits."""
 
+_MARKS = re.compile(r'["\\{}]')
+
 
 class _Call:
     """One call: `number` is its position in the answer, `held` what is known of it before it is passed on (without the
     arguments), and None afterwards."""
 
-    __slots__ = ("arguments", "begun", "held", "id", "name", "number")
+    __slots__ = (
+        "_closed",
+        "_depth",
+        "_escapes",
+        "_is_whole",
+        "_quoted",
+        "_scanned",
+        "arguments",
+        "begun",
+        "held",
+        "id",
+        "name",
+        "number",
+    )
 
     def __init__(self, number: int, identity: str | None) -> None:
         self.number = number
@@ -34,15 +50,42 @@ class _Call:
         self.arguments: list[str] = []
         self.held: Json | None = {}
         self.begun = False  # its first part was written
+        self._scanned = 0  # pieces of the arguments of which the following is known
+        self._depth = 0  # of braces
+        self._closed = False  # there was a closing one
+        self._quoted = False  # within a string
+        self._escapes = False  # behind a backslash there
+        self._is_whole: bool | None = None  # None until all braces are closed
 
     @property
     def complete(self) -> bool:
-        """Whether its arguments are a whole JSON object, which nothing can continue."""
-        if not self.arguments or not self.arguments[-1].rstrip().endswith("}"):
-            return False
-        self.arguments = ["".join(self.arguments)]
+        """Whether its arguments are a whole JSON object, which nothing can continue. Each piece of them is looked at
+        once, and all of them are parsed once: what is not an object when its braces are closed never will be."""
+        while self._is_whole is None and self._scanned < len(self.arguments):
+            self._scan(self.arguments[self._scanned])
+            self._scanned += 1
+        if self._is_whole is None and self._closed and self._depth <= 0 and not self._quoted:
+            self._is_whole = self._parses()
+        return self._is_whole is True
+
+    def _scan(self, piece: str) -> None:
+        """Follow the braces outside of strings."""
+        position = int(self._escapes and piece != "")
+        self._escapes = self._escapes and not piece
+        while (found := _MARKS.search(piece, position)) is not None:
+            position = found.end()
+            if found[0] == "\\":
+                self._escapes = self._quoted and position == len(piece)
+                position += self._quoted
+            elif found[0] == '"':
+                self._quoted = not self._quoted
+            elif not self._quoted:
+                self._depth += 1 if found[0] == "{" else -1
+                self._closed = self._closed or found[0] == "}"
+
+    def _parses(self) -> bool:
         try:
-            return isinstance(orjson.loads(self.arguments[0]), dict)
+            return isinstance(orjson.loads("".join(self.arguments)), dict)
         except orjson.JSONDecodeError:
             return False
 
@@ -68,7 +111,8 @@ class CallSequence:
     first part only, and with arguments as text. Parts of a later call are held while an earlier one is incomplete.
 
     A part belongs to the call with its id, else to the one with its index, else to the last one. A part with a new id
-    begins a call; so does one without an id whose name shows that it cannot continue the call it would belong to.
+    begins a call, unless it has the index of one and no name; so does one without an id whose name shows that it cannot
+    continue the call it would belong to.
     """
 
     def __init__(self) -> None:
@@ -140,7 +184,7 @@ class CallSequence:
         known = self._by_id.get(identity) if identity is not None else None
         if known is None:
             known = self._by_index.get(index) if index is not None else (self._calls[-1] if self._calls else None)
-            if known is not None and not _continues(known, identity, name, text):
+            if known is not None and not _continues(known, identity, name, text, indexed=index is not None):
                 known = None
             elif known is None and self._calls and not (identity or name):
                 known = self._calls[-1]  # nothing begins without a name
@@ -168,10 +212,11 @@ def _given(part: Json) -> Json:
     return {name: value for name, value in part.items() if value is not None and value != ""}
 
 
-def _continues(call: _Call, identity: str | None, name: str, text: str) -> bool:
-    """Whether a part with this id (None, or not seen before), name and arguments can continue `call`."""
+def _continues(call: _Call, identity: str | None, name: str, text: str, *, indexed: bool) -> bool:
+    """Whether a part with this id (None, or not seen before), name and arguments can continue `call`, whose index it
+    has if it is `indexed`."""
     if identity is not None:
-        return not name and call.id is None
+        return not name and indexed
     if not name:
         return True
     return name == call.name and not (text.lstrip().startswith("{") and call.complete)

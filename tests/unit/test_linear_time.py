@@ -10,6 +10,7 @@ import pytest
 from llama_smart_proxy.proxy.chat import ChatRequest, Json
 from llama_smart_proxy.proxy.dialects import anthropic, ollama, openai, responses
 from llama_smart_proxy.proxy.stream.decoder import StreamDecoder
+from llama_smart_proxy.proxy.stream.tool_calls import CallSequence
 
 LIMIT_S = 5.0
 """Of processor time. All of these take a fraction of it, and took from ten seconds to hours in quadratic time."""
@@ -59,7 +60,15 @@ def _answer(*pieces: bytes) -> Callable[[], object]:
     return lambda: [decoder.feed(piece) for piece in pieces]
 
 
+def _calls() -> object:
+    sequence = CallSequence()
+    sequence.pass_on([{"index": 0, "id": "a", "function": {"name": "f", "arguments": '{"a":"'}}])
+    sequence.pass_on([{"index": 1, "id": "b", "function": {"name": "g", "arguments": "{}"}}])
+    return [sequence.pass_on([{"index": 0, "function": {"arguments": "some}"}}]) for _ in range(120_000)]
+
+
 ANSWERS = {
+    "arguments with braces, and a call that waits for their end": _calls,
     "blank lines in front": _answer(*[b"\n\n"] * 300_000),
     "comments behind the end": _answer(b"data: [DONE]\n\n" + b":\n\n" * 300_000),
 }

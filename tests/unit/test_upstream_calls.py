@@ -64,6 +64,10 @@ TWO_CALLS = {
         *[part("get_weather", '{"city":', id="a"), part(None, '"Paris"}', id="a")],
         *[part("get_time", '{"city":', id="b"), part(None, '"Rome"}', id="b")],
     ],
+    "another id with every part": [
+        *[part("get_weather", '{"city":', index=0, id="a"), part(..., '"Paris"}', index=0, id="b")],
+        *[part("get_time", '{"city":', index=1, id="c"), part(..., '"Rome"}', index=1, id="d")],
+    ],
     "empty ids and names": [
         *[
             part("get_weather", "", index=0, id="a"),
