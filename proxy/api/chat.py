@@ -302,8 +302,9 @@ async def relay_request(
         path = "".join((endpoint.path, *path.partition("?")[1:]))
     request = UpstreamRequest(http.method, path, data, headers, endpoint.slot, prepared=prepared)
     del body, reusable  # the answer may last for minutes
-    if chat_id and model.state.value != "loaded" and proxy.config.server_pool.autoload:
-        await proxy.conversations.load(chat_id, model, request)
+    pool = proxy.config.server_pool
+    if chat_id and model.state.value != "loaded" and pool.autoload:
+        await proxy.conversations.load(chat_id, model, request, limit=pool.queue_limit)
     return await relay(
         http, model, request, endpoint.dialect, stall_s=stall_s, generates=generates, unstreamed=unstreamed
     )
