@@ -149,11 +149,15 @@ class Chat:
         request = await self._written(codec, model, chat)
 
         async def amend(refused: UpstreamRefused) -> UpstreamRequest | None:
+            nonlocal chat  # a server may refuse the amended request for another reason
             if self.codec.thinking_is_optional and _remove_thinking(chat, refused):
                 return await self._written(codec, model, chat)
             amending = self.endpoint.amending if not self._is_native(model) else None
             amended = await amending(model, chat, refused) if amending is not None else None
-            return await self._written(codec, model, amended) if amended is not None else None
+            if amended is None:
+                return None
+            chat = amended
+            return await self._written(codec, model, chat)
 
         return ModelAnswer(
             model, request, codec, chat, self.http[RECORD],
