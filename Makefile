@@ -24,12 +24,15 @@ test: .venv/dev ## all quick tests, two at a time (about 7 minutes on two cores)
 test-unit: .venv/dev ## the tests of functions alone, without a server
 	$(bin)/python -m pytest -m "not full" -n 2 tests/unit
 
-# One stream lasts five and a half minutes, and needs next to nothing: it runs beside the others.
-test-full: .venv/dev ## the long tests: load, endurance, attacks
+# One stream lasts five and a half minutes, and needs next to nothing; laws are functions alone. Both run beside the rest.
+full := $(bin)/python -m pytest -m full --hypothesis-profile full --timeout 500
+test-full: .venv/dev ## the long tests: load, endurance, attacks, and the laws with all their examples
 	@mkdir -p build
-	@$(bin)/python -m pytest -m full --timeout 500 tests/system/test_relay_long.py >build/long.log 2>&1 & long=$$!; \
-	$(bin)/python -m pytest -m full --hypothesis-profile full --timeout 500 --ignore tests/system/test_relay_long.py; rest=$$?; \
-	wait $$long || { cat build/long.log; exit 1; }; tail -n 1 build/long.log; exit $$rest
+	@$(full) tests/system/test_relay_long.py >build/long.log 2>&1 & long=$$!; \
+	$(full) tests/unit >build/laws.log 2>&1 & laws=$$!; \
+	$(full) --ignore tests/system/test_relay_long.py tests/system tests/integration tests/contract; failed=$$?; \
+	wait $$laws || { cat build/laws.log; failed=1; }; tail -n 1 build/laws.log; \
+	wait $$long || { cat build/long.log; failed=1; }; tail -n 1 build/long.log; exit $$failed
 
 lint: .venv/dev ## ruff and mypy --strict
 	$(bin)/ruff check .

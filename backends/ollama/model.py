@@ -114,8 +114,9 @@ class OllamaModel:
                 logger.warning("%s did not answer for %s: %s", host.url, self.name, exc)
                 failure = exc
                 continue
-            if response.status == 404:
-                await host.refresh_tags(0)
+            if response.status != 404:
+                return response
+            await host.refresh_tags(0)
             if self._key in host.tags:
                 return response
             await stack.aclose()

@@ -150,11 +150,15 @@ class Chat:
         request = await self._written(codec, model, chat)
 
         async def amend(refused: UpstreamRefused) -> UpstreamRequest | None:
+            nonlocal chat  # a server may refuse the amended request for another reason
             if self.codec.thinking_is_optional and _remove_thinking(chat, refused):
                 return await self._written(codec, model, chat)
             amending = self.endpoint.amending if not self._is_native(model) else None
             amended = await amending(model, chat, refused) if amending is not None else None
-            return await self._written(codec, model, amended) if amended is not None else None
+            if amended is None:
+                return None
+            chat = amended
+            return await self._written(codec, model, chat)
 
         return ModelAnswer(
             model, request, codec, chat, self.http[RECORD],
@@ -318,8 +322,9 @@ async def relay_request(
         path = "".join((endpoint.path, *path.partition("?")[1:]))
     request = UpstreamRequest(http.method, path, data, headers, endpoint.slot, prepared=prepared)
     del body, reusable  # the answer may last for minutes
-    if chat_id and model.state.value != "loaded" and proxy.config.server_pool.autoload:
-        await proxy.conversations.load(chat_id, model, request)
+    pool = proxy.config.server_pool
+    if chat_id and model.state.value != "loaded" and pool.autoload:
+        await proxy.conversations.load(chat_id, model, request, limit=pool.queue_limit)
     return await relay(
         http, model, request, endpoint.dialect, stall_s=stall_s, generates=generates, unstreamed=unstreamed
     )

@@ -9,7 +9,7 @@ import asyncio
 import logging
 
 from llama_smart_proxy.backends.base import Model, UpstreamRequest
-from llama_smart_proxy.proxy.errors import BadRequest, ProxyError
+from llama_smart_proxy.proxy.errors import BadRequest, Overloaded, ProxyError
 
 logger = logging.getLogger(__name__)
 
@@ -31,13 +31,15 @@ class Conversations:
         if wait is not None:
             wait.reschedule(asyncio.get_running_loop().time())
 
-    async def load(self, chat: str, model: Model, request: UpstreamRequest) -> None:
+    async def load(self, chat: str, model: Model, request: UpstreamRequest, *, limit: int) -> None:
         """Load `model` for `request`, and end an earlier request of the conversation that waits. If the client leaves
         meanwhile, the request is sent without it once the model is loaded.
 
-        Raises: BadRequest if the request is ended by `stop`; as `Model.load`.
+        Raises: BadRequest if the request is ended by `stop`; Overloaded if `limit` conversations wait; as `Model.load`.
         """
         self.stop(chat)
+        if len(self._waits) >= limit:
+            raise Overloaded("Too many requests are waiting for a model; try again later.")
         try:
             await self._loaded(chat, model)
         except asyncio.CancelledError:

@@ -88,8 +88,8 @@ def _refused(message: str, *, status: int, details: Json | None = None) -> Upstr
     message = message[:MESSAGE_LENGTH]
     has_code = {str(details.get("type")), str(details.get("code"))} & _CONTEXT_CODES
     if has_code or (status < 500 and _CONTEXT_MESSAGES.search(message)):
-        tokens = details.get("n_prompt_tokens") or _number(_TOKENS, message)
-        limit = details.get("n_ctx") or _number(_LIMIT, message)
+        tokens = _count(details.get("n_prompt_tokens")) or _number(_TOKENS, message)
+        limit = _count(details.get("n_ctx")) or _number(_LIMIT, message)
         return ContextExceeded(message, details=details, tokens=tokens, limit=limit)
     return UpstreamRefused(message, status=status, details=details)
 
@@ -97,6 +97,10 @@ def _refused(message: str, *, status: int, details: Json | None = None) -> Upstr
 def _number(pattern: re.Pattern[str], message: str) -> int | None:
     found = pattern.search(message)
     return int(found[1]) if found else None
+
+
+def _count(value: Any) -> int | None:
+    return value if value.__class__ is int and value > 0 else None
 
 
 def _status(body: Json) -> int | None:

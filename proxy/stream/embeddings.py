@@ -25,6 +25,8 @@ NOT_ENOUGH = "input exceeds maximum context length and cannot be truncated furth
 _SPECIAL = 2
 """Most tokens that a model adds to a text."""
 _WORD_END = re.compile(r"(?<=\S)(?=\s)")
+_LONGEST_TOKEN = 1024
+"""No vocabulary has a token of so many characters."""
 
 
 async def embed(
@@ -120,9 +122,8 @@ async def _limited(vectors_of: _Embed, request: EmbeddingRequest, limit: int) ->
         if one.tokens > limit and not request.truncate:
             raise BadRequest(TOO_LONG)
         if one.tokens > limit:
-            ends = [end.start() for end in _WORD_END.finditer(text)]
-            found = await _longest(vectors_of, text, ends, limit)
-            found = found or await _longest(vectors_of, text, range(1, ends[0] if ends else len(text)), limit)
+            text = text[: limit * _LONGEST_TOKEN]
+            found = await _longest(vectors_of, text, _word_end, limit) or await _longest(vectors_of, text, _any, limit)
             if found is None:
                 raise BadRequest(NOTHING_LEFT)
             one = found
@@ -132,14 +133,28 @@ async def _limited(vectors_of: _Embed, request: EmbeddingRequest, limit: int) ->
     return result
 
 
-async def _longest(vectors_of: _Embed, text: str, ends: Sequence[int], limit: int) -> Embedded | None:
-    """The vector of the longest beginning of `text` up to one of `ends` that has at most `limit` tokens."""
-    found, low, high = None, 0, len(ends)
+async def _longest(
+    vectors_of: _Embed, text: str, end_in: Callable[[str, int, int], int | None], limit: int
+) -> Embedded | None:
+    """The vector of the longest beginning of `text` with at most `limit` tokens. It ends where `end_in`, called with
+    the text, the first and behind the last position, says that one may."""
+    found, low, high = None, 1, len(text)
     while low < high:
         middle = (low + high) // 2
-        tried = await vectors_of([text[: ends[middle]]])
-        if tried.tokens <= limit:
-            found, low = tried, middle + 1
+        end = end_in(text, middle, high)
+        tried = await vectors_of([text[:end]]) if end is not None else None
+        if end is not None and tried is not None and tried.tokens <= limit:
+            found, low = tried, end + 1
         else:
             high = middle
     return found
+
+
+def _word_end(text: str, start: int, end: int) -> int | None:
+    """The first end of a word from `start` on; not a list of all of them, of which a text may have millions."""
+    found = _WORD_END.search(text, start, end)
+    return found.start() if found is not None else None
+
+
+def _any(text: str, start: int, end: int) -> int | None:
+    return start

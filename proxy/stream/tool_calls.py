@@ -7,6 +7,7 @@ come late, arguments as an object, repeated or after an empty object, calls that
 
 from __future__ import annotations
 
+import re
 import secrets
 import string
 from typing import Any
@@ -21,11 +22,60 @@ ID_LENGTH = 9
 """Letters of an id made here: the chat templates of Mistral's models accept only ids of nine letters and digits."""
 
 
+_MARKS = re.compile(r'["\\{}]')
+
+
+class _BraceScan:
+    """Decides whether pieces of text are a whole JSON object. Each piece is looked at once, and all of them are parsed
+    once: what is not an object when its braces are closed never will be."""
+
+    __slots__ = ("_closed", "_depth", "_escapes", "_is_whole", "_quoted", "_scanned")
+
+    def __init__(self) -> None:
+        self._scanned = 0  # pieces of which the following is known
+        self._depth = 0  # of braces
+        self._closed = False  # there was a closing one
+        self._quoted = False  # within a string
+        self._escapes = False  # behind a backslash there
+        self._is_whole: bool | None = None  # None until all braces are closed
+
+    def is_whole(self, pieces: list[str]) -> bool:
+        """Whether `pieces`, to which only further ones were added since the last call, are a whole object."""
+        while self._is_whole is None and self._scanned < len(pieces):
+            self._scan(pieces[self._scanned])
+            self._scanned += 1
+        if self._is_whole is None and self._closed and self._depth <= 0 and not self._quoted:
+            self._is_whole = _is_object("".join(pieces))
+        return self._is_whole is True
+
+    def _scan(self, piece: str) -> None:
+        """Follow the braces outside of strings."""
+        position = int(self._escapes and piece != "")
+        self._escapes = self._escapes and not piece
+        while (found := _MARKS.search(piece, position)) is not None:
+            position = found.end()
+            if found[0] == "\\":
+                self._escapes = self._quoted and position == len(piece)
+                position += self._quoted
+            elif found[0] == '"':
+                self._quoted = not self._quoted
+            elif not self._quoted:
+                self._depth += 1 if found[0] == "{" else -1
+                self._closed = self._closed or found[0] == "}"
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(orjson.loads(text), dict)
+    except orjson.JSONDecodeError:
+        return False
+
+
 class _Call:
     """One call: `number` is its position in the answer, `held` what is known of it before it is passed on (without the
     arguments), and None afterwards."""
 
-    __slots__ = ("arguments", "begun", "given", "held", "id", "name", "number", "unfilled")
+    __slots__ = ("_scan", "arguments", "begun", "given", "held", "id", "name", "number", "unfilled")
 
     def __init__(self, number: int, identity: str | None) -> None:
         self.number = number
@@ -36,6 +86,7 @@ class _Call:
         self.held: Json | None = {}
         self.begun = False  # its first part was written
         self.unfilled = False  # it began with `{}`, which may stand for arguments that follow
+        self._scan = _BraceScan()
 
     @property
     def ready(self) -> bool:
@@ -45,13 +96,7 @@ class _Call:
     @property
     def complete(self) -> bool:
         """Whether its arguments are a whole JSON object, which nothing can continue."""
-        if not self.arguments or not self.arguments[-1].rstrip().endswith("}"):
-            return False
-        self.arguments = ["".join(self.arguments)]
-        try:
-            return isinstance(orjson.loads(self.arguments[0]), dict)
-        except orjson.JSONDecodeError:
-            return False
+        return self._scan.is_whole(self.arguments)
 
     def hold(self, part: Json) -> None:
         """Add `part` to what is held; its arguments are in `arguments`."""

@@ -6,6 +6,7 @@ import asyncio
 from contextlib import AsyncExitStack, suppress
 from typing import Any
 
+import orjson
 import pytest
 
 from llama_smart_proxy.backends.base import UpstreamRequest
@@ -15,6 +16,7 @@ from llama_smart_proxy.backends.ollama.hosts import Hosts
 from llama_smart_proxy.proxy.errors import ModelNotFound, UpstreamFailed
 from tests.support.harness import PATIENCE_S, free_port, until
 from tests.support.ollamas import FakeOllama, ask, black_hole, chat, opened, patient, running_ollama
+from tests.support.toxic import Link, Request, plain, raw_upstream
 
 LATE_S = 600.0
 """What no list may wait for."""
@@ -305,6 +307,23 @@ async def test_a_model_deleted_behind_our_back_is_asked_from_the_next_host() -> 
             await first.set(models=[])
             assert (await ask(upstream.model("m"), chat("m")))[0] == 200
             assert len(second.events("request", "/api/chat")) == 1
+
+
+async def test_an_answer_counts_also_if_its_model_was_deleted_meanwhile() -> None:
+    hosts: list[Hosts] = []
+    models = [{"name": "m", "model": "m"}]
+
+    async def script(link: Link, request: Request) -> None:
+        if "/api/chat" in request.line:
+            models.clear()
+            await hosts[0].hosts[0].refresh_tags(0)
+        lists = {"/api/tags": {"models": models}, "/api/ps": {"models": []}, "/api/version": {"version": "0.13.0"}}
+        await link.send(plain(orjson.dumps(lists.get(request.line.split()[1], {"done": True}))))
+
+    async with raw_upstream(script) as server, opened(server.port) as upstream:
+        hosts.append(upstream)
+        assert await ask(upstream.model("m"), chat("m")) == (200, {"done": True})
+        assert [request.line for request in server.requests].count("POST /api/chat HTTP/1.1") == 1
 
 
 async def test_answers_pass_as_they_are_also_refusals() -> None:

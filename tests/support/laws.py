@@ -13,18 +13,18 @@ from hypothesis import strategies as st
 from llama_smart_proxy.proxy.chat import Json
 
 _T = TypeVar("_T", bound=Callable[..., Any])
-FEWEST = 25
+FEWEST = 10
 
 
 def law(examples: int, **more: Any) -> Callable[[_T], _T]:
     """Decorates a test by hypothesis: so many examples with `--hypothesis-profile full`, under which it counts as a
-    `full` test; else a tenth of them. `more` are other settings."""
+    `full` test; else a fortieth of them. `more` are other settings."""
 
     def decorate(test: _T) -> _T:
         full = settings.get_current_profile_name() == "full"
         if full:
             pytest.mark.full(test)
-        return settings(max_examples=examples if full else max(FEWEST, examples // 10), **more)(test)
+        return settings(max_examples=examples if full else max(FEWEST, examples // 40), **more)(test)
 
     return decorate
 

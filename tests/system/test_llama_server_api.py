@@ -292,7 +292,7 @@ async def test_a_request_for_a_resumable_stream_waits_for_its_model_without_its_
 ) -> None:
     kept = fakes.model(fields={"resumable_streams": True}, LOAD_UNTIL=gate)
     question = request("POST", CHAT, body_of("kept", stream=True), headers=[CONVERSATION])
-    async with running_proxy(fakes.config({"kept": kept})) as proxy:
+    async with running_proxy(fakes.config({"kept": kept}, queue_limit=1)) as proxy:
 
         async def resumed() -> int:
             return (await get(proxy.port, f"/v1/stream?{CONV}&from=0")).status
@@ -314,6 +314,9 @@ async def test_a_request_for_a_resumable_stream_waits_for_its_model_without_its_
             client.leave()
         await until(lambda: " 499 " in proxy.log, what="the end of the client")
         assert await waits() and not sent(fakes, CHAT)
+        another = request("POST", CHAT, body_of("kept"), headers=[(CONVERSATION[0], "another")], close=True)
+        refused = await ask(proxy.port, another)
+        assert (refused.status, refused.error["code"]) == (503, "overloaded"), "there may be no more of them"
         gate.open()
         await until(lambda: sent(fakes, CHAT), what="the request at the server")
         assert sent(fakes, CHAT)[0]["headers"]["x-conversation-id"] == CONVERSATION[1]

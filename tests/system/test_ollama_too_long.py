@@ -179,6 +179,12 @@ async def test_a_schema_that_llama_server_cannot_read_asks_for_json(small: Proxy
         assert (said_by.get("content") or said_by.get("response")).lstrip()[:1] in ("{", "[", '"')
 
 
+async def test_what_is_refused_twice_is_changed_twice(small: Proxy) -> None:
+    turns = [message for _ in range(12) for message in TURN]
+    answer = await chat(small, [*turns, LAST], format={"type": "nonsense"})
+    assert 0 < answer["prompt_eval_count"] < SIZE
+
+
 async def test_a_message_without_a_role_is_the_users(small: Proxy) -> None:
     bare = await chat(small, [{"content": "hello"}])
     assert bare["prompt_eval_count"] == (await chat(small, [{"role": "user", "content": "hello"}]))["prompt_eval_count"]

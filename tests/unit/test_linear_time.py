@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
 
 import pytest
 
 from llama_smart_proxy.proxy.chat import ChatRequest, Json
 from llama_smart_proxy.proxy.dialects import anthropic, ollama, openai, responses
+from llama_smart_proxy.proxy.dialects.embeddings import OLLAMA_EMBED, Embedded
+from llama_smart_proxy.proxy.stream import embeddings
 from llama_smart_proxy.proxy.stream.decoder import StreamDecoder
+from llama_smart_proxy.proxy.stream.tool_calls import CallSequence
 
 LIMIT_S = 5.0
 """Of processor time. All of these take a fraction of it, and took from ten seconds to hours in quadratic time."""
@@ -59,7 +63,15 @@ def _answer(*pieces: bytes) -> Callable[[], object]:
     return lambda: [decoder.feed(piece) for piece in pieces]
 
 
+def _calls() -> object:
+    sequence = CallSequence(waits=True)
+    sequence.pass_on([{"index": 0, "id": "a", "function": {"name": "f", "arguments": '{"a":"'}}])
+    sequence.pass_on([{"index": 1, "id": "b", "function": {"name": "g", "arguments": "{}"}}])
+    return [sequence.pass_on([{"index": 0, "function": {"arguments": "some}"}}]) for _ in range(120_000)]
+
+
 ANSWERS = {
+    "arguments with braces, and a call that waits for their end": _calls,
     "blank lines in front": _answer(*[b"\n\n"] * 300_000),
     "comments behind the end": _answer(b"data: [DONE]\n\n" + b":\n\n" * 300_000),
 }
@@ -79,3 +91,29 @@ def test_the_time_for_a_request_is_proportional_to_its_size(work: Callable[[], o
 @pytest.mark.parametrize("work", ANSWERS.values(), ids=ANSWERS)
 def test_the_time_for_an_answer_is_proportional_to_its_size(work: Callable[[], object]) -> None:
     assert _spent_s(work) < LIMIT_S
+
+
+@pytest.mark.parametrize(("text", "cut"), [("ab cd " * 3_000_000, "ab cd ab"), ("a" * 10_000_000, "a" * 8)])
+def test_a_text_is_cut_without_a_look_at_all_of_its_words(text: str, cut: str) -> None:
+    """For a server that counts tokens, here one for each character, but cannot be asked for them."""
+    tried: list[str] = []
+
+    async def vectors_of(inputs: Sequence[Any]) -> Embedded:
+        tried.extend(inputs)
+        return Embedded([[float(len(inputs[0]))]], tokens=len(inputs[0]))
+
+    request = OLLAMA_EMBED.decode({"model": "m", "input": text, "options": {"num_ctx": 8}})
+    found: list[Embedded] = []
+    spent_s = _spent_s(lambda: found.append(_result(embeddings._limited(vectors_of, request, 8))))
+    assert found[0].vectors == [[float(len(cut))]] and cut in tried
+    assert spent_s < LIMIT_S and len(tried) < 50
+
+
+def _result(work: Coroutine[Any, Any, Embedded]) -> Embedded:
+    """The result of a coroutine that awaits nothing."""
+    try:
+        work.send(None)
+    except StopIteration as done:
+        result: Embedded = done.value
+        return result
+    raise AssertionError("it awaits something")

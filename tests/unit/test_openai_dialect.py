@@ -281,3 +281,11 @@ def test_a_prompt_over_the_context_is_recognized(message: str, tokens: int | Non
     assert isinstance(error, ContextExceeded) and error.message == message
     assert (error.status, error.tokens, error.limit) == (400, tokens, limit)
     assert not isinstance(upstream_errors.refused(400, b'{"error":"the context is fine"}'), ContextExceeded)
+
+
+@pytest.mark.parametrize("odd", ["many", 0, -1, 1.5, True, None])
+def test_counts_that_are_none_are_not_taken_for_some(odd: Any) -> None:
+    details = {"type": "exceed_context_size_error", "n_prompt_tokens": odd, "n_ctx": odd}
+    message = "request (932 tokens) exceeds the available context size (64 tokens)"
+    error = upstream_errors.refused(400, json.dumps({"error": {"message": message, **details}}).encode())
+    assert isinstance(error, ContextExceeded) and (error.tokens, error.limit) == (932, 64)

@@ -64,6 +64,10 @@ TWO_CALLS = {
         *[part("get_weather", '{"city":', id="a"), part(None, '"Paris"}', id="a")],
         *[part("get_time", '{"city":', id="b"), part(None, '"Rome"}', id="b")],
     ],
+    "another id with every part": [
+        *[part("get_weather", '{"city":', index=0, id="a"), part(..., '"Paris"}', index=0, id="b")],
+        *[part("get_time", '{"city":', index=1, id="c"), part(..., '"Rome"}', index=1, id="d")],
+    ],
     "empty ids and names": [
         *[
             part("get_weather", "", index=0, id="a"),
@@ -106,7 +110,7 @@ TWO_CALLS = {
         *[part("get_weather", '{"city":', index=0), part(..., '"Paris"}', index=0, id="a")],
         *[part("get_time", '{"city":', index=1), part("get_time", '"Rome"}', index=1, id="b")],
     ],
-    "another id with every part": [
+    "another id with every part, the last without an index": [
         *[part("get_weather", "", index=0, id="a"), part(None, '{"city":', index=0, id="b")],
         *[part(None, '"Paris"}', index=0, id="c"), part("get_time", "", index=1, id="d"), part(None, ROME, id="e")],
     ],
