@@ -44,6 +44,7 @@ def checkout(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.full
 def test_quick_run_prints_the_table_and_writes_every_figure(tmp_path: Path) -> None:
     file = tmp_path / "new" / "bench.json"
     done = bench("--quick", "--json", str(file), "--against", str(checkout(tmp_path / "other")))
