@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 HEAD_LIMIT = 64 * 1024
 """Maximum bytes of status line and headers accepted from a server."""
+MAX_BLANKS = 4 * 1024
+"""Blank bytes that may come before an answer shows what it is."""
 BUFFER_LIMIT = 64 * 1024
 """Body bytes buffered for a reader that is not ready before reading from the socket is paused."""
 
@@ -154,9 +156,12 @@ class UpstreamResponse:
         while not self._head_done and not self._is_done():
             await self._event()
 
-    async def first_piece(self) -> None:
-        """Return when a body byte is available, or the body has ended without one."""
-        while not self._pieces and not self._is_done():
+    async def first_piece(self, *, blanks: bool = True) -> None:
+        """Return when a body byte is available, without `blanks` another one than those, or the body has ended without
+        one; or when there are `MAX_BLANKS` bytes."""
+        while not self._is_done() and (
+            not self._pieces or not (blanks or self._buffered >= MAX_BLANKS or self.peek().strip())
+        ):
             await self._event()
 
     def peek(self) -> bytes:

@@ -184,6 +184,7 @@ class StreamDecoder:
                         and len(delta) == 1
                         and delta.get("content").__class__ is str
                         and choice.get("finish_reason") is None
+                        and choice.get("index").__class__ is int
                     ):
                         made.append(Chunk(data, frame if self._verbatim else None, self._serial))
                         self._serial += 1

@@ -78,7 +78,8 @@ async def _pass_on(
     declared = kind in _STREAMS
     if not bodiless and (declared or (unstreamed is not None and upstream.status == 200)):
         splitter = _STREAMS[kind if declared else dialect.stream_type]
-        await upstream.first_piece()  # headers are sent with the first byte; until then a failure sets the status code
+        # headers are sent with the first byte; until then a failure sets the status code
+        await upstream.first_piece(blanks=declared)
         first = opening(upstream.peek()) or b"-"
         if unstreamed is not None and first in splitter.foreign:
             return await unstreamed(upstream)

@@ -257,6 +257,25 @@ async def test_connection_is_not_used_again_when_the_server_says_so(answer: byte
         await until(lambda: upstream.open_links == 0, what="the closed connections")
 
 
+async def test_blanks_in_front_of_an_answer_do_not_show_what_it_is() -> None:
+    go_on = asyncio.Event()
+
+    async def script(link: Link, request: Request) -> None:
+        await link.send(toxic.EVENT_HEAD + chunk(b"\r\n"))
+        await go_on.wait()
+        await link.send(chunk(b"{}") + LAST_CHUNK)
+
+    async with pooled(script) as (pool, _), pool.request(POST) as response:
+        await response.first_piece()
+        shown = asyncio.ensure_future(response.first_piece(blanks=False))
+        await asyncio.sleep(0)
+        assert response.peek() == b"\r\n" and not shown.done()
+        go_on.set()
+        await shown
+        assert response.peek() == b"\r\n{}"
+        assert await response.read(100) == b"\r\n{}"
+
+
 async def test_answer_left_unread_closes_its_connection_at_once() -> None:
     async def script(link: Link, request: Request) -> None:
         await link.send(toxic.EVENT_HEAD + chunk(b"data: 1\n\n"))

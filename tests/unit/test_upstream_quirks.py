@@ -32,6 +32,14 @@ SAME_ANSWERS = {
     "no choices": event({"prompt_filter_results": []}) + USUAL + END + event({"usage": USAGE}) + DONE,
     "a null choice": event({"choices": [None]}) + USUAL + END + DONE,
     "a null delta": USUAL + event({"choices": [{"index": 0, "delta": None, "finish_reason": "stop"}]}) + DONE,
+    "null indexes": event({"choices": [{"index": None, "delta": {"content": "Hello"}}]})
+    + event({"choices": [{"index": None, "delta": {"content": " there"}}]})
+    + END
+    + DONE,
+    "indexes that are none": event({"choices": [{"index": "0", "delta": {"content": "Hello"}}]})
+    + event({"choices": [{"index": [], "delta": {"content": " there"}}]})
+    + END
+    + DONE,
     "a message for a delta": event(
         {"choices": [{"message": {"role": "assistant", "content": "Hello there"}, "finish_reason": "stop"}]}
     ),
