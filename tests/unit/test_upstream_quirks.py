@@ -213,6 +213,8 @@ def test_reasoning_has_one_name_and_occurs_once(fields: Json) -> None:
             502,
         ),
         (delta("error"), "the model server ended its answer with an error", 502),
+        (b'[{"error":{"message":"no such key","code":400}}]', "no such key", 400),
+        (b'{"success":false,"errors":[{"message":"no route","code":7000}]}', "no route", 502),
         (b"<html><body>Log in</body></html>", "the model server answered with a web page instead of a completion", 502),
         (b"  \n<!DOCTYPE html>", "the model server answered with a web page instead of a completion", 502),
         (b'{"status":"ok"}', "the model server answered with JSON instead of a completion", 502),
