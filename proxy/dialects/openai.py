@@ -267,7 +267,11 @@ def _event(value: Json) -> bytes:
 def _to_openai(request: ChatRequest) -> tuple[str, Json]:
     """The request for any OpenAI-compatible server, streamed; with usage, because other APIs always report it."""
     body = without_extensions(request.body)
-    body |= {"stream": True, "stream_options": {**(body.get("stream_options") or {}), "include_usage": True}}
+    options = body.get("stream_options")
+    body |= {
+        "stream": True,
+        "stream_options": {**(options if isinstance(options, dict) else {}), "include_usage": True},
+    }
     return ("/v1/completions" if request.is_text else "/v1/chat/completions"), body
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import orjson
 import pytest
 
-from llama_smart_proxy.proxy.chat import ChatRequest, Fold, Timing
-from llama_smart_proxy.proxy.dialects.ollama import CHAT, OllamaReader
+from llama_smart_proxy.proxy.chat import ChatRequest, Fold, Json, Timing
+from llama_smart_proxy.proxy.dialects import openai
+from llama_smart_proxy.proxy.dialects.ollama import CHAT, WIRE, OllamaReader
 
 TIMES = Timing(arrived_s=10.0, sent_s=10.5)
 
@@ -48,3 +49,33 @@ def test_a_refusal_is_the_text_of_the_answer() -> None:
     for part in parts:
         whole.add(part)
     assert json.loads(writer.reply(whole.completion()))["message"]["content"] == "I cannot."
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ["Hi"],
+        [{"text": "Hi"}],
+        [{"type": "text", "text": None}, {"type": "text", "text": "Hi"}],
+        [{"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]}, {"type": "text", "text": "Hi"}],
+        [{"type": "reasoning", "text": "Hm."}, "Hi"],
+    ],
+)
+def test_odd_parts_in_the_history_do_not_end_a_chat(parts: list[Any]) -> None:
+    messages: list[Json] = [{"role": "assistant", "content": parts}]
+    sent = WIRE.encode(ChatRequest({"model": "m", "messages": messages}, True))[1]["messages"]
+    assert [message["content"] for message in sent] == ["Hi"]
+
+
+def test_a_custom_tools_call_in_the_history_is_a_call() -> None:
+    call = {"id": "a", "type": "custom", "custom": {"name": "patch", "input": "x"}}
+    messages: list[Json] = [{"role": "assistant", "content": None, "tool_calls": [call]}]
+    sent = WIRE.encode(ChatRequest({"model": "m", "messages": messages}, True))[1]["messages"][0]["tool_calls"]
+    assert [found["function"] for found in sent] == [{"name": "patch", "arguments": {"input": "x"}}]
+    assert "custom" in call
+
+
+@pytest.mark.parametrize("options", ["x", 5, [], None, {}])
+def test_odd_stream_options_do_not_fail_a_request(options: Any) -> None:
+    body = openai.WIRE.encode(ChatRequest({"model": "m", "messages": [], "stream_options": options}, True))[1]
+    assert body["stream_options"] == {"include_usage": True}
