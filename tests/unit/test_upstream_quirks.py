@@ -132,6 +132,11 @@ def test_usage_in_other_places_counts(end: Json) -> None:
     assert {name: found[name] for name in USAGE} == USAGE
 
 
+def test_an_impossible_tokens_logprob_is_a_number() -> None:
+    data = event(b'{"choices":[{"index":0,"delta":{"content":"a"},"logprobs":{"content":[{"logprob":-Infinity}]}}]}')
+    assert folded(data + END + DONE)["choices"][0]["logprobs"] == {"content": [{"logprob": -9999.0}]}
+
+
 def test_half_an_emoji_does_not_end_an_answer() -> None:
     halves = [
         event(b'{"choices":[{"index":0,"delta":{"content":"%s"}}]}' % half) for half in (rb"a\ud83d", rb"\ude00b")
@@ -165,6 +170,8 @@ def test_a_finish_reason_is_one_of_openais(given: Any, meant: str) -> None:
         {"thinking": "Hm."},
         {"reasoning": "Hm."},
         {"reasoning": {"text": "Hm."}},
+        {"reasoning": ["H", {"type": "text", "text": "m."}]},
+        {"reasoning": True, "thinking": "Hm."},
         {"reasoning": "Hm.", "reasoning_content": "Hm."},
         {"reasoning": None, "thinking": "", "reasoning_content": "Hm."},
         {
