@@ -314,9 +314,9 @@ async def relay_request(
         headers.append((CONVERSATION, chat_id))
     path = upstream_path(http, model.name)
     stall_s, unstreamed = proxy.config.server.send_stall_s, None
-    generates = endpoint.codec is not None
-    if endpoint.codec is not None and endpoint.codec.streams(body):
-        chat = ChatRequest({**{name: body[name] for name in _OF_ANSWER if name in body}, "messages": []}, True)
+    streams = endpoint.codec is not None and endpoint.codec.streams(body)
+    if endpoint.codec is not None and endpoint.codec.same_api is not None:
+        chat = ChatRequest({**{name: body[name] for name in _OF_ANSWER if name in body}, "messages": []}, streams)
         unstreamed = partial(respond_unstreamed, http, endpoint.codec, chat, stall_s=stall_s)
     if endpoint.path:
         path = "".join((endpoint.path, *path.partition("?")[1:]))
@@ -326,7 +326,11 @@ async def relay_request(
     if chat_id and model.state.value != "loaded" and pool.autoload:
         await proxy.conversations.load(chat_id, model, request, limit=pool.queue_limit)
     return await relay(
-        http, model, request, endpoint.dialect, stall_s=stall_s, generates=generates, unstreamed=unstreamed
+        *(http, model, request, endpoint.dialect),
+        stall_s=stall_s,
+        generates=endpoint.codec is not None,
+        streams=streams,
+        unstreamed=unstreamed,
     )
 
 

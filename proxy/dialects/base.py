@@ -97,7 +97,7 @@ def has_line(events: bytes, *starts: bytes) -> bool:
 
 def last_objects(frames: bytes) -> Iterator[Json]:
     """The JSON objects of events, of lines, or of a whole body, last one first; anything unparsable is skipped."""
-    for line in (*reversed(frames.strip().split(b"\n")), frames):
+    for line in (*reversed(frames.strip().replace(b"\r", b"\n").split(b"\n")), frames):
         data = line.removeprefix(b"data:").strip()
         if data.startswith(b"{"):
             with suppress(orjson.JSONDecodeError):

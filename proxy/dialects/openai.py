@@ -50,6 +50,14 @@ def _has_finish_reason(frames: bytes) -> bool:
     return any(isinstance(choice, dict) and choice.get("finish_reason") for choice in choices)
 
 
+def _is_error_body(body: bytes) -> bool:
+    """Clients show the message of an `error`, and of nothing else."""
+    with suppress(orjson.JSONDecodeError):
+        parsed = orjson.loads(body)
+        return isinstance(parsed, dict) and bool(parsed.get("error"))
+    return False
+
+
 def _usage(frames: bytes) -> Json | None:
     """llama-server sends `timings` with every answer, and `usage` with a stream only if the client requested it."""
     for event in last_objects(frames):
@@ -71,6 +79,7 @@ OPENAI = Dialect(
     bind=lambda body, params: mend_arguments(body),
     ending=b"data: [DONE]\n\n",
     end_mark=b"[DONE]",
+    is_error_body=_is_error_body,
     usage=_usage,
 )
 """Source: the OpenAI API reference; llama-server and vLLM both end a stream with `[DONE]`, TGI and ik_llama.cpp do
@@ -185,7 +194,7 @@ _HEARTBEATS = frozenset({b"ping", b"keepalive", b"keep-alive", b"keep_alive", b"
 
 
 def _named_error(frame: bytes, data: bytes) -> ProxyError:
-    """The error of an event that is named one, or of a line `error: ...`, whatever its data are."""
+    """The error of an event that is named one, or of a line `error: ...`. Its data may be of any form."""
     if not data:
         data = next(line[6:] for line in frame.splitlines() if line.startswith(b"error:"))
     with suppress(ValueError):
@@ -258,7 +267,11 @@ def _event(value: Json) -> bytes:
 def _to_openai(request: ChatRequest) -> tuple[str, Json]:
     """The request for any OpenAI-compatible server, streamed; with usage, because other APIs always report it."""
     body = without_extensions(request.body)
-    body |= {"stream": True, "stream_options": {**(body.get("stream_options") or {}), "include_usage": True}}
+    options = body.get("stream_options")
+    body |= {
+        "stream": True,
+        "stream_options": {**(options if isinstance(options, dict) else {}), "include_usage": True},
+    }
     return ("/v1/completions" if request.is_text else "/v1/chat/completions"), body
 
 

@@ -19,11 +19,19 @@ MESSAGE_LENGTH = 2000
 _CONTEXT_CODES = frozenset({"exceed_context_size_error", "context_length_exceeded"})
 _CONTEXT_MESSAGES = re.compile(
     r"exceeds? the (?:available|model's) context|maximum context length|context (?:length|size|window) exceeded"
-    r"|prompt is too long|exceeds the context length|longer than the context length",
+    r"|prompt is too long|exceeds the context length|longer than the (?:model's )?context length"
+    r"|longer than the maximum model length|exceeds the maximum number of tokens|context the overflows"
+    r"|`inputs` tokens \+ `max_new_tokens` must be",
     re.IGNORECASE,
 )
-_LIMIT = re.compile(r"(?:context (?:length|size) (?:is|of) |> |context size \()(\d{1,12})", re.IGNORECASE)
-_TOKENS = re.compile(r"(?:requested |resulted in |request \(|too long: )(\d{1,12})", re.IGNORECASE)
+_LIMIT = re.compile(
+    r"(?:context (?:length|size) (?:is |of (?:only )?|\()|> |model length of |allowed \(|must be <= )(\d{1,12})",
+    re.IGNORECASE,
+)
+_TOKENS = re.compile(
+    r"(?:requested |resulted in |(?:request|input|count|prompt) \((?:length )?|too long: |first |given: )(\d{1,12})",
+    re.IGNORECASE,
+)
 _STATUSES = ("code", "status", "status_code", "http_code")
 
 
@@ -47,7 +55,7 @@ def bare_error_in(body: Json) -> UpstreamRefused | None:
     """The same for an object that stands where an answer is expected: it may be nothing but a message."""
     found = error_in(body)
     if found is None and not body.keys() & {"choices", "content", "response"}:
-        text = body.get("detail") or body.get("message")
+        text = body.get("detail") or body.get("message") or body.get("errors")
         if isinstance(text, str | list):
             return _refused(error_text(text), status=_status(body) or 502)
     return found
@@ -55,9 +63,10 @@ def bare_error_in(body: Json) -> UpstreamRefused | None:
 
 def refused(status: int, body: bytes) -> UpstreamRefused:
     """The error for an answer with an error status, with the server's own message."""
-    message, details = body.decode(errors="replace").strip(), Json()
+    message, details = body.decode("utf-8-sig", "replace").removeprefix("data:").strip(), Json()
     try:
-        parsed = orjson.loads(body)
+        parsed = orjson.loads(message)
+        parsed = parsed[0] if isinstance(parsed, list) and len(parsed) == 1 else parsed  # as Google's servers send it
     except orjson.JSONDecodeError:
         pass
     else:
@@ -77,7 +86,9 @@ def error_details(body: Any) -> Json:
 
 def error_text(body: Any) -> str:
     """The message of a server's error body, in OpenAI's, Anthropic's or Ollama's format; its JSON in any other."""
-    error = (body.get("error") or body) if isinstance(body, dict) else body
+    error = (body.get("error") or body.get("errors") or body) if isinstance(body, dict) else body
+    if isinstance(error, list) and len(error) == 1 and isinstance(error[0], dict):
+        error = error[0].get("error") or error[0]
     if isinstance(error, dict):
         error = error.get("message") or error.get("detail") or error
     return error if isinstance(error, str) else orjson.dumps(error).decode()

@@ -27,7 +27,7 @@ from llama_smart_proxy.proxy.http.headers import RECORD
 from llama_smart_proxy.proxy.http.response import ResponseWriter
 from llama_smart_proxy.proxy.stream.decoder import StreamDecoder
 from llama_smart_proxy.proxy.stream.encoder import StreamEncoder
-from llama_smart_proxy.proxy.stream.upstream import ANSWER_LIMIT, Amend, Attempts, refusal, unreadable
+from llama_smart_proxy.proxy.stream.upstream import ANSWER_LIMIT, Amend, Attempts, refusal, succeeded, unreadable
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ class ModelAnswer:
             self.record.counted = decoder.usage
 
     async def _decoder(self, upstream: UpstreamResponse) -> StreamDecoder:
-        if upstream.status != 200:
+        if not succeeded(upstream.status):
             raise await refusal(upstream)
         if self.record is not None:
             self.record.sent_s = upstream.sent_s

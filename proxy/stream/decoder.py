@@ -128,7 +128,7 @@ class StreamDecoder:
         self._start = None
         if first == b"<":
             self.failure = not_a_stream("a web page")
-        elif first is not None and first in self._splitter.foreign:
+        elif first is not None and first not in self._splitter.openings:
             self._whole = []
         return data.removeprefix(BOM)
 
@@ -190,6 +190,8 @@ class StreamDecoder:
                         self._serial += 1
                         continue
                 self._add(data, frame, made)
+                if self._reader.done:
+                    break
         except (UpstreamFailed, UpstreamRefused) as exc:
             self.failure = exc if not self._reader.done else None
         except (ValueError, TypeError, KeyError, AttributeError, IndexError) as exc:
@@ -240,6 +242,7 @@ def _choices(request: ChatRequest) -> int:
 def _objects(body: bytes) -> list[Any]:
     """The JSON value of `body`, or those of its lines."""
     try:
-        return [loose_json(body)]
+        value = loose_json(body)
+        return value if isinstance(value, list) and len(value) == 1 else [value]
     except ValueError:
         return [loose_json(line) for line in body.splitlines() if line.strip()]

@@ -26,8 +26,9 @@ _COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
 
 class Normaliser:
     """Normalises the chunks of one answer with `choices` choices, in place. With `renames`, reasoning is always
-    `reasoning_content`; otherwise it keeps the names that the server gave it, one of which is in all chunks. With
-    `verbatim`, usual parts of tool calls are never delayed, because their bytes are kept."""
+    `reasoning_content`, and a `function_call` is one of `tool_calls`; otherwise both keep the names that the server
+    gave them, one of which is in all chunks. With `verbatim`, usual parts of tool calls are never delayed, because
+    their bytes are kept."""
 
     def __init__(self, choices: int, *, renames: bool, verbatim: bool) -> None:
         self._verbatim = verbatim
@@ -83,6 +84,10 @@ class Normaliser:
             choice["finish_reason"] = reason = _finish_reason(reason)
         if not isinstance(choice.get("logprobs") or {}, dict):
             del choice["logprobs"]
+        if self._renames and isinstance(call := delta.pop("function_call", None), dict):
+            delta["tool_calls"] = [{"index": 0, "function": call}]  # its form before there were several
+        if self._renames and reason == "function_call":
+            choice["finish_reason"] = "tool_calls"
         if "tool_calls" in delta or (reason and choice["index"] in self._calls):
             changed = self._order_calls(choice["index"], delta, ended=reason is not None) or changed
         if reason:
@@ -98,6 +103,11 @@ class Normaliser:
         return given is not None and given != choice["index"]
 
     def _rename_reasoning(self, delta: Json) -> None:
+        for name in REASONING:
+            if isinstance(delta.get(name), list):
+                delta[name] = "".join(_text_of(delta[name]))
+            elif not isinstance(delta.get(name), str | dict | None):
+                del delta[name]
         text = reasoning_of(delta)
         if self._renames:
             for name in REASONING[1:]:

@@ -23,7 +23,15 @@ from llama_smart_proxy.proxy.dialects.upstream_errors import error_in, refused
 from llama_smart_proxy.proxy.errors import ContextExceeded, ProxyError, UpstreamFailed
 from llama_smart_proxy.proxy.http.headers import RECORD, downstream_headers
 from llama_smart_proxy.proxy.http.response import ResponseWriter, WholeResponse
-from llama_smart_proxy.proxy.stream.upstream import Attempts, frame_too_long, incomplete, not_a_stream
+from llama_smart_proxy.proxy.stream.upstream import (
+    REDIRECTS,
+    Attempts,
+    frame_too_long,
+    incomplete,
+    not_a_stream,
+    refusal,
+    succeeded,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +44,8 @@ _STREAMS: dict[str, type[EventSplitter] | type[LineSplitter]] = {
     "application/x-ndjson": LineSplitter,
 }
 Unstreamed = Callable[[UpstreamResponse], Awaitable[web.StreamResponse]]
-"""Answers a request for a stream although the server's answer, of which nothing was read yet, is none."""
+"""Answers a request for a stream although the server's answer, of which nothing was read yet, is none, or one for a
+whole answer although that is a stream."""
 
 
 async def relay(
@@ -47,10 +56,11 @@ async def relay(
     *,
     stall_s: float,
     generates: bool = False,
+    streams: bool = False,
     unstreamed: Unstreamed | None = None,
 ) -> web.StreamResponse:
     """Answer `http`, whose API is `dialect`, with the answer of `model` to `request`. `generates`: that is to be a
-    generated answer; `unstreamed` is given if it is to be a stream.
+    generated answer, with `streams` as a stream; `unstreamed` is for servers that send the other kind.
 
     A failure before the first byte is raised, after one retry. A later one is reported in the stream, or by closing
     the connection early if the format has no error event. A client that reads nothing for `stall_s` seconds is
@@ -60,7 +70,7 @@ async def relay(
     async for attempt in Attempts(model, request, lambda: response.begun):
         async with attempt as upstream:
             response.record.sent_s = upstream.sent_s
-            return await _pass_on(http, upstream, dialect, response, stall_s, generates, unstreamed)
+            return await _pass_on(http, upstream, dialect, response, stall_s, generates, streams, unstreamed)
     raise AssertionError("the last attempt returns or raises")
 
 
@@ -71,20 +81,26 @@ async def _pass_on(
     response: ResponseWriter,
     stall_s: float,
     generates: bool,
+    streams: bool,
     unstreamed: Unstreamed | None,
 ) -> web.StreamResponse:
+    whole = succeeded(upstream.status)
+    if generates and upstream.status in REDIRECTS:  # a client would follow a redirect with its key
+        raise await refusal(upstream)
     bodiless = upstream.status in (204, 304) or http.method == "HEAD"
     kind = upstream.header("content-type").partition(";")[0].strip().lower()
     declared = kind in _STREAMS
-    if not bodiless and (declared or (unstreamed is not None and upstream.status == 200)):
-        splitter = _STREAMS[kind if declared else dialect.stream_type]
+    if whole and declared and not streams and unstreamed is not None:
+        return await unstreamed(upstream)
+    if whole and not bodiless and (declared or (unstreamed is not None and streams and upstream.status == 200)):
+        splitter = _STREAMS[kind if unstreamed is None else dialect.stream_type]
         # headers are sent with the first byte; until then a failure sets the status code
         await upstream.first_piece(blanks=declared)
         first = opening(upstream.peek()) or b"-"
-        if unstreamed is not None and first in splitter.foreign:
+        if unstreamed is not None and (first in splitter.foreign or not (declared or first in splitter.openings)):
             return await unstreamed(upstream)
-        if declared or first in splitter.openings:
-            return await _stream(upstream, dialect, response, splitter(), declared)
+        declared = declared and splitter is _STREAMS[kind]
+        return await _stream(upstream, dialect, response, splitter(), declared)
     body = await upstream.read(PLAIN_LIMIT)
     if body is None:
         return await _large(upstream, response)
@@ -211,7 +227,7 @@ class _FrameSink:
         """Complete the stream: write an error event and the API's end, if the server has not sent them. Returns whether
         the answer failed."""
         dialect, rest = self._dialect, self._splitter.rest
-        if failure is None and rest and (dialect.is_end(rest) or dialect.is_finished(rest)):
+        if failure is None and rest and (dialect.is_end(rest) or dialect.is_finished(rest) or dialect.is_error(rest)):
             self._earlier, self._last = (self._earlier[1], self._last), rest  # complete but for the final line break
             self._response.feed(rest if dialect.is_end(rest) else rest + b"\n\n")
         if dialect.is_end(self._last):

@@ -153,6 +153,7 @@ class CallSequence:
             if call is self._open:
                 passed += [own, *self._followers()]
             elif call.held is not None:  # not a complete one, that a server repeats
+                changed = changed or bool(call.held)
                 call.hold(own)
                 passed += self._open.fill() if self._open is not None else []
                 if call.ready and (self._open is None or self._open.complete):
@@ -185,7 +186,7 @@ class CallSequence:
             function = {name: rest.pop(name) for name in ("name", "arguments") if name in rest}
         name, text = _name_and_arguments(function or {})
         call = self._call_of(part, name, text)
-        if call.complete:
+        if call.complete and (call.arguments != ["{}"] or text == "{}"):
             text = ""  # a repetition, or a brace too many
         own: Json = {"index": call.number}
         if not call.begun:

@@ -31,6 +31,9 @@ JSON_HEADERS = [("Content-Type", "application/json")]
 _FINAL = frozenset({"upstream_error", "upstream_frame_too_long", "pull_failed"})
 """Codes of failures that the server's answer reports or causes: a retry would have the same result."""
 
+REDIRECTS = frozenset({301, 302, 303, 307, 308})
+"""Statuses that send a client elsewhere."""
+
 Amend = Callable[[UpstreamRefused], Awaitable[UpstreamRequest | None]]
 """Returns a modified request that the server may accept after its refusal; None if there is none."""
 MOST_AMENDS = 3
@@ -133,7 +136,7 @@ async def fetch_json(
                 opened()
             if timing is not None:
                 timing.sent_s = timing.sent_s or upstream.sent_s
-            if upstream.status != 200:
+            if not succeeded(upstream.status):
                 raise await refusal(upstream)
             answer = await upstream.read(ANSWER_LIMIT)
     if answer is not None and len(answer) > OFF_LOOP_BYTES:
@@ -151,8 +154,16 @@ def parsed_answer(body: bytes | None) -> Json:
 
 
 async def refusal(upstream: UpstreamResponse) -> ProxyError:
-    """The error for an answer with an error status, with the server's own message."""
+    """The error for an answer with another status than that of success, with the server's own message."""
+    if upstream.status in REDIRECTS and (target := upstream.header("location")):
+        message = f"the model server redirects to {target[:200]}: the configured url must be the one that answers"
+        return UpstreamFailed(message, code="upstream_error")
     return refused(upstream.status, await upstream.read(ERROR_LIMIT) or b"")
+
+
+def succeeded(status: int) -> bool:
+    """Whether an answer with this status has a body that is the result; some frameworks answer every POST with 201."""
+    return 200 <= status < 300 and status != 204
 
 
 def unreadable(exc: Exception) -> UpstreamFailed:

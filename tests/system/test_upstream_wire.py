@@ -58,6 +58,10 @@ SCRIPTS = {
     "a wrong content type": typed("text/plain", ANSWER + DONE),
     "no content type": head(200, [CHUNKED]) + chunk(ANSWER + DONE) + LAST_CHUNK,
     "a whole completion": plain(orjson.dumps(WHOLE)),
+    "a whole completion in a list": plain(b"[" + orjson.dumps(WHOLE) + b"]"),
+    "lines of JSON": typed("application/x-ndjson", ANSWER.replace(b"data: ", b"").replace(b"\n\n", b"\n")),
+    "a status of creation": stream(ANSWER, DONE).replace(b" 200 ", b" 201 ", 1),
+    "carriage returns, no end mark": stream(ANSWER.replace(b"\n", b"\r")),
     "a whole completion as a stream": typed("text/event-stream", orjson.dumps(WHOLE)),
     "gzip": typed("text/event-stream", gzip.compress(ANSWER + DONE), GZIP),
     "gzip, an event a member": typed("text/event-stream", gzip.compress(ANSWER) + gzip.compress(DONE), GZIP),
@@ -80,7 +84,7 @@ def text_of(answer: Answer, client: str) -> str:
     """The text of a stream, whose end must be there."""
     lines = [line.removeprefix(b"data:").strip() for line in answer.body.splitlines()]
     found = [orjson.loads(line) for line in lines if line.startswith(b"{")]
-    assert answer.status == 200 and not any("error" in value for value in found), answer.body
+    assert answer.status in (200, 201) and not any("error" in value for value in found), answer.body
     if client == "Ollama":
         assert [value["done"] for value in found] == [False] * (len(found) - 1) + [True]
         return "".join(value["message"]["content"] for value in found)
@@ -102,6 +106,20 @@ async def test_every_client_gets_the_answer_that_is_meant(proxy: Proxy, upstream
             assert answer.header("content-encoding") is None
 
 
+@pytest.mark.parametrize("name", ["no end mark", "carriage returns, no end mark", "lines of JSON", "gzip"])
+async def test_a_stream_that_was_not_requested_becomes_a_whole_answer(
+    proxy: Proxy, upstream: RawUpstream, name: str
+) -> None:
+    upstream.script = SCRIPTS[name]
+    async with with_agent(upstream) as agents:
+        for client, path in CLIENTS.items():
+            asked_of = agents if client == "with an agent" else proxy
+            answer = await post(asked_of.port, path, ASKED | {"stream": False})
+            assert (answer.status, answer.header("content-type")) == (200, "application/json"), client
+            message = answer.json()["message"] if client == "Ollama" else answer.json()["choices"][0]["message"]
+            assert message["content"] == "Hi there"
+
+
 @pytest.mark.parametrize(
     ("script", "status", "message"),
     [
@@ -111,6 +129,16 @@ async def test_every_client_gets_the_answer_that_is_meant(proxy: Proxy, upstream
         (plain(b'{"detail":"who are you"}'), 502, "who are you"),
         (typed("text/html", b"<html>Log in</html>"), 502, "a web page instead of a completion"),
         (typed("text/event-stream", b"<html>Log in</html>"), 502, "a web page instead of a completion"),
+        (plain(b'"a text"'), 502, "the model server"),
+        (head(307, [("Location", "/login"), ("Content-Length", "0")]), 502, "redirects to /login"),
+        (plain(b'[{"error":{"message":"no such key","code":400}}]', 400), 400, "no such key"),
+        (plain(b'{"detail":"who are you"}', 401), 401, "who are you"),
+        (plain(b'\xef\xbb\xbf{"error":{"message":"it broke \xff"}}', 500), 500, "it broke \ufffd"),
+        (
+            typed("text/event-stream", event({"error": {"message": "bad key"}})).replace(b" 200 ", b" 401 "),
+            401,
+            "bad key",
+        ),
         (typed("text/event-stream", b"x" * 40, ("Content-Encoding", "br")), 502, "compressed with 'br'"),
         (typed("text/event-stream", b"x" * 40, GZIP), 502, "cannot be decompressed"),
         (typed("text/event-stream", gzip.compress(b"\0" * 2**24), GZIP), 502, "cannot be decompressed"),
@@ -122,7 +150,7 @@ async def test_every_client_gets_the_error_that_is_meant(
     upstream.script = script
     async with with_agent(upstream) as agents:
         for client in CLIENTS:
-            if client == "relayed" and b"data:" in script:
+            if client == "relayed" and b"data:" in script and b" 200 " in script:
                 continue  # an error event is relayed as it is
             answer = await asked(agents if client == "with an agent" else proxy, client)
             error = answer.json()["error"]

@@ -58,14 +58,6 @@ def completion(all_chunks: list[Json]) -> Json:
 TIMES = Timing(arrived_s=10.0, sent_s=10.5)
 
 
-def test_a_refusal_is_the_text_of_the_answer() -> None:
-    writer = CHAT.writer(ChatRequest({"model": "m"}, True), TIMES)
-    parts = [{"choices": [{"index": 0, "delta": {"content": None, "refusal": text}}]} for text in ("I can", "not.")]
-    lines = b"".join(writer.chunk(part) for part in parts) + writer.end()
-    assert "".join(json.loads(line)["message"]["content"] for line in lines.splitlines()) == "I cannot."
-    assert json.loads(writer.reply(completion(parts)))["message"]["content"] == "I cannot."
-
-
 def writer(*, chat: bool = True, request: ChatRequest | None = None, timing: Timing = TIMES) -> OllamaWriter:
     """One that is asked for the last line 2 seconds after the request arrived."""
     asked = request or ChatRequest({"model": "m", "messages": []}, stream=True)
@@ -232,7 +224,6 @@ def test_a_line_that_says_nothing_is_nothing() -> None:
         *[b"not json", b"[]", b"5", b'"error"', b"\xff", b'{"message":5}', b'{"message":{"content":[1]}}'],
         *[b'{"response":7}', b'{"message":{"thinking":{"a":1}}}', b'{"message":{"tool_calls":[{}]}}'],
         *[b'{"message":{"tool_calls":[{"function":{"name":[]}}]}}', b'{"message":{"tool_calls":7}}'],
-        *[b'{"response":"","done":true,"eval_count":"x"}', b'{"response":"","done":true,"load_duration":"x"}'],
     ],
 )
 def test_what_is_no_line_of_an_answer_is_the_servers_failure(frame: bytes) -> None:

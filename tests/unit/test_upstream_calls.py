@@ -22,6 +22,7 @@ from tests.support.odd_answers import (
     anthropic_calls,
     both,
     calls_of,
+    decoded,
     delta,
     folded,
     ollama_calls,
@@ -141,9 +142,30 @@ def test_every_part_of_a_tool_call_gets_to_its_call(parts: list[bytes], codec: U
 
 
 @pytest.mark.parametrize("parts", TWO_CALLS.values(), ids=TWO_CALLS)
+def test_bytes_that_are_kept_stand_for_the_same_calls(parts: list[bytes]) -> None:
+    found: dict[int, list[str]] = {}
+    for chunk in decoded(both(*parts), openai.OWN_WIRE)[1]:
+        sent = chunk.seen if chunk.frame is None else orjson.loads(chunk.frame.removeprefix(b"data:"))
+        for call in sent["choices"][0]["delta"].get("tool_calls") or ():
+            texts = found.setdefault(call["index"], ["", ""])
+            texts[0] += call["function"].get("name") or ""
+            texts[1] += call["function"].get("arguments") or ""
+    assert [tuple(texts) for _, texts in sorted(found.items())] == [WEATHER, TIME]
+
+
+@pytest.mark.parametrize("parts", TWO_CALLS.values(), ids=TWO_CALLS)
 def test_no_call_is_finished_before_its_arguments_are(parts: list[bytes]) -> None:
     assert ollama_calls(both(*parts)) == [(name, orjson.loads(text)) for name, text in (WEATHER, TIME)]
     assert anthropic_calls(both(*parts)) == [WEATHER, TIME]
+
+
+def test_a_legacy_function_call_is_a_tool_call_for_other_apis() -> None:
+    calls = [{"name": "get_time", "arguments": ""}, {"arguments": '{"city":'}, {"arguments": '"Rome"}'}]
+    data = b"".join(delta(function_call=call) for call in calls) + delta("function_call") + DONE
+    assert (calls_of(folded(data)), folded(data)["choices"][0]["finish_reason"]) == ([TIME], "tool_calls")
+    assert ollama_calls(data) == [("get_time", orjson.loads(ROME))]
+    own = folded(data, openai.OWN_WIRE)["choices"][0]
+    assert own["finish_reason"] == "function_call" and "tool_calls" not in own["message"]
 
 
 def test_text_in_a_call_does_not_end_it() -> None:

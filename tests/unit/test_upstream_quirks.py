@@ -142,6 +142,11 @@ def test_usage_in_other_places_counts(end: Json) -> None:
     assert {name: found[name] for name in USAGE} == USAGE
 
 
+def test_an_impossible_tokens_logprob_is_a_number() -> None:
+    data = event(b'{"choices":[{"index":0,"delta":{"content":"a"},"logprobs":{"content":[{"logprob":-Infinity}]}}]}')
+    assert folded(data + END + DONE)["choices"][0]["logprobs"] == {"content": [{"logprob": -9999.0}]}
+
+
 def test_half_an_emoji_does_not_end_an_answer() -> None:
     halves = [
         event(b'{"choices":[{"index":0,"delta":{"content":"%s"}}]}' % half) for half in (rb"a\ud83d", rb"\ude00b")
@@ -175,6 +180,8 @@ def test_a_finish_reason_is_one_of_openais(given: Any, meant: str) -> None:
         {"thinking": "Hm."},
         {"reasoning": "Hm."},
         {"reasoning": {"text": "Hm."}},
+        {"reasoning": ["H", {"type": "text", "text": "m."}]},
+        {"reasoning": True, "thinking": "Hm."},
         {"reasoning": "Hm.", "reasoning_content": "Hm."},
         {"reasoning": None, "thinking": "", "reasoning_content": "Hm."},
         {
@@ -223,6 +230,8 @@ def test_reasoning_has_one_name_and_occurs_once(fields: Json) -> None:
             502,
         ),
         (delta("error"), "the model server ended its answer with an error", 502),
+        (b'[{"error":{"message":"no such key","code":400}}]', "no such key", 400),
+        (b'{"success":false,"errors":[{"message":"no route","code":7000}]}', "no route", 502),
         (b"<html><body>Log in</body></html>", "the model server answered with a web page instead of a completion", 502),
         (b"  \n<!DOCTYPE html>", "the model server answered with a web page instead of a completion", 502),
         (b'{"status":"ok"}', "the model server answered with JSON instead of a completion", 502),

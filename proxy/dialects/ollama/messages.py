@@ -141,6 +141,8 @@ def content_of(text: str | None, images: Sequence[object] | None, path: str) -> 
 def text_and_media(content: Any) -> tuple[str, list[str]]:
     """The text and the base64 `images` of OpenAI's content, which is a string, None or a list of parts.
 
+    Thoughts among the parts are left out, as chat templates leave out those of earlier turns.
+
     Raises: BadRequest for other parts than text, images and audio.
     """
     if content is None or isinstance(content, str):
@@ -149,9 +151,13 @@ def text_and_media(content: Any) -> tuple[str, list[str]]:
         raise BadRequest("a message's content must be a text or a list of parts", param="messages")
     texts, images = [], []
     for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind in ("text", "refusal") and isinstance(part.get(kind), str):
-            texts.append(part[kind])
+        if isinstance(part, str):
+            part = {"type": "text", "text": part}
+        kind = part.get("type", "text") if isinstance(part, dict) else None
+        if kind in ("text", "refusal") and isinstance(part.get(kind, 0), str | None):
+            texts += [part[kind]] if part[kind] else []
+        elif kind in ("thinking", "reasoning"):
+            continue
         elif kind == "image_url":
             images.append(_image_data(part.get("image_url")))
         elif kind == "input_audio" and isinstance(part.get("input_audio"), dict):
@@ -224,6 +230,8 @@ def _encode_message(message: Any, names: dict[str, str]) -> Json:
 
 def _encode_call(call: Any, names: dict[str, str]) -> Json:
     function = call.get("function") if isinstance(call, dict) else None
+    if function is None and isinstance(call, dict) and isinstance(custom := call.get("custom"), dict):
+        function = {"name": custom.get("name"), "arguments": {"input": custom.get("input")}}  # of a tool without schema
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise BadRequest("a tool call must name a function", param="messages")
     encoded: Json = {}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import orjson
 
 from llama_smart_proxy.proxy.chat import ChatRequest, Json, attach
+from llama_smart_proxy.proxy.dialects.loose_json import loose_json
 from llama_smart_proxy.proxy.dialects.ollama.fields import NAME
 from llama_smart_proxy.proxy.dialects.upstream_errors import error_in
 from llama_smart_proxy.proxy.errors import UpstreamFailed
@@ -39,7 +41,7 @@ class OllamaReader:
         if frame.isspace():
             return None
         try:
-            line = orjson.loads(frame)
+            line = loose_json(frame)
             if (error := error_in(line)) is not None:
                 raise error
             line.pop("error", None)
@@ -79,7 +81,8 @@ class OllamaReader:
             delta["content"] = text + ""  # TypeError if it is not a string
         if thinking := source.pop("thinking", None):
             delta["reasoning_content"] = thinking + ""
-        if calls := source.pop("tool_calls", None):
+        if given := source.pop("tool_calls", None):
+            calls = [call for call in (given if isinstance(given, list) else [given]) if call is not None]
             delta["tool_calls"] = [self._call(call, created_at) for call in calls]
             if any(calls):
                 source["tool_calls"] = calls
@@ -87,7 +90,9 @@ class OllamaReader:
 
     def _call(self, call: Json, created_at: str) -> Json:
         index, self._calls = self._calls, self._calls + 1
-        function = call.pop("function")
+        function = call.pop("function", None) or {
+            name: call.pop(name) for name in ("name", "arguments") if name in call
+        }
         name, given = function.pop("name"), function.pop("arguments", None)
         arguments = given.encode() if isinstance(given, str) and given else orjson.dumps(given or {})
         function.pop("index", None)
@@ -107,17 +112,24 @@ class OllamaReader:
         return "length" if reason == "length" else "tool_calls" if self._calls else "stop"
 
 
+def _number(value: Any) -> float:
+    """A count or a duration; 0 if `value` is neither a number nor the text of one."""
+    try:
+        return max(float(value), 0)
+    except (TypeError, ValueError):
+        return 0
+
+
 def _read_metrics(line: Json, chunk: Json) -> None:
     """Set `usage` and `timings` of `chunk`. Ollama's count of a prompt includes cached tokens, llama.cpp's does not;
     newer versions of Ollama report how many there were."""
-    prompt, predicted = int(line.pop("prompt_eval_count", 0) or 0), int(line.pop("eval_count", 0) or 0)
+    prompt, predicted = (round(_number(line.pop(name, 0))) for name in ("prompt_eval_count", "eval_count"))
     cached = line.get("prompt_eval_cached_count")
     for name in ("load_duration", "total_duration"):
-        if line.get(name, 0) is None:
-            del line[name]
-    line.get("load_duration", 0) + 0  # TypeError if it is not a number
-    prompt_ms = (line.pop("prompt_eval_duration", 0) or 0) / _MS
-    predicted_ms = (line.pop("eval_duration", 0) or 0) / _MS
+        if name in line and not isinstance(line[name], int):
+            line[name] = round(_number(line[name]))
+    prompt_ms = _number(line.pop("prompt_eval_duration", 0)) / _MS
+    predicted_ms = _number(line.pop("eval_duration", 0)) / _MS
     usage: Json = {"prompt_tokens": prompt, "completion_tokens": predicted, "total_tokens": prompt + predicted}
     timings: Json = {
         "prompt_n": prompt - (cached or 0),
