@@ -178,14 +178,8 @@ class StreamDecoder:
                 if choices and len(choices) == 1 and "usage" not in data and not self._held:
                     choice = choices[0]  # the usual token, without a call: that would be a tenth of its cost
                     delta = choice.get("delta") if choice else None
-                    if (
-                        delta
-                        and choice.get("index") == 0
-                        and len(delta) == 1
-                        and delta.get("content").__class__ is str
-                        and choice.get("finish_reason") is None
-                        and choice.get("index").__class__ is int
-                    ):
+                    is_text = delta and len(delta) == 1 and delta.get("content").__class__ is str
+                    if is_text and choice.get("finish_reason") is None and choice.get("index") == 0:
                         made.append(Chunk(data, frame if self._verbatim else None, self._serial))
                         self._serial += 1
                         continue
