@@ -18,8 +18,8 @@ listen = $(if $(findstring -conda-,$(HOST)),,$(if $(HOST),--host $(HOST))) $(if 
 run: .venv/run ## serve with CONFIG= (config.yaml) on HOST= and PORT= (127.0.0.1, 11555)
 	@exec $(bin)/llama-smart-proxy serve --config $(CONFIG) $(listen) --reload
 
-test: .venv/dev ## all quick tests, two at a time (about 7 minutes on two cores)
-	$(bin)/python -m pytest -m "not full" -n 2
+test: .venv/dev ## all quick tests, four at a time, as most of them wait (about 6 minutes on two cores)
+	$(bin)/python -m pytest -m "not full" -n 4
 
 test-unit: .venv/dev ## the tests of functions alone, without a server
 	$(bin)/python -m pytest -m "not full" -n 2 tests/unit
