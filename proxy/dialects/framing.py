@@ -82,7 +82,7 @@ class EventSplitter:
 
     __slots__ = ("_held",)
     openings: ClassVar[bytes] = b":deir"  # comments, data, event, id, retry
-    foreign: ClassVar[bytes] = b"<{["
+    foreign: ClassVar[bytes] = b'<{["'
 
     def __init__(self) -> None:
         self._held = bytearray()

@@ -97,10 +97,11 @@ async def _pass_on(
         # headers are sent with the first byte; until then a failure sets the status code
         await upstream.first_piece(blanks=declared)
         first = opening(upstream.peek()) or b"-"
-        if unstreamed is not None and (first in splitter.foreign or not (declared or first in splitter.openings)):
+        if unstreamed is not None and first in splitter.foreign:
             return await unstreamed(upstream)
-        declared = declared and splitter is _STREAMS[kind]
-        return await _stream(upstream, dialect, response, splitter(), declared)
+        if declared or first in splitter.openings:
+            declared = declared and splitter is _STREAMS[kind]
+            return await _stream(upstream, dialect, response, splitter(), declared)
     body = await upstream.read(PLAIN_LIMIT)
     if body is None:
         return await _large(upstream, response)
