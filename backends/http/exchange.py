@@ -159,9 +159,9 @@ class UpstreamResponse:
     async def first_piece(self, *, blanks: bool = True) -> None:
         """Return when a body byte is available, without `blanks` another one than those, or the body has ended without
         one; or when there are `MAX_BLANKS` bytes."""
-        while not self._is_done() and (
-            not self._pieces or not (blanks or self._buffered >= MAX_BLANKS or self.peek().strip())
-        ):
+        while not self._pieces or not (blanks or self._buffered >= MAX_BLANKS or self.peek().strip()):
+            if self._is_done():  # only now: what arrived before a failure counts
+                return
             await self._event()
 
     def peek(self) -> bytes:

@@ -139,7 +139,7 @@ async def answer_with(
     else:
         body = b"x" * (2 * 2**20 if kind == "large" else 10)
         upstream.script = toxic.plain(body, headers=headers)
-    answer = await post(proxy.port, path, BODY)
+    answer = await post(proxy.port, path, BODY | {"stream": kind == "stream"})
     assert answer.status == 200
     return answer
 
