@@ -29,7 +29,7 @@ async def usage_of(answer: ModelAnswer | None) -> Json | None:
     if answer.stopped_after is not None:
         counted = answer.usage if isinstance(answer.usage, dict) else {}  # so far
         prompt = counted.get("prompt_tokens") or await _prompt_tokens(answer.model, answer.chat)
-        completion = max(counted.get("completion_tokens") or 0, answer.stopped_after)
+        completion = counted.get("completion_tokens") or answer.stopped_after
         answer.usage, answer.stopped_after = {**counted, **_usage(prompt, completion)}, None
         if answer.record is not None:
             answer.record.counted = answer.usage
