@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
+
 
 def key_of(name: str) -> str:
     """The canonical form of a name by Ollama's rules: case-insensitive; the tag `latest`, Ollama's own registry and its
@@ -10,8 +13,12 @@ def key_of(name: str) -> str:
     return key if ":" in key.rpartition("/")[2] else f"{key}:latest"
 
 
-def other_forms(name: str) -> list[str]:
+def other_forms(name: str) -> Sequence[str]:
     """The other spellings of `name` by these rules, apart from case, the closest first."""
+    return _remembered_forms(name) if len(name) <= _REMEMBERED_LENGTH else _forms(name)
+
+
+def _forms(name: str) -> Sequence[str]:
     short = name
     for prefix in ("registry.ollama.ai/", "library/"):
         if short.lower().startswith(prefix):
@@ -19,7 +26,11 @@ def other_forms(name: str) -> list[str]:
     forms = [_other_tag(name)]
     if short != name and short:
         forms += [short, _other_tag(short)]
-    return [form for form in forms if form != name]
+    return tuple(form for form in forms if form != name)
+
+
+_REMEMBERED_LENGTH = 200
+_remembered_forms = lru_cache(maxsize=256)(_forms)
 
 
 def _other_tag(name: str) -> str:

@@ -143,7 +143,8 @@ class EndpointHandler:
         body = parsed.value
         del parsed
         try:
-            body = await offload(http, partial(_bound, endpoint.dialect, http.get(PARAMS) or {}), body)
+            bind = partial(_bound, endpoint.dialect, http.get(PARAMS) or {})
+            body = await offload(http, bind, body) if endpoint.dialect.binds_slowly(body) else bind(body)
             route = await self._route(http, body)
             if endpoint.codec is not None:
                 answering = Chat(http, self._proxy, endpoint, endpoint.codec).answer(route, body, reusable)

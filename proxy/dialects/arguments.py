@@ -16,6 +16,14 @@ _ESCAPE = re.compile(
 """An escape in JSON; that of a lone surrogate has a group."""
 
 
+def has_calls(body: Json) -> bool:
+    """Whether `messages` may contain tool calls, the arguments of which take time to look through."""
+    messages = body.get("messages")
+    if not isinstance(messages, list):
+        return False
+    return any("tool_calls" in message for message in messages if isinstance(message, dict))
+
+
 def mend_arguments(body: Json) -> Json:
     """Make the arguments of all tool calls in `messages` the text of a JSON object. Returns `body`, whose `messages`
     are then another list.
@@ -23,8 +31,8 @@ def mend_arguments(body: Json) -> Json:
     Models sometimes write something else, and clients send it back with every later turn. OpenAI's API accepts any
     text there; llama-server and vLLM parse it, and would refuse the chat from then on.
     """
-    messages = body.get("messages")
-    if isinstance(messages, list):
+    if has_calls(body):
+        messages = body["messages"]
         mended = [_mended(message) for message in messages]
         if any(new is not old for new, old in zip(mended, messages, strict=True)):
             body["messages"] = mended

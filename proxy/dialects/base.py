@@ -39,6 +39,10 @@ def _never(frames: bytes) -> bool:
     return False
 
 
+def _no_work(body: Json) -> bool:
+    return False
+
+
 def _no_usage(frames: bytes) -> Json | None:
     return None
 
@@ -80,6 +84,8 @@ class Dialect:
     bind: Callable[[Json, Mapping[str, str]], Json] = _unchanged
     """Normalizes a parsed body: adds the values from its path (`params`: the named parts of the endpoint's pattern) and
     normalizes field names. Afterwards `model` is the model's name and `stream` whether to stream."""
+    binds_slowly: Callable[[Json], bool] = _no_work
+    """Whether `bind` of this body takes time in proportion to it."""
     cuts: bool = False
     """The connection is aborted after an error in a stream: clients take a proper end for a complete answer."""
     stateful_frames: bool = False

@@ -14,7 +14,7 @@ from typing import Any
 import orjson
 
 from llama_smart_proxy.proxy.chat import EXTENSIONS, ChatRequest, Json, Timing, without_extensions
-from llama_smart_proxy.proxy.dialects.arguments import mend_arguments
+from llama_smart_proxy.proxy.dialects.arguments import has_calls, mend_arguments
 from llama_smart_proxy.proxy.dialects.base import ClientCodec, Dialect, UpstreamCodec, counts, has_line, last_objects
 from llama_smart_proxy.proxy.dialects.framing import EventSplitter, event_data
 from llama_smart_proxy.proxy.dialects.loose_json import loose_json
@@ -77,6 +77,7 @@ OPENAI = Dialect(
     is_finished=_has_finish_reason,
     is_error=_has_error_event,
     bind=lambda body, params: mend_arguments(body),
+    binds_slowly=has_calls,
     ending=b"data: [DONE]\n\n",
     end_mark=b"[DONE]",
     is_error_body=_is_error_body,

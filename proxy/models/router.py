@@ -144,14 +144,15 @@ class Router:
 
     def _remembered(self, name: str, *, pull: bool) -> tuple[Provider, Model] | None:
         """The first model of exactly this name, else the first of the same name in another spelling."""
-        spelled: tuple[Provider, Model] | None = None
         for provider in self._providers:
-            model = provider.known(name, pull=pull) or _in_other_form(provider, name, pull=pull)
+            model = provider.known(name, pull=pull)
             if model is not None and _is_called(model, name):
                 return provider, model
-            if model is not None and spelled is None:
-                spelled = provider, model
-        return spelled
+        for provider in self._providers:
+            model = provider.known(name, pull=pull) or _in_other_form(provider, name, pull=pull)
+            if model is not None:
+                return provider, model
+        return None
 
     def _unnamed(self, name: object) -> tuple[Provider, Route]:
         if name is not None and name != "":
