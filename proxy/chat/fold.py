@@ -11,6 +11,9 @@ from llama_smart_proxy.proxy.chat.extensions import EXTENSIONS, Json
 
 MAX_TOOL_CALLS = 1024
 """Most tool calls in one answer: a server that sends a huge `index` must not make `Fold` allocate that many."""
+CALL_ID_LENGTH = 9
+"""Letters of an id that is made for a tool call: the chat templates of Mistral's models accept only ids of nine letters
+and digits."""
 
 
 class Fold:

@@ -31,15 +31,11 @@ def _unchanged(body: Json, params: Mapping[str, str]) -> Json:
     return body
 
 
-def _always(body: bytes) -> bool:
+def _always(_: object) -> bool:
     return True
 
 
-def _never(frames: bytes) -> bool:
-    return False
-
-
-def _no_work(body: Json) -> bool:
+def _never(_: object) -> bool:
     return False
 
 
@@ -84,7 +80,7 @@ class Dialect:
     bind: Callable[[Json, Mapping[str, str]], Json] = _unchanged
     """Normalizes a parsed body: adds the values from its path (`params`: the named parts of the endpoint's pattern) and
     normalizes field names. Afterwards `model` is the model's name and `stream` whether to stream."""
-    binds_slowly: Callable[[Json], bool] = _no_work
+    binds_slowly: Callable[[Json], bool] = _never
     """Whether `bind` of this body takes time in proportion to it."""
     cuts: bool = False
     """The connection is aborted after an error in a stream: clients take a proper end for a complete answer."""

@@ -84,15 +84,15 @@ async def _pass_on(
     streams: bool,
     unstreamed: Unstreamed | None,
 ) -> web.StreamResponse:
-    whole = succeeded(upstream.status)
+    answered = succeeded(upstream.status)
     if generates and upstream.status in REDIRECTS:  # a client would follow a redirect with its key
         raise await refusal(upstream)
     bodiless = upstream.status in (204, 304) or http.method == "HEAD"
     kind = upstream.header("content-type").partition(";")[0].strip().lower()
     declared = kind in _STREAMS
-    if whole and declared and not streams and unstreamed is not None:
+    if answered and declared and not streams and unstreamed is not None:
         return await unstreamed(upstream)
-    if whole and not bodiless and (declared or (unstreamed is not None and streams and upstream.status == 200)):
+    if answered and not bodiless and (declared or (unstreamed is not None and streams and upstream.status == 200)):
         splitter = _STREAMS[kind if unstreamed is None else dialect.stream_type]
         # headers are sent with the first byte; until then a failure sets the status code
         await upstream.first_piece(blanks=declared)

@@ -15,13 +15,9 @@ from typing import Any
 import orjson
 
 from llama_smart_proxy.proxy.chat import Json
-from llama_smart_proxy.proxy.chat.fold import MAX_TOOL_CALLS
+from llama_smart_proxy.proxy.chat.fold import CALL_ID_LENGTH, MAX_TOOL_CALLS
 
 _ID_LETTERS = string.ascii_letters + string.digits
-ID_LENGTH = 9
-"""Letters of an id made here: the chat templates of Mistral's models accept only ids of nine letters and digits."""
-
-
 _MARKS = re.compile(r'["\\{}]')
 
 
@@ -191,7 +187,7 @@ class CallSequence:
         own: Json = {"index": call.number}
         if not call.begun:
             call.begun = True
-            call.id = call.id or "".join(secrets.choice(_ID_LETTERS) for _ in range(ID_LENGTH))
+            call.id = call.id or "".join(secrets.choice(_ID_LETTERS) for _ in range(CALL_ID_LENGTH))
             own |= {"id": call.id, "type": part.get("type") or "function"}
         elif part.get("id") in (call.id, "", None):
             own |= {key: part[key] for key in ("id", "type") if part.get(key)}

@@ -8,13 +8,12 @@ from typing import Any
 import orjson
 
 from llama_smart_proxy.proxy.chat import ChatRequest, Json, attach
+from llama_smart_proxy.proxy.chat.fold import CALL_ID_LENGTH
 from llama_smart_proxy.proxy.dialects.loose_json import loose_json
 from llama_smart_proxy.proxy.dialects.ollama.fields import NAME
 from llama_smart_proxy.proxy.dialects.upstream_errors import error_in
 from llama_smart_proxy.proxy.errors import UpstreamFailed
 
-ID_LENGTH = 9
-"""The chat templates of Mistral's models accept only ids of nine letters and digits."""
 _MS = 1e6  # nanoseconds
 
 
@@ -101,7 +100,7 @@ class OllamaReader:
         call_id = call.pop("id", None)
         if not call_id:  # deterministic for these bytes, different for every answer
             seed = f"{created_at} {index} {name} ".encode() + arguments
-            call_id = hashlib.blake2s(seed, digest_size=8).hexdigest()[:ID_LENGTH]
+            call_id = hashlib.blake2s(seed, digest_size=8).hexdigest()[:CALL_ID_LENGTH]
         whole = {"name": name + "", "arguments": arguments.decode()}
         return {"index": index, "id": call_id, "type": "function", "function": whole}
 
