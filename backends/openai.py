@@ -18,6 +18,7 @@ from llama_smart_proxy.backends.base import (
     Json,
     ModelInfo,
     ModelState,
+    Problem,
     ProviderStatus,
     Services,
     UpstreamRequest,
@@ -317,3 +318,8 @@ class Remotes:
                 for remote in self._remotes
             ]
         )
+
+    async def problems(self) -> Sequence[Problem]:
+        """One, if none of the remotes answers, as far as known. None is asked for this: it may be a paid service."""
+        errors = [f"{remote.name}: {remote.error}" for remote in self._remotes if remote.error]
+        return [Problem("remotes", "; ".join(errors))] if len(errors) == len(self._remotes) else []

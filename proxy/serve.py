@@ -16,9 +16,11 @@ from typing import Any
 import uvloop
 
 from llama_smart_proxy.backends.llamacpp.command import server_command
+from llama_smart_proxy.backends.llamacpp.problems import machine_problems
 from llama_smart_proxy.proxy import __version__
 from llama_smart_proxy.proxy.app import App
 from llama_smart_proxy.proxy.config import Config, ServerConfig, shapes
+from llama_smart_proxy.proxy.errors import ConfigError
 from llama_smart_proxy.proxy.http.server import FrontServer
 from llama_smart_proxy.proxy.middleware.plugins import Plugins
 from llama_smart_proxy.proxy.middleware.scope import PATIENCE_S, make_task
@@ -33,11 +35,13 @@ def run(config: Config, *, reload: bool = False) -> int:
     """Serve until SIGTERM or SIGINT. Returns the process's exit status. With `reload`, agents are loaded again when
     their files change.
 
-    Raises: ConfigError for missing agents and for invalid options of agents.
+    Raises: ConfigError for missing agents, invalid options of agents, and what is missing and prevents the start.
     """
     _raise_fd_limit()
     app = App(config)
     app.plugins.reload = reload
+    if missing := [str(problem) for problem in machine_problems(config) if problem.fatal]:
+        raise ConfigError(missing)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.get_loop().set_task_factory(make_task)
         return runner.run(_serve(app, config))
@@ -62,6 +66,8 @@ async def _serve(app: App, config: Config) -> int:
             logger.info("llama-smart-proxy %s listening on http://%s:%d", __version__, shapes.bracketed(host), port)
         _log_startup(config)
         _log_agents(app.plugins)
+        for problem in await app.proxy.inspection.problems():
+            logger.warning("%s", problem)
         number = await signals.get()
         logger.info("%s: draining for up to %g s", number.name, config.server.drain_s)
         await _drain(app, front, listener, signals, config.server.drain_s)

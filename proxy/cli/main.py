@@ -59,7 +59,7 @@ def _command(argv: list[str]) -> int:
     if args.command == "check":
         from llama_smart_proxy.proxy.cli.check import check_command
 
-        return check_command(path, os.environ)
+        return check_command(path, os.environ, strict=args.strict)
     try:
         if args.command == "pull":
             from llama_smart_proxy.proxy.cli.pull import pull_command
@@ -87,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     simulate = commands.add_parser("simulate", help="start the proxy on a free port and test it with your models")
     for command in (serve, check, pull, simulate):
         command.add_argument("--config", metavar="FILE", help="default: $LSP_CONFIG, else config.yaml if it exists")
+    check.add_argument("--strict", action="store_true", help="exit status 2 for warnings, too")
     serve.add_argument("--host", help="address to listen on")
     serve.add_argument("--port", type=int, help="port to listen on; 0 picks a free one")
     serve.add_argument("--log-level", choices=LEVELS)
@@ -104,20 +105,17 @@ def _config_path(given: str | None) -> Path | None:
 
 def _serve(args: argparse.Namespace, path: Path | None) -> int:
     from llama_smart_proxy.proxy import log, serve
-    from llama_smart_proxy.proxy.cli.check import machine_problems
     from llama_smart_proxy.proxy.config import load_config
 
     flags = {"server.host": args.host, "server.port": args.port, "log_level": args.log_level}
     overrides = {name: value for name, value in flags.items() if value is not None}
     config = load_config(path, env=os.environ, overrides=overrides)
-    if missing := machine_problems(config):
-        raise ConfigError([f"{path or 'defaults'}: {line}" for line in missing])
     log.configure(config.log_level)
     for warning in config.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     try:
         return serve.run(config, reload=args.reload)
-    except ConfigError as exc:  # agents are checked only when the server starts
+    except ConfigError as exc:  # agents and the machine are checked only when the server starts
         raise ConfigError([f"{path or 'defaults'}: {line}" for line in exc.problems]) from None
 
 
