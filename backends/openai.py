@@ -263,6 +263,10 @@ class RemoteModel:
     async def residence(self) -> None:
         """None: unknown."""
 
+    def command_line(self, listen: Endpoint) -> Sequence[str]:
+        """None: the server is another's."""
+        return ()
+
 
 class Remotes:
     """`Provider` of the models of all remotes, in the order of the configuration, by model name and as `remote/model`;

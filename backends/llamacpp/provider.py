@@ -197,8 +197,12 @@ class LlamaCpp(BaseProvider):
         return self._files
 
     def _model(self, name: str, model: ModelConfig, *, cached: bool = False) -> LlamaCppModel:
-        server, unauthenticated = self._config.llama_cpp.server, self._config.llama_cpp.allow_unauthenticated
-        pooled = pool_model(name, model, server, self._default_args, unauthenticated=unauthenticated)
+        settings = self._config.llama_cpp
+        pooled = pool_model(
+            *(name, model, settings.server, self._default_args),
+            unauthenticated=settings.allow_unauthenticated,
+            passthrough=self._config.passthrough,
+        )
         if not cached:
             return LlamaCppModel(self._pool, pooled, model, self._headers)
         aliases = [name.removeprefix("hf.co/")]

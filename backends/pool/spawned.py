@@ -15,6 +15,7 @@ from llama_smart_proxy.backends.base import (
     Residence,
     UpstreamRequest,
 )
+from llama_smart_proxy.backends.http.connection import Endpoint
 from llama_smart_proxy.backends.http.exchange import UpstreamResponse
 from llama_smart_proxy.backends.pool.launcher import PoolModel
 from llama_smart_proxy.backends.pool.pool import Pool
@@ -88,6 +89,9 @@ class SpawnedModel:
     async def residence(self) -> Residence | None:
         expires_at = self.pool.expires_at(self.name)
         return Residence(expires_at) if expires_at is not None else None
+
+    def command_line(self, listen: Endpoint) -> Sequence[str]:
+        return self.model.launcher.preview()(listen, "").argv
 
 
 class SpawnedProvider(BaseProvider):

@@ -59,7 +59,7 @@ def _command(argv: list[str]) -> int:
     if args.command == "check":
         from llama_smart_proxy.proxy.cli.check import check_command
 
-        return check_command(path, os.environ, strict=args.strict)
+        return check_command(path, os.environ, strict=args.strict, argv_of=args.argv)
     try:
         if args.command == "pull":
             from llama_smart_proxy.proxy.cli.pull import pull_command
@@ -87,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     simulate = commands.add_parser("simulate", help="start the proxy on a free port and test it with your models")
     for command in (serve, check, pull, simulate):
         command.add_argument("--config", metavar="FILE", help="default: $LSP_CONFIG, else config.yaml if it exists")
+    check.add_argument("--argv", metavar="MODEL", help="print the command line of the model's llama-server")
     check.add_argument("--strict", action="store_true", help="exit status 2 for warnings, too")
     serve.add_argument("--host", help="address to listen on")
     serve.add_argument("--port", type=int, help="port to listen on; 0 picks a free one")
