@@ -17,6 +17,7 @@ import uvloop
 
 from llama_smart_proxy.backends.llamacpp.command import server_command
 from llama_smart_proxy.backends.llamacpp.problems import machine_problems
+from llama_smart_proxy.backends.threads import run_in_thread
 from llama_smart_proxy.proxy import __version__
 from llama_smart_proxy.proxy.app import App
 from llama_smart_proxy.proxy.config import Config, ServerConfig, shapes
@@ -24,6 +25,7 @@ from llama_smart_proxy.proxy.errors import ConfigError
 from llama_smart_proxy.proxy.http.server import FrontServer
 from llama_smart_proxy.proxy.middleware.plugins import Plugins
 from llama_smart_proxy.proxy.middleware.scope import PATIENCE_S, make_task
+from llama_smart_proxy.proxy.models.inspection import LIMIT_S
 
 logger = logging.getLogger(__name__)
 
@@ -40,11 +42,19 @@ def run(config: Config, *, reload: bool = False) -> int:
     _raise_fd_limit()
     app = App(config)
     app.plugins.reload = reload
-    if missing := [str(problem) for problem in machine_problems(config) if problem.fatal]:
-        raise ConfigError(missing)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.get_loop().set_task_factory(make_task)
+        runner.run(_refuse_if_incomplete(config))
         return runner.run(_serve(app, config))
+
+
+async def _refuse_if_incomplete(config: Config) -> None:
+    """Raises: ConfigError for what is missing and prevents the start; a disk that does not answer does not."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(LIMIT_S):
+            problems = await run_in_thread(lambda: machine_problems(config))
+            if missing := [str(problem) for problem in problems if problem.fatal]:
+                raise ConfigError(missing)
 
 
 async def _serve(app: App, config: Config) -> int:

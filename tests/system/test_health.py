@@ -63,6 +63,16 @@ async def test_one_of_several_ollamas_being_down_is_reported_but_does_not_degrad
             assert [server["url"] for server in (await proxy.health())["remotes"] if "error" in server] == [down]
 
 
+async def test_a_model_that_no_ollama_has_is_a_problem_unless_it_would_be_pulled() -> None:
+    async with running_ollama("a") as fake:
+        ollama = {"host": fake.url, "pull": "never"}
+        models = {"a": {"backend": "ollama"}, "b": {"backend": "ollama"}}
+        async with running_proxy({"ollama": ollama, "models": models}) as proxy:
+            assert await wrong(proxy) == {"models.b": "no Ollama host has it, and ollama.pull is never"}
+        async with running_proxy({"ollama": {"host": fake.url}, "models": models}) as proxy:
+            assert await wrong(proxy) == {}
+
+
 async def test_an_ollama_that_neither_answers_nor_refuses_is_a_problem() -> None:
     with black_hole() as port:
         async with running_proxy({"ollama": {"host": f"127.0.0.1:{port}"}}) as proxy:
