@@ -19,7 +19,7 @@ from tests.support.stages import running
 __all__ = ["fakes"]
 STREAM, WHOLE = Way(CHAT, stream=True), Way(CHAT, stream=False)
 STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
-MERGED = [["drafts of an answer", "merged"]]
+MERGED = [["the one best answer", "merged"]]
 
 
 def judging(fakes: Fakes, answer: str, grade: str, **manners: Any) -> dict[str, Any]:
@@ -146,8 +146,8 @@ async def test_the_whole_conversation_is_asked(stage: Stage) -> None:
     first, second, merging = sent_to(fakes, "a", "b", "m")[before:]
     assert first["messages"] == second["messages"] == [*history, {"role": "user", "content": "Three?"}]
     assert merging["messages"][:3] == history
-    drafts = merging["messages"][-1]["content"]
-    assert drafts.startswith("Three?\n") and "It is A" in drafts and "It is B" in drafts
+    assert merging["messages"][:4] == first["messages"], "the same prompt, as far as it goes"
+    assert [merging["messages"][at]["content"] for at in (4, 6)] == ["It is A", "It is B"]
 
 
 async def test_models_grade_each_other(stage: Stage) -> None:
