@@ -19,15 +19,17 @@ async def health(http: web.BaseRequest) -> web.Response:
     """`GET /health`: 200 while requests are served, 503 once the proxy is stopping.
 
     `instances` has one object for each model that has a process or waiting requests, or whose last start failed. The
-    status is `degraded` if an agent could not be loaded; `/plugins` shows the reason. `proxy` and `upstream` are kept
+    status is `degraded` if an agent could not be loaded (`/plugins` shows the reason), or while a server is stalled or
+    being replaced (`stalled` of its instance is the reason). `proxy` and `upstream` are kept
     for clients of one of the replaced projects.
     """
     proxy = http[PROXY]
     draining = proxy.draining.is_set()
     status = proxy.router.status()
     broken = proxy.chain.plugins.broken
+    stalled = any("stalled" in instance for instance in status.instances)
     body = {
-        "status": "unhealthy" if draining else "degraded" if broken else "healthy",
+        "status": "unhealthy" if draining else "degraded" if broken or stalled else "healthy",
         "proxy": "stopping" if draining else "Ok",
         "upstream": "error" if any("error" in server for server in status.servers) else "Ok",
         "version": __version__,
