@@ -25,6 +25,8 @@ HEAD_LIMIT = 64 * 1024
 """Maximum bytes of status line and headers accepted from a server."""
 MAX_BLANKS = 4 * 1024
 """Blank bytes that may come before an answer shows what it is."""
+COMMENT = ord(":")
+"""First byte of comments in a stream, which llama-server also sends while it generates nothing (its pings)."""
 BUFFER_LIMIT = 64 * 1024
 """Body bytes buffered for a reader that is not ready before reading from the socket is paused."""
 
@@ -131,6 +133,7 @@ class UpstreamResponse:
         self._pieces: list[bytes] = []
         self._buffered = 0
         self._sink: Sink | None = None
+        self.generates = True  # the answer: its parts show that the server works
         self._sink_full = False
         self._paused = False
         self.sent_s = time.monotonic()  # more precise than the loop's clock of milliseconds
@@ -351,6 +354,8 @@ class UpstreamResponse:
         if self.complete or self.stopped or self._error is not None:
             return
         self._body_started = True
+        if self.generates and data[0] != COMMENT:
+            self.pool.advanced_at = self._received_at
         if self._inflater is not None:
             try:
                 data = self._inflater.inflate(data)
@@ -373,7 +378,7 @@ class UpstreamResponse:
 
     def on_message_complete(self) -> None:
         if self._head_done and not self.complete and self._error is None:
-            self._finish(reusable=self._framed and self._parser.should_keep_alive() and not self._closes_silently())
+            self._finish(reusable=self._framed and self._parser.should_keep_alive())
 
     def _decode(self, encoding: str) -> None:
         """Decompress the body: its readers, and clients, requested no compression."""
@@ -382,12 +387,6 @@ class UpstreamResponse:
             return
         self._inflater = Inflater()
         self.headers = [pair for pair in self.headers if pair[0] not in ("content-encoding", "content-length")]
-
-    def _closes_silently(self) -> bool:
-        """llama-server closes the connection shortly after every streamed answer without announcing it, so that the
-        next request on it could be lost. Source: cpp-httplib's `write_content_chunked` reports failure when the content
-        provider returns false, which llama.cpp's (b11434) does at the end."""
-        return self.header("server") == "llama.cpp" and self.header("content-type").startswith("text/event-stream")
 
     def _finish(self, *, reusable: bool) -> None:
         self.complete, self.reusable = True, reusable

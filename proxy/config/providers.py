@@ -50,6 +50,11 @@ class PoolConfig(Section):
     idle_timeout_s: Seconds = Field(
         default=120.0, gt=0, description="Seconds a process may be silent in the middle of its answer."
     )
+    stall_timeout_s: Seconds = Field(
+        default=60.0,
+        description="Seconds in which a process generates nothing although requests wait, uses no processor time and "
+        "reports no work; then it is replaced. 0: never.",
+    )
     autoload: bool = Field(
         default=True,
         description="Whether a request loads its model; if not, requests for a model that is not loaded get status "
@@ -136,8 +141,8 @@ class LlamaCppConfig(Section):
     )
     allow_unauthenticated: bool = Field(
         default=False,
-        description="Accept a server that does not enforce the API key it is given; other processes of this machine "
-        "can use it, too.",
+        description="Accept a server that does not enforce the API key it is given, or that another process than the "
+        "one started runs, as in a container; other processes of this machine can use it, too.",
     )
     args: shapes.Args = Field(default_factory=list, description="llama-server flags for every model.")
     models: dict[shapes.Name, ModelConfig] = Field(
