@@ -41,6 +41,11 @@ class ServerConfig(Section):
         description="Origins of web pages that may send requests, such as https://chat.example, besides pages on this "
         "machine; * is every one.",
     )
+    allow_hosts: shapes.HostNames = Field(
+        default_factory=list,
+        description="Names of the proxy in the Host header of requests, such as chat.example, besides addresses, names "
+        "without a dot and those of this machine; *.chat.example is all below it, * every one.",
+    )
     max_body_mib: int = Field(default=64, ge=1, description="Largest request body, in MiB; larger ones get status 413.")
     drain_s: Seconds = Field(
         default=30.0, description="Seconds that requests in progress may take to finish at shutdown."

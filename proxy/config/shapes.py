@@ -8,6 +8,7 @@ from __future__ import annotations
 import ipaddress
 import re
 import shlex
+from contextlib import suppress
 from typing import Annotated, Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -128,6 +129,17 @@ def origin(text: str) -> str:
     return f"{scheme}://{host}{'' if (scheme, port) in (('http', ':80'), ('https', ':443')) else port or ''}"
 
 
+def host_name(text: str) -> str:
+    """A name as a `Host` header has it, in lower case and punycode and without a port; or `*` for any, or `*.` and a
+    domain for all names below that."""
+    name = text.strip().lower().removesuffix(".")
+    with suppress(UnicodeError):
+        name = name if name.isascii() else name.encode("idna").decode("ascii")
+    if not re.fullmatch(r"\*|(?:\*\.)?[a-z0-9_-][a-z0-9._-]*", name):
+        raise ValueError("must be a host name without scheme and port, such as chat.example, or *.chat.example, or *")
+    return name
+
+
 def http_url(url: str) -> str:
     """An http or https URL of a server, without a trailing slash."""
     try:
@@ -173,6 +185,11 @@ Hosts = Annotated[
 Address = Annotated[str, AfterValidator(address)]
 Origins = Annotated[
     list[Annotated[str, AfterValidator(origin)]],
+    BeforeValidator(comma_list),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
+]
+HostNames = Annotated[
+    list[Annotated[str, AfterValidator(host_name)]],
     BeforeValidator(comma_list),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
 ]
