@@ -158,6 +158,7 @@ class Remote:
         self.name = name
         self.connections = connections_to(config.url, config)
         self.speaks = _SPEAKS | {"responses"} if config.responses else _SPEAKS
+        self.forwards = tuple(map(str.lower, config.forward_headers))
         self._fixed = config.models is not None
         self._models: tuple[str, ...] = tuple(config.models or ())
         self._listing = Listing(
@@ -218,6 +219,7 @@ class RemoteModel:
         self.name = name
         self.owner = remote.name
         self.speaks = remote.speaks
+        self.forwards = remote.forwards
         self._connections = remote.connections
 
     def open(self, request: UpstreamRequest) -> AbstractAsyncContextManager[UpstreamResponse]:
