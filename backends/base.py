@@ -117,7 +117,8 @@ class Model(Protocol):
     `name` is its id on its server, `kind` the kind of server (`llama.cpp`, `ollama`, `remote`, ...; visible to agents),
     `owner` the owner in model lists, `tags` the labels there. `speaks` are the APIs that its server supports: `openai`,
     `responses`, `anthropic`, `ollama`, and `native` for llama-server's own. `codec` is the API used for clients of any
-    other API (see `proxy.dialects.UPSTREAM_CODECS`).
+    other API (see `proxy.dialects.UPSTREAM_CODECS`). `forwards` are patterns, in lower case, of the client's headers
+    about its user and with its credentials that the server gets; by default it gets none of them.
     """
 
     @property
@@ -136,6 +137,8 @@ class Model(Protocol):
     def codec(self) -> str: ...
     @property
     def features(self) -> frozenset[Feature]: ...
+    @property
+    def forwards(self) -> tuple[str, ...]: ...
     @property
     def state(self) -> ModelState:
         """From memory, at once."""

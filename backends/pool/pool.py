@@ -142,7 +142,7 @@ class Pool:
         """
         if model.source is None or await run_in_thread(model.source.find) is not None:
             return None
-        return self._join(self._scheduler.queue(model), model.source)
+        return self._join(self._scheduler.queue(model), model.source, counts=True)
 
     async def unload(self, name: str) -> None:
         """Free the place of `name`; nothing if it has none.
@@ -232,7 +232,7 @@ class Pool:
         source = queue.model.source
         if source is None or self._is_here(source) or self._backs_off(queue):
             return
-        download = self._join(queue, source)
+        download = self._join(queue, source, counts=False)
         self._fetching[queue.name] += 1
         try:
             await download.wait()
@@ -254,10 +254,12 @@ class Pool:
         source = queue.model.source
         return self.downloads.get(source.download) if source is not None else None
 
-    def _join(self, queue: ModelQueue, source: Source) -> Download:
+    def _join(self, queue: ModelQueue, source: Source, *, counts: bool) -> Download:
         async def work(report: Callable[[Progress], None]) -> None:
+            path = await run_in_thread(source.find)
+            if path is None:
+                self.downloads.admit(source.download)
             try:
-                path = await run_in_thread(source.find)
                 if path is None:
                     await source.fetch(report)
                     path = await run_in_thread(source.find)
@@ -267,7 +269,7 @@ class Pool:
             if path is not None:
                 self._files[source.download] = path
 
-        return self.downloads.join(source.download, work)
+        return self.downloads.join(source.download, work, counts=counts)
 
     def _note_failure(self, queue: ModelQueue, error: ProxyError) -> None:
         """What the operator has to correct (no such file, no access) is cheap to repeat; the rest may cost

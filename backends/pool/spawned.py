@@ -37,6 +37,7 @@ class SpawnedModel:
     speaks: ClassVar[frozenset[str]] = frozenset({"openai"})
     features: frozenset[Feature] = frozenset({Feature.LOADING})
     tags: Sequence[str] = ()
+    forwards: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, pool: Pool, model: PoolModel, *, kind: str, aliases: Sequence[str] = ()) -> None:
         self.name = model.name

@@ -186,6 +186,11 @@ class RemoteConfig(UpstreamConfig):
         "without a path gets /v1."
     )
     responses: bool = Field(default=False, description="Use its own /v1/responses where no agent reads the request.")
+    forward_headers: Annotated[list[shapes.Header], BeforeValidator(shapes.comma_list)] = Field(
+        default_factory=list,
+        description="Headers about the user, or with credentials, that it gets from clients, such as "
+        "X-OpenWebUI-User-Email; a * at the end stands for any rest. By default it gets none.",
+    )
 
     @field_validator("url")
     @classmethod

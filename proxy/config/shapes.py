@@ -18,6 +18,8 @@ _NAME = re.compile(r"[A-Za-z0-9._:/@+-]{1,255}")
 _START, _REST = "[A-Za-z0-9_]", "[A-Za-z0-9_-]"
 _PART = rf"{_START}(?:{_REST}|\.){{0,79}}"
 _OLLAMA_NAME = re.compile(rf"(?:(?:{_START}(?:{_REST}|[.:]){{0,349}}/)?{_START}{_REST}{{0,79}}/)?{_PART}(?::{_PART})?")
+_HEADER = re.compile(r"[A-Za-z0-9!#$%&'+.^_`|~-]{1,128}\*?")
+_NEVER_FORWARDED = frozenset({"authorization", "connection", "content-length", "host", "transfer-encoding", "upgrade"})
 _ITEM = TypeVar("_ITEM")
 
 
@@ -171,6 +173,15 @@ def ollama_host(host: str) -> str:
     return host
 
 
+def header(name: str) -> str:
+    """The name of a header that may be forwarded, or the beginning of some and `*`."""
+    if not _HEADER.fullmatch(name):
+        raise ValueError("must be the name of a header, or its beginning and *")
+    if name.lower() in _NEVER_FORWARDED:
+        raise ValueError("is never forwarded; api_key is the key that a server gets")
+    return name
+
+
 Name = Annotated[str, BeforeValidator(quoted), AfterValidator(checked_name)]
 Args = Annotated[
     list[str],
@@ -182,6 +193,7 @@ Hosts = Annotated[
     BeforeValidator(comma_list),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
 ]
+Header = Annotated[str, AfterValidator(header)]
 Address = Annotated[str, AfterValidator(address)]
 Origins = Annotated[
     list[Annotated[str, AfterValidator(origin)]],
