@@ -86,6 +86,11 @@ class Plugin:
     def command(self) -> str | None:
         return type(self.loaded.agent).command if self.loaded is not None else None
 
+    @property
+    def per_call(self) -> frozenset[str]:
+        """The options that a command may set."""
+        return type(self.loaded.agent).per_call if self.loaded is not None else frozenset()
+
     def options_with(self, entry: AgentConfig, options: dict[str, Any]) -> dict[str, Any]:
         """The options for a model with this entry; `options` are those for all models, or those of another model."""
         return {**options, **entry.options} if self.everywhere else entry.options
