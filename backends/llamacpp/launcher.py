@@ -12,23 +12,38 @@ from llama_smart_proxy.backends.base import UpstreamRequest
 from llama_smart_proxy.backends.http.connection import ConnectionPool, Endpoint
 from llama_smart_proxy.backends.llamacpp.arguments import required_by
 from llama_smart_proxy.backends.llamacpp.command import build_argv, child_env, server_command
-from llama_smart_proxy.backends.pool.launcher import Command, CommandFor, HttpLauncher, PoolModel, Source
+from llama_smart_proxy.backends.pool.launcher import Command, CommandFor, HttpLauncher, PoolModel, Report, Source
 from llama_smart_proxy.backends.pool.readiness import is_up, prove_ours, wait_until
 from llama_smart_proxy.backends.weights import hub
 from llama_smart_proxy.backends.weights.files import locate, resolve
 from llama_smart_proxy.backends.weights.gguf import GgufError, read_info
 from llama_smart_proxy.proxy.config import ModelConfig
-from llama_smart_proxy.proxy.errors import ConfigError, StartFailed
+from llama_smart_proxy.proxy.errors import ConfigError, StartFailed, UpstreamFailed
 
 REMEDY = (
     "llama-server reads it from LLAMA_API_KEY; to accept a server that does not, which any process of this machine can "
     "then use, set llama_cpp.allow_unauthenticated: true"
 )
 
+PROBE = UpstreamRequest(
+    "POST",
+    "/completion",
+    b'{"prompt":"a","n_predict":1,"cache_prompt":false}',
+    [("Content-Type", "application/json")],
+    slot=False,
+)
+"""Generates one token. No part of an answer to a client, so it is none that shows progress."""
+
+COUNTED = ("id_task", "is_processing", "n_prompt_tokens", "n_prompt_tokens_processed", "next_token", "n_decoded")
+"""What `/slots` reports of the work of a slot; `n_decoded` is in `next_token`, in older versions beside it."""
+
 
 class LlamaCppLauncher(HttpLauncher):
     """`Launcher` of llama-server. `server` is `llama_cpp.server` of the configuration; `default_args` are the flags
-    that every model gets. With `unauthenticated`, a server that does not enforce its API key is accepted."""
+    that every model gets. With `unauthenticated`, a server that does not enforce its API key is accepted, and one that
+    another process than ours has started."""
+
+    elsewhere = "a llama_cpp.server that starts it in a container requires llama_cpp.allow_unauthenticated: true"
 
     def __init__(
         self,
@@ -64,7 +79,8 @@ class LlamaCppLauncher(HttpLauncher):
                 required_args=required_args,
                 default_args=self._default_args,
             )
-            return Command(argv, child_env(os.environ, self._model.env, key), listen)
+            env = child_env(os.environ, self._model.env, key)
+            return Command(argv, env, listen, listens=not self._unauthenticated)
 
         return command_for
 
@@ -81,6 +97,21 @@ class LlamaCppLauncher(HttpLauncher):
             return _slots(await wait_until(lambda timeout_s: _props(connections, timeout_s), patience_s))
         paths = {"health_path": "/health", "keyed_path": "/props"}
         return _slots(await prove_ours(connections, patience_s, **paths, remedy=REMEDY))
+
+    async def report(self, connections: ConnectionPool, timeout_s: float) -> Report | None:
+        """From `/slots`. Its answer comes from the loop that generates, so it waits for the batch under way."""
+        try:
+            status, body = await connections.fetch(UpstreamRequest("GET", "/slots", slot=False), timeout_s=timeout_s)
+        except UpstreamFailed:
+            return None
+        return _report(body) if status == 200 else Report(status, None)
+
+    async def probe(self, connections: ConnectionPool, timeout_s: float) -> bool:
+        """False also for a server that generates no texts: of that only the report and the processor time are known."""
+        try:
+            return (await connections.fetch(PROBE, timeout_s=timeout_s))[0] == 200
+        except UpstreamFailed:
+            return False
 
 
 def pool_model(
@@ -113,3 +144,13 @@ def _slots(props: bytes) -> int:
         return max(1, int(json.loads(props)["total_slots"]))
     except (ValueError, KeyError, TypeError):
         return 1
+
+
+def _report(slots: bytes) -> Report:
+    """Source: `server_slot::to_json` in llama.cpp tools/server/server-context.cpp, b11434."""
+    try:
+        entries = json.loads(slots)
+        work = [[entry.get(name) for name in COUNTED] for entry in entries]
+        return Report(work, not all(entry.get("is_processing") for entry in entries))
+    except (ValueError, TypeError, AttributeError):
+        return Report(None, None)

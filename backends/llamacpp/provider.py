@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, ClassVar
 
-from llama_smart_proxy.backends.base import BaseProvider, ProviderStatus, Services
+from llama_smart_proxy.backends.base import BaseProvider, Problem, ProviderStatus, Services
 from llama_smart_proxy.backends.llamacpp.headers import Headers
 from llama_smart_proxy.backends.llamacpp.launcher import pool_model
 from llama_smart_proxy.backends.llamacpp.model import KIND, LlamaCppModel
+from llama_smart_proxy.backends.llamacpp.problems import problems
 from llama_smart_proxy.backends.threads import run_in_thread
 from llama_smart_proxy.backends.weights import hub
 from llama_smart_proxy.backends.weights.downloads import Download
@@ -40,7 +41,7 @@ class LlamaCpp(BaseProvider):
         self._pool = services.pool
         self._downloads = services.downloads
         self._headers = Headers()
-        self._config = config.llama_cpp
+        self._config = config
         self._default_args = config.default_args()
         self._takes_hub_names = config.backend == KIND
         self._models_dir = config.llama_cpp.models_dir
@@ -137,6 +138,9 @@ class LlamaCpp(BaseProvider):
     def status(self) -> ProviderStatus:
         return ProviderStatus(instances=self._pool.status())
 
+    async def problems(self) -> Sequence[Problem]:
+        return await run_in_thread(lambda: problems(self._config))
+
     # -- what is on the disk ---------------------------------------------------------------------------------------
 
     async def _read_cache(self, *, at_once: bool = False) -> None:
@@ -193,7 +197,7 @@ class LlamaCpp(BaseProvider):
         return self._files
 
     def _model(self, name: str, model: ModelConfig, *, cached: bool = False) -> LlamaCppModel:
-        server, unauthenticated = self._config.server, self._config.allow_unauthenticated
+        server, unauthenticated = self._config.llama_cpp.server, self._config.llama_cpp.allow_unauthenticated
         pooled = pool_model(name, model, server, self._default_args, unauthenticated=unauthenticated)
         if not cached:
             return LlamaCppModel(self._pool, pooled, model, self._headers)

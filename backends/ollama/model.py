@@ -40,6 +40,7 @@ class OllamaModel:
     speaks: ClassVar[frozenset[str]] = frozenset({"ollama"})
     features: ClassVar[frozenset[Feature]] = frozenset({Feature.LOADING, Feature.ECHO})
     tags: ClassVar[Sequence[str]] = ()
+    forwards: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, hosts: Hosts, name: str, *, pull: bool, asked: str = "") -> None:
         self.name = name

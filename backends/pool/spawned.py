@@ -23,6 +23,9 @@ from llama_smart_proxy.proxy.errors import BadRequest, UpstreamFailed
 DYING_S = 0.25
 """A broken connection is often the first sign of a crash; the exit is noticed within this many seconds of it."""
 
+NOBODY_LISTENS = (ConnectionRefusedError, FileNotFoundError)
+"""Causes of a failed connection to a process of ours that has given up its address, as a busy one does not."""
+
 
 class SpawnedModel:
     """`Model` for one in the pool. Its process is started by the first request, and serves all of them.
@@ -34,6 +37,7 @@ class SpawnedModel:
     speaks: ClassVar[frozenset[str]] = frozenset({"openai"})
     features: frozenset[Feature] = frozenset({Feature.LOADING})
     tags: Sequence[str] = ()
+    forwards: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, pool: Pool, model: PoolModel, *, kind: str, aliases: Sequence[str] = ()) -> None:
         self.name = model.name
@@ -60,6 +64,8 @@ class SpawnedModel:
                     instance.worked |= response.complete
             except UpstreamFailed as exc:
                 if exc.status == 502:
+                    if isinstance(exc.__cause__, NOBODY_LISTENS):
+                        self.pool.retire(lease, exc.message)
                     await instance.wait_stopped(DYING_S)  # so that the next request starts a new instance
                 raise
 
