@@ -174,6 +174,10 @@ class Model(Protocol):
     async def residence(self) -> Residence | None:
         """None if it is not loaded, or if that is unknown."""
 
+    async def slots(self) -> int | None:
+        """How many answers its server generates at the same time, which bounds `n` of a request; None if unknown. Loads
+        the model if it must. Raises: as `open`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:

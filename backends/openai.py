@@ -265,6 +265,9 @@ class RemoteModel:
     async def residence(self) -> None:
         """None: unknown."""
 
+    async def slots(self) -> None:
+        """None: unknown."""
+
 
 class Remotes:
     """`Provider` of the models of all remotes, in the order of the configuration, by model name and as `remote/model`;

@@ -20,8 +20,8 @@ HISTORY = 4000
 """Number of characters of the chat before the question that a judge gets: the last ones."""
 AGAIN = "Answer that again, in another way."
 MERGE = (
-    "Now write the one best answer to the same question, in its language and in the form that it requires. Keep what is "
-    "right, correct what is wrong, and do not refer to the previous answers."
+    "Now write the one best answer to the same question, in its language and in the form that it requires. Keep what "
+    "is right, correct what is wrong, and do not refer to the previous answers."
 )
 """The texts between the answers that are merged, and after them."""
 OF_TEXTS = ("max_tokens", "temperature", "top_p", "stop", "seed")

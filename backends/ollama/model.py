@@ -170,6 +170,9 @@ class OllamaModel:
         item = self._hosts.item(self.name)
         return ModelInfo(self.name, native={KIND: item} if item is not None else {})
 
+    async def slots(self) -> None:
+        """None: Ollama does not report it."""
+
     async def residence(self) -> Residence | None:
         with suppress(TimeoutError):
             async with asyncio.timeout(LOOK_S):

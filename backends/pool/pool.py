@@ -114,8 +114,8 @@ class Pool:
 
     # -- for operators ---------------------------------------------------------------------------------------------
 
-    async def load(self, model: PoolModel) -> None:
-        """Return once `model` is loaded; `queue_limit` does not apply.
+    async def load(self, model: PoolModel) -> int:
+        """Return once `model` is loaded, with its number of slots; `queue_limit` does not apply.
 
         Raises: as `lease`.
         """
@@ -128,7 +128,9 @@ class Pool:
             lease = queue.place.take(False)  # that is a use, too: its time to live begins anew
         else:
             lease = await self._wait(queue, LOAD)
+        slots = len(lease.place.slots)
         self._scheduler.release(lease)
+        return slots
 
     def begin_load(self, model: PoolModel) -> None:
         """Load `model` in the background. What goes wrong is logged, and returned by `failed()`."""

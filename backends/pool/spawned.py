@@ -95,6 +95,9 @@ class SpawnedModel:
         expires_at = self.pool.expires_at(self.name)
         return Residence(expires_at) if expires_at is not None else None
 
+    async def slots(self) -> int:
+        return await self.pool.load(self.model)
+
 
 class SpawnedProvider(BaseProvider):
     """A `Provider` of models in the pool that are all known from the start; see `BaseProvider`."""
