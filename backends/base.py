@@ -172,6 +172,21 @@ class Model(Protocol):
         """None if it is not loaded, or if that is unknown."""
 
 
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What keeps models from being served as configured. `where` is the path of the setting (`models.m.path`), or the
+    section; `message` is one line. With `fatal`, the proxy refuses to start. A `harmless` one keeps no model from being
+    served, and is logged by its provider: `check` prints it, and `/health` does not."""
+
+    where: str
+    message: str
+    fatal: bool = False
+    harmless: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.message}"
+
+
 @dataclass(slots=True)
 class ProviderStatus:
     """Status for operators, in `/health`: `instances` are the proxy's own processes, `servers` external ones; an entry
@@ -260,6 +275,10 @@ class Provider(Protocol):
 
     def status(self) -> ProviderStatus: ...
 
+    async def problems(self) -> Sequence[Problem]:
+        """What is missing now of the files, programs and servers it is configured with; looked up at each call, outside
+        of the event loop, before `start` too. `check`, the log at start and `/health` report it."""
+
 
 class BaseProvider:
     """A `Provider` of `models` that are all known from the start, and of which nothing is to be fetched or managed.
@@ -321,3 +340,7 @@ class BaseProvider:
     def status(self) -> ProviderStatus:
         """Nothing to report; processes of the pool are reported by the provider that starts the pool."""
         return ProviderStatus()
+
+    async def problems(self) -> Sequence[Problem]:
+        """None."""
+        return []

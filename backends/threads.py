@@ -6,6 +6,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
 from typing import Generic, TypeVar
 
@@ -58,6 +59,23 @@ def begin_in_thread(call: Callable[[], T]) -> asyncio.Future[T]:
     except RuntimeError as exc:
         raise StartFailed("The system refused to start another thread.", code="spawn_failed") from exc
     return future
+
+
+def within(limit_s: float, call: Callable[[], T]) -> T:
+    """The result of `call()`, run in a new daemon thread; for use without an event loop.
+
+    Raises: what `call` raises; `TimeoutError` if it does not return within `limit_s`.
+    """
+    results: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            results.set_result(call())
+        except BaseException as exc:  # re-raised in the caller
+            results.set_exception(exc)
+
+    threading.Thread(target=run, daemon=True).start()
+    return results.result(limit_s)
 
 
 class Looks(Generic[T]):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
-from llama_smart_proxy.backends.base import BaseProvider, ProviderStatus, Services
+from llama_smart_proxy.backends.base import BaseProvider, Problem, ProviderStatus, Services
 from llama_smart_proxy.backends.llamacpp.headers import Headers
 from llama_smart_proxy.backends.llamacpp.launcher import pool_model
 from llama_smart_proxy.backends.llamacpp.model import KIND, LlamaCppModel
+from llama_smart_proxy.backends.llamacpp.problems import problems
 from llama_smart_proxy.backends.threads import Looks, run_in_thread
 from llama_smart_proxy.backends.weights import hub
 from llama_smart_proxy.backends.weights.downloads import Download
@@ -37,7 +38,7 @@ class LlamaCpp(BaseProvider):
         super().__init__()
         self._pool = services.pool
         self._downloads = services.downloads
-        self._config = config.llama_cpp
+        self._config = config
         self._default_args = config.default_args()
         self._headers = Headers(self._default_args)
         self._takes_hub_names = config.backend == KIND
@@ -47,6 +48,7 @@ class LlamaCpp(BaseProvider):
             what = f"models_dir {config.llama_cpp.models_dir}"
             self._folder_looks = Looks(what, self._models_dir.look, self._offer, LOOK_S)
         self._scan = Scan()
+        self._started = False
         self._files: dict[str, LlamaCppModel] = {}
         self._aliases: dict[str, LlamaCppModel] = {}
         self._replaced: list[LlamaCppModel] = []
@@ -70,6 +72,7 @@ class LlamaCpp(BaseProvider):
     async def start(self) -> None:
         """Start the pool, and begin to load as many of the models marked `preload` as fit, pinned ones first. Returns
         when it is known what is in `models_dir`, unless that does not answer."""
+        self._started = True
         await self._pool.start()
         await self._look_at_folder()
         preloaded = [spawned for spawned in self._configured if spawned.config.preload]
@@ -150,6 +153,20 @@ class LlamaCpp(BaseProvider):
     def status(self) -> ProviderStatus:
         return ProviderStatus(instances=self._pool.status())
 
+    async def problems(self) -> Sequence[Problem]:
+        await self._look_at_folder()
+        return [*self._disk_problems(), *await run_in_thread(lambda: problems(self._config))]
+
+    def _disk_problems(self) -> Iterator[Problem]:
+        folder, cache = "llama_cpp.models_dir", "llama_cpp.hf_cache"
+        if self._scan.error:
+            yield Problem(folder, self._scan.error, fatal=True)
+        for remark in self._scan.remarks:
+            yield Problem(folder, remark, harmless=True)
+        for where, looks in ((folder, self._folder_looks), (cache, self._cache_looks)):
+            if looks is not None and looks.stalled:
+                yield Problem(where, "the disk does not answer; what was known of it last is offered")
+
     # -- what is on the disk ---------------------------------------------------------------------------------------
 
     async def _look_at_folder(self) -> None:
@@ -165,12 +182,12 @@ class LlamaCpp(BaseProvider):
             await self._cache_looks.look(fresh_s)
 
     def _offer(self, scan: Scan) -> None:
-        """Offer what was found in `models_dir`. What is remarkable about it is logged once."""
+        """Offer what was found in `models_dir`. What is remarkable about it is logged once, if the proxy runs."""
         if scan is self._scan:
             return
-        if scan.error and scan.error != self._scan.error:
+        if self._started and scan.error and scan.error != self._scan.error:
             logger.warning("models_dir cannot be read, its models are not offered: %s", scan.error)
-        for remark in scan.remarks:
+        for remark in scan.remarks if self._started else ():
             if remark not in self._scan.remarks:
                 logger.warning("models_dir: %s", remark)
         before, self._scan = self._files, scan
@@ -213,7 +230,7 @@ class LlamaCpp(BaseProvider):
     def _model(
         self, name: str, model: ModelConfig, *, cached: bool = False, aliases: Sequence[str] = ()
     ) -> LlamaCppModel:
-        server, unauthenticated = self._config.server, self._config.allow_unauthenticated
+        server, unauthenticated = self._config.llama_cpp.server, self._config.llama_cpp.allow_unauthenticated
         pooled = pool_model(name, model, server, self._default_args, unauthenticated=unauthenticated)
         remove = self._remove if cached else None
         return LlamaCppModel(self._pool, pooled, model, self._headers, remove, aliases=aliases)

@@ -177,13 +177,16 @@ class UpstreamConfig(Section):
 class RemoteConfig(UpstreamConfig):
     """An OpenAI-compatible server that requests are forwarded to."""
 
-    url: str = Field(description="Its base URL, http or https, with or without the final /v1.")
+    url: str = Field(
+        description="Its base URL, http or https, as other clients take it: http://h:8000/v1, https://h/api/v3. One "
+        "without a path gets /v1."
+    )
     responses: bool = Field(default=False, description="Use its own /v1/responses where no agent reads the request.")
 
     @field_validator("url")
     @classmethod
-    def _http_url(cls, url: str) -> str:
-        return re.sub(r"/v1$", "", shapes.http_url(url))
+    def _base_url(cls, url: str) -> str:
+        return shapes.base_url(url)
 
 
 class OllamaConfig(UpstreamConfig):
@@ -210,4 +213,5 @@ class OllamaConfig(UpstreamConfig):
     def _url(self, host: str) -> str:
         parts = urlsplit(shapes.http_url(shapes.with_scheme(host)))
         port = parts.port or self.port or (443 if parts.scheme == "https" else 11434)
-        return f"{parts.scheme}://{shapes.bracketed(parts.hostname or '')}:{port}{parts.path.removesuffix('/v1')}"
+        path = re.sub(r"/(v1|api)$", "", parts.path)  # what OpenAI's and Ollama's clients have in their base URL
+        return f"{parts.scheme}://{shapes.bracketed(parts.hostname or '')}:{port}{path}"

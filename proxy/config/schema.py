@@ -146,6 +146,10 @@ class Config(Section):
         named = self.backend == "ollama" or "ollama" in self.model_fields_set
         return named or any(self.backend_of(name) == "ollama" for name in self.models)
 
+    def path_of(self, name: str) -> str:
+        """The path of the model in the file: `models.m`, or `llama_cpp.models.m`."""
+        return f"llama_cpp.models.{name}" if name in self.llama_cpp.models else f"models.{name}"
+
     def backend_of(self, name: str) -> BackendName:
         """What runs the model `name`. Raises: KeyError if it is not configured."""
         model = self.models[name]

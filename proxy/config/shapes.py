@@ -144,6 +144,15 @@ def http_url(url: str) -> str:
     return url.rstrip("/")
 
 
+def base_url(url: str) -> str:
+    """The base URL of an OpenAI-compatible server, without a trailing slash; one without a path ends in `/v1`."""
+    url = http_url(url)
+    endpoint = re.search(r"/(chat/completions|completions|embeddings)$", url)
+    if endpoint is not None:
+        raise ValueError(f"must be the base URL, without {endpoint[0]}")
+    return url if urlsplit(url).path else f"{url}/v1"
+
+
 def ollama_host(host: str) -> str:
     """A host's name, address or URL, unchanged."""
     http_url(with_scheme(host))
