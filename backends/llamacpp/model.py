@@ -46,6 +46,8 @@ class LlamaCppModel(SpawnedModel):
         self._remove = remove
         self.file: ModelFile | None = None
         """What the last scan of `models_dir` found, for a model from there."""
+        self.rescan: Callable[[], Awaitable[None]] | None = None
+        """Makes `file` a recent one."""
 
     async def delete(self, headers: Sequence[tuple[str, str]]) -> None:
         if self._remove is None:
@@ -55,6 +57,8 @@ class LlamaCppModel(SpawnedModel):
 
     async def info(self) -> ModelInfo:
         """Raises: `StartFailed` when the system has no more threads."""
+        if self.rescan is not None:
+            await self.rescan()
         return await self._headers.info(self.name, self.config, self.file)
 
     async def residence(self) -> Residence | None:

@@ -15,7 +15,7 @@ from llama_smart_proxy.backends.llamacpp.problems import problems
 from llama_smart_proxy.backends.threads import Looks, run_in_thread
 from llama_smart_proxy.backends.weights import hub
 from llama_smart_proxy.backends.weights.downloads import Download
-from llama_smart_proxy.backends.weights.models_dir import ModelFile, ModelsDir, Scan, key
+from llama_smart_proxy.backends.weights.models_dir import FRESH_S, ModelFile, ModelsDir, Scan, key
 from llama_smart_proxy.proxy.config import Config, LlamaCppConfig, ModelConfig
 from llama_smart_proxy.proxy.errors import ModelNotFound
 
@@ -155,12 +155,12 @@ class LlamaCpp(BaseProvider):
 
     async def problems(self) -> Sequence[Problem]:
         await self._look_at_folder()
-        return [*self._disk_problems(), *await run_in_thread(lambda: problems(self._config))]
+        return [*await run_in_thread(lambda: problems(self._config)), *self._disk_problems()]
 
     def _disk_problems(self) -> Iterator[Problem]:
         folder, cache = "llama_cpp.models_dir", "llama_cpp.hf_cache"
         if self._scan.error:
-            yield Problem(folder, self._scan.error, fatal=True)
+            yield Problem(folder, self._scan.error, fatal=self._scan.gone)
         for remark in self._scan.remarks:
             yield Problem(folder, remark, harmless=True)
         for where, looks in ((folder, self._folder_looks), (cache, self._cache_looks)):
@@ -176,6 +176,10 @@ class LlamaCpp(BaseProvider):
         while self._replaced:
             await self._replaced.pop().unload()
 
+    async def _rescan(self) -> None:
+        if self._folder_looks is not None:
+            await self._folder_looks.look(FRESH_S)
+
     async def _look_at_cache(self, fresh_s: float = 0.0) -> None:
         """Look at the Hugging Face cache again, unless that was done less than `fresh_s` ago."""
         if self._cache_looks is not None:
@@ -186,7 +190,8 @@ class LlamaCpp(BaseProvider):
         if scan is self._scan:
             return
         if self._started and scan.error and scan.error != self._scan.error:
-            logger.warning("models_dir cannot be read, its models are not offered: %s", scan.error)
+            offered = "its models are not" if scan.gone else "what was known of it last is"
+            logger.warning("models_dir cannot be read, %s offered: %s", offered, scan.error)
         for remark in scan.remarks if self._started else ():
             if remark not in self._scan.remarks:
                 logger.warning("models_dir: %s", remark)
@@ -199,7 +204,7 @@ class LlamaCpp(BaseProvider):
             if known is not None:
                 self._replaced.append(known)
             known = self._model(file.name, ModelConfig(path=file.path), aliases=file.aliases)
-        known.file = file
+        known.file, known.rescan = file, self._rescan
         return known
 
     def _offer_cached(self, found: Mapping[str, ModelConfig]) -> None:

@@ -12,7 +12,7 @@ import unicodedata
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 
@@ -22,6 +22,8 @@ from llama_smart_proxy.backends.weights.projectors import Projectors, upper_fold
 from llama_smart_proxy.backends.weights.stamps import Stamp, is_gguf, stamp_of
 from llama_smart_proxy.proxy.config import Config
 
+GONE = (FileNotFoundError, NotADirectoryError)
+"""What is not there; any other error may pass."""
 MAX_NAME = 255
 MAX_DEPTH = 16
 """Most folders below each other that are read."""
@@ -57,12 +59,13 @@ class ModelFile:
 @dataclass(frozen=True, slots=True)
 class Scan:
     """What was found: the models by the keys of their names, and of their aliases; remarks for the operator; and, if
-    the folder cannot be read, why."""
+    the folder cannot be read, why. One that is `gone` has no models; of another, what was known of it last is here."""
 
     models: Mapping[str, ModelFile] = field(default_factory=dict)
     aliases: Mapping[str, ModelFile] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
     error: str = ""
+    gone: bool = False
 
 
 def key(name: str) -> str:
@@ -78,7 +81,7 @@ class ModelsDir:
         self._folder = os.path.abspath(os.path.expanduser(folder))
         self._taken = taken
         self._scan = Scan()
-        self._walk = _Walk(self._folder)
+        self._walk = _Walk(self._folder, {})
         self._stale_s = float("-inf")
 
     @classmethod
@@ -95,12 +98,14 @@ class ModelsDir:
         begun_s = time.monotonic()
         if begun_s < self._stale_s and all(_time_of(path) == time_ns for path, time_ns in self._walk.times.items()):
             return self._scan
-        walk = _Walk(self._folder)
+        walk = _Walk(self._folder, self._walk.folders)
         try:
             walk.run()
         except OSError as error:
             self.forget()
-            self._scan = Scan(error=f"{_fit(self._folder)}: {error.strerror}")
+            message = f"{_fit(self._folder)}: {error.strerror}"
+            gone = isinstance(error, GONE)
+            self._scan = Scan(error=message, gone=True) if gone else replace(self._scan, error=message)
             return self._scan
         if self._scan.error or (walk.folders, walk.unreadable) != (self._walk.folders, self._walk.unreadable):
             self._scan = _Naming(walk, self._folder, self._taken).scan()
@@ -118,15 +123,17 @@ class ModelsDir:
 
 
 class _Walk:
-    """One walk through all folders below `root`: real ones before those behind links, each only once."""
+    """One walk through all folders below `root`: real ones before those behind links, each only once. `before` are the
+    `folders` of the last walk, for what cannot be read now."""
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, before: Mapping[str, dict[str, Stamp]]) -> None:
         self.folders: dict[str, dict[str, Stamp]] = {}
         """The GGUF files of each folder, by the folder's path below the root."""
         self.times: dict[str, int] = {}
         """The times of folders, and of links that lead nowhere yet, by path: 0 for what does not exist."""
         self.unreadable: list[str] = []
         self._root = root
+        self._before = before
         self._seen: set[tuple[int, int]] = set()
 
     def run(self) -> None:
@@ -136,13 +143,18 @@ class _Walk:
             folder = folders.popleft() if folders else links.popleft()
             try:
                 self._read(folder, folders, links)
-            except FileNotFoundError:
-                if not folder:
-                    raise
             except OSError as error:
                 if not folder:
                     raise
-                self.unreadable.append(f"{_fit(folder)}: {error.strerror}")
+                if not isinstance(error, GONE):
+                    self._keep(folder, error)
+
+    def _keep(self, folder: str, error: OSError) -> None:
+        """Take what was known of a folder and those below it."""
+        kept = {path: files for path, files in self._before.items() if f"{path}/".startswith(f"{folder}/")}
+        self.folders |= kept
+        what = "what was known of it last is offered" if kept else "it is left out"
+        self.unreadable.append(f"{_fit(folder)}: {error.strerror}; {what}")
 
     def _read(self, folder: str, folders: deque[str], links: deque[str]) -> None:
         path = os.path.join(self._root, folder)
@@ -198,7 +210,7 @@ class _Naming:
         self._root = root
         self._taken = taken
         self._owners: dict[str, _Part] = {}
-        self._remarks = [f"{text}; it is left out" for text in walk.unreadable]
+        self._remarks = list(walk.unreadable)
         self._projectors: dict[str, tuple[str, Projectors]] = {}
 
     def scan(self) -> Scan:
