@@ -182,11 +182,13 @@ class Model(Protocol):
 @dataclass(frozen=True, slots=True)
 class Problem:
     """What keeps models from being served as configured. `where` is the path of the setting (`models.m.path`), or the
-    section; `message` is one line. With `fatal`, the proxy refuses to start."""
+    section; `message` is one line. With `fatal`, the proxy refuses to start. A `harmless` one keeps no model from being
+    served, and is logged by its provider: `check` prints it, and `/health` does not."""
 
     where: str
     message: str
     fatal: bool = False
+    harmless: bool = False
 
     def __str__(self) -> str:
         return f"{self.where}: {self.message}"

@@ -27,6 +27,8 @@ from llama_smart_proxy.proxy.errors import ProxyError, StartFailed
 logger = logging.getLogger(__name__)
 
 BIND_ATTEMPTS = 3
+PREPARE_S = 60.0
+"""Longest wait for a disk with a model's files, which may have to spin up, be mounted first, or not answer at all."""
 QUOTED_LINES = 10
 """How many lines of a server's output an error message quotes."""
 BEFORE_STOP_SHARE = 0.5
@@ -215,7 +217,7 @@ class Instance:
     # -- starting --------------------------------------------------------------------------------------------------
 
     async def _start(self) -> None:
-        command_for = await run_in_thread(self.model.launcher.prepare)
+        command_for = await self._prepared()
         for _ in range(BIND_ATTEMPTS):
             self.port = 0 if self.model.launcher.by_socket else self._ports.reserve()
             child = self._spawn(command_for)
@@ -233,6 +235,16 @@ class Instance:
         lost = f"each of {BIND_ATTEMPTS} ports was lost: {failure}"
         hint = f" ({hint})" if isinstance(failure, Foreign) and (hint := self.model.launcher.elsewhere) else ""
         raise StartFailed(f"Model '{self.name}' failed to load: {lost}{hint}.")
+
+    async def _prepared(self) -> CommandFor:
+        """Raises: `StartFailed`, also when the disk with the files does not answer."""
+        limit_s = min(PREPARE_S, self._config.load_timeout_s)
+        try:
+            async with asyncio.timeout(limit_s):
+                return await run_in_thread(self.model.launcher.prepare)
+        except TimeoutError as exc:
+            message = f"Model '{self.name}' did not load: its files could not be read within {limit_s:g} s."
+            raise StartFailed(message, status=504, code="model_load_timeout") from exc
 
     def _spawn(self, command_for: CommandFor) -> Child:
         loop = asyncio.get_running_loop()

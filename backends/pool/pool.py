@@ -232,7 +232,7 @@ class Pool:
         Raises: as the source's `fetch`; `Overloaded` (codes `shutting_down`, `unloaded`).
         """
         source = queue.model.source
-        if source is None or self._is_here(source) or self._backs_off(queue):
+        if source is None or self._backs_off(queue) or await self._is_here(source):
             return
         download = self._join(queue, source, counts=False)
         self._fetching[queue.name] += 1
@@ -243,10 +243,10 @@ class Pool:
         if self._scheduler.closing:
             raise _shutting_down()
 
-    def _is_here(self, source: Source) -> bool:
+    async def _is_here(self, source: Source) -> bool:
         """Whether it still is where it was found last; one look at the disk, and only when a process is to start."""
         path = self._files.get(source.download)
-        return path is not None and path.exists()
+        return path is not None and await run_in_thread(path.exists)
 
     def _backs_off(self, queue: ModelQueue) -> bool:
         return queue.error is not None and queue.backoff.wait_s(asyncio.get_running_loop().time()) > 0

@@ -149,7 +149,8 @@ class LlamaCppConfig(Section):
         default_factory=dict, description="Models by name; the same as the top-level models."
     )
     models_dir: Path | None = Field(
-        default=None, description="Folder whose *.gguf files are offered, each by its name without the ending."
+        default=None,
+        description="Folder whose *.gguf files, and those below it, are offered, each by its name without the ending.",
     )
     hf_cache: bool = Field(
         default=True,
