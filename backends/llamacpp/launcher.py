@@ -41,7 +41,7 @@ COUNTED = ("id_task", "is_processing", "n_prompt_tokens", "n_prompt_tokens_proce
 class LlamaCppLauncher(HttpLauncher):
     """`Launcher` of llama-server. `server` is `llama_cpp.server` of the configuration; `default_args` are the flags
     that every model gets. With `unauthenticated`, a server that does not enforce its API key is accepted, and one that
-    another process than ours has started."""
+    another process than ours has started. `passthrough` are further variables of ours that it may have."""
 
     elsewhere = "a llama_cpp.server that starts it in a container requires llama_cpp.allow_unauthenticated: true"
 
@@ -53,20 +53,30 @@ class LlamaCppLauncher(HttpLauncher):
         default_args: Sequence[str] = (),
         *,
         unauthenticated: bool = False,
+        passthrough: Sequence[str] = (),
     ) -> None:
         self._name = name
         self._model = model
         self._server = server
         self._default_args = default_args
         self._unauthenticated = unauthenticated
+        self._passthrough = passthrough
 
     def prepare(self) -> CommandFor:
+        return self._command_for(resolve(self._name, self._model))
+
+    def preview(self) -> CommandFor:
+        """As `prepare`; a file that is not here has the name that the configuration has for it."""
+        model = self._model
+        expected = model.path or model.file or (hub.download_name(model.repo, model.variant) if model.repo else "")
+        return self._command_for(locate(self._name, model) or expected)
+
+    def _command_for(self, gguf: Path | str) -> CommandFor:
         try:
             program = server_command(self._server)
         except ConfigError as exc:
             raise StartFailed(str(exc)) from exc
-        gguf = resolve(self._name, self._model)
-        required_args = self._required_by(gguf)
+        required_args = self._required_by(gguf) if isinstance(gguf, Path) else []
 
         def command_for(listen: Endpoint, key: str) -> Command:
             argv = build_argv(
@@ -79,7 +89,7 @@ class LlamaCppLauncher(HttpLauncher):
                 required_args=required_args,
                 default_args=self._default_args,
             )
-            env = child_env(os.environ, self._model.env, key)
+            env = child_env(os.environ, self._model.env, key, self._passthrough)
             return Command(argv, env, listen, listens=not self._unauthenticated)
 
         return command_for
@@ -123,9 +133,12 @@ def pool_model(
     default_args: Sequence[str] = (),
     *,
     unauthenticated: bool = False,
+    passthrough: Sequence[str] = (),
 ) -> PoolModel:
     """A configured model as the pool knows it; the other arguments are those of its launcher."""
-    launcher = LlamaCppLauncher(name, model, server, default_args, unauthenticated=unauthenticated)
+    launcher = LlamaCppLauncher(
+        name, model, server, default_args, unauthenticated=unauthenticated, passthrough=passthrough
+    )
     source = None
     if model.repo is not None:
         download = hub.download_name(model.repo, model.variant)
