@@ -194,6 +194,8 @@ def _log_startup(config: Config) -> None:
 
 
 def _log_agents(plugins: Plugins) -> None:
+    for line in plugins.missing:
+        logger.warning("%s", line)
     agents = [
         f"{plugin.name}{' (always)' if plugin.always else f' (/{plugin.command})' if plugin.command else ''}"
         for plugin in plugins

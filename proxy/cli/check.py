@@ -55,6 +55,8 @@ def agent_problems(config: Config) -> list[str]:
         plugins = Plugins.of(config)
     except ConfigError as exc:
         return exc.problems
+    for line in plugins.missing:
+        print(f"warning: {line}", file=sys.stderr)
     for folder in config.agents_dirs:
         if not folder.is_dir():
             print(f"warning: agents_dirs: {folder}: no such folder", file=sys.stderr)

@@ -125,6 +125,8 @@ class Plugins:
     """Whether any agent runs without being called; cached, as every request checks it."""
     idle: dict[str, AgentSource] = field(default_factory=dict)
     """The built-in agents that are not enabled, by name."""
+    missing: list[str] = field(default_factory=list)
+    """Warnings about agents that a configuration of a replaced project names, and that do not exist here."""
 
     @classmethod
     def of(cls, config: Config) -> Plugins:
@@ -140,7 +142,8 @@ class Plugins:
                 )
             elif source is None:
                 known = ", ".join(sorted(sources))
-                problems.append(f"{path}: unknown agent {entry.name}; known agents: {known}")
+                line = f"{path}: unknown agent {entry.name}; known agents: {known}"
+                (plugins.missing if config.is_old_form else problems).append(line)
             elif everywhere and entry.name in plugins.by_name:
                 problems.append(f"{path}: the agent {entry.name} is named twice")
             else:
