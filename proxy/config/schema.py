@@ -109,6 +109,7 @@ class Config(Section):
 
     _warnings: list[str] = PrivateAttr(default_factory=list)
     _plugins_dir: Path | None = None
+    _old_form: bool = False
     _enabled_dirs: list[Path] = PrivateAttr(default_factory=list)
     _virtual: dict[str, ModelConfig] = PrivateAttr(default_factory=dict)
 
@@ -132,6 +133,15 @@ class Config(Section):
     def set_plugins_dir(self, folder: Path) -> None:
         """For the loading of the file."""
         self._plugins_dir = folder
+
+    @property
+    def is_old_form(self) -> bool:
+        """Whether the file is one of a replaced project. It may name agents that do not exist here."""
+        return self._old_form
+
+    def set_old_form(self) -> None:
+        """For the loading of the file."""
+        self._old_form = True
 
     @property
     def enabled_dirs(self) -> list[Path]:
