@@ -166,6 +166,7 @@ class Remote:
         self.connections = connections_to(root, config)
         self._base = config.url.removeprefix(root)
         self.speaks = _SPEAKS | {"responses"} if config.responses else _SPEAKS
+        self.forwards = tuple(map(str.lower, config.forward_headers))
         self._fixed = config.models is not None
         self._models: tuple[str, ...] = tuple(config.models or ())
         self._listing = Listing(
@@ -236,6 +237,7 @@ class RemoteModel:
         self.name = name
         self.owner = remote.name
         self.speaks = remote.speaks
+        self.forwards = remote.forwards
         self._remote = remote
 
     def open(self, request: UpstreamRequest) -> AbstractAsyncContextManager[UpstreamResponse]:
@@ -261,6 +263,9 @@ class RemoteModel:
         return ModelInfo(self.name)
 
     async def residence(self) -> None:
+        """None: unknown."""
+
+    async def slots(self) -> None:
         """None: unknown."""
 
     def command_line(self, listen: Endpoint) -> Sequence[str]:

@@ -7,29 +7,34 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 from llama_smart_proxy.backends.base import Problem
 from llama_smart_proxy.backends.llamacpp.command import EMBEDDED, server_command
+from llama_smart_proxy.backends.threads import within
 from llama_smart_proxy.backends.weights import hub_cache
 from llama_smart_proxy.backends.weights.files import locate, resolve
 from llama_smart_proxy.proxy.config import Config, ModelConfig, missing_paths
 from llama_smart_proxy.proxy.errors import ConfigError, StartFailed
 
+FOLDER_S = 2.0
+"""Longest wait in seconds for the disk with the folder of models."""
+
 
 def problems(config: Config) -> list[Problem]:
-    """All of them."""
+    """Those of the program and of the configured models."""
     local = {name: model for name, model in config.models.items() if config.backend_of(name) == "llama.cpp"}
-    found = machine_problems(config, used=bool(local))
+    found = list(_program_problems(config, used=bool(local)))
+    found += _args_problems("llama_cpp.args", config.llama_cpp.args)
     for name, model in local.items():
         found += _model_problems(config.path_of(name), name, model)
         found += _args_problems(f"{config.path_of(name)}.args", model.args)
     return found
 
 
-def machine_problems(config: Config, *, used: bool = True) -> list[Problem]:
-    """Those of the program and of the folder of models. `used`: there are models that the program runs."""
-    shared = _args_problems("llama_cpp.args", config.llama_cpp.args)
-    return [*_program_problems(config, used=used), *_folder_problems(config), *shared]
+def machine_problems(config: Config) -> list[Problem]:
+    """Those of the program and of the folder of models."""
+    return [*_program_problems(config, used=True), *_folder_problems(config)]
 
 
 def _program_problems(config: Config, *, used: bool) -> Iterator[Problem]:
@@ -46,8 +51,9 @@ def _program_problems(config: Config, *, used: bool) -> Iterator[Problem]:
 
 def _folder_problems(config: Config) -> Iterator[Problem]:
     folder = config.llama_cpp.models_dir
-    if folder is not None and not folder.is_dir():
-        yield Problem("llama_cpp.models_dir", f"{folder}: no such folder", fatal=True)
+    with suppress(TimeoutError):  # it may answer later
+        if folder is not None and not within(FOLDER_S, folder.is_dir):
+            yield Problem("llama_cpp.models_dir", f"{folder}: no such folder", fatal=True)
 
 
 def _model_problems(where: str, name: str, model: ModelConfig) -> Iterator[Problem]:

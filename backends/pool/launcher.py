@@ -37,11 +37,17 @@ _SECRET = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A process to start: its argument list, its whole environment, and where its server will be reached."""
+    """A process to start: its argument list, its whole environment, and where its server will be reached.
+
+    `listens`: the process itself, or one that it starts, listens there. Only then can the system prove that the server
+    is this one, and how busy it is. It is False for a command that has its server started elsewhere: in a container, on
+    another machine.
+    """
 
     argv: Sequence[str]
     env: Mapping[str, str]
     endpoint: Endpoint
+    listens: bool = True
 
 
 CommandFor = Callable[[Endpoint, str], Command]
@@ -49,8 +55,22 @@ CommandFor = Callable[[Endpoint, str], Command]
 its server on another host names that host in `Command.endpoint`."""
 
 
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a server reports of its own work. `work` changes with every step that it takes, such as a token; `free` is
+    whether a slot is free, None if it does not report that."""
+
+    work: object
+    free: bool | None
+
+
 class Launcher(Protocol):
     """Starts the server of one model. It is shared by all processes of that model, one after another."""
+
+    by_socket: bool
+    """Whether its commands have unix sockets as their endpoints; no port is then reserved for them."""
+    elsewhere: str
+    """A clause on what an operator can do who has a program that starts its server elsewhere; may be empty."""
 
     def prepare(self) -> CommandFor:
         """Find the program and its files. Blocks: called in a thread, before each start. Raises: `StartFailed`."""
@@ -64,6 +84,13 @@ class Launcher(Protocol):
         `connections` carry the API key. Call `patience_s` before each attempt: it returns how many seconds that may
         take, and raises when the time is over. Raises: `NotOurs` if another process listens there.
         """
+
+    async def report(self, connections: ConnectionPool, timeout_s: float) -> Report | None:
+        """What the server reports of its work, asked while requests wait for it in vain; None if it does not answer
+        within `timeout_s` seconds, or cannot be asked."""
+
+    async def probe(self, connections: ConnectionPool, timeout_s: float) -> bool:
+        """Whether the server generates one token within `timeout_s` seconds. Called only if it reports a free slot."""
 
     async def after_ready(self, connections: ConnectionPool) -> None:
         """Runs after `ready`, before the first request is sent. A failure is logged and ignored."""
@@ -92,6 +119,8 @@ class HttpLauncher:
     """How many requests the server processes in parallel."""
     health_path: str = "/health"
     keyed_path: str | None = None
+    by_socket: bool = False
+    elsewhere: str = "a command that starts its server elsewhere has `Command.listens` False"
 
     def command(self, listen: Endpoint, key: str) -> Command:
         """The command of a server that listens at `listen` and accepts the API key `key`."""
@@ -109,6 +138,14 @@ class HttpLauncher:
         else:
             await prove_ours(connections, patience_s, health_path=self.health_path, keyed_path=self.keyed_path)
         return self.slots
+
+    async def report(self, connections: ConnectionPool, timeout_s: float) -> Report | None:
+        """None: it cannot be asked."""
+        return None
+
+    async def probe(self, connections: ConnectionPool, timeout_s: float) -> bool:
+        """Not called without a report."""
+        return False
 
     async def after_ready(self, connections: ConnectionPool) -> None:
         """Does nothing."""

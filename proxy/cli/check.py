@@ -63,7 +63,7 @@ def _looked_at(config: Config, argv_of: str | None) -> tuple[list[Problem], Sequ
 async def _inspected(app: App, argv_of: str | None) -> tuple[list[Problem], Sequence[str]]:
     app.proxy.inspection.limit_s = PATIENCE_S
     try:
-        problems = await app.proxy.inspection.problems()
+        problems = await app.proxy.inspection.problems(harmless=True)
         return (problems, ()) if argv_of is None else (problems, await _command_line(app, argv_of))
     except ProxyError as exc:
         return [*problems, Problem("--argv", exc.message, fatal=True)], ()

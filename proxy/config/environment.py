@@ -1,4 +1,4 @@
-"""Settings from outside the file: `LSP_*` variables, those of ollama-smart-proxy, and command line flags.
+"""Settings from outside the file: `LSP_*` variables, those of the replaced projects, and command line flags.
 
 `LSP_SERVER__PORT=8080` sets `server.port`: two underscores separate levels. Names of models and remotes are matched
 ignoring case and characters that a variable name cannot contain: `LSP_MODELS__SMOLLM2_EMBED__CTX` sets the `ctx` of
@@ -18,7 +18,11 @@ from llama_smart_proxy.proxy.config.schema import is_verbatim
 
 PREFIX = "LSP_"
 NOT_FIELDS = {"LSP_CONFIG", "LSP_OWNER"}  # the file's path, and the mark of child processes
+SEED_PREFIX = "OLLAMA_PROXY_"
 SEED_VARIABLES: dict[str, Loc] = {
+    "LLM_PROXY_BACKEND": ("backend",),
+    "OLLAMA_PROXY_SERVER_HOST": ("server", "host"),
+    "OLLAMA_PROXY_SERVER_PORT": ("server", "port"),
     "OLLAMA_PROXY_OLLAMA_HOST": ("ollama", "host"),
     "OLLAMA_PROXY_OLLAMA_PORT": ("ollama", "port"),
     "OLLAMA_PROXY_PLUGINS_DIR": ("agents_dirs",),
@@ -50,6 +54,12 @@ def from_environment(env: Mapping[str, str], data: Mapping[str, Any]) -> Iterato
         loc = _loc(variable, data)
         value, problem = _read(env[variable], loc)
         yield Setting(f"environment: {variable}", loc, value, problem)
+
+
+def without_effect(env: Mapping[str, str]) -> list[str]:
+    """A warning for each variable of ollama-smart-proxy that means nothing here."""
+    unknown = sorted(name for name in env if name.startswith(SEED_PREFIX) and name not in SEED_VARIABLES)
+    return [f"environment: {name}: has no effect here and can be removed" for name in unknown]
 
 
 def from_flags(overrides: Mapping[str, object]) -> Iterator[Setting]:

@@ -50,6 +50,11 @@ class PoolConfig(Section):
     idle_timeout_s: Seconds = Field(
         default=120.0, gt=0, description="Seconds a process may be silent in the middle of its answer."
     )
+    stall_timeout_s: Seconds = Field(
+        default=60.0,
+        description="Seconds in which a process generates nothing although requests wait, uses no processor time and "
+        "reports no work; then it is replaced. 0: never.",
+    )
     autoload: bool = Field(
         default=True,
         description="Whether a request loads its model; if not, requests for a model that is not loaded get status "
@@ -138,8 +143,8 @@ class LlamaCppConfig(Section):
     )
     allow_unauthenticated: bool = Field(
         default=False,
-        description="Accept a server that does not enforce the API key it is given; other processes of this machine "
-        "can use it, too.",
+        description="Accept a server that does not enforce the API key it is given, or that another process than the "
+        "one started runs, as in a container; other processes of this machine can use it, too.",
     )
     args: shapes.Args = Field(default_factory=list, description="llama-server flags for every model.")
     env_passthrough: shapes.Passthrough = Field(
@@ -151,7 +156,8 @@ class LlamaCppConfig(Section):
         default_factory=dict, description="Models by name; the same as the top-level models."
     )
     models_dir: Path | None = Field(
-        default=None, description="Folder whose *.gguf files are offered, each by its name without the ending."
+        default=None,
+        description="Folder whose *.gguf files, and those below it, are offered, each by its name without the ending.",
     )
     hf_cache: bool = Field(
         default=True,
@@ -188,6 +194,11 @@ class RemoteConfig(UpstreamConfig):
         "without a path gets /v1."
     )
     responses: bool = Field(default=False, description="Use its own /v1/responses where no agent reads the request.")
+    forward_headers: Annotated[list[shapes.Header], BeforeValidator(shapes.comma_list)] = Field(
+        default_factory=list,
+        description="Headers about the user, or with credentials, that it gets from clients, such as "
+        "X-OpenWebUI-User-Email; a * at the end stands for any rest. By default it gets none.",
+    )
 
     @field_validator("url")
     @classmethod

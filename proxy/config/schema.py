@@ -42,6 +42,11 @@ class ServerConfig(Section):
         description="Origins of web pages that may send requests, such as https://chat.example, besides pages on this "
         "machine; * is every one.",
     )
+    allow_hosts: shapes.HostNames = Field(
+        default_factory=list,
+        description="Names of the proxy in the Host header of requests, such as chat.example, besides addresses, names "
+        "without a dot and those of this machine; *.chat.example is all below it, * every one.",
+    )
     max_body_mib: int = Field(default=64, ge=1, description="Largest request body, in MiB; larger ones get status 413.")
     drain_s: Seconds = Field(
         default=30.0, description="Seconds that requests in progress may take to finish at shutdown."
@@ -104,6 +109,7 @@ class Config(Section):
 
     _warnings: list[str] = PrivateAttr(default_factory=list)
     _plugins_dir: Path | None = None
+    _old_form: bool = False
     _enabled_dirs: list[Path] = PrivateAttr(default_factory=list)
     _virtual: dict[str, ModelConfig] = PrivateAttr(default_factory=dict)
 
@@ -127,6 +133,15 @@ class Config(Section):
     def set_plugins_dir(self, folder: Path) -> None:
         """For the loading of the file."""
         self._plugins_dir = folder
+
+    @property
+    def is_old_form(self) -> bool:
+        """Whether the file is one of a replaced project. It may name agents that do not exist here."""
+        return self._old_form
+
+    def set_old_form(self) -> None:
+        """For the loading of the file."""
+        self._old_form = True
 
     @property
     def enabled_dirs(self) -> list[Path]:

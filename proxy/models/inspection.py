@@ -30,8 +30,9 @@ class Inspection:
         self._running: dict[str, asyncio.Task[None]] = {}
         self._overdue: set[str] = set()
 
-    async def problems(self) -> list[Problem]:
-        """All of them now, in the order of the looks, those that prevent the start first."""
+    async def problems(self, *, harmless: bool = False) -> list[Problem]:
+        """All of them now, in the order of the looks, those that prevent the start first; with `harmless`, also those
+        that keep no model from being served."""
         awaited = {name: self._running_look(name) for name in self._looks if name not in self._overdue}
         if awaited:
             await asyncio.wait(awaited.values(), timeout=self.limit_s)
@@ -39,7 +40,9 @@ class Inspection:
         found = [problem for name in self._looks for problem in self._found.get(name, ())]
         late = f"cannot be checked: no answer within {self.limit_s:g} s"
         found += [Problem(name, late) for name in self._looks if name in self._overdue]
-        return sorted(found, key=lambda problem: not problem.fatal)
+        return sorted(
+            (problem for problem in found if harmless or not problem.harmless), key=lambda problem: not problem.fatal
+        )
 
     async def close(self) -> None:
         """Cancel what is running; a thread that waits for a disk is left to itself."""

@@ -107,6 +107,9 @@ def test_an_expanded_value_takes_the_type_of_its_field(tmp_path: Path) -> None:
     assert key.get_secret_value() == "0123e4"
 
 
+NO_EFFECT = "has no effect here and can be removed"
+
+
 def test_an_unset_variable_is_one_problem(tmp_path: Path) -> None:
     assert problems(tmp_path, "server:\n  port: ${NOT_SET}\n") == [
         "config.yaml: server.port: the environment variable NOT_SET is not set; ${NOT_SET:-default} gives it a default"
@@ -138,7 +141,10 @@ def test_an_unset_variable_is_one_problem(tmp_path: Path) -> None:
         ("LSP_OLLAMA__HOST", "a,b:2", lambda c: c.ollama.urls == ["http://a:1", "http://b:2"]),
         ("LSP_OLLAMA__HOST", '["a", "b"]', lambda c: c.ollama.host == ["a", "b"]),
         ("OLLAMA_PROXY_PLUGINS_DIR", "/p", lambda c: c.agents_dirs == [Path("/file"), Path("/p")]),
-        ("OLLAMA_PROXY_DATABASE_TYPE", "sqlite", lambda c: True),
+        ("OLLAMA_PROXY_SERVER_HOST", "::", lambda c: c.server.host == "::"),
+        ("OLLAMA_PROXY_SERVER_PORT", "8080", lambda c: c.server.port == 8080),
+        ("LLM_PROXY_BACKEND", "ollama", lambda c: c.backend == "ollama" and c.uses_ollama),
+        ("OLLAMA_PROXY_REDIS_URL", "x", lambda c: c.warnings == [f"environment: OLLAMA_PROXY_REDIS_URL: {NO_EFFECT}"]),
     ],
 )  # fmt: skip
 def test_a_variable_overrides_the_file(tmp_path: Path, variable: str, value: str, read: Callable[[Any], bool]) -> None:
@@ -164,6 +170,7 @@ def test_a_variable_overrides_the_file(tmp_path: Path, variable: str, value: str
         ("LSP_SERVER__PORT", "eighty", "should be a valid integer, unable to parse string as an integer"),
         ("LSP_SERVER__PORT", "[1", "line 1, column 3: expected ',' or ']', but got '<stream end>'"),
         ("LSP_SERVER", '{"port": -1}', "port: should be greater than or equal to 0"),
+        ("LLM_PROXY_BACKEND", "vllm", "should be 'llama.cpp' or 'ollama'"),
         ("OLLAMA_PROXY_OLLAMA_PORT", "x", "should be a valid integer, unable to parse string as an integer"),
     ],
 )
@@ -188,6 +195,8 @@ def test_a_problem_of_the_file_goes_with_the_value_that_replaces_it(tmp_path: Pa
 def test_lsp_variables_win_over_those_of_the_second_seed(tmp_path: Path) -> None:
     env = {"OLLAMA_PROXY_OLLAMA_HOST": "old", "LSP_OLLAMA__HOST": "new"}
     assert load(tmp_path, "", env).ollama.urls == ["http://new:11434"]
+    env = {"OLLAMA_PROXY_SERVER_PORT": "1", "LSP_SERVER__PORT": "2"}
+    assert load(tmp_path, "", env).server.port == 2
 
 
 SPELLINGS = """
