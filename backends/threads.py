@@ -16,10 +16,19 @@ T = TypeVar("T")
 async def run_in_thread(call: Callable[[], T]) -> T:
     """The result of `call()`, run in a new daemon thread.
 
-    Not in an executor: its threads are joined at exit, which a large download would delay, and long calls would block
-    others in its queue. If the caller is cancelled, the call continues, and its result is dropped.
+    If the caller is cancelled, the call continues, and its result is dropped. Raises: what `call` raises; as
+    `begin_in_thread`.
+    """
+    return await begin_in_thread(call)
 
-    Raises: what `call` raises; `StartFailed` (code `spawn_failed`) if no thread can be started.
+
+def begin_in_thread(call: Callable[[], T]) -> asyncio.Future[T]:
+    """A future for the result of `call()`, which runs in a new daemon thread.
+
+    Not in an executor: its threads are joined at exit, which a large download would delay, and long calls would block
+    others in its queue.
+
+    Raises: `StartFailed` (code `spawn_failed`) if no thread can be started.
     """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
@@ -45,4 +54,4 @@ async def run_in_thread(call: Callable[[], T]) -> T:
         threading.Thread(target=run, daemon=True).start()
     except RuntimeError as exc:
         raise StartFailed("The system refused to start another thread.", code="spawn_failed") from exc
-    return await future
+    return future

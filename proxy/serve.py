@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import gc
 import ipaddress
 import logging
+import os
 import resource
 import shlex
 import signal
 import socket
+import sys
+import threading
 from contextlib import suppress
-from typing import Any
+from typing import Any, NoReturn
 
 import uvloop
 
@@ -27,20 +31,36 @@ logger = logging.getLogger(__name__)
 
 ERROR_FRAMES_TIMEOUT_S = 2.0
 """Time for the error frames of aborted streams to reach their clients."""
+LEAVE_S = 0.3
+"""Time for what the process does at its end, such as writing the rest of its log."""
 
 
 def run(config: Config, *, reload: bool = False) -> int:
-    """Serve until SIGTERM or SIGINT. Returns the process's exit status. With `reload`, agents are loaded again when
-    their files change.
+    """Serve until SIGTERM or SIGINT. Returns the process's exit status, for `leave`. With `reload`, agents are loaded
+    again when their files change.
 
     Raises: ConfigError for missing agents and for invalid options of agents.
     """
     _raise_fd_limit()
     app = App(config)
     app.plugins.reload = reload
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.get_loop().set_task_factory(make_task)
-        return runner.run(_serve(app, config))
+    runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)  # not closed, which would wait for threads
+    runner.get_loop().set_task_factory(make_task)
+    return runner.run(_serve(app, config))
+
+
+def leave(status: int) -> NoReturn:
+    """End the process with this exit status within `LEAVE_S` seconds, with all its threads: the interpreter, libuv and
+    executors would wait for theirs, such as one that asks the DNS, or in which an agent calls something."""
+    with suppress(RuntimeError):  # no thread can be started
+        clock = threading.Timer(LEAVE_S, os._exit, (status,))
+        clock.daemon = True
+        clock.start()
+    atexit._run_exitfuncs()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(status)
 
 
 async def _serve(app: App, config: Config) -> int:

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from llama_smart_proxy.proxy import __version__
 from llama_smart_proxy.proxy.errors import ConfigError
@@ -102,7 +102,7 @@ def _config_path(given: str | None) -> Path | None:
     return default if default.exists() else None
 
 
-def _serve(args: argparse.Namespace, path: Path | None) -> int:
+def _serve(args: argparse.Namespace, path: Path | None) -> NoReturn:
     from llama_smart_proxy.proxy import log, serve
     from llama_smart_proxy.proxy.cli.check import machine_problems
     from llama_smart_proxy.proxy.config import load_config
@@ -116,9 +116,11 @@ def _serve(args: argparse.Namespace, path: Path | None) -> int:
     for warning in config.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     try:
-        return serve.run(config, reload=args.reload)
+        status = serve.run(config, reload=args.reload)
     except ConfigError as exc:  # agents are checked only when the server starts
-        raise ConfigError([f"{path or 'defaults'}: {line}" for line in exc.problems]) from None
+        print(ConfigError([f"{path or 'defaults'}: {line}" for line in exc.problems]), file=sys.stderr)
+        status = 2
+    serve.leave(status)
 
 
 def _simulate(path: Path | None) -> int:
