@@ -21,7 +21,7 @@ async def run_in_thread(call: Callable[[], T]) -> T:
     """The result of `call()`, run as by `begin_in_thread`. If the caller is cancelled, the call continues, and its
     result is dropped.
 
-    Raises: what `call` raises; `StartFailed` (code `spawn_failed`) if no thread can be started.
+    Raises: what `call` raises; as `begin_in_thread`.
     """
     return await begin_in_thread(call)
 

@@ -10,7 +10,7 @@ import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from llama_smart_proxy.proxy import __version__
 from llama_smart_proxy.proxy.errors import ConfigError
@@ -140,7 +140,7 @@ def _present() -> list[Path]:
     return [path for path in map(Path, CONFIG_FILES) if path.exists()]
 
 
-def _serve(args: argparse.Namespace, path: Path | None) -> int:
+def _serve(args: argparse.Namespace, path: Path | None) -> NoReturn:
     from llama_smart_proxy.proxy import log, serve
     from llama_smart_proxy.proxy.config import load_config
 
@@ -152,9 +152,11 @@ def _serve(args: argparse.Namespace, path: Path | None) -> int:
     for warning in config.warnings:
         logger.warning("%s", warning)
     try:
-        return serve.run(config, reload=args.reload)
+        status = serve.run(config, reload=args.reload)
     except ConfigError as exc:  # agents and the machine are checked only when the server starts
-        raise ConfigError([f"{path or 'defaults'}: {line}" for line in exc.problems]) from None
+        print(ConfigError([f"{path or 'defaults'}: {line}" for line in exc.problems]), file=sys.stderr)
+        status = 2
+    serve.leave(status)
 
 
 def _log_source(path: Path | None) -> None:
