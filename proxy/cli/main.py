@@ -11,7 +11,7 @@ from typing import TextIO
 
 from llama_smart_proxy.proxy import __version__
 from llama_smart_proxy.proxy.errors import ConfigError
-from llama_smart_proxy.proxy.log import LEVELS
+from llama_smart_proxy.proxy.log import LEVELS, shown_output
 
 READER_GONE = 128 + signal.SIGPIPE
 """Exit status when the reader of the output has left (`schema | head`), as shells show it of other programs."""
@@ -22,7 +22,8 @@ def main(argv: list[str] | None = None) -> int:
     if the reader of its output has left."""
     try:
         try:
-            return _command(sys.argv[1:] if argv is None else argv)
+            with shown_output():
+                return _command(sys.argv[1:] if argv is None else argv)
         finally:
             for stream in _outputs():
                 stream.flush()  # here, as nothing can be caught when the interpreter does it
