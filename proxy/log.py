@@ -176,8 +176,8 @@ class _Handler(logging.Handler):
 
 
 class _Formatter(logging.Formatter):
-    """One line for each record, and for each line of a traceback one that is indented. Whatever a client, a model
-    server or a file has put into them cannot look like another record, or do anything to a terminal."""
+    """One line for each record, and for each line of a traceback one that is indented. What a client, a model server
+    or a file has put into them cannot look like another record, or steer a terminal."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         name = record.name.removeprefix(PACKAGE)
