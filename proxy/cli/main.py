@@ -14,7 +14,7 @@ from typing import NoReturn, TextIO
 
 from llama_smart_proxy.proxy import __version__
 from llama_smart_proxy.proxy.errors import ConfigError
-from llama_smart_proxy.proxy.log import LEVELS, open_standard_streams
+from llama_smart_proxy.proxy.log import LEVELS, open_standard_streams, shown_output
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,8 @@ def main(argv: list[str] | None = None) -> int:
     open_standard_streams()
     try:
         try:
-            return _command(sys.argv[1:] if argv is None else argv)
+            with shown_output():
+                return _command(sys.argv[1:] if argv is None else argv)
         finally:
             for stream in (sys.stdout, sys.stderr):
                 stream.flush()  # here, as nothing can be caught when the interpreter does it
