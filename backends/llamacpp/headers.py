@@ -57,14 +57,17 @@ class Headers:
         self._crowd: list[_Job] = []  # what is asked for in one round of the event loop
         self._readers: dict[object, float] = {}  # since when each of them reads the same file
 
-    async def info(self, name: str, model: ModelConfig, file: ModelFile | None = None) -> ModelInfo:
+    async def info(
+        self, name: str, model: ModelConfig, file: ModelFile | None = None, *, wait: bool = True
+    ) -> ModelInfo:
         """What is known of a model; for one of `models_dir`, `file` is what its last scan found. No more than its
-        configuration and its `file` when that is not here, or broken, which is logged once, or could not be read yet.
+        configuration and its `file` when that is not here, or broken, which is logged once, or could not be read yet;
+        without `wait` it is not read now.
 
         Raises: `StartFailed` when the system has no more threads.
         """
         card = self._cards.get(name)
-        if card is None or file is None or card[0] != file:
+        if wait and (card is None or file is None or card[0] != file):
             job = self._reading.get(name) or self._begin(name, model, file)
             await self._wait(job)
             card = self._cards.get(name)
