@@ -15,6 +15,7 @@ from enum import IntEnum, StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
+    from llama_smart_proxy.backends.http.connection import Endpoint
     from llama_smart_proxy.backends.http.exchange import Timeouts, UpstreamResponse
     from llama_smart_proxy.backends.pool.pool import Pool
     from llama_smart_proxy.backends.weights.downloads import Download, Downloads
@@ -117,7 +118,8 @@ class Model(Protocol):
     `name` is its id on its server, `kind` the kind of server (`llama.cpp`, `ollama`, `remote`, ...; visible to agents),
     `owner` the owner in model lists, `tags` the labels there. `speaks` are the APIs that its server supports: `openai`,
     `responses`, `anthropic`, `ollama`, and `native` for llama-server's own. `codec` is the API used for clients of any
-    other API (see `proxy.dialects.UPSTREAM_CODECS`).
+    other API (see `proxy.dialects.UPSTREAM_CODECS`). `forwards` are patterns, in lower case, of the client's headers
+    about its user and with its credentials that the server gets; by default it gets none of them.
     """
 
     @property
@@ -136,6 +138,8 @@ class Model(Protocol):
     def codec(self) -> str: ...
     @property
     def features(self) -> frozenset[Feature]: ...
+    @property
+    def forwards(self) -> tuple[str, ...]: ...
     @property
     def state(self) -> ModelState:
         """From memory, at once."""
@@ -170,6 +174,14 @@ class Model(Protocol):
 
     async def residence(self) -> Residence | None:
         """None if it is not loaded, or if that is unknown."""
+
+    async def slots(self) -> int | None:
+        """How many answers its server generates at the same time, which bounds `n` of a request; None if unknown. Loads
+        the model if it must. Raises: as `open`."""
+
+    def command_line(self, listen: Endpoint) -> Sequence[str]:
+        """The command that would start its server at this address now; empty if the proxy does not start it. Blocks on
+        the disk. Raises: `StartFailed`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from llama_smart_proxy.proxy.api.endpoints import EndpointHandler
 from llama_smart_proxy.proxy.api.models import list_models, show_model
 from llama_smart_proxy.proxy.api.state import Proxy
 from llama_smart_proxy.proxy.config import Config
+from llama_smart_proxy.proxy.http.origins import Pages
 from llama_smart_proxy.proxy.middleware.afterwards import Afterwards
 from llama_smart_proxy.proxy.middleware.chain import Chain
 from llama_smart_proxy.proxy.middleware.plugins import Plugins
@@ -64,6 +65,12 @@ ROUTES: list[tuple[str, str, Handler]] = [
     ("DELETE", "/mcp", llama_server.use_tools),
 ]
 """Routes that are not answered by a model; those are the registry's endpoints."""
+_READERS = (admin.health, admin.plugins_listed, list_models, show_model, ollama_api.root, ollama_api.version)
+_PAGES: dict[Handler, Pages] = {
+    **dict.fromkeys((*_READERS, ollama_api.tags, ollama_api.ps, ollama_api.status), Pages.ALL),
+    llama_server.use_tools: Pages.LOCAL,
+}
+"""The web pages that may use a route, if those are not the allowed ones."""
 
 
 class App:
@@ -85,13 +92,14 @@ class App:
         self.proxy = Proxy(config, router, chain, store, Afterwards(self.plugins), inspection)
         self.dispatcher = Dispatcher(self.proxy, registry.observers)
         for method, path, handler in ROUTES:
-            self.dispatcher.add([method], path, handler)
+            self.dispatcher.add([method], path, handler, pages=_PAGES.get(handler, Pages.ALLOWED))
         for path, endpoint in registry.endpoints.items():
             handle = EndpointHandler(endpoint, self.proxy).handle
             self.dispatcher.add(endpoint.methods, path, handle, endpoint.dialect)
 
     async def start(self) -> None:
         """Start loading models marked `preload`, and listing the models of servers."""
+        self.dispatcher.hosts.learn_own()
         if self.proxy.config.state_dir is not None or "STATE_DIRECTORY" in os.environ:
             await self.proxy.store.open()
         await self.proxy.router.start()

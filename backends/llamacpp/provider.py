@@ -237,7 +237,11 @@ class LlamaCpp(BaseProvider):
     def _model(
         self, name: str, model: ModelConfig, *, cached: bool = False, aliases: Sequence[str] = ()
     ) -> LlamaCppModel:
-        server, unauthenticated = self._config.llama_cpp.server, self._config.llama_cpp.allow_unauthenticated
-        pooled = pool_model(name, model, server, self._default_args, unauthenticated=unauthenticated)
+        settings = self._config.llama_cpp
+        pooled = pool_model(
+            *(name, model, settings.server, self._default_args),
+            unauthenticated=settings.allow_unauthenticated,
+            passthrough=self._config.passthrough,
+        )
         remove = self._remove if cached else None
         return LlamaCppModel(self._pool, pooled, model, self._headers, remove, aliases=aliases)

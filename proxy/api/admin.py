@@ -7,6 +7,7 @@ import time
 from aiohttp import web
 
 from llama_smart_proxy.agents.base import Agent
+from llama_smart_proxy.backends.base import Problem
 from llama_smart_proxy.proxy import __version__
 from llama_smart_proxy.proxy.api.state import PROXY
 from llama_smart_proxy.proxy.middleware.chain import description
@@ -26,6 +27,9 @@ async def health(http: web.BaseRequest) -> web.Response:
     draining = proxy.draining.is_set()
     status = proxy.router.status()
     problems = await proxy.inspection.problems()
+    for instance in status.instances:
+        if "stalled" in instance:
+            problems.append(Problem(f"models.{instance['model']}", f"stalled: {instance['stalled']}"))
     body = {
         "status": "unhealthy" if draining else "degraded" if problems else "healthy",
         "problems": [{"where": problem.where, "message": problem.message} for problem in problems],

@@ -55,6 +55,7 @@ TASK_MAKERS = {
     "backends/ollama/hosts.py",  # listings in the background
     "backends/openai.py",  # listings in the background
     "backends/pool/instance.py",  # the life of a process
+    "backends/pool/watch.py",  # a closer look at a silent server
     "backends/pool/pool.py",  # loads that nobody waits for, and the shutdown
     "backends/weights/downloads.py",  # one for all who wait
     "proxy/api/conversations.py",  # requests for resumable streams that have lost their client

@@ -29,7 +29,7 @@ async def test_every_question_looks_anew_and_those_at_one_time_share_a_look() ->
     inspection = Inspection({"a": source.problems, "b": other.problems})
     assert await inspection.problems() == [Problem("b", "y", fatal=True), Problem("a", "x")], "fatal ones first"
     source.found = other.found = ()
-    assert await asyncio.gather(inspection.problems(), inspection.problems()) == [[], []]
+    assert not any(await asyncio.gather(inspection.problems(), inspection.problems()))
     assert source.looks == other.looks == 2
 
 
