@@ -14,6 +14,7 @@ from llama_smart_proxy.backends.llamacpp.arguments import required_by
 from llama_smart_proxy.backends.llamacpp.command import build_argv, child_env, server_command
 from llama_smart_proxy.backends.pool.launcher import Command, CommandFor, HttpLauncher, PoolModel, Report, Source
 from llama_smart_proxy.backends.pool.readiness import is_up, prove_ours, wait_until
+from llama_smart_proxy.backends.pool.sockets import SocketFolder
 from llama_smart_proxy.backends.weights import hub
 from llama_smart_proxy.backends.weights.files import locate, resolve
 from llama_smart_proxy.backends.weights.gguf import GgufError, read_info
@@ -40,8 +41,8 @@ COUNTED = ("id_task", "is_processing", "n_prompt_tokens", "n_prompt_tokens_proce
 
 class LlamaCppLauncher(HttpLauncher):
     """`Launcher` of llama-server. `server` is `llama_cpp.server` of the configuration; `default_args` are the flags
-    that every model gets. With `unauthenticated`, a server that does not enforce its API key is accepted, and one that
-    another process than ours has started."""
+    that every model gets. Servers listen on unix sockets in `sockets`, if that is given. With `unauthenticated`, a
+    server that does not enforce its API key is accepted, and one that another process than ours has started."""
 
     elsewhere = "a llama_cpp.server that starts it in a container requires llama_cpp.allow_unauthenticated: true"
 
@@ -53,12 +54,15 @@ class LlamaCppLauncher(HttpLauncher):
         default_args: Sequence[str] = (),
         *,
         unauthenticated: bool = False,
+        sockets: SocketFolder | None = None,
     ) -> None:
         self._name = name
         self._model = model
         self._server = server
         self._default_args = default_args
         self._unauthenticated = unauthenticated
+        self._sockets = sockets
+        self.by_socket = sockets is not None
 
     def prepare(self) -> CommandFor:
         try:
@@ -67,14 +71,17 @@ class LlamaCppLauncher(HttpLauncher):
             raise StartFailed(str(exc)) from exc
         gguf = resolve(self._name, self._model)
         required_args = self._required_by(gguf)
+        sockets = self._sockets
 
         def command_for(listen: Endpoint, key: str) -> Command:
+            if sockets is not None:
+                listen = Endpoint("localhost", 0, socket=sockets.path())
             argv = build_argv(
                 program,
                 name=self._name,
                 model=self._model,
                 gguf=gguf,
-                host=listen.host,
+                host=listen.socket or listen.host,
                 port=listen.port,
                 required_args=required_args,
                 default_args=self._default_args,
@@ -121,9 +128,10 @@ def pool_model(
     default_args: Sequence[str] = (),
     *,
     unauthenticated: bool = False,
+    sockets: SocketFolder | None = None,
 ) -> PoolModel:
     """A configured model as the pool knows it; the other arguments are those of its launcher."""
-    launcher = LlamaCppLauncher(name, model, server, default_args, unauthenticated=unauthenticated)
+    launcher = LlamaCppLauncher(name, model, server, default_args, unauthenticated=unauthenticated, sockets=sockets)
     source = None
     if model.repo is not None:
         download = hub.download_name(model.repo, model.variant)

@@ -7,12 +7,14 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, ClassVar
 
 from llama_smart_proxy.backends.base import BaseProvider, ProviderStatus, Services
 from llama_smart_proxy.backends.llamacpp.headers import Headers
 from llama_smart_proxy.backends.llamacpp.launcher import pool_model
 from llama_smart_proxy.backends.llamacpp.model import KIND, LlamaCppModel
+from llama_smart_proxy.backends.pool.sockets import SocketFolder, remove_stale
 from llama_smart_proxy.backends.threads import run_in_thread
 from llama_smart_proxy.backends.weights import hub
 from llama_smart_proxy.backends.weights.downloads import Download
@@ -43,6 +45,7 @@ class LlamaCpp(BaseProvider):
         self._config = config.llama_cpp
         self._default_args = config.default_args()
         self._takes_hub_names = config.backend == KIND
+        self._sockets = SocketFolder() if config.llama_cpp.transport == "unix" else None
         self._models_dir = config.llama_cpp.models_dir
         self._scanned_ns = -1
         self._files: dict[str, LlamaCppModel] = {}
@@ -65,12 +68,15 @@ class LlamaCpp(BaseProvider):
     async def start(self) -> None:
         """Start the pool, and begin to load as many of the models marked `preload` as fit, pinned ones first."""
         await self._pool.start()
+        await run_in_thread(remove_stale)
         preloaded = [spawned for spawned in self._configured if spawned.config.preload]
         for spawned in sorted(preloaded, key=lambda spawned: not spawned.config.pinned)[: self._pool.size]:
             self._pool.begin_load(spawned.model)
 
     async def close(self) -> None:
         await self._pool.close(drain_s=0)
+        if self._sockets is not None:
+            self._sockets.close()
 
     # -- models ----------------------------------------------------------------------------------------------------
 
@@ -194,7 +200,8 @@ class LlamaCpp(BaseProvider):
 
     def _model(self, name: str, model: ModelConfig, *, cached: bool = False) -> LlamaCppModel:
         server, unauthenticated = self._config.server, self._config.allow_unauthenticated
-        pooled = pool_model(name, model, server, self._default_args, unauthenticated=unauthenticated)
+        how = partial(pool_model, unauthenticated=unauthenticated, sockets=self._sockets)
+        pooled = how(name, model, server, self._default_args)
         if not cached:
             return LlamaCppModel(self._pool, pooled, model, self._headers)
         aliases = [name.removeprefix("hf.co/")]

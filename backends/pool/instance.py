@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from enum import StrEnum
 from functools import partial
+from pathlib import Path
 
 from llama_smart_proxy.backends.http.connection import ConnectionPool, Endpoint
 from llama_smart_proxy.backends.http.exchange import Timeouts
@@ -209,6 +210,8 @@ class Instance:
             self._release_port()
 
     def _release_port(self) -> None:
+        if self._command is not None and self._command.endpoint.socket:
+            Path(self._command.endpoint.socket).unlink(missing_ok=True)
         self._ports.release(self.port)
         self.port = 0
 
@@ -340,7 +343,8 @@ class Instance:
     def _exited_error(self) -> StartFailed:
         assert self._child is not None and self._child.returncode is not None
         how = describe_exit(self._child.returncode)
-        return StartFailed(f"Model '{self.name}' failed to load: its server {how}.{self._quoted_log()}")
+        hint = " It was to listen on a unix socket." if self._command and self._command.endpoint.socket else ""
+        return StartFailed(f"Model '{self.name}' failed to load: its server {how}.{hint}{self._quoted_log()}")
 
     def _quoted_log(self) -> str:
         lines = self.log_tail(QUOTED_LINES)
