@@ -60,15 +60,18 @@ class ModelNotFound(ProxyError):
 
 
 class Overloaded(ProxyError):
-    """Temporarily unavailable: queue full or timed out, back-off after failed loads, shutting down."""
+    """Temporarily unavailable: queue full or timed out, back-off after failed loads, shutting down. Status 429: too
+    many of something at one time."""
 
     status = 503
     kind = "unavailable_error"
     code = "overloaded"
 
-    def __init__(self, message: str, *, code: str | None = None, retry_after_s: int = 1) -> None:
+    def __init__(self, message: str, *, code: str | None = None, retry_after_s: int = 1, status: int = 503) -> None:
         super().__init__(message, code=code)
         self.retry_after_s = retry_after_s
+        self.status = status
+        self.kind = _KINDS[status]
 
 
 class StartFailed(ProxyError):
@@ -138,7 +141,7 @@ class AgentError(ProxyError):
         self.status = status
 
 
-_KINDS = {404: "not_found_error", 501: "not_supported_error", 503: "unavailable_error"}
+_KINDS = {404: "not_found_error", 429: "rate_limit_error", 501: "not_supported_error", 503: "unavailable_error"}
 
 
 class ConfigError(Exception):

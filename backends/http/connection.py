@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from urllib.parse import urlsplit
 
 from llama_smart_proxy.backends.base import UpstreamRequest
 from llama_smart_proxy.backends.http.exchange import Connection, Timeouts, UpstreamResponse
@@ -30,6 +31,9 @@ FULL_S = 0.05
 """Pause in seconds after which a unix socket whose queue is full is tried again; a TCP connection waits by itself."""
 UNREACHABLE = "upstream_unreachable"
 """Error code if no connection to the server could be made: nothing was sent to it."""
+REDIRECTED = "upstream_redirected"
+"""Error code if the server redirects. A redirect is not followed, as the key would go to another server, and not passed
+on, as the client would follow it with its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +98,8 @@ class ConnectionPool:
         Leaving the context returns the connection to the pool if the answer was read to its end. Otherwise it closes
         the connection at once, which cancels the generation in llama.cpp.
 
-        Raises: UpstreamFailed, with code `UNREACHABLE` if no connection could be made; also if the server closed an
-        idle connection at the moment it was reused: a retry then uses a new one.
+        Raises: UpstreamFailed, with code `UNREACHABLE` if no connection could be made, `REDIRECTED` for a redirect;
+        also if the server closed an idle connection at the moment it was reused: a retry then uses a new one.
         """
         return _Exchange(self, request)
 
@@ -162,9 +166,10 @@ class ConnectionPool:
         try:
             connection.send(response, self._head(request) + request.body)
             await response.head()
+            check_redirect(response.status, response.header("location"))
         except BaseException as exc:
             self._release(connection, None)
-            if isinstance(exc, UpstreamFailed):
+            if isinstance(exc, UpstreamFailed) and exc.code != REDIRECTED:
                 self._drop_idle()  # the others are probably stale, too: the next request gets a new one
             raise
         return connection, response
@@ -298,6 +303,20 @@ def _closes_silently(response: UpstreamResponse) -> bool:
     request on it could be lost. Source: cpp-httplib's `write_content_chunked` reports failure when the content provider
     returns false, which llama.cpp's (b11434) does at the end."""
     return response.header("server") == "llama.cpp" and response.header("content-type").startswith("text/event-stream")
+
+
+def check_redirect(status: int, location: str) -> None:
+    """Raises: UpstreamFailed for a redirect. Its query stays out of the message: it may contain a key."""
+    if status < 300 or status >= 400 or status == 304:
+        return
+    try:
+        parts = urlsplit(location)
+        origin = f"{parts.scheme or 'http'}://{parts.netloc.rpartition('@')[2]}" if parts.netloc else ""
+        target = f"{origin}{parts.path}"[:200] or "nowhere"
+    except ValueError:
+        target = "an invalid address"
+    message = f"the model server redirects to {target}: the configured url must be the one that answers"
+    raise UpstreamFailed(message, code=REDIRECTED)
 
 
 @lru_cache(maxsize=64)

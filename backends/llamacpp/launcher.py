@@ -10,12 +10,12 @@ from pathlib import Path
 
 from llama_smart_proxy.backends.base import UpstreamRequest
 from llama_smart_proxy.backends.http.connection import ConnectionPool, Endpoint
-from llama_smart_proxy.backends.llamacpp.arguments import required_by
+from llama_smart_proxy.backends.llamacpp.arguments import required_by, takes_projector
 from llama_smart_proxy.backends.llamacpp.command import build_argv, child_env, server_command
 from llama_smart_proxy.backends.pool.launcher import Command, CommandFor, HttpLauncher, PoolModel, Report, Source
 from llama_smart_proxy.backends.pool.readiness import is_up, prove_ours, wait_until
 from llama_smart_proxy.backends.pool.sockets import SocketFolder
-from llama_smart_proxy.backends.weights import hub
+from llama_smart_proxy.backends.weights import hub, projectors
 from llama_smart_proxy.backends.weights.files import locate, resolve
 from llama_smart_proxy.backends.weights.gguf import GgufError, read_info
 from llama_smart_proxy.proxy.config import ModelConfig
@@ -92,12 +92,14 @@ class LlamaCppLauncher(HttpLauncher):
         return command_for
 
     def _required_by(self, gguf: Path) -> list[str]:
-        """The flags for what the file says of itself; none for a broken one, which the server itself reports."""
+        """The flags for what the file says of itself, and for the projector beside it; none for a broken one, which the
+        server itself reports."""
+        args = [*self._default_args, *self._model.args]
+        flags = _projector(gguf) if takes_projector(args, self._model.env) else []
         try:
-            metadata = read_info(gguf).metadata
+            return required_by(read_info(gguf).metadata, self._model.ctx, args) + flags
         except GgufError:
-            return []
-        return required_by(metadata, self._model.ctx, [*self._default_args, *self._model.args])
+            return flags
 
     async def ready(self, connections: ConnectionPool, patience_s: Callable[[], float]) -> int:
         if self._unauthenticated:
@@ -137,6 +139,11 @@ def pool_model(
         download = hub.download_name(model.repo, model.variant)
         source = Source(download, partial(locate, name, model), hub.work(model.repo, model.variant))
     return PoolModel(name, launcher, model.pinned, model.keep_alive, source)
+
+
+def _projector(gguf: Path) -> list[str]:
+    found = projectors.beside(gguf)
+    return ["--mmproj", str(found)] if found is not None else []
 
 
 async def _props(connections: ConnectionPool, timeout_s: float) -> bytes | None:

@@ -40,6 +40,7 @@ class OllamaModel:
     speaks: ClassVar[frozenset[str]] = frozenset({"ollama"})
     features: ClassVar[frozenset[Feature]] = frozenset({Feature.LOADING, Feature.ECHO})
     tags: ClassVar[Sequence[str]] = ()
+    forwards: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, hosts: Hosts, name: str, *, pull: bool, asked: str = "") -> None:
         self.name = name
@@ -168,6 +169,9 @@ class OllamaModel:
     async def info(self) -> ModelInfo:
         item = self._hosts.item(self.name)
         return ModelInfo(self.name, native={KIND: item} if item is not None else {})
+
+    async def slots(self) -> None:
+        """None: Ollama does not report it."""
 
     async def residence(self) -> Residence | None:
         with suppress(TimeoutError):

@@ -28,6 +28,8 @@ from llama_smart_proxy.proxy.errors import ProxyError, StartFailed
 logger = logging.getLogger(__name__)
 
 BIND_ATTEMPTS = 3
+PREPARE_S = 60.0
+"""Longest wait for a disk with a model's files, which may have to spin up, be mounted first, or not answer at all."""
 QUOTED_LINES = 10
 """How many lines of a server's output an error message quotes."""
 BEFORE_STOP_SHARE = 0.5
@@ -85,6 +87,7 @@ class Instance:
         self._life: asyncio.Task[None]
         self._over = asyncio.Event()
         self._watch: Watch | None = None
+        self._works_itself = True
         self._since = time.monotonic()
         self._last_output = 0.0
 
@@ -218,7 +221,7 @@ class Instance:
     # -- starting --------------------------------------------------------------------------------------------------
 
     async def _start(self) -> None:
-        command_for = await run_in_thread(self.model.launcher.prepare)
+        command_for = await self._prepared()
         for _ in range(BIND_ATTEMPTS):
             self.port = 0 if self.model.launcher.by_socket else self._ports.reserve()
             child = self._spawn(command_for)
@@ -236,6 +239,16 @@ class Instance:
         lost = f"each of {BIND_ATTEMPTS} ports was lost: {failure}"
         hint = f" ({hint})" if isinstance(failure, Foreign) and (hint := self.model.launcher.elsewhere) else ""
         raise StartFailed(f"Model '{self.name}' failed to load: {lost}{hint}.")
+
+    async def _prepared(self) -> CommandFor:
+        """Raises: `StartFailed`, also when the disk with the files does not answer."""
+        limit_s = min(PREPARE_S, self._config.load_timeout_s)
+        try:
+            async with asyncio.timeout(limit_s):
+                return await run_in_thread(self.model.launcher.prepare)
+        except TimeoutError as exc:
+            message = f"Model '{self.name}' did not load: its files could not be read within {limit_s:g} s."
+            raise StartFailed(message, status=504, code="model_load_timeout") from exc
 
     def _spawn(self, command_for: CommandFor) -> Child:
         loop = asyncio.get_running_loop()
@@ -289,6 +302,7 @@ class Instance:
             if await self._is_owned(child) is False:
                 raise Foreign
         self.slots = await launcher.ready(self.connections, self._patience_s)
+        self._works_itself = await self._is_owned(child) is not False
         await self._hook("after_ready", launcher.after_ready(self.connections), self._config.load_timeout_s)
 
     async def _is_owned(self, child: Child) -> bool | None:
@@ -331,7 +345,7 @@ class Instance:
 
     def _vitals(self) -> Vitals | None:
         """None if the child is not who does the work."""
-        return vitals(self.pid) if self._command is not None and self._command.listens else None
+        return vitals(self.pid) if self._works_itself else None
 
     def _stalled(self, reason: str) -> None:
         if self.state is State.READY:

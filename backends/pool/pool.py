@@ -114,8 +114,8 @@ class Pool:
 
     # -- for operators ---------------------------------------------------------------------------------------------
 
-    async def load(self, model: PoolModel) -> None:
-        """Return once `model` is loaded; `queue_limit` does not apply.
+    async def load(self, model: PoolModel) -> int:
+        """Return once `model` is loaded, with its number of slots; `queue_limit` does not apply.
 
         Raises: as `lease`.
         """
@@ -128,7 +128,9 @@ class Pool:
             lease = queue.place.take(False)  # that is a use, too: its time to live begins anew
         else:
             lease = await self._wait(queue, LOAD)
+        slots = len(lease.place.slots)
         self._scheduler.release(lease)
+        return slots
 
     def begin_load(self, model: PoolModel) -> None:
         """Load `model` in the background. What goes wrong is logged, and returned by `failed()`."""
@@ -142,7 +144,7 @@ class Pool:
         """
         if model.source is None or await run_in_thread(model.source.find) is not None:
             return None
-        return self._join(self._scheduler.queue(model), model.source)
+        return self._join(self._scheduler.queue(model), model.source, counts=True)
 
     async def unload(self, name: str) -> None:
         """Free the place of `name`; nothing if it has none.
@@ -230,9 +232,9 @@ class Pool:
         Raises: as the source's `fetch`; `Overloaded` (codes `shutting_down`, `unloaded`).
         """
         source = queue.model.source
-        if source is None or self._is_here(source) or self._backs_off(queue):
+        if source is None or self._backs_off(queue) or await self._is_here(source):
             return
-        download = self._join(queue, source)
+        download = self._join(queue, source, counts=False)
         self._fetching[queue.name] += 1
         try:
             await download.wait()
@@ -241,10 +243,10 @@ class Pool:
         if self._scheduler.closing:
             raise _shutting_down()
 
-    def _is_here(self, source: Source) -> bool:
+    async def _is_here(self, source: Source) -> bool:
         """Whether it still is where it was found last; one look at the disk, and only when a process is to start."""
         path = self._files.get(source.download)
-        return path is not None and path.exists()
+        return path is not None and await run_in_thread(path.exists)
 
     def _backs_off(self, queue: ModelQueue) -> bool:
         return queue.error is not None and queue.backoff.wait_s(asyncio.get_running_loop().time()) > 0
@@ -254,10 +256,12 @@ class Pool:
         source = queue.model.source
         return self.downloads.get(source.download) if source is not None else None
 
-    def _join(self, queue: ModelQueue, source: Source) -> Download:
+    def _join(self, queue: ModelQueue, source: Source, *, counts: bool) -> Download:
         async def work(report: Callable[[Progress], None]) -> None:
+            path = await run_in_thread(source.find)
+            if path is None:
+                self.downloads.admit(source.download)
             try:
-                path = await run_in_thread(source.find)
                 if path is None:
                     await source.fetch(report)
                     path = await run_in_thread(source.find)
@@ -267,7 +271,7 @@ class Pool:
             if path is not None:
                 self._files[source.download] = path
 
-        return self.downloads.join(source.download, work)
+        return self.downloads.join(source.download, work, counts=counts)
 
     def _note_failure(self, queue: ModelQueue, error: ProxyError) -> None:
         """What the operator has to correct (no such file, no access) is cheap to repeat; the rest may cost

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from llama_smart_proxy.backends.base import UpstreamRequest
-from llama_smart_proxy.backends.http.connection import ConnectionPool
+from llama_smart_proxy.backends.http.connection import REDIRECTED, ConnectionPool
 from llama_smart_proxy.proxy.errors import UpstreamFailed
 
 T = TypeVar("T")
@@ -48,13 +48,16 @@ async def wait_until(attempt: Callable[[float], Awaitable[T | None]], patience_s
 
     `patience_s` is called before each attempt and returns the seconds that are left.
 
-    Raises: what `patience_s` raises; what `attempt` raises but `UpstreamFailed`, after which it is called again.
+    Raises: what `patience_s` raises; what `attempt` raises but `UpstreamFailed`, after which it is called again;
+    `NotOurs` for a redirect.
     """
     while True:
         left_s = patience_s()
         try:
             result = await attempt(min(ANSWER_S, left_s))
-        except UpstreamFailed:
+        except UpstreamFailed as exc:
+            if exc.code == REDIRECTED:
+                raise NotOurs("what answers there redirects") from exc
             result = None
         if result is not None:
             return result

@@ -37,6 +37,7 @@ class SpawnedModel:
     speaks: ClassVar[frozenset[str]] = frozenset({"openai"})
     features: frozenset[Feature] = frozenset({Feature.LOADING})
     tags: Sequence[str] = ()
+    forwards: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, pool: Pool, model: PoolModel, *, kind: str, aliases: Sequence[str] = ()) -> None:
         self.name = model.name
@@ -93,6 +94,9 @@ class SpawnedModel:
     async def residence(self) -> Residence | None:
         expires_at = self.pool.expires_at(self.name)
         return Residence(expires_at) if expires_at is not None else None
+
+    async def slots(self) -> int:
+        return await self.pool.load(self.model)
 
 
 class SpawnedProvider(BaseProvider):

@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
 
-from llama_smart_proxy.backends.llamacpp.command import server_command
+from llama_smart_proxy.backends.base import Problem
+from llama_smart_proxy.proxy.app import App
 from llama_smart_proxy.proxy.config import Config, read_config, schema_json
 from llama_smart_proxy.proxy.errors import ConfigError
-from llama_smart_proxy.proxy.middleware.plugins import Plugins
+
+PATIENCE_S = 3.0
+"""Longest wait in seconds for disks and servers."""
 
 
-def check_command(path: Path | None, env: Mapping[str, str]) -> int:
+def check_command(path: Path | None, env: Mapping[str, str], *, strict: bool = False) -> int:
     """Print every problem and warning to stderr, one per line, and `OK: ...` to stdout if there is no problem.
 
-    Returns the exit status: 0, or 2 if the proxy would refuse to start.
+    What this machine lacks is a problem if the proxy would not start without it, and otherwise a warning; with
+    `strict`, a problem. Returns the exit status: 0, or 2 if there is a problem.
     """
     reading = read_config(path, env=env)
     for line in reading.problems:
         print(line, file=sys.stderr)
     for line in reading.warnings:
         print(f"warning: {line}", file=sys.stderr)
-    missing = [*machine_problems(reading.config), *agent_problems(reading.config)] if reading.config is not None else []
-    for line in missing:
-        print(f"{path or 'defaults'}: {line}", file=sys.stderr)
-    if reading.config is None or missing:
+    if reading.config is None:
         return 2
-    config = reading.config
+    config, failed = reading.config, strict and bool(reading.warnings)
+    for problem in _machine_problems(config):
+        grave = problem.fatal or strict
+        print(f"{path or 'defaults'}: {problem}" if grave else f"warning: {problem}", file=sys.stderr)
+        failed |= grave
+    if failed:
+        return 2
     counts = [_count(config.models | config.virtual, "model"), _count(config.remotes, "remote")]
     if config.uses_ollama:
         counts.append(_count(config.ollama.urls, "Ollama host"))
@@ -35,33 +43,21 @@ def check_command(path: Path | None, env: Mapping[str, str]) -> int:
     return 0
 
 
-def machine_problems(config: Config) -> list[str]:
-    """Programs and folders that are configured but missing on this machine, each as `path: problem`."""
-    found = []
+def _machine_problems(config: Config) -> Sequence[Problem]:
+    """What is configured but cannot be used on this machine now."""
     try:
-        server_command(config.llama_cpp.server)
-    except ConfigError as exc:
-        found += exc.problems
-    folder = config.llama_cpp.models_dir
-    if folder is not None and not folder.is_dir():
-        found.append(f"llama_cpp.models_dir: {folder}: no such folder")
-    return found
+        return asyncio.run(_inspected(App(config)))
+    except ConfigError as exc:  # of agents and modules
+        parts = [line.partition(": ") for line in exc.problems]
+        return [Problem(where, message, fatal=True) for where, _, message in parts]
 
 
-def agent_problems(config: Config) -> list[str]:
-    """Missing agents and invalid options. An agent that cannot be imported only causes a warning on stderr, as the
-    proxy serves without it."""
+async def _inspected(app: App) -> list[Problem]:
+    app.proxy.inspection.limit_s = PATIENCE_S
     try:
-        plugins = Plugins.of(config)
-    except ConfigError as exc:
-        return exc.problems
-    for folder in config.agents_dirs:
-        if not folder.is_dir():
-            print(f"warning: agents_dirs: {folder}: no such folder", file=sys.stderr)
-    for plugin in plugins:
-        if plugin.error is not None:
-            print(f"warning: agents: {plugin.name} cannot be loaded: {plugin.error}", file=sys.stderr)
-    return []
+        return await app.proxy.inspection.problems(harmless=True)
+    finally:
+        await app.close()
 
 
 def schema_command() -> int:

@@ -88,6 +88,9 @@ class _Draft:
         except UnicodeDecodeError as error:
             self.problems.append(Problem((), f"is not UTF-8 text (at byte {error.start})"))
             return
+        except FileNotFoundError:
+            self.problems.append(Problem((), "does not exist; `llama-smart-proxy init --config FILE` writes one"))
+            return
         except (OSError, ValueError) as error:
             self.problems.append(Problem((), f"cannot be read: {getattr(error, 'strerror', None) or error}"))
             return

@@ -154,7 +154,8 @@ class LlamaCppConfig(Section):
         default_factory=dict, description="Models by name; the same as the top-level models."
     )
     models_dir: Path | None = Field(
-        default=None, description="Folder whose *.gguf files are offered, each by its name without the ending."
+        default=None,
+        description="Folder whose *.gguf files, and those below it, are offered, each by its name without the ending.",
     )
     hf_cache: bool = Field(
         default=True,
@@ -186,13 +187,21 @@ class UpstreamConfig(Section):
 class RemoteConfig(UpstreamConfig):
     """An OpenAI-compatible server that requests are forwarded to."""
 
-    url: str = Field(description="Its base URL, http or https, with or without the final /v1.")
+    url: str = Field(
+        description="Its base URL, http or https, as other clients take it: http://h:8000/v1, https://h/api/v3. One "
+        "without a path gets /v1."
+    )
     responses: bool = Field(default=False, description="Use its own /v1/responses where no agent reads the request.")
+    forward_headers: Annotated[list[shapes.Header], BeforeValidator(shapes.comma_list)] = Field(
+        default_factory=list,
+        description="Headers about the user, or with credentials, that it gets from clients, such as "
+        "X-OpenWebUI-User-Email; a * at the end stands for any rest. By default it gets none.",
+    )
 
     @field_validator("url")
     @classmethod
-    def _http_url(cls, url: str) -> str:
-        return re.sub(r"/v1$", "", shapes.http_url(url))
+    def _base_url(cls, url: str) -> str:
+        return shapes.base_url(url)
 
 
 class OllamaConfig(UpstreamConfig):
@@ -219,4 +228,5 @@ class OllamaConfig(UpstreamConfig):
     def _url(self, host: str) -> str:
         parts = urlsplit(shapes.http_url(shapes.with_scheme(host)))
         port = parts.port or self.port or (443 if parts.scheme == "https" else 11434)
-        return f"{parts.scheme}://{shapes.bracketed(parts.hostname or '')}:{port}{parts.path.removesuffix('/v1')}"
+        path = re.sub(r"/(v1|api)$", "", parts.path)  # what OpenAI's and Ollama's clients have in their base URL
+        return f"{parts.scheme}://{shapes.bracketed(parts.hostname or '')}:{port}{path}"

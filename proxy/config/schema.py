@@ -41,6 +41,11 @@ class ServerConfig(Section):
         description="Origins of web pages that may send requests, such as https://chat.example, besides pages on this "
         "machine; * is every one.",
     )
+    allow_hosts: shapes.HostNames = Field(
+        default_factory=list,
+        description="Names of the proxy in the Host header of requests, such as chat.example, besides addresses, names "
+        "without a dot and those of this machine; *.chat.example is all below it, * every one.",
+    )
     max_body_mib: int = Field(default=64, ge=1, description="Largest request body, in MiB; larger ones get status 413.")
     drain_s: Seconds = Field(
         default=30.0, description="Seconds that requests in progress may take to finish at shutdown."
@@ -145,6 +150,10 @@ class Config(Section):
         """Whether Ollama servers are used: some field configures them, or some model requires them."""
         named = self.backend == "ollama" or "ollama" in self.model_fields_set
         return named or any(self.backend_of(name) == "ollama" for name in self.models)
+
+    def path_of(self, name: str) -> str:
+        """The path of the model in the file: `models.m`, or `llama_cpp.models.m`."""
+        return f"llama_cpp.models.{name}" if name in self.llama_cpp.models else f"models.{name}"
 
     def backend_of(self, name: str) -> BackendName:
         """What runs the model `name`. Raises: KeyError if it is not configured."""

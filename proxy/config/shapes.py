@@ -8,6 +8,7 @@ from __future__ import annotations
 import ipaddress
 import re
 import shlex
+from contextlib import suppress
 from typing import Annotated, Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -17,6 +18,8 @@ _NAME = re.compile(r"[A-Za-z0-9._:/@+-]{1,255}")
 _START, _REST = "[A-Za-z0-9_]", "[A-Za-z0-9_-]"
 _PART = rf"{_START}(?:{_REST}|\.){{0,79}}"
 _OLLAMA_NAME = re.compile(rf"(?:(?:{_START}(?:{_REST}|[.:]){{0,349}}/)?{_START}{_REST}{{0,79}}/)?{_PART}(?::{_PART})?")
+_HEADER = re.compile(r"[A-Za-z0-9!#$%&'+.^_`|~-]{1,128}\*?")
+_NEVER_FORWARDED = frozenset({"authorization", "connection", "content-length", "host", "transfer-encoding", "upgrade"})
 _ITEM = TypeVar("_ITEM")
 
 
@@ -128,6 +131,17 @@ def origin(text: str) -> str:
     return f"{scheme}://{host}{'' if (scheme, port) in (('http', ':80'), ('https', ':443')) else port or ''}"
 
 
+def host_name(text: str) -> str:
+    """A name as a `Host` header has it, in lower case and punycode and without a port; or `*` for any, or `*.` and a
+    domain for all names below that."""
+    name = text.strip().lower().removesuffix(".")
+    with suppress(UnicodeError):
+        name = name if name.isascii() else name.encode("idna").decode("ascii")
+    if not re.fullmatch(r"\*|(?:\*\.)?[a-z0-9_-][a-z0-9._-]*", name):
+        raise ValueError("must be a host name without scheme and port, such as chat.example, or *.chat.example, or *")
+    return name
+
+
 def http_url(url: str) -> str:
     """An http or https URL of a server, without a trailing slash."""
     try:
@@ -144,10 +158,28 @@ def http_url(url: str) -> str:
     return url.rstrip("/")
 
 
+def base_url(url: str) -> str:
+    """The base URL of an OpenAI-compatible server, without a trailing slash; one without a path ends in `/v1`."""
+    url = http_url(url)
+    endpoint = re.search(r"/(chat/completions|completions|embeddings)$", url)
+    if endpoint is not None:
+        raise ValueError(f"must be the base URL, without {endpoint[0]}")
+    return url if urlsplit(url).path else f"{url}/v1"
+
+
 def ollama_host(host: str) -> str:
     """A host's name, address or URL, unchanged."""
     http_url(with_scheme(host))
     return host
+
+
+def header(name: str) -> str:
+    """The name of a header that may be forwarded, or the beginning of some and `*`."""
+    if not _HEADER.fullmatch(name):
+        raise ValueError("must be the name of a header, or its beginning and *")
+    if name.lower() in _NEVER_FORWARDED:
+        raise ValueError("is never forwarded; api_key is the key that a server gets")
+    return name
 
 
 Name = Annotated[str, BeforeValidator(quoted), AfterValidator(checked_name)]
@@ -161,9 +193,15 @@ Hosts = Annotated[
     BeforeValidator(comma_list),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
 ]
+Header = Annotated[str, AfterValidator(header)]
 Address = Annotated[str, AfterValidator(address)]
 Origins = Annotated[
     list[Annotated[str, AfterValidator(origin)]],
+    BeforeValidator(comma_list),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
+]
+HostNames = Annotated[
+    list[Annotated[str, AfterValidator(host_name)]],
     BeforeValidator(comma_list),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
 ]

@@ -105,6 +105,7 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
         ),
         ("remotes: {r: {url: http://u:secret@h}}", "remotes.r.url: must not contain a user name or password"),
         ("remotes: {r: {url: http://h, api_key: 12}}", "remotes.r.api_key: reads as a number or a boolean; put it in"),
+        ("remotes: {r: {url: 'http://h/v1/chat/completions'}}", "remotes.r.url: must be the base URL, without /chat/c"),
         ("remotes: {r: {url: 'http://[x'}}", "remotes.r.url: is not a valid URL"),
         ("remotes: {r: {url: 'http://h?a'}}", "remotes.r.url: must not contain '?', '#' or white space"),
         ("ollama: {host: 'ftp://h'}", "ollama.host.0: must be an http:// or https:// URL with a host"),
