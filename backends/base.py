@@ -15,6 +15,7 @@ from enum import IntEnum, StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
+    from llama_smart_proxy.backends.http.connection import Endpoint
     from llama_smart_proxy.backends.http.exchange import Timeouts, UpstreamResponse
     from llama_smart_proxy.backends.pool.pool import Pool
     from llama_smart_proxy.backends.weights.downloads import Download, Downloads
@@ -177,6 +178,10 @@ class Model(Protocol):
     async def slots(self) -> int | None:
         """How many answers its server generates at the same time, which bounds `n` of a request; None if unknown. Loads
         the model if it must. Raises: as `open`."""
+
+    def command_line(self, listen: Endpoint) -> Sequence[str]:
+        """The command that would start its server at this address now; empty if the proxy does not start it. Blocks on
+        the disk. Raises: `StartFailed`."""
 
 
 @dataclass(frozen=True, slots=True)

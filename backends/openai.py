@@ -268,6 +268,10 @@ class RemoteModel:
     async def slots(self) -> None:
         """None: unknown."""
 
+    def command_line(self, listen: Endpoint) -> Sequence[str]:
+        """None: the server is another's."""
+        return ()
+
 
 class Remotes:
     """`Provider` of the models of all remotes, in the order of the configuration, by model name and as `remote/model`;

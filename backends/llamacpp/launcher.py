@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from llama_smart_proxy.backends.base import UpstreamRequest
 from llama_smart_proxy.backends.http.connection import ConnectionPool, Endpoint
@@ -42,7 +43,8 @@ COUNTED = ("id_task", "is_processing", "n_prompt_tokens", "n_prompt_tokens_proce
 class LlamaCppLauncher(HttpLauncher):
     """`Launcher` of llama-server. `server` is `llama_cpp.server` of the configuration; `default_args` are the flags
     that every model gets. Servers listen on unix sockets in `sockets`, if that is given. With `unauthenticated`, a
-    server that does not enforce its API key is accepted, and one that another process than ours has started."""
+    server that does not enforce its API key is accepted, and one that another process than ours has started.
+    `passthrough` are further variables of ours that it may have."""
 
     elsewhere = "a llama_cpp.server that starts it in a container requires llama_cpp.allow_unauthenticated: true"
 
@@ -55,6 +57,7 @@ class LlamaCppLauncher(HttpLauncher):
         *,
         unauthenticated: bool = False,
         sockets: SocketFolder | None = None,
+        passthrough: Sequence[str] = (),
     ) -> None:
         self._name = name
         self._model = model
@@ -63,19 +66,29 @@ class LlamaCppLauncher(HttpLauncher):
         self._unauthenticated = unauthenticated
         self._sockets = sockets
         self.by_socket = sockets is not None
+        self._passthrough = passthrough
 
     def prepare(self) -> CommandFor:
+        return self._command_for(resolve(self._name, self._model), self._sockets.path if self._sockets else None)
+
+    def preview(self) -> CommandFor:
+        """As `prepare`; a file that is not here has the name that the configuration has for it."""
+        model = self._model
+        expected = model.path or model.file or (hub.download_name(model.repo, model.variant) if model.repo else "")
+        return self._command_for(
+            locate(self._name, model) or expected, self._sockets.example if self._sockets else None
+        )
+
+    def _command_for(self, gguf: Path | str, new_socket: Callable[[], str] | None) -> CommandFor:
         try:
             program = server_command(self._server)
         except ConfigError as exc:
             raise StartFailed(str(exc)) from exc
-        gguf = resolve(self._name, self._model)
-        required_args = self._required_by(gguf)
-        sockets = self._sockets
+        required_args = self._required_by(gguf) if isinstance(gguf, Path) else []
 
         def command_for(listen: Endpoint, key: str) -> Command:
-            if sockets is not None:
-                listen = Endpoint("localhost", 0, socket=sockets.path())
+            if new_socket is not None:
+                listen = Endpoint("localhost", 0, socket=new_socket())
             argv = build_argv(
                 program,
                 name=self._name,
@@ -86,7 +99,7 @@ class LlamaCppLauncher(HttpLauncher):
                 required_args=required_args,
                 default_args=self._default_args,
             )
-            env = child_env(os.environ, self._model.env, key)
+            env = child_env(os.environ, self._model.env, key, self._passthrough)
             return Command(argv, env, listen, listens=not self._unauthenticated)
 
         return command_for
@@ -131,9 +144,11 @@ def pool_model(
     *,
     unauthenticated: bool = False,
     sockets: SocketFolder | None = None,
+    passthrough: Sequence[str] = (),
 ) -> PoolModel:
     """A configured model as the pool knows it; the other arguments are those of its launcher."""
-    launcher = LlamaCppLauncher(name, model, server, default_args, unauthenticated=unauthenticated, sockets=sockets)
+    how: dict[str, Any] = {"unauthenticated": unauthenticated, "sockets": sockets, "passthrough": passthrough}
+    launcher = LlamaCppLauncher(name, model, server, default_args, **how)
     source = None
     if model.repo is not None:
         download = hub.download_name(model.repo, model.variant)

@@ -6,7 +6,7 @@ Everything here blocks on the disk: call it in a thread.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
 from llama_smart_proxy.backends.base import Problem
@@ -14,7 +14,7 @@ from llama_smart_proxy.backends.llamacpp.command import EMBEDDED, server_command
 from llama_smart_proxy.backends.threads import within
 from llama_smart_proxy.backends.weights import hub_cache
 from llama_smart_proxy.backends.weights.files import locate, resolve
-from llama_smart_proxy.proxy.config import Config, ModelConfig
+from llama_smart_proxy.proxy.config import Config, ModelConfig, missing_paths
 from llama_smart_proxy.proxy.errors import ConfigError, StartFailed
 
 FOLDER_S = 2.0
@@ -25,8 +25,10 @@ def problems(config: Config) -> list[Problem]:
     """Those of the program and of the configured models."""
     local = {name: model for name, model in config.models.items() if config.backend_of(name) == "llama.cpp"}
     found = list(_program_problems(config, used=bool(local)))
+    found += _args_problems("llama_cpp.args", config.llama_cpp.args)
     for name, model in local.items():
         found += _model_problems(config.path_of(name), name, model)
+        found += _args_problems(f"{config.path_of(name)}.args", model.args)
     return found
 
 
@@ -66,6 +68,10 @@ def _model_problems(where: str, name: str, model: ModelConfig) -> Iterator[Probl
     except StartFailed as exc:
         source = "path" if model.path is not None else "package"
         yield Problem(f"{where}.{source}", exc.message.removeprefix(f"Model '{name}': "))
+
+
+def _args_problems(where: str, args: Sequence[str]) -> Iterator[Problem]:
+    return (Problem(where, f"{missing}: no such file or folder") for missing in missing_paths(args))
 
 
 def _offline() -> bool:

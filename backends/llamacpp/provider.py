@@ -242,12 +242,10 @@ class LlamaCpp(BaseProvider):
     ) -> LlamaCppModel:
         settings = self._config.llama_cpp
         pooled = pool_model(
-            name,
-            model,
-            settings.server,
-            self._default_args,
+            *(name, model, settings.server, self._default_args),
             unauthenticated=settings.allow_unauthenticated,
             sockets=self._sockets,
+            passthrough=self._config.passthrough,
         )
         remove = self._remove if cached else None
         return LlamaCppModel(self._pool, pooled, model, self._headers, remove, aliases=aliases)

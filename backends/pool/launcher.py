@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
 from llama_smart_proxy.backends.http.connection import ConnectionPool, Endpoint
 from llama_smart_proxy.backends.pool.readiness import is_up, prove_ours, wait_until
 from llama_smart_proxy.backends.weights.downloads import Work
+from llama_smart_proxy.proxy.config import OWN_VARIABLE
 
-# Where things are, the language, and how to find and drive an accelerator. Anything else stays out, so that no key,
-# proxy or setting of ours (HF_TOKEN, AIP_*, LLAMA_ARG_*, LSP_*) reaches a server.
-INHERITED = re.compile(
-    r"""PATH | HOME | USER | LOGNAME | SHELL | LANG | LANGUAGE | LC_\w+ | TZ | TMPDIR | TERM | NO_COLOR
-    | LD_LIBRARY_PATH | DYLD_\w+ | XDG_\w+
-    | CUDA_\w+ | NVIDIA_\w+ | NCCL_\w+ | HIP_\w+ | ROCR?_\w+ | HSA_\w+ | AMD_\w+ | GPU_\w+
-    | VK_\w+ | GGML_\w+ | OMP_\w+ | GOMP_\w+ | KMP_\w+ | OPENBLAS_\w+ | ONEAPI_\w+ | SYCL_\w+ | ZE_\w+ | MKL_\w+
-    """,
-    re.VERBOSE,
+INHERITED = """
+    PATH HOME USER LOGNAME SHELL LANG LANGUAGE LC_* TZ TMPDIR TMP TEMP TERM NO_COLOR XDG_* LD_LIBRARY_PATH DYLD_*
+    CUDA* CUBLAS* CUDNN* NVIDIA_* NCCL_* __NV_*
+    ROC* HIP* HSA_* HSAKMT_* AMD* RCCL_* MIOPEN_* TENSILE_* GPU_*
+    VK_* VULKAN_* __VK_* __GL* __EGL* MESA_* LIBGL_* DRI_PRIME GALLIUM_* RADV_* ACO_* ANV_* INTEL_* NVK_* NOUVEAU_*
+    NAK_* NIR_* TU_* IR3_* V3D* PAN_* PANVK_* VN_* LP_* LVP_* ZINK_* MVK_*
+    ONEAPI_* SYCL_* DPCPP_* UR_* ZE_* ZES_* ZET_* IGC_* TBB* MKL* CMPLR_ROOT OPENVINO_* OV_*
+    OCL_* OPENCL_* CL_* POCL_* RUSTICL_* MTL_* METAL_* MUSA_* MTHREADS_* ASCEND_* CANN_* ACL_* HCCL_* ATB_*
+    HEXAGON_* ADSP_LIBRARY_PATH SPACEMIT_* ZENDNN_* DAWN_* UCX_*
+    GGML_* MTMD_* LLGUIDANCE_* LLAMA_*_DEBUG LLAMA_*_DISABLE LLAMA_TRACE LLAMA_SET_ROWS
+    OMP_* GOMP_* KMP_* LIBOMP_* OPENBLAS_* GOTO_* BLIS_* VECLIB_* ARMPL_*
+"""
+"""The variables of its environment that a server may have: where things are, the language, and how to find and drive an
+accelerator. Anything else stays out, so that no proxy and no setting of ours (AIP_*, LLAMA_ARG_*, LSP_*) reaches it."""
+_SECRET = re.compile(
+    r"(^|.*_)(\w*(TOKEN|KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL)S?|AUTH|PASS|PWD)(_.*)?", re.IGNORECASE
 )
+"""Variables that no pattern matches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +74,9 @@ class Launcher(Protocol):
 
     def prepare(self) -> CommandFor:
         """Find the program and its files. Blocks: called in a thread, before each start. Raises: `StartFailed`."""
+
+    def preview(self) -> CommandFor:
+        """As `prepare`, for display: files may be missing."""
 
     async def ready(self, connections: ConnectionPool, patience_s: Callable[[], float]) -> int:
         """Return once the server accepts requests, with the number of requests it processes in parallel.
@@ -115,6 +129,9 @@ class HttpLauncher:
     def prepare(self) -> CommandFor:
         return self.command
 
+    def preview(self) -> CommandFor:
+        return self.prepare()
+
     async def ready(self, connections: ConnectionPool, patience_s: Callable[[], float]) -> int:
         if self.keyed_path is None:
             await wait_until(lambda timeout_s: is_up(connections, self.health_path, timeout_s), patience_s)
@@ -165,6 +182,26 @@ class PoolModel:
     source: Source | None = None
 
 
-def inherited(environ: Mapping[str, str]) -> dict[str, str]:
-    """The part of an environment that a server process may have."""
-    return {name: value for name, value in environ.items() if INHERITED.fullmatch(name)}
+def inherited(environ: Mapping[str, str], passthrough: Iterable[str] = ()) -> dict[str, str]:
+    """The part of an environment that a server process may have; `passthrough` are further names and patterns.
+
+    A pattern matches neither a secret nor a variable that the proxy sets or keeps back itself; the name of a secret
+    does.
+    """
+    names = set(passthrough)
+    patterns = _patterns(" ".join([INHERITED, *names]))
+
+    def allowed(name: str) -> bool:
+        return name in names or (patterns.fullmatch(name) is not None and not is_kept_back(name))
+
+    return {name: value for name, value in environ.items() if allowed(name)}
+
+
+def is_kept_back(name: str) -> bool:
+    """Whether no pattern lets a variable of this name through."""
+    return _SECRET.fullmatch(name) is not None or OWN_VARIABLE.fullmatch(name) is not None
+
+
+@cache
+def _patterns(text: str) -> re.Pattern[str]:
+    return re.compile("|".join(map(fnmatch.translate, text.split())))

@@ -39,6 +39,10 @@ class SocketFolder:
             self._make()
         return f"{self._folder}/{secrets.token_hex(4)}.sock"
 
+    def example(self) -> str:
+        """What such a path looks like."""
+        return f"{_bases()[0]}/{PREFIX}xxxxxxxx/xxxxxxxx.sock"
+
     def close(self) -> None:
         """Remove the folder."""
         if self._folder is not None:

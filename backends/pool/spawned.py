@@ -15,6 +15,7 @@ from llama_smart_proxy.backends.base import (
     Residence,
     UpstreamRequest,
 )
+from llama_smart_proxy.backends.http.connection import Endpoint
 from llama_smart_proxy.backends.http.exchange import UpstreamResponse
 from llama_smart_proxy.backends.pool.launcher import PoolModel
 from llama_smart_proxy.backends.pool.pool import Pool
@@ -97,6 +98,9 @@ class SpawnedModel:
 
     async def slots(self) -> int:
         return await self.pool.load(self.model)
+
+    def command_line(self, listen: Endpoint) -> Sequence[str]:
+        return self.model.launcher.preview()(listen, "").argv
 
 
 class SpawnedProvider(BaseProvider):

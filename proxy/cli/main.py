@@ -80,7 +80,7 @@ def _command(argv: list[str]) -> int:
     if args.command == "check":
         from llama_smart_proxy.proxy.cli.check import check_command
 
-        return check_command(path, os.environ, strict=args.strict)
+        return check_command(path, os.environ, strict=args.strict, argv_of=args.argv)
     try:
         if args.command == "pull":
             from llama_smart_proxy.proxy.cli.pull import pull_command
@@ -122,6 +122,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     serve.add_argument("--reload", action="store_true", help="reload agents when their files change")
     commands["pull"].add_argument("name", metavar="NAME", help="the name of the model")
     commands["help"].add_argument("topic", metavar="COMMAND", nargs="?", choices=COMMANDS, help="one of the commands")
+    commands["check"].add_argument("--argv", metavar="MODEL", help="print the command line of the model's llama-server")
     commands["check"].add_argument("--strict", action="store_true", help="exit status 2 for warnings, too")
     for name in ("serve", "check", "pull", "simulate"):
         found = f"{', '.join(CONFIG_FILES[:-1])} or {CONFIG_FILES[-1]} in the current folder"

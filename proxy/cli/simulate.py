@@ -40,7 +40,8 @@ def _expect(ok: object, message: str) -> None:
 
 async def _until_signal(work: Coroutine[Any, Any, int]) -> int:
     """The result of `work`. SIGTERM and SIGHUP cancel it, as Ctrl-C does, so that the proxy ends with it."""
-    task = asyncio.ensure_future(work)
+    task = asyncio.current_task()
+    assert task is not None
     received: list[signal.Signals] = []
 
     def cancel(number: signal.Signals) -> None:
@@ -50,7 +51,7 @@ async def _until_signal(work: Coroutine[Any, Any, int]) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(number, cancel, number)
     try:
-        return await task
+        return await work
     except asyncio.CancelledError:
         if not received:
             raise

@@ -103,7 +103,9 @@ class ModelConfig(Section):
         default_factory=list, description="Other names that clients may use for this model."
     )
     args: shapes.Args = Field(default_factory=list, description="Extra llama-server flags, added last.")
-    env: dict[str, str] = Field(default_factory=dict, description="Environment variables for its process.")
+    env: shapes.Environment = Field(
+        default_factory=dict, description="Environment variables for its process; null removes one."
+    )
     ctx: int | None = Field(
         default=None,
         ge=0,
@@ -150,6 +152,11 @@ class LlamaCppConfig(Section):
         "only this user can enter.",
     )
     args: shapes.Args = Field(default_factory=list, description="llama-server flags for every model.")
+    env_passthrough: shapes.Passthrough = Field(
+        default_factory=list,
+        description="Variables of the proxy's environment that every llama-server gets, besides those of GPUs and "
+        "drivers: names, or patterns such as MY_*, which match no secrets.",
+    )
     models: dict[shapes.Name, ModelConfig] = Field(
         default_factory=dict, description="Models by name; the same as the top-level models."
     )

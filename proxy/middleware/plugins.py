@@ -135,6 +135,8 @@ class Plugins:
     """The built-in agents that are not enabled, by name."""
     folders: list[Path] = field(default_factory=list)
     """The configured folders of agents."""
+    missing: list[str] = field(default_factory=list)
+    """Warnings about agents that a configuration of a replaced project names, and that do not exist here."""
 
     @classmethod
     def of(cls, config: Config) -> Plugins:
@@ -150,7 +152,8 @@ class Plugins:
                 )
             elif source is None:
                 known = ", ".join(sorted(sources))
-                problems.append(f"{path}: unknown agent {entry.name}; known agents: {known}")
+                line = f"{path}: unknown agent {entry.name}; known agents: {known}"
+                (plugins.missing if config.is_old_form else problems).append(line)
             elif everywhere and entry.name in plugins.by_name:
                 problems.append(f"{path}: the agent {entry.name} is named twice")
             else:
@@ -224,7 +227,10 @@ class Plugins:
         missing = await run_in_thread(lambda: [folder for folder in self.folders if not folder.is_dir()])
         found = [Problem("agents_dirs", f"{folder}: no such folder") for folder in missing]
         unusable = [plugin for plugin in self if plugin.error is not None]
-        return found + [Problem("agents", f"{item.name} cannot be loaded: {item.error}") for item in unusable]
+        found += [Problem("agents", f"{item.name} cannot be loaded: {item.error}") for item in unusable]
+        return found + [
+            Problem(where, message) for where, _, message in (line.partition(": ") for line in self.missing)
+        ]
 
     async def start(self) -> None:
         for plugin in self:

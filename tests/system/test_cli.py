@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -282,17 +280,3 @@ def test_an_address_that_is_not_ours_is_status_1_and_one_clear_line(tmp_path: Pa
     assert done.returncode == 1
     assert "cannot listen on 192.0.2.1" in done.stderr and "Traceback" not in done.stderr
     assert "--host, HOST= of make run, or server.host selects another address" in done.stderr
-
-
-@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
-def test_make_run_passes_host_port_and_config_on() -> None:
-    words = ["make", "--dry-run", "run", "HOST=0.0.0.0", "PORT=8080", "CONFIG=my.yaml"]
-    done = subprocess.run(words, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=TIMEOUT_S)
-    assert "serve --config my.yaml --host 0.0.0.0 --port 8080 --reload" in done.stdout
-
-
-@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
-def test_make_alone_lists_the_targets() -> None:
-    done = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S)
-    targets = [line.split()[1] for line in done.stdout.splitlines()]
-    assert {"run", "test", "lint", "fix", "check", "bench", "simulate", "clean"} <= set(targets)

@@ -25,7 +25,7 @@ ROW = re.compile(r"(?P<step>.+?) +(?P<verdict>pass|FAIL|skip) ")
 
 def command(config: dict[str, Any] | None, folder: Path) -> list[str]:
     """The command line; None is the shipped configuration."""
-    words = [sys.executable, "-m", "llama_smart_proxy", "simulate"]
+    words = [sys.executable, "-P", "-m", "llama_smart_proxy", "simulate"]
     if config is not None:
         file = folder / "simulated.yaml"
         file.write_text(json.dumps(config))
@@ -81,7 +81,10 @@ def test_a_configuration_without_models_fails(tmp_path: Path) -> None:
 
 
 def started(config: dict[str, Any], folder: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(command(config, folder), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
+    """Run in a folder with modules of others, which the command itself does not see, and its proxy must not either."""
+    for name in ("agents", "backends", "llama_smart_proxy", "proxy", "yaml"):
+        (folder / f"{name}.py").write_text("raise RuntimeError('not ours')")
+    return subprocess.Popen(command(config, folder), cwd=folder, env=environment(), stdout=subprocess.PIPE, text=True)
 
 
 def test_each_step_is_printed_as_it_ends_also_into_a_pipe(tmp_path: Path, fakes: Fakes, gate: Gate) -> None:

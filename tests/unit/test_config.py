@@ -105,6 +105,58 @@ def test_config_of_the_second_seed_means_what_it_said(tmp_path: Path) -> None:
     assert len(config.warnings) == 9
 
 
+AGENTS = '"agents": ["rag", "parallel"]'
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "status"),
+    [
+        ("config.json", "", "", 0),
+        ("config.yaml", "", "", 0),
+        ("config.json", AGENTS, f'{AGENTS}, "log_level": "info"', 2),
+        ("config.json", '"rag"', '{"rag": {"required": true}}', 2),
+        ("config.yaml", README_OF_FIRST_SEED, "backend: ollama\nagents: [rag, parallel]", 2),
+    ],
+)
+def test_an_agent_that_does_not_exist_is_a_warning_only_in_a_file_of_the_old_form(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, old: str, new: str, status: int
+) -> None:
+    (tmp_path / name).write_text(README_OF_FIRST_SEED.replace(old, new) if old else README_OF_FIRST_SEED)
+    assert check_command(tmp_path / name, {}) == status
+    label = "warning: " if status == 0 else f"{tmp_path / name}: "
+    assert f"{label}agents.0: unknown agent rag; known agents: example, help, parallel" in capsys.readouterr().err
+
+
+PLUGIN = "src/plugins/mine/agent.py"
+
+
+@pytest.mark.parametrize(
+    ("text", "env", "there", "found"),
+    [
+        ("", {}, PLUGIN, "src/plugins"),
+        (CONFIG_OF_FIRST_SEED, {}, PLUGIN, "src/plugins"),
+        ("", {"OLLAMA_PROXY_PLUGINS_DIR": "other"}, PLUGIN, "other"),
+        ("plugins_dir: other", {}, PLUGIN, "other"),
+        ("", {}, "src/plugins/of_another_program.py", None),
+        ("", {}, "plugins/mine/agent.py", None),
+    ],
+)
+def test_plugins_of_the_second_seed_are_where_they_were_by_default(
+    tmp_path: Path, text: str, env: dict[str, str], there: str, found: str | None
+) -> None:
+    (tmp_path / there).parent.mkdir(parents=True)
+    (tmp_path / there).touch()
+    config = load(tmp_path, text, env)
+    assert config.agents_dirs == config.enabled_dirs == ([tmp_path / found] if found else [])
+
+
+def test_plugins_of_the_second_seed_are_not_looked_for_where_agents_dirs_is_set(tmp_path: Path) -> None:
+    (tmp_path / PLUGIN).parent.mkdir(parents=True)
+    (tmp_path / PLUGIN).touch()
+    config = load(tmp_path, "agents_dirs: [/mine]")
+    assert (config.agents_dirs, config.enabled_dirs) == ([Path("/mine")], [])
+
+
 def test_yaml_of_the_issue_loads(tmp_path: Path) -> None:
     config = load(tmp_path, AS_YAML)
     assert [(agent.name, agent.options) for agent in config.agents] == [

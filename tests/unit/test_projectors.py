@@ -114,7 +114,7 @@ def test_that_it_is_unclear_is_said_in_the_log_once_for_each_start(
     ],
 )
 def test_a_model_whose_args_or_env_decide_about_it_gets_none_from_us(
-    tmp_path: Path, args: list[str], env: dict[str, str], takes: bool
+    tmp_path: Path, args: list[str], env: dict[str, str | None], takes: bool
 ) -> None:
     put(tmp_path, "m.gguf", "mmproj-m-F16.gguf")
     assert takes_projector(args, env) is takes
