@@ -310,12 +310,20 @@ class Remotes:
         return next((RemoteModel(remote, model) for remote, model in candidates if model in remote.models), None)
 
     async def find(self, name: str, *, pull: bool) -> RemoteModel | None:
-        """Tries a remote named in the prefix first, so that no other one delays the answer."""
-        for remote in sorted(self._remotes, key=lambda remote: not name.startswith(f"{remote.name}/")):
-            for model in dict.fromkeys((name.removeprefix(f"{remote.name}/"), name)):
-                if await remote.find(model):
-                    return RemoteModel(remote, model)
-        return None
+        """Asks a remote named in the prefix first, then all at the same time, as one may not answer: the first that has
+        the model."""
+        for remote in self._remotes:
+            if name.startswith(f"{remote.name}/") and (found := await _held(remote, name)) is not None:
+                return found
+        asked = [asyncio.ensure_future(_held(remote, name)) for remote in self._remotes]
+        try:
+            for answer in asyncio.as_completed(asked):
+                if (found := await answer) is not None:
+                    return found
+            return None
+        finally:
+            for task in asked:
+                task.cancel()
 
     def missing(self, name: str) -> None:
         """None: a remote that is down keeps its last list."""
@@ -350,3 +358,11 @@ class Remotes:
         """One, if none of the remotes answers, as far as known. None is asked for this: it may be a paid service."""
         errors = [f"{remote.name}: {remote.error}" for remote in self._remotes if remote.error]
         return [Problem("remotes", "; ".join(errors))] if len(errors) == len(self._remotes) else []
+
+
+async def _held(remote: Remote, name: str) -> RemoteModel | None:
+    """The remote's model of that name, which may begin with the remote's."""
+    for model in dict.fromkeys((name.removeprefix(f"{remote.name}/"), name)):
+        if await remote.find(model):
+            return RemoteModel(remote, model)
+    return None

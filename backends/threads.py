@@ -21,7 +21,7 @@ async def run_in_thread(call: Callable[[], T]) -> T:
     """The result of `call()`, run as by `begin_in_thread`. If the caller is cancelled, the call continues, and its
     result is dropped.
 
-    Raises: what `call` raises; `StartFailed` (code `spawn_failed`) if no thread can be started.
+    Raises: what `call` raises; as `begin_in_thread`.
     """
     return await begin_in_thread(call)
 
@@ -46,9 +46,13 @@ def begin_in_thread(call: Callable[[], T]) -> asyncio.Future[T]:
             future.set_result(result)  # type: ignore[arg-type]  # a T whenever there is no error
 
     def run() -> None:
-        result, error = None, None
+        result: T | None = None
+        error: BaseException | None = None
         try:
             result = call()
+        except StopIteration as exc:  # which no future takes
+            error = RuntimeError("StopIteration was raised in a thread")
+            error.__cause__ = exc
         except BaseException as exc:  # re-raised in the caller
             error = exc
         with suppress(RuntimeError):  # the loop is closed

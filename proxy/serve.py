@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import errno
 import gc
 import ipaddress
 import logging
+import os
 import resource
 import shlex
 import signal
 import socket
+import sys
+import threading
 from collections.abc import Coroutine
 from contextlib import suppress
-from typing import Any
+from typing import Any, NoReturn
 
 import uvloop
 
@@ -31,11 +35,13 @@ logger = logging.getLogger(__name__)
 
 ERROR_FRAMES_TIMEOUT_S = 2.0
 """Time for the error frames of aborted streams to reach their clients."""
+LEAVE_S = 0.3
+"""Time for what the process does at its end, such as writing the rest of its log."""
 
 
 def run(config: Config, *, reload: bool = False) -> int:
-    """Serve until SIGTERM, SIGINT or SIGHUP. Returns the process's exit status. With `reload`, agents are loaded again
-    when their files change.
+    """Serve until SIGTERM, SIGINT or SIGHUP. Returns the process's exit status, for `leave`. With `reload`, agents are
+    loaded again when their files change.
 
     Raises: ConfigError for missing agents, invalid options of agents, and what is missing and prevents the start.
     """
@@ -44,9 +50,23 @@ def run(config: Config, *, reload: bool = False) -> int:
     app.plugins.reload = reload
     if missing := [str(problem) for problem in machine_problems(config) if problem.fatal]:
         raise ConfigError(missing)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.get_loop().set_task_factory(make_task)
-        return runner.run(_serve(app, config))
+    runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)  # not closed, which would wait for threads
+    runner.get_loop().set_task_factory(make_task)
+    return runner.run(_serve(app, config))
+
+
+def leave(status: int) -> NoReturn:
+    """End the process with this exit status within `LEAVE_S` seconds, with all its threads: the interpreter, libuv and
+    executors would wait for theirs, such as one that asks the DNS, or in which an agent calls something."""
+    with suppress(RuntimeError):  # no thread can be started
+        clock = threading.Timer(LEAVE_S, os._exit, (status,))
+        clock.daemon = True
+        clock.start()
+    atexit._run_exitfuncs()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(status)
 
 
 class _Stop:

@@ -15,16 +15,22 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import Any
 from urllib.parse import urlsplit
+
+from aiohappyeyeballs import start_connection
 
 from llama_smart_proxy.backends.base import UpstreamRequest
 from llama_smart_proxy.backends.http.exchange import Connection, Timeouts, UpstreamResponse
+from llama_smart_proxy.backends.http.resolver import AddressInfo, is_address, resolver
 from llama_smart_proxy.backends.http.sweep import Sweeper
 from llama_smart_proxy.proxy.errors import UpstreamFailed
 
 IDLE_LIMIT_S = 4.0
 """Maximum idle time of a pooled connection in seconds. llama-server closes idle connections after 5 s (`Keep-Alive:
 timeout=5`, cpp-httplib's default), and a request sent at that moment must be retried."""
+NEXT_ADDRESS_S = 0.25
+"""After so many seconds without a connection to one address of a name, the next is tried too. Source: RFC 8305 5."""
 LINGER_S = 1.0
 """How long a connection is kept for the end of an answer whose last frame has arrived, in seconds."""
 FULL_S = 0.05
@@ -89,6 +95,7 @@ class ConnectionPool:
         limits = self.timeouts
         self._sweeper = Sweeper(min(sweep_s, limits.first_byte_s / 4, limits.idle_s / 4), self._sweep)
         self._tls = ssl.create_default_context() if endpoint.tls else None
+        self._is_named = not endpoint.socket and not is_address(endpoint.host)
         fixed = [("Host", endpoint.authority), ("Accept-Encoding", "identity"), *headers]
         self._fixed = "".join(f"{name}: {value}\r\n" for name, value in fixed)
 
@@ -178,13 +185,20 @@ class ConnectionPool:
         self._check_open()
         limit_s = self.timeouts.connect_s
         timer = asyncio.timeout(limit_s)
+        missing = "connection to"
         try:
             async with timer:
                 self._connecting.add(timer)
-                connection = await self._dial()
+                if self._is_named:
+                    missing = "answer of the DNS about the name of"
+                    found = await resolver.addresses(self.endpoint.host, self.endpoint.port)
+                    missing = "connection to"
+                    connection = await self._connect_to(found)
+                else:
+                    connection = await self._dial()
         except TimeoutError:
             self._check_open()
-            message = f"no connection to {self.endpoint} within {limit_s:g} s"
+            message = f"no {missing} {self.endpoint} within {limit_s:g} s"
             raise UpstreamFailed(message, status=504, code=UNREACHABLE) from None
         except (OSError, UnicodeError) as exc:  # UnicodeError: an invalid host name
             reason = getattr(exc, "strerror", None) or exc
@@ -196,6 +210,20 @@ class ConnectionPool:
             raise UpstreamFailed(f"the server at {self.endpoint} has ended")
         return connection
 
+    async def _connect_to(self, addresses: Sequence[AddressInfo]) -> Connection:
+        """Connect to the first that can be reached, all but at the same time."""
+        host = self.endpoint.host
+        try:
+            sock = await start_connection(addresses, happy_eyeballs_delay=NEXT_ADDRESS_S, interleave=1)
+        except BaseException:
+            resolver.forget(host)  # they may have changed
+            raise
+        return await self._connection(sock=sock, server_hostname=host if self._tls else None)
+
+    async def _connection(self, **where: Any) -> Connection:
+        _, connection = await asyncio.get_running_loop().create_connection(Connection, ssl=self._tls, **where)
+        return connection
+
     def _check_open(self) -> None:
         if self._closed:
             raise UpstreamFailed(f"{self.endpoint} is being stopped")
@@ -204,7 +232,7 @@ class ConnectionPool:
         loop, to = asyncio.get_running_loop(), self.endpoint
         if to.socket:
             return (await loop.create_unix_connection(Connection, sock=await _unix_socket(to.socket)))[1]
-        return (await loop.create_connection(Connection, to.host, to.port, ssl=self._tls))[1]
+        return await self._connection(host=to.host, port=to.port)
 
     def _pop_idle(self) -> Connection | None:
         now = asyncio.get_running_loop().time()

@@ -10,11 +10,11 @@ import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from llama_smart_proxy.proxy import __version__
 from llama_smart_proxy.proxy.errors import ConfigError
-from llama_smart_proxy.proxy.log import LEVELS, open_standard_streams
+from llama_smart_proxy.proxy.log import LEVELS, open_standard_streams, shown_output
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,8 @@ def main(argv: list[str] | None = None) -> int:
     open_standard_streams()
     try:
         try:
-            return _command(sys.argv[1:] if argv is None else argv)
+            with shown_output():
+                return _command(sys.argv[1:] if argv is None else argv)
         finally:
             for stream in (sys.stdout, sys.stderr):
                 stream.flush()  # here, as nothing can be caught when the interpreter does it
@@ -140,7 +141,7 @@ def _present() -> list[Path]:
     return [path for path in map(Path, CONFIG_FILES) if path.exists()]
 
 
-def _serve(args: argparse.Namespace, path: Path | None) -> int:
+def _serve(args: argparse.Namespace, path: Path | None) -> NoReturn:
     from llama_smart_proxy.proxy import log, serve
     from llama_smart_proxy.proxy.config import load_config
 
@@ -152,9 +153,11 @@ def _serve(args: argparse.Namespace, path: Path | None) -> int:
     for warning in config.warnings:
         logger.warning("%s", warning)
     try:
-        return serve.run(config, reload=args.reload)
+        status = serve.run(config, reload=args.reload)
     except ConfigError as exc:  # agents and the machine are checked only when the server starts
-        raise ConfigError([f"{path or 'defaults'}: {line}" for line in exc.problems]) from None
+        print(ConfigError([f"{path or 'defaults'}: {line}" for line in exc.problems]), file=sys.stderr)
+        status = 2
+    serve.leave(status)
 
 
 def _log_source(path: Path | None) -> None:

@@ -177,7 +177,9 @@ class UpstreamConfig(Section):
     models: Annotated[list[str], BeforeValidator(shapes.comma_list)] | None = Field(
         default=None, description="Model names it serves; by default all that it lists."
     )
-    connect_timeout_s: Seconds = Field(default=5.0, gt=0, description="Seconds to wait for a connection.")
+    connect_timeout_s: Seconds = Field(
+        default=5.0, gt=0, description="Seconds to wait for a connection, with the look-up of its name."
+    )
     first_byte_timeout_s: Seconds = Field(
         default=600.0, gt=0, description="Seconds it may take to send the first byte of its answer."
     )

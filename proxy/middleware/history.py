@@ -8,10 +8,12 @@ from typing import Any
 
 from llama_smart_proxy.proxy.chat import Json
 from llama_smart_proxy.proxy.dialects.base import ClientCodec, TextPlace
+from llama_smart_proxy.proxy.errors import ERROR_TEXT, MAX_ERROR_TEXT, without_error_text
 from llama_smart_proxy.proxy.middleware.commands import Called, Commands
 
 MAX_MESSAGES = 10_000
 """Messages of a chat that are looked through; a longer one is taken as it is."""
+LONGEST_ERROR = MAX_ERROR_TEXT + len(ERROR_TEXT)
 RUNNING = "Agents that run in this chat: "
 """The beginning of the last line of every answer to a control command."""
 UNIDENTIFIED = "This chat cannot be identified; "
@@ -28,25 +30,29 @@ class History:
 
 
 def may_hold_commands(codec: ClientCodec, body: Json) -> bool:
-    """Whether any text of this undecoded body begins with a slash. Cheap; True may be a false positive."""
+    """Whether any text of this undecoded body begins with a slash, or ends with an error of ours. Cheap; True may be a
+    false positive."""
     messages = codec.messages(body)
     if messages is None:
         return codec.user_text(body).startswith("/")
-    return any(map(_has_slash, messages[-MAX_MESSAGES:]))
+    return any(map(_is_suspect, messages[-MAX_MESSAGES:]))
 
 
-def _has_slash(message: Any) -> bool:
+def _is_suspect(message: Any) -> bool:
     content = message.get("content") if message.__class__ is dict else None
     if content.__class__ is str:
-        return bool(content.startswith("/"))
-    return content.__class__ is list and any(text.startswith("/") for text in _texts(content))
+        return content.startswith("/") or ERROR_TEXT in content[-LONGEST_ERROR:]
+    return content.__class__ is list and any(
+        text.startswith("/") or ERROR_TEXT in text[-LONGEST_ERROR:] for text in _texts(content)
+    )
 
 
 def read_history(codec: ClientCodec, body: Json, commands: Commands) -> History:
     """The history in this undecoded and unchecked body, before the user's last message.
 
     Commands are taken out of the user's texts, as they were when these were new: else the model would not find the
-    prompt that it has cached, and would read them. A command that no model answered goes together with its answer.
+    prompt that it has cached, and would read them. A command that no model answered goes together with its answer, and
+    so do errors that were shown as a part of an answer.
     """
     messages = codec.messages(body)
     history = History()
@@ -56,7 +62,10 @@ def read_history(codec: ClientCodec, body: Json, commands: Commands) -> History:
     kept: list[Any] = []
     following = enumerate(messages[:earlier])
     for at, message in following:
-        place = codec.text_place(message) if _has_slash(message) else None
+        if not _is_suspect(message):
+            kept.append(message)
+            continue
+        place = codec.text_place(message)
         text = place.text if place is not None else ""
         called = commands.called(text)
         answer = _assistant_text(messages[at + 1]) if at + 1 < earlier else None
@@ -66,6 +75,8 @@ def read_history(codec: ClientCodec, body: Json, commands: Commands) -> History:
                 next(following)
         elif called is not None and called.action is None and place is not None:
             kept.append(_with_text(message, place, called.rest))
+        elif (clean := _without_error(message)) is not message:
+            kept.append(clean)
         else:
             kept.append(message)
             continue
@@ -105,6 +116,20 @@ def _with_text(message: Json, place: TextPlace, text: str) -> Json:
         return {**message, "content": [part for part in parts if part is not place.holder]}
     changed = [{**part, place.key: text} if part is place.holder else part for part in parts]
     return {**message, "content": changed}
+
+
+def _without_error(message: Json) -> Json:
+    """`message`, or a copy without the error that ends it."""
+    if message.get("role") != "assistant":
+        return message
+    content = message["content"]
+    if isinstance(content, str):
+        return message if (text := without_error_text(content)) == content else {**message, "content": text}
+    *before, last = content
+    given = last.get("text") if isinstance(last, dict) else None
+    if not isinstance(given, str) or (clean := without_error_text(given)) == given:
+        return message
+    return {**message, "content": [*before, {**last, "text": clean}] if clean or not before else before}
 
 
 def _assistant_text(message: Any) -> str | None:

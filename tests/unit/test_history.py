@@ -13,6 +13,7 @@ from llama_smart_proxy.proxy.dialects.base import ClientCodec
 from llama_smart_proxy.proxy.dialects.ollama import CHAT as OLLAMA
 from llama_smart_proxy.proxy.dialects.openai import CHAT, TEXT
 from llama_smart_proxy.proxy.dialects.responses import CODEC as RESPONSES
+from llama_smart_proxy.proxy.errors import UpstreamFailed, error_text
 from llama_smart_proxy.proxy.middleware.commands import Commands
 from llama_smart_proxy.proxy.middleware.history import MAX_MESSAGES, History, may_hold_commands, read_history
 from llama_smart_proxy.proxy.middleware.plugins import Plugins
@@ -89,6 +90,17 @@ def test_the_answer_of_an_agent_that_is_not_enabled_goes_with_its_command(codec:
     assert answer is not None
     assert read(codec, chat(("/example hi", answer), PLAIN)).messages == chat(PLAIN)
     assert read(codec, chat(("/example hi", "Hello!"), PLAIN)).messages is None
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_an_error_shown_in_an_answer_is_no_part_of_it(codec: ClientCodec) -> None:
+    error = error_text(UpstreamFailed("it broke\noff"))
+    for shape in (list, lambda messages: in_parts(codec, messages)):
+        assert read(codec, shape(chat(("Why?", f"Because{error}")))).messages == shape(chat(("Why?", "Because")))
+    for answer in (error, error.strip()):
+        assert read(codec, chat(("Why?", answer))).messages == chat(("Why?", ""))
+    for answer in ("Write **Error:** there", f"{error}\n\nThat is what it shows.", f"{error} {'x' * 1000}"):
+        assert read(codec, chat(("Why?", answer))).messages is None
 
 
 @pytest.mark.parametrize("codec", CODECS)
