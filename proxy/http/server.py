@@ -14,7 +14,7 @@ import re
 import secrets
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, cast
@@ -48,6 +48,14 @@ TOO_LARGE = "headers_too_large"
 MIN_BODY_RATE = 1024
 BODY_GRACE_S = 10.0
 """After so many seconds, the client of a body slower than `MIN_BODY_RATE` bytes per second is disconnected."""
+REST_BYTES = 512 * 2**20
+REST_S = 30.0
+REST_PAUSE_S = 5.0
+"""How much of a request is discarded that was answered before it had arrived: so many bytes, for so many seconds, and
+without a pause of so many. Closing at once would reset the connection, and destroy the answer before most clients read
+it: they send the whole request first."""
+LEAST_REST_BYTES = 16 * 2**20
+"""Bytes of a rest whose end is not known, or too far; more if twice as many have been read."""
 
 
 class FrontConnection(web.RequestHandler):
@@ -72,6 +80,9 @@ class FrontConnection(web.RequestHandler):
         self._unparsed: deque[bytes] = deque()
         self._last_request = False
         self._serving = False
+        self._unreadable = False
+        self._discarding = False
+        self._discardable = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -79,6 +90,11 @@ class FrontConnection(web.RequestHandler):
         self.head_since = self._front.connected(self)
 
     def data_received(self, data: bytes) -> None:
+        if self._discarding:
+            self._discardable -= len(data)
+            if self._discardable < 0:
+                self.wire.abort()
+            return
         if self.head_since is None and not self._serving:
             self.head_since = asyncio.get_running_loop().time()
         if data and not self._start:
@@ -143,7 +159,27 @@ class FrontConnection(web.RequestHandler):
         self._front.request_ended(self)
         if self._last_request:
             super().close()
+        elif self._unreadable or not request.content.is_eof():
+            await self._discard_rest(request)
         return result
+
+    async def _discard_rest(self, request: web.BaseRequest) -> None:
+        """Send nothing more, and discard what still arrives, until the client closes the connection or a limit is
+        reached."""
+        read = request.content.total_bytes
+        left = 0 if self._unreadable else request.content_length - read if request.content_length else REST_BYTES + 1
+        self._discarding = True
+        self._discardable = before = REST_BYTES if left <= REST_BYTES else max(LEAST_REST_BYTES, 2 * read)
+        self._unparsed.clear()
+        with suppress(OSError, RuntimeError):  # the connection is closed
+            self.wire.write_eof()
+            self.wire.resume_reading()
+        ends = asyncio.get_running_loop().time() + REST_S
+        while asyncio.get_running_loop().time() < ends:
+            await asyncio.sleep(REST_PAUSE_S)  # cancelled when the connection is closed
+            if self._discardable == before:
+                break
+            before = self._discardable
 
     def handle_error(
         self,
@@ -154,6 +190,7 @@ class FrontConnection(web.RequestHandler):
     ) -> web.StreamResponse:
         """The response to a request that could not be parsed; contains none of its bytes."""
         self.head_since = None
+        self._unreadable = True
         if request.writer.output_size > 0:
             raise ConnectionError("a response has already been started")
         named = request[RECORD].request_id if RECORD in request else secrets.token_hex(8)
@@ -228,7 +265,7 @@ class FrontServer(web.Server):
             "max_field_size": MAX_HEADER_LINE,
             "max_headers": MAX_HEADERS,
             "auto_decompress": False,  # `proxy.http.body` decompresses, within limits
-            "lingering_time": 0,  # a refused upload is not read to its end
+            "lingering_time": 0,  # see `REST_BYTES`
             "access_log": None,  # the handler logs requests, with model and duration
         }
         self.clients: set[FrontConnection] = set()
