@@ -9,7 +9,7 @@ llama.cpp tools/server, b11434, so that a client gets the same ones from the pro
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -93,7 +93,7 @@ class Overloaded(ProxyError):
 
 
 class StartFailed(ProxyError):
-    """A llama-server could not be started; the message contains its exit code and the end of its log.
+    """A llama-server could not be started; the message contains its exit code and the cause, `log` the end of its log.
 
     `status` is 503, or 504 with code `model_load_timeout` when it never became healthy.
     """
@@ -102,8 +102,9 @@ class StartFailed(ProxyError):
     kind = "unavailable_error"
     code = "model_load_failed"
 
-    def __init__(self, message: str, *, status: int = 503, code: str | None = None) -> None:
+    def __init__(self, message: str, *, status: int = 503, code: str | None = None, log: Sequence[str] = ()) -> None:
         super().__init__(message, code=code)
+        self.log = log
         self.status = status
         self.retry_after_s = 1 if status == 503 else None
 
