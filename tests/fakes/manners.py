@@ -32,7 +32,7 @@ def manner(name: str) -> str:
 
 
 def say(text: str) -> None:
-    os.write(2, f"{text}\n".encode())
+    os.write(2, f"{text}\n".encode(errors="surrogateescape"))
 
 
 def die(how: str) -> None:

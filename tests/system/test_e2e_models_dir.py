@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -48,9 +50,10 @@ async def served(fakes: Fakes) -> AsyncIterator[tuple[Proxy, Path]]:
 
 async def test_models_of_nested_folders_answer_by_names_in_any_script(served: tuple[Proxy, Path]) -> None:
     proxy, folder = served
-    names = {"flat", "Tiny-Q8_0", "模型-7B", "müller", "🦙 my model (1)", "a/x", "x"}
+    names = {"flat", "Tiny-Q8_0", "模型-7B", "müller", "🦙 my model (1)", "a/x", "x", "-50%?#", "bytes-", "two-lines"}
     fill(folder, "flat.gguf", "acme/Tiny-GGUF/Tiny-Q8_0.gguf", "模型-7B.gguf", "mu\u0308ller.gguf")
-    fill(folder, "🦙 my model (1).gguf", "a/x.gguf", "x.gguf")
+    fill(folder, "🦙 my model (1).gguf", "a/x.gguf", "x.gguf", "-50%?#.gguf", "two\nlines.gguf")
+    shutil.copy(folder / "flat.gguf", folder / os.fsdecode(b"bytes\xe9.gguf"))
     assert await ids(proxy) == names | {"own"}
     for name in (*names, "acme/Tiny-GGUF/Tiny-Q8_0"):
         answer = await chat(proxy, name)
