@@ -125,6 +125,26 @@ async def test_the_last_known_list_of_a_folder_is_served_while_its_disk_does_not
     assert caplog.text.count("does not answer") == 1
 
 
+@pytest.mark.parametrize("is_below", [False, True], ids=["the folder", "a folder in it"])
+async def test_models_on_a_disk_that_fails_are_known_until_it_is_said_that_they_are_gone(
+    disk: Disk, is_below: bool
+) -> None:
+    write(disk.folder / "known.gguf")
+    models = provider(disk.folder.parent if is_below else disk.folder)
+    await models.listed()
+    disk.fail()
+    await models.reread()
+    assert names(models) == {"known"}
+    told = [problem for problem in await models.problems() if "not connected" in problem.message]
+    assert len(told) == 1 and not told[0].fatal and told[0].harmless is is_below
+    disk.resume()
+    await models.reread()
+    assert names(models) == {"known"} and not await models.problems()
+    (disk.folder / "known.gguf").unlink()
+    await models.reread()
+    assert names(models) == set()
+
+
 async def test_headers_on_a_disk_that_does_not_answer_delay_no_others_and_take_few_threads(
     disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
