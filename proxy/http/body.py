@@ -14,6 +14,7 @@ from __future__ import annotations
 import codecs
 import json
 import math
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -177,7 +178,7 @@ def parse_strictly(raw: bytes) -> dict[str, Any]:
         raise BadRequest("missing request body", code="missing_body")
     text, has_surrogates = decoded(raw)
     try:
-        value = _decoder.decode(text)
+        value = (_careful if _LONG_NUMBER.search(text) else _decoder).decode(text)
         if has_surrogates and isinstance(value, dict):
             value = repaired_body(value)
     except RecursionError:
@@ -238,8 +239,23 @@ def _finite(text: str) -> float:
     return number
 
 
+def _in_64_bits(text: str) -> int:
+    number = int(text) if len(text) <= _LONGEST_INTEGER else math.inf
+    if not _LOWEST <= number <= _HIGHEST:
+        raise ValueError("an integer is out of range")
+    return int(number)
+
+
 def _no_constant(text: str) -> float:
     raise ValueError(f"{text} is not JSON")
 
 
+_LOWEST, _HIGHEST = -(2**63), 2**64 - 1
+_LONGEST_INTEGER = 20
+_LONG_NUMBER = re.compile(r"\d{19}")
+"""What bodies with an integer past 64 bits have in them, but hardly another one."""
 _decoder = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_float=_finite, parse_constant=_no_constant)
+_careful = json.JSONDecoder(
+    object_pairs_hook=_no_duplicates, parse_float=_finite, parse_constant=_no_constant, parse_int=_in_64_bits
+)
+"""The same for bodies with long numbers, as it calls a function for each integer."""
