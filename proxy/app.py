@@ -18,6 +18,7 @@ from llama_smart_proxy.proxy.http.origins import Pages
 from llama_smart_proxy.proxy.middleware.afterwards import Afterwards
 from llama_smart_proxy.proxy.middleware.chain import Chain
 from llama_smart_proxy.proxy.middleware.plugins import Plugins
+from llama_smart_proxy.proxy.models.inspection import Inspection
 from llama_smart_proxy.proxy.models.router import Router
 from llama_smart_proxy.proxy.registry import Registry
 from llama_smart_proxy.proxy.store import Store, state_dir
@@ -87,7 +88,8 @@ class App:
         providers = [provider for cls in registry.providers if (provider := cls.create(config, services)) is not None]
         router, chain = Router(providers, config, downloads), Chain(config, self.plugins)
         store = Store(state_dir(config.state_dir, os.environ))
-        self.proxy = Proxy(config, router, chain, store, Afterwards(self.plugins))
+        inspection = Inspection({**router.looks, "agents": self.plugins.problems})
+        self.proxy = Proxy(config, router, chain, store, Afterwards(self.plugins), inspection)
         self.dispatcher = Dispatcher(self.proxy, registry.observers)
         for method, path, handler in ROUTES:
             self.dispatcher.add([method], path, handler, pages=_PAGES.get(handler, Pages.ALLOWED))
@@ -105,6 +107,7 @@ class App:
 
     async def close(self) -> None:
         """Stop agents, processes and connections."""
+        await self.proxy.inspection.close()
         await self.proxy.conversations.close()
         await self.proxy.afterwards.close()
         await self.plugins.close()

@@ -27,7 +27,9 @@ from llama_smart_proxy.proxy.http.server import AMBIGUOUS, TOO_LARGE, FrontConne
 logger = logging.getLogger(__name__)
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
-_PART = re.compile(r"\{(\w+)(?::([^{}]+(?:\{\d+\}[^{}]*)?))?\}")
+_PART = re.compile(r"\{(\w+)(?::([^{}]+(?:\{[\d,]+\}[^{}]*)?))?\}")
+MAX_PARAMETER = 512
+"""Most characters of a path parameter, which may be the name of a model."""
 
 
 @dataclass(slots=True)
@@ -150,7 +152,8 @@ class Dispatcher:
             return resource
         path = path.rstrip("/")
         for pattern, resource in self._patterns:
-            if (found := pattern.fullmatch(path)) is not None:
+            found = pattern.fullmatch(path)
+            if found is not None and all(len(value) <= MAX_PARAMETER for value in found.groupdict().values()):
                 if http is not None:
                     http[PARAMS] = found.groupdict()
                 return resource
@@ -158,12 +161,12 @@ class Dispatcher:
 
 
 def _pattern(path: str) -> re.Pattern[str]:
-    """`/a/{name:.+}` as a regular expression."""
+    """`/a/{name:.+}` as a regular expression, in which digits and words are ASCII."""
     pattern, position = "", 0
     for part in _PART.finditer(path):
         pattern += re.escape(path[position : part.start()]) + f"(?P<{part[1]}>{part[2] or '[^/]+'})"
         position = part.end()
-    return re.compile(pattern + re.escape(path[position:]))
+    return re.compile(pattern + re.escape(path[position:]), re.ASCII)
 
 
 def _pages(http: web.BaseRequest, resource: Resource | None) -> Pages:

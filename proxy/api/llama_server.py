@@ -86,7 +86,7 @@ async def _pass_on(
     slot: bool = False,
 ) -> web.StreamResponse:
     """Answer with the answer of the model's server to the same request with the body `data`."""
-    headers = upstream_headers(http.headers, has_body=False)
+    headers = upstream_headers(http.headers, has_body=False, forwards=model.forwards)
     if data:
         headers.append(("Content-Type", content_type))
     request = UpstreamRequest(http.method, upstream_path(http, model.name), data, headers, slot)
@@ -138,7 +138,7 @@ async def _only_props(http: web.BaseRequest) -> Json:
 async def metrics(http: web.BaseRequest) -> web.StreamResponse:
     """`GET /metrics?model=`: for Prometheus. Its header is documented in this spelling, which some readers require."""
     model = (await _resolved(http, None)).model
-    headers = upstream_headers(http.headers, has_body=False)
+    headers = upstream_headers(http.headers, has_body=False, forwards=model.forwards)
     request = UpstreamRequest("GET", upstream_path(http, model.name), b"", headers, slot=False)
     async for attempt in Attempts(model, request):
         async with attempt as upstream:
@@ -200,7 +200,7 @@ async def stop_stream(http: web.BaseRequest) -> web.StreamResponse:
     """`DELETE /v1/stream?conv_id=`: ends the stream of a chat; 204 also if there is none."""
     http[PROXY].conversations.stop(_conversation(http))
     for model in await _resumable(http):
-        async for attempt in Attempts(model, UpstreamRequest("DELETE", http.raw_path, slot=False)):
+        async for attempt in Attempts(model, UpstreamRequest("DELETE", upstream_path(http, model.name), slot=False)):
             async with attempt as upstream:
                 await upstream.read(ANSWER_LIMIT)
     return web.Response(status=204)

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 from llama_smart_proxy.agents.base import Agent
+from llama_smart_proxy.backends.http.turns import breathe
 from llama_smart_proxy.proxy.chat import ChatRequest, Chunk
 from llama_smart_proxy.proxy.middleware.context import AgentContext
 from llama_smart_proxy.proxy.middleware.functions import calling
@@ -89,18 +90,18 @@ async def _transformed(
     """The layer of an agent whose `hook` makes a stream of its input. With `skips`, a failure passes the chunks that it
     has received since its last output, and then the rest, unchanged."""
     timer, limit = ctx.timer, OutputLimit(ctx)
-    source = InputStream(ctx, below, limit, keeps=skips)
-    output: Any = None
-    chunk: Any
+    source, output = InputStream(ctx, below, limit, keeps=skips), None
     try:
         try:
-            output = hook(source)
+            output = _output(hook, source)
             while True:
                 timer.begin()
                 try:
                     chunk = await output.__anext__()
                 except StopAsyncIteration:
                     return
+                except GeneratorExit as exc:  # the agent's own: that of a reader who has left arrives at the `yield`
+                    raise _raised(exc) from exc
                 finally:
                     timer.end()
                     if timer.cancels:
@@ -112,7 +113,7 @@ async def _transformed(
                 if limit.since_input >= YIELD_EVERY:
                     await limit.yield_control()
         except BaseException as exc:
-            if exc is source.failure:
+            if exc is source.failure or isinstance(exc, GeneratorExit):
                 raise
             failure = failure_of(ctx, exc)
             if not skips:
@@ -176,6 +177,8 @@ class _Choices:
                 if chunk.finish_reason:
                     self.ended.add(index)
                 yield chunk
+                if len(received) % YIELD_EVERY == YIELD_EVERY - 1:
+                    await breathe()
 
     async def _read(self) -> bool:
         """Receive a chunk. Returns False at the end of the answer."""
@@ -189,6 +192,18 @@ class _Choices:
         elif chunk.seen:
             self.others.append(chunk)
         return True
+
+
+def _output(hook: Callable[[InputStream], Any], source: InputStream) -> Any:
+    """The agent's stream."""
+    try:
+        return hook(source)
+    except GeneratorExit as exc:
+        raise _raised(exc) from exc
+
+
+def _raised(exc: GeneratorExit) -> RuntimeError:
+    return RuntimeError(f"{type(exc).__name__} was raised, as if nothing read the answer")
 
 
 def _raise_if_timed_out(ctx: AgentContext) -> None:
@@ -207,8 +222,9 @@ async def _close(ctx: AgentContext, output: Any) -> None:
     try:
         async with asyncio.timeout(CLOSE_S):
             await aclose()
-    except asyncio.CancelledError:
-        raise
     except BaseException as exc:  # agent code may raise anything
+        task = asyncio.current_task()
+        if isinstance(exc, asyncio.CancelledError) and task is not None and task.cancelling():
+            raise
         ctx.active.plugin.failures += 1
         logger.error("agent %s did not clean up properly", ctx.name, exc_info=exc)
