@@ -23,8 +23,11 @@ NESTED = {
     "backends.weights.hub_http.FILE": "names of at most 512 characters, by `hub.parse_name`, and of files",
 }
 """Patterns with a repetition within another one, and why that does no harm."""
-TRUSTED = ("proxy.config.text.", "proxy.config.expansion.", "proxy.config.environment.", "agents.loader.")
-"""Modules whose patterns are for texts of the owner of this machine alone: the configuration, names of agents."""
+TRUSTED = (
+    *("proxy.config.text.", "proxy.config.expansion.", "proxy.config.environment.", "backends.openai.VERSION"),
+    *("agents.loader.", "backends.pool.launcher."),
+)
+"""Patterns for texts of the owner of this machine alone: the configuration, names of agents, the environment."""
 BOUNDED = {
     "backends.weights.hub_cache.REPO": 512,  # by `hub.parse_name`
     "backends.weights.filenames.SPLIT": 512,
@@ -36,6 +39,7 @@ BOUNDED = {
 MADE_ELSEWHERE = {
     "agents/shield.py": "patterns of the configuration",
     "proxy/api/dispatcher.py": "paths of endpoints, for request targets of at most 16 KiB",
+    "backends/pool/launcher.py": "names of variables in the configuration",
     "agents/redact/matching.py": "patterns of the configuration, with a time limit for each search",
     "agents/redact/presets.py": "likewise",
 }
