@@ -35,6 +35,8 @@ R = TypeVar("R")
 MAX_VALUES = 1_000_000
 """Most commas in a body, and most lists and objects. Millions of numbers would stop every stream for seconds; long
 texts and images, which are what makes bodies large, are no trouble."""
+DEEPEST = 254
+"""Most lists and objects within each other: orjson writes no more."""
 ON_LOOP_BYTES = 64 * 1024
 """Larger bodies are parsed in a thread, so that other streams go on; and so are smaller ones with many values."""
 ON_LOOP_VALUES = 2000
@@ -181,6 +183,8 @@ def parse_strictly(raw: bytes) -> dict[str, Any]:
         value = (_careful if _LONG_NUMBER.search(text) else _decoder).decode(text)
         if has_surrogates and isinstance(value, dict):
             value = repaired_body(value)
+        if text.count("{") + text.count("[") > DEEPEST:
+            _check_depth(value)
     except RecursionError:
         raise BadRequest("the request body is nested too deeply", code="invalid_json") from None
     except json.JSONDecodeError as exc:
@@ -199,6 +203,14 @@ def parse_strictly(raw: bytes) -> dict[str, Any]:
     return value
 
 
+def _check_depth(value: Any) -> None:
+    """Reject what could not be written again: an answer may repeat a part of it. Raises: RecursionError."""
+    try:
+        orjson.dumps(value)
+    except TypeError as exc:
+        raise RecursionError(str(exc)) from None
+
+
 def _count(raw: bytes, characters: bytes) -> int:
     """How often any of these occurs."""
     return len(raw) - len(raw.translate(None, characters))
@@ -209,7 +221,7 @@ def _too_large(max_bytes: int) -> BadRequest:
     return BadRequest(message, status=413, code="request_too_large")
 
 
-def serialise(value: dict[str, Any]) -> bytes:
+def serialise(value: Any) -> bytes:
     """The JSON bytes to send upstream.
 
     Raises: BadRequest for what JSON cannot carry faithfully: integers past 64 bits, deep nesting.
