@@ -17,15 +17,18 @@ class ProxyError(Exception):
     """Base of all errors that reach a client.
 
     `status` is the HTTP status used while headers can still be sent, `kind` the OpenAI `error.type`, `code` the stable
-    machine-readable name, `retry_after_s` the seconds to put in `Retry-After` (None: no such header).
+    machine-readable name, `retry_after_s` the seconds to put in `Retry-After` (None: no such header). A message of over
+    `longest` characters is cut: it may quote what a client has sent, which has any length.
     """
 
+    longest = 16_000
     status = 500
     kind = "server_error"
     code = "internal_error"
     retry_after_s: int | None = None
 
     def __init__(self, message: str, *, code: str | None = None, param: str | None = None) -> None:
+        message = message if len(message) <= self.longest else f"{message[: self.longest]} ..."
         message = message.encode(errors="replace").decode()  # a lone surrogate quoted from a client cannot be encoded
         super().__init__(message)
         self.message = message
@@ -55,6 +58,7 @@ def without_error_text(text: str) -> str:
 class BadRequest(ProxyError):
     """The client's request cannot be served; `status` is 400, 404, 405, 413, ..."""
 
+    longest = 2000
     status = 400
     kind = "invalid_request_error"
     code = "invalid_request"
