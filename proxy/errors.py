@@ -34,6 +34,24 @@ class ProxyError(Exception):
             self.code = code
 
 
+ERROR_TEXT = "**Error:** "
+"""The beginning of an error's text in an answer, for clients that show only what the answer contains."""
+MAX_ERROR_TEXT = 500
+"""Most characters of such a text."""
+
+
+def error_text(exc: ProxyError) -> str:
+    """The error as a paragraph of the answer that it ends, in Markdown."""
+    return f"\n\n{ERROR_TEXT}{' '.join(exc.message.split())[:MAX_ERROR_TEXT]}"
+
+
+def without_error_text(text: str) -> str:
+    """An answer without the paragraph that `error_text` may have appended to it."""
+    at = text.rfind(ERROR_TEXT, max(0, len(text) - MAX_ERROR_TEXT - len(ERROR_TEXT)))
+    ours = at == 0 or (at > 0 and text[at - 1] == "\n")
+    return text[:at].rstrip("\n") if ours and "\n" not in text[at:].rstrip() else text
+
+
 class BadRequest(ProxyError):
     """The client's request cannot be served; `status` is 400, 404, 405, 413, ..."""
 

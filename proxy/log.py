@@ -8,6 +8,7 @@ Nothing here waits for a reader of stderr. What it does not take now is kept for
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import select
@@ -39,13 +40,28 @@ _PIECE = 4096
 _BATCH = 512
 
 
+def open_standard_streams() -> None:
+    """Open the null device in place of standard streams that were closed before the program started.
+
+    To be called before anything else is opened: files and sockets would get these numbers, which other libraries write
+    to, and which libuv aborts the process for.
+    """
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: a name or an answer may hold any character
+    sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+
+
 def configure(level: str) -> None:
     """Send the program's log to stderr at `level`, one of `LEVELS`.
 
     What was logged is written before the process ends, unless that is by a signal that Python does not see: then the
     lines of requests of the last `FLUSH_S` seconds may be missing.
     """
-    _keep_standard_numbers()
     handler = _Handler(_Writer(_fd_of(sys.stderr), getattr(sys.stderr, "encoding", None) or "utf-8"))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.getLogger("asyncio").setLevel("WARNING")
@@ -206,14 +222,6 @@ def _stamp(now: float) -> str:
         shown = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
         _seconds = second, shown
     return f"{shown},{int((now - second) * 1000):03d}"
-
-
-def _keep_standard_numbers() -> None:
-    """Open in place of standard streams that were closed before the program started. Sockets would get their numbers,
-    which other libraries write to, and which libuv aborts the process for."""
-    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
-        os.set_inheritable(fd, True)
-    os.close(fd)
 
 
 def _fd_of(stream: object) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -21,6 +22,13 @@ class NotOurs(Exception):
     """Another process answers on the port, or listens there."""
 
 
+class Foreign(NotOurs):
+    """The system reports that another process than the one that was started listens there."""
+
+    def __init__(self) -> None:
+        super().__init__("another process listens there")
+
+
 class TakesAnyKey(NotOurs):
     """What answers on the port takes any key: another process, or a server of ours that does not enforce its key.
     `remedy` is a clause on what the operator can do about the latter."""
@@ -28,6 +36,11 @@ class TakesAnyKey(NotOurs):
     def __init__(self, remedy: str) -> None:
         super().__init__(ANY_KEY)
         self.remedy = remedy
+
+
+def new_key() -> str:
+    """A random API key."""
+    return secrets.token_urlsafe(24)
 
 
 async def wait_until(attempt: Callable[[float], Awaitable[T | None]], patience_s: Callable[[], float]) -> T:
@@ -72,7 +85,10 @@ async def prove_ours(
 
     Raises: `NotOurs`, with a `remedy` its subclass `TakesAnyKey`; what `patience_s` raises.
     """
-    stranger = ConnectionPool(connections.endpoint, headers=[("Authorization", "Bearer a-wrong-key")])
+    wrong = [
+        ("Authorization", f"Bearer {new_key()}")
+    ]  # random: one that is known in advance could be refused on purpose
+    stranger = ConnectionPool(connections.endpoint, headers=wrong)
 
     async def attempt(timeout_s: float) -> bytes | None:
         keyed = UpstreamRequest("GET", keyed_path, slot=False)

@@ -24,6 +24,7 @@ from llama_smart_proxy.proxy.chat import Json
 from llama_smart_proxy.proxy.config import checked_name
 from llama_smart_proxy.proxy.dialects import OLLAMA
 from llama_smart_proxy.proxy.dialects.ollama import models
+from llama_smart_proxy.proxy.dialects.ollama.dialect import error_line
 from llama_smart_proxy.proxy.errors import BadRequest, ModelNotFound, ProxyError, UpstreamFailed
 from llama_smart_proxy.proxy.http.body import read_json, serialise
 from llama_smart_proxy.proxy.http.headers import RECORD, upstream_headers
@@ -162,7 +163,7 @@ async def _stream_progress(http: web.BaseRequest, progress: AsyncIterator[Json],
             if not response.feed(orjson.dumps(line) + b"\n"):
                 await response.drained()
     except ProxyError as exc:
-        response.feed(OLLAMA.error_event(exc))
+        response.feed(error_line(exc))
     return await response.finish()
 
 

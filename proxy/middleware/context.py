@@ -140,6 +140,10 @@ class AgentContext:
                 if ended:
                     return cast(T, result)
 
+    async def slots(self, model: str) -> int | None:
+        with self.timer.awaiting_model():
+            return await (await self._calls.router.resolve(model)).model.slots()
+
     async def fitting(self, models: Sequence[str]) -> list[list[str]]:
         with self.timer.awaiting_model():
             return await self._calls.router.fitting(models)
