@@ -353,15 +353,15 @@ async def test_a_start_can_be_broken_off_at_any_time(fakes: Fakes, start: Start,
 
 
 @contextmanager
-def freezer() -> Iterator[Callable[[str, str], None]]:
-    """A control group that freezes processes, which then cannot even be killed; yields what writes to its files."""
+def freezer() -> Iterator[Path]:
+    """A control group that freezes processes, which then cannot even be killed. Yields its folder."""
     group = Path(f"/sys/fs/cgroup/freezer/llama-smart-proxy-{os.getpid()}")
     try:
         group.mkdir()
     except OSError as exc:
         pytest.skip(f"no control group of version 1 can be made here: {exc.strerror}")
     try:
-        yield lambda file, value: (group / file).write_text(value) and None
+        yield group
     finally:
         (group / "freezer.state").write_text("THAWED")
         group.rmdir()
@@ -376,14 +376,14 @@ async def test_a_process_that_cannot_be_ended_gives_up_its_place_but_not_its_por
     instance = Instance(fakes.model().at("m"), config.server_pool, ports, lambda instance: None)
     instance.start("a test")
     await ready(instance)
-    with freezer() as write:
-        write("cgroup.procs", str(instance.pid))
-        write("freezer.state", "FROZEN")
+    with freezer() as group:
+        (group / "cgroup.procs").write_text(str(instance.pid))
+        (group / "freezer.state").write_text("FROZEN")
         port = instance.port
         instance.stop("enough")
         assert await instance.wait_stopped(SOON_S)
         assert instance.state is State.STOPPED and port in ports._taken
         assert f"process {instance.pid} does not end" in caplog.text
-        write("freezer.state", "THAWED")
+        (group / "freezer.state").write_text("THAWED")
         await until(lambda: port not in ports._taken, what="its end")
     assert not children()
