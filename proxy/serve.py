@@ -138,13 +138,11 @@ async def _serve(app: App, config: Config) -> int:
 
 def _cannot_listen(server: ServerConfig, exc: OSError) -> str:
     """Why the proxy cannot listen, and the setting that helps."""
-    port = "--port, PORT= of make run, or server.port selects another port"
-    host = "--host, HOST= of make run, or server.host selects another address"
-    advice = {
-        errno.EADDRINUSE: f"another program listens there, perhaps another llama-smart-proxy; {port}",
-        errno.EACCES: f"the port is reserved for privileged users; {port}",
-    }.get(exc.errno or 0, host)
-    return f"cannot listen on {server.host} port {server.port}: {exc.strerror or exc}; {advice}"
+    setting = "--host, HOST= of make run, or server.host selects another address"
+    if exc.errno in (errno.EADDRINUSE, errno.EACCES):  # EACCES: it is reserved for privileged users
+        setting = "--port, PORT= of make run, or server.port selects another port"
+    reason = os.strerror(exc.errno) if exc.errno and exc.errno > 0 else exc.strerror or exc
+    return f"cannot listen on {server.host} port {server.port}: {reason}; {setting}"
 
 
 def _address(server: ServerConfig) -> dict[str, Any]:

@@ -21,9 +21,10 @@ from urllib.parse import urlsplit
 from aiohappyeyeballs import start_connection
 
 from llama_smart_proxy.backends.base import UpstreamRequest
-from llama_smart_proxy.backends.http.exchange import Connection, Timeouts, UpstreamResponse
+from llama_smart_proxy.backends.http.exchange import Timeouts, UpstreamResponse
 from llama_smart_proxy.backends.http.resolver import AddressInfo, is_address, resolver
 from llama_smart_proxy.backends.http.sweep import Sweeper
+from llama_smart_proxy.backends.http.wire import Connection
 from llama_smart_proxy.proxy.errors import UpstreamFailed
 
 IDLE_LIMIT_S = 4.0

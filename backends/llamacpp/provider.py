@@ -181,9 +181,11 @@ class LlamaCpp(BaseProvider):
         while self._replaced:
             await self._replaced.pop().unload()
 
-    async def _rescan(self) -> None:
-        if self._folder_looks is not None:
-            await self._folder_looks.look(FRESH_S)
+    async def _rescan(self) -> bool:
+        if self._folder_looks is None:
+            return True
+        await self._folder_looks.look(FRESH_S)
+        return not self._folder_looks.stalled
 
     async def _look_at_cache(self, fresh_s: float = 0.0) -> None:
         """Look at the Hugging Face cache again, unless that was done less than `fresh_s` ago."""

@@ -37,12 +37,12 @@ DEFAULT_PLUGINS = "src/plugins"
 _KEYS = {loc[0] for loc in (*MOVED, *IGNORED)} | {"backend", "server", "server_pool", "ollama", "llama_cpp", "models"}
 
 
-def is_old_form(text: str, data: Mapping[str, Any]) -> bool:
-    """Whether a configuration with agents could be one of the replaced projects: JSON, with their keys alone, and
-    agents by their names alone."""
+def is_old_form(data: Mapping[str, Any]) -> bool:
+    """Whether a JSON file with agents could be one of the replaced projects: it has only their keys, and names its
+    agents without options."""
     agents = data.get("agents")
     names = isinstance(agents, list) and agents and all(isinstance(agent, str) for agent in agents)
-    return bool(names) and text.lstrip().startswith("{") and data.keys() <= _KEYS | {"agents"}
+    return bool(names) and data.keys() <= _KEYS | {"agents"}
 
 
 def plugin_folders(plugins_dir: object, env: Mapping[str, str], folder: Path, agents_dirs: Sequence[Path]) -> list[str]:

@@ -94,12 +94,14 @@ class _Draft:
         except (OSError, ValueError) as error:
             self.problems.append(Problem((), f"cannot be read: {getattr(error, 'strerror', None) or error}"))
             return
-        parsed = text.parse(content, json_only=path.suffix.lower() == ".json", verbatim=is_verbatim)
+        json_only = path.suffix.lower() == ".json"
+        parsed = text.parse(content, json_only=json_only, verbatim=is_verbatim)
         self.problems += parsed.problems
         if isinstance(parsed.data, dict):
             self.data = expand_all(parsed.data, env, self.problems)
             self.plugins_dir = self.data.get("plugins_dir")
-            self.is_old_form = legacy.is_old_form(content, self.data)
+            is_json = json_only or content.lstrip().startswith("{")
+            self.is_old_form = is_json and legacy.is_old_form(self.data)
             self.remarks += legacy.translate(self.data, self._moved)
         elif parsed.data is not None:
             self.problems.append(Problem((), "must be a mapping of fields to values"))

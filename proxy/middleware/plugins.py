@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,14 +147,9 @@ class Plugins:
         plugins, problems = cls(folders=config.agents_dirs), list[str]()
         for path, entry, everywhere in _all_entries(config, [*config.agents, *_unlisted(config, sources)]):
             source = sources.get(entry.name)
-            if source is None and entry.name in found:
-                problems.append(
-                    f"{path}: the agent {entry.name} is not enabled in {found[entry.name].path}/config.json"
-                )
-            elif source is None:
-                known = ", ".join(sorted(sources))
-                line = f"{path}: unknown agent {entry.name}; known agents: {known}"
-                (plugins.missing if config.is_old_form else problems).append(line)
+            if source is None:
+                absent = plugins.missing if config.is_old_form else problems
+                absent.append(_absence(path, entry.name, found.get(entry.name), sources))
             elif everywhere and entry.name in plugins.by_name:
                 problems.append(f"{path}: the agent {entry.name} is named twice")
             else:
@@ -224,8 +220,7 @@ class Plugins:
 
     async def problems(self) -> list[Problem]:
         """Missing folders, and agents that cannot be loaded; the proxy serves without them."""
-        missing = await run_in_thread(lambda: [folder for folder in self.folders if not folder.is_dir()])
-        found = [Problem("agents_dirs", f"{folder}: no such folder") for folder in missing]
+        found = await run_in_thread(partial(_missing, self.folders)) if self.folders else []
         unusable = [plugin for plugin in self if plugin.error is not None]
         found += [Problem("agents", f"{item.name} cannot be loaded: {item.error}") for item in unusable]
         return found + [
@@ -278,6 +273,17 @@ class Plugins:
         loaded.users -= 1
         if loaded.retired and not loaded.users:
             await _close(name, loaded)
+
+
+def _missing(folders: list[Path]) -> list[Problem]:
+    return [Problem("agents_dirs", f"{folder}: no such folder") for folder in folders if not folder.is_dir()]
+
+
+def _absence(path: str, name: str, disabled: AgentSource | None, known: Iterable[str]) -> str:
+    """Why the agent that is named at `path` cannot be enabled."""
+    if disabled is not None:
+        return f"{path}: the agent {name} is not enabled in {disabled.path}/config.json"
+    return f"{path}: unknown agent {name}; known agents: {', '.join(sorted(known))}"
 
 
 def _unlisted(config: Config, sources: Mapping[str, AgentSource]) -> list[AgentConfig]:

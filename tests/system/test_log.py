@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from urllib.parse import quote
 
 import orjson
@@ -16,7 +15,7 @@ import pytest
 from llama_smart_proxy.proxy.log import EXIT_S, MOST_CHARACTERS, MOST_LINES, MOST_TRACED, _Writer, shown
 from tests.support import raw_client, toxic
 from tests.support.e2e_support import Fakes, fakes
-from tests.support.harness import ROOT, START_S, environment, free_port, running_proxy, until
+from tests.support.harness import ROOT, environment, running_proxy, until
 
 __all__ = ["fakes"]  # fixtures
 TIMEOUT_S = 60

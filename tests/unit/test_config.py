@@ -113,6 +113,7 @@ AGENTS = '"agents": ["rag", "parallel"]'
     [
         ("config.json", "", "", 0),
         ("config.yaml", "", "", 0),
+        ("config.json", "{", "// mine\n{", 0),
         ("config.json", AGENTS, f'{AGENTS}, "log_level": "info"', 2),
         ("config.json", '"rag"', '{"rag": {"required": true}}', 2),
         ("config.yaml", README_OF_FIRST_SEED, "backend: ollama\nagents: [rag, parallel]", 2),
@@ -121,10 +122,21 @@ AGENTS = '"agents": ["rag", "parallel"]'
 def test_an_agent_that_does_not_exist_is_a_warning_only_in_a_file_of_the_old_form(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, old: str, new: str, status: int
 ) -> None:
-    (tmp_path / name).write_text(README_OF_FIRST_SEED.replace(old, new) if old else README_OF_FIRST_SEED)
+    (tmp_path / name).write_text(README_OF_FIRST_SEED.replace(old, new, 1))
     assert check_command(tmp_path / name, {}) == status
     label = "warning: " if status == 0 else f"{tmp_path / name}: "
     assert f"{label}agents.0: unknown agent rag; known agents: example, help, parallel" in capsys.readouterr().err
+
+
+def test_a_plugin_that_is_switched_off_is_a_warning_in_a_file_of_the_old_form(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder := tmp_path / "plugins" / "mine").mkdir(parents=True)
+    (folder / "agent.py").touch()
+    (folder / "config.json").write_text('{"enabled": false}')
+    (tmp_path / "config.json").write_text('{"agents": ["mine", "parallel"]}')
+    assert check_command(tmp_path / "config.json", {}) == 0
+    assert capsys.readouterr().err == f"warning: agents.0: the agent mine is not enabled in {folder}/config.json\n"
 
 
 PLUGIN = "src/plugins/mine/agent.py"
