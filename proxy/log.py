@@ -8,14 +8,17 @@ Nothing here waits for a reader of stderr. What it does not take now is kept for
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import select
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
+from typing import Any, TextIO, cast
 
 from llama_smart_proxy.proxy.chat import RequestRecord
 
@@ -26,11 +29,31 @@ FLUSH_S = 0.05
 """Longest time that the line of a request waits to be written."""
 MOST_LINES = 10_000
 """Lines that are kept for a stderr that takes none. Later ones are counted, and lost."""
+MOST_CHARACTERS = 4000
+"""Characters of a line, as far as they need no escape. What is cut out is in the middle."""
+MOST_TRACED = 400
+"""Lines of a traceback."""
 EXIT_S = 2.0
 """How long the process waits at its end for a stderr that takes nothing."""
 _PIECE = 4096
 """Bytes that a pipe, a socket or a terminal takes without blocking once `poll` says that it is writable."""
 _BATCH = 512
+
+
+def open_standard_streams() -> None:
+    """Open the null device in place of standard streams that were closed before the program started.
+
+    To be called before anything else is opened: files and sockets would get these numbers, which other libraries write
+    to, and which libuv aborts the process for.
+    """
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: a name or an answer may hold any character
+    sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
 
 
 def configure(level: str) -> None:
@@ -39,7 +62,6 @@ def configure(level: str) -> None:
     What was logged is written before the process ends, unless that is by a signal that Python does not see: then the
     lines of requests of the last `FLUSH_S` seconds may be missing.
     """
-    _keep_standard_numbers()
     handler = _Handler(_Writer(_fd_of(sys.stderr), getattr(sys.stderr, "encoding", None) or "utf-8"))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.getLogger("asyncio").setLevel("WARNING")
@@ -170,9 +192,22 @@ class _Handler(logging.Handler):
 
 
 class _Formatter(logging.Formatter):
+    """One line for each record, and for each line of a traceback one that is indented. What a client, a model server
+    or a file has put into them cannot look like another record, or steer a terminal."""
+
     def formatMessage(self, record: logging.LogRecord) -> str:
         name = record.name.removeprefix(PACKAGE)
-        return f"{_stamp(record.created)} {record.levelname:<7} {name}: {record.message}"
+        return shown(f"{_stamp(record.created)} {record.levelname:<7} {name}: {record.message}")
+
+    def formatException(self, ei: Any) -> str:
+        return self.formatStack(super().formatException(ei))
+
+    def formatStack(self, stack_info: str) -> str:
+        lines = stack_info.split("\n")
+        if len(lines) > MOST_TRACED:
+            left_out = f"[{len(lines) - MOST_TRACED} lines]"
+            lines[MOST_TRACED // 2 : -MOST_TRACED // 2] = [left_out]
+        return "\n".join(f"  {shown(line)}" for line in lines)
 
 
 _seconds: tuple[int, str] = (0, "")
@@ -187,14 +222,6 @@ def _stamp(now: float) -> str:
         shown = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
         _seconds = second, shown
     return f"{shown},{int((now - second) * 1000):03d}"
-
-
-def _keep_standard_numbers() -> None:
-    """Open in place of standard streams that were closed before the program started. Sockets would get their numbers,
-    which other libraries write to, and which libuv aborts the process for."""
-    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
-        os.set_inheritable(fd, True)
-    os.close(fd)
 
 
 def _fd_of(stream: object) -> int | None:
@@ -213,7 +240,8 @@ def _behind(handler: _Handler, hook: _Hook) -> _Hook:
 
     def called(kind: type[BaseException], exc: BaseException, traceback: TracebackType | None) -> object:
         handler.flush()
-        return hook(kind, exc, traceback)
+        with shown_output():
+            return hook(kind, exc, traceback)
 
     return called
 
@@ -222,10 +250,53 @@ def access_line(record: RequestRecord) -> None:
     """The access line of a request that has ended."""
     if access.enabled:
         spent_s = record.ended_s - record.arrived_s
-        access.line(record.method, record.path, record.status, printable(record.model), spent_s, record.request_id)
+        path, model = shown(record.path), printable(record.model)
+        access.line(record.method, path, record.status, model, spent_s, record.request_id)
 
 
 def printable(name: str) -> str:
     """A client's name of something for a log line: what is not printable ASCII would forge lines."""
     name = name[:255]
     return name if name.isascii() and name.isprintable() else ascii(name)[1:-1]
+
+
+def shown(text: str) -> str:
+    """`text` as one line for people, of `MOST_CHARACTERS` or little more. Control characters, such as line breaks and
+    the beginning of what terminals obey, characters that change the direction of others, and half characters are
+    escaped."""
+    if len(text) > MOST_CHARACTERS:
+        half = MOST_CHARACTERS // 2
+        text = f"{text[:half]} [{len(text) - 2 * half} characters] {text[-half:]}"
+    return text if text.isprintable() else "".join(map(_shown, text))
+
+
+def _shown(character: str) -> str:
+    return character if character.isprintable() else character.encode("unicode_escape").decode()
+
+
+@contextmanager
+def shown_output() -> Iterator[None]:
+    """Within the context, what is printed to standard output and error is escaped, but for line breaks and tabs, and
+    what a progress bar begins with."""
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (cast(TextIO, _Shown(stream)) if stream is not None else stream for stream in streams)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = streams
+
+
+class _Shown:
+    """A text stream whose `write` escapes."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        if not text.isprintable():
+            kept = "\r" if text.startswith("\r") else ""
+            text = kept + "".join(c if c in "\n\t" else _shown(c) for c in text[len(kept) :])
+        return self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
+import errno
 import gc
 import ipaddress
 import logging
+import os
 import resource
 import shlex
 import signal
 import socket
+import sys
+import threading
+from collections.abc import Coroutine
 from contextlib import suppress
-from typing import Any
+from typing import Any, NoReturn
 
 import uvloop
 
 from llama_smart_proxy.backends.llamacpp.command import server_command
+from llama_smart_proxy.backends.llamacpp.problems import machine_problems
 from llama_smart_proxy.proxy import __version__
 from llama_smart_proxy.proxy.app import App
 from llama_smart_proxy.proxy.config import Config, ServerConfig, shapes
+from llama_smart_proxy.proxy.errors import ConfigError
 from llama_smart_proxy.proxy.http.server import FrontServer
 from llama_smart_proxy.proxy.middleware.plugins import Plugins
 from llama_smart_proxy.proxy.middleware.scope import PATIENCE_S, make_task
@@ -27,49 +35,114 @@ logger = logging.getLogger(__name__)
 
 ERROR_FRAMES_TIMEOUT_S = 2.0
 """Time for the error frames of aborted streams to reach their clients."""
+LEAVE_S = 0.3
+"""Time for what the process does at its end, such as writing the rest of its log."""
 
 
 def run(config: Config, *, reload: bool = False) -> int:
-    """Serve until SIGTERM or SIGINT. Returns the process's exit status. With `reload`, agents are loaded again when
-    their files change.
+    """Serve until SIGTERM, SIGINT or SIGHUP. Returns the process's exit status, for `leave`. With `reload`, agents are
+    loaded again when their files change.
 
-    Raises: ConfigError for missing agents and for invalid options of agents.
+    Raises: ConfigError for missing agents, invalid options of agents, and what is missing and prevents the start.
     """
     _raise_fd_limit()
     app = App(config)
     app.plugins.reload = reload
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.get_loop().set_task_factory(make_task)
-        return runner.run(_serve(app, config))
+    if missing := [str(problem) for problem in machine_problems(config) if problem.fatal]:
+        raise ConfigError(missing)
+    runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)  # not closed, which would wait for threads
+    runner.get_loop().set_task_factory(make_task)
+    return runner.run(_serve(app, config))
+
+
+def leave(status: int) -> NoReturn:
+    """End the process with this exit status within `LEAVE_S` seconds, with all its threads: the interpreter, libuv and
+    executors would wait for theirs, such as one that asks the DNS, or in which an agent calls something."""
+    with suppress(RuntimeError):  # no thread can be started
+        clock = threading.Timer(LEAVE_S, os._exit, (status,))
+        clock.daemon = True
+        clock.start()
+    atexit._run_exitfuncs()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(status)
+
+
+class _Stop:
+    """What signals ask for: `asked` is set by the first one, `at_once` by the next. A closed terminal sends SIGHUP more
+    than once, so that one is never the second."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self.at_once = asyncio.Event()
+        self.reason = ""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # ignored: started by nohup
+                loop.add_signal_handler(number, self._receive, number)
+
+    def _receive(self, number: signal.Signals) -> None:
+        if not self.asked.is_set():
+            self.reason = number.name
+            self.asked.set()
+        elif number != signal.SIGHUP and not self.at_once.is_set():
+            logger.info("%s: stopping at once", number.name)
+            self.at_once.set()
+
+    async def ends_before(self, work: Coroutine[Any, Any, object], event: asyncio.Event) -> bool:
+        """Whether `work` has ended before the event came, or is cancelled because of it. Raises: what it raises."""
+        task, waiting = asyncio.ensure_future(work), asyncio.ensure_future(event.wait())
+        await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
+        ended = task.done()
+        if not ended:
+            task.cancel()
+            await asyncio.wait({task}, timeout=PATIENCE_S)
+        elif not task.cancelled():
+            task.result()
+        return ended
 
 
 async def _serve(app: App, config: Config) -> int:
-    signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, signals.put_nowait, number)
+    stop = _Stop()
     try:
-        await app.start()
+        if not await stop.ends_before(app.start(), stop.asked):
+            return 0
         front = front_server(app, config)
         _tune_garbage_collector()
         try:
-            listener = await loop.create_server(front, **_address(config.server), backlog=1024)
+            listener = await asyncio.get_running_loop().create_server(front, **_address(config.server), backlog=1024)
         except OSError as exc:
-            logger.error("cannot listen on %s port %d: %s", config.server.host, config.server.port, exc.strerror or exc)
+            logger.error("%s", _cannot_listen(config.server, exc))
             return 1
         for sock in listener.sockets:
             host, port = sock.getsockname()[:2]
             logger.info("llama-smart-proxy %s listening on http://%s:%d", __version__, shapes.bracketed(host), port)
         _log_startup(config)
         _log_agents(app.plugins)
-        number = await signals.get()
-        logger.info("%s: draining for up to %g s", number.name, config.server.drain_s)
-        await _drain(app, front, listener, signals, config.server.drain_s)
+        for problem in await app.proxy.inspection.problems():
+            logger.warning("%s", problem)
+        await stop.asked.wait()
+        logger.info(
+            "%s: draining for up to %g s; a second Ctrl-C or SIGTERM stops at once", stop.reason, config.server.drain_s
+        )
+        await _drain(app, front, listener, stop, config.server.drain_s)
         return 0
     finally:
-        await app.close()
+        if not await stop.ends_before(app.close(), stop.at_once):
+            await app.proxy.router.close()  # agents may not have closed, but no server is left
         await _cancel_remaining_tasks()
         logger.info("stopped")
+
+
+def _cannot_listen(server: ServerConfig, exc: OSError) -> str:
+    """Why the proxy cannot listen, and the setting that helps."""
+    setting = "--host, HOST= of make run, or server.host selects another address"
+    if exc.errno in (errno.EADDRINUSE, errno.EACCES):  # EACCES: it is reserved for privileged users
+        setting = "--port, PORT= of make run, or server.port selects another port"
+    reason = os.strerror(exc.errno) if exc.errno and exc.errno > 0 else exc.strerror or exc
+    return f"cannot listen on {server.host} port {server.port}: {reason}; {setting}"
 
 
 def _address(server: ServerConfig) -> dict[str, Any]:
@@ -107,7 +180,7 @@ async def _drain(
     app: App,
     front: FrontServer,
     listener: asyncio.Server,
-    signals: asyncio.Queue[signal.Signals],
+    stop: _Stop,
     drain_s: float,
 ) -> None:
     """Let answers in progress finish, for `drain_s` seconds or until a second signal; meanwhile new requests are
@@ -115,7 +188,7 @@ async def _drain(
     app.proxy.draining.set()
     loop = asyncio.get_running_loop()
     deadline = loop.time() + drain_s
-    second_signal = asyncio.ensure_future(signals.get())
+    second_signal = asyncio.ensure_future(stop.at_once.wait())
     for reached in (front.quiet, front.empty):  # first no answer in progress, then no connection
         for client in list(front.clients):
             client.close()

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 LAUNCH = str(Path(__file__).with_name("launch.py"))
 READ_BYTES = 64 * 1024
 FINAL_READS = 16
+HELD_S = 0.1
+"""Pause in seconds after which a process that has ended and cannot be reaped is tried again."""
 
 
 class Child:
@@ -59,6 +61,17 @@ class Child:
     def kill(self) -> None:
         """SIGKILL to the group; nothing when it has ended."""
         self._signal(signal.SIGKILL)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it has not ended, as the system has it at this moment: before its end is reported. Cheap."""
+        if self.returncode is not None:
+            return False
+        if not hasattr(os, "waitid"):
+            return True
+        with suppress(ChildProcessError):
+            return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None
+        return False
 
     async def wait(self) -> int:
         """The `returncode`, once the process is reaped and what was left of its group is killed."""
@@ -110,7 +123,12 @@ class Child:
         for _ in range(FINAL_READS):
             if self._output < 0 or not self._readable():
                 break
-        self.returncode = self._process.wait()
+        self.returncode = self._process.poll()
+        if self.returncode is None:  # a debugger holds it: it can be reaped once that has let it go
+            if self._pidfd >= 0:
+                self._loop.remove_reader(self._pidfd)
+            self._loop.call_later(HELD_S, self._exited)
+            return
         self._close()
         if not self._ended.done():
             self._ended.set_result(self.returncode)

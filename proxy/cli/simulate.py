@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ def run(path: Path | None) -> int:
     """Start the proxy with the configuration at `path`, on a free port and with a pool of size 1, so that a second
     model causes a swap. Returns 0 if every step passed, else 1. Raises: ConfigError."""
     config = load_config(path, env=os.environ, overrides={})
-    return asyncio.run(_simulate(config, path))
+    return asyncio.run(_until_signal(_simulate(config, path)))
 
 
 class StepFailed(Exception):
@@ -38,9 +38,29 @@ def _expect(ok: object, message: str) -> None:
         raise StepFailed(message)
 
 
+async def _until_signal(work: Coroutine[Any, Any, int]) -> int:
+    """The result of `work`. SIGTERM and SIGHUP cancel it, as Ctrl-C does, so that the proxy ends with it."""
+    task = asyncio.current_task()
+    assert task is not None
+    received: list[signal.Signals] = []
+
+    def cancel(number: signal.Signals) -> None:
+        received.append(number)
+        task.cancel()
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, cancel, number)
+    try:
+        return await work
+    except asyncio.CancelledError:
+        if not received:
+            raise
+        return 128 + received[0]
+
+
 async def _simulate(config: Config, path: Path | None) -> int:
     port = _free_port()
-    command = [sys.executable, "-m", "llama_smart_proxy", "serve", "--host", "127.0.0.1", "--port", str(port)]
+    command = [sys.executable, "-P", "-m", "llama_smart_proxy", "serve", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--log-level", "warning", *(["--config", str(path)] if path else [])]
     env = os.environ | {"LSP_SERVER_POOL__SIZE": "1"}
     process = await asyncio.create_subprocess_exec(*command, env=env)
@@ -56,7 +76,7 @@ async def _simulate(config: Config, path: Path | None) -> int:
 
 async def _steps(session: aiohttp.ClientSession, config: Config, process: asyncio.subprocess.Process) -> int:
     chats, embedder = _models(config)
-    rows: list[tuple[str, str, float, str]] = []
+    verdicts: list[str] = []
 
     async def step(name: str, work: Callable[[], Awaitable[str]]) -> bool:
         started = time.monotonic()
@@ -64,7 +84,8 @@ async def _steps(session: aiohttp.ClientSession, config: Config, process: asynci
             detail, verdict = await work(), "pass"
         except (aiohttp.ClientError, TimeoutError, StepFailed, KeyError, ValueError) as exc:
             detail, verdict = f"{type(exc).__name__}: {exc}", "FAIL"
-        rows.append((name, verdict, time.monotonic() - started, detail))
+        verdicts.append(verdict)
+        _print(name, verdict, f"{time.monotonic() - started:7.2f} s  {detail[:160]}")
         return verdict == "pass"
 
     if await step("proxy starts", lambda: _ready(session, process)):
@@ -77,8 +98,9 @@ async def _steps(session: aiohttp.ClientSession, config: Config, process: asynci
         if chats and (embedder or chats[1:]):
             await step("model swap", lambda: _swap(session, chats, embedder))
         await step("health", lambda: _healthy(session))
-    _print(rows, skipped=[*([] if chats else ["chat"]), *([] if embedder else ["embedding"])])
-    return 0 if all(verdict == "pass" for _, verdict, _, _ in rows) else 1
+    for name in [*([] if chats else ["chat"]), *([] if embedder else ["embedding"])]:
+        _print(name, "skip", f"{'':9}  no such model is configured")
+    return 0 if set(verdicts) == {"pass"} else 1
 
 
 def _models(config: Config) -> tuple[list[str], str | None]:
@@ -168,8 +190,7 @@ async def _loaded(session: aiohttp.ClientSession) -> set[str]:
 async def _healthy(session: aiohttp.ClientSession) -> str:
     async with session.get("/health") as response:
         health = await response.json()
-    failed = ", ".join(health.get("agents", {}).get("failed", ()))
-    message = f"{health['status']}{f': these agents cannot be loaded: {failed}' if failed else ''}"
+    message = "; ".join([health["status"], *(f"{item['where']}: {item['message']}" for item in health["problems"])])
     _expect(response.status == 200 and health["status"] == "healthy", message)
     return ", ".join(f"{item['model']} {item['state']}" for item in health["instances"])
 
@@ -181,8 +202,6 @@ def _free_port() -> int:
         return port
 
 
-def _print(rows: list[tuple[str, str, float, str]], skipped: list[str]) -> None:
-    for name, verdict, seconds, detail in rows:
-        print(f"{name:<16} {verdict:<5} {seconds:7.2f} s  {detail[:160]}")
-    for name in skipped:
-        print(f"{name:<16} skip             no such model is configured")
+def _print(name: str, verdict: str, detail: str) -> None:
+    """A line at once, also for a reader at the other end of a pipe."""
+    print(f"{name:<16} {verdict:<5} {detail}", flush=True)

@@ -1,4 +1,4 @@
-"""Settings from outside the file: `LSP_*` variables, those of ollama-smart-proxy, and command line flags.
+"""Settings from outside the file: `LSP_*` variables, those of the replaced projects, and command line flags.
 
 `LSP_SERVER__PORT=8080` sets `server.port`: two underscores separate levels. Names of models and remotes are matched
 ignoring case and characters that a variable name cannot contain: `LSP_MODELS__SMOLLM2_EMBED__CTX` sets the `ctx` of
@@ -14,10 +14,15 @@ from typing import Any
 
 from llama_smart_proxy.proxy.config import text
 from llama_smart_proxy.proxy.config.problems import Loc
+from llama_smart_proxy.proxy.config.schema import is_verbatim
 
 PREFIX = "LSP_"
 NOT_FIELDS = {"LSP_CONFIG", "LSP_OWNER"}  # the file's path, and the mark of child processes
+SEED_PREFIX = "OLLAMA_PROXY_"
 SEED_VARIABLES: dict[str, Loc] = {
+    "LLM_PROXY_BACKEND": ("backend",),
+    "OLLAMA_PROXY_SERVER_HOST": ("server", "host"),
+    "OLLAMA_PROXY_SERVER_PORT": ("server", "port"),
     "OLLAMA_PROXY_OLLAMA_HOST": ("ollama", "host"),
     "OLLAMA_PROXY_OLLAMA_PORT": ("ollama", "port"),
     "OLLAMA_PROXY_PLUGINS_DIR": ("agents_dirs",),
@@ -46,8 +51,15 @@ def from_environment(env: Mapping[str, str], data: Mapping[str, Any]) -> Iterato
     # whole sections come before their single fields, so that they do not overwrite them
     variables = (name for name in env if name.startswith(PREFIX) and name not in NOT_FIELDS)
     for variable in sorted(variables, key=lambda name: (name.count("__"), name)):
-        value, problem = _read(env[variable])
-        yield Setting(f"environment: {variable}", _loc(variable, data), value, problem)
+        loc = _loc(variable, data)
+        value, problem = _read(env[variable], loc)
+        yield Setting(f"environment: {variable}", loc, value, problem)
+
+
+def without_effect(env: Mapping[str, str]) -> list[str]:
+    """A warning for each variable of ollama-smart-proxy that means nothing here."""
+    unknown = sorted(name for name in env if name.startswith(SEED_PREFIX) and name not in SEED_VARIABLES)
+    return [f"environment: {name}: has no effect here and can be removed" for name in unknown]
 
 
 def from_flags(overrides: Mapping[str, object]) -> Iterator[Setting]:
@@ -57,15 +69,15 @@ def from_flags(overrides: Mapping[str, object]) -> Iterator[Setting]:
             yield Setting(f"command line: {name}", tuple(name.split(".")), value)
 
 
-def _read(raw: str) -> tuple[Any, str | None]:
-    """The value of a variable, and a problem with it: lists and mappings are parsed as YAML or JSON, null is None,
-    anything else stays text, to be converted by the type of the field."""
+def _read(raw: str, loc: Loc) -> tuple[Any, str | None]:
+    """The value of a variable for the field at `loc`, and a problem with it: lists and mappings are parsed as YAML or
+    JSON, null is None, anything else stays text, to be converted by the type of the field."""
     stripped = raw.strip()
     if stripped in ("null", "~"):
         return None, None
     if not stripped.startswith(("[", "{", '"', "'")):
         return raw, None
-    parsed = text.parse(stripped)
+    parsed = text.parse(stripped, at=loc, verbatim=is_verbatim)
     return parsed.data, parsed.problems[0].message if parsed.problems else None
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from llama_smart_proxy.proxy.config.problems import Loc, Problem, dotted
@@ -31,13 +32,28 @@ IGNORED: tuple[Loc, ...] = (
 )
 PLUGINS = "plugins"
 """The folder where llama-smart-proxy had its plugins, beside its configuration."""
+DEFAULT_PLUGINS = "src/plugins"
+"""The folder where ollama-smart-proxy had its plugins, if no setting named another one."""
+_KEYS = {loc[0] for loc in (*MOVED, *IGNORED)} | {"backend", "server", "server_pool", "ollama", "llama_cpp", "models"}
 
 
-def plugin_folders(plugins_dir: object, env: Mapping[str, str]) -> list[str]:
+def is_old_form(data: Mapping[str, Any]) -> bool:
+    """Whether a JSON file with agents could be one of the replaced projects: it has only their keys, and names its
+    agents without options."""
+    agents = data.get("agents")
+    names = isinstance(agents, list) and agents and all(isinstance(agent, str) for agent in agents)
+    return bool(names) and data.keys() <= _KEYS | {"agents"}
+
+
+def plugin_folders(plugins_dir: object, env: Mapping[str, str], folder: Path, agents_dirs: Sequence[Path]) -> list[str]:
     """The folders of plugins that the settings of a replaced project name: `plugins_dir` as it stood in the file, and
-    the variable of `env`. Every plugin in them was enabled there."""
+    the variable of `env`; without any setting, its default, if that is in `folder`. Every plugin in them was enabled
+    there."""
     named = (plugins_dir, env.get("OLLAMA_PROXY_PLUGINS_DIR"))
-    return [folder for folder in named if isinstance(folder, str) and folder]
+    found = [path for path in named if isinstance(path, str) and path]
+    if not found and not agents_dirs and any((folder / DEFAULT_PLUGINS).glob("*/agent.py")):
+        return [DEFAULT_PLUGINS]
+    return found
 
 
 def translate(data: dict[str, Any], moved: Callable[[Loc, Loc], None]) -> list[Problem]:

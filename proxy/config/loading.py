@@ -14,9 +14,10 @@ from pydantic_core import ErrorDetails
 
 from llama_smart_proxy.proxy.config import environment, legacy, text
 from llama_smart_proxy.proxy.config.checks import cross_checks
+from llama_smart_proxy.proxy.config.command_line import absolute_paths
 from llama_smart_proxy.proxy.config.expansion import expand_all
 from llama_smart_proxy.proxy.config.problems import Loc, Problem, dotted
-from llama_smart_proxy.proxy.config.schema import Config
+from llama_smart_proxy.proxy.config.schema import Config, is_verbatim
 from llama_smart_proxy.proxy.config.section import Section
 from llama_smart_proxy.proxy.errors import ConfigError
 
@@ -54,14 +55,12 @@ def read_config(path: Path | None, *, env: Mapping[str, str], overrides: Mapping
     draft.apply(environment.from_environment(env, draft.data))
     draft.apply(environment.from_flags(overrides or {}))
     config = draft.validate()
-    warnings = [draft.render(remark) for remark in draft.remarks]
+    warnings = [*map(draft.render, draft.remarks), *environment.without_effect(env)]
     if config is None or draft.problems:
         return Reading(None, list(dict.fromkeys(map(draft.render, draft.problems))), warnings)
     folder = Path.cwd() if path is None else path.absolute().parent
     _resolve_paths(config, folder)
-    config.enabled_dirs.extend(_absolute(Path(old), folder) for old in legacy.plugin_folders(draft.plugins_dir, env))
-    if path is not None and (folder / legacy.PLUGINS).is_dir():
-        config.set_plugins_dir(folder / legacy.PLUGINS)
+    _find_plugins(config, draft, env, folder, beside_file=path is not None)
     config.warnings.extend(warnings)
     return Reading(config, [], warnings)
 
@@ -76,6 +75,7 @@ class _Draft:
     problems: list[Problem] = field(default_factory=list)
     remarks: list[Problem] = field(default_factory=list)
     plugins_dir: object = None
+    is_old_form: bool = False
 
     @property
     def readable(self) -> bool:
@@ -88,14 +88,20 @@ class _Draft:
         except UnicodeDecodeError as error:
             self.problems.append(Problem((), f"is not UTF-8 text (at byte {error.start})"))
             return
+        except FileNotFoundError:
+            self.problems.append(Problem((), "does not exist; `llama-smart-proxy init --config FILE` writes one"))
+            return
         except (OSError, ValueError) as error:
             self.problems.append(Problem((), f"cannot be read: {getattr(error, 'strerror', None) or error}"))
             return
-        parsed = text.parse(content, json_only=path.suffix.lower() == ".json")
+        json_only = path.suffix.lower() == ".json"
+        parsed = text.parse(content, json_only=json_only, verbatim=is_verbatim)
         self.problems += parsed.problems
         if isinstance(parsed.data, dict):
             self.data = expand_all(parsed.data, env, self.problems)
             self.plugins_dir = self.data.get("plugins_dir")
+            is_json = json_only or content.lstrip().startswith("{")
+            self.is_old_form = is_json and legacy.is_old_form(self.data)
             self.remarks += legacy.translate(self.data, self._moved)
         elif parsed.data is not None:
             self.problems.append(Problem((), "must be a mapping of fields to values"))
@@ -226,6 +232,8 @@ def _resolve_paths(config: Config, folder: Path) -> None:
     llama_cpp = config.llama_cpp
     for model in config.models.values():
         model.path = model.path and _absolute(model.path, folder)
+        model.args = absolute_paths(model.args, lambda path: os.path.join(folder, os.path.expanduser(path)))
+    llama_cpp.args = absolute_paths(llama_cpp.args, lambda path: os.path.join(folder, os.path.expanduser(path)))
     llama_cpp.models_dir = llama_cpp.models_dir and _absolute(llama_cpp.models_dir, folder)
     config.agents_dirs = [_absolute(path, folder) for path in config.agents_dirs]
     config.state_dir = config.state_dir and _absolute(config.state_dir, folder)
@@ -233,6 +241,17 @@ def _resolve_paths(config: Config, folder: Path) -> None:
     # A bare name is looked up on PATH, as a shell would.
     if llama_cpp.server and (os.sep in llama_cpp.server or llama_cpp.server.startswith("~")):
         llama_cpp.server = str(_absolute(Path(llama_cpp.server), folder))
+
+
+def _find_plugins(config: Config, draft: _Draft, env: Mapping[str, str], folder: Path, *, beside_file: bool) -> None:
+    """Add the plugins of the replaced projects."""
+    found = legacy.plugin_folders(draft.plugins_dir, env, folder, config.agents_dirs)
+    config.enabled_dirs.extend(_absolute(Path(path), folder) for path in found)
+    config.agents_dirs.extend(path for path in config.enabled_dirs if path not in config.agents_dirs)
+    if beside_file and (folder / legacy.PLUGINS).is_dir():
+        config.set_plugins_dir(folder / legacy.PLUGINS)
+    if draft.is_old_form:
+        config.set_old_form()
 
 
 def _absolute(path: Path, folder: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import time
 
 ENV = os.environ
@@ -31,6 +32,17 @@ def manner(name: str) -> str:
     return value
 
 
+def bound(host: str, port: int) -> socket.socket:
+    """A listener there; a host that ends in `.sock` is the path of a unix socket."""
+    if not host.endswith(".sock"):
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=512)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(host)
+    listener.listen(512)
+    return listener
+
+
 def say(text: str) -> None:
     os.write(2, f"{text}\n".encode())
 
@@ -44,3 +56,23 @@ def die(how: str) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
     os.kill(os.getpid(), number)
     signal.pause()
+
+
+def spam(rate: str) -> None:
+    begun, sent = time.monotonic(), 0
+    while True:
+        sent += os.write(1, b"x" * 65536)
+        if rate != "max" and (early_s := begun + sent / (float(rate) * 1e6) - time.monotonic()) > 0:
+            time.sleep(early_s)
+
+
+def fork_grandchild(how: str) -> None:
+    settled, settle = os.pipe()
+    if os.fork() == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if how == "setsid":
+            os.setsid()
+        log("fork")
+        os.write(settle, b".")
+        signal.pause()
+    os.read(settled, 1)

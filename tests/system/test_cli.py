@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from llama_smart_proxy.proxy import __version__
+from llama_smart_proxy.proxy.cli.main import COMMANDS, CONFIG_FILES, main
 from tests.support import raw_client
 from tests.support.harness import ROOT, environment, free_port, running_proxy
 
@@ -51,6 +49,19 @@ def wrong_file(folder: Path) -> Path:
     return file
 
 
+ODD = "\x1b[2Jx\x9b31m\u202ey\x07\r"
+
+
+def test_what_a_file_or_a_server_has_written_cannot_command_the_terminal(tmp_path: Path) -> None:
+    file = tmp_path / "\x1b[31m.json"
+    file.write_text(json.dumps({ODD: 1, "models": {ODD: {"path": ODD}}, "agents_dirs": [ODD], "agents": [ODD]}))
+    for words in (("check",), ("pull", ODD), ("pull", f"hf.co/org/repo:x{ODD}"), ("simulate",), ("serve",)):
+        done = run(*words, "--config", str(file))
+        assert done.returncode and done.stderr
+        for line in (done.stdout + done.stderr).replace("\t", "").split("\n"):
+            assert line.isprintable(), (words, line)
+
+
 # -- version, help, mistakes -------------------------------------------------------------------------------------------
 
 
@@ -68,11 +79,23 @@ def test_the_installed_command_is_the_same_program() -> None:
 def test_help_names_the_commands_and_their_flags() -> None:
     done = run("--help")
     assert done.returncode == 0 and all(name in done.stdout for name in ("serve", "check", "schema", "simulate"))
+    assert run("help").stdout == done.stdout
     done = run("serve", "--help")
+    assert run("help", "serve").stdout == done.stdout
     assert all(flag in done.stdout for flag in ("--config", "--host", "--port", "--log-level"))
 
 
-@pytest.mark.parametrize("words", [["--nonsense"], ["serve", "--nonsense"], ["fly"], ["--port", "many"]])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_describes_every_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["help", command]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: llama-smart-proxy {command} ")
+    assert "".join(COMMANDS[command].split()) in "".join(text.split())
+
+
+@pytest.mark.parametrize(
+    "words", [["--nonsense"], ["serve", "--nonsense"], ["fly"], ["--port", "many"], ["help", "fly"], ["pull"]]
+)
 def test_a_wrong_command_line_is_status_2_and_a_line_that_says_why(words: list[str]) -> None:
     done = run(*words)
     assert done.returncode == 2
@@ -109,7 +132,7 @@ def test_serve_refuses_a_wrong_file_with_the_same_lines(tmp_path: Path) -> None:
 def test_a_missing_file_is_told_by_name(tmp_path: Path, command: str) -> None:
     done = run(command, "--config", str(tmp_path / "none.yaml"))
     assert done.returncode == 2
-    assert done.stderr == f"{tmp_path}/none.yaml: cannot be read: No such file or directory\n"
+    assert done.stderr == f"{tmp_path}/none.yaml: does not exist; `llama-smart-proxy init --config FILE` writes one\n"
 
 
 def test_check_without_any_file_checks_the_defaults(tmp_path: Path) -> None:
@@ -122,7 +145,7 @@ def test_what_the_machine_does_not_have_is_reported(tmp_path: Path, command: str
     file = tmp_path / "config.yaml"
     file.write_text("llama_cpp: {server: ./bin/llama-server, models_dir: ./models}\n")
     done = run(command, "--config", str(file))
-    lines = done.stderr.splitlines()
+    lines = [line for line in done.stderr.splitlines() if " INFO " not in line]
     assert done.returncode == 2 and done.stdout == ""
     assert [line.split(": ")[:2] for line in lines] == [
         [str(file), "llama_cpp.server"],
@@ -157,22 +180,6 @@ def test_schema_is_the_json_schema_of_the_file() -> None:
     assert {"server", "server_pool", "llama_cpp", "models", "remotes"} <= schema["properties"].keys()
 
 
-@pytest.mark.parametrize(
-    ("words", "unread"), [("schema", "stdout"), ("check", "stdout"), ("--help", "stdout"), ("pull none", "stderr")]
-)
-def test_output_whose_reader_has_left_is_no_traceback(words: str, unread: str) -> None:
-    reading, writing = os.pipe()
-    os.close(reading)
-    other = "stderr" if unread == "stdout" else "stdout"
-    argv = [sys.executable, "-m", "llama_smart_proxy", *words.split()]
-    done: subprocess.CompletedProcess[str] = subprocess.run(  # type: ignore[call-overload]
-        argv, cwd=ROOT, env=environment(), text=True, timeout=TIMEOUT_S, **{unread: writing, other: subprocess.PIPE}
-    )
-    os.close(writing)
-    assert getattr(done, other) == ""
-    assert done.returncode in (0, 128 + signal.SIGPIPE)  # argparse itself ignores that its help is not read
-
-
 # -- serving -----------------------------------------------------------------------------------------------------------
 
 
@@ -182,13 +189,54 @@ def test_serve_is_the_default_command_and_reads_config_yaml(tmp_path: Path) -> N
     with subprocess.Popen(argv, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         try:
-            first = process.stderr.readline()
-            port = int(first.rpartition(":")[2])
+            first, second = process.stderr.readline(), process.stderr.readline()
+            assert first.endswith(f"configuration: {tmp_path / 'config.yaml'}\n")
+            port = int(second.rpartition(":")[2])
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=TIMEOUT_S) as answer:
                 assert [item["id"] for item in json.load(answer)["data"]] == ["here"]
         finally:
             process.terminate()
         assert process.wait(TIMEOUT_S) == 0
+
+
+def test_a_start_without_a_file_tells_how_to_make_one_and_that_way_works(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as owner:  # so that it ends at once
+        words = ["serve", "--port", str(owner.getsockname()[1])]
+        assert "`llama-smart-proxy init` writes config.yaml, --config FILE" in run(*words, cwd=tmp_path).stderr
+        done = run("init", cwd=tmp_path)
+        assert done.returncode == 0 and done.stdout.startswith("config.yaml: written")
+        assert f"configuration: {tmp_path / 'config.yaml'}\n" in run(*words, cwd=tmp_path).stderr
+
+
+def test_init_writes_the_shipped_file_and_keeps_one_that_is_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.yaml"
+    assert main(["init", "--config", str(file)]) == 0
+    assert file.read_text() == (ROOT / "config.yaml").read_text()
+    file.write_text("mine")
+    capsys.readouterr()
+    for place, problem in (
+        (file, "exists already, and is kept"),
+        (tmp_path / "no" / "x.yaml", "cannot be written: No"),
+    ):
+        assert main(["init", "--config", str(place)]) == 1
+        assert capsys.readouterr().err.startswith(f"{place}: {problem}")
+    assert file.read_text() == "mine"
+
+
+def test_of_several_files_one_is_used_and_the_log_names_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in reversed(CONFIG_FILES):
+        Path(name).write_text('{"models": {"m": {"pathh": "x"}}}')
+        assert main(["check"]) == 2
+        assert capsys.readouterr().err.startswith(f"{name}: models.m.pathh: unknown field")
+    with socket.create_server(("127.0.0.1", 0)) as owner:
+        Path(CONFIG_FILES[0]).write_text(f"server: {{port: {owner.getsockname()[1]}}}")
+        said = run("serve", cwd=tmp_path).stderr
+    assert "not in use, as config.yaml is: config.yml, config.json\n" in said
 
 
 async def test_flags_beat_variables_and_variables_beat_the_file() -> None:
@@ -236,6 +284,7 @@ def test_a_port_in_use_is_status_1_and_one_clear_line(tmp_path: Path) -> None:
         done = run("serve", "--port", str(port), cwd=tmp_path)
     assert done.returncode == 1
     assert f"cannot listen on 127.0.0.1 port {port}: " in done.stderr and "in use" in done.stderr
+    assert "--port, PORT= of make run, or server.port selects another port" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -243,17 +292,4 @@ def test_an_address_that_is_not_ours_is_status_1_and_one_clear_line(tmp_path: Pa
     done = run("serve", "--host", "192.0.2.1", "--port", str(free_port()), cwd=tmp_path)
     assert done.returncode == 1
     assert "cannot listen on 192.0.2.1" in done.stderr and "Traceback" not in done.stderr
-
-
-@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
-def test_make_run_passes_host_port_and_config_on() -> None:
-    words = ["make", "--dry-run", "run", "HOST=0.0.0.0", "PORT=8080", "CONFIG=my.yaml"]
-    done = subprocess.run(words, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=TIMEOUT_S)
-    assert "serve --config my.yaml --host 0.0.0.0 --port 8080 --reload" in done.stdout
-
-
-@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
-def test_make_alone_lists_the_targets() -> None:
-    done = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S)
-    targets = [line.split()[1] for line in done.stdout.splitlines()]
-    assert {"run", "test", "lint", "fix", "check", "bench", "simulate", "clean"} <= set(targets)
+    assert "--host, HOST= of make run, or server.host selects another address" in done.stderr

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -34,7 +37,7 @@ from tests.support.e2e_support import (
     tiny,
 )
 from tests.support.gguf_fixture import tiny_models
-from tests.support.harness import START_S, Proxy, launch, running_proxy, until
+from tests.support.harness import ROOT, START_S, Proxy, environment, launch, running_proxy, until
 from tests.support.raw_client import BrokenAnswer
 
 __all__ = ["fakes", "gate", "tiny_models"]  # fixtures
@@ -57,12 +60,17 @@ async def refuses(proxy: Proxy) -> bool:
 # -- SIGTERM -----------------------------------------------------------------------------------------------------------
 
 
-async def test_sigterm_lets_a_stream_run_to_its_end(fakes: Fakes, gate: Gate) -> None:
+@pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGHUP] * 3], ids=["SIGTERM", "SIGHUP"])
+async def test_a_signal_lets_a_stream_run_to_its_end(
+    fakes: Fakes, gate: Gate, numbers: Sequence[signal.Signals]
+) -> None:
+    """A terminal that is closed sends SIGHUP more than once: by its shell, and by the kernel."""
     async with running_proxy(fakes.config({"m": fakes.model(TOKENS=30)}) | PATIENT) as proxy:
         async with streaming(proxy, "m", fake={"last_at": str(gate)}) as stream:
             await stream.until_text()
-            proxy.send(signal.SIGTERM)
-            await until(lambda: refuses(proxy), what="its refusal of new work")
+            for number in numbers:
+                proxy.send(number)
+                await until(lambda: refuses(proxy), what="its refusal of new work")
             gate.open()
             events = await stream.rest()
         assert events[-1] == DONE and len(text_of(events).split()) == 30
@@ -132,14 +140,20 @@ async def test_who_waits_for_a_model_at_sigterm_is_served_if_there_is_time(fakes
         assert await proxy.ended() == 0
 
 
-async def test_a_second_sigterm_ends_it_at_once(fakes: Fakes) -> None:
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGINT), (signal.SIGHUP, signal.SIGINT)],
+)
+async def test_a_second_signal_ends_it_at_once_as_the_log_says(
+    fakes: Fakes, first: signal.Signals, second: signal.Signals
+) -> None:
     async with running_proxy(fakes.config({"m": fakes.model(TOKENS=10_000, TOKEN_MS=25)}) | PATIENT) as proxy:
         async with streaming(proxy, "m") as stream:
             await stream.until_text()
-            proxy.send(signal.SIGTERM)
-            await until(lambda: "draining" in proxy.log)
+            proxy.send(first)
+            await until(lambda: f"{first.name}: draining for up to 120 s; a second Ctrl-C or SIGTERM" in proxy.log)
             assert await stream.event()
-            proxy.send(signal.SIGTERM)
+            proxy.send(second)
             assert (await stream.rest())[-1] == DONE
             assert await proxy.ended() == 0
         assert owned_by(proxy.pid) == []
@@ -151,6 +165,51 @@ async def test_sigint_is_sigterm(fakes: Fakes) -> None:
         proxy.send(signal.SIGINT)
         assert await proxy.ended() == 0
         assert owned_by(proxy.pid) == []
+
+
+def test_a_proxy_that_nohup_has_started_ignores_sighup(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("server: {port: 0}")
+    argv = [sys.executable, "-m", "llama_smart_proxy", "serve", "--config", str(file)]
+    argv = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh", *argv]
+    with subprocess.Popen(argv, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        while "listening" not in (line := process.stderr.readline()):
+            assert line
+        process.send_signal(signal.SIGHUP)
+        process.terminate()
+        said = process.stderr.read()
+        assert process.wait(LONG_S) == 0
+    assert "SIGTERM: draining" in said and "SIGHUP" not in said
+
+
+HANGING = """
+import asyncio
+from llama_smart_proxy import Agent
+
+class Hanging(Agent):
+    '''Never comes to an end with {hook}.'''
+    command = "hanging"
+    async def {hook}(self) -> None:
+        print("waits", file=sys.stderr, flush=True)
+        await asyncio.Event().wait()
+"""
+
+
+@pytest.mark.parametrize("hook", ["start", "close"])
+async def test_an_agent_that_hangs_does_not_keep_a_signal_from_its_effect(tmp_path: Path, hook: str) -> None:
+    (tmp_path / "hanging.py").write_text("import sys" + HANGING.format(hook=hook))
+    (tmp_path / "config").mkdir()
+    proxy = launch({"agents_dirs": [tmp_path]}, tmp_path / "config", env=None, args=())
+    try:
+        if hook == "close":
+            await until(proxy.started, START_S)
+            proxy.send(signal.SIGINT)
+        await until(lambda: "waits" in proxy.log, START_S)
+        proxy.send(signal.SIGINT)
+        assert await proxy.ended(LONG_S) == 0
+    finally:
+        proxy.stop()
 
 
 async def test_a_stream_cut_off_at_the_end_of_the_drain_is_told_the_proxy_shuts_down(fakes: Fakes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import pty
@@ -14,9 +15,11 @@ from pathlib import Path
 
 import pytest
 
+from llama_smart_proxy.proxy.cli.pull import pull_command
 from tests.fakes.hub import gguf
 from tests.support.harness import ROOT, environment, until
 from tests.support.hub_calls import Bench, bench
+from tests.support.ollamas import running_ollama
 
 __all__ = ["bench"]  # fixture
 TIMEOUT_S = 100.0
@@ -58,11 +61,43 @@ def test_a_configured_model_or_one_of_the_hub_is_fetched(bench: Bench, config: P
     assert bench.calls("locate", "cli/repo", "Q8_0").result is not None
 
 
-@pytest.mark.parametrize("name", ["absent", "local", "hf.co/../x", "cli/repo"])
-def test_what_cannot_be_pulled_is_named(bench: Bench, config: Path, name: str) -> None:
-    done = pull(bench, name, config)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == f"{name}: neither a configured model with a `repo` nor hf.co/org/repo:variant\n"
+NEITHER = "neither a configured model with a `repo` nor hf.co/org/repo:variant; for names of Ollama's library "
+NO_OLLAMA = f"{NEITHER}configure its host: `ollama: {{host: 127.0.0.1}}`"
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("absent", NO_OLLAMA),
+        ("qwen3:0.6b", NO_OLLAMA),
+        ("hf.co/../x", NO_OLLAMA),
+        ("Local", "is configured with a file of its own; there is nothing to download"),
+    ],
+)
+def test_what_cannot_be_pulled_is_named(
+    config: Path, capsys: pytest.CaptureFixture[str], name: str, problem: str
+) -> None:
+    assert pull_command(config, {}, name) == 1
+    assert capsys.readouterr() == ("", f"{name}: {problem}\n")
+
+
+async def test_any_other_name_is_pulled_by_the_configured_ollama(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with running_ollama("other", registry=["qwen3:0.6b", "own"], pull_step_s=0) as fake:
+        file = tmp_path / "config.yaml"
+        models = {"own": {"backend": "ollama"}, "team": {"model": "own", "aliases": ["ours"]}}
+        file.write_text(json.dumps({"ollama": {"host": fake.url, "pull": "never"}, "models": models}))
+        for name, pulled in (("qwen3:0.6b", "qwen3:0.6b"), ("own", "own"), ("Ours", "own"), ("no/such", None)):
+            status = await asyncio.to_thread(pull_command, file, {}, name)
+            out, err = capsys.readouterr()
+            assert (status, out) == ((0, f"{pulled} is ready\n") if pulled else (1, ""))
+            assert err.startswith("pulling manifest\n")
+            if pulled is None:
+                assert err.splitlines()[1:] == ["model 'no/such' not found: pull model manifest: file does not exist"]
+        await fake.kill()
+        assert await asyncio.to_thread(pull_command, file, {}, "own") == 1
+        assert f"{fake.url}" in capsys.readouterr().err
 
 
 def test_a_failure_is_one_line_and_exit_status_1(bench: Bench) -> None:

@@ -146,6 +146,8 @@ def check_it_runs(target: Path, folder: Path) -> None:
     command = str(target / "bin" / "llama-smart-proxy")
     for argv in ([command], [sys.executable, "-m", OURS]):
         assert run([*argv, "check", "--config", "config.yaml"], folder, target).startswith("OK: config.yaml")
+    run([command, "init", "--config", "new.yaml"], folder, target)
+    assert (folder / "new.yaml").read_bytes() == (ROOT / "config.yaml").read_bytes()
     program = f"import {OURS}, {OURS}.agents.base as base; print({OURS}.Agent is base.Agent, base.__file__)"
     assert run([sys.executable, "-c", program], folder, target).split() == [
         "True",

@@ -4,30 +4,38 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from tests.support.e2e_support import Fakes, embedded, fakes, needs_llama_cpp, tiny
+from tests.support.e2e_support import Fakes, Gate, embedded, fakes, gate, needs_llama_cpp, tiny
 from tests.support.gguf_fixture import tiny_models
-from tests.support.harness import ROOT, environment
+from tests.support.harness import ORPHAN_S, ROOT, START_S, STOP_S, environment, living, until
 
-__all__ = ["fakes", "tiny_models"]  # fixtures
+__all__ = ["fakes", "gate", "tiny_models"]  # fixtures
 ONE_THREAD = {"LSP_LLAMA_CPP__ARGS": '["-t", "1"]'}
 """The threads of llama.cpp wait for each other by spinning, on a busy machine for minutes."""
 ROW = re.compile(r"(?P<step>.+?) +(?P<verdict>pass|FAIL|skip) ")
 
 
-def simulate(config: dict[str, Any] | None, folder: Path) -> tuple[int, dict[str, str], str]:
-    """Exit status, verdict of each step, and everything printed; None is the shipped configuration."""
-    words = [sys.executable, "-m", "llama_smart_proxy", "simulate"]
+def command(config: dict[str, Any] | None, folder: Path) -> list[str]:
+    """The command line; None is the shipped configuration."""
+    words = [sys.executable, "-P", "-m", "llama_smart_proxy", "simulate"]
     if config is not None:
         file = folder / "simulated.yaml"
         file.write_text(json.dumps(config))
         words += ["--config", str(file)]
+    return words
+
+
+def simulate(config: dict[str, Any] | None, folder: Path) -> tuple[int, dict[str, str], str]:
+    """Exit status, verdict of each step, and everything printed."""
+    words = command(config, folder)
     done = subprocess.run(words, cwd=ROOT, env=environment(ONE_THREAD), capture_output=True, text=True, timeout=250)
     rows = [match for line in done.stdout.splitlines() if (match := ROW.match(line))]
     return done.returncode, {row["step"]: row["verdict"] for row in rows}, done.stdout + done.stderr
@@ -70,3 +78,37 @@ def test_a_stream_that_breaks_off_fails(tmp_path: Path, fakes: Fakes) -> None:
 def test_a_configuration_without_models_fails(tmp_path: Path) -> None:
     status, verdicts, said = simulate({"models": {}}, tmp_path)
     assert status == 1 and verdicts["model list"] == "FAIL" and "no model is offered" in said
+
+
+def started(config: dict[str, Any], folder: Path) -> subprocess.Popen[str]:
+    """Run in a folder with modules of others, which the command itself does not see, and its proxy must not either."""
+    for name in ("agents", "backends", "llama_smart_proxy", "proxy", "yaml"):
+        (folder / f"{name}.py").write_text("raise RuntimeError('not ours')")
+    return subprocess.Popen(command(config, folder), cwd=folder, env=environment(), stdout=subprocess.PIPE, text=True)
+
+
+def test_each_step_is_printed_as_it_ends_also_into_a_pipe(tmp_path: Path, fakes: Fakes, gate: Gate) -> None:
+    with started(fakes.config({"m": fakes.model(LOAD_UNTIL=gate)}), tmp_path) as process:
+        assert process.stdout is not None
+        first = [process.stdout.readline().split()[:2] for _ in range(2)]
+        assert first == [["proxy", "starts"], ["model", "list"]]
+        gate.open()  # the chat has not been answered before
+        assert "chat, streamed   pass" in process.stdout.read()
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGHUP, "the reader leaves"])
+async def test_the_proxy_ends_with_the_simulation(
+    tmp_path: Path, fakes: Fakes, gate: Gate, end: signal.Signals | str
+) -> None:
+    with started(fakes.config({"m": fakes.model(LOAD_UNTIL=gate)}), tmp_path) as process:
+        assert process.stdout is not None
+        await until(lambda: fakes.events("start"), START_S)
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert len(children) >= 2, "the proxy and its server"
+        if isinstance(end, signal.Signals):
+            process.send_signal(end)
+        process.stdout.close()
+        gate.open()
+        assert process.wait(STOP_S) == 128 + (end if isinstance(end, signal.Signals) else signal.SIGPIPE)
+    assert living(children, ORPHAN_S) == []

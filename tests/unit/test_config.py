@@ -105,6 +105,70 @@ def test_config_of_the_second_seed_means_what_it_said(tmp_path: Path) -> None:
     assert len(config.warnings) == 9
 
 
+AGENTS = '"agents": ["rag", "parallel"]'
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "status"),
+    [
+        ("config.json", "", "", 0),
+        ("config.yaml", "", "", 0),
+        ("config.json", "{", "// mine\n{", 0),
+        ("config.json", AGENTS, f'{AGENTS}, "log_level": "info"', 2),
+        ("config.json", '"rag"', '{"rag": {"required": true}}', 2),
+        ("config.yaml", README_OF_FIRST_SEED, "backend: ollama\nagents: [rag, parallel]", 2),
+    ],
+)
+def test_an_agent_that_does_not_exist_is_a_warning_only_in_a_file_of_the_old_form(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, old: str, new: str, status: int
+) -> None:
+    (tmp_path / name).write_text(README_OF_FIRST_SEED.replace(old, new, 1))
+    assert check_command(tmp_path / name, {}) == status
+    label = "warning: " if status == 0 else f"{tmp_path / name}: "
+    assert f"{label}agents.0: unknown agent rag; known agents: example, help, parallel" in capsys.readouterr().err
+
+
+def test_a_plugin_that_is_switched_off_is_a_warning_in_a_file_of_the_old_form(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder := tmp_path / "plugins" / "mine").mkdir(parents=True)
+    (folder / "agent.py").touch()
+    (folder / "config.json").write_text('{"enabled": false}')
+    (tmp_path / "config.json").write_text('{"agents": ["mine", "parallel"]}')
+    assert check_command(tmp_path / "config.json", {}) == 0
+    assert capsys.readouterr().err == f"warning: agents.0: the agent mine is not enabled in {folder}/config.json\n"
+
+
+PLUGIN = "src/plugins/mine/agent.py"
+
+
+@pytest.mark.parametrize(
+    ("text", "env", "there", "found"),
+    [
+        ("", {}, PLUGIN, "src/plugins"),
+        (CONFIG_OF_FIRST_SEED, {}, PLUGIN, "src/plugins"),
+        ("", {"OLLAMA_PROXY_PLUGINS_DIR": "other"}, PLUGIN, "other"),
+        ("plugins_dir: other", {}, PLUGIN, "other"),
+        ("", {}, "src/plugins/of_another_program.py", None),
+        ("", {}, "plugins/mine/agent.py", None),
+    ],
+)
+def test_plugins_of_the_second_seed_are_where_they_were_by_default(
+    tmp_path: Path, text: str, env: dict[str, str], there: str, found: str | None
+) -> None:
+    (tmp_path / there).parent.mkdir(parents=True)
+    (tmp_path / there).touch()
+    config = load(tmp_path, text, env)
+    assert config.agents_dirs == config.enabled_dirs == ([tmp_path / found] if found else [])
+
+
+def test_plugins_of_the_second_seed_are_not_looked_for_where_agents_dirs_is_set(tmp_path: Path) -> None:
+    (tmp_path / PLUGIN).parent.mkdir(parents=True)
+    (tmp_path / PLUGIN).touch()
+    config = load(tmp_path, "agents_dirs: [/mine]")
+    assert (config.agents_dirs, config.enabled_dirs) == ([Path("/mine")], [])
+
+
 def test_yaml_of_the_issue_loads(tmp_path: Path) -> None:
     config = load(tmp_path, AS_YAML)
     assert [(agent.name, agent.options) for agent in config.agents] == [
@@ -205,6 +269,9 @@ def test_a_bare_server_name_is_left_to_path(tmp_path: Path, server: str) -> None
         ("http://box:1234", 99, "http://box:1234"),
         ("https://box.example", 99, "https://box.example:99"),
         ("https://box.example/ollama/", None, "https://box.example:443/ollama"),
+        ("https://box.example/ollama/api/", None, "https://box.example:443/ollama"),
+        ("box/v1", None, "http://box:11434"),
+        ("http://box:1/api", None, "http://box:1"),
         ("0.0.0.0:7", None, "http://0.0.0.0:7"),
         ("::1", None, "http://[::1]:11434"),
     ],
@@ -227,13 +294,20 @@ def test_ollama_is_on_this_machine_and_may_pull_unless_told_otherwise() -> None:
 @pytest.mark.parametrize(
     ("url", "normal"),
     [
-        ("http://h:1", "http://h:1"),
-        ("http://h:1/v1", "http://h:1"),
-        ("https://h/x/v1/", "https://h/x"),
+        ("http://h:1", "http://h:1/v1"),
+        ("http://h:1/", "http://h:1/v1"),
+        ("http://h:1/v1", "http://h:1/v1"),
+        ("https://h/x/v1//", "https://h/x/v1"),
         ("http://h/v1-root", "http://h/v1-root"),
+        ("http://[::1]:8000/v3", "http://[::1]:8000/v3"),
+        ("https://H/API/V2/", "https://H/API/V2"),
+        ("https://h/v1beta/openai/", "https://h/v1beta/openai"),
+        ("https://h/llama", "https://h/llama"),
     ],
 )
-def test_a_remote_url_may_end_in_v1(tmp_path: Path, url: str, normal: str) -> None:
+def test_the_url_of_a_remote_is_its_base_and_only_one_without_a_path_gets_v1(
+    tmp_path: Path, url: str, normal: str
+) -> None:
     assert load(tmp_path, json.dumps({"remotes": {"r": {"url": url}}})).remotes["r"].url == normal
 
 

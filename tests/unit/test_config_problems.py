@@ -105,6 +105,7 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
         ),
         ("remotes: {r: {url: http://u:secret@h}}", "remotes.r.url: must not contain a user name or password"),
         ("remotes: {r: {url: http://h, api_key: 12}}", "remotes.r.api_key: reads as a number or a boolean; put it in"),
+        ("remotes: {r: {url: 'http://h/v1/chat/completions'}}", "remotes.r.url: must be the base URL, without /chat/c"),
         ("remotes: {r: {url: 'http://[x'}}", "remotes.r.url: is not a valid URL"),
         ("remotes: {r: {url: 'http://h?a'}}", "remotes.r.url: must not contain '?', '#' or white space"),
         ("ollama: {host: 'ftp://h'}", "ollama.host.0: must be an http:// or https:// URL with a host"),
@@ -113,6 +114,19 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
         ("ollama: {pull: always}", "ollama.pull: should be 'auto' or 'never'"),
         ("models: {m: {backend: ollama, ctx: 0}}", "models.m: ctx 0 has no meaning for Ollama"),
         ("models: {m: {backend: ollama, path: a}}", "models.m: a model of backend ollama has no path"),
+        (
+            "llama_cpp: {env_passthrough: [A B]}",
+            "llama_cpp.env_passthrough.0: must be the name of a variable",
+        ),
+        (
+            "llama_cpp: {env_passthrough: [LLAMA_API_KEY]}",
+            "llama_cpp.env_passthrough.0: is set or kept back by the proxy",
+        ),
+        ("env_passthrough: [A, 'LSP_*']", "env_passthrough.1: is set or kept back by the proxy itself"),
+        ("models: {m: {path: a, env: {'A=B': c}}}", "models.m.env.A=B: a variable has a name, without '='"),
+        ("models: {m: {path: a, env: {'': c}}}", "models.m.env.: a variable has a name, without '='"),
+        ('models: {m: {path: a, env: {A: "\\0"}}}', "models.m.env.A: must not contain a NUL character"),
+        ("models: {m: {path: a, env: {A: [1]}}}", "models.m.env.A: should be a valid string"),
         ("agents: [{rag: {}, opt: {}}]", "agents.0.name: is required"),
         ("agents: [{name: rag, optoins: {}}]", "agents.0.optoins: unknown field; did you mean options?"),
         ("- a", "must be a mapping of fields to values"),
@@ -163,7 +177,7 @@ def test_a_file_that_cannot_be_read_is_a_problem(tmp_path: Path, content: bytes 
         path.write_bytes(content)
     with pytest.raises(ConfigError) as caught:
         load_config(path, env={"LSP_MODELS__M__CTX": "1"})
-    assert re.fullmatch(rf"{path}: (is not UTF-8 text|cannot be read).*", str(caught.value))
+    assert re.fullmatch(rf"{path}: (is not UTF-8 text|does not exist).*", str(caught.value))
 
 
 def test_secrets_are_never_echoed(tmp_path: Path) -> None:

@@ -107,6 +107,9 @@ def test_an_expanded_value_takes_the_type_of_its_field(tmp_path: Path) -> None:
     assert key.get_secret_value() == "0123e4"
 
 
+NO_EFFECT = "has no effect here and can be removed"
+
+
 def test_an_unset_variable_is_one_problem(tmp_path: Path) -> None:
     assert problems(tmp_path, "server:\n  port: ${NOT_SET}\n") == [
         "config.yaml: server.port: the environment variable NOT_SET is not set; ${NOT_SET:-default} gives it a default"
@@ -138,7 +141,10 @@ def test_an_unset_variable_is_one_problem(tmp_path: Path) -> None:
         ("LSP_OLLAMA__HOST", "a,b:2", lambda c: c.ollama.urls == ["http://a:1", "http://b:2"]),
         ("LSP_OLLAMA__HOST", '["a", "b"]', lambda c: c.ollama.host == ["a", "b"]),
         ("OLLAMA_PROXY_PLUGINS_DIR", "/p", lambda c: c.agents_dirs == [Path("/file"), Path("/p")]),
-        ("OLLAMA_PROXY_DATABASE_TYPE", "sqlite", lambda c: True),
+        ("OLLAMA_PROXY_SERVER_HOST", "::", lambda c: c.server.host == "::"),
+        ("OLLAMA_PROXY_SERVER_PORT", "8080", lambda c: c.server.port == 8080),
+        ("LLM_PROXY_BACKEND", "ollama", lambda c: c.backend == "ollama" and c.uses_ollama),
+        ("OLLAMA_PROXY_REDIS_URL", "x", lambda c: c.warnings == [f"environment: OLLAMA_PROXY_REDIS_URL: {NO_EFFECT}"]),
     ],
 )  # fmt: skip
 def test_a_variable_overrides_the_file(tmp_path: Path, variable: str, value: str, read: Callable[[Any], bool]) -> None:
@@ -164,6 +170,7 @@ def test_a_variable_overrides_the_file(tmp_path: Path, variable: str, value: str
         ("LSP_SERVER__PORT", "eighty", "should be a valid integer, unable to parse string as an integer"),
         ("LSP_SERVER__PORT", "[1", "line 1, column 3: expected ',' or ']', but got '<stream end>'"),
         ("LSP_SERVER", '{"port": -1}', "port: should be greater than or equal to 0"),
+        ("LLM_PROXY_BACKEND", "vllm", "should be 'llama.cpp' or 'ollama'"),
         ("OLLAMA_PROXY_OLLAMA_PORT", "x", "should be a valid integer, unable to parse string as an integer"),
     ],
 )
@@ -188,3 +195,47 @@ def test_a_problem_of_the_file_goes_with_the_value_that_replaces_it(tmp_path: Pa
 def test_lsp_variables_win_over_those_of_the_second_seed(tmp_path: Path) -> None:
     env = {"OLLAMA_PROXY_OLLAMA_HOST": "old", "LSP_OLLAMA__HOST": "new"}
     assert load(tmp_path, "", env).ollama.urls == ["http://new:11434"]
+    env = {"OLLAMA_PROXY_SERVER_PORT": "1", "LSP_SERVER__PORT": "2"}
+    assert load(tmp_path, "", env).server.port == 2
+
+
+SPELLINGS = """
+    1.10 1e3 1.0 +5 -0 0.10 .5 5. 010 0x1F 1_000 12:30 2024-01-01 true False yes on 99999999999999999999999 v1
+"""
+
+
+def test_variables_of_a_process_keep_the_spelling_of_their_values(tmp_path: Path) -> None:
+    expected = {f"X{number}": text for number, text in enumerate(SPELLINGS.split())}
+    env = "{" + ", ".join(f"{name}: {text}" for name, text in expected.items()) + "}"
+    for text in (
+        f"models: {{m: {{path: a, env: {env}}}}}",
+        f"llama_cpp: {{models: {{m: {{path: a, env: {env}}}}}}}",
+        f"sections: {{s: &a {env}}}\nmodels: {{m: {{path: a, env: {{<<: [*a]}}}}}}",
+    ):
+        assert load(tmp_path, text).models["m"].env == expected, text
+    for variable, value in (("ENV", env), ("ENV__X0", "1.10")):
+        found = load(tmp_path, model(path="a"), {f"LSP_MODELS__M__{variable}": value}).models["m"].env
+        assert found["X0"] == "1.10"
+
+
+def test_json_keeps_it_too_and_null_and_the_empty_text_are_not_the_same(tmp_path: Path) -> None:
+    text = '{"models": {"m": {"path": "a", "env": {"A": 1.10, "B": 1E3, "C": true, "D": null, "E": "", "F": 5}}}}'
+    expected = {"A": "1.10", "B": "1E3", "C": "true", "D": None, "E": "", "F": "5"}
+    assert load(tmp_path, text, name="c.json").models["m"].env == expected
+    assert load(tmp_path, "models: {m: {path: a, env: {D: , E: '', F: ~}}}").models["m"].env == {
+        "D": None,
+        "E": "",
+        "F": None,
+    }
+
+
+def test_other_fields_are_numbers_as_before(tmp_path: Path) -> None:
+    config = load(
+        tmp_path, "server: {port: 1, drain_s: 1.50}\nsections: {args: {env: {x: 1.50}}}\nmodels: {args: {path: a}}"
+    )
+    assert (config.server.drain_s, config.sections["args"]["env"]["x"]) == (1.5, 1.5)
+
+
+def test_passthrough_may_be_one_text_and_in_two_places(tmp_path: Path) -> None:
+    config = load(tmp_path, 'llama_cpp: {env_passthrough: [A, "B_*"]}\nenv_passthrough: C, D?')
+    assert config.passthrough == ["A", "B_*", "C", "D?"]
