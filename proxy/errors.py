@@ -9,6 +9,7 @@ llama.cpp tools/server, b11434, so that a client gets the same ones from the pro
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -173,3 +174,13 @@ class ConfigError(Exception):
     def __init__(self, problems: list[str]) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
+
+
+def let_go(exc: BaseException | None) -> None:
+    """Drop what the frames hold that `exc` and its causes passed through. A failure that one of them has kept refers to
+    itself so, and megabytes of an answer or a request would stay until the next round of the garbage collector."""
+    seen: set[int] = set()
+    while exc is not None and id(exc) not in seen:
+        seen.add(id(exc))
+        traceback.clear_frames(exc.__traceback__)
+        exc = exc.__cause__ or exc.__context__

@@ -160,7 +160,7 @@ async def _stream(
     try:
         await upstream.pipe(sink)
     except UpstreamFailed as exc:
-        failure = exc
+        failure = exc.with_traceback(None)  # which would refer to this very frame
     failed = sink.end(failure)
     record.last_byte_s = time.monotonic()
     record.count_usage = partial(dialect.usage, sink.last_frames)
