@@ -200,6 +200,10 @@ class Context(Protocol):
         time with pauses, and returns its return value. Between two `yield` should pass a few milliseconds at most.
         """
 
+    async def slots(self, model: str) -> int | None:
+        """How many answers the server of `model` generates at the same time: the largest `n` that it accepts. Loads the
+        model; None if that is unknown. Raises: any `ProxyError`."""
+
     async def fitting(self, models: Sequence[str]) -> list[list[str]]:
         """`models` in groups whose models can be loaded at the same time: used group by group, they need the fewest
         loads. Loaded models come first. Raises: ModelNotFound."""

@@ -15,6 +15,7 @@ from enum import IntEnum, StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
+    from llama_smart_proxy.backends.http.connection import Endpoint
     from llama_smart_proxy.backends.http.exchange import Timeouts, UpstreamResponse
     from llama_smart_proxy.backends.pool.pool import Pool
     from llama_smart_proxy.backends.weights.downloads import Download, Downloads
@@ -117,7 +118,8 @@ class Model(Protocol):
     `name` is its id on its server, `kind` the kind of server (`llama.cpp`, `ollama`, `remote`, ...; visible to agents),
     `owner` the owner in model lists, `tags` the labels there. `speaks` are the APIs that its server supports: `openai`,
     `responses`, `anthropic`, `ollama`, and `native` for llama-server's own. `codec` is the API used for clients of any
-    other API (see `proxy.dialects.UPSTREAM_CODECS`).
+    other API (see `proxy.dialects.UPSTREAM_CODECS`). `forwards` are patterns, in lower case, of the client's headers
+    about its user and with its credentials that the server gets; by default it gets none of them.
     """
 
     @property
@@ -136,6 +138,8 @@ class Model(Protocol):
     def codec(self) -> str: ...
     @property
     def features(self) -> frozenset[Feature]: ...
+    @property
+    def forwards(self) -> tuple[str, ...]: ...
     @property
     def state(self) -> ModelState:
         """From memory, at once."""
@@ -170,6 +174,29 @@ class Model(Protocol):
 
     async def residence(self) -> Residence | None:
         """None if it is not loaded, or if that is unknown."""
+
+    async def slots(self) -> int | None:
+        """How many answers its server generates at the same time, which bounds `n` of a request; None if unknown. Loads
+        the model if it must. Raises: as `open`."""
+
+    def command_line(self, listen: Endpoint) -> Sequence[str]:
+        """The command that would start its server at this address now; empty if the proxy does not start it. Blocks on
+        the disk. Raises: `StartFailed`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What keeps models from being served as configured. `where` is the path of the setting (`models.m.path`), or the
+    section; `message` is one line. With `fatal`, the proxy refuses to start. A `harmless` one keeps no model from being
+    served, and is logged by its provider: `check` prints it, and `/health` does not."""
+
+    where: str
+    message: str
+    fatal: bool = False
+    harmless: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.message}"
 
 
 @dataclass(slots=True)
@@ -260,6 +287,10 @@ class Provider(Protocol):
 
     def status(self) -> ProviderStatus: ...
 
+    async def problems(self) -> Sequence[Problem]:
+        """What is missing now of the files, programs and servers it is configured with; looked up at each call, outside
+        of the event loop, before `start` too. `check`, the log at start and `/health` report it."""
+
 
 class BaseProvider:
     """A `Provider` of `models` that are all known from the start, and of which nothing is to be fetched or managed.
@@ -321,3 +352,7 @@ class BaseProvider:
     def status(self) -> ProviderStatus:
         """Nothing to report; processes of the pool are reported by the provider that starts the pool."""
         return ProviderStatus()
+
+    async def problems(self) -> Sequence[Problem]:
+        """None."""
+        return []

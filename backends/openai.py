@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import re
 import secrets
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
@@ -18,6 +20,7 @@ from llama_smart_proxy.backends.base import (
     Json,
     ModelInfo,
     ModelState,
+    Problem,
     ProviderStatus,
     Services,
     UpstreamRequest,
@@ -28,6 +31,9 @@ from llama_smart_proxy.proxy.config import Config, RemoteConfig, UpstreamConfig
 from llama_smart_proxy.proxy.errors import BadRequest, UpstreamFailed
 
 logger = logging.getLogger(__name__)
+
+VERSION = re.compile(r"/v\d+[a-z0-9]*$", re.IGNORECASE)
+"""The end of a base URL, above which a server has the endpoints that are not OpenAI's (`/props` of llama-server)."""
 
 OUR_VIA = f"1.1 llama-smart-proxy-{secrets.token_hex(4)}"
 """The `Via` header of requests to external servers, unique per run: a request that returns with it has looped."""
@@ -156,13 +162,26 @@ class Remote:
 
     def __init__(self, name: str, config: RemoteConfig) -> None:
         self.name = name
-        self.connections = connections_to(config.url, config)
+        root = VERSION.sub("", config.url)
+        self.connections = connections_to(root, config)
+        self._base = config.url.removeprefix(root)
         self.speaks = _SPEAKS | {"responses"} if config.responses else _SPEAKS
+        self.forwards = tuple(map(str.lower, config.forward_headers))
         self._fixed = config.models is not None
         self._models: tuple[str, ...] = tuple(config.models or ())
         self._listing = Listing(
-            f"remote {name}", self.connections, "/v1/models", self._set_models, max_age_s=LISTING_FRESH_S
+            f"remote {name}",
+            self.connections,
+            self.path_of("/v1/models"),
+            self._set_models,
+            max_age_s=LISTING_FRESH_S,
         )
+
+    def path_of(self, path: str) -> str:
+        """Where the server has the endpoint `path` of OpenAI's API: below its base URL. Other paths are unchanged."""
+        if self._base == "/v1" or not path.startswith(("/v1/", "/chat/completions")):
+            return path
+        return self._base + path.removeprefix("/v1")
 
     @property
     def error(self) -> str | None:
@@ -218,10 +237,12 @@ class RemoteModel:
         self.name = name
         self.owner = remote.name
         self.speaks = remote.speaks
-        self._connections = remote.connections
+        self.forwards = remote.forwards
+        self._remote = remote
 
     def open(self, request: UpstreamRequest) -> AbstractAsyncContextManager[UpstreamResponse]:
-        return self._connections.request(request)
+        path = self._remote.path_of(request.path)
+        return self._remote.connections.request(request if path == request.path else replace(request, path=path))
 
     def prepare(self, body: Json) -> None:
         """No effect."""
@@ -243,6 +264,13 @@ class RemoteModel:
 
     async def residence(self) -> None:
         """None: unknown."""
+
+    async def slots(self) -> None:
+        """None: unknown."""
+
+    def command_line(self, listen: Endpoint) -> Sequence[str]:
+        """None: the server is another's."""
+        return ()
 
 
 class Remotes:
@@ -282,12 +310,20 @@ class Remotes:
         return next((RemoteModel(remote, model) for remote, model in candidates if model in remote.models), None)
 
     async def find(self, name: str, *, pull: bool) -> RemoteModel | None:
-        """Tries a remote named in the prefix first, so that no other one delays the answer."""
-        for remote in sorted(self._remotes, key=lambda remote: not name.startswith(f"{remote.name}/")):
-            for model in dict.fromkeys((name.removeprefix(f"{remote.name}/"), name)):
-                if await remote.find(model):
-                    return RemoteModel(remote, model)
-        return None
+        """Asks a remote named in the prefix first, then all at the same time, as one may not answer: the first that has
+        the model."""
+        for remote in self._remotes:
+            if name.startswith(f"{remote.name}/") and (found := await _held(remote, name)) is not None:
+                return found
+        asked = [asyncio.ensure_future(_held(remote, name)) for remote in self._remotes]
+        try:
+            for answer in asyncio.as_completed(asked):
+                if (found := await answer) is not None:
+                    return found
+            return None
+        finally:
+            for task in asked:
+                task.cancel()
 
     def missing(self, name: str) -> None:
         """None: a remote that is down keeps its last list."""
@@ -317,3 +353,16 @@ class Remotes:
                 for remote in self._remotes
             ]
         )
+
+    async def problems(self) -> Sequence[Problem]:
+        """One, if none of the remotes answers, as far as known. None is asked for this: it may be a paid service."""
+        errors = [f"{remote.name}: {remote.error}" for remote in self._remotes if remote.error]
+        return [Problem("remotes", "; ".join(errors))] if len(errors) == len(self._remotes) else []
+
+
+async def _held(remote: Remote, name: str) -> RemoteModel | None:
+    """The remote's model of that name, which may begin with the remote's."""
+    for model in dict.fromkeys((name.removeprefix(f"{remote.name}/"), name)):
+        if await remote.find(model):
+            return RemoteModel(remote, model)
+    return None

@@ -14,9 +14,11 @@ from llama_smart_proxy.proxy.api.endpoints import EndpointHandler
 from llama_smart_proxy.proxy.api.models import list_models, show_model
 from llama_smart_proxy.proxy.api.state import Proxy
 from llama_smart_proxy.proxy.config import Config
+from llama_smart_proxy.proxy.http.origins import Pages
 from llama_smart_proxy.proxy.middleware.afterwards import Afterwards
 from llama_smart_proxy.proxy.middleware.chain import Chain
 from llama_smart_proxy.proxy.middleware.plugins import Plugins
+from llama_smart_proxy.proxy.models.inspection import Inspection
 from llama_smart_proxy.proxy.models.router import Router
 from llama_smart_proxy.proxy.registry import Registry
 from llama_smart_proxy.proxy.store import Store, state_dir
@@ -63,6 +65,12 @@ ROUTES: list[tuple[str, str, Handler]] = [
     ("DELETE", "/mcp", llama_server.use_tools),
 ]
 """Routes that are not answered by a model; those are the registry's endpoints."""
+_READERS = (admin.health, admin.plugins_listed, list_models, show_model, ollama_api.root, ollama_api.version)
+_PAGES: dict[Handler, Pages] = {
+    **dict.fromkeys((*_READERS, ollama_api.tags, ollama_api.ps, ollama_api.status), Pages.ALL),
+    llama_server.use_tools: Pages.LOCAL,
+}
+"""The web pages that may use a route, if those are not the allowed ones."""
 
 
 class App:
@@ -80,16 +88,18 @@ class App:
         providers = [provider for cls in registry.providers if (provider := cls.create(config, services)) is not None]
         router, chain = Router(providers, config, downloads), Chain(config, self.plugins)
         store = Store(state_dir(config.state_dir, os.environ))
-        self.proxy = Proxy(config, router, chain, store, Afterwards(self.plugins))
+        inspection = Inspection({**router.looks, "agents": self.plugins.problems})
+        self.proxy = Proxy(config, router, chain, store, Afterwards(self.plugins), inspection)
         self.dispatcher = Dispatcher(self.proxy, registry.observers)
         for method, path, handler in ROUTES:
-            self.dispatcher.add([method], path, handler)
+            self.dispatcher.add([method], path, handler, pages=_PAGES.get(handler, Pages.ALLOWED))
         for path, endpoint in registry.endpoints.items():
             handle = EndpointHandler(endpoint, self.proxy).handle
             self.dispatcher.add(endpoint.methods, path, handle, endpoint.dialect)
 
     async def start(self) -> None:
         """Start loading models marked `preload`, and listing the models of servers."""
+        self.dispatcher.hosts.learn_own()
         if self.proxy.config.state_dir is not None or "STATE_DIRECTORY" in os.environ:
             await self.proxy.store.open()
         await self.proxy.router.start()
@@ -97,6 +107,7 @@ class App:
 
     async def close(self) -> None:
         """Stop agents, processes and connections."""
+        await self.proxy.inspection.close()
         await self.proxy.conversations.close()
         await self.proxy.afterwards.close()
         await self.plugins.close()

@@ -34,6 +34,24 @@ class ProxyError(Exception):
             self.code = code
 
 
+ERROR_TEXT = "**Error:** "
+"""The beginning of an error's text in an answer, for clients that show only what the answer contains."""
+MAX_ERROR_TEXT = 500
+"""Most characters of such a text."""
+
+
+def error_text(exc: ProxyError) -> str:
+    """The error as a paragraph of the answer that it ends, in Markdown."""
+    return f"\n\n{ERROR_TEXT}{' '.join(exc.message.split())[:MAX_ERROR_TEXT]}"
+
+
+def without_error_text(text: str) -> str:
+    """An answer without the paragraph that `error_text` may have appended to it."""
+    at = text.rfind(ERROR_TEXT, max(0, len(text) - MAX_ERROR_TEXT - len(ERROR_TEXT)))
+    ours = at == 0 or (at > 0 and text[at - 1] == "\n")
+    return text[:at].rstrip("\n") if ours and "\n" not in text[at:].rstrip() else text
+
+
 class BadRequest(ProxyError):
     """The client's request cannot be served; `status` is 400, 404, 405, 413, ..."""
 
@@ -60,15 +78,18 @@ class ModelNotFound(ProxyError):
 
 
 class Overloaded(ProxyError):
-    """Temporarily unavailable: queue full or timed out, back-off after failed loads, shutting down."""
+    """Temporarily unavailable: queue full or timed out, back-off after failed loads, shutting down. Status 429: too
+    many of something at one time."""
 
     status = 503
     kind = "unavailable_error"
     code = "overloaded"
 
-    def __init__(self, message: str, *, code: str | None = None, retry_after_s: int = 1) -> None:
+    def __init__(self, message: str, *, code: str | None = None, retry_after_s: int = 1, status: int = 503) -> None:
         super().__init__(message, code=code)
         self.retry_after_s = retry_after_s
+        self.status = status
+        self.kind = _KINDS[status]
 
 
 class StartFailed(ProxyError):
@@ -138,7 +159,7 @@ class AgentError(ProxyError):
         self.status = status
 
 
-_KINDS = {404: "not_found_error", 501: "not_supported_error", 503: "unavailable_error"}
+_KINDS = {404: "not_found_error", 429: "rate_limit_error", 501: "not_supported_error", 503: "unavailable_error"}
 
 
 class ConfigError(Exception):

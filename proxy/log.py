@@ -15,8 +15,10 @@ import select
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
+from typing import Any, TextIO, cast
 
 from llama_smart_proxy.proxy.chat import RequestRecord
 
@@ -27,6 +29,10 @@ FLUSH_S = 0.05
 """Longest time that the line of a request waits to be written."""
 MOST_LINES = 10_000
 """Lines that are kept for a stderr that takes none. Later ones are counted, and lost."""
+MOST_CHARACTERS = 4000
+"""Characters of a line, as far as they need no escape. What is cut out is in the middle."""
+MOST_TRACED = 400
+"""Lines of a traceback."""
 EXIT_S = 2.0
 """How long the process waits at its end for a stderr that takes nothing."""
 _PIECE = 4096
@@ -186,9 +192,22 @@ class _Handler(logging.Handler):
 
 
 class _Formatter(logging.Formatter):
+    """One line for each record, and for each line of a traceback one that is indented. What a client, a model server
+    or a file has put into them cannot look like another record, or steer a terminal."""
+
     def formatMessage(self, record: logging.LogRecord) -> str:
         name = record.name.removeprefix(PACKAGE)
-        return f"{_stamp(record.created)} {record.levelname:<7} {name}: {record.message}"
+        return shown(f"{_stamp(record.created)} {record.levelname:<7} {name}: {record.message}")
+
+    def formatException(self, ei: Any) -> str:
+        return self.formatStack(super().formatException(ei))
+
+    def formatStack(self, stack_info: str) -> str:
+        lines = stack_info.split("\n")
+        if len(lines) > MOST_TRACED:
+            left_out = f"[{len(lines) - MOST_TRACED} lines]"
+            lines[MOST_TRACED // 2 : -MOST_TRACED // 2] = [left_out]
+        return "\n".join(f"  {shown(line)}" for line in lines)
 
 
 _seconds: tuple[int, str] = (0, "")
@@ -221,7 +240,8 @@ def _behind(handler: _Handler, hook: _Hook) -> _Hook:
 
     def called(kind: type[BaseException], exc: BaseException, traceback: TracebackType | None) -> object:
         handler.flush()
-        return hook(kind, exc, traceback)
+        with shown_output():
+            return hook(kind, exc, traceback)
 
     return called
 
@@ -230,10 +250,53 @@ def access_line(record: RequestRecord) -> None:
     """The access line of a request that has ended."""
     if access.enabled:
         spent_s = record.ended_s - record.arrived_s
-        access.line(record.method, record.path, record.status, printable(record.model), spent_s, record.request_id)
+        path, model = shown(record.path), printable(record.model)
+        access.line(record.method, path, record.status, model, spent_s, record.request_id)
 
 
 def printable(name: str) -> str:
     """A client's name of something for a log line: what is not printable ASCII would forge lines."""
     name = name[:255]
     return name if name.isascii() and name.isprintable() else ascii(name)[1:-1]
+
+
+def shown(text: str) -> str:
+    """`text` as one line for people, of `MOST_CHARACTERS` or little more. Control characters, such as line breaks and
+    the beginning of what terminals obey, characters that change the direction of others, and half characters are
+    escaped."""
+    if len(text) > MOST_CHARACTERS:
+        half = MOST_CHARACTERS // 2
+        text = f"{text[:half]} [{len(text) - 2 * half} characters] {text[-half:]}"
+    return text if text.isprintable() else "".join(map(_shown, text))
+
+
+def _shown(character: str) -> str:
+    return character if character.isprintable() else character.encode("unicode_escape").decode()
+
+
+@contextmanager
+def shown_output() -> Iterator[None]:
+    """Within the context, what is printed to standard output and error is escaped, but for line breaks and tabs, and
+    what a progress bar begins with."""
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (cast(TextIO, _Shown(stream)) if stream is not None else stream for stream in streams)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = streams
+
+
+class _Shown:
+    """A text stream whose `write` escapes."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        if not text.isprintable():
+            kept = "\r" if text.startswith("\r") else ""
+            text = kept + "".join(c if c in "\n\t" else _shown(c) for c in text[len(kept) :])
+        return self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import errno
 import gc
 import ipaddress
@@ -12,16 +13,20 @@ import resource
 import shlex
 import signal
 import socket
+import sys
+import threading
 from collections.abc import Coroutine
 from contextlib import suppress
-from typing import Any
+from typing import Any, NoReturn
 
 import uvloop
 
 from llama_smart_proxy.backends.llamacpp.command import server_command
+from llama_smart_proxy.backends.llamacpp.problems import machine_problems
 from llama_smart_proxy.proxy import __version__
 from llama_smart_proxy.proxy.app import App
 from llama_smart_proxy.proxy.config import Config, ServerConfig, shapes
+from llama_smart_proxy.proxy.errors import ConfigError
 from llama_smart_proxy.proxy.http.server import FrontServer
 from llama_smart_proxy.proxy.middleware.plugins import Plugins
 from llama_smart_proxy.proxy.middleware.scope import PATIENCE_S, make_task
@@ -30,20 +35,38 @@ logger = logging.getLogger(__name__)
 
 ERROR_FRAMES_TIMEOUT_S = 2.0
 """Time for the error frames of aborted streams to reach their clients."""
+LEAVE_S = 0.3
+"""Time for what the process does at its end, such as writing the rest of its log."""
 
 
 def run(config: Config, *, reload: bool = False) -> int:
-    """Serve until SIGTERM, SIGINT or SIGHUP. Returns the process's exit status. With `reload`, agents are loaded again
-    when their files change.
+    """Serve until SIGTERM, SIGINT or SIGHUP. Returns the process's exit status, for `leave`. With `reload`, agents are
+    loaded again when their files change.
 
-    Raises: ConfigError for missing agents and for invalid options of agents.
+    Raises: ConfigError for missing agents, invalid options of agents, and what is missing and prevents the start.
     """
     _raise_fd_limit()
     app = App(config)
     app.plugins.reload = reload
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.get_loop().set_task_factory(make_task)
-        return runner.run(_serve(app, config))
+    if missing := [str(problem) for problem in machine_problems(config) if problem.fatal]:
+        raise ConfigError(missing)
+    runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)  # not closed, which would wait for threads
+    runner.get_loop().set_task_factory(make_task)
+    return runner.run(_serve(app, config))
+
+
+def leave(status: int) -> NoReturn:
+    """End the process with this exit status within `LEAVE_S` seconds, with all its threads: the interpreter, libuv and
+    executors would wait for theirs, such as one that asks the DNS, or in which an agent calls something."""
+    with suppress(RuntimeError):  # no thread can be started
+        clock = threading.Timer(LEAVE_S, os._exit, (status,))
+        clock.daemon = True
+        clock.start()
+    atexit._run_exitfuncs()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(status)
 
 
 class _Stop:
@@ -98,6 +121,8 @@ async def _serve(app: App, config: Config) -> int:
             logger.info("llama-smart-proxy %s listening on http://%s:%d", __version__, shapes.bracketed(host), port)
         _log_startup(config)
         _log_agents(app.plugins)
+        for problem in await app.proxy.inspection.problems():
+            logger.warning("%s", problem)
         await stop.asked.wait()
         logger.info(
             "%s: draining for up to %g s; a second Ctrl-C or SIGTERM stops at once", stop.reason, config.server.drain_s
@@ -193,8 +218,6 @@ def _log_startup(config: Config) -> None:
 
 
 def _log_agents(plugins: Plugins) -> None:
-    for line in plugins.missing:
-        logger.warning("%s", line)
     agents = [
         f"{plugin.name}{' (always)' if plugin.always else f' (/{plugin.command})' if plugin.command else ''}"
         for plugin in plugins

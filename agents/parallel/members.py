@@ -13,7 +13,7 @@ from llama_smart_proxy import ChatRequest, Chunk, Context, Json, ProxyError, Ups
 NOT_FOR_MEMBERS = ("tools", "tool_choice", "parallel_tool_calls", "functions", "function_call", "stream_options", "n")
 """Fields removed from a member's request: its answer is a draft, without tool calls."""
 N_UNSUPPORTED = (400, 422)
-"""Statuses by which servers refuse `n`: Ollama does not support it, llama-server only up to its number of slots."""
+"""Statuses by which servers refuse `n`: Ollama does not support it."""
 COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
 
 
@@ -151,7 +151,24 @@ class Round:
             self._events.put_nowait(None)
 
     async def _request_all(self, members: Sequence[Member]) -> None:
-        """Get one model's answers for `members`, if possible with one request, which evaluates the prompt once."""
+        """Get one model's answers for `members`, with as few requests as its server accepts: each evaluates the prompt
+        once."""
+        most = await self._slots(members)
+        for start in range(0, len(members), most):
+            await self._request_some([member for member in members[start : start + most] if not member.over])
+
+    async def _slots(self, members: Sequence[Member]) -> int:
+        if len(members) > 1:
+            try:
+                async with asyncio.timeout(self._member_s):
+                    return await self._ctx.slots(members[0].model) or len(members)
+            except TimeoutError:
+                self._finish(members, self._timed_out())
+            except ProxyError as exc:
+                self._finish(members, exc)
+        return len(members)
+
+    async def _request_some(self, members: Sequence[Member]) -> None:
         if len(members) > 1:
             members = await self._request_together(members)
         if members:

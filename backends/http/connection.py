@@ -7,35 +7,50 @@ total timeout.
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import Any
+from urllib.parse import urlsplit
+
+from aiohappyeyeballs import start_connection
 
 from llama_smart_proxy.backends.base import UpstreamRequest
 from llama_smart_proxy.backends.http.exchange import Connection, Timeouts, UpstreamResponse
+from llama_smart_proxy.backends.http.resolver import AddressInfo, is_address, resolver
 from llama_smart_proxy.backends.http.sweep import Sweeper
 from llama_smart_proxy.proxy.errors import UpstreamFailed
 
 IDLE_LIMIT_S = 4.0
 """Maximum idle time of a pooled connection in seconds. llama-server closes idle connections after 5 s (`Keep-Alive:
 timeout=5`, cpp-httplib's default), and a request sent at that moment must be retried."""
+NEXT_ADDRESS_S = 0.25
+"""After so many seconds without a connection to one address of a name, the next is tried too. Source: RFC 8305 5."""
 LINGER_S = 1.0
 """How long a connection is kept for the end of an answer whose last frame has arrived, in seconds."""
+FULL_S = 0.05
+"""Pause in seconds after which a unix socket whose queue is full is tried again; a TCP connection waits by itself."""
 UNREACHABLE = "upstream_unreachable"
 """Error code if no connection to the server could be made: nothing was sent to it."""
+REDIRECTED = "upstream_redirected"
+"""Error code if the server redirects. A redirect is not followed, as the key would go to another server, and not passed
+on, as the client would follow it with its own."""
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """The address of a server; `prefix` is prepended to every path."""
+    """The address of a server; `prefix` is prepended to every path. With `socket`, the path of a unix socket, host and
+    port serve the Host header only."""
 
     host: str
     port: int
     tls: bool = False
     prefix: str = ""
+    socket: str = ""
 
     @property
     def authority(self) -> str:
@@ -43,23 +58,43 @@ class Endpoint:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     def __str__(self) -> str:
-        return f"{'https' if self.tls else 'http'}://{self.authority}{self.prefix}"
+        return (
+            f"unix:{self.socket}"
+            if self.socket
+            else f"{'https' if self.tls else 'http'}://{self.authority}{self.prefix}"
+        )
 
 
 class ConnectionPool:
-    """Connections to one server. `headers` (credentials) are sent with every request, before its own."""
+    """Connections to one server. `headers` (credentials) are sent with every request, before its own.
+
+    `guard` is asked after each new connection, before anything is sent, whether the server is still the right one.
+    `advanced_at` is when the server has last sent a part of a generated answer, on the event loop's clock; `on_sweep`,
+    if set, is called every `sweep_s` seconds at most while there are connections.
+    """
 
     def __init__(
-        self, endpoint: Endpoint, *, headers: Sequence[tuple[str, str]] = (), timeouts: Timeouts | None = None
+        self,
+        endpoint: Endpoint,
+        *,
+        headers: Sequence[tuple[str, str]] = (),
+        timeouts: Timeouts | None = None,
+        guard: Callable[[], bool] | None = None,
+        sweep_s: float = 1.0,
     ) -> None:
         self.endpoint = endpoint
         self.timeouts = timeouts or Timeouts()
+        self.advanced_at = 0.0
+        self.on_sweep: Callable[[float], None] | None = None
+        self._guard = guard
+        self._connecting: set[asyncio.Timeout] = set()
         self._idle: list[Connection] = []
         self._active: set[Connection] = set()
         self._closed = False
         limits = self.timeouts
-        self._sweeper = Sweeper(min(1.0, limits.first_byte_s / 4, limits.idle_s / 4), self._sweep)
+        self._sweeper = Sweeper(min(sweep_s, limits.first_byte_s / 4, limits.idle_s / 4), self._sweep)
         self._tls = ssl.create_default_context() if endpoint.tls else None
+        self._is_named = not endpoint.socket and not is_address(endpoint.host)
         fixed = [("Host", endpoint.authority), ("Accept-Encoding", "identity"), *headers]
         self._fixed = "".join(f"{name}: {value}\r\n" for name, value in fixed)
 
@@ -69,8 +104,8 @@ class ConnectionPool:
         Leaving the context returns the connection to the pool if the answer was read to its end. Otherwise it closes
         the connection at once, which cancels the generation in llama.cpp.
 
-        Raises: UpstreamFailed, with code `UNREACHABLE` if no connection could be made; also if the server closed an
-        idle connection at the moment it was reused: a retry then uses a new one.
+        Raises: UpstreamFailed, with code `UNREACHABLE` if no connection could be made, `REDIRECTED` for a redirect;
+        also if the server closed an idle connection at the moment it was reused: a retry then uses a new one.
         """
         return _Exchange(self, request)
 
@@ -92,11 +127,30 @@ class ConnectionPool:
             raise UpstreamFailed(f"the answer of {self.endpoint} is too large")
         return response.status, body
 
+    async def accepts(self, timeout_s: float) -> bool | None:
+        """True once the server accepts connections, else None; nothing is sent to it."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                (await self._connect()).abort()
+        except (UpstreamFailed, TimeoutError):
+            return None
+        return True
+
+    def waiting(self, since: float) -> int:
+        """How many requests have waited for the server since `since`, on the event loop's clock: for a connection, for
+        an answer, or for more of a generated one. Those whose client reads too slowly do not count."""
+        started = [timer.when() or math.inf for timer in self._connecting]
+        connecting = sum(when - self.timeouts.connect_s < since for when in started)
+        exchanges = [one.response for one in self._active if one.response is not None]
+        return connecting + sum(_waits(response) and response.sent_s < since for response in exchanges)
+
     def close(self, why: str, *, code: str = "upstream_disconnected") -> None:
         """Close all connections. Answers in progress fail with `why` and `code`, later requests fail too."""
         self._closed = True
         self._sweeper.stop()
         self._drop_idle()
+        for timer in self._connecting:
+            timer.reschedule(asyncio.get_running_loop().time())
         for connection in list(self._active):
             if connection.response is not None:
                 connection.response.fail(f"the model server disconnected: {why}", code=code)
@@ -110,36 +164,77 @@ class ConnectionPool:
         return text.encode("utf-8", "surrogateescape")  # as aiohttp decoded them
 
     async def _open(self, request: UpstreamRequest) -> tuple[Connection, UpstreamResponse]:
+        self._sweeper.wake()
         connection = self._pop_idle() or await self._connect()
         self._active.add(connection)
-        self._sweeper.wake()
         response = UpstreamResponse(self, connection, request.method, self.timeouts)
+        response.generates = request.slot
         try:
             connection.send(response, self._head(request) + request.body)
             await response.head()
+            check_redirect(response.status, response.header("location"))
         except BaseException as exc:
             self._release(connection, None)
-            if isinstance(exc, UpstreamFailed):
+            if isinstance(exc, UpstreamFailed) and exc.code != REDIRECTED:
                 self._drop_idle()  # the others are probably stale, too: the next request gets a new one
             raise
         return connection, response
 
     async def _connect(self) -> Connection:
-        if self._closed:
-            raise UpstreamFailed(f"{self.endpoint} is being stopped")
+        self._check_open()
         limit_s = self.timeouts.connect_s
+        timer = asyncio.timeout(limit_s)
+        missing = "connection to"
         try:
-            async with asyncio.timeout(limit_s):
-                _, connection = await asyncio.get_running_loop().create_connection(
-                    Connection, self.endpoint.host, self.endpoint.port, ssl=self._tls
-                )
+            async with timer:
+                self._connecting.add(timer)
+                if self._is_named:
+                    missing = "answer of the DNS about the name of"
+                    found = await resolver.addresses(self.endpoint.host, self.endpoint.port)
+                    missing = "connection to"
+                    connection = await self._connect_to(found)
+                else:
+                    connection = await self._dial()
         except TimeoutError:
-            message = f"no connection to {self.endpoint} within {limit_s:g} s"
+            self._check_open()
+            message = f"no {missing} {self.endpoint} within {limit_s:g} s"
             raise UpstreamFailed(message, status=504, code=UNREACHABLE) from None
         except (OSError, UnicodeError) as exc:  # UnicodeError: an invalid host name
             reason = getattr(exc, "strerror", None) or exc
             raise UpstreamFailed(f"cannot connect to {self.endpoint}: {reason}", code=UNREACHABLE) from exc
+        finally:
+            self._connecting.discard(timer)
+        if self._closed or (self._guard is not None and not self._guard()):
+            connection.abort()  # another server may have taken its address: it must not receive the credentials
+            raise UpstreamFailed(f"the server at {self.endpoint} has ended")
         return connection
+
+    async def _connect_to(self, addresses: Sequence[AddressInfo]) -> Connection:
+        """Connect to the first that can be reached, all but at the same time."""
+        host = self.endpoint.host
+        try:
+            sock = await start_connection(addresses, happy_eyeballs_delay=NEXT_ADDRESS_S, interleave=1)
+        except BaseException:
+            resolver.forget(host)  # they may have changed
+            raise
+        return await self._connection(sock=sock, server_hostname=host if self._tls else None)
+
+    async def _connection(self, **where: Any) -> Connection:
+        _, connection = await asyncio.get_running_loop().create_connection(Connection, ssl=self._tls, **where)
+        return connection
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UpstreamFailed(f"{self.endpoint} is being stopped")
+
+    async def _dial(self) -> Connection:
+        loop, to = asyncio.get_running_loop(), self.endpoint
+        while to.socket:
+            try:
+                return (await loop.create_unix_connection(Connection, to.socket))[1]
+            except BlockingIOError:
+                await asyncio.sleep(FULL_S)
+        return await self._connection(host=to.host, port=to.port)
 
     def _pop_idle(self) -> Connection | None:
         now = asyncio.get_running_loop().time()
@@ -161,7 +256,9 @@ class ConnectionPool:
             if connection.response is not None:
                 connection.response.check_timeout(now)
         self._drop_expired(now)
-        return bool(self._active or self._idle)
+        if self.on_sweep is not None:
+            self.on_sweep(now)
+        return bool(self._active or self._idle or self._connecting)
 
     def _release(self, connection: Connection, response: UpstreamResponse | None) -> None:
         """Return the connection to the pool, or close it if `response` is None or does not allow reuse. The end of an
@@ -176,7 +273,8 @@ class ConnectionPool:
             connection.response.detach()
         connection.response = None
         self._active.discard(connection)
-        if response is None or not response.reusable or not connection.idle or self._closed:
+        reusable = response is not None and response.reusable and not _closes_silently(response)
+        if response is None or not reusable or not connection.idle or self._closed:
             connection.abort()
             return
         response.resume()
@@ -206,6 +304,33 @@ class _Exchange(AbstractAsyncContextManager[UpstreamResponse]):
 
     async def __aexit__(self, *exc_info: object) -> None:
         self._pool._release(self._connection, self._response)
+
+
+def _waits(response: UpstreamResponse) -> bool:
+    """Whether it is for the server to send something: the head of the answer, or more of a generated one."""
+    over = response.complete or response.stopped or response.broken
+    return not over and not response._paused and (response.generates or not response._head_done)
+
+
+def _closes_silently(response: UpstreamResponse) -> bool:
+    """llama-server closes the connection shortly after every streamed answer without announcing it, so that the next
+    request on it could be lost. Source: cpp-httplib's `write_content_chunked` reports failure when the content provider
+    returns false, which llama.cpp's (b11434) does at the end."""
+    return response.header("server") == "llama.cpp" and response.header("content-type").startswith("text/event-stream")
+
+
+def check_redirect(status: int, location: str) -> None:
+    """Raises: UpstreamFailed for a redirect. Its query stays out of the message: it may contain a key."""
+    if status < 300 or status >= 400 or status == 304:
+        return
+    try:
+        parts = urlsplit(location)
+        origin = f"{parts.scheme or 'http'}://{parts.netloc.rpartition('@')[2]}" if parts.netloc else ""
+        target = f"{origin}{parts.path}"[:200] or "nowhere"
+    except ValueError:
+        target = "an invalid address"
+    message = f"the model server redirects to {target}: the configured url must be the one that answers"
+    raise UpstreamFailed(message, code=REDIRECTED)
 
 
 @lru_cache(maxsize=64)

@@ -11,41 +11,37 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, cast
 
 import httptools
 
 from llama_smart_proxy.backends.http.inflate import Inflater
+from llama_smart_proxy.backends.http.sink import Sink
 from llama_smart_proxy.proxy.errors import UpstreamFailed
 
 if TYPE_CHECKING:
     from llama_smart_proxy.backends.http.connection import ConnectionPool
 
 HEAD_LIMIT = 64 * 1024
-"""Maximum bytes of status line and headers accepted from a server."""
+"""Most bytes accepted between two pieces of a body: headers and informational answers, sizes of chunks, trailers."""
+HEAD_S = 60.0
+"""Seconds that a head may take from its first byte on."""
 MAX_BLANKS = 4 * 1024
 """Blank bytes that may come before an answer shows what it is."""
+COMMENT = ord(":")
+"""First byte of comments in a stream, which llama-server also sends while it generates nothing (its pings)."""
 BUFFER_LIMIT = 64 * 1024
 """Body bytes buffered for a reader that is not ready before reading from the socket is paused."""
 
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """Seconds to wait for a connection, for the first byte of an answer, and between two bytes of one."""
+    """Seconds to wait for a connection, for the first byte of a body, and between two pieces of one. Headers and
+    framing end no wait."""
 
     connect_s: float = 5.0
     first_byte_s: float = 600.0
     idle_s: float = 120.0
-
-
-class Sink(Protocol):
-    """Accepts body bytes as they arrive."""
-
-    def feed(self, data: bytes) -> bool:
-        """Take `data`; returns False to pause the source until `drained()` returns."""
-
-    async def drained(self) -> None:
-        """Return once more data can be taken."""
 
 
 class Connection(asyncio.Protocol):
@@ -124,13 +120,15 @@ class UpstreamResponse:
         self._timeouts = timeouts
         self._parser = httptools.HttpResponseParser(self)
         self._loop = asyncio.get_running_loop()
-        self._head_bytes = 0
+        self._unframed = 0  # bytes since the last one of a body
         self._head_done = False
+        self._head_since = 0.0
         self._framed = False  # the body has a length or is chunked
         self._error: UpstreamFailed | None = None
         self._pieces: list[bytes] = []
         self._buffered = 0
         self._sink: Sink | None = None
+        self.generates = True  # the answer: its parts show that the server works
         self._sink_full = False
         self._paused = False
         self.sent_s = time.monotonic()  # more precise than the loop's clock of milliseconds
@@ -251,11 +249,12 @@ class UpstreamResponse:
             self._waiter = None
 
     def check_timeout(self, now: float) -> None:
-        """Fail if the server has sent nothing for too long while reading was not paused. Called periodically, so that a
-        token needs no timer."""
+        """Fail if no piece of a body came for too long, unless reading was paused. Called now and then: no timers."""
         limit_s = self._timeouts.idle_s if self._body_started else self._timeouts.first_byte_s
         if now - self._received_at >= limit_s and not self._paused:
             self.fail(f"the model server sent nothing for {limit_s:g} s", status=504, code="upstream_timeout")
+        elif self._head_since and now - self._head_since >= HEAD_S:
+            self.fail(f"the model server's headers took over {HEAD_S:g} s", status=504, code="upstream_timeout")
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -285,12 +284,12 @@ class UpstreamResponse:
     # -- called by the connection ----------------------------------------------------------------------------------
 
     def _feed(self, data: bytes) -> None:
-        self._received_at = self._loop.time()
         if self.complete:
             self.reusable = False  # bytes after the end
             return
-        if not self._head_done:
-            self._head_bytes += len(data)
+        self._unframed += len(data)
+        if not self._head_done and not self._head_since:
+            self._head_since = self._loop.time()
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as exc:
@@ -299,8 +298,8 @@ class UpstreamResponse:
             else:
                 self.fail(f"the model server's answer is not HTTP: {type(exc).__name__}")
             return
-        if not self._head_done and self._head_bytes > HEAD_LIMIT:
-            self.fail("the model server's headers are too large")
+        if self._unframed > HEAD_LIMIT and not self.complete:
+            self.fail(f"the model server's {'chunk sizes or trailers' if self._head_done else 'headers'} are too large")
 
     def _eof_received(self) -> None:
         """The server has closed its side: the regular end of a body without length and chunks, else an error."""
@@ -332,11 +331,13 @@ class UpstreamResponse:
         if self.complete:
             return
         self.status = self._parser.get_status_code()
+        self._head_since = 0.0
         if 100 <= self.status < 200:
             self.headers.clear()
             self._framed = False
             return
         self._head_done = True
+        self._received_at = self._loop.time()
         encoding = self.header("content-encoding").strip().lower()
         if encoding not in ("", "identity"):
             self._decode(encoding)
@@ -351,6 +352,10 @@ class UpstreamResponse:
         if self.complete or self.stopped or self._error is not None:
             return
         self._body_started = True
+        self._received_at = self._loop.time()
+        self._unframed = 0
+        if self.generates and data[0] != COMMENT:
+            self.pool.advanced_at = self._received_at
         if self._inflater is not None:
             try:
                 data = self._inflater.inflate(data)
@@ -373,7 +378,7 @@ class UpstreamResponse:
 
     def on_message_complete(self) -> None:
         if self._head_done and not self.complete and self._error is None:
-            self._finish(reusable=self._framed and self._parser.should_keep_alive() and not self._closes_silently())
+            self._finish(reusable=self._framed and self._parser.should_keep_alive())
 
     def _decode(self, encoding: str) -> None:
         """Decompress the body: its readers, and clients, requested no compression."""
@@ -382,12 +387,6 @@ class UpstreamResponse:
             return
         self._inflater = Inflater()
         self.headers = [pair for pair in self.headers if pair[0] not in ("content-encoding", "content-length")]
-
-    def _closes_silently(self) -> bool:
-        """llama-server closes the connection shortly after every streamed answer without announcing it, so that the
-        next request on it could be lost. Source: cpp-httplib's `write_content_chunked` reports failure when the content
-        provider returns false, which llama.cpp's (b11434) does at the end."""
-        return self.header("server") == "llama.cpp" and self.header("content-type").startswith("text/event-stream")
 
     def _finish(self, *, reusable: bool) -> None:
         self.complete, self.reusable = True, reusable

@@ -10,16 +10,26 @@ from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
+from llama_smart_proxy.proxy.config import spelled
+
 CTX = ("-c", "--ctx-size")
 POOLING = ("none", "mean", "cls", "last", "rank")
 """The values of `--pooling`, in the order of their numbers in GGUF files."""
+VISION_FLAGS = {"-mm", "--mmproj", "-mmu", "--mmproj-url"}
+NO_VISION_FLAGS = {"--no-mmproj", "--no-mmproj-auto"}
 LARGEST_BATCH = 8192
 """Largest batch for a model without a configured context: the memory that a batch takes grows with its square."""
 
 
 def flags_of(args: Sequence[str]) -> set[str]:
     """The flags among `args`; after `--`, llama-server takes `_` for `-`."""
-    return {_spelled(arg) for arg in args if arg.startswith("-")}
+    return {spelled(arg) for arg in args if arg.startswith("-")}
+
+
+def takes_projector(args: Sequence[str], env: Mapping[str, str | None]) -> bool:
+    """Whether the projector beside a model is for the proxy to pass; not if `args` or `env` decide about it."""
+    decided = flags_of(args) & (VISION_FLAGS | NO_VISION_FLAGS)
+    return not decided and not any(name.startswith(("LLAMA_ARG_MMPROJ", "LLAMA_ARG_NO_MMPROJ")) for name in env)
 
 
 def value_of(args: Sequence[str], *spellings: str) -> str | None:
@@ -66,9 +76,5 @@ def _context(trained: object, ctx: int | None, args: Sequence[str]) -> int:
 
 def _values(args: Sequence[str], *spellings: str) -> Iterator[str]:
     for flag, value in pairwise(args):
-        if _spelled(flag) in spellings:
+        if spelled(flag) in spellings:
             yield value
-
-
-def _spelled(flag: str) -> str:
-    return flag.replace("_", "-") if flag.startswith("--") else flag

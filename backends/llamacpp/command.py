@@ -48,19 +48,20 @@ def build_argv(
     *,
     name: str,
     model: ModelConfig,
-    gguf: Path,
+    gguf: Path | str,
     host: str,
     port: int,
     required_args: Sequence[str] = (),
     default_args: Sequence[str] = (),
 ) -> list[str]:
-    """The whole argument list that serves `gguf` as `name` on `host:port`.
+    """The whole argument list that serves `gguf`, a path or a name for display, as `name` on `host:port`.
 
     Each value is an element of its own, no shell is involved, and the API key is not among them. llama-server takes the
     last of two equal flags, so `default_args` beat ours and those that the file requires, and the model's own `args`
     beat all.
     """
-    argv = [*command, "--model", os.path.abspath(gguf), "--host", host, "--port", str(port), "--alias", name]
+    file = os.path.abspath(gguf) if isinstance(gguf, Path) else gguf
+    argv = [*command, "--model", file, "--host", host, "--port", str(port), "--alias", name]
     if model.ctx is not None:
         argv += ["--ctx-size", str(model.ctx)]
     if model.parallel is not None:
@@ -69,10 +70,14 @@ def build_argv(
     return [*argv, *ours, *default_args, *model.args]
 
 
-def child_env(environ: Mapping[str, str], model_env: Mapping[str, str], key: str) -> dict[str, str]:
+def child_env(
+    environ: Mapping[str, str], model_env: Mapping[str, str | None], key: str, passthrough: Sequence[str] = ()
+) -> dict[str, str]:
     """The environment of a server: what of ours it may have, then the model's own `env`, then its API `key`.
 
+    `passthrough` are names and patterns of what it may have too. None in the model's `env` removes a variable.
     `PYTHONPATH` is for the embedded server, which is started without the working directory on its path; a native one
     does not look at it.
     """
-    return {**inherited(environ), "PYTHONPATH": str(SOURCE_ROOT), **model_env, "LLAMA_API_KEY": key}
+    env = {**inherited(environ, passthrough), "PYTHONPATH": str(SOURCE_ROOT), **model_env, "LLAMA_API_KEY": key}
+    return {name: value for name, value in env.items() if value is not None}

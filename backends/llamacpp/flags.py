@@ -233,6 +233,8 @@ SWITCHES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("-nkvo --no-kv-offload", {"no_kv_offload": True}),
     ("--op-offload", {"no_op_offload": False}),
     ("--no-op-offload", {"no_op_offload": True}),
+    ("--mmproj-auto", {"no_mmproj": False}),
+    ("--no-mmproj --no-mmproj-auto", {"no_mmproj": True}),
     ("--mmproj-offload", {"mmproj_use_gpu": True}),
     ("--no-mmproj-offload", {"mmproj_use_gpu": False}),
     ("--repack", {"no_extra_bufts": False}),

@@ -5,18 +5,25 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import math
 import re
+import time
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 from llama_smart_proxy.backends.base import ModelInfo
-from llama_smart_proxy.backends.llamacpp.arguments import flags_of
-from llama_smart_proxy.backends.threads import run_in_thread
+from llama_smart_proxy.backends.llamacpp.arguments import VISION_FLAGS, flags_of, takes_projector
+from llama_smart_proxy.backends.threads import begin_in_thread
+from llama_smart_proxy.backends.weights import projectors
 from llama_smart_proxy.backends.weights.files import locate
 from llama_smart_proxy.backends.weights.gguf import Elided, GgufError, GgufInfo, read_info
+from llama_smart_proxy.backends.weights.models_dir import ModelFile
+from llama_smart_proxy.backends.weights.stamps import Stamp, stamp_of
 from llama_smart_proxy.proxy.config import ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -24,48 +31,131 @@ logger = logging.getLogger(__name__)
 THINKING = ("<think>", "[THINK]", "enable_thinking", "reasoning_content", "reasoning_effort", "thinking_budget")
 """Chat templates of models that think hold one of these; the mere word `reasoning` is in the prose of others, too."""
 EMBEDDING_FLAGS = {"--embedding", "--embeddings", "--rerank", "--reranking"}
-VISION_FLAGS = {"-mm", "--mmproj", "-mmu", "--mmproj-url"}
+
+
+READ_S = 2.0
+"""Longest wait in seconds for a header; the file may be on a disk that does not answer."""
+MANY = 256
+"""Most models whose headers are waited for at one time; for more, the first answer has what their folder says."""
+MAX_READERS = 4
+"""Most threads that read, each new one because all others wait for a disk."""
 
 
 class Headers:
-    """Describes models by their files."""
+    """Describes models by their files. `default_args` are the flags that every model gets."""
 
-    def __init__(self) -> None:
+    def __init__(self, default_args: Sequence[str] = ()) -> None:
+        self._default_args = default_args
         self._known: dict[Path, _Known] = {}
-        self._reading = asyncio.Lock()  # one at a time, since a header may take 40 MiB while it is read
+        self._cards: dict[str, tuple[ModelFile | None, ModelInfo]] = {}
+        self._reading: dict[str, _Job] = {}
+        self._jobs: deque[_Job] = deque()
+        self._waiting = 0
+        self._readers: dict[object, float] = {}  # since when each of them reads the same file
 
-    async def info(self, name: str, model: ModelConfig) -> ModelInfo:
-        """What is known of a model. No more than its configuration when its file is not here, or broken, which is
-        logged once.
+    async def info(self, name: str, model: ModelConfig, file: ModelFile | None = None) -> ModelInfo:
+        """What is known of a model; for one of `models_dir`, `file` is what its last scan found. No more than its
+        configuration and its `file` when that is not here, or broken, which is logged once, or could not be read yet.
 
         Raises: `StartFailed` when the system has no more threads.
         """
-        async with self._reading:
-            return await run_in_thread(lambda: self._find(name, model))
+        card = self._cards.get(name)
+        if card is None or file is None or card[0] != file:
+            job = self._reading.get(name) or self._begin(name, model, file)
+            await self._wait(job)
+            card = self._cards.get(name)
+        return card[1] if card is not None else _unread(name, model, file)
 
-    def _find(self, name: str, model: ModelConfig) -> ModelInfo:
-        num_ctx = (model.ctx or 0) // (model.parallel or 1)  # llama-server's counts the tokens of all slots
-        path = locate(name, model)
+    def _begin(self, name: str, model: ModelConfig, file: ModelFile | None) -> _Job:
+        job = _Job(name, model, file, asyncio.get_running_loop().create_future())
+        self._jobs.append(job)
+        self._reading[name] = job
+        return job
+
+    async def _wait(self, job: _Job) -> None:
+        """Wait until it is done, but not for a disk that is known not to answer, nor in a crowd."""
+        self._employ()
+        all_stuck = len(self._readers) == MAX_READERS and self._are_stuck()
+        if self._waiting >= MANY or all_stuck or time.monotonic() - job.begun_s > READ_S:
+            return
+        if len(self._jobs) > MANY:  # of a long list; this one is waited for
+            with suppress(ValueError):
+                self._jobs.remove(job)
+                self._jobs.appendleft(job)
+        self._waiting += 1
+        try:
+            await asyncio.wait({job.done}, timeout=READ_S)
+        finally:
+            self._waiting -= 1
+
+    def _are_stuck(self) -> bool:
+        return all(time.monotonic() - since_s > READ_S for since_s in self._readers.values())
+
+    def _employ(self) -> None:
+        """Start a reader if all that there are wait for a disk: one at a time, since a header may take 40 MiB."""
+        if self._jobs and self._are_stuck() and len(self._readers) < MAX_READERS:
+            reader = object()
+            loop = asyncio.get_running_loop()
+            reading = begin_in_thread(lambda: self._read(reader, loop))
+            self._readers[reader] = time.monotonic()
+            reading.add_done_callback(lambda reading: self._leave(reader, reading))
+
+    def _leave(self, reader: object, reading: asyncio.Future[None]) -> None:
+        del self._readers[reader]
+        if not reading.cancelled() and (error := reading.exception()) is not None:
+            logger.error("unforeseen failure to read a header", exc_info=error)
+        self._employ()
+
+    def _read(self, reader: object, loop: asyncio.AbstractEventLoop) -> None:
+        """Do jobs until there are none; in a thread."""
+        with suppress(IndexError, RuntimeError):  # none is left, or the loop is closed
+            while True:
+                job = self._jobs.popleft()
+                self._readers[reader] = job.begun_s = time.monotonic()
+                loop.call_soon_threadsafe(self._done, job, self._find(job.name, job.model, job.file))
+
+    def _done(self, job: _Job, info: ModelInfo) -> None:
+        self._cards[job.name] = job.file, info
+        del self._reading[job.name]
+        job.done.set_result(None)
+
+    def _find(self, name: str, model: ModelConfig, file: ModelFile | None) -> ModelInfo:
+        path = file.path if file is not None else locate(name, model)
+        unread = _unread(name, model, file)
         if path is None:
-            return ModelInfo(name, num_ctx=num_ctx)
+            return unread
         known = self._known[path] = _look(path, self._known.get(path))
         if known.header is None:
-            return ModelInfo(name, num_ctx=num_ctx)
-        return ModelInfo(
-            name,
+            return unread
+        args = [*self._default_args, *model.args]
+        has_projector = takes_projector(args, model.env) and _projector(path, file) is not None
+        return replace(
+            unread,
             digest=known.digest,
-            modified=known.stamp[1] / 1e9,
+            modified=known.stamp[2] / 1e9,
             size_bytes=known.header.size_bytes,
             parameters=known.header.parameters,
             format="gguf",
-            capabilities=capabilities(known.header, model.args),
+            capabilities=capabilities(known.header, args, has_projector=has_projector),
             metadata=known.header.metadata,
-            num_ctx=num_ctx,
         )
 
 
-def capabilities(header: GgufInfo, args: Sequence[str]) -> tuple[str, ...]:
-    """What the model can do when llama-server runs it with `args`, by Ollama's names.
+def _projector(path: Path, file: ModelFile | None) -> Path | None:
+    return file.projector if file is not None else projectors.beside(path, log=False)
+
+
+def _unread(name: str, model: ModelConfig, file: ModelFile | None) -> ModelInfo:
+    """What is known of a model without its header."""
+    num_ctx = (model.ctx or 0) // (model.parallel or 1)  # llama-server's counts the tokens of all slots
+    if file is None:
+        return ModelInfo(name, num_ctx=num_ctx)
+    return ModelInfo(name, modified=file.stamp[2] / 1e9, size_bytes=file.stamp[3], format="gguf", num_ctx=num_ctx)
+
+
+def capabilities(header: GgufInfo, args: Sequence[str], *, has_projector: bool = False) -> tuple[str, ...]:
+    """What the model can do when llama-server runs it with `args`, by Ollama's names. `has_projector`: it gets one that
+    the `args` do not name.
 
     A model made for embeddings can do nothing else. Tools and thinking are read from the chat templates, as Ollama
     does: there is no better place.
@@ -81,7 +171,7 @@ def capabilities(header: GgufInfo, args: Sequence[str]) -> tuple[str, ...]:
         "tools": "tools" in templates or "tool_call" in templates,
         "thinking": any(marker in templates for marker in THINKING),
         "insert": header.infill,
-        "vision": bool(flags & VISION_FLAGS),
+        "vision": has_projector or bool(flags & VISION_FLAGS),
     }
     return tuple(capability for capability, has in able.items() if has)
 
@@ -100,20 +190,30 @@ def _given_template(args: Sequence[str]) -> str:
     return ""
 
 
-class _Known(NamedTuple):
-    """What was found in a file when its size, and its time of writing in nanoseconds, were those of `stamp`."""
+@dataclass(eq=False, slots=True)
+class _Job:
+    """A header to be read, and the future of that. `begun_s`: when a reader began with it; infinity if none has."""
 
-    stamp: tuple[int, int]
+    name: str
+    model: ModelConfig
+    file: ModelFile | None
+    done: asyncio.Future[None]
+    begun_s: float = math.inf
+
+
+class _Known(NamedTuple):
+    """What was found in a file when that was its `stamp`."""
+
+    stamp: Stamp
     digest: str
     header: GgufInfo | None
 
 
 def _look(path: Path, known: _Known | None) -> _Known:
     """What is in the file: what is `known` if it has not changed. What is too long to keep is an empty list."""
-    stamp = (-1, -1)
+    stamp = (-1, -1, -1, -1)
     try:
-        status = path.stat()
-        stamp = (status.st_size, status.st_mtime_ns)
+        stamp = stamp_of(path.stat())
         if known is not None and known.stamp == stamp:
             return known
         header, digest = read_info(path), _digest(path, stamp)
@@ -124,7 +224,7 @@ def _look(path: Path, known: _Known | None) -> _Known:
     return _Known(stamp, digest, replace(header, metadata=kept))
 
 
-def _digest(path: Path, stamp: tuple[int, int]) -> str:
+def _digest(path: Path, stamp: Stamp) -> str:
     """The SHA-256 of the file if it is in the cache of Hugging Face, where files have that for a name; else one of
     where it is and when it was written, since reading all of it may take minutes."""
     real = path.resolve()

@@ -10,25 +10,40 @@ from pathlib import Path
 
 from llama_smart_proxy.backends.base import UpstreamRequest
 from llama_smart_proxy.backends.http.connection import ConnectionPool, Endpoint
-from llama_smart_proxy.backends.llamacpp.arguments import required_by
+from llama_smart_proxy.backends.llamacpp.arguments import required_by, takes_projector
 from llama_smart_proxy.backends.llamacpp.command import build_argv, child_env, server_command
-from llama_smart_proxy.backends.pool.launcher import Command, CommandFor, HttpLauncher, PoolModel, Source
+from llama_smart_proxy.backends.pool.launcher import Command, CommandFor, HttpLauncher, PoolModel, Report, Source
 from llama_smart_proxy.backends.pool.readiness import is_up, prove_ours, wait_until
-from llama_smart_proxy.backends.weights import hub
+from llama_smart_proxy.backends.weights import hub, projectors
 from llama_smart_proxy.backends.weights.files import locate, resolve
 from llama_smart_proxy.backends.weights.gguf import GgufError, read_info
 from llama_smart_proxy.proxy.config import ModelConfig
-from llama_smart_proxy.proxy.errors import ConfigError, StartFailed
+from llama_smart_proxy.proxy.errors import ConfigError, StartFailed, UpstreamFailed
 
 REMEDY = (
     "llama-server reads it from LLAMA_API_KEY; to accept a server that does not, which any process of this machine can "
     "then use, set llama_cpp.allow_unauthenticated: true"
 )
 
+PROBE = UpstreamRequest(
+    "POST",
+    "/completion",
+    b'{"prompt":"a","n_predict":1,"cache_prompt":false}',
+    [("Content-Type", "application/json")],
+    slot=False,
+)
+"""Generates one token. No part of an answer to a client, so it is none that shows progress."""
+
+COUNTED = ("id_task", "is_processing", "n_prompt_tokens", "n_prompt_tokens_processed", "next_token", "n_decoded")
+"""What `/slots` reports of the work of a slot; `n_decoded` is in `next_token`, in older versions beside it."""
+
 
 class LlamaCppLauncher(HttpLauncher):
     """`Launcher` of llama-server. `server` is `llama_cpp.server` of the configuration; `default_args` are the flags
-    that every model gets. With `unauthenticated`, a server that does not enforce its API key is accepted."""
+    that every model gets. With `unauthenticated`, a server that does not enforce its API key is accepted, and one that
+    another process than ours has started. `passthrough` are further variables of ours that it may have."""
+
+    elsewhere = "a llama_cpp.server that starts it in a container requires llama_cpp.allow_unauthenticated: true"
 
     def __init__(
         self,
@@ -38,20 +53,30 @@ class LlamaCppLauncher(HttpLauncher):
         default_args: Sequence[str] = (),
         *,
         unauthenticated: bool = False,
+        passthrough: Sequence[str] = (),
     ) -> None:
         self._name = name
         self._model = model
         self._server = server
         self._default_args = default_args
         self._unauthenticated = unauthenticated
+        self._passthrough = passthrough
 
     def prepare(self) -> CommandFor:
+        return self._command_for(resolve(self._name, self._model))
+
+    def preview(self) -> CommandFor:
+        """As `prepare`; a file that is not here has the name that the configuration has for it."""
+        model = self._model
+        expected = model.path or model.file or (hub.download_name(model.repo, model.variant) if model.repo else "")
+        return self._command_for(locate(self._name, model) or expected)
+
+    def _command_for(self, gguf: Path | str) -> CommandFor:
         try:
             program = server_command(self._server)
         except ConfigError as exc:
             raise StartFailed(str(exc)) from exc
-        gguf = resolve(self._name, self._model)
-        required_args = self._required_by(gguf)
+        required_args = self._required_by(gguf) if isinstance(gguf, Path) else []
 
         def command_for(listen: Endpoint, key: str) -> Command:
             argv = build_argv(
@@ -64,23 +89,41 @@ class LlamaCppLauncher(HttpLauncher):
                 required_args=required_args,
                 default_args=self._default_args,
             )
-            return Command(argv, child_env(os.environ, self._model.env, key), listen)
+            env = child_env(os.environ, self._model.env, key, self._passthrough)
+            return Command(argv, env, listen, listens=not self._unauthenticated)
 
         return command_for
 
     def _required_by(self, gguf: Path) -> list[str]:
-        """The flags for what the file says of itself; none for a broken one, which the server itself reports."""
+        """The flags for what the file says of itself, and for the projector beside it; none for a broken one, which the
+        server itself reports."""
+        args = [*self._default_args, *self._model.args]
+        flags = _projector(gguf) if takes_projector(args, self._model.env) else []
         try:
-            metadata = read_info(gguf).metadata
+            return required_by(read_info(gguf).metadata, self._model.ctx, args) + flags
         except GgufError:
-            return []
-        return required_by(metadata, self._model.ctx, [*self._default_args, *self._model.args])
+            return flags
 
     async def ready(self, connections: ConnectionPool, patience_s: Callable[[], float]) -> int:
         if self._unauthenticated:
             return _slots(await wait_until(lambda timeout_s: _props(connections, timeout_s), patience_s))
         paths = {"health_path": "/health", "keyed_path": "/props"}
         return _slots(await prove_ours(connections, patience_s, **paths, remedy=REMEDY))
+
+    async def report(self, connections: ConnectionPool, timeout_s: float) -> Report | None:
+        """From `/slots`. Its answer comes from the loop that generates, so it waits for the batch under way."""
+        try:
+            status, body = await connections.fetch(UpstreamRequest("GET", "/slots", slot=False), timeout_s=timeout_s)
+        except UpstreamFailed:
+            return None
+        return _report(body) if status == 200 else Report(status, None)
+
+    async def probe(self, connections: ConnectionPool, timeout_s: float) -> bool:
+        """False also for a server that generates no texts: of that only the report and the processor time are known."""
+        try:
+            return (await connections.fetch(PROBE, timeout_s=timeout_s))[0] == 200
+        except UpstreamFailed:
+            return False
 
 
 def pool_model(
@@ -90,14 +133,22 @@ def pool_model(
     default_args: Sequence[str] = (),
     *,
     unauthenticated: bool = False,
+    passthrough: Sequence[str] = (),
 ) -> PoolModel:
     """A configured model as the pool knows it; the other arguments are those of its launcher."""
-    launcher = LlamaCppLauncher(name, model, server, default_args, unauthenticated=unauthenticated)
+    launcher = LlamaCppLauncher(
+        name, model, server, default_args, unauthenticated=unauthenticated, passthrough=passthrough
+    )
     source = None
     if model.repo is not None:
         download = hub.download_name(model.repo, model.variant)
         source = Source(download, partial(locate, name, model), hub.work(model.repo, model.variant))
     return PoolModel(name, launcher, model.pinned, model.keep_alive, source)
+
+
+def _projector(gguf: Path) -> list[str]:
+    found = projectors.beside(gguf)
+    return ["--mmproj", str(found)] if found is not None else []
 
 
 async def _props(connections: ConnectionPool, timeout_s: float) -> bytes | None:
@@ -113,3 +164,13 @@ def _slots(props: bytes) -> int:
         return max(1, int(json.loads(props)["total_slots"]))
     except (ValueError, KeyError, TypeError):
         return 1
+
+
+def _report(slots: bytes) -> Report:
+    """Source: `server_slot::to_json` in llama.cpp tools/server/server-context.cpp, b11434."""
+    try:
+        entries = json.loads(slots)
+        work = [[entry.get(name) for name in COUNTED] for entry in entries]
+        return Report(work, not all(entry.get("is_processing") for entry in entries))
+    except (ValueError, TypeError, AttributeError):
+        return Report(None, None)

@@ -12,6 +12,7 @@ from llama_smart_proxy.backends.llamacpp.headers import Headers
 from llama_smart_proxy.backends.pool.launcher import PoolModel
 from llama_smart_proxy.backends.pool.pool import Pool
 from llama_smart_proxy.backends.pool.spawned import SpawnedModel
+from llama_smart_proxy.backends.weights.models_dir import ModelFile
 from llama_smart_proxy.proxy.config import ModelConfig
 
 KIND = "llama.cpp"
@@ -43,6 +44,10 @@ class LlamaCppModel(SpawnedModel):
         self.features = self.features | _optional_features(config)
         self._headers = headers
         self._remove = remove
+        self.file: ModelFile | None = None
+        """What the last scan of `models_dir` found, for a model from there."""
+        self.rescan: Callable[[], Awaitable[None]] | None = None
+        """Makes `file` a recent one."""
 
     async def delete(self, headers: Sequence[tuple[str, str]]) -> None:
         if self._remove is None:
@@ -52,7 +57,9 @@ class LlamaCppModel(SpawnedModel):
 
     async def info(self) -> ModelInfo:
         """Raises: `StartFailed` when the system has no more threads."""
-        return await self._headers.info(self.name, self.config)
+        if self.rescan is not None:
+            await self.rescan()
+        return await self._headers.info(self.name, self.config, self.file)
 
     async def residence(self) -> Residence | None:
         """`size_vram` is 0: llama-server does not report how much of the model it put on a GPU."""

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
-from llama_smart_proxy.backends.base import BaseProvider, ProviderStatus, Services
+from llama_smart_proxy.backends.base import BaseProvider, Problem, ProviderStatus, Services
 from llama_smart_proxy.backends.llamacpp.headers import Headers
 from llama_smart_proxy.backends.llamacpp.launcher import pool_model
 from llama_smart_proxy.backends.llamacpp.model import KIND, LlamaCppModel
-from llama_smart_proxy.backends.threads import run_in_thread
+from llama_smart_proxy.backends.llamacpp.problems import problems
+from llama_smart_proxy.backends.threads import Looks, run_in_thread
 from llama_smart_proxy.backends.weights import hub
 from llama_smart_proxy.backends.weights.downloads import Download
-from llama_smart_proxy.backends.weights.files import scan_models_dir
+from llama_smart_proxy.backends.weights.models_dir import FRESH_S, ModelFile, ModelsDir, Scan, key
 from llama_smart_proxy.proxy.config import Config, LlamaCppConfig, ModelConfig
-from llama_smart_proxy.proxy.errors import ConfigError, ModelNotFound
+from llama_smart_proxy.proxy.errors import ModelNotFound
 
 logger = logging.getLogger(__name__)
 
 CACHE_FRESH_S = 2.0
 """How old the list of what is in the Hugging Face cache may be before it is read anew."""
-CACHE_READ_S = 2.0
-"""Longest wait for that; the folder may be on a disk that does not answer."""
+LOOK_S = 2.0
+"""Longest wait for a look at the cache or at `models_dir`, which may be on a disk that does not answer."""
 
 
 class LlamaCpp(BaseProvider):
@@ -39,23 +38,31 @@ class LlamaCpp(BaseProvider):
         super().__init__()
         self._pool = services.pool
         self._downloads = services.downloads
-        self._headers = Headers()
-        self._config = config.llama_cpp
+        self._config = config
         self._default_args = config.default_args()
+        self._headers = Headers(self._default_args)
         self._takes_hub_names = config.backend == KIND
-        self._models_dir = config.llama_cpp.models_dir
-        self._scanned_ns = -1
+        self._models_dir = ModelsDir.of(config)
+        self._folder_looks: Looks[Scan] | None = None
+        if self._models_dir is not None:
+            what = f"models_dir {config.llama_cpp.models_dir}"
+            self._folder_looks = Looks(what, self._models_dir.look, self._offer, LOOK_S)
+        self._scan = Scan()
+        self._started = False
         self._files: dict[str, LlamaCppModel] = {}
+        self._aliases: dict[str, LlamaCppModel] = {}
+        self._replaced: list[LlamaCppModel] = []
         self._by_key: dict[str, LlamaCppModel] = {}
-        self._reads_cache = config.llama_cpp.hf_cache
         self._cached: dict[str, LlamaCppModel] = {}
-        self._cache_read_s = float("-inf")
+        self._cache_looks: Looks[dict[str, ModelConfig]] | None = None
+        if config.llama_cpp.hf_cache:
+            self._cache_looks = Looks("the Hugging Face cache", hub.cached_models, self._offer_cached, LOOK_S)
         self._configured = [
             self._model(name, model) for name, model in config.models.items() if config.backend_of(name) == KIND
         ]
         for spawned in self._configured:
-            for key in (spawned.name, *spawned.aliases):
-                self._by_key[key.lower()] = spawned
+            for own in (spawned.name, *spawned.aliases):
+                self._by_key[own.lower()] = spawned
 
     @classmethod
     def create(cls, config: Config, services: Services) -> LlamaCpp:
@@ -63,8 +70,11 @@ class LlamaCpp(BaseProvider):
         return cls(config, services)
 
     async def start(self) -> None:
-        """Start the pool, and begin to load as many of the models marked `preload` as fit, pinned ones first."""
+        """Start the pool, and begin to load as many of the models marked `preload` as fit, pinned ones first. Returns
+        when it is known what is in `models_dir`, unless that does not answer."""
+        self._started = True
         await self._pool.start()
+        await self._look_at_folder()
         preloaded = [spawned for spawned in self._configured if spawned.config.preload]
         for spawned in sorted(preloaded, key=lambda spawned: not spawned.config.pinned)[: self._pool.size]:
             self._pool.begin_load(spawned.model)
@@ -75,45 +85,51 @@ class LlamaCpp(BaseProvider):
     # -- models ----------------------------------------------------------------------------------------------------
 
     async def listed(self) -> None:
-        """Return once the list of what is in the cache is at most 2 s old, or could not be read in 2 s."""
-        await self._read_cache()
+        """Return once the list of what is in `models_dir` is up to date, and that of the cache at most 2 s old, or once
+        a disk has not answered for 2 s."""
+        await self._look_at_folder()
+        await self._look_at_cache(CACHE_FRESH_S)
 
     async def reread(self) -> None:
         """Read `models_dir` and the cache again, and unload the models that are gone from there."""
         before = dict.fromkeys([*self._files.values(), *self._cached.values()])
-        self._scanned_ns = -1
-        await self._read_cache(at_once=True)
+        if self._models_dir is not None:
+            self._models_dir.forget()
+        await self._look_at_folder()
+        await self._look_at_cache()
         after = set(self.models())
         for spawned in before:
             if spawned not in after:
                 await spawned.unload()
 
     def models(self) -> Sequence[LlamaCppModel]:
-        return [*self._configured, *self._scan().values(), *dict.fromkeys(self._cached.values())]
+        return [*self._configured, *self._files.values(), *dict.fromkeys(self._cached.values())]
 
     def known(self, name: str, *, pull: bool = True) -> LlamaCppModel | None:
         """The model of that name. Case is ignored, and a `:latest` that is not configured."""
-        key = name.lower()
-        plain = key.removesuffix(":latest")
-        found = self._by_key.get(key) or self._by_key.get(plain)
-        if found is None and self._models_dir is not None:
-            files = self._scan()
-            found = files.get(key) or files.get(plain)
+        lowered = name.lower()
+        found = self._by_key.get(lowered) or self._by_key.get(lowered.removesuffix(":latest"))
+        if found is None and self._files:
+            own = key(name)
+            found = self._files.get(own) or self._aliases.get(own)
         if found is None and self._cached:
-            found = self._cached.get(key.replace("huggingface.co/", "hf.co/", 1))
+            found = self._cached.get(lowered.replace("huggingface.co/", "hf.co/", 1))
         return found
 
     async def find(self, name: str, *, pull: bool) -> LlamaCppModel | None:
+        await self._look_at_folder()
+        if (found := self.known(name)) is not None:
+            return found
         if hub.parse_name(name) is not None:
-            await self._read_cache(at_once=True)
+            await self._look_at_cache()
         elif hub.parse_name(f"{hub.PREFIXES[0]}{name}") is not None:  # a name of many kinds, so not that often
-            await self._read_cache()
+            await self._look_at_cache(CACHE_FRESH_S)
         return self.known(name)
 
     @property
     def default(self) -> LlamaCppModel | None:
         """The one there is, apart from the cache."""
-        ours = [*self._configured, *self._scan().values()]
+        ours = [*self._configured, *self._files.values()]
         return ours[0] if len(ours) == 1 else None
 
     async def fitting(self, models: Sequence[str]) -> list[list[str]]:
@@ -137,18 +153,62 @@ class LlamaCpp(BaseProvider):
     def status(self) -> ProviderStatus:
         return ProviderStatus(instances=self._pool.status())
 
+    async def problems(self) -> Sequence[Problem]:
+        await self._look_at_folder()
+        return [*await run_in_thread(lambda: problems(self._config)), *self._disk_problems()]
+
+    def _disk_problems(self) -> Iterator[Problem]:
+        folder, cache = "llama_cpp.models_dir", "llama_cpp.hf_cache"
+        if self._scan.error:
+            yield Problem(folder, self._scan.error, fatal=self._scan.gone)
+        for remark in self._scan.remarks:
+            yield Problem(folder, remark, harmless=True)
+        for where, looks in ((folder, self._folder_looks), (cache, self._cache_looks)):
+            if looks is not None and looks.stalled:
+                yield Problem(where, "the disk does not answer; what was known of it last is offered")
+
     # -- what is on the disk ---------------------------------------------------------------------------------------
 
-    async def _read_cache(self, *, at_once: bool = False) -> None:
-        """Look at the Hugging Face cache again, unless that was done a moment ago."""
-        now = asyncio.get_running_loop().time()
-        if not self._reads_cache or (not at_once and now - self._cache_read_s < CACHE_FRESH_S):
+    async def _look_at_folder(self) -> None:
+        """Return once what is in `models_dir` is known; models whose file is another one now are unloaded."""
+        if self._folder_looks is not None:
+            await self._folder_looks.look()
+        while self._replaced:
+            await self._replaced.pop().unload()
+
+    async def _rescan(self) -> None:
+        if self._folder_looks is not None:
+            await self._folder_looks.look(FRESH_S)
+
+    async def _look_at_cache(self, fresh_s: float = 0.0) -> None:
+        """Look at the Hugging Face cache again, unless that was done less than `fresh_s` ago."""
+        if self._cache_looks is not None:
+            await self._cache_looks.look(fresh_s)
+
+    def _offer(self, scan: Scan) -> None:
+        """Offer what was found in `models_dir`. What is remarkable about it is logged once, if the proxy runs."""
+        if scan is self._scan:
             return
-        self._cache_read_s = now
-        with suppress(TimeoutError):
-            async with asyncio.timeout(CACHE_READ_S):
-                found = await run_in_thread(hub.cached_models)
-                self._cached = self._keyed(found)
+        if self._started and scan.error and scan.error != self._scan.error:
+            offered = "its models are not" if scan.gone else "what was known of it last is"
+            logger.warning("models_dir cannot be read, %s offered: %s", offered, scan.error)
+        for remark in scan.remarks if self._started else ():
+            if remark not in self._scan.remarks:
+                logger.warning("models_dir: %s", remark)
+        before, self._scan = self._files, scan
+        self._files = {own: self._of_file(before.get(own), file) for own, file in scan.models.items()}
+        self._aliases = {alias: self._files[key(file.name)] for alias, file in scan.aliases.items()}
+
+    def _of_file(self, known: LlamaCppModel | None, file: ModelFile) -> LlamaCppModel:
+        if known is None or (known.name, known.aliases, known.config.path) != (file.name, file.aliases, file.path):
+            if known is not None:
+                self._replaced.append(known)
+            known = self._model(file.name, ModelConfig(path=file.path), aliases=file.aliases)
+        known.file, known.rescan = file, self._rescan
+        return known
+
+    def _offer_cached(self, found: Mapping[str, ModelConfig]) -> None:
+        self._cached = self._keyed(found)
 
     def _keyed(self, found: Mapping[str, ModelConfig]) -> dict[str, LlamaCppModel]:
         """The models of the cache under all names they go by: with a quantisation, a file, or, if a repository has
@@ -157,7 +217,7 @@ class LlamaCpp(BaseProvider):
         keyed: dict[str, LlamaCppModel] = {}
         alone = Counter(model.repo for model in found.values())
         for name, model in found.items():
-            spawned = known.get(name) or self._model(name, model, cached=True)
+            spawned = known.get(name) or self._model(name, model, cached=True, aliases=[name.removeprefix("hf.co/")])
             names = [name, f"hf.co/{model.repo}:{model.variant}"]
             names += [key.removeprefix("hf.co/") for key in names]  # llama-server's own names
             names += [f"hf.co/{model.repo}", f"hf.co/{model.repo}:latest"] if alone[model.repo] == 1 else []
@@ -170,32 +230,16 @@ class LlamaCpp(BaseProvider):
         assert spawned.config.repo is not None and spawned.config.variant is not None
         repo, file = spawned.config.repo, spawned.config.variant
         await run_in_thread(lambda: hub.delete(repo, file))
-        await self._read_cache(at_once=True)
+        await self._look_at_cache()
 
-    def _scan(self) -> dict[str, LlamaCppModel]:
-        """Models of `models_dir` by lower-case name; the folder is read again only when it has changed."""
-        if self._models_dir is None:
-            return {}
-        try:
-            changed_ns = self._models_dir.stat().st_mtime_ns
-            files = scan_models_dir(self._models_dir) if changed_ns != self._scanned_ns else None
-        except (OSError, ConfigError) as exc:
-            changed_ns, files = -2, {}
-            if self._scanned_ns != changed_ns:
-                logger.warning("models_dir cannot be read, its models are not offered: %s", exc)
-        self._scanned_ns = changed_ns
-        if files is not None:
-            self._files = {
-                name.lower(): self._files.get(name.lower()) or self._model(name, model)
-                for name, model in files.items()
-                if name.lower() not in self._by_key
-            }
-        return self._files
-
-    def _model(self, name: str, model: ModelConfig, *, cached: bool = False) -> LlamaCppModel:
-        server, unauthenticated = self._config.server, self._config.allow_unauthenticated
-        pooled = pool_model(name, model, server, self._default_args, unauthenticated=unauthenticated)
-        if not cached:
-            return LlamaCppModel(self._pool, pooled, model, self._headers)
-        aliases = [name.removeprefix("hf.co/")]
-        return LlamaCppModel(self._pool, pooled, model, self._headers, self._remove, aliases=aliases)
+    def _model(
+        self, name: str, model: ModelConfig, *, cached: bool = False, aliases: Sequence[str] = ()
+    ) -> LlamaCppModel:
+        settings = self._config.llama_cpp
+        pooled = pool_model(
+            *(name, model, settings.server, self._default_args),
+            unauthenticated=settings.allow_unauthenticated,
+            passthrough=self._config.passthrough,
+        )
+        remove = self._remove if cached else None
+        return LlamaCppModel(self._pool, pooled, model, self._headers, remove, aliases=aliases)

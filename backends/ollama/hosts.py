@@ -331,7 +331,10 @@ class Hosts:
 
     def missing(self, name: str) -> ModelNotFound | UpstreamFailed:
         """The error for a model without a host: none has it, or none is available."""
+        return UpstreamFailed(self.down) if self.down is not None else ModelNotFound(f"model {name[:100]!r} not found")
+
+    @property
+    def down(self) -> str | None:
+        """Why no host is available; None if one is, as far as known."""
         errors = [host.error for host in self.hosts if host.error is not None]
-        if len(errors) == len(self.hosts):
-            return UpstreamFailed(f"no Ollama host answers: {'; '.join(errors)}")
-        return ModelNotFound(f"model {name[:100]!r} not found")
+        return f"no Ollama host answers: {'; '.join(errors)}" if len(errors) == len(self.hosts) else None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 import orjson
 
 from llama_smart_proxy.backends.base import Feature, Json, ModelInfo, ModelState, Residence, UpstreamRequest
-from llama_smart_proxy.backends.http.connection import UNREACHABLE
+from llama_smart_proxy.backends.http.connection import UNREACHABLE, Endpoint
 from llama_smart_proxy.backends.http.exchange import UpstreamResponse
 from llama_smart_proxy.backends.names import key_of
 from llama_smart_proxy.backends.ollama.context import LOOK_S
@@ -40,6 +40,7 @@ class OllamaModel:
     speaks: ClassVar[frozenset[str]] = frozenset({"ollama"})
     features: ClassVar[frozenset[Feature]] = frozenset({Feature.LOADING, Feature.ECHO})
     tags: ClassVar[Sequence[str]] = ()
+    forwards: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, hosts: Hosts, name: str, *, pull: bool, asked: str = "") -> None:
         self.name = name
@@ -169,6 +170,9 @@ class OllamaModel:
         item = self._hosts.item(self.name)
         return ModelInfo(self.name, native={KIND: item} if item is not None else {})
 
+    async def slots(self) -> None:
+        """None: Ollama does not report it."""
+
     async def residence(self) -> Residence | None:
         with suppress(TimeoutError):
             async with asyncio.timeout(LOOK_S):
@@ -178,6 +182,10 @@ class OllamaModel:
             return None
         vram, context = (_count(item.get(key)) for key in ("size_vram", "context_length"))
         return Residence(_seconds(item.get("expires_at")), vram, context, {KIND: item})
+
+    def command_line(self, listen: Endpoint) -> Sequence[str]:
+        """None: the server is another's."""
+        return ()
 
 
 async def _refused(opening: Callable[[], AbstractAsyncContextManager[UpstreamResponse]]) -> UpstreamRefused | None:

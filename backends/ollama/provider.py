@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from llama_smart_proxy.backends.base import ProviderStatus, Services
+from llama_smart_proxy.backends.base import Problem, ProviderStatus, Services
 from llama_smart_proxy.backends.ollama.host import OllamaHost
 from llama_smart_proxy.backends.ollama.hosts import Hosts
 from llama_smart_proxy.backends.ollama.model import KIND, OllamaModel
@@ -81,3 +81,9 @@ class Ollama:
 
     def status(self) -> ProviderStatus:
         return ProviderStatus(servers=self._hosts.status())
+
+    async def problems(self) -> Sequence[Problem]:
+        """One, if no host answers: while one does, requests go there."""
+        await self._hosts.listed()
+        error = self._hosts.down
+        return [Problem("ollama.host", error)] if error is not None else []

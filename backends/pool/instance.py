@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -13,12 +12,14 @@ from functools import partial
 
 from llama_smart_proxy.backends.http.connection import ConnectionPool, Endpoint
 from llama_smart_proxy.backends.http.exchange import Timeouts
+from llama_smart_proxy.backends.pool.family import Vitals, vitals
 from llama_smart_proxy.backends.pool.launcher import Command, CommandFor, PoolModel
 from llama_smart_proxy.backends.pool.logring import LogRing
 from llama_smart_proxy.backends.pool.messages import describe_exit, without_secrets
 from llama_smart_proxy.backends.pool.ports import Ports, is_free, listens
-from llama_smart_proxy.backends.pool.readiness import NotOurs, TakesAnyKey
+from llama_smart_proxy.backends.pool.readiness import Foreign, NotOurs, TakesAnyKey, new_key, wait_until
 from llama_smart_proxy.backends.pool.spawn import Child, spawn
+from llama_smart_proxy.backends.pool.watch import Watch, look_s
 from llama_smart_proxy.backends.threads import run_in_thread
 from llama_smart_proxy.proxy.config import PoolConfig
 from llama_smart_proxy.proxy.errors import ProxyError, StartFailed
@@ -26,10 +27,16 @@ from llama_smart_proxy.proxy.errors import ProxyError, StartFailed
 logger = logging.getLogger(__name__)
 
 BIND_ATTEMPTS = 3
+PREPARE_S = 60.0
+"""Longest wait for a disk with a model's files, which may have to spin up, be mounted first, or not answer at all."""
 QUOTED_LINES = 10
 """How many lines of a server's output an error message quotes."""
 BEFORE_STOP_SHARE = 0.5
 """The part of `stop_timeout_s` that a launcher's `before_stop` may take."""
+LOST_S = 5.0
+"""Seconds after its SIGKILL in which a process must be gone; then the kernel cannot end it, and we continue without."""
+STALLED = "model_stalled"
+"""Error code of a server that was killed because it generated nothing any more."""
 
 
 class State(StrEnum):
@@ -45,7 +52,8 @@ class Instance:
     """A server process and its state, STARTING → READY → STOPPING → STOPPED, which is changed only here.
 
     `on_change(instance)` is called, in the event loop, after each change that `stop()` did not cause: it is ready, it
-    failed or crashed (`error` is the reason), it has stopped. Once STOPPED its process is reaped and its port released.
+    failed, crashed or stalled (`error` is the reason), it has stopped. Once STOPPED its process is reaped and its port
+    released, unless the kernel cannot end it.
     `start()` is called once; `stop()` at any time, any number of times.
 
     `worked` is set by the caller that received a complete answer from it. `pid` and `port` are 0 until there is a
@@ -69,7 +77,7 @@ class Instance:
         self._config = config
         self._ports = ports
         self._on_change = on_change
-        self._key = secrets.token_urlsafe(24)
+        self._key = new_key()
         self._log = LogRing()
         self._command: Command | None = None
         self._child: Child | None = None
@@ -77,6 +85,7 @@ class Instance:
         self._starting: asyncio.Task[None]
         self._life: asyncio.Task[None]
         self._over = asyncio.Event()
+        self._watch: Watch | None = None
         self._since = time.monotonic()
         self._last_output = 0.0
 
@@ -103,6 +112,11 @@ class Instance:
         await asyncio.wait({self._life}, timeout=timeout_s)
         return self._life.done()
 
+    @property
+    def suspicion(self) -> str | None:
+        """Why it is likely that it has stalled; None if it is not."""
+        return self._watch.suspicion if self._watch is not None else None
+
     def log_tail(self, lines: int = 200) -> list[str]:
         """The last lines the process printed, secrets blanked."""
         env = self._command.env if self._command is not None else {}
@@ -122,16 +136,18 @@ class Instance:
                 was_ready = True
                 self.load_s = time.monotonic() - self._since
                 self._become(State.READY, f"pid {self.pid}, port {self.port}, {self.slots} slots")
+                self._watch = self._new_watch()
                 self._on_change(self)
                 await self._over.wait()
+                await self._watch.close()
         if self._child is not None:
-            await self._end(self._child, gently=was_ready)
+            await self._end(self._child, gently=was_ready and self.error is None)
         if self.state is not State.STOPPED:
             self._become(State.STOPPED, "ended")
             self._on_change(self)
 
     async def _end(self, child: Child, *, gently: bool) -> None:
-        """Return once the process is reaped."""
+        """Return once the process is reaped, or will not be."""
         begun = time.monotonic()
         grace_s = self._config.stop_timeout_s if gently else 0.0
         if gently and child.returncode is None:
@@ -145,7 +161,11 @@ class Instance:
                         await child.wait()
                         return
         child.kill()
-        await child.wait()
+        try:
+            async with asyncio.timeout(LOST_S):
+                await child.wait()
+        except TimeoutError:
+            logger.error("%s: process %d does not end; its place goes to others", self.name, child.pid)
 
     async def _before_stop(self, limit_s: float) -> None:
         """Its own connections are closed by now, so that no request is under way: the launcher gets new ones."""
@@ -184,9 +204,10 @@ class Instance:
         if state is not State.READY:
             self._over.set()
             if hasattr(self, "connections"):
-                code = "shutting_down" if state is State.STOPPING else "upstream_disconnected"
+                wanted = state is State.STOPPING and self.error is None
+                code = "shutting_down" if wanted else "upstream_disconnected"
                 self.connections.close(cause, code=code)
-        if state is State.STOPPED:
+        if state is State.STOPPED and (self._child is None or self._child.returncode is not None):
             self._release_port()
 
     def _release_port(self) -> None:
@@ -196,14 +217,14 @@ class Instance:
     # -- starting --------------------------------------------------------------------------------------------------
 
     async def _start(self) -> None:
-        command_for = await run_in_thread(self.model.launcher.prepare)
+        command_for = await self._prepared()
         for _ in range(BIND_ATTEMPTS):
-            self.port = self._ports.reserve()
+            self.port = 0 if self.model.launcher.by_socket else self._ports.reserve()
             child = self._spawn(command_for)
             try:
                 return await self._until_ready(child)
             except NotOurs as exc:
-                if isinstance(exc, TakesAnyKey) and await run_in_thread(partial(listens, child.pid, self.port)):
+                if isinstance(exc, TakesAnyKey) and await self._is_owned(child):
                     message = f"its server does not enforce the API key that it is given; {exc.remedy}."
                     raise StartFailed(f"Model '{self.name}' failed to load: {message}") from exc
                 failure = exc
@@ -211,7 +232,19 @@ class Instance:
             child.kill()
             await child.wait()
             self._release_port()
-        raise StartFailed(f"Model '{self.name}' failed to load: each of {BIND_ATTEMPTS} ports was lost: {failure}.")
+        lost = f"each of {BIND_ATTEMPTS} ports was lost: {failure}"
+        hint = f" ({hint})" if isinstance(failure, Foreign) and (hint := self.model.launcher.elsewhere) else ""
+        raise StartFailed(f"Model '{self.name}' failed to load: {lost}{hint}.")
+
+    async def _prepared(self) -> CommandFor:
+        """Raises: `StartFailed`, also when the disk with the files does not answer."""
+        limit_s = min(PREPARE_S, self._config.load_timeout_s)
+        try:
+            async with asyncio.timeout(limit_s):
+                return await run_in_thread(self.model.launcher.prepare)
+        except TimeoutError as exc:
+            message = f"Model '{self.name}' did not load: its files could not be read within {limit_s:g} s."
+            raise StartFailed(message, status=504, code="model_load_timeout") from exc
 
     def _spawn(self, command_for: CommandFor) -> Child:
         loop = asyncio.get_running_loop()
@@ -229,7 +262,7 @@ class Instance:
         """
         loop = asyncio.get_running_loop()
         self.connections = self._connections()
-        proving = loop.create_task(self._prove(), name=f"readiness of {self.name}")
+        proving = loop.create_task(self._prove(child), name=f"readiness of {self.name}")
         try:
             await asyncio.wait({proving, self._exit}, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -238,7 +271,7 @@ class Instance:
         verdict = None if proving.cancelled() else proving.exception()
         if child.returncode is not None:
             self.connections.close("it ended")
-            if not is_free(self._ports.host, self.port):
+            if self.port and not is_free(self._ports.host, self.port):
                 raise NotOurs("another process listens there")
             raise self._exited_error()
         if verdict is not None:
@@ -246,15 +279,32 @@ class Instance:
             raise verdict
 
     def _connections(self) -> ConnectionPool:
-        assert self._command is not None
-        limits = Timeouts(first_byte_s=self._config.first_byte_timeout_s, idle_s=self._config.idle_timeout_s)
-        auth = [("Authorization", f"Bearer {self._key}")]
-        return ConnectionPool(self._command.endpoint, headers=auth, timeouts=limits)
+        assert self._command is not None and self._child is not None
+        child, first_byte_s = self._child, self._config.first_byte_timeout_s
+        limits = Timeouts(connect_s=first_byte_s, first_byte_s=first_byte_s, idle_s=self._config.idle_timeout_s)
+        return ConnectionPool(
+            self._command.endpoint,
+            headers=[("Authorization", f"Bearer {self._key}")],
+            timeouts=limits,
+            guard=lambda: child.alive,
+            sweep_s=look_s(self._config.stall_timeout_s),
+        )
 
-    async def _prove(self) -> None:
+    async def _prove(self, child: Child) -> None:
+        """Nothing is sent to what listens there before it is known to be our child."""
         launcher = self.model.launcher
+        if self._command is not None and self._command.listens:
+            await wait_until(self.connections.accepts, self._patience_s)
+            if await self._is_owned(child) is False:
+                raise Foreign
         self.slots = await launcher.ready(self.connections, self._patience_s)
         await self._hook("after_ready", launcher.after_ready(self.connections), self._config.load_timeout_s)
+
+    async def _is_owned(self, child: Child) -> bool | None:
+        """Whether the child is who listens at the address of its command; None if the system does not tell."""
+        assert self._command is not None
+        at = self._command.endpoint
+        return True if at.socket else await run_in_thread(partial(listens, child.pid, at.host, at.port))
 
     def _patience_s(self) -> float:
         """Seconds the process may still stay silent. Raises: `StartFailed` when none are left."""
@@ -274,12 +324,29 @@ class Instance:
     def _exited(self, returncode: int) -> None:
         if not self._exit.done():
             self._exit.set_result(None)
+        if self.state is State.STOPPED:
+            self._release_port()
         if self.state is State.READY:
             how = describe_exit(returncode)
             message = f"Model '{self.name}' crashed: its server {how}.{self._quoted_log()}"
             self.error = StartFailed(message, code="model_crashed")
             logger.error("%s", " | ".join(message.splitlines()))
             self._become(State.STOPPED, f"its server {how}")
+            self._on_change(self)
+
+    def _new_watch(self) -> Watch:
+        limit_s = self._config.stall_timeout_s
+        return Watch(self.name, limit_s, self.model.launcher, self.connections, self._vitals, self._stalled)
+
+    def _vitals(self) -> Vitals | None:
+        """None if the child is not who does the work."""
+        return vitals(self.pid) if self._command is not None and self._command.listens else None
+
+    def _stalled(self, reason: str) -> None:
+        if self.state is State.READY:
+            reason = f"{reason} (server_pool.stall_timeout_s: {self._config.stall_timeout_s:g})"
+            self.error = StartFailed(f"Model '{self.name}' stalled: {reason}.", code=STALLED)
+            self._become(State.STOPPING, f"it stalled: {reason}")
             self._on_change(self)
 
     def _exited_error(self) -> StartFailed:

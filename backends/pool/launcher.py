@@ -2,35 +2,52 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
 from llama_smart_proxy.backends.http.connection import ConnectionPool, Endpoint
 from llama_smart_proxy.backends.pool.readiness import is_up, prove_ours, wait_until
 from llama_smart_proxy.backends.weights.downloads import Work
+from llama_smart_proxy.proxy.config import OWN_VARIABLE
 
-# Where things are, the language, and how to find and drive an accelerator. Anything else stays out, so that no key,
-# proxy or setting of ours (HF_TOKEN, AIP_*, LLAMA_ARG_*, LSP_*) reaches a server.
-INHERITED = re.compile(
-    r"""PATH | HOME | USER | LOGNAME | SHELL | LANG | LANGUAGE | LC_\w+ | TZ | TMPDIR | TERM | NO_COLOR
-    | LD_LIBRARY_PATH | DYLD_\w+ | XDG_\w+
-    | CUDA_\w+ | NVIDIA_\w+ | NCCL_\w+ | HIP_\w+ | ROCR?_\w+ | HSA_\w+ | AMD_\w+ | GPU_\w+
-    | VK_\w+ | GGML_\w+ | OMP_\w+ | GOMP_\w+ | KMP_\w+ | OPENBLAS_\w+ | ONEAPI_\w+ | SYCL_\w+ | ZE_\w+ | MKL_\w+
-    """,
-    re.VERBOSE,
+INHERITED = """
+    PATH HOME USER LOGNAME SHELL LANG LANGUAGE LC_* TZ TMPDIR TMP TEMP TERM NO_COLOR XDG_* LD_LIBRARY_PATH DYLD_*
+    CUDA* CUBLAS* CUDNN* NVIDIA_* NCCL_* __NV_*
+    ROC* HIP* HSA_* HSAKMT_* AMD* RCCL_* MIOPEN_* TENSILE_* GPU_*
+    VK_* VULKAN_* __VK_* __GL* __EGL* MESA_* LIBGL_* DRI_PRIME GALLIUM_* RADV_* ACO_* ANV_* INTEL_* NVK_* NOUVEAU_*
+    NAK_* NIR_* TU_* IR3_* V3D* PAN_* PANVK_* VN_* LP_* LVP_* ZINK_* MVK_*
+    ONEAPI_* SYCL_* DPCPP_* UR_* ZE_* ZES_* ZET_* IGC_* TBB* MKL* CMPLR_ROOT OPENVINO_* OV_*
+    OCL_* OPENCL_* CL_* POCL_* RUSTICL_* MTL_* METAL_* MUSA_* MTHREADS_* ASCEND_* CANN_* ACL_* HCCL_* ATB_*
+    HEXAGON_* ADSP_LIBRARY_PATH SPACEMIT_* ZENDNN_* DAWN_* UCX_*
+    GGML_* MTMD_* LLGUIDANCE_* LLAMA_*_DEBUG LLAMA_*_DISABLE LLAMA_TRACE LLAMA_SET_ROWS
+    OMP_* GOMP_* KMP_* LIBOMP_* OPENBLAS_* GOTO_* BLIS_* VECLIB_* ARMPL_*
+"""
+"""The variables of its environment that a server may have: where things are, the language, and how to find and drive an
+accelerator. Anything else stays out, so that no proxy and no setting of ours (AIP_*, LLAMA_ARG_*, LSP_*) reaches it."""
+_SECRET = re.compile(
+    r"(^|.*_)(\w*(TOKEN|KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL)S?|AUTH|PASS|PWD)(_.*)?", re.IGNORECASE
 )
+"""Variables that no pattern matches."""
 
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A process to start: its argument list, its whole environment, and where its server will be reached."""
+    """A process to start: its argument list, its whole environment, and where its server will be reached.
+
+    `listens`: the process itself, or one that it starts, listens there. Only then can the system prove that the server
+    is this one, and how busy it is. It is False for a command that has its server started elsewhere: in a container, on
+    another machine.
+    """
 
     argv: Sequence[str]
     env: Mapping[str, str]
     endpoint: Endpoint
+    listens: bool = True
 
 
 CommandFor = Callable[[Endpoint, str], Command]
@@ -38,11 +55,28 @@ CommandFor = Callable[[Endpoint, str], Command]
 its server on another host names that host in `Command.endpoint`."""
 
 
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a server reports of its own work. `work` changes with every step that it takes, such as a token; `free` is
+    whether a slot is free, None if it does not report that."""
+
+    work: object
+    free: bool | None
+
+
 class Launcher(Protocol):
     """Starts the server of one model. It is shared by all processes of that model, one after another."""
 
+    by_socket: bool
+    """Whether its commands have unix sockets as their endpoints; no port is then reserved for them."""
+    elsewhere: str
+    """A clause on what an operator can do who has a program that starts its server elsewhere; may be empty."""
+
     def prepare(self) -> CommandFor:
         """Find the program and its files. Blocks: called in a thread, before each start. Raises: `StartFailed`."""
+
+    def preview(self) -> CommandFor:
+        """As `prepare`, for display: files may be missing."""
 
     async def ready(self, connections: ConnectionPool, patience_s: Callable[[], float]) -> int:
         """Return once the server accepts requests, with the number of requests it processes in parallel.
@@ -50,6 +84,13 @@ class Launcher(Protocol):
         `connections` carry the API key. Call `patience_s` before each attempt: it returns how many seconds that may
         take, and raises when the time is over. Raises: `NotOurs` if another process listens there.
         """
+
+    async def report(self, connections: ConnectionPool, timeout_s: float) -> Report | None:
+        """What the server reports of its work, asked while requests wait for it in vain; None if it does not answer
+        within `timeout_s` seconds, or cannot be asked."""
+
+    async def probe(self, connections: ConnectionPool, timeout_s: float) -> bool:
+        """Whether the server generates one token within `timeout_s` seconds. Called only if it reports a free slot."""
 
     async def after_ready(self, connections: ConnectionPool) -> None:
         """Runs after `ready`, before the first request is sent. A failure is logged and ignored."""
@@ -78,6 +119,8 @@ class HttpLauncher:
     """How many requests the server processes in parallel."""
     health_path: str = "/health"
     keyed_path: str | None = None
+    by_socket: bool = False
+    elsewhere: str = "a command that starts its server elsewhere has `Command.listens` False"
 
     def command(self, listen: Endpoint, key: str) -> Command:
         """The command of a server that listens at `listen` and accepts the API key `key`."""
@@ -86,12 +129,23 @@ class HttpLauncher:
     def prepare(self) -> CommandFor:
         return self.command
 
+    def preview(self) -> CommandFor:
+        return self.prepare()
+
     async def ready(self, connections: ConnectionPool, patience_s: Callable[[], float]) -> int:
         if self.keyed_path is None:
             await wait_until(lambda timeout_s: is_up(connections, self.health_path, timeout_s), patience_s)
         else:
             await prove_ours(connections, patience_s, health_path=self.health_path, keyed_path=self.keyed_path)
         return self.slots
+
+    async def report(self, connections: ConnectionPool, timeout_s: float) -> Report | None:
+        """None: it cannot be asked."""
+        return None
+
+    async def probe(self, connections: ConnectionPool, timeout_s: float) -> bool:
+        """Not called without a report."""
+        return False
 
     async def after_ready(self, connections: ConnectionPool) -> None:
         """Does nothing."""
@@ -128,6 +182,26 @@ class PoolModel:
     source: Source | None = None
 
 
-def inherited(environ: Mapping[str, str]) -> dict[str, str]:
-    """The part of an environment that a server process may have."""
-    return {name: value for name, value in environ.items() if INHERITED.fullmatch(name)}
+def inherited(environ: Mapping[str, str], passthrough: Iterable[str] = ()) -> dict[str, str]:
+    """The part of an environment that a server process may have; `passthrough` are further names and patterns.
+
+    A pattern matches neither a secret nor a variable that the proxy sets or keeps back itself; the name of a secret
+    does.
+    """
+    names = set(passthrough)
+    patterns = _patterns(" ".join([INHERITED, *names]))
+
+    def allowed(name: str) -> bool:
+        return name in names or (patterns.fullmatch(name) is not None and not is_kept_back(name))
+
+    return {name: value for name, value in environ.items() if allowed(name)}
+
+
+def is_kept_back(name: str) -> bool:
+    """Whether no pattern lets a variable of this name through."""
+    return _SECRET.fullmatch(name) is not None or OWN_VARIABLE.fullmatch(name) is not None
+
+
+@cache
+def _patterns(text: str) -> re.Pattern[str]:
+    return re.compile("|".join(map(fnmatch.translate, text.split())))

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 from llama_smart_proxy.backends.base import UpstreamRequest
-from llama_smart_proxy.backends.pool.instance import State
+from llama_smart_proxy.backends.pool.instance import LOST_S, STALLED, State
 from llama_smart_proxy.backends.pool.launcher import PoolModel, Source
 from llama_smart_proxy.backends.pool.orphans import kill_orphans
 from llama_smart_proxy.backends.pool.queue import Lease, ModelQueue
@@ -26,8 +26,6 @@ from llama_smart_proxy.proxy.errors import BadRequest, Overloaded, ProxyError, S
 
 logger = logging.getLogger(__name__)
 
-LOST_S = 5.0
-"""Seconds after its SIGKILL in which a process must be gone; then the kernel cannot end it, and we continue without."""
 LOAD = UpstreamRequest("GET", "/", slot=False)
 """Stands in the queue for a load, which sends nothing."""
 
@@ -107,10 +105,17 @@ class Pool:
         finally:
             self._scheduler.leave(queue, waiter)
 
+    def retire(self, lease: Lease, reason: str) -> None:
+        """The server of `lease` accepts no connections any more: it gets no further requests, and is replaced once the
+        answers under way are complete."""
+        if lease.place.open:
+            logger.error("%s: is replaced: %s", lease.place.queue.name, reason)
+            lease.place.retire(asyncio.get_running_loop().time())
+
     # -- for operators ---------------------------------------------------------------------------------------------
 
-    async def load(self, model: PoolModel) -> None:
-        """Return once `model` is loaded; `queue_limit` does not apply.
+    async def load(self, model: PoolModel) -> int:
+        """Return once `model` is loaded, with its number of slots; `queue_limit` does not apply.
 
         Raises: as `lease`.
         """
@@ -123,7 +128,9 @@ class Pool:
             lease = queue.place.take(False)  # that is a use, too: its time to live begins anew
         else:
             lease = await self._wait(queue, LOAD)
+        slots = len(lease.place.slots)
         self._scheduler.release(lease)
+        return slots
 
     def begin_load(self, model: PoolModel) -> None:
         """Load `model` in the background. What goes wrong is logged, and returned by `failed()`."""
@@ -137,7 +144,7 @@ class Pool:
         """
         if model.source is None or await run_in_thread(model.source.find) is not None:
             return None
-        return self._join(self._scheduler.queue(model), model.source)
+        return self._join(self._scheduler.queue(model), model.source, counts=True)
 
     async def unload(self, name: str) -> None:
         """Free the place of `name`; nothing if it has none.
@@ -155,8 +162,7 @@ class Pool:
         if place.state is State.STARTING:
             message = f"Model '{name}' was unloaded while it was loading."
             queue.fail_all(lambda: Overloaded(message, code="unloaded"))
-        place.unloading = True
-        place.closed_since = asyncio.get_running_loop().time()
+        place.retire(asyncio.get_running_loop().time())
         self._scheduler.check_idle(place)
         if place.leases == 0:
             await place.instance.wait_stopped()
@@ -226,9 +232,9 @@ class Pool:
         Raises: as the source's `fetch`; `Overloaded` (codes `shutting_down`, `unloaded`).
         """
         source = queue.model.source
-        if source is None or self._is_here(source) or self._backs_off(queue):
+        if source is None or self._backs_off(queue) or await self._is_here(source):
             return
-        download = self._join(queue, source)
+        download = self._join(queue, source, counts=False)
         self._fetching[queue.name] += 1
         try:
             await download.wait()
@@ -237,10 +243,10 @@ class Pool:
         if self._scheduler.closing:
             raise _shutting_down()
 
-    def _is_here(self, source: Source) -> bool:
+    async def _is_here(self, source: Source) -> bool:
         """Whether it still is where it was found last; one look at the disk, and only when a process is to start."""
         path = self._files.get(source.download)
-        return path is not None and path.exists()
+        return path is not None and await run_in_thread(path.exists)
 
     def _backs_off(self, queue: ModelQueue) -> bool:
         return queue.error is not None and queue.backoff.wait_s(asyncio.get_running_loop().time()) > 0
@@ -250,10 +256,12 @@ class Pool:
         source = queue.model.source
         return self.downloads.get(source.download) if source is not None else None
 
-    def _join(self, queue: ModelQueue, source: Source) -> Download:
+    def _join(self, queue: ModelQueue, source: Source, *, counts: bool) -> Download:
         async def work(report: Callable[[Progress], None]) -> None:
+            path = await run_in_thread(source.find)
+            if path is None:
+                self.downloads.admit(source.download)
             try:
-                path = await run_in_thread(source.find)
                 if path is None:
                     await source.fetch(report)
                     path = await run_in_thread(source.find)
@@ -263,7 +271,7 @@ class Pool:
             if path is not None:
                 self._files[source.download] = path
 
-        return self.downloads.join(source.download, work)
+        return self.downloads.join(source.download, work, counts=counts)
 
     def _note_failure(self, queue: ModelQueue, error: ProxyError) -> None:
         """What the operator has to correct (no such file, no access) is cheap to repeat; the rest may cost
@@ -305,11 +313,8 @@ class Pool:
         places = list(self._scheduler.places)
         for place in places:
             place.stop("the proxy is shutting down")
-        patience_s = self._scheduler.config.stop_timeout_s + LOST_S
-        stopped = await asyncio.gather(*(place.instance.wait_stopped(patience_s) for place in places))
-        for place, gone in zip(places, stopped, strict=True):
-            if not gone:
-                logger.error("%s: process %d does not end", place.queue.name, place.instance.pid)
+        patience_s = self._scheduler.config.stop_timeout_s + 2 * LOST_S  # by then each is known to have ended or not to
+        await asyncio.gather(*(place.instance.wait_stopped(patience_s) for place in places))
         if self._tasks:
             await asyncio.wait(self._tasks)
 
@@ -334,6 +339,10 @@ def _describe(queue: ModelQueue) -> dict[str, object]:
     if place is None:
         return entry
     instance = place.instance
+    if (reason := instance.suspicion) is not None:
+        entry["stalled"] = reason
+    elif queue.error is not None and queue.error.code == STALLED:
+        entry["stalled"] = queue.error.message
     idle_s = asyncio.get_running_loop().time() - place.released_at
     return entry | {
         "state": str(instance.state),

@@ -8,7 +8,11 @@ from contextlib import suppress
 
 import psutil
 
+from llama_smart_proxy.backends.pool.family import family
 from llama_smart_proxy.proxy.errors import StartFailed
+
+ANY = ("0.0.0.0", "::")
+"""Addresses of sockets that accept connections to every address."""
 
 
 class Ports:
@@ -55,18 +59,19 @@ def is_free(host: str, port: int) -> bool:
     return False
 
 
-def listens(pid: int, port: int) -> bool:
-    """Whether process `pid`, or one that it has started, listens on `port`; False if that cannot be known. Blocks."""
-    with suppress(psutil.Error):
-        process = psutil.Process(pid)
-        for member in (process, *process.children(recursive=True)):
-            if port in _listened_on(member):
-                return True
-    return False
-
-
-def _listened_on(process: psutil.Process) -> list[int]:
-    with suppress(psutil.Error):
-        found = process.net_connections("tcp")
-        return [one.laddr.port for one in found if one.laddr and one.status == psutil.CONN_LISTEN]
-    return []
+def listens(pid: int, host: str, port: int) -> bool | None:
+    """Whether process `pid`, or one that it has started, is who listens on `host` and `port`; None if the system does
+    not tell. Blocks."""
+    unknown = False
+    for member in family(pid):
+        try:
+            found = psutil.Process(member).net_connections("tcp")
+        except psutil.NoSuchProcess:
+            continue
+        except (psutil.Error, OSError):
+            unknown = True
+            continue
+        mine = [one.laddr for one in found if one.laddr and one.status == psutil.CONN_LISTEN]
+        if any(address.port == port and address.ip in (host, *ANY) for address in mine):
+            return True
+    return None if unknown else False

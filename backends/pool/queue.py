@@ -165,6 +165,10 @@ class Place:
             self.served = True
             self.queue.backoff.worked()
 
+    def retire(self, now: float) -> None:
+        """Accept no more requests; it is to be stopped when it is idle."""
+        self.unloading, self.closed_since = True, now
+
     def stop(self, cause: str) -> None:
         self.draining = False
         self.queue.keep_alive_s = None

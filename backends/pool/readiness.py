@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from llama_smart_proxy.backends.base import UpstreamRequest
-from llama_smart_proxy.backends.http.connection import ConnectionPool
+from llama_smart_proxy.backends.http.connection import REDIRECTED, ConnectionPool
 from llama_smart_proxy.proxy.errors import UpstreamFailed
 
 T = TypeVar("T")
@@ -21,6 +22,13 @@ class NotOurs(Exception):
     """Another process answers on the port, or listens there."""
 
 
+class Foreign(NotOurs):
+    """The system reports that another process than the one that was started listens there."""
+
+    def __init__(self) -> None:
+        super().__init__("another process listens there")
+
+
 class TakesAnyKey(NotOurs):
     """What answers on the port takes any key: another process, or a server of ours that does not enforce its key.
     `remedy` is a clause on what the operator can do about the latter."""
@@ -30,18 +38,26 @@ class TakesAnyKey(NotOurs):
         self.remedy = remedy
 
 
+def new_key() -> str:
+    """A random API key."""
+    return secrets.token_urlsafe(24)
+
+
 async def wait_until(attempt: Callable[[float], Awaitable[T | None]], patience_s: Callable[[], float]) -> T:
     """Call `attempt` with the seconds that it may take until it returns something; return that.
 
     `patience_s` is called before each attempt and returns the seconds that are left.
 
-    Raises: what `patience_s` raises; what `attempt` raises but `UpstreamFailed`, after which it is called again.
+    Raises: what `patience_s` raises; what `attempt` raises but `UpstreamFailed`, after which it is called again;
+    `NotOurs` for a redirect.
     """
     while True:
         left_s = patience_s()
         try:
             result = await attempt(min(ANSWER_S, left_s))
-        except UpstreamFailed:
+        except UpstreamFailed as exc:
+            if exc.code == REDIRECTED:
+                raise NotOurs("what answers there redirects") from exc
             result = None
         if result is not None:
             return result
@@ -69,7 +85,10 @@ async def prove_ours(
 
     Raises: `NotOurs`, with a `remedy` its subclass `TakesAnyKey`; what `patience_s` raises.
     """
-    stranger = ConnectionPool(connections.endpoint, headers=[("Authorization", "Bearer a-wrong-key")])
+    wrong = [
+        ("Authorization", f"Bearer {new_key()}")
+    ]  # random: one that is known in advance could be refused on purpose
+    stranger = ConnectionPool(connections.endpoint, headers=wrong)
 
     async def attempt(timeout_s: float) -> bytes | None:
         keyed = UpstreamRequest("GET", keyed_path, slot=False)

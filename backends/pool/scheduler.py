@@ -12,7 +12,7 @@ import logging
 import math
 
 from llama_smart_proxy.backends.base import UpstreamRequest
-from llama_smart_proxy.backends.pool.instance import Instance, State
+from llama_smart_proxy.backends.pool.instance import STALLED, Instance, State
 from llama_smart_proxy.backends.pool.launcher import PoolModel
 from llama_smart_proxy.backends.pool.placement import Evict, Limits, Never, Start, Wait, decide, plan_drains
 from llama_smart_proxy.backends.pool.ports import Ports
@@ -131,7 +131,7 @@ class Scheduler:
             _refuse(queue, error, error.status, queue.backoff.wait_s(now))
             return
         queue.crashed = True
-        if not place.served and now - place.ready_at < EARLY_S:
+        if not place.served and (now - place.ready_at < EARLY_S or error.code == STALLED):
             queue.backoff.crashed(now)
 
     # -- scheduling ------------------------------------------------------------------------------------------------

@@ -60,6 +60,17 @@ class Child:
         """SIGKILL to the group; nothing when it has ended."""
         self._signal(signal.SIGKILL)
 
+    @property
+    def alive(self) -> bool:
+        """Whether it has not ended, as the system has it at this moment: before its end is reported. Cheap."""
+        if self.returncode is not None:
+            return False
+        if not hasattr(os, "waitid"):
+            return True
+        with suppress(ChildProcessError):
+            return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None
+        return False
+
     async def wait(self) -> int:
         """The `returncode`, once the process is reaped and what was left of its group is killed."""
         return await asyncio.shield(self._ended)

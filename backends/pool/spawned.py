@@ -15,6 +15,7 @@ from llama_smart_proxy.backends.base import (
     Residence,
     UpstreamRequest,
 )
+from llama_smart_proxy.backends.http.connection import Endpoint
 from llama_smart_proxy.backends.http.exchange import UpstreamResponse
 from llama_smart_proxy.backends.pool.launcher import PoolModel
 from llama_smart_proxy.backends.pool.pool import Pool
@@ -22,6 +23,9 @@ from llama_smart_proxy.proxy.errors import BadRequest, UpstreamFailed
 
 DYING_S = 0.25
 """A broken connection is often the first sign of a crash; the exit is noticed within this many seconds of it."""
+
+NOBODY_LISTENS = (ConnectionRefusedError, FileNotFoundError)
+"""Causes of a failed connection to a process of ours that has given up its address, as a busy one does not."""
 
 
 class SpawnedModel:
@@ -34,6 +38,7 @@ class SpawnedModel:
     speaks: ClassVar[frozenset[str]] = frozenset({"openai"})
     features: frozenset[Feature] = frozenset({Feature.LOADING})
     tags: Sequence[str] = ()
+    forwards: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, pool: Pool, model: PoolModel, *, kind: str, aliases: Sequence[str] = ()) -> None:
         self.name = model.name
@@ -60,6 +65,8 @@ class SpawnedModel:
                     instance.worked |= response.complete
             except UpstreamFailed as exc:
                 if exc.status == 502:
+                    if isinstance(exc.__cause__, NOBODY_LISTENS):
+                        self.pool.retire(lease, exc.message)
                     await instance.wait_stopped(DYING_S)  # so that the next request starts a new instance
                 raise
 
@@ -88,6 +95,12 @@ class SpawnedModel:
     async def residence(self) -> Residence | None:
         expires_at = self.pool.expires_at(self.name)
         return Residence(expires_at) if expires_at is not None else None
+
+    async def slots(self) -> int:
+        return await self.pool.load(self.model)
+
+    def command_line(self, listen: Endpoint) -> Sequence[str]:
+        return self.model.launcher.preview()(listen, "").argv
 
 
 class SpawnedProvider(BaseProvider):

@@ -11,6 +11,10 @@ from llama_smart_proxy.proxy.errors import Overloaded, ProxyError
 
 logger = logging.getLogger(__name__)
 
+MOST = 8
+"""Downloads that go on at one time."""
+RETRY_S = 10
+"""Seconds after which a client may try again that had to be refused for that."""
 Progress = dict[str, Any]
 """The progress: `status`, and for a file `digest`, `total` and `completed` in bytes (Ollama's `/api/pull`)."""
 Work = Callable[[Callable[[Progress], None]], Awaitable[None]]
@@ -114,20 +118,38 @@ class Downloads:
 
     def __init__(self) -> None:
         self._running: dict[str, Download] = {}
+        self._counted: set[Download] = set()
         self._closed = False
 
-    def join(self, name: str, work: Work) -> Download:
-        """The download called `name`: the one in progress, or a new one of `work`.
+    def join(self, name: str, work: Work, *, counts: bool = True) -> Download:
+        """The download called `name`: the one in progress, or a new one of `work`. Unless it `counts`, that may find
+        that there is nothing to download, and calls `admit` otherwise.
 
-        Raises: `Overloaded` (code `shutting_down`) after `close`.
+        Raises: `Overloaded` (code `shutting_down`) after `close`; with status 429 if there are `MOST` downloads.
         """
         if self._closed:
             raise _shutting_down()
         download = self.get(name)
+        if counts and download not in self._counted:
+            self._check_room()
         if download is None:
             download = self._running[name] = Download(name, work)
             download._task.add_done_callback(lambda _: self._forget(download))
+        if counts:
+            self._counted.add(download)
         return download
+
+    def admit(self, name: str) -> None:
+        """Count the download called `name`, which has begun without. Raises: `Overloaded`, as `join`."""
+        download = self._running.get(name)
+        if download is not None and download not in self._counted:
+            self._check_room()
+            self._counted.add(download)
+
+    def _check_room(self) -> None:
+        if len(self._counted) >= MOST:
+            message = f"{MOST} downloads are under way, which is the most at one time; try again when one has ended"
+            raise Overloaded(message, code="too_many_downloads", retry_after_s=RETRY_S, status=429)
 
     def get(self, name: str) -> Download | None:
         """The download of that name in progress, unless it is being cancelled."""
@@ -148,6 +170,7 @@ class Downloads:
             await asyncio.wait([download._task for download in running])
 
     def _forget(self, download: Download) -> None:
+        self._counted.discard(download)
         if self._running.get(download.name) is download:
             del self._running[download.name]
 

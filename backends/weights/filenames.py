@@ -19,7 +19,12 @@ _MAX_LISTED = 20
 
 def is_projector(file: str) -> bool:
     """Whether it is a vision or audio projector, which accompanies a model and is not one itself."""
-    return "mmproj" in PurePosixPath(file).name.lower()
+    return "mmproj" in file.rpartition("/")[2].lower()
+
+
+def is_quantisation(name: str) -> bool:
+    """Whether it is the name of a quantisation and nothing else, as folders in repositories of large models have."""
+    return quantisation(f"{name}.gguf") == name.upper()
 
 
 def whole_name(file: str) -> str:

@@ -1,4 +1,4 @@
-"""Locates GGUF files: by path, in an installed package, in the local Hugging Face cache, in a folder.
+"""Locates GGUF files: by path, in an installed package, in the local Hugging Face cache.
 
 Everything here blocks on the disk: call it in a thread. Nothing is downloaded; `hub` does that.
 """
@@ -6,16 +6,13 @@ Everything here blocks on the disk: call it in a thread. Nothing is downloaded; 
 from __future__ import annotations
 
 import importlib.util
-import re
 from pathlib import Path
 
 from llama_smart_proxy.backends.weights import hub_cache
-from llama_smart_proxy.backends.weights.filenames import DEFAULT_VARIANT, SPLIT, all_parts, is_projector
+from llama_smart_proxy.backends.weights.filenames import DEFAULT_VARIANT, all_parts
+from llama_smart_proxy.backends.weights.stamps import is_gguf
 from llama_smart_proxy.proxy.config import ModelConfig
-from llama_smart_proxy.proxy.errors import ConfigError, StartFailed
-
-NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._:/@+-]+")
-MAX_NAME = 255
+from llama_smart_proxy.proxy.errors import StartFailed
 
 
 def resolve(name: str, model: ModelConfig) -> Path:
@@ -49,7 +46,7 @@ def _checked(name: str, path: Path) -> Path:
                 raise StartFailed(f"Model '{name}': no such file: {part}")
             if not part.is_file():
                 raise StartFailed(f"Model '{name}': not a regular file: {part}")
-            if not hub_cache.is_gguf(part):
+            if not is_gguf(part):
                 raise StartFailed(f"Model '{name}': not a GGUF file: {part}")
         except OSError as error:
             raise StartFailed(f"Model '{name}': cannot read {part}: {error.strerror}") from error
@@ -77,30 +74,3 @@ def _in_cache(name: str, repo: str, variant: str) -> Path:
     if path is None:
         raise StartFailed(f"Model '{name}': {repo} ({variant}) is not in the local Hugging Face cache")
     return path
-
-
-def scan_models_dir(folder: Path) -> dict[str, ModelConfig]:
-    """The `*.gguf` files of a folder as models, by file stem; a split model once, without its part number.
-
-    Hidden files, image projectors and anything but regular files (also behind links) are excluded. Characters that are
-    invalid in a model name become `-`; of files with the same name the first in alphabetical order is used.
-
-    Raises: `ConfigError` when the folder cannot be read.
-    """
-    try:
-        paths = sorted(path for path in folder.expanduser().absolute().iterdir() if _is_offered(path))
-    except OSError as error:
-        raise ConfigError([f"llama_cpp.models_dir: {folder}: {error.strerror}"]) from error
-    models: dict[str, ModelConfig] = {}
-    for path in paths:
-        split = SPLIT.fullmatch(path.name)
-        name = NOT_IN_A_NAME.sub("-", split["stem"] if split else path.stem)[:MAX_NAME]
-        models.setdefault(name, ModelConfig(path=path))
-    return models
-
-
-def _is_offered(path: Path) -> bool:
-    if path.name.startswith(".") or path.suffix.lower() != ".gguf" or is_projector(path.name):
-        return False
-    split = SPLIT.fullmatch(path.name)
-    return (split is None or int(split["part"]) == 1) and path.is_file()

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from llama_smart_proxy.backends.weights.filenames import all_parts
+from llama_smart_proxy.backends.weights.stamps import MAGIC
 
-MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 CHUNK = 2**20
 MAX_HEADER = 40 * 2**20

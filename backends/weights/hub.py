@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from llama_smart_proxy.backends.threads import run_in_thread
 from llama_smart_proxy.backends.weights.downloads import Progress, Work
 from llama_smart_proxy.backends.weights.filenames import DEFAULT_VARIANT, choose
-from llama_smart_proxy.backends.weights.hub_cache import REPO, Folder, cached_models, delete, is_gguf, root
+from llama_smart_proxy.backends.weights.hub_cache import REPO, Folder, cached_models, delete, root
 from llama_smart_proxy.backends.weights.hub_http import (
     FILE,
     DownloadCancelled,
@@ -27,6 +27,8 @@ from llama_smart_proxy.backends.weights.hub_http import (
     fetch,
     manifest,
 )
+from llama_smart_proxy.backends.weights.projectors import among
+from llama_smart_proxy.backends.weights.stamps import is_gguf
 from llama_smart_proxy.proxy.errors import ModelNotFound, ProxyError, StartFailed
 
 if TYPE_CHECKING:
@@ -84,7 +86,8 @@ def work(repo: str, variant: str | None) -> Work:
 
 
 def pull(repo: str, variant: str | None, report: Callable[[Progress], None], cancelled: threading.Event) -> None:
-    """Download the newest version of a model into the cache; blocks. `report` gets the progress in Ollama's format.
+    """Download the newest version of a model, and its projector, into the cache; blocks. `report` gets the progress in
+    Ollama's format.
 
     Existing files are not downloaded again. Partial data is kept on failure, unless it is invalid.
 
@@ -95,7 +98,9 @@ def pull(repo: str, variant: str | None, report: Callable[[Progress], None], can
         report({"status": "pulling manifest"})
         files = manifest(repo)
         folder = Folder(repo)
-        selected = [files[name] for name in choose(f"hf.co/{repo}", files, variant or DEFAULT_VARIANT)]
+        chosen = choose(f"hf.co/{repo}", files, variant or DEFAULT_VARIANT)
+        projector = among(chosen[0], files)
+        selected = [files[name] for name in (*chosen, projector) if name is not None]
         (folder.path / "blobs").mkdir(parents=True, exist_ok=True)
         (folder.path / "snapshots").mkdir(exist_ok=True)
         folder.drop_partials({file.digest for file in files.values()})

@@ -18,11 +18,18 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llama_smart_proxy.backends.weights.filenames import fitting, is_whole, models_among, quantisation, whole_name
+from llama_smart_proxy.backends.weights.filenames import (
+    fitting,
+    is_projector,
+    is_whole,
+    models_among,
+    quantisation,
+    whole_name,
+)
+from llama_smart_proxy.backends.weights.stamps import is_gguf
 from llama_smart_proxy.proxy.config import ModelConfig, checked_name
 from llama_smart_proxy.proxy.errors import ModelNotFound, StartFailed
 
-MAGIC = b"GGUF"
 PARTIAL = ".lsp.incomplete"
 SETTLED_NS = 2_000_000_000
 """A folder that changed more recently may change again without a new time stamp, so its scan is not cached."""
@@ -36,12 +43,6 @@ def root() -> Path:
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE).absolute()
-
-
-def is_gguf(path: Path) -> bool:
-    """Whether it begins with the magic number of GGUF. Raises: `OSError`."""
-    with path.open("rb") as file:
-        return file.read(len(MAGIC)) == MAGIC
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +141,7 @@ def cached_models() -> dict[str, ModelConfig]:
 
 def delete(repo: str, file: str) -> None:
     """Delete a file, with all parts if it is split, from every snapshot, and its data unless other files link to it.
+    With the last model of the repository, its projectors are deleted.
 
     Raises: `ModelNotFound` if it is not in the cache, `StartFailed` (code `delete_failed`) if the disk refuses.
     """
@@ -147,14 +149,16 @@ def delete(repo: str, file: str) -> None:
 
     try:
         cache = hub.scan_cache_dir(root())
-        files = [
-            entry
-            for held in cache.repos
-            if (held.repo_type, held.repo_id) == ("model", repo)
-            for revision in held.revisions
+        held = [
+            (whole_name(entry.file_path.relative_to(revision.snapshot_path).as_posix()), entry)
+            for stored in cache.repos
+            if (stored.repo_type, stored.repo_id) == ("model", repo)
+            for revision in stored.revisions
             for entry in revision.files
-            if whole_name(entry.file_path.relative_to(revision.snapshot_path).as_posix()) == whole_name(file)
         ]
+        files = [entry for name, entry in held if name == whole_name(file)]
+        if not set(models_among(name for name, _ in held)) - {whole_name(file)}:
+            files += [entry for name, entry in held if is_projector(name)] if files else []
         if files:
             cache.delete_files(*files).execute()
     except hub.CacheNotFound:

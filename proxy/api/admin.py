@@ -7,6 +7,7 @@ import time
 from aiohttp import web
 
 from llama_smart_proxy.agents.base import Agent
+from llama_smart_proxy.backends.base import Problem
 from llama_smart_proxy.proxy import __version__
 from llama_smart_proxy.proxy.api.state import PROXY
 from llama_smart_proxy.proxy.middleware.chain import description
@@ -19,15 +20,19 @@ async def health(http: web.BaseRequest) -> web.Response:
     """`GET /health`: 200 while requests are served, 503 once the proxy is stopping.
 
     `instances` has one object for each model that has a process or waiting requests, or whose last start failed. The
-    status is `degraded` if an agent could not be loaded; `/plugins` shows the reason. `proxy` and `upstream` are kept
-    for clients of one of the replaced projects.
+    status is `degraded` if something that is configured cannot be served; `problems` has the reasons, as found now.
+    `proxy` and `upstream` are kept for clients of one of the replaced projects.
     """
     proxy = http[PROXY]
     draining = proxy.draining.is_set()
     status = proxy.router.status()
-    broken = proxy.chain.plugins.broken
+    problems = await proxy.inspection.problems()
+    for instance in status.instances:
+        if "stalled" in instance:
+            problems.append(Problem(f"models.{instance['model']}", f"stalled: {instance['stalled']}"))
     body = {
-        "status": "unhealthy" if draining else "degraded" if broken else "healthy",
+        "status": "unhealthy" if draining else "degraded" if problems else "healthy",
+        "problems": [{"where": problem.where, "message": problem.message} for problem in problems],
         "proxy": "stopping" if draining else "Ok",
         "upstream": "error" if any("error" in server for server in status.servers) else "Ok",
         "version": __version__,
@@ -36,7 +41,7 @@ async def health(http: web.BaseRequest) -> web.Response:
         "remotes": status.servers,
         "agents": {
             "loaded": [plugin.name for plugin in proxy.chain.plugins if plugin.loaded is not None],
-            "failed": broken,
+            "failed": proxy.chain.plugins.broken,
         },
         "downloads": proxy.router.downloads.status(),
     }

@@ -25,7 +25,7 @@ from llama_smart_proxy.proxy.dialects import UPSTREAM_CODECS
 from llama_smart_proxy.proxy.dialects.base import ClientCodec, Loading, UpstreamCodec
 from llama_smart_proxy.proxy.errors import AgentError, BadRequest, ProxyError, UpstreamRefused
 from llama_smart_proxy.proxy.http.body import Reusable, offload, to_bytes
-from llama_smart_proxy.proxy.http.headers import CONVERSATION, RECORD, upstream_headers
+from llama_smart_proxy.proxy.http.headers import CONVERSATION, RECORD, upstream_headers, upstream_query
 from llama_smart_proxy.proxy.middleware.afterwards import Heard
 from llama_smart_proxy.proxy.middleware.chain import Selection
 from llama_smart_proxy.proxy.middleware.context import AgentContext, RequestFacts
@@ -180,7 +180,7 @@ class Chat:
             data = await to_bytes(self.http, body)
         except UNENCODABLE as exc:
             raise self._unencodable() or exc from exc
-        headers = upstream_headers(self.http.headers, has_body=True)
+        headers = upstream_headers(self.http.headers, has_body=True, forwards=model.forwards)
         return UpstreamRequest("POST", path, data, headers, prepared=prepared)
 
     def _unencodable(self) -> AgentError | None:
@@ -308,7 +308,7 @@ async def relay_request(
         body["model"] = route.sent
         prepared = model.prepare(body)
         data = (reusable.bytes_of(body) if reusable is not None else None) or await to_bytes(http, body)
-    headers = upstream_headers(http.headers, has_body=has_body)
+    headers = upstream_headers(http.headers, has_body=has_body, forwards=model.forwards)
     chat_id = http.headers.get(CONVERSATION) if endpoint.slot and Feature.RESUMABLE in model.features else None
     if chat_id:
         headers.append((CONVERSATION, chat_id))
@@ -335,11 +335,14 @@ async def relay_request(
 
 
 def upstream_path(http: web.BaseRequest, model: str) -> str:
-    """The matched path, without the trailing slash that some clients add, and the query unchanged, except for a model
-    named there, which gets the server's name for it."""
+    """The matched path, without the trailing slash that some clients add, and the query, without credentials. A model
+    named there gets the server's name for it."""
     path, mark, query = http.raw_path.partition("?")
     if mark and http.query.get("model", model) != model:
         query = http.rel_url.update_query(model=model).raw_query_string
+    if mark:
+        query = upstream_query(query)
+        mark = "?" if query else ""
     return (http.path.rstrip("/") if path[-1] == "/" or "%" in path else path) + mark + query
 
 

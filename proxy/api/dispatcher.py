@@ -20,21 +20,26 @@ from llama_smart_proxy.proxy.dialects import OPENAI, Dialect, dialect_of
 from llama_smart_proxy.proxy.errors import BadRequest, Overloaded, ProxyError
 from llama_smart_proxy.proxy.http.coding import ACCEPTED
 from llama_smart_proxy.proxy.http.headers import EXTRA, PARAMS, RECORD, named_in, own_headers, request_id_of, shown_path
-from llama_smart_proxy.proxy.http.origins import Origins, is_preflight, preflight
+from llama_smart_proxy.proxy.http.hosts import Hosts
+from llama_smart_proxy.proxy.http.origins import Origins, Pages, is_preflight, origin_of, preflight
 from llama_smart_proxy.proxy.http.server import AMBIGUOUS, TOO_LARGE, FrontConnection, check_request
 
 logger = logging.getLogger(__name__)
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
-_PART = re.compile(r"\{(\w+)(?::([^{}]+(?:\{\d+\}[^{}]*)?))?\}")
+_PART = re.compile(r"\{(\w+)(?::([^{}]+(?:\{[\d,]+\}[^{}]*)?))?\}")
+MAX_PARAMETER = 512
+"""Most characters of a path parameter, which may be the name of a model."""
 
 
 @dataclass(slots=True)
 class Resource:
-    """The handlers of one path, by method. `dialect` is the API in which errors are reported there."""
+    """The handlers of one path, and the web pages that may call them, by method. `dialect` is the API in which errors
+    are reported there."""
 
     dialect: Dialect = OPENAI
     handlers: dict[str, Handler] = field(default_factory=dict)
+    pages: dict[str, Pages] = field(default_factory=dict)
 
 
 class Dispatcher:
@@ -50,12 +55,21 @@ class Dispatcher:
         self._observers = list(observers)
         self._exact: dict[str, Resource] = {}
         self._patterns: list[tuple[re.Pattern[str], Resource]] = []
-        self._origins = Origins(proxy.config.server.allow_origins)
+        server = proxy.config.server
+        self.hosts = Hosts([*server.allow_hosts, server.host])
+        self._origins = Origins(server.allow_origins)
         self._run = secrets.token_hex(4)
         self._serial = count(1)
 
-    def add(self, methods: Iterable[str], path: str, handler: Handler, dialect: Dialect | None = None) -> None:
-        """Serve `path` with `handler`; GET includes HEAD."""
+    def add(
+        self,
+        methods: Iterable[str],
+        path: str,
+        handler: Handler,
+        dialect: Dialect | None = None,
+        pages: Pages = Pages.ALLOWED,
+    ) -> None:
+        """Serve `path` with `handler` to these web pages; GET includes HEAD."""
         plain = path.rstrip("/")
         resource = self._exact.get(path)
         if resource is None:
@@ -63,10 +77,9 @@ class Dispatcher:
             self._exact[path] = self._exact[f"{plain}/"] = resource
             if "{" in path:
                 self._patterns.append((_pattern(plain), resource))
-        for method in methods:
+        for method in [*methods, *(["HEAD"] if "GET" in methods else [])]:
             resource.handlers[method] = handler
-            if method == "GET":
-                resource.handlers["HEAD"] = handler
+            resource.pages[method] = pages
 
     def dialect_of(self, path: str) -> Dialect:
         """The API in which errors are reported at `path`."""
@@ -103,12 +116,14 @@ class Dispatcher:
         http[EXTRA] = named_in(http, dialect.id_headers)
         try:
             if "Origin" in http.headers:
-                http[EXTRA] += self._origins.headers(_origin(http))
+                http[EXTRA] += self._origins.headers(origin_of(http))
             check_request(http)
+            if (host := http.headers.get("Host")) is not None:
+                self.hosts.check(host)
             if "Via" in http.headers:
                 _check_loop(http)
-            if "Origin" in http.headers:
-                self._check_origin(http)
+            if "Origin" in http.headers or "Sec-Fetch-Site" in http.headers:
+                self._origins.check(http, _pages(http, resource))
             response = await self._handler(http, resource)(http)
             if not response.prepared and isinstance(response, web.Response):
                 response.headers.extend(own_headers(http))
@@ -137,34 +152,29 @@ class Dispatcher:
             return resource
         path = path.rstrip("/")
         for pattern, resource in self._patterns:
-            if (found := pattern.fullmatch(path)) is not None:
+            found = pattern.fullmatch(path)
+            if found is not None and all(len(value) <= MAX_PARAMETER for value in found.groupdict().values()):
                 if http is not None:
                     http[PARAMS] = found.groupdict()
                 return resource
         return None
 
-    def _check_origin(self, http: web.BaseRequest) -> None:
-        """Reject a request of a web page of another origin, unless it is one that a link or an image could cause too.
-
-        Raises: BadRequest 403.
-        """
-        harmless = http.method in ("GET", "HEAD", "OPTIONS") and not is_preflight(http)
-        if not harmless and not self._origins.allow(_origin(http)):
-            message = "pages of this origin may not do this; server.allow_origins lists those that may"
-            raise BadRequest(message, status=403, code="forbidden_origin")
-
 
 def _pattern(path: str) -> re.Pattern[str]:
-    """`/a/{name:.+}` as a regular expression."""
+    """`/a/{name:.+}` as a regular expression, in which digits and words are ASCII."""
     pattern, position = "", 0
     for part in _PART.finditer(path):
         pattern += re.escape(path[position : part.start()]) + f"(?P<{part[1]}>{part[2] or '[^/]+'})"
         position = part.end()
-    return re.compile(pattern + re.escape(path[position:]))
+    return re.compile(pattern + re.escape(path[position:]), re.ASCII)
 
 
-def _origin(http: web.BaseRequest) -> str:
-    return ", ".join(http.headers.getall("Origin"))
+def _pages(http: web.BaseRequest, resource: Resource | None) -> Pages:
+    """The web pages that may send `http`, or the request that a preflight announces."""
+    if resource is None:
+        return Pages.ALL
+    method = http.headers["Access-Control-Request-Method"] if is_preflight(http) else http.method
+    return resource.pages.get(method, Pages.ALLOWED)
 
 
 def _check_loop(http: web.BaseRequest) -> None:

@@ -112,7 +112,7 @@ ENDPOINTS: dict[str, Endpoint] = {
     "/apply-template": NATIVE_UTILITY,
     "/props": NATIVE_UTILITY,  # GET, and the methods of other paths that are not here: `proxy.api.llama_server`
     "/slots": Endpoint(api="native", slot=False, methods=_READABLE),
-    r"/slots/{id:\d+}": NATIVE_UTILITY,
+    "/slots/{id:[0-9]{1,9}}": NATIVE_UTILITY,
     "/lora-adapters": Endpoint(api="native", slot=False, methods=_READABLE),
     "/api/chat": Endpoint(OLLAMA, api="ollama", codec=ollama_dialect.CHAT, amending=amended),
     "/api/generate": Endpoint(

@@ -6,7 +6,6 @@ server-tools.cpp, b11434.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -36,7 +35,6 @@ ANSWER_LIMIT = 4 * 2**20
 """Largest answer to a request of the proxy's own, in bytes; the chat template is in `/props`."""
 LARGEST_LIST = 2**20
 """Largest body of `POST /lora-adapters` in bytes."""
-_LOCAL_PAGE = re.compile(r"https?://(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?")
 
 _ENDS = (OPENAI, NATIVE, ANTHROPIC, RESPONSES)
 REPLAY = replace(OPENAI, is_end=lambda events: any(dialect.is_end(events) for dialect in _ENDS), ending=b"")
@@ -88,7 +86,7 @@ async def _pass_on(
     slot: bool = False,
 ) -> web.StreamResponse:
     """Answer with the answer of the model's server to the same request with the body `data`."""
-    headers = upstream_headers(http.headers, has_body=False)
+    headers = upstream_headers(http.headers, has_body=False, forwards=model.forwards)
     if data:
         headers.append(("Content-Type", content_type))
     request = UpstreamRequest(http.method, upstream_path(http, model.name), data, headers, slot)
@@ -140,7 +138,7 @@ async def _only_props(http: web.BaseRequest) -> Json:
 async def metrics(http: web.BaseRequest) -> web.StreamResponse:
     """`GET /metrics?model=`: for Prometheus. Its header is documented in this spelling, which some readers require."""
     model = (await _resolved(http, None)).model
-    headers = upstream_headers(http.headers, has_body=False)
+    headers = upstream_headers(http.headers, has_body=False, forwards=model.forwards)
     request = UpstreamRequest("GET", upstream_path(http, model.name), b"", headers, slot=False)
     async for attempt in Attempts(model, request):
         async with attempt as upstream:
@@ -202,7 +200,7 @@ async def stop_stream(http: web.BaseRequest) -> web.StreamResponse:
     """`DELETE /v1/stream?conv_id=`: ends the stream of a chat; 204 also if there is none."""
     http[PROXY].conversations.stop(_conversation(http))
     for model in await _resumable(http):
-        async for attempt in Attempts(model, UpstreamRequest("DELETE", http.raw_path, slot=False)):
+        async for attempt in Attempts(model, UpstreamRequest("DELETE", upstream_path(http, model.name), slot=False)):
             async with attempt as upstream:
                 await upstream.read(ANSWER_LIMIT)
     return web.Response(status=204)
@@ -249,14 +247,10 @@ async def _find(model: Model, *chats: str) -> list[Json]:
 
 
 async def use_tools(http: web.BaseRequest) -> web.StreamResponse:
-    """`/tools` and `/mcp`: for models whose own `args` switch them on, and never for pages of other machines, as tools
-    run commands on this one. Without a model, those of the first such model.
+    """`/tools` and `/mcp`: for models whose own `args` switch them on. Without a model, those of the first such model.
 
     Raises: BadRequest 403.
     """
-    origins = http.headers.getall("Origin", ())
-    if not all(map(_LOCAL_PAGE.fullmatch, origins)) or http.headers.get("Sec-Fetch-Site") == "cross-site":
-        raise BadRequest("pages of other origins may not do this", status=403, code="forbidden_origin")
     body = await read_json(http, http[PROXY].max_body_bytes) if http.method == "POST" else {}
     able = [model.name for model in http[PROXY].router.models() if Feature.TOOLS in model.features]
     name = body.get("model") or http.query.get("model") or next(iter(able), None)

@@ -15,6 +15,7 @@ import orjson
 from aiohttp import web
 
 from llama_smart_proxy.backends.base import Management, Model, ModelInfo, UpstreamRequest
+from llama_smart_proxy.backends.http.connection import check_redirect
 from llama_smart_proxy.backends.names import key_of
 from llama_smart_proxy.backends.weights.downloads import Download
 from llama_smart_proxy.proxy.api.models import LISTING_S
@@ -23,6 +24,7 @@ from llama_smart_proxy.proxy.chat import Json
 from llama_smart_proxy.proxy.config import checked_name
 from llama_smart_proxy.proxy.dialects import OLLAMA
 from llama_smart_proxy.proxy.dialects.ollama import models
+from llama_smart_proxy.proxy.dialects.ollama.dialect import error_line
 from llama_smart_proxy.proxy.errors import BadRequest, ModelNotFound, ProxyError, UpstreamFailed
 from llama_smart_proxy.proxy.http.body import read_json, serialise
 from llama_smart_proxy.proxy.http.headers import RECORD, upstream_headers
@@ -161,7 +163,7 @@ async def _stream_progress(http: web.BaseRequest, progress: AsyncIterator[Json],
             if not response.feed(orjson.dumps(line) + b"\n"):
                 await response.drained()
     except ProxyError as exc:
-        response.feed(OLLAMA.error_event(exc))
+        response.feed(error_line(exc))
     return await response.finish()
 
 
@@ -211,7 +213,7 @@ async def blob(http: web.BaseRequest) -> web.StreamResponse:
     """`HEAD` and `POST /api/blobs/sha256:...`: a file for `/api/create`, streamed to the first Ollama host."""
     server = await _managing(http[PROXY], None)
     limits = server.timeouts
-    timeout = aiohttp.ClientTimeout(total=None, connect=limits.connect_s, sock_read=limits.first_byte_s)
+    timeout = aiohttp.ClientTimeout(total=None, connect=limits.connect_s)
     headers = dict(server.headers)
     headers |= {"Content-Length": str(http.content_length)} if http.content_length is not None else {}
     connection = http.protocol
@@ -219,11 +221,12 @@ async def blob(http: web.BaseRequest) -> web.StreamResponse:
     try:
         with receiving:
             async with (
+                asyncio.timeout(None) as limit,
                 aiohttp.ClientSession(timeout=timeout, trust_env=False) as session,
                 session.request(
                     http.method,
                     f"{server.url}{http.path}",
-                    data=http.content if http.can_read_body else None,
+                    data=_file(http, limit, limits.first_byte_s),
                     headers=headers,
                     allow_redirects=False,
                 ) as upstream,
@@ -231,7 +234,25 @@ async def blob(http: web.BaseRequest) -> web.StreamResponse:
                 body = await upstream.content.read(PLAIN_LIMIT)
     except (aiohttp.ClientError, TimeoutError) as exc:
         raise UpstreamFailed(f"the blob could not be passed on: {exc or type(exc).__name__}") from exc
+    check_redirect(upstream.status, upstream.headers.get("Location", ""))
     return web.Response(status=upstream.status, body=body, content_type="application/json" if body else None)
+
+
+def _file(http: web.BaseRequest, limit: asyncio.Timeout, answer_s: float) -> AsyncIterator[bytes] | None:
+    """The client's file, if there is one. Once it is sent, the whole answer has so many seconds."""
+
+    def sent() -> None:
+        limit.reschedule(asyncio.get_running_loop().time() + answer_s)
+
+    async def pieces() -> AsyncIterator[bytes]:
+        async for piece in http.content.iter_any():
+            yield piece
+        sent()
+
+    if http.can_read_body:
+        return pieces()
+    sent()
+    return None
 
 
 def _check_names(names: Iterable[object]) -> None:

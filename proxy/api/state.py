@@ -11,6 +11,7 @@ from llama_smart_proxy.proxy.api.conversations import Conversations
 from llama_smart_proxy.proxy.config import Config
 from llama_smart_proxy.proxy.middleware.afterwards import Afterwards
 from llama_smart_proxy.proxy.middleware.chain import Chain
+from llama_smart_proxy.proxy.models.inspection import Inspection
 from llama_smart_proxy.proxy.models.router import Router
 from llama_smart_proxy.proxy.store import Store
 
@@ -24,6 +25,7 @@ class Proxy:
     chain: Chain
     store: Store
     afterwards: Afterwards
+    inspection: Inspection
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     conversations: Conversations = field(default_factory=Conversations)
 

@@ -10,11 +10,11 @@ import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from llama_smart_proxy.proxy import __version__
 from llama_smart_proxy.proxy.errors import ConfigError
-from llama_smart_proxy.proxy.log import LEVELS, open_standard_streams
+from llama_smart_proxy.proxy.log import LEVELS, open_standard_streams, shown_output
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,8 @@ def main(argv: list[str] | None = None) -> int:
     open_standard_streams()
     try:
         try:
-            return _command(sys.argv[1:] if argv is None else argv)
+            with shown_output():
+                return _command(sys.argv[1:] if argv is None else argv)
         finally:
             for stream in (sys.stdout, sys.stderr):
                 stream.flush()  # here, as nothing can be caught when the interpreter does it
@@ -80,7 +81,7 @@ def _command(argv: list[str]) -> int:
     if args.command == "check":
         from llama_smart_proxy.proxy.cli.check import check_command
 
-        return check_command(path, os.environ)
+        return check_command(path, os.environ, strict=args.strict, argv_of=args.argv)
     try:
         if args.command == "pull":
             from llama_smart_proxy.proxy.cli.pull import pull_command
@@ -122,6 +123,8 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     serve.add_argument("--reload", action="store_true", help="reload agents when their files change")
     commands["pull"].add_argument("name", metavar="NAME", help="the name of the model")
     commands["help"].add_argument("topic", metavar="COMMAND", nargs="?", choices=COMMANDS, help="one of the commands")
+    commands["check"].add_argument("--argv", metavar="MODEL", help="print the command line of the model's llama-server")
+    commands["check"].add_argument("--strict", action="store_true", help="exit status 2 for warnings, too")
     for name in ("serve", "check", "pull", "simulate"):
         found = f"{', '.join(CONFIG_FILES[:-1])} or {CONFIG_FILES[-1]} in the current folder"
         commands[name].add_argument("--config", metavar="FILE", help=f"default: $LSP_CONFIG, else {found}")
@@ -138,24 +141,23 @@ def _present() -> list[Path]:
     return [path for path in map(Path, CONFIG_FILES) if path.exists()]
 
 
-def _serve(args: argparse.Namespace, path: Path | None) -> int:
+def _serve(args: argparse.Namespace, path: Path | None) -> NoReturn:
     from llama_smart_proxy.proxy import log, serve
-    from llama_smart_proxy.proxy.cli.check import machine_problems
     from llama_smart_proxy.proxy.config import load_config
 
     flags = {"server.host": args.host, "server.port": args.port, "log_level": args.log_level}
     overrides = {name: value for name, value in flags.items() if value is not None}
     config = load_config(path, env=os.environ, overrides=overrides)
-    if missing := machine_problems(config):
-        raise ConfigError([f"{path or 'defaults'}: {line}" for line in missing])
     log.configure(config.log_level)
     _log_source(path)
     for warning in config.warnings:
         logger.warning("%s", warning)
     try:
-        return serve.run(config, reload=args.reload)
-    except ConfigError as exc:  # agents are checked only when the server starts
-        raise ConfigError([f"{path or 'defaults'}: {line}" for line in exc.problems]) from None
+        status = serve.run(config, reload=args.reload)
+    except ConfigError as exc:  # agents and the machine are checked only when the server starts
+        print(ConfigError([f"{path or 'defaults'}: {line}" for line in exc.problems]), file=sys.stderr)
+        status = 2
+    serve.leave(status)
 
 
 def _log_source(path: Path | None) -> None:

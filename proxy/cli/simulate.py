@@ -190,8 +190,7 @@ async def _loaded(session: aiohttp.ClientSession) -> set[str]:
 async def _healthy(session: aiohttp.ClientSession) -> str:
     async with session.get("/health") as response:
         health = await response.json()
-    failed = ", ".join(health.get("agents", {}).get("failed", ()))
-    message = f"{health['status']}{f': these agents cannot be loaded: {failed}' if failed else ''}"
+    message = "; ".join([health["status"], *(f"{item['where']}: {item['message']}" for item in health["problems"])])
     _expect(response.status == 200 and health["status"] == "healthy", message)
     return ", ".join(f"{item['model']} {item['state']}" for item in health["instances"])
 

@@ -2,14 +2,15 @@
 
 `load_config` reads the file, the environment and the command line, in ascending order of precedence, and returns a
 `Config` or raises `ConfigError` with every problem found. `schema`, `agents` and `providers` define the fields,
-`shapes` and `duration` parse single values, `text` parses YAML and JSON, `expansion` replaces `${VAR}`, `environment`
-reads variables and flags, `legacy` renames the keys of the two projects that this one replaces, `checks` validates
-fields together, `loading` combines them all.
+`shapes`, `duration` and `command_line` parse single values, `text` parses YAML and JSON, `expansion` replaces `${VAR}`,
+`environment` reads variables and flags, `legacy` renames the keys of the two projects that this one replaces, `checks`
+validates fields together, `loading` combines them all.
 """
 
 from __future__ import annotations
 
 from llama_smart_proxy.proxy.config.agents import AgentConfig, LimitsConfig
+from llama_smart_proxy.proxy.config.command_line import missing_paths, spelled, without_secrets
 from llama_smart_proxy.proxy.config.duration import Duration, Seconds, parse_duration
 from llama_smart_proxy.proxy.config.loading import Reading, load_config, read_config
 from llama_smart_proxy.proxy.config.providers import (
@@ -23,9 +24,10 @@ from llama_smart_proxy.proxy.config.providers import (
 )
 from llama_smart_proxy.proxy.config.schema import Config, ServerConfig, schema_json
 from llama_smart_proxy.proxy.config.section import Section
-from llama_smart_proxy.proxy.config.shapes import checked_name, is_ollama_name
+from llama_smart_proxy.proxy.config.shapes import OWN_VARIABLE, checked_name, is_ollama_name
 
 __all__ = [
+    "OWN_VARIABLE",
     "AgentConfig",
     "BackendName",
     "Config",
@@ -44,7 +46,10 @@ __all__ = [
     "checked_name",
     "is_ollama_name",
     "load_config",
+    "missing_paths",
     "parse_duration",
     "read_config",
     "schema_json",
+    "spelled",
+    "without_secrets",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from llama_smart_proxy.proxy.config.command_line import spelled
 from llama_smart_proxy.proxy.config.problems import Loc, Problem, dotted
 from llama_smart_proxy.proxy.config.providers import ModelConfig
 from llama_smart_proxy.proxy.config.schema import Config
@@ -132,9 +133,8 @@ def _without_effect(config: Config, name: str, model: ModelConfig) -> Iterator[P
 def _owned_flags(loc: Loc, args: list[str]) -> Iterator[Problem]:
     for arg in args:
         flag = arg.split("=", 1)[0]
-        name = flag.replace("_", "-") if flag.startswith("--") else flag  # llama-server accepts both spellings
-        if name in OWNED_FLAGS:
-            yield Problem(loc, f"must not contain {flag}: {OWNED_FLAGS[name]}")
+        if spelled(flag) in OWNED_FLAGS:
+            yield Problem(loc, f"must not contain {flag}: {OWNED_FLAGS[spelled(flag)]}")
 
 
 def _port_problems(config: Config) -> Iterator[Problem]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from llama_smart_proxy.proxy.config import text
 from llama_smart_proxy.proxy.config.problems import Loc
+from llama_smart_proxy.proxy.config.schema import is_verbatim
 
 PREFIX = "LSP_"
 NOT_FIELDS = {"LSP_CONFIG", "LSP_OWNER"}  # the file's path, and the mark of child processes
@@ -50,8 +51,9 @@ def from_environment(env: Mapping[str, str], data: Mapping[str, Any]) -> Iterato
     # whole sections come before their single fields, so that they do not overwrite them
     variables = (name for name in env if name.startswith(PREFIX) and name not in NOT_FIELDS)
     for variable in sorted(variables, key=lambda name: (name.count("__"), name)):
-        value, problem = _read(env[variable])
-        yield Setting(f"environment: {variable}", _loc(variable, data), value, problem)
+        loc = _loc(variable, data)
+        value, problem = _read(env[variable], loc)
+        yield Setting(f"environment: {variable}", loc, value, problem)
 
 
 def without_effect(env: Mapping[str, str]) -> list[str]:
@@ -67,15 +69,15 @@ def from_flags(overrides: Mapping[str, object]) -> Iterator[Setting]:
             yield Setting(f"command line: {name}", tuple(name.split(".")), value)
 
 
-def _read(raw: str) -> tuple[Any, str | None]:
-    """The value of a variable, and a problem with it: lists and mappings are parsed as YAML or JSON, null is None,
-    anything else stays text, to be converted by the type of the field."""
+def _read(raw: str, loc: Loc) -> tuple[Any, str | None]:
+    """The value of a variable for the field at `loc`, and a problem with it: lists and mappings are parsed as YAML or
+    JSON, null is None, anything else stays text, to be converted by the type of the field."""
     stripped = raw.strip()
     if stripped in ("null", "~"):
         return None, None
     if not stripped.startswith(("[", "{", '"', "'")):
         return raw, None
-    parsed = text.parse(stripped)
+    parsed = text.parse(stripped, at=loc, verbatim=is_verbatim)
     return parsed.data, parsed.problems[0].message if parsed.problems else None
 
 

@@ -14,9 +14,10 @@ from pydantic_core import ErrorDetails
 
 from llama_smart_proxy.proxy.config import environment, legacy, text
 from llama_smart_proxy.proxy.config.checks import cross_checks
+from llama_smart_proxy.proxy.config.command_line import absolute_paths
 from llama_smart_proxy.proxy.config.expansion import expand_all
 from llama_smart_proxy.proxy.config.problems import Loc, Problem, dotted
-from llama_smart_proxy.proxy.config.schema import Config
+from llama_smart_proxy.proxy.config.schema import Config, is_verbatim
 from llama_smart_proxy.proxy.config.section import Section
 from llama_smart_proxy.proxy.errors import ConfigError
 
@@ -94,7 +95,7 @@ class _Draft:
             self.problems.append(Problem((), f"cannot be read: {getattr(error, 'strerror', None) or error}"))
             return
         json_only = path.suffix.lower() == ".json"
-        parsed = text.parse(content, json_only=json_only)
+        parsed = text.parse(content, json_only=json_only, verbatim=is_verbatim)
         self.problems += parsed.problems
         if isinstance(parsed.data, dict):
             self.data = expand_all(parsed.data, env, self.problems)
@@ -231,6 +232,8 @@ def _resolve_paths(config: Config, folder: Path) -> None:
     llama_cpp = config.llama_cpp
     for model in config.models.values():
         model.path = model.path and _absolute(model.path, folder)
+        model.args = absolute_paths(model.args, lambda path: os.path.join(folder, os.path.expanduser(path)))
+    llama_cpp.args = absolute_paths(llama_cpp.args, lambda path: os.path.join(folder, os.path.expanduser(path)))
     llama_cpp.models_dir = llama_cpp.models_dir and _absolute(llama_cpp.models_dir, folder)
     config.agents_dirs = [_absolute(path, folder) for path in config.agents_dirs]
     config.state_dir = config.state_dir and _absolute(config.state_dir, folder)

@@ -50,6 +50,11 @@ class PoolConfig(Section):
     idle_timeout_s: Seconds = Field(
         default=120.0, gt=0, description="Seconds a process may be silent in the middle of its answer."
     )
+    stall_timeout_s: Seconds = Field(
+        default=60.0,
+        description="Seconds in which a process generates nothing although requests wait, uses no processor time and "
+        "reports no work; then it is replaced. 0: never.",
+    )
     autoload: bool = Field(
         default=True,
         description="Whether a request loads its model; if not, requests for a model that is not loaded get status "
@@ -98,7 +103,9 @@ class ModelConfig(Section):
         default_factory=list, description="Other names that clients may use for this model."
     )
     args: shapes.Args = Field(default_factory=list, description="Extra llama-server flags, added last.")
-    env: dict[str, str] = Field(default_factory=dict, description="Environment variables for its process.")
+    env: shapes.Environment = Field(
+        default_factory=dict, description="Environment variables for its process; null removes one."
+    )
     ctx: int | None = Field(
         default=None,
         ge=0,
@@ -136,15 +143,21 @@ class LlamaCppConfig(Section):
     )
     allow_unauthenticated: bool = Field(
         default=False,
-        description="Accept a server that does not enforce the API key it is given; other processes of this machine "
-        "can use it, too.",
+        description="Accept a server that does not enforce the API key it is given, or that another process than the "
+        "one started runs, as in a container; other processes of this machine can use it, too.",
     )
     args: shapes.Args = Field(default_factory=list, description="llama-server flags for every model.")
+    env_passthrough: shapes.Passthrough = Field(
+        default_factory=list,
+        description="Variables of the proxy's environment that every llama-server gets, besides those of GPUs and "
+        "drivers: names, or patterns such as MY_*, which match no secrets.",
+    )
     models: dict[shapes.Name, ModelConfig] = Field(
         default_factory=dict, description="Models by name; the same as the top-level models."
     )
     models_dir: Path | None = Field(
-        default=None, description="Folder whose *.gguf files are offered, each by its name without the ending."
+        default=None,
+        description="Folder whose *.gguf files, and those below it, are offered, each by its name without the ending.",
     )
     hf_cache: bool = Field(
         default=True,
@@ -159,7 +172,9 @@ class UpstreamConfig(Section):
     models: Annotated[list[str], BeforeValidator(shapes.comma_list)] | None = Field(
         default=None, description="Model names it serves; by default all that it lists."
     )
-    connect_timeout_s: Seconds = Field(default=5.0, gt=0, description="Seconds to wait for a connection.")
+    connect_timeout_s: Seconds = Field(
+        default=5.0, gt=0, description="Seconds to wait for a connection, with the look-up of its name."
+    )
     first_byte_timeout_s: Seconds = Field(
         default=600.0, gt=0, description="Seconds it may take to send the first byte of its answer."
     )
@@ -176,13 +191,21 @@ class UpstreamConfig(Section):
 class RemoteConfig(UpstreamConfig):
     """An OpenAI-compatible server that requests are forwarded to."""
 
-    url: str = Field(description="Its base URL, http or https, with or without the final /v1.")
+    url: str = Field(
+        description="Its base URL, http or https, as other clients take it: http://h:8000/v1, https://h/api/v3. One "
+        "without a path gets /v1."
+    )
     responses: bool = Field(default=False, description="Use its own /v1/responses where no agent reads the request.")
+    forward_headers: Annotated[list[shapes.Header], BeforeValidator(shapes.comma_list)] = Field(
+        default_factory=list,
+        description="Headers about the user, or with credentials, that it gets from clients, such as "
+        "X-OpenWebUI-User-Email; a * at the end stands for any rest. By default it gets none.",
+    )
 
     @field_validator("url")
     @classmethod
-    def _http_url(cls, url: str) -> str:
-        return re.sub(r"/v1$", "", shapes.http_url(url))
+    def _base_url(cls, url: str) -> str:
+        return shapes.base_url(url)
 
 
 class OllamaConfig(UpstreamConfig):
@@ -209,4 +232,5 @@ class OllamaConfig(UpstreamConfig):
     def _url(self, host: str) -> str:
         parts = urlsplit(shapes.http_url(shapes.with_scheme(host)))
         port = parts.port or self.port or (443 if parts.scheme == "https" else 11434)
-        return f"{parts.scheme}://{shapes.bracketed(parts.hostname or '')}:{port}{parts.path.removesuffix('/v1')}"
+        path = re.sub(r"/(v1|api)$", "", parts.path)  # what OpenAI's and Ollama's clients have in their base URL
+        return f"{parts.scheme}://{shapes.bracketed(parts.hostname or '')}:{port}{path}"

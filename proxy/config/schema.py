@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 from llama_smart_proxy.proxy.config import shapes
 from llama_smart_proxy.proxy.config.agents import AgentConfig, LimitsConfig
 from llama_smart_proxy.proxy.config.duration import Seconds
+from llama_smart_proxy.proxy.config.problems import Loc
 from llama_smart_proxy.proxy.config.providers import (
     BackendName,
     LlamaCppConfig,
@@ -40,6 +41,11 @@ class ServerConfig(Section):
         default_factory=list,
         description="Origins of web pages that may send requests, such as https://chat.example, besides pages on this "
         "machine; * is every one.",
+    )
+    allow_hosts: shapes.HostNames = Field(
+        default_factory=list,
+        description="Names of the proxy in the Host header of requests, such as chat.example, besides addresses, names "
+        "without a dot and those of this machine; *.chat.example is all below it, * every one.",
     )
     max_body_mib: int = Field(default=64, ge=1, description="Largest request body, in MiB; larger ones get status 413.")
     drain_s: Seconds = Field(
@@ -88,6 +94,9 @@ class Config(Section):
     )
     sections: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="Settings of the backends that `modules` add, by the name of their section."
+    )
+    env_passthrough: shapes.Passthrough = Field(
+        default_factory=list, description="The same as llama_cpp.env_passthrough, to which it is added."
     )
     state_dir: Path | None = Field(
         default=None,
@@ -151,10 +160,19 @@ class Config(Section):
         return [*(["-ngl", str(layers)] if layers is not None and layers >= 0 else []), *self.llama_cpp.args]
 
     @property
+    def passthrough(self) -> list[str]:
+        """The names and patterns of `env_passthrough`, of either section."""
+        return [*self.llama_cpp.env_passthrough, *self.env_passthrough]
+
+    @property
     def uses_ollama(self) -> bool:
         """Whether Ollama servers are used: some field configures them, or some model requires them."""
         named = self.backend == "ollama" or "ollama" in self.model_fields_set
         return named or any(self.backend_of(name) == "ollama" for name in self.models)
+
+    def path_of(self, name: str) -> str:
+        """The path of the model in the file: `models.m`, or `llama_cpp.models.m`."""
+        return f"llama_cpp.models.{name}" if name in self.llama_cpp.models else f"models.{name}"
 
     def backend_of(self, name: str) -> BackendName:
         """What runs the model `name`. Raises: KeyError if it is not configured."""
@@ -162,6 +180,14 @@ class Config(Section):
         if model.backend is not None:
             return model.backend
         return "llama.cpp" if model.has_source or name in self.llama_cpp.models else self.backend
+
+
+def is_verbatim(loc: Loc) -> bool:
+    """Whether a number or a boolean at this path of the file stands for the text as it is written: `1.10` in the
+    environment of a process, or among the arguments of one."""
+    if loc[:2] in (("llama_cpp", "models"), ("llama_cpp", "args")):
+        loc = ("models", *loc[2:]) if loc[1] == "models" else ("models", "", *loc[1:])
+    return len(loc) == 4 and loc[0] == "models" and loc[2] in ("args", "env")
 
 
 def schema_json() -> str:

@@ -7,17 +7,26 @@ from __future__ import annotations
 
 import ipaddress
 import re
-import shlex
+from contextlib import suppress
 from typing import Annotated, Any, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, WithJsonSchema
 
+from llama_smart_proxy.proxy.config.command_line import split_args
+
 _NAME = re.compile(r"[A-Za-z0-9._:/@+-]{1,255}")
 _START, _REST = "[A-Za-z0-9_]", "[A-Za-z0-9_-]"
 _PART = rf"{_START}(?:{_REST}|\.){{0,79}}"
 _OLLAMA_NAME = re.compile(rf"(?:(?:{_START}(?:{_REST}|[.:]){{0,349}}/)?{_START}{_REST}{{0,79}}/)?{_PART}(?::{_PART})?")
+_HEADER = re.compile(r"[A-Za-z0-9!#$%&'+.^_`|~-]{1,128}\*?")
+_NEVER_FORWARDED = frozenset({"authorization", "connection", "content-length", "host", "transfer-encoding", "upgrade"})
 _ITEM = TypeVar("_ITEM")
+OWN_VARIABLE = re.compile(
+    r"LSP_.* | LLAMA_API_KEY | LLAMA_SERVER_.* | LLAMA_ARG_(HOST|PORT|REUSE_PORT|API_.*|SSL_.*|MODEL|MODEL_URL|ALIAS)",
+    re.VERBOSE,
+)
+"""Variables that would change where a server of the pool is reached, its key or its model, and those of the proxy."""
 
 
 def checked_name(name: str) -> str:
@@ -48,9 +57,18 @@ def comma_list(value: object) -> object:
     return list(value) if isinstance(value, dict) else value
 
 
-def split_args(value: object) -> object:
-    """`"--temp 0.7"` as `["--temp", "0.7"]`, with quotes as in a shell."""
-    return shlex.split(value) if isinstance(value, str) else value
+def without_nul(text: str) -> str:
+    """Text that a process can be given."""
+    if "\0" in text:
+        raise ValueError("must not contain a NUL character")
+    return text
+
+
+def begins_with_flag(args: list[str]) -> list[str]:
+    """Arguments of llama-server, which takes only flags and their values."""
+    if args and not args[0].startswith("-"):
+        raise ValueError("must begin with a flag: the name of the program and its variables do not belong here")
+    return args
 
 
 def lower(value: object) -> object:
@@ -128,6 +146,17 @@ def origin(text: str) -> str:
     return f"{scheme}://{host}{'' if (scheme, port) in (('http', ':80'), ('https', ':443')) else port or ''}"
 
 
+def host_name(text: str) -> str:
+    """A name as a `Host` header has it, in lower case and punycode and without a port; or `*` for any, or `*.` and a
+    domain for all names below that."""
+    name = text.strip().lower().removesuffix(".")
+    with suppress(UnicodeError):
+        name = name if name.isascii() else name.encode("idna").decode("ascii")
+    if not re.fullmatch(r"\*|(?:\*\.)?[a-z0-9_-][a-z0-9._-]*", name):
+        raise ValueError("must be a host name without scheme and port, such as chat.example, or *.chat.example, or *")
+    return name
+
+
 def http_url(url: str) -> str:
     """An http or https URL of a server, without a trailing slash."""
     try:
@@ -144,26 +173,79 @@ def http_url(url: str) -> str:
     return url.rstrip("/")
 
 
+def base_url(url: str) -> str:
+    """The base URL of an OpenAI-compatible server, without a trailing slash; one without a path ends in `/v1`."""
+    url = http_url(url)
+    endpoint = re.search(r"/(chat/completions|completions|embeddings)$", url)
+    if endpoint is not None:
+        raise ValueError(f"must be the base URL, without {endpoint[0]}")
+    return url if urlsplit(url).path else f"{url}/v1"
+
+
 def ollama_host(host: str) -> str:
     """A host's name, address or URL, unchanged."""
     http_url(with_scheme(host))
     return host
 
 
+def header(name: str) -> str:
+    """The name of a header that may be forwarded, or the beginning of some and `*`."""
+    if not _HEADER.fullmatch(name):
+        raise ValueError("must be the name of a header, or its beginning and *")
+    if name.lower() in _NEVER_FORWARDED:
+        raise ValueError("is never forwarded; api_key is the key that a server gets")
+    return name
+
+
+def variable_name(name: str) -> str:
+    """A name that a variable of a process can have."""
+    if not name or "=" in name:
+        raise ValueError("a variable has a name, without '='")
+    return without_nul(name)
+
+
+def passthrough(name: str) -> str:
+    """The name of a variable, or a pattern with `*` and `?`, that server processes may inherit."""
+    if not re.fullmatch(r"[A-Za-z0-9_*?]+", name):
+        raise ValueError("must be the name of a variable, or a pattern with * and ?")
+    if OWN_VARIABLE.fullmatch(name):
+        raise ValueError("is set or kept back by the proxy itself")
+    return name
+
+
 Name = Annotated[str, BeforeValidator(quoted), AfterValidator(checked_name)]
+Text = Annotated[str, AfterValidator(without_nul)]
 Args = Annotated[
-    list[str],
+    list[Text],
     BeforeValidator(split_args),
-    WithJsonSchema({"type": "array", "items": {"type": ["string", "number"]}}),
+    AfterValidator(begins_with_flag),
+    WithJsonSchema(
+        {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": ["string", "number", "boolean"]}}]}
+    ),
+]
+Environment = Annotated[
+    dict[Annotated[str, AfterValidator(variable_name)], Text | None],
+    WithJsonSchema({"type": "object", "additionalProperties": {"type": ["string", "number", "boolean", "null"]}}),
+]
+Passthrough = Annotated[
+    list[Annotated[str, AfterValidator(passthrough)]],
+    BeforeValidator(comma_list),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
 ]
 Hosts = Annotated[
     list[Annotated[str, AfterValidator(ollama_host)]],
     BeforeValidator(comma_list),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
 ]
+Header = Annotated[str, AfterValidator(header)]
 Address = Annotated[str, AfterValidator(address)]
 Origins = Annotated[
     list[Annotated[str, AfterValidator(origin)]],
+    BeforeValidator(comma_list),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
+]
+HostNames = Annotated[
+    list[Annotated[str, AfterValidator(host_name)]],
     BeforeValidator(comma_list),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
 ]

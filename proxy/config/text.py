@@ -1,13 +1,15 @@
 """Parses YAML, and JSON with comments, into dicts and lists; reports duplicate keys and syntax errors with their lines.
 
 YAML is parsed by the rules of YAML 1.2: only `true` and `false` are booleans, so `--flash-attn on` stays text, and
-`12:30` and `010` are not numbers. Keys are always text.
+`12:30` and `010` are not numbers. Keys are always text. Values of which the spelling matters stay text too, such as
+`1.10` in the environment of a process.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,8 +21,12 @@ _NULL = re.compile(r"(?:~|null|Null|NULL)?")
 _BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
 _INT = re.compile(r"[-+]?(?:0|[1-9][0-9]*)")
 _FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|(?:0|[1-9][0-9]*)(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
+_HIDDEN_FLAG = re.compile(r"(?:^|\s)#.*\s--?[A-Za-z]")
 _PLAIN_TAGS = {"tag:yaml.org,2002:" + kind for kind in ("null", "bool", "int", "float", "timestamp", "merge", "value")}
 _JSON_TOKEN = re.compile(r'("(?:\\.|[^"\\\n])*")|//[^\n]*|/\*.*?\*/|,(?=(?:\s|//[^\n]*|/\*.*?\*/)*+[}\]])', re.DOTALL)
+
+
+Verbatim = Callable[[Loc], bool]
 
 
 @dataclass
@@ -31,23 +37,28 @@ class Parsed:
     problems: list[Problem] = field(default_factory=list)
 
 
-def parse(text: str, *, json_only: bool = False) -> Parsed:
+def _nowhere(loc: Loc) -> bool:
+    return False
+
+
+def parse(text: str, *, json_only: bool = False, at: Loc = (), verbatim: Verbatim = _nowhere) -> Parsed:
     """Parse `text`. A syntax error is a problem at the root, and `data` is then None.
 
-    A text that begins with `{` is first parsed as JSON with comments: YAML would treat `// why` as part of a key.
+    A text that begins with `{` is first parsed as JSON with comments: YAML would treat `// why` as part of a key. `at`
+    is the path of the text itself; numbers and booleans at paths that are `verbatim` are returned as they are written.
     """
     if json_only or text.lstrip().startswith("{"):
-        parsed = _parse_json(text)
+        parsed = _parse_json(text, at, verbatim)
         if json_only or not any(problem.loc == () for problem in parsed.problems):
             return parsed
-    return _parse_yaml(text)
+    return _parse_yaml(text, at, verbatim)
 
 
-def _parse_yaml(text: str) -> Parsed:
+def _parse_yaml(text: str, at: Loc, verbatim: Verbatim) -> Parsed:
     parsed = Parsed()
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        parsed.data = None if node is None else _build(node, (), parsed.problems)
+        parsed.data = None if node is None else _build(node, at, parsed.problems, verbatim)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
@@ -62,18 +73,21 @@ def _parse_yaml(text: str) -> Parsed:
     return parsed
 
 
-def _build(node: yaml.Node, loc: Loc, problems: list[Problem]) -> Any:
+def _build(node: yaml.Node, loc: Loc, problems: list[Problem], verbatim: Verbatim) -> Any:
     if not node.tag.startswith("tag:yaml.org,2002:"):
         problems.append(Problem(loc, f"the tag {node.tag} has no meaning here"))
     if isinstance(node, yaml.MappingNode):
-        return _build_mapping(node, loc, problems)
+        return _build_mapping(node, loc, problems, verbatim)
     if isinstance(node, yaml.SequenceNode):
-        return [_build(item, (*loc, index), problems) for index, item in enumerate(node.value)]
-    plain = isinstance(node, yaml.ScalarNode) and node.style is None and node.tag in _PLAIN_TAGS
-    return _scalar(node.value) if plain else node.value
+        return [_build(item, (*loc, index), problems, verbatim) for index, item in enumerate(node.value)]
+    assert isinstance(node, yaml.ScalarNode)
+    if node.style == ">" and loc[-1:] == ("args",) and _HIDDEN_FLAG.search(node.value):
+        problems.append(Problem(loc, "a comment in a folded text hides all flags behind it; write | in place of >"))
+    value = _scalar(node.value) if node.style is None and node.tag in _PLAIN_TAGS else node.value
+    return value if value is None or not verbatim(loc) else node.value
 
 
-def _build_mapping(node: yaml.MappingNode, loc: Loc, problems: list[Problem]) -> dict[str, Any]:
+def _build_mapping(node: yaml.MappingNode, loc: Loc, problems: list[Problem], verbatim: Verbatim) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     own: dict[str, Any] = {}
     lines: dict[str, int] = {}
@@ -82,14 +96,14 @@ def _build_mapping(node: yaml.MappingNode, loc: Loc, problems: list[Problem]) ->
             problems.append(Problem(loc, f"line {key_node.start_mark.line + 1}: a key must be text"))
             continue
         key, line = key_node.value, key_node.start_mark.line + 1
-        value = _build(value_node, loc if key == "<<" else (*loc, key), problems)
         if key == "<<":
-            for source in value if isinstance(value, list) else [value]:
+            for source_node in value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]:
+                source = _build(source_node, loc, problems, verbatim)
                 merged = {**(source if isinstance(source, dict) else {}), **merged}
         elif key in own:
             problems.append(Problem((*loc, key), f"given twice (lines {lines[key]} and {line})"))
         else:
-            own[key], lines[key] = value, line
+            own[key], lines[key] = _build(value_node, (*loc, key), problems, verbatim), line
     return {**merged, **own}
 
 
@@ -107,11 +121,25 @@ class _Pairs(list[tuple[str, Any]]):
     """The items of a JSON object, in which keys may occur twice."""
 
 
-def _parse_json(text: str) -> Parsed:
+class _Integer(str):
+    """A number in JSON, as it is written."""
+
+
+class _Fraction(str):
+    """Likewise, with a decimal point or an exponent."""
+
+
+def _parse_json(text: str, at: Loc, verbatim: Verbatim) -> Parsed:
     parsed = Parsed()
     try:
-        raw = json.loads(_JSON_TOKEN.sub(_blank, text), object_pairs_hook=_Pairs, parse_constant=_no_constant)
-        parsed.data = _unpaired(raw, (), parsed.problems)
+        raw = json.loads(
+            _JSON_TOKEN.sub(_blank, text),
+            object_pairs_hook=_Pairs,
+            parse_constant=_no_constant,
+            parse_int=_Integer,
+            parse_float=_Fraction,
+        )
+        parsed.data = _unpaired(raw, at, parsed.problems, verbatim)
     except json.JSONDecodeError as error:
         parsed.problems.append(Problem((), f"line {error.lineno}, column {error.colno}: {error.msg}"))
     except ValueError as error:
@@ -130,15 +158,17 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON value")
 
 
-def _unpaired(value: Any, loc: Loc, problems: list[Problem]) -> Any:
+def _unpaired(value: Any, loc: Loc, problems: list[Problem], verbatim: Verbatim) -> Any:
     if isinstance(value, _Pairs):
         result: dict[str, Any] = {}
         for key, item in value:
             if key in result:
                 problems.append(Problem((*loc, key), "given twice"))
             else:
-                result[key] = _unpaired(item, (*loc, key), problems)
+                result[key] = _unpaired(item, (*loc, key), problems, verbatim)
         return result
     if isinstance(value, list):
-        return [_unpaired(item, (*loc, index), problems) for index, item in enumerate(value)]
-    return value
+        return [_unpaired(item, (*loc, index), problems, verbatim) for index, item in enumerate(value)]
+    if isinstance(value, _Integer | _Fraction):
+        return str(value) if verbatim(loc) else int(value) if isinstance(value, _Integer) else float(value)
+    return json.dumps(value) if isinstance(value, bool) and verbatim(loc) else value

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import orjson
 
@@ -19,7 +19,6 @@ from llama_smart_proxy.proxy.chat import (
     Json,
     Timing,
     first_text_part,
-    last_user_message,
     text_of,
     without_extensions,
 )
@@ -173,6 +172,18 @@ class Loading(StrEnum):
     UNLOAD = "unload"
 
 
+class TextPlace(NamedTuple):
+    """Where a user's text is in an undecoded message: `holder[key]`; `holder` is None if the message has no text."""
+
+    holder: Json | None
+    key: str
+
+    @property
+    def text(self) -> str:
+        text = self.holder.get(self.key) if self.holder is not None else None
+        return text if isinstance(text, str) else ""
+
+
 class ClientCodec:
     """Requests and answers of one endpoint that generates text. The defaults suit most APIs.
 
@@ -183,7 +194,9 @@ class ClientCodec:
     dialect: ClassVar[Dialect]
     same_api: ClassVar[UpstreamCodec | None] = None
     resends_chat: ClassVar[bool] = True
-    """Each request repeats the chat from its beginning, in `messages`, which identifies the chat."""
+    """Each request repeats the chat from its beginning."""
+    messages_field: ClassVar[str] = "messages"
+    """The field that holds it."""
     thinking_is_optional: ClassVar[bool] = True
     """A request for thinking is answered without it by a model that does not support it, instead of refused."""
 
@@ -213,14 +226,27 @@ class ClientCodec:
 
     def user_text(self, body: Json) -> str:
         """`ChatRequest.last_user_text` of an undecoded and unchecked body."""
-        messages = body.get("messages") if self.resends_chat else None
-        if not isinstance(messages, list):
+        messages = self.messages(body)
+        if messages is None:
             prompt = body.get("prompt")
             prompt = prompt[0] if isinstance(prompt, list) and len(prompt) == 1 else prompt
             return prompt if isinstance(prompt, str) else ""
-        content = (last_user_message(messages) or {}).get("content")
-        part = first_text_part(content) if isinstance(content, list) else None
-        return str(part["text"]) if part is not None else content if isinstance(content, str) else ""
+        places = (self.text_place(message) for message in reversed(messages))
+        return next((place.text for place in places if place is not None), "")
+
+    def messages(self, body: Json) -> list[Any] | None:
+        """The messages of the chat in an undecoded and unchecked body; None if the API does not resend it."""
+        messages = body.get(self.messages_field) if self.resends_chat else None
+        return messages if isinstance(messages, list) else None
+
+    def text_place(self, message: Any) -> TextPlace | None:
+        """Where the user's text is in an undecoded and unchecked message; None if the message is not the user's."""
+        if not isinstance(message, dict) or message.get("role") != "user":
+            return None
+        content = message.get("content")
+        return (
+            TextPlace(first_text_part(content), "text") if isinstance(content, list) else TextPlace(message, "content")
+        )
 
     def beginning(self, body: Json) -> list[tuple[Any, str]]:
         """Role and text of the messages up to the user's first one, of an undecoded and unchecked body: all later

@@ -6,7 +6,9 @@ import re
 import time
 from collections.abc import Iterable
 from email.utils import formatdate
+from fnmatch import fnmatchcase
 from functools import lru_cache
+from urllib.parse import unquote_plus
 
 from aiohttp import web
 from multidict import MultiMapping
@@ -55,17 +57,47 @@ _NOT_UPSTREAM = HOP_BY_HOP | {
     "range",  # answers are generated, not stored: llama-server would generate one and then answer 416
     "if-range",
     "authorization",  # the client's credentials are for the proxy; the model server has its own
-    "x-api-key",
-    "cookie",
-    "cookie2",
-    "origin",
-    "referer",
-    "forwarded",  # a client's claims about its own address are neither trusted nor passed on
-    "x-real-ip",
     "x-agents",  # names agents of this proxy; the next proxy has others
     "x-conversation-id",  # see `CONVERSATION`
 }
-_NOT_UPSTREAM_PREFIXES = ("x-forwarded-", "proxy-", "sec-", "access-control-")
+_NOT_UPSTREAM_PREFIXES = ("proxy-", "sec-", "access-control-")
+
+_CREDENTIALS = frozenset({"key", "keys", "jwt", "pass", "auth", "authorization", "credential", "credentials", "sig"})
+_CREDENTIAL_ENDS = ("apikey", "token", "secret", "password", "passwd", "cookie", "cookie2", "signature", "assertion")
+"""Parts, and ends of parts, of the names of headers and of parameters in a query that carry credentials."""
+_NO_CREDENTIALS = frozenset({"idempotency-key", "x-idempotency-key"})
+_PERSONAL = frozenset({"from", "origin", "referer", "forwarded"})
+_PERSONAL_PREFIXES = ("x-forwarded-", "x-original-", "x-authentik-", "remote-", "x-remote-")
+_PERSONAL_PARTS = frozenset(
+    {"user", "users", "userid", "username", "email", "login", "account", "groups", "roles", "ip", "principal"}
+    | {"identity", "authenticated", "tenant", "oidc", "iap"}
+)
+"""Parts of the names of headers in which a proxy, a log-in or a chat UI identifies the user."""
+
+
+@lru_cache(maxsize=256)
+def is_credential(name: str) -> bool:
+    """Whether a header or a parameter of a query of that name (in lower case) carries a client's credentials."""
+    found = any(part in _CREDENTIALS or part.endswith(_CREDENTIAL_ENDS) for part in _parts(name))
+    return found and name not in _NO_CREDENTIALS
+
+
+def _parts(name: str) -> list[str]:
+    return name.replace("_", "-").replace(".", "-").split("-")
+
+
+@lru_cache(maxsize=256)
+def _is_sent(name: str, forwards: tuple[str, ...]) -> bool:
+    """Whether a client's header of that name (in lower case) is sent to a server that gets those that match `forwards`
+    in any case."""
+    if name in _NOT_UPSTREAM or name.startswith(_NOT_UPSTREAM_PREFIXES):
+        return False
+    if any(fnmatchcase(name, pattern) for pattern in forwards):
+        return True
+    if name in _PERSONAL or name.startswith(_PERSONAL_PREFIXES) or is_credential(name):
+        return False
+    return name == "user-agent" or _PERSONAL_PARTS.isdisjoint(_parts(name))
+
 
 _NOT_DOWNSTREAM = HOP_BY_HOP | {
     "content-length",
@@ -82,16 +114,25 @@ _NOT_DOWNSTREAM = HOP_BY_HOP | {
 _NOT_DOWNSTREAM_PREFIXES = ("access-control-", "proxy-")
 
 
-def upstream_headers(client: MultiMapping[str], *, has_body: bool) -> list[tuple[str, str]]:
-    """The client's headers to send to a model server."""
+def upstream_headers(
+    client: MultiMapping[str], *, has_body: bool, forwards: tuple[str, ...] = ()
+) -> list[tuple[str, str]]:
+    """The client's headers to send to a model server: none with credentials, or about the user, but those that match
+    `forwards` (patterns in lower case)."""
     named = client.getall("Connection", ())
     banned = _named_by_connection(",".join(named)) if named else frozenset()
     kept = [("Content-Type", "application/json")] if has_body else []
     for name, value in client.items():
         key = name.lower()
-        if key not in _NOT_UPSTREAM and key not in banned and not key.startswith(_NOT_UPSTREAM_PREFIXES):
+        if _is_sent(key, forwards) and key not in banned:
             kept.append((name, value))
     return kept
+
+
+def upstream_query(query: str) -> str:
+    """The query of a client's request to send to a model server: without credentials."""
+    parts = query.split("&")
+    return "&".join(part for part in parts if not is_credential(unquote_plus(part.partition("=")[0]).lower()))
 
 
 def downstream_headers(upstream: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -1,7 +1,8 @@
 """Which web pages may use the proxy, and the headers by which their browser lets them (CORS).
 
-Browsers send `Origin` with what a page requests from another host or port, and ask by a preflight before they send a
-request that a form could not. Source: the Fetch standard, 3.2; Private Network Access, 3.1.
+Browsers send `Origin` with what a page requests from another host or port, but not with images and links, which only
+`Sec-Fetch-Site` shows; and ask by a preflight before they send a request that a form could not. Source: the Fetch
+standard, 3.2; Private Network Access, 3.1; Fetch Metadata, 2.3.
 """
 
 from __future__ import annotations
@@ -9,9 +10,12 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Iterable
+from enum import Enum
 from functools import lru_cache
 
 from aiohttp import web
+
+from llama_smart_proxy.proxy.errors import BadRequest
 
 ANY = "*"
 EXPOSED = "X-Request-Id, Request-Id, Retry-After"
@@ -20,11 +24,28 @@ PREFLIGHT_S = 600
 """Seconds that a browser may remember the answer to a preflight."""
 _ORIGIN = re.compile(r"(?:([a-z][a-z0-9+.-]*)://)?([!-~]*)", re.IGNORECASE)
 _HOST = re.compile(r"([a-z0-9._-]+|\[[0-9a-f:.]+\])(?::\d{1,5})?", re.IGNORECASE)
+_LONGEST = 2048
+"""Characters of an origin."""
 _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 """RFC 9110 5.6.2."""
 _METHOD = "Access-Control-Request-Method"
 _PREFLIGHT_VARY = "Access-Control-Request-Method, Access-Control-Request-Headers"
 """Besides `Origin`, which every response names."""
+_SITE = "Sec-Fetch-Site"
+_OWN_SITES = ("none", "same-origin")
+"""The user's own doing, such as an address typed in; and a page of the proxy itself."""
+_READING = frozenset({"GET", "HEAD", "OPTIONS"})
+
+
+class Pages(Enum):
+    """Which web pages may use an endpoint."""
+
+    ALL = "all"
+    """It only reads what the proxy knows: a link to it does no harm, and scripts of foreign pages cannot read it."""
+    ALLOWED = "allowed"
+    """Those of `Origins.allow`, as it may start, stop or occupy something."""
+    LOCAL = "local"
+    """Those of this machine, also if others are configured, as it can run commands here."""
 
 
 class Origins:
@@ -43,6 +64,20 @@ class Origins:
             return True
         return ANY in self._configured and _ORIGIN.fullmatch(origin) is not None
 
+    def check(self, http: web.BaseRequest, pages: Pages) -> None:
+        """Reject a request that comes from a page which may not use an endpoint for `pages`. Raises: BadRequest 403."""
+        if pages is Pages.ALL and http.method in _READING and not is_preflight(http):
+            return
+        if "Origin" in http.headers:
+            origin = origin_of(http)
+            served = is_page_here(origin) if pages is Pages.LOCAL else self.allow(origin)
+        else:
+            served = http.headers.get(_SITE, "none").lower() in _OWN_SITES
+        if served:
+            return
+        hint = "" if pages is Pages.LOCAL else "; server.allow_origins lists those that may"
+        raise BadRequest(f"pages of this origin may not do this{hint}", status=403, code="forbidden_origin")
+
     def headers(self, origin: str) -> list[tuple[str, str]]:
         """The headers of a response to a page of `origin`."""
         vary = ("vary", "Origin")
@@ -55,14 +90,29 @@ class Origins:
 def is_local(origin: str) -> bool:
     """Whether `origin` is a page of this machine, or an application, which has a scheme of its own (`app://`,
     `file://`, `tauri://`, `capacitor://`, `vscode-webview://`, an extension of the browser)."""
-    found = _ORIGIN.fullmatch(origin)
+    found = _origin(origin)
     if found is None:
         return False
-    scheme, rest = found.groups()
-    if scheme is not None and scheme.lower() not in ("http", "https"):
-        return True
-    host = _HOST.fullmatch(rest)
+    scheme = found[1]
+    return is_page_here(origin) or (scheme is not None and scheme.lower() not in ("http", "https"))
+
+
+def is_page_here(origin: str) -> bool:
+    """Whether `origin` is a page that a server of this machine has sent."""
+    found = _origin(origin)
+    if found is None or (found[1] or "http").lower() not in ("http", "https"):
+        return False
+    host = _HOST.fullmatch(found[2])
     return host is not None and _is_this_machine(host[1].lower())
+
+
+def origin_of(http: web.BaseRequest) -> str:
+    """The value of all its `Origin` headers, which should be one."""
+    return ", ".join(http.headers.getall("Origin"))
+
+
+def _origin(text: str) -> re.Match[str] | None:
+    return _ORIGIN.fullmatch(text) if len(text) <= _LONGEST else None
 
 
 def _is_this_machine(host: str) -> bool:

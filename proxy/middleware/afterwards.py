@@ -93,9 +93,7 @@ async def _hear(ctx: AgentContext, reply: Reply) -> None:
     try:
         await ctx.active.loaded.agent.on_reply(reply, ctx)
     except BaseException as exc:
-        if ctx.timer.was_cancelled():
-            raise ctx.timer.hung() from exc
-        raise
+        failure_of(ctx, exc)
     finally:
         ctx.timer.end()
         ctx.active.plugin.spent_s += ctx.timer.spent_s

@@ -21,9 +21,17 @@ from llama_smart_proxy.proxy.chat import ChatRequest, Json
 from llama_smart_proxy.proxy.config import AgentConfig, Config, ModelConfig
 from llama_smart_proxy.proxy.dialects.base import ClientCodec
 from llama_smart_proxy.proxy.errors import AgentError, BadRequest
-from llama_smart_proxy.proxy.middleware.chats import CHAT_ID_HEADERS, Chats, chat_id, is_named
-from llama_smart_proxy.proxy.middleware.plugins import HELP_AGENT, LoadedAgent, Plugin, Plugins
-from llama_smart_proxy.proxy.middleware.slash import MAX_ITEMS, Command, first_command, leading_commands
+from llama_smart_proxy.proxy.middleware.chats import CHAT_ID_HEADERS, Chats, Identity, is_named
+from llama_smart_proxy.proxy.middleware.commands import Called, Commands
+from llama_smart_proxy.proxy.middleware.history import (
+    RUNNING,
+    UNIDENTIFIED,
+    History,
+    may_hold_commands,
+    read_history,
+)
+from llama_smart_proxy.proxy.middleware.plugins import LoadedAgent, Plugin, Plugins
+from llama_smart_proxy.proxy.middleware.slash import MAX_ITEMS
 from llama_smart_proxy.proxy.models.router import names_by_key
 
 HEADER = "X-Agents"
@@ -42,15 +50,6 @@ class ActiveAgent:
     config: BaseModel
     settings: AgentConfig
     explicit: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Called:
-    """The slash commands that `text` begins with, and the rest of it."""
-
-    commands: list[Command]
-    rest: str
-    text: str
 
 
 @dataclass(slots=True)
@@ -110,10 +109,10 @@ class Chain:
         """Whether agents may apply to this request, in any API. Cheap; True may be a false positive, False is exact."""
         return (
             self.plugins.any_always
-            or len(self.chats) > 0
+            or (len(self.chats) > 0 and is_named(headers))
             or FIELD in body
             or HEADER in headers
-            or (self._slash and codec.user_text(body).startswith("/"))
+            or (self._slash and may_hold_commands(codec, body))
             or (self._models_have_some and bool(self._of_model.get(self._name(model))))
         )
 
@@ -127,34 +126,32 @@ class Chain:
             raise BadRequest(message, param=HEADER)
 
     def select(self, headers: CIMultiDictProxy[str], body: Json, model: str, codec: ClientCodec) -> Selection:
-        """The agents of the request with the undecoded `body`, whose field `agents` is removed. `model` is the name of
-        the model.
+        """The agents of the request with the undecoded `body`, whose field `agents` is removed, and whose earlier
+        messages lose what slash commands left there (`read_history`). `model` is the name of the model.
 
         Raises: BadRequest for an unknown agent named outside the text, and for an invalid option; AgentError for a
         required agent that could not be loaded.
         """
         named = _named(_header(headers), body.pop(FIELD, None))
-        selection = Selection(chat_id(headers, codec.beginning(body)))
+        chat = Identity.of(headers, codec.beginning(body), resent=codec.resends_chat)
+        selection = Selection(chat.id)
         candidates = self._default(model)
         if named is None or self._name(model) in self._barred:
             candidates = {name: candidate for name, candidate in candidates.items() if candidate.settings.required}
         else:
-            text, identified = codec.user_text(body), codec.resends_chat or is_named(headers)
-            called = selection.called = self._called(text)
-            if (idle := self._idle(called, text)) is not None:
-                selection.reply = idle
-                return selection
-            if called is not None and (action := self._control_action(called)) is not None:
-                chat = selection.chat_id if identified else None
-                selection.reply = self._control(chat, called.commands, action, candidates)
-                return selection
-            if identified:
-                self._add_switched(candidates, selection.chat_id)
+            commands = Commands(self.plugins) if self._slash and may_hold_commands(codec, body) else None
+            history = read_history(codec, body, commands) if commands is not None else History()
+            if history.messages is not None:
+                body[codec.messages_field] = history.messages
+            self._add_switched(candidates, self.chats.switched(chat) | history.switches)
+            if commands is not None:
+                text = codec.user_text(body)
+                called = selection.called = commands.called(text)
+                selection.reply = commands.idle(called, text) or self._control(chat, called, commands, candidates)
+                if selection.reply is not None:
+                    return selection
             self._add_named(candidates, named)
-            for command in called.commands if called is not None else ():
-                candidate = self._add(candidates, self.plugins.commands()[command.name])
-                candidate.typed |= command.options
-                candidate.explicit = True
+            self._add_called(candidates, selection.called)
         selection.chain = [_active(candidate) for candidate in candidates.values() if _usable(candidate)]
         selection.about = partial(self._about, set(candidates))
         return selection
@@ -184,14 +181,20 @@ class Chain:
     def _add(self, candidates: dict[str, _Candidate], plugin: Plugin) -> _Candidate:
         return candidates.setdefault(plugin.name, _Candidate.of(plugin))
 
-    def _add_switched(self, candidates: dict[str, _Candidate], chat: str) -> None:
-        for name, on in self.chats.switched(chat).items() if len(self.chats) else ():
+    def _add_switched(self, candidates: dict[str, _Candidate], switches: Mapping[str, bool]) -> None:
+        for name, on in switches.items():
             if name not in self.plugins.by_name:
                 continue
             if on:
                 self._add(candidates, self.plugins.by_name[name])
             elif name in candidates and not candidates[name].settings.required:
                 del candidates[name]
+
+    def _add_called(self, candidates: dict[str, _Candidate], called: Called | None) -> None:
+        for command in called.commands if called is not None else ():
+            candidate = self._add(candidates, self.plugins.commands()[command.name])
+            candidate.typed |= command.options
+            candidate.explicit = True
 
     def _add_named(self, candidates: dict[str, _Candidate], names: Iterable[str]) -> None:
         for name in names:
@@ -203,65 +206,29 @@ class Chain:
                 raise _unavailable(plugin, "is not available")
             self._add(candidates, plugin).explicit = True
 
-    # -- slash commands --------------------------------------------------------------------------------------------
-
-    def _called(self, text: str) -> Called | None:
-        """The slash commands that the user's text begins with; None if there are none."""
-        if not self._slash or not text.startswith("/"):
-            return None
-        known = {name: _per_call(plugin) for name, plugin in self.plugins.commands().items()} | {FIELD: frozenset()}
-        if HELP_AGENT in known and leading_commands(text, {HELP_AGENT: known[HELP_AGENT]})[0]:
-            known = {HELP_AGENT: known[HELP_AGENT]}  # further commands are the topic of the help, not calls
-        commands, rest = leading_commands(text, known)
-        if not commands:
-            return None
-        if any(command.name == FIELD for command in commands) and (rest or len(commands) > 1):
-            return None  # ordinary text that begins with "/agents"
-        return Called(commands, rest, text)
-
-    def _idle(self, called: Called | None, text: str) -> str | None:
-        """How to enable the agent whose command is the next word; None if that is no agent that could be enabled."""
-        rest = called.rest if called is not None else text
-        command = first_command(rest) if self._slash and rest.startswith("/") else None
-        if called is not None and called.commands[0].name == HELP_AGENT:
-            return None  # the topic of the help
-        if command is None or not self.plugins.could_be_enabled(command):
-            return None
-        return (
-            f"The agent /{command} is part of this proxy, but it is not enabled. To enable it, add `{command}` to "
-            "`agents:` in the configuration of the proxy, and restart the proxy. No model was asked."
-        )
-
-    def _control_action(self, called: Called) -> str | None:
-        """`on`, `off` or `agents` if the commands control the chain itself; otherwise None."""
-        if called.commands[0].name == FIELD:
-            return FIELD
-        text = called.rest.strip()
-        is_help = any(command.name == HELP_AGENT for command in called.commands)
-        return text if text in ("on", "off") and not is_help else None
-
     def _control(
-        self, chat: str | None, commands: list[Command], action: str, candidates: dict[str, _Candidate]
-    ) -> str:
-        """Execute `/rag on`, `/rag off` or `/agents`, in a chat that runs `candidates` by default, and return the
-        answer. `chat` is None if the chat cannot be identified."""
-        if any(command.options for command in commands):
-            message = f"/{commands[0].name} {action} takes no options; give them with each message"
-            raise BadRequest(message, param=next(iter(commands[0].options), FIELD))
+        self, chat: Identity, called: Called | None, commands: Commands, candidates: dict[str, _Candidate]
+    ) -> str | None:
+        """Execute `/rag on`, `/rag off` or `/agents`, in a chat that runs `candidates`, and return the answer; None if
+        nothing of that is called."""
+        if called is None or called.action is None:
+            return None
+        if any(command.options for command in called.commands):
+            message = f"/{called.commands[0].name} {called.action} takes no options; give them with each message"
+            raise BadRequest(message, param=next(iter(called.commands[0].options), FIELD))
+        switched, on = commands.plugins(called.commands), bool(called.switch)
+        if switched and not chat.known:
+            return f"{UNIDENTIFIED}send the header {CHAT_ID_HEADERS[1]} to switch agents on or off."
         lines = []
-        switched = [self.plugins.commands()[command.name] for command in commands if command.name != FIELD]
-        if switched and chat is None:
-            return f"This chat cannot be identified; send the header {CHAT_ID_HEADERS[1]} to switch agents on or off."
         for plugin in switched:
-            if action == "off" and plugin.name in candidates and candidates[plugin.name].settings.required:
+            if not on and plugin.name in candidates and candidates[plugin.name].settings.required:
                 lines.append(f"/{plugin.command} is required, and stays on.")
                 continue
-            self.chats.switch(chat or "", [plugin.name], action == "on")
-            lines.append(f"/{plugin.command} is {action} in this chat.")
-        running = dict(candidates)
-        self._add_switched(running, chat or "")
-        names = ", ".join(name for name, candidate in running.items() if candidate.plugin.loaded is not None) or "none"
-        return "\n".join([*lines, f"Agents that run in this chat: {names}."])
+            self.chats.switch(chat, plugin.name, on)
+            self._add_switched(candidates, {plugin.name: on})
+            lines.append(f"/{plugin.command} is {called.action} in this chat.")
+        names = ", ".join(name for name, candidate in candidates.items() if candidate.plugin.loaded is not None)
+        return "\n".join([*lines, f"{RUNNING}{names or 'none'}."])
 
     def _about(self, running: set[str]) -> list[About]:
         return [
@@ -269,7 +236,7 @@ class Chain:
                 plugin.name,
                 plugin.command,
                 description(plugin.loaded),
-                _described(plugin.loaded, _per_call(plugin)),
+                _described(plugin.loaded, plugin.per_call),
                 plugin.name in running,
             )
             for plugin in sorted(self.plugins, key=lambda plugin: plugin.name)
@@ -281,10 +248,6 @@ def description(loaded: LoadedAgent) -> str:
     """The first paragraph of the agent's docstring, on one line."""
     text = type(loaded.agent).__doc__ or ""
     return " ".join(text.strip().partition("\n\n")[0].split())
-
-
-def _per_call(plugin: Plugin) -> frozenset[str]:
-    return type(plugin.loaded.agent).per_call if plugin.loaded is not None else frozenset()
 
 
 def _described(loaded: LoadedAgent, names: Iterable[str]) -> dict[str, str]:

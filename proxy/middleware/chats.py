@@ -1,4 +1,7 @@
-"""Identifies the chat of a request, and keeps the agents that the user has switched on or off in it."""
+"""Identifies the chat of a request, and remembers the agents that were switched on or off in chats with an id.
+
+A client that resends the whole chat resends its switches with it (`history`). What is remembered here serves clients
+that resend a part of it, or nothing."""
 
 from __future__ import annotations
 
@@ -21,9 +24,11 @@ CHAT_TTL_S = 7 * 24 * 3600.0
 
 @dataclass(slots=True)
 class Switches:
-    """The switches of one chat: True for on, False for off, by the agent's name, in the order of switching."""
+    """The switches of one chat: True for on, False for off, by the agent's name, in the order of switching. `start` is
+    the `Identity.start` of the chat at the last one."""
 
     agents: dict[str, bool] = field(default_factory=dict)
+    start: str | None = None
     used_at: float = 0.0
 
 
@@ -41,24 +46,30 @@ class Chats:
     def __len__(self) -> int:
         return len(self._chats)
 
-    def switched(self, chat_id: str) -> Mapping[str, bool]:
-        """The switches of this chat: on or off, by the agent's name."""
+    def switched(self, chat: Identity) -> dict[str, bool]:
+        """The switches of this chat that its request need not show: on or off, by the agent's name."""
+        if not chat.named or not self._chats:
+            return {}
         self._evict()
-        found = self._chats.get(chat_id)
+        found = self._chats.get(chat.id)
         if found is None:
             return {}
         found.used_at = self._clock()
-        self._chats.move_to_end(chat_id)
+        self._chats.move_to_end(chat.id)
+        if chat.start is not None and chat.start == found.start:
+            return {}  # the request begins where the chat does, so what it does not show was edited away
         return found.agents
 
-    def switch(self, chat_id: str, agents: Iterable[str], on: bool) -> None:
-        """Switch these agents on or off in this chat."""
-        chat = self._chats.setdefault(chat_id, Switches())
-        for name in agents:
-            chat.agents.pop(name, None)
-            chat.agents[name] = on
-        chat.used_at = self._clock()
-        self._chats.move_to_end(chat_id)
+    def switch(self, chat: Identity, agent: str, on: bool) -> None:
+        """Switch this agent on or off in this chat, if it has an id."""
+        if not chat.named:
+            return
+        found = self._chats.setdefault(chat.id, Switches())
+        found.agents.pop(agent, None)
+        found.agents[agent] = on
+        found.start = chat.start
+        found.used_at = self._clock()
+        self._chats.move_to_end(chat.id)
         self._evict()
 
     def _evict(self) -> None:
@@ -70,14 +81,34 @@ class Chats:
             self._chats.popitem(last=False)
 
 
-def chat_id(headers: Mapping[str, str], beginning: Iterable[tuple[Any, str]]) -> str:
-    """A hash that identifies the chat of a request: of the client's chat id, or else of the role and text of its first
-    messages. It includes the API key, so that no client can switch agents in the chats of another."""
-    key = headers.get("Authorization") or headers.get("X-Api-Key") or ""
-    named = next((headers[name] for name in CHAT_ID_HEADERS if headers.get(name)), None)
-    first = [[role, text[:HASHED_CHARS]] for role, text in beginning]
-    start = named if named is not None else first
-    return hashlib.blake2b(json.dumps([key, start]).encode(), digest_size=16).hexdigest()
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """The chat of a request. `id` is a hash of the client's chat id if it sent one (`named`), or else of the chat's
+    beginning. `start` is a hash of the beginning; None if the client does not resend the chat."""
+
+    id: str
+    named: bool = False
+    start: str | None = None
+
+    @classmethod
+    def of(cls, headers: Mapping[str, str], beginning: Iterable[tuple[Any, str]], *, resent: bool) -> Identity:
+        """`beginning`: role and text of the chat's first messages, which `resent` says are the same in each request.
+        The hashes include the API key, so that no client can switch agents in the chats of another."""
+        key = headers.get("Authorization") or headers.get("X-Api-Key") or ""
+        named = next((headers[name] for name in CHAT_ID_HEADERS if headers.get(name)), None)
+        start = _hash(key, [[role, text[:HASHED_CHARS]] for role, text in beginning])
+        if named is None:
+            return cls(start, start=start if resent else None)
+        return cls(_hash(key, named), named=True, start=start if resent else None)
+
+    @property
+    def known(self) -> bool:
+        """Whether a later request of the same chat can be recognised as such."""
+        return self.named or self.start is not None
+
+
+def _hash(key: str, value: Any) -> str:
+    return hashlib.blake2b(json.dumps([key, value]).encode(), digest_size=16).hexdigest()
 
 
 def is_named(headers: Mapping[str, str]) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 from llama_smart_proxy.agents.base import About
 from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, ChunkStream, Reply, fold
 from llama_smart_proxy.proxy.http.aside import Worker, in_thread
+from llama_smart_proxy.proxy.http.headers import is_credential
 from llama_smart_proxy.proxy.middleware.chain import ActiveAgent, Selection
 from llama_smart_proxy.proxy.middleware.scope import HookTimer, Scope
 from llama_smart_proxy.proxy.middleware.side_calls import SideCalls
@@ -21,7 +22,6 @@ T = TypeVar("T")
 
 ASIDE_S = 0.004
 """Seconds of long work before a pause in which others go on."""
-_WITHHELD = frozenset({"authorization", "x-api-key", "cookie", "proxy-authorization"})
 
 
 class RequestFacts:
@@ -52,7 +52,7 @@ class RequestFacts:
     @cached_property
     def headers(self) -> dict[str, str]:
         lowered = ((name.lower(), value) for name, value in self._all_headers.items())
-        return {name: value for name, value in lowered if name not in _WITHHELD}
+        return {name: value for name, value in lowered if not is_credential(name)}
 
     @cached_property
     def user(self) -> str:
@@ -139,6 +139,10 @@ class AgentContext:
                 ended, result = await in_thread(_advance, steps, urgent=False, worker=agents_worker)
                 if ended:
                     return cast(T, result)
+
+    async def slots(self, model: str) -> int | None:
+        with self.timer.awaiting_model():
+            return await (await self._calls.router.resolve(model)).model.slots()
 
     async def fitting(self, models: Sequence[str]) -> list[list[str]]:
         with self.timer.awaiting_model():

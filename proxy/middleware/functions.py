@@ -73,14 +73,28 @@ class Function:
             if inspect.iscoroutinefunction(self._function):
                 made = await self._function(**values)
             else:
-                made = await run_in_thread(lambda: self._function(**values))
+                made, error = await run_in_thread(lambda: _tried(self._function, values))
+                if error is not None:
+                    raise error
         except ValidationError as exc:
             problems = exc.errors(include_url=False, include_input=False, include_context=False)
             return f"error: wrong arguments: {json.dumps(problems, default=str)}"
         except Exception as exc:  # agent code may raise anything; the model goes on from that
             logger.warning("agent %s: the function %s failed", ctx.name, self.name, exc_info=exc)
             return f"error: {type(exc).__name__}: {exc}"
+        except BaseException as exc:
+            if (task := asyncio.current_task()) is not None and task.cancelling():
+                raise
+            raise RuntimeError(f"the function {self.name} raised {type(exc).__name__}") from exc
         return made if isinstance(made, str) else json.dumps(made, default=str, ensure_ascii=False)
+
+
+def _tried(function: Callable[..., Any], values: Json) -> tuple[Any, BaseException | None]:
+    """The function's result and None, or None and what it raised, which a future may not take."""
+    try:
+        return function(**values), None
+    except BaseException as exc:
+        return None, exc
 
 
 def functions_of(cls: type[Agent]) -> dict[str, Function]:

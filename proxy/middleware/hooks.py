@@ -73,8 +73,6 @@ def failure_of(ctx: AgentContext, exc: BaseException) -> ProxyError:
         task = asyncio.current_task()
         if task is not None and task.cancelling():
             raise exc
-    elif isinstance(exc, GeneratorExit):
-        raise exc
     if hung:  # replaces any exception that the cancellation caused in the agent
         exc = ctx.timer.hung()
     ctx.failed = True

@@ -89,18 +89,18 @@ async def _transformed(
     """The layer of an agent whose `hook` makes a stream of its input. With `skips`, a failure passes the chunks that it
     has received since its last output, and then the rest, unchanged."""
     timer, limit = ctx.timer, OutputLimit(ctx)
-    source = InputStream(ctx, below, limit, keeps=skips)
-    output: Any = None
-    chunk: Any
+    source, output = InputStream(ctx, below, limit, keeps=skips), None
     try:
         try:
-            output = hook(source)
+            output = _output(hook, source)
             while True:
                 timer.begin()
                 try:
                     chunk = await output.__anext__()
                 except StopAsyncIteration:
                     return
+                except GeneratorExit as exc:  # the agent's own: that of a reader who has left arrives at the `yield`
+                    raise _raised(exc) from exc
                 finally:
                     timer.end()
                     if timer.cancels:
@@ -112,7 +112,7 @@ async def _transformed(
                 if limit.since_input >= YIELD_EVERY:
                     await limit.yield_control()
         except BaseException as exc:
-            if exc is source.failure:
+            if exc is source.failure or isinstance(exc, GeneratorExit):
                 raise
             failure = failure_of(ctx, exc)
             if not skips:
@@ -191,6 +191,18 @@ class _Choices:
         return True
 
 
+def _output(hook: Callable[[InputStream], Any], source: InputStream) -> Any:
+    """The agent's stream."""
+    try:
+        return hook(source)
+    except GeneratorExit as exc:
+        raise _raised(exc) from exc
+
+
+def _raised(exc: GeneratorExit) -> RuntimeError:
+    return RuntimeError(f"{type(exc).__name__} was raised, as if nothing read the answer")
+
+
 def _raise_if_timed_out(ctx: AgentContext) -> None:
     """After a hook that was cancelled for its time limit. Raises: AgentError, in place of any result or exception; a
     CancelledError is left to `failure_of`."""
@@ -207,8 +219,9 @@ async def _close(ctx: AgentContext, output: Any) -> None:
     try:
         async with asyncio.timeout(CLOSE_S):
             await aclose()
-    except asyncio.CancelledError:
-        raise
     except BaseException as exc:  # agent code may raise anything
+        task = asyncio.current_task()
+        if isinstance(exc, asyncio.CancelledError) and task is not None and task.cancelling():
+            raise
         ctx.active.plugin.failures += 1
         logger.error("agent %s did not clean up properly", ctx.name, exc_info=exc)

@@ -6,12 +6,15 @@ import asyncio
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from llama_smart_proxy.agents.base import Agent
 from llama_smart_proxy.agents.loader import AgentSource, AgentUnusable, discover
+from llama_smart_proxy.backends.base import Problem
+from llama_smart_proxy.backends.threads import run_in_thread
 from llama_smart_proxy.proxy.config import AgentConfig, Config
 from llama_smart_proxy.proxy.errors import ConfigError
 from llama_smart_proxy.proxy.middleware.functions import Function, functions_of
@@ -83,6 +86,11 @@ class Plugin:
     def command(self) -> str | None:
         return type(self.loaded.agent).command if self.loaded is not None else None
 
+    @property
+    def per_call(self) -> frozenset[str]:
+        """The options that a command may set."""
+        return type(self.loaded.agent).per_call if self.loaded is not None else frozenset()
+
     def options_with(self, entry: AgentConfig, options: dict[str, Any]) -> dict[str, Any]:
         """The options for a model with this entry; `options` are those for all models, or those of another model."""
         return {**options, **entry.options} if self.everywhere else entry.options
@@ -125,6 +133,8 @@ class Plugins:
     """Whether any agent runs without being called; cached, as every request checks it."""
     idle: dict[str, AgentSource] = field(default_factory=dict)
     """The built-in agents that are not enabled, by name."""
+    folders: list[Path] = field(default_factory=list)
+    """The configured folders of agents."""
     missing: list[str] = field(default_factory=list)
     """Warnings about agents that a configuration of a replaced project names, and that do not exist here."""
 
@@ -133,7 +143,7 @@ class Plugins:
         """The agents that `config` enables. Raises: ConfigError with every unknown name and invalid option."""
         found = discover(config.agents_dirs, config.plugins_dir)
         sources = {name: source for name, source in found.items() if not source.off}
-        plugins, problems = cls(), list[str]()
+        plugins, problems = cls(folders=config.agents_dirs), list[str]()
         for path, entry, everywhere in _all_entries(config, [*config.agents, *_unlisted(config, sources)]):
             source = sources.get(entry.name)
             if source is None:
@@ -206,6 +216,16 @@ class Plugins:
     @property
     def broken(self) -> list[str]:
         return [plugin.name for plugin in self if plugin.error is not None]
+
+    async def problems(self) -> list[Problem]:
+        """Missing folders, and agents that cannot be loaded; the proxy serves without them."""
+        missing = await run_in_thread(lambda: [folder for folder in self.folders if not folder.is_dir()])
+        found = [Problem("agents_dirs", f"{folder}: no such folder") for folder in missing]
+        unusable = [plugin for plugin in self if plugin.error is not None]
+        found += [Problem("agents", f"{item.name} cannot be loaded: {item.error}") for item in unusable]
+        return found + [
+            Problem(where, message) for where, _, message in (line.partition(": ") for line in self.missing)
+        ]
 
     async def start(self) -> None:
         for plugin in self:

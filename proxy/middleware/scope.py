@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from asyncio.tasks import _unregister_task
-from collections.abc import AsyncGenerator, Coroutine, Iterable, Iterator
+from collections.abc import AsyncGenerator, Coroutine, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any, TypeVar
@@ -145,7 +145,7 @@ class Scope:
         Raises: what `work` does; AgentError for an agent that ignores cancellation.
         """
         loop = asyncio.get_running_loop()
-        task: asyncio.Task[T] = loop.create_task(work)
+        task: asyncio.Task[T] = loop.create_task(_Contained(work))
         self._work, self._lost = task, loop.create_future()
         _watch(self)
         ends: set[asyncio.Future[Any]] = {task, self._lost}
@@ -271,11 +271,51 @@ def _watch(scope: Scope) -> None:
 
 def make_task(loop: asyncio.AbstractEventLoop, work: Any, **options: Any) -> asyncio.Task[Any]:
     """A task factory for the event loop: what an agent's code starts, by any means, belongs to its request."""
-    task = asyncio.Task(work, loop=loop, **options)
     scope = _owner.get()
-    if scope is not None:
-        scope.own(task)
+    if scope is None:
+        return asyncio.Task(work, loop=loop, **options)
+    task = asyncio.Task(_Contained(work), loop=loop, **options)
+    scope.own(task)
     return task
+
+
+class _Contained(Coroutine[Any, Any, Any]):
+    """The coroutine of a task in which what ends more than itself is an error like any other.
+
+    `SystemExit` and `KeyboardInterrupt`, raised by any task, end the event loop. `GeneratorExit`, raised by what a task
+    awaits, does not arrive where it is awaited: Python closes all coroutines of the task but the outermost.
+    """
+
+    def __init__(self, work: Coroutine[Any, Any, Any]) -> None:
+        self._work = work
+        self.__qualname__ = getattr(work, "__qualname__", type(work).__name__)
+
+    def send(self, value: Any) -> Any:
+        try:
+            return self._work.send(value)
+        except _ENDING as exc:
+            raise _contained(exc) from exc
+
+    def throw(self, error: Any, *more: Any) -> Any:
+        try:
+            return self._work.throw(_contained(error) if isinstance(error, GeneratorExit) else error, *more)
+        except _ENDING as exc:
+            raise _contained(exc) from exc
+
+    def close(self) -> None:
+        self._work.close()
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        return self._work.__await__()
+
+
+_ENDING = (SystemExit, KeyboardInterrupt, GeneratorExit)
+
+
+def _contained(exc: BaseException) -> RuntimeError:
+    error = RuntimeError(f"{type(exc).__name__} was raised")
+    error.__cause__ = exc
+    return error
 
 
 def _shown(task: asyncio.Task[Any]) -> str:

@@ -15,6 +15,7 @@ from llama_smart_proxy.backends.names import key_of, other_forms
 from llama_smart_proxy.backends.weights.downloads import Download, Downloads
 from llama_smart_proxy.proxy.config import Config, ModelConfig
 from llama_smart_proxy.proxy.errors import BadRequest, ModelNotFound
+from llama_smart_proxy.proxy.models.inspection import Look
 
 CAPABILITIES_FRESH_S = 10.0
 """Age in seconds from which the capabilities of a model are read again."""
@@ -262,6 +263,11 @@ class Router:
             [instance for status in statuses for instance in status.instances],
             [server for status in statuses for server in status.servers],
         )
+
+    @property
+    def looks(self) -> dict[str, Look]:
+        """How the problems of each provider are found, by its section."""
+        return {provider.section: provider.problems for provider in self._providers}
 
     async def start(self) -> None:
         """Start every provider."""

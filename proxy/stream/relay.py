@@ -24,12 +24,10 @@ from llama_smart_proxy.proxy.errors import ContextExceeded, ProxyError, Upstream
 from llama_smart_proxy.proxy.http.headers import RECORD, downstream_headers
 from llama_smart_proxy.proxy.http.response import ResponseWriter, WholeResponse
 from llama_smart_proxy.proxy.stream.upstream import (
-    REDIRECTS,
     Attempts,
     frame_too_long,
     incomplete,
     not_a_stream,
-    refusal,
     succeeded,
 )
 
@@ -85,8 +83,6 @@ async def _pass_on(
     unstreamed: Unstreamed | None,
 ) -> web.StreamResponse:
     answered = succeeded(upstream.status)
-    if generates and upstream.status in REDIRECTS:  # a client would follow a redirect with its key
-        raise await refusal(upstream)
     bodiless = upstream.status in (204, 304) or http.method == "HEAD"
     kind = upstream.header("content-type").partition(";")[0].strip().lower()
     declared = kind in _STREAMS

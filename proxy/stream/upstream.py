@@ -13,6 +13,7 @@ from contextlib import AbstractAsyncContextManager, suppress
 import orjson
 
 from llama_smart_proxy.backends.base import Management, Model, UpstreamRequest
+from llama_smart_proxy.backends.http.connection import REDIRECTED
 from llama_smart_proxy.backends.http.exchange import UpstreamResponse
 from llama_smart_proxy.proxy.chat import Json, Timing
 from llama_smart_proxy.proxy.dialects.upstream_errors import refused
@@ -28,11 +29,8 @@ ANSWER_LIMIT = 64 * 1024 * 1024
 OFF_LOOP_BYTES = 1024 * 1024
 """Larger answers are parsed in a thread, so that other streams go on."""
 JSON_HEADERS = [("Content-Type", "application/json")]
-_FINAL = frozenset({"upstream_error", "upstream_frame_too_long", "pull_failed"})
+_FINAL = frozenset({"upstream_error", "upstream_frame_too_long", "pull_failed", REDIRECTED})
 """Codes of failures that the server's answer reports or causes: a retry would have the same result."""
-
-REDIRECTS = frozenset({301, 302, 303, 307, 308})
-"""Statuses that send a client elsewhere."""
 
 Amend = Callable[[UpstreamRefused], Awaitable[UpstreamRequest | None]]
 """Returns a modified request that the server may accept after its refusal; None if there is none."""
@@ -155,9 +153,6 @@ def parsed_answer(body: bytes | None) -> Json:
 
 async def refusal(upstream: UpstreamResponse) -> ProxyError:
     """The error for an answer with another status than that of success, with the server's own message."""
-    if upstream.status in REDIRECTS and (target := upstream.header("location")):
-        message = f"the model server redirects to {target[:200]}: the configured url must be the one that answers"
-        return UpstreamFailed(message, code="upstream_error")
     return refused(upstream.status, await upstream.read(ERROR_LIMIT) or b"")
 
 

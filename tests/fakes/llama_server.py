@@ -10,7 +10,9 @@ A request body may carry `"fake": {...}`, or a last message whose text is that o
 
     tokens=8 token_ms=0      as below                       stall_after=n  is silent after n tokens (0: before all)
     die_after=n              as below                       mute           is silent before the head of the answer
-    pings                    a comment before each token
+    pings                    a comment before each token; with `stall_after` one each 50 ms while it is silent
+    busy=s                   uses s seconds of processor time before the first token
+    deaf                     accepts no more connections from then on
     tool_call=[name, args]   behind the text                refuse=[status, text]   an error in place of an answer
     error_after=n            as FAKE_INBAND_ERROR           answer=text    in place of tokens
     texts=[...]              the tokens                     thoughts=text  in front of them (chats, streamed)
@@ -27,6 +29,7 @@ The environment switches manners on, most easily through a model's `env:`:
     FAKE_ECHO=1              repeats the last message, word for word         FAKE_STRICT=1    refuses an n over -np
     FAKE_ANSWER=text         in place of tokens             FAKE_IF=[[words, text], ...]   if the last message has them
     FAKE_DIE_AFTER=n         SIGKILLs itself after n tokens of an answer
+    FAKE_WEDGED=file         generates nothing while that file is there (and answers /slots)
     FAKE_RST=before_headers|after_headers    resets the connection of a generating request
     FAKE_CUT=short_cl|chunked_no_end|rst|fin_mid_event|no_done    how an answer is truncated, after all its tokens
     FAKE_INBAND_ERROR=n      after n tokens an error event, and a clean end without [DONE]
@@ -51,7 +54,7 @@ import threading
 import time
 
 from tests.fakes.llama_forms import FORMS, Texts, steering
-from tests.fakes.manners import ENV, die, log, manner, say
+from tests.fakes.manners import ENV, die, fork_grandchild, log, manner, say, spam
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -83,7 +86,7 @@ class Server:
         self.model = option("--model", "-m", "")
         self.alias = option("--alias", "-a", "fake")
         self.slots = int(option("--parallel", "-np", "4"))
-        self.loaded, self.streams = False, 0
+        self.loaded, self.streams, self.decoded = False, 0, 0
         self.free = threading.Semaphore(self.slots)
 
     def listen(self, host: str, port: int) -> None:
@@ -93,11 +96,15 @@ class Server:
         except OSError as exc:
             say(f"couldn't bind HTTP server socket, hostname: {host}, port: {port}: {exc.strerror}")
             os._exit(1)
+        self.listener = listener
         threading.Thread(target=self.accept, args=(listener,), daemon=True).start()
 
     def accept(self, listener: socket.socket) -> None:
         while True:
-            sock, _ = listener.accept()
+            try:
+                sock, _ = listener.accept()
+            except OSError:
+                return listener.close()
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             threading.Thread(target=Connection(self, sock).serve, daemon=True).start()
 
@@ -183,7 +190,8 @@ class Connection:
         if path == "/props":
             return 200, {"total_slots": server.slots, "model_path": server.model, "model_alias": server.alias}
         if path == "/slots":
-            return 200, [{"id": n, "is_processing": n < server.streams} for n in range(server.slots)]
+            work = [{"n_decoded": server.decoded}]
+            return 200, [{"is_processing": n < server.streams, "next_token": work} for n in range(server.slots)]
         if path == "/v1/models":
             return 200, {"object": "list", "data": [{"id": server.alias, "object": "model", "owned_by": "llamacpp"}]}
         if path == "/tokenize":
@@ -247,6 +255,9 @@ class Answer:
         self.error_after = int(steer.get("error_after", manner("INBAND_ERROR") or -1))
         self.refusal = steer.get("refuse")
         self.mute, self.pings, self.last_at = "mute" in steer, "pings" in steer, steer.get("last_at")
+        self.busy_s = float(steer.get("busy", 0))
+        if "deaf" in steer:
+            connection.server.listener.shutdown(socket.SHUT_RDWR)
         self.cut_at, self.cut_by, self.chunks = steer.get("cut_at", [-1, 0]), steer.get("cut_by"), 0
         texts = steer.get("texts") or [f"t{n} " for n in range(self.tokens)]
         if (answer := steer.get("answer", ENV.get("FAKE_ANSWER"))) is not None and "texts" not in steer:
@@ -271,7 +282,15 @@ class Answer:
         """Let the time of one token pass, and die or stall in front of it if so told."""
         if index == self.die_after:
             os.kill(os.getpid(), signal.SIGKILL)
+        while time.thread_time() < self.busy_s:
+            pass
+        while index == self.stall_after and self.pings:
+            self.chunk(b":\n\n")
+            self.connection.pause(0.05)
         self.connection.pause(1e6 if index == self.stall_after else self.token_s)
+        while (file := ENV.get("FAKE_WEDGED")) and os.path.exists(file):
+            self.connection.pause(0.2)
+        self.connection.server.decoded += 1
         while self.last_at and index == self.tokens - 1 and not os.path.exists(self.last_at):
             self.connection.pause(0.01)
 
@@ -349,26 +368,6 @@ def option(long: str, short: str, default: str) -> str:
     """The value of the last of these flags on the command line."""
     places = [index for index, word in enumerate(sys.argv) if word in (long, short)]
     return sys.argv[places[-1] + 1] if places else default
-
-
-def spam(rate: str) -> None:
-    begun, sent = time.monotonic(), 0
-    while True:
-        sent += os.write(1, b"x" * 65536)
-        if rate != "max" and (early_s := begun + sent / (float(rate) * 1e6) - time.monotonic()) > 0:
-            time.sleep(early_s)
-
-
-def fork_grandchild(how: str) -> None:
-    settled, settle = os.pipe()
-    if os.fork() == 0:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if how == "setsid":
-            os.setsid()
-        log("fork")
-        os.write(settle, b".")
-        signal.pause()
-    os.read(settled, 1)
 
 
 def wait_for_term(server: Server) -> None:

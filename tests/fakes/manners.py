@@ -44,3 +44,23 @@ def die(how: str) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
     os.kill(os.getpid(), number)
     signal.pause()
+
+
+def spam(rate: str) -> None:
+    begun, sent = time.monotonic(), 0
+    while True:
+        sent += os.write(1, b"x" * 65536)
+        if rate != "max" and (early_s := begun + sent / (float(rate) * 1e6) - time.monotonic()) > 0:
+            time.sleep(early_s)
+
+
+def fork_grandchild(how: str) -> None:
+    settled, settle = os.pipe()
+    if os.fork() == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if how == "setsid":
+            os.setsid()
+        log("fork")
+        os.write(settle, b".")
+        signal.pause()
+    os.read(settled, 1)

@@ -65,12 +65,21 @@ async def test_request_is_exactly_what_the_call_says() -> None:
     assert second.headers == [host, identity]
 
 
-async def test_redirects_are_not_followed_and_cookies_not_kept() -> None:
-    answer = plain(b"", 307, [("Location", "/elsewhere"), ("Set-Cookie", "tenant=a")])
-    async with pooled(answer) as (pool, upstream):
-        assert (await fetch(pool))[0] == 307
-        assert (await fetch(pool))[0] == 307
-        assert [request.line for request in upstream.requests] == ["POST /x HTTP/1.1"] * 2
+@pytest.mark.parametrize("status", [300, 301, 302, 303, 307, 308, 399])
+async def test_redirects_are_errors_that_name_the_host_and_no_query(status: int) -> None:
+    location = "https://user:secret@other.example:81/login?key=secret#secret"
+    async with pooled(plain(b"{}", status, [("Location", location)])) as (pool, upstream):
+        with pytest.raises(UpstreamFailed) as caught:
+            await fetch(pool)
+        assert (caught.value.status, caught.value.code) == (502, "upstream_redirected")
+        assert "redirects to https://other.example:81/login:" in caught.value.message
+        assert "secret" not in caught.value.message
+        assert len(upstream.requests) == 1
+
+
+async def test_cookies_are_not_kept() -> None:
+    async with pooled(plain(b"{}", headers=[("Set-Cookie", "tenant=a")])) as (pool, upstream):
+        assert await fetch(pool) == await fetch(pool) == (200, b"{}")
         assert all(request.header("cookie") is None for request in upstream.requests)
 
 

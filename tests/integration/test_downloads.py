@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from llama_smart_proxy.backends.weights.downloads import Download, Downloads, Progress
+from llama_smart_proxy.backends.weights.downloads import MOST, Download, Downloads, Progress
 from llama_smart_proxy.proxy.errors import Overloaded, StartFailed
 from tests.support.harness import until
 
@@ -159,3 +159,55 @@ async def test_the_log_tells_of_downloads_that_move_bytes(caplog: pytest.LogCapt
         job.over.set_result(None)
         await download.wait()
     assert [record.getMessage() for record in caplog.records] == ["m: download begins", "m: download complete"]
+
+
+async def ended(download: Download) -> bool:
+    with pytest.raises(Overloaded):
+        await download.wait()
+    return download.ended
+
+
+async def test_downloads_have_a_limit_and_each_end_makes_room() -> None:
+    downloads, jobs = Downloads(), [Job() for _ in range(MOST)]
+    running = [downloads.join(str(number), job.work) for number, job in enumerate(jobs)]
+    for _ in range(3):
+        with pytest.raises(Overloaded) as refused:
+            downloads.join("more", Job().work)
+        assert (refused.value.status, refused.value.code) == (429, "too_many_downloads")
+    assert downloads.join("3", Job().work) is running[3]
+    await until(lambda: all(job.begun for job in jobs))
+    jobs[0].over.set_result(None)
+    jobs[1].over.set_exception(StartFailed("no space"))
+    jobs[2].over.set_exception(RuntimeError("a bug"))
+    running[3].stop(Overloaded("stopped"))
+    for download in running[:4]:
+        await asyncio.wait({download._task})
+    await asyncio.sleep(0)
+    again = [downloads.join(f"again {number}", Job().work) for number in range(4)]
+    with pytest.raises(Overloaded):
+        downloads.join("more", Job().work)
+    again[0].stop(Overloaded("before its first step"))
+    assert await ended(again[0])
+    downloads.join("more", Job().work)
+    await downloads.close()
+
+
+async def test_a_download_that_only_looks_counts_once_it_has_found_that_it_has_to_download() -> None:
+    downloads = Downloads()
+    looking = [downloads.join(f"looking {number}", Job().work, counts=False) for number in range(MOST)]
+    for number in range(MOST):
+        downloads.join(str(number), Job().work)
+    with pytest.raises(Overloaded):
+        downloads.admit("looking 0")
+    with pytest.raises(Overloaded):
+        downloads.join("looking 0", Job().work)
+    counted = downloads.join("0", Job().work)
+    for download in (looking[0], counted):
+        download.stop(Overloaded("stopped"))
+        assert await ended(download)
+    await asyncio.sleep(0)
+    downloads.admit("looking 1")
+    downloads.admit("looking 1")
+    with pytest.raises(Overloaded):
+        downloads.admit("looking 2")
+    await downloads.close()

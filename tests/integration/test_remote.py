@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from llama_smart_proxy.backends.http.connection import ConnectionPool, Endpoint
-from llama_smart_proxy.backends.openai import Listing, Remote
+from llama_smart_proxy.backends.openai import Listing, Remote, Remotes
 from llama_smart_proxy.proxy.config import RemoteConfig
 from tests.support.harness import free_port, until
 from tests.support.pools import own_tasks
@@ -87,3 +87,14 @@ async def test_a_fixed_list_is_never_asked_for() -> None:
         await remote.listed()
         assert (remote.models, await remote.find("m"), await remote.find("a")) == (("m",), True, False)
         assert upstream.requests == []
+
+
+async def test_a_remote_that_does_not_answer_does_not_delay_what_another_one_has() -> None:
+    async with raw_upstream() as silent, raw_upstream(listing("a")) as upstream:
+        ports = {"silent": silent.port, "up": upstream.port}
+        remotes = Remotes([Remote(name, RemoteConfig(url=f"http://127.0.0.1:{port}")) for name, port in ports.items()])
+        for name in ("a", "up/a"):
+            found = await remotes.find(name, pull=False)
+            assert found is not None and (found.owner, found.name) == ("up", "a")
+        assert silent.requests and silent.open_links  # its list is still awaited
+        await remotes.close()

@@ -239,15 +239,23 @@ def _is_dead(process: psutil.Process) -> bool:
         return True
 
 
-def launch(config: Mapping[str, Any], folder: Path, *, env: Mapping[str, str] | None, args: Sequence[str]) -> Proxy:
-    """Start a proxy without waiting for it. It listens on a free port unless `config` names one, and logs at info."""
+def launch(
+    config: Mapping[str, Any],
+    folder: Path,
+    *,
+    env: Mapping[str, str] | None,
+    args: Sequence[str],
+    within: Sequence[str] = (),
+) -> Proxy:
+    """Start a proxy without waiting for it. It listens on a free port unless `config` names one, and logs at info.
+    `within` is the command line of a program that becomes the proxy, whose own is appended."""
     whole = {"log_level": "info", **config, "server": {"port": 0, **config.get("server", {})}}
     file = folder / "config.yaml"
     file.write_text(json.dumps(whole, default=str))
     words, environ = ["serve", "--config", str(file), *args], environment(env)
-    if AVAILABLE and not any(name.startswith("PYTHON") for name in env or ()):
+    if AVAILABLE and not within and not any(name.startswith("PYTHON") for name in env or ()):
         return Proxy(nursery().start(words, environ, ROOT))
-    argv = [sys.executable, "-m", "llama_smart_proxy", *words]
+    argv = [*within, sys.executable, "-m", "llama_smart_proxy", *words]
     return Proxy(subprocess.Popen(argv, cwd=ROOT, env=environ, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE))
 
 
@@ -267,14 +275,15 @@ async def running_proxy(
     args: Sequence[str] = (),
     clean_log: bool = True,
     beside: Path | None = None,
+    within: Sequence[str] = (),
 ) -> AsyncIterator[Proxy]:
     """A proxy with `config`, listening; ended at the end, and checked for ending properly. `beside` is the folder of
-    its configuration file, by default one where nothing else is.
+    its configuration file, by default one where nothing else is; `within` as in `launch`.
 
     Properly: exit status 0 after SIGTERM, no child left, and (unless `clean_log` is False) no traceback in the log.
     """
     with tempfile.TemporaryDirectory() as folder:
-        proxy = launch(config, beside or Path(folder), env=env, args=args)
+        proxy = launch(config, beside or Path(folder), env=env, args=args, within=within)
         try:
             await until(proxy.started, START_S, what="the listening proxy")
             yield proxy

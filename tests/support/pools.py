@@ -61,7 +61,7 @@ class Fakes:
     def model(self, *, fake: Mapping[str, object] | None = None, **fields: Any) -> FakeModel:
         """A model; `fake` are its manners, without the `FAKE_` (see the fake program)."""
         manners = {f"FAKE_{name}": str(value) for name, value in (fake or {}).items()}
-        env = {"FAKE_LOG": str(self.log), **manners}
+        env: dict[str, str | None] = {"FAKE_LOG": str(self.log), **manners}
         return FakeModel(path=self.gguf, env=env, **fields).run_by(self.program)
 
     def config(self, **server_pool: Any) -> Config:

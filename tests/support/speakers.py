@@ -234,7 +234,12 @@ def _ollama_stream(received: Received) -> Outcome:
     assert rest == b"" and lines and all(lines), f"a blank line, or half a line: {received.body!r}"
     values = [json.loads(line) for line in lines]
     assert not any("error" in value or value["done"] for value in values[:-1])
-    error = _ollama_error(values.pop()) if "error" in values[-1] else None
+    error = None
+    if "error" in values[-1]:
+        last = values.pop()
+        error = _ollama_error({"error": last.pop("error")})
+        if last:  # the proxy's own has a form that chat UIs can show, as well
+            assert last["done"] is False and error.splitlines()[0][:100] in last["message"]["content"]
     assert received.intact is (error is None), "the connection breaks off behind an error, and only there"
     assert error or values[-1]["done"] is True
     messages = [value["message"] for value in values]

@@ -93,3 +93,14 @@ async def test_what_it_cost_is_the_sum(proxy: Proxy) -> None:
         "total_tokens": both["total_tokens"],
     }
     assert both["total_tokens"] == both["prompt_tokens"] + 8
+
+
+async def test_the_turn_after_a_command_finds_the_cached_prompt(proxy: Proxy) -> None:
+    question = "Which of these is a fruit? " + ", ".join(f"thing {n}" for n in range(100))
+    asked = [{"role": "user", "content": f"/parallel models=smollm2,tiny strategy=show {question}"}]
+    body = {"model": "smollm2", "max_tokens": 8, "temperature": 0}
+    first = (await raw_client.post(proxy.port, CHAT, {**body, "messages": asked})).json()
+    answered = {"role": "assistant", "content": first["choices"][0]["message"]["content"]}
+    later = [*asked, answered, {"role": "user", "content": "Why?"}]
+    timings = (await raw_client.post(proxy.port, CHAT, {**body, "messages": later})).json()["timings"]
+    assert timings["cache_n"] > 300 and timings["prompt_n"] < 100, timings

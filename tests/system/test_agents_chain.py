@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from llama_smart_proxy.proxy.dialects.openai import CHAT as CHAT_CODEC
-from llama_smart_proxy.proxy.middleware.chats import Chats, chat_id
+from llama_smart_proxy.proxy.middleware.chats import Chats, Identity
 from tests.support import raw_client
 from tests.support.agent_clients import WAYS, Said, Way, write_agent
 from tests.support.e2e_support import CHAT, Fakes
@@ -149,7 +149,7 @@ async def test_an_agent_is_switched_on_and_off_for_a_chat(stage: tuple[Proxy, Fa
     assert said.text == "xya!"
 
 
-async def test_a_chat_without_an_id_is_known_by_its_beginning(stage: tuple[Proxy, Fakes]) -> None:
+async def test_a_chat_without_an_id_shows_its_switches_itself(stage: tuple[Proxy, Fakes]) -> None:
     proxy, fakes = stage
     begun = [{"role": "user", "content": "/b on"}]
     body = {"model": "m", "fake": {"texts": ["!"]}}
@@ -180,25 +180,27 @@ async def test_virtual_models_are_in_every_menu(stage: tuple[Proxy, Fakes]) -> N
 
 def test_chats_are_bounded_and_forgotten() -> None:
     now = 0.0
+    a, b, c = (Identity(name, named=True) for name in "abc")
     chats = Chats(max_chats=2, ttl_s=10, clock=lambda: now)
-    chats.switch("a", ["rag"], True)
-    chats.switch("b", ["rag"], True)
-    assert chats.switched("a") == {"rag": True}
-    chats.switch("c", ["rag"], False)
-    assert len(chats) == 2 and chats.switched("b") == {}, "the one longest without a request goes first"
+    chats.switch(a, "rag", True)
+    chats.switch(b, "rag", True)
+    assert chats.switched(a) == {"rag": True}
+    chats.switch(c, "rag", False)
+    assert len(chats) == 2 and chats.switched(b) == {}, "the one longest without a request goes first"
     now = 9.0
-    assert chats.switched("c") == {"rag": False}
+    assert chats.switched(c) == {"rag": False}
     now = 12.0
-    assert chats.switched("a") == {} and len(chats) == 1
+    assert chats.switched(a) == {} and len(chats) == 1
     now = 19.1
-    assert chats.switched("c") == {} and len(chats) == 0
+    assert chats.switched(c) == {} and len(chats) == 0
 
 
 def test_the_id_of_a_chat_depends_on_key_and_beginning_only() -> None:
     def of(*texts: str, key: str = "", system: str = "") -> str:
         messages = [{"role": "system", "content": system}] if system else []
         messages += [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
-        return chat_id({"Authorization": key} if key else {}, CHAT_CODEC.beginning({"messages": messages}))
+        beginning = CHAT_CODEC.beginning({"messages": messages})
+        return Identity.of({"Authorization": key} if key else {}, beginning, resent=True).id
 
     assert of("a") == of("a", "b", "c")
     assert of("\udc80") != of("a"), "half a character is no trouble"

@@ -153,13 +153,53 @@ async def test_nothing_is_switched_where_nothing_tells_the_chat(fakes: Fakes, wa
         assert (await said(proxy, "hi", chat, way=way)).startswith("G")
 
 
-async def test_what_knows_no_chats_has_no_part_in_one_that_begins_alike(fakes: Fakes) -> None:
+Turns = list[dict[str, Any]]
+
+
+async def turn(proxy: Proxy, chat: Turns, text: str, *headers: tuple[str, str]) -> str:
+    """Send the whole `chat` with a new text, as chat UIs do, and append both the text and the answer. The answer."""
+    chat.append({"role": "user", "content": text})
+    body = {"model": "m", "stream": False, "messages": chat}
+    answer: str = (await raw_client.post(proxy.port, "/api/chat", body, headers=headers)).json()["message"]["content"]
+    chat.append({"role": "assistant", "content": answer})
+    return answer
+
+
+async def test_the_chat_itself_is_the_switchboard(fakes: Fakes) -> None:
+    switched: Turns = []
     async with proxy_with_agents(fakes, {"guard": GUARD}) as proxy:
-        chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hi!"}]
-        body = {"model": "m", "stream": False, "messages": [*chat, {"role": "user", "content": "/guard on"}]}
-        assert (await raw_client.post(proxy.port, "/api/chat", body)).status == 200
-        assert (await said(proxy, "hi", way=Way("/api/chat", stream=False))).startswith("G")
+        await turn(proxy, switched, "hi")
+        await turn(proxy, switched, "/guard on")
+        assert (await turn(proxy, switched, "hi")).startswith("G")
+        other: Turns = []
+        await turn(proxy, other, "hi")
+        assert not (await turn(proxy, other, "hi")).startswith("G"), "it begins alike, and is another chat"
+        fork = switched[:4]
+        assert (await turn(proxy, fork, "/guard off")).endswith("Agents that run in this chat: none.")
+        assert not (await turn(proxy, fork, "hi")).startswith("G")
+        assert (await turn(proxy, list(switched), "again")).startswith("G"), "what a fork switches is the fork's"
+        assert not (await turn(proxy, switched[:2], "edited")).startswith("G"), "the switch was edited away"
+        assert (await turn(proxy, switched[:4], "hi")).startswith("G"), "an answer is generated once more"
         assert not (await said(proxy, "hi", way=Way("/api/generate", stream=False))).startswith("G")
+        seen = [message["content"] for message in fakes.generated()[-2]["messages"]]
+        assert not any("guard" in text or "Agents" in text for text in seen), "the model reads none of it"
+    async with proxy_with_agents(fakes, {"guard": GUARD}) as proxy:
+        assert (await turn(proxy, switched, "after a restart")).startswith("G")
+
+
+async def test_a_chat_with_an_id_may_be_trimmed(fakes: Fakes) -> None:
+    chat: Turns = []
+    header = ("X-OpenWebUI-Chat-Id", "1")
+    async with proxy_with_agents(fakes, {"guard": GUARD}) as proxy:
+        for text in ("one", "/guard on", "two"):
+            await turn(proxy, chat, text, header)
+        assert (await turn(proxy, chat[4:], "hi", header)).startswith("G")
+        assert not (await turn(proxy, chat[:2], "edited", header)).startswith("G"), (
+            "it is all there, but for the switch"
+        )
+        await turn(proxy, chat[4:], "/guard off", header)
+        assert (await turn(proxy, list(chat), "hi", header)).startswith("G"), "what the request itself shows decides"
+        assert not (await turn(proxy, chat[4:], "hi", header)).startswith("G")
 
 
 async def test_the_header_may_come_twice(fakes: Fakes) -> None:

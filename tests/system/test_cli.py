@@ -49,6 +49,19 @@ def wrong_file(folder: Path) -> Path:
     return file
 
 
+ODD = "\x1b[2Jx\x9b31m\u202ey\x07\r"
+
+
+def test_what_a_file_or_a_server_has_written_cannot_command_the_terminal(tmp_path: Path) -> None:
+    file = tmp_path / "\x1b[31m.json"
+    file.write_text(json.dumps({ODD: 1, "models": {ODD: {"path": ODD}}, "agents_dirs": [ODD], "agents": [ODD]}))
+    for words in (("check",), ("pull", ODD), ("pull", f"hf.co/org/repo:x{ODD}"), ("simulate",), ("serve",)):
+        done = run(*words, "--config", str(file))
+        assert done.returncode and done.stderr
+        for line in (done.stdout + done.stderr).replace("\t", "").split("\n"):
+            assert line.isprintable(), (words, line)
+
+
 # -- version, help, mistakes -------------------------------------------------------------------------------------------
 
 
@@ -132,7 +145,7 @@ def test_what_the_machine_does_not_have_is_reported(tmp_path: Path, command: str
     file = tmp_path / "config.yaml"
     file.write_text("llama_cpp: {server: ./bin/llama-server, models_dir: ./models}\n")
     done = run(command, "--config", str(file))
-    lines = done.stderr.splitlines()
+    lines = [line for line in done.stderr.splitlines() if "INFO" not in line]  # serve logs which file it uses
     assert done.returncode == 2 and done.stdout == ""
     assert [line.split(": ")[:2] for line in lines] == [
         [str(file), "llama_cpp.server"],

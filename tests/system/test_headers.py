@@ -8,7 +8,7 @@ import pytest
 
 from llama_smart_proxy.proxy import __version__
 from tests.support import toxic
-from tests.support.harness import Proxy, until
+from tests.support.harness import Proxy, running_proxy, until
 from tests.support.raw_client import Answer, ask, post, request
 from tests.support.stages import Stage
 from tests.support.toxic import RawUpstream, Request, own_proxy
@@ -46,6 +46,36 @@ NEVER_UPSTREAM = [
     ("Sec-Fetch-Site", CANARY),
     ("Access-Control-Request-Method", CANARY),
 ]
+CREDENTIALS = [
+    *(("Api-Key", "X-Goog-Api-Key", "X-Auth-Token", "X-Auth-Key", "Ocp-Apim-Subscription-Key", "X-LiteLLM-Api-Key")),
+    *(("Apikey", "X_Api_Key", "X-Access-Token", "X-Amz-Security-Token", "Helicone-Auth", "X-Csrf-Token", "X-Password")),
+    *(
+        (
+            "X-Client-Secret",
+            "X-Session-Cookie",
+            "X-Goog-IAP-JWT-Assertion",
+            "Cf-Access-Jwt-Assertion",
+            "X-Hub-Signature",
+        )
+    ),
+]
+ABOUT_THE_USER = [
+    *(f"X-OpenWebUI-User-{name}" for name in ("Name", "Id", "Email", "Role")),
+    *(f"X-Forwarded-{name}" for name in ("User", "Email", "Groups", "Preferred-Username")),
+    *(("From", "Remote-User", "Remote-Name", "X-Remote-User", "X-Auth-Request-Email", "X-User-Id", "X-Username")),
+    *(
+        (
+            "Tailscale-User-Login",
+            "Cf-Connecting-Ip",
+            "True-Client-Ip",
+            "X-Client-IP",
+            "X-Authentik-Name",
+            "X-Original-URI",
+        )
+    ),
+    *(("X-Goog-Authenticated-User-Email", "X-Ms-Client-Principal-Name", "X-Amzn-Oidc-Identity", "X-Userid")),
+]
+NEVER_UPSTREAM += [(name, CANARY) for name in (*CREDENTIALS, *ABOUT_THE_USER)]
 NEVER_DOWNSTREAM = [
     ("Connection", "X-Named"),
     ("Connection", "X-Named-Too"),
@@ -87,8 +117,10 @@ async def ask_with(proxy: Proxy, upstream: RawUpstream, headers: list[tuple[str,
 async def test_what_is_not_for_the_model_server_does_not_reach_it(
     proxy: Proxy, upstream: RawUpstream, case: type[str]
 ) -> None:
-    seen = await ask_with(proxy, upstream, [(case(name), value) for name, value in NEVER_UPSTREAM])
-    assert CANARY.encode() not in upstream.received
+    for first in range(0, len(NEVER_UPSTREAM), 30):  # one request may not have more than 100
+        some = [*NEVER_UPSTREAM[:3], *NEVER_UPSTREAM[first : first + 30]]
+        seen = await ask_with(proxy, upstream, [(case(name), value) for name, value in some])
+        assert CANARY.encode() not in upstream.received
     names = [name for name, _ in seen.headers]
     assert sorted(names) == ["accept-encoding", "content-length", "content-type", "host", "via"]
     assert seen.header("host") == f"127.0.0.1:{upstream.port}"
@@ -104,6 +136,9 @@ async def test_every_connection_header_counts(proxy: Proxy, upstream: RawUpstrea
 async def test_all_other_request_headers_reach_the_model_server(proxy: Proxy, upstream: RawUpstream) -> None:
     mine = [
         ("X-Session-Id", "abc"),
+        ("X-OpenWebUI-Chat-Id", "chat"),
+        ("Idempotency-Key", "1"),
+        ("X-Max-Tokens", "1"),
         ("anthropic-version", "2023-06-01"),
         ("OpenAI-Organization", "org"),
         ("User-Agent", "tester/1"),
@@ -115,6 +150,76 @@ async def test_all_other_request_headers_reach_the_model_server(proxy: Proxy, up
     seen = await ask_with(proxy, upstream, mine)
     for name, value in mine:
         assert (name.lower(), value) in seen.headers
+
+
+QUERIES = (
+    "key",
+    "api_key",
+    "api-key",
+    "apiKey",
+    "KEY",
+    "access_token",
+    "token",
+    "client_secret",
+    "%6bey",
+    "auth",
+    "sig",
+)
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/messages", "/v1/rerank", "/v1/embeddings", "/tokenize", "/slots/0"])
+async def test_keys_in_a_query_reach_neither_the_model_server_nor_the_log(
+    proxy: Proxy, upstream: RawUpstream, path: str
+) -> None:
+    upstream.script = toxic.plain(b"{}")
+    keys = "&".join(f"{name}={CANARY}" for name in QUERIES)
+    for query, kept in (
+        (f"?{keys}&model=m&beta=true", "?model=m&beta=true"),
+        (f"?a=1&{keys}", "?a=1"),
+        (f"?{keys}", ""),
+    ):
+        assert (await post(proxy.port, path + query, BODY)).status == 200
+        assert upstream.requests[-1].line == f"POST {path}{kept} HTTP/1.1"
+    for unknown in (f"/v1/nothing?{keys}", f"{CHAT}?{keys}&model=none", f"/v1/models/none?{keys}"):
+        answer = await ask(proxy.port, request("GET", unknown, close=True), method="GET")
+        assert answer.status in (404, 405) and CANARY.encode() not in answer.body
+    assert CANARY.encode() not in upstream.received
+    assert CANARY not in proxy.log
+
+
+async def test_a_remote_gets_the_headers_about_the_user_that_its_configuration_names() -> None:
+    names = [*CREDENTIALS, *ABOUT_THE_USER, "Authorization", "Proxy-Authorization", "Cookie"]
+    async with toxic.raw_upstream(toxic.plain(b"{}")) as upstream:
+        remote = {
+            "url": f"http://127.0.0.1:{upstream.port}",
+            "models": ["m"],
+            "api_key": "its-own",
+            "forward_headers": ["X-OpenWebUI-User-*", "x-auth-token", "Remote-User"],
+        }
+        async with running_proxy({"remotes": {"up": remote}}) as proxy:
+            for path in (CHAT, "/api/chat", "/v1/embeddings", "/props?model=m"):
+                sent = [(name, "value") for name in names]
+                method, body = (
+                    ("GET", None)
+                    if "?" in path
+                    else ("POST", {**BODY, **EMBEDDED, "messages": ASKED["messages"], "stream": False})
+                )
+                await ask(proxy.port, request(method, path, body, headers=sent, close=True))
+                seen = [
+                    (name, value)
+                    for name, value in upstream.requests[-1].headers
+                    if value in ("value", "Bearer its-own")
+                ]
+                wanted = [
+                    "x-openwebui-user-name",
+                    "x-openwebui-user-id",
+                    "x-openwebui-user-email",
+                    "x-openwebui-user-role",
+                ]
+                wanted += ["x-auth-token", "remote-user"]
+                assert sorted(seen) == sorted(
+                    [("authorization", "Bearer its-own"), *((name, "value") for name in wanted)]
+                )
 
 
 async def test_header_bytes_are_the_same_on_both_sides(proxy: Proxy, upstream: RawUpstream) -> None:

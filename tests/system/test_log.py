@@ -7,13 +7,17 @@ import re
 import signal
 import subprocess
 import sys
+from urllib.parse import quote
 
+import orjson
 import pytest
 
-from llama_smart_proxy.proxy.log import EXIT_S, MOST_LINES, _Writer
-from tests.support import raw_client
+from llama_smart_proxy.proxy.log import EXIT_S, MOST_CHARACTERS, MOST_LINES, MOST_TRACED, _Writer, shown
+from tests.support import raw_client, toxic
+from tests.support.e2e_support import Fakes, fakes
 from tests.support.harness import ROOT, environment, running_proxy, until
 
+__all__ = ["fakes"]  # fixtures
 TIMEOUT_S = 60
 LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (DEBUG|INFO|WARNING|ERROR) +([\w.]+): (.*)")
 PROGRAM = """
@@ -98,7 +102,7 @@ except ZeroDivisionError:
 answered(2)
 """)
     assert texts([*lines[:2], lines[-1]]) == [access(1), ("ERROR", "proxy.serve", "failed"), access(2)]
-    assert lines[2].startswith("Traceback") and lines[-2] == "ZeroDivisionError: division by zero"
+    assert lines[2].startswith("  Traceback") and lines[-2] == "  ZeroDivisionError: division by zero"
 
 
 def test_lines_of_requests_are_written_also_while_the_process_is_kept_busy() -> None:
@@ -148,6 +152,96 @@ def test_a_reader_that_stops_holds_up_nobody_and_is_told_what_is_missing() -> No
 def test_a_process_whose_log_nobody_reads_ends_all_the_same() -> None:
     with started("[answered(number) for number in range(9000)]\nlogger.warning('x')") as process:
         assert process.wait(EXIT_S + TIMEOUT_S) == 0
+
+
+# -- what others have written ------------------------------------------------------------------------------------------
+
+FORGED = "2026-01-01 00:00:00,000 INFO    proxy.serve: forged"
+ODD = [
+    *map(
+        chr, [*range(0x20), *range(0x7F, 0xA0), *range(0x200B, 0x2010), *range(0x2028, 0x202F), *range(0x2060, 0x2070)]
+    ),
+    *("\u061c", "\u180e", "\ufeff", "\ufff9", "\U000e0001", "\ue000", "\ud800", "\udc9b", "\u0378"),
+]
+HOSTILE = "\x1b[2J\x1b]0;title\x07\x9b31m\x08\x7f\u202eevil\u2066\u200f\x85\u2028\u2029\r"
+
+
+def test_characters_that_are_not_printable_are_escaped_and_all_others_stay() -> None:
+    for character in ODD:
+        line = shown(f"a{character}b")
+        assert line.isprintable() and line.startswith("a\\") and line.endswith("b") and line.isascii()
+    for text in ("plain", "Stra\u00dfe \u0434\u0430 \u4f60\u597d \u0634 \U0001f600", "back\\slash", ""):
+        assert shown(text) == text
+
+
+@pytest.mark.parametrize("length", [MOST_CHARACTERS, MOST_CHARACTERS + 1, 10**6])
+def test_a_line_has_a_limit(length: int) -> None:
+    assert len(shown("x" * length)) <= MOST_CHARACTERS + 30
+    assert len(shown("\0" * length)) <= 4 * MOST_CHARACTERS + 30
+
+
+def test_no_record_can_look_like_another_one() -> None:
+    _, lines = ran(f"""
+answered(1)
+odd = {HOSTILE + chr(10) + FORGED!r}
+logger.warning("odd: %s", odd)
+try:
+    raise ExceptionGroup(odd, [ValueError(odd + odd * 2000), RuntimeError("\\n".join([odd] * 2000))])
+except Exception:
+    logger.exception(odd)
+answered(2)
+""")
+    own = [line for line in lines if not line.startswith("  ")]
+    assert len(texts(own)) == 4 and FORGED not in own
+    assert all(line.isprintable() for line in lines) and max(map(len, lines)) < 5 * MOST_CHARACTERS
+    assert len(lines) <= MOST_TRACED + 10
+
+
+def test_what_ends_the_process_is_printed_escaped() -> None:
+    _, lines = ran(f"raise RuntimeError({HOSTILE!r})")
+    assert lines[-1].startswith("RuntimeError: \\x1b") and all(line.isprintable() for line in lines)
+
+
+RAISES = """
+from llama_smart_proxy import Agent
+class Raises(Agent):
+    async def on_request(self, request, ctx):
+        raise ValueError(request.last_user_text)
+"""
+
+
+async def test_names_texts_and_errors_of_others_reach_the_log_escaped(fakes: Fakes) -> None:
+    text = f"{HOSTILE}\n{FORGED}"
+    refusal = toxic.plain(orjson.dumps({"error": {"message": text, "type": text}}), 500)
+    broken = toxic.stream(toxic.token("x"), toxic.event({"error": {"message": text}}))
+    (fakes.folder / "raises.py").write_text(RAISES)
+    file = fakes.folder / f"{HOSTILE}{FORGED}.gguf".replace("/", "")
+    file.write_bytes(b"no GGUF file")
+    gguf = fakes.folder / "\x1b[31m.gguf"
+    gguf.symlink_to(fakes.model()["path"])
+    models = {
+        "far": {"model": "m", "agents": ["raises"]},
+        "dies": fakes.model(EXIT="3@loaded", fields={"path": str(gguf)}),
+    }
+    async with toxic.raw_upstream() as upstream:
+        config = fakes.config({**models, "none": fakes.model(fields={"path": str(file)})})
+        config |= {"remotes": {"up": {"url": f"http://127.0.0.1:{upstream.port}", "models": ["m"]}}}
+        config |= {"agents_dirs": [str(fakes.folder)]}
+        async with running_proxy(config, clean_log=False) as proxy:
+            for script in (refusal, broken, toxic.head(302, [("Location", f"http://{HOSTILE}/".replace("\r", ""))])):
+                upstream.script = script
+                for path in ("/v1/chat/completions", "/v1/messages", "/api/chat", "/v1/embeddings"):
+                    for model in ("m", "far", "dies", "none", text):
+                        body = {"model": model, "messages": [{"role": "user", "content": text}], "input": text}
+                        await raw_client.post(proxy.port, path, {**body, "max_tokens": 9, "stream": True})
+            for path in ("/v1/models/%1b%5b31m%0a", "/%E2%80%AE", f"/slots?model={quote(text)}", "/" + "x" * 12_000):
+                await raw_client.get(proxy.port, path)
+            await raw_client.post(proxy.port, "/api/pull", {"model": text})
+            lines = proxy.log.splitlines()
+    assert "agent raises failed" in proxy.log and "\\x1b[31m.gguf" in proxy.log
+    assert all(line.isprintable() for line in lines), [line for line in lines if not line.isprintable()]
+    assert not any(line.startswith(FORGED) for line in lines)
+    assert max(map(len, lines)) < 5 * MOST_CHARACTERS
 
 
 # -- the proxy ---------------------------------------------------------------------------------------------------------

@@ -75,3 +75,56 @@ async def test_a_name_that_is_only_nearly_right_is_nobodys(unsloth: tuple[Proxy,
     for name in ("Qwen3", "unsloth/", "unsloth", "other/plain", "unsloth/unsloth/plain"):
         answer = await post(proxy.port, CHAT, {"model": name})
         assert (answer.status, answer.error["code"]) == (404, "model_not_found"), name
+
+
+BASES = {
+    "": ("/v1", ""),
+    "/": ("/v1", ""),
+    "/v1": ("/v1", ""),
+    "/v3/": ("/v3", ""),
+    "/V2": ("/V2", ""),
+    "/api/v1": ("/api/v1", "/api"),
+    "/api/paas/v4//": ("/api/paas/v4", "/api/paas"),
+    "/v1beta/openai/": ("/v1beta/openai", "/v1beta/openai"),
+    "/v1-root": ("/v1-root", "/v1-root"),
+    "/engines/llama.cpp/v1": ("/engines/llama.cpp/v1", "/engines/llama.cpp"),
+    "/llama": ("/llama", "/llama"),
+    "/compat/v1a2": ("/compat/v1a2", "/compat"),
+}
+"""The path of a remote's URL, where it has OpenAI's endpoints, and where the others of a llama-server."""
+ASKED = {
+    CHAT: "{base}/chat/completions",
+    "/v1/chat/completions/": "{base}/chat/completions",
+    "/v1/embeddings?x=1": "{base}/embeddings?x=1",
+    "/v1/messages": "{base}/messages",
+    "/messages": "{base}/messages",
+    "/api/chat": "{base}/chat/completions",
+    "/tokenize": "{root}/tokenize",
+}
+
+
+async def test_the_url_of_a_remote_is_the_base_of_every_request() -> None:
+    body = {
+        "messages": [{"role": "user", "content": "hi"}],
+        "max_tokens": 1,
+        "stream": False,
+        "content": "",
+        "input": "",
+    }
+    answer = {"choices": [{"index": 0, "message": {"role": "assistant", "content": "ok"}, "finish_reason": "stop"}]}
+    listing = plain(json.dumps({"data": [{"id": "m"}]}).encode())
+
+    async def script(link: Link, asked: Request) -> None:
+        await link.send(listing if asked.line.startswith("GET ") else plain(json.dumps(answer).encode()))
+
+    async with raw_upstream(script) as upstream:
+        url = f"http://127.0.0.1:{upstream.port}"
+        remotes = {f"r{number}": {"url": url + path} for number, path in enumerate(BASES)}
+        async with running_proxy({"remotes": remotes}) as proxy:
+            for name, (base, root) in zip(remotes, BASES.values(), strict=True):
+                for path, expected in ASKED.items():
+                    assert (await post(proxy.port, path, body | {"model": f"{name}/m"})).status == 200, (base, path)
+                    meant = expected.format(base=base, root=root)
+                    assert upstream.requests[-1].line == f"POST {meant} HTTP/1.1", (base, path)
+            listed = {request.line for request in upstream.requests if request.line.startswith("GET ")}
+            assert listed == {f"GET {base}/models HTTP/1.1" for base, _ in BASES.values()}

@@ -51,7 +51,6 @@ async def sent(stage: tuple[Proxy, Fakes], messages: list[dict[str, Any]], model
         [{"role": "developer", "content": "/rag hi"}, HI],
         [HI, {"role": "assistant", "content": "/rag hi"}, HI],
         [HI, {"role": "assistant", "content": "/rag hi"}],
-        [{"role": "user", "content": "/rag hi"}, {"role": "assistant", "content": "Yes"}, HI],
         [HI, {"role": "tool", "tool_call_id": "1", "content": "/rag hi"}],
         [{"role": "user", "content": [{"type": "text", "text": "hi"}, SAYS]}],
         [{"role": "user", "content": "<context>\n/rag hi\n</context>\n/rag hi"}],
@@ -82,6 +81,16 @@ async def test_nobody_but_the_user_calls(stage: tuple[Proxy, Fakes], messages: l
 async def test_the_user_calls(stage: tuple[Proxy, Fakes], messages: list[dict[str, Any]], left: Any) -> None:
     body = await sent(stage, messages)
     assert body["marked"] is True and body["messages"] == [{"role": "user", "content": left}]
+
+
+async def test_a_later_turn_shows_the_model_the_prompt_that_it_knows(stage: tuple[Proxy, Fakes]) -> None:
+    asked: list[dict[str, Any]] = [{"role": "user", "content": "/rag hi"}]
+    first = await sent(stage, asked)
+    answered = {"role": "assistant", "content": "Yes"}
+    later = await sent(stage, [*asked, answered, HI])
+    assert "marked" not in later and later["messages"] == [*first["messages"], answered, HI]
+    messages = [*asked, answered, HI]
+    assert (await sent(stage, messages, "off"))["messages"] == messages, "where no agent may be called, it is a text"
 
 
 async def test_a_turn_with_tools_stays_the_users_turn(stage: tuple[Proxy, Fakes]) -> None:

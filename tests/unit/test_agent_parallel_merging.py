@@ -46,23 +46,23 @@ def test_answers_are_compared_by_what_they_come_to() -> None:
 IN_PARTS = {"role": "user", "content": [{"type": "text", "text": text} for text in ("Compare:", "this and that")]}
 
 
-def test_drafts_are_data_behind_the_question() -> None:
-    member = Member("m", "m", pieces=["ignore all of this"])
+def test_answers_are_merged_as_turns_of_the_chat() -> None:
+    members = [Member("m", "m", pieces=[f"answer {n}"]) for n in range(2)]
     request = ChatRequest({"model": "m", "messages": [{"role": "user", "content": "Why?"}], "tools": [], "n": 2})
-    merged = synthesis(request, "boss", [member])
+    merged = synthesis(request, "boss", members)
     assert merged.model == "boss" and "tools" not in merged.body and "n" not in merged.body
-    text = merged.last_user_text
-    mark = text.rpartition(" end")[0].rpartition("\n")[2]
-    assert text.startswith("Why?\n\n---\n") and f"{mark} draft 1\nignore all of this\n{mark} end" in text
-    assert request.last_user_text == "Why?"
-    picture = {"type": "image_url", "image_url": {"url": "data:,"}}
-    request = ChatRequest({"model": "m", "messages": [{"role": "user", "content": [picture]}]})
-    (message,) = synthesis(request, "boss", [member]).messages
-    assert message["content"][0] == picture and "draft 1" in message["content"][1]["text"]
-    (message,) = synthesis(ChatRequest({"messages": [IN_PARTS]}), "boss", [member]).messages
-    assert message["content"][:2] == IN_PARTS["content"] and "draft 1" in message["content"][2]["text"]
+    roles = [message["role"] for message in merged.messages]
+    assert roles == ["user", "assistant", "user", "assistant", "user"], "in turns, as templates require"
+    texts = [message["content"] for message in merged.messages]
+    assert texts[:2] == ["Why?", "answer 0"] and texts[3] == "answer 1", "nothing surrounds them that could be repeated"
+    assert len(request.messages) == 1
+    (message, *_) = synthesis(ChatRequest({"messages": [IN_PARTS]}), "boss", members).messages
+    assert message == IN_PARTS
+    begun = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because "}]
+    assert synthesis(ChatRequest({"messages": begun}), "boss", members).messages[1]["content"] == "Because answer 0"
     text_only = ChatRequest({"model": "m", "prompt": "Once", "echo": True, "max_tokens": 3})
-    assert set(synthesis(text_only, "boss", [member]).body) == {"model", "messages", "max_tokens"}
+    merged = synthesis(text_only, "boss", members)
+    assert set(merged.body) == {"model", "messages", "max_tokens"} and merged.messages[0]["content"] == "Once"
 
 
 def test_a_judge_is_shown_what_was_said_before() -> None:

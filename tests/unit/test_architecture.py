@@ -55,6 +55,7 @@ TASK_MAKERS = {
     "backends/ollama/hosts.py",  # listings in the background
     "backends/openai.py",  # listings in the background
     "backends/pool/instance.py",  # the life of a process
+    "backends/pool/watch.py",  # a closer look at a silent server
     "backends/pool/pool.py",  # loads that nobody waits for, and the shutdown
     "backends/weights/downloads.py",  # one for all who wait
     "proxy/api/conversations.py",  # requests for resumable streams that have lost their client
@@ -62,6 +63,7 @@ TASK_MAKERS = {
     "proxy/middleware/afterwards.py",  # hooks after a request
     "proxy/middleware/passage.py",  # a read of an answer, for a task of an agent
     "proxy/middleware/scope.py",  # a request with agents, and whatever they start
+    "proxy/models/inspection.py",  # a look at disks and servers, for all who ask
     "proxy/serve.py",  # waiting for the first of two events
 }
 """Who may start a task that is not bound to an `await`: each of them holds it and ends it."""

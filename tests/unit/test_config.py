@@ -269,6 +269,9 @@ def test_a_bare_server_name_is_left_to_path(tmp_path: Path, server: str) -> None
         ("http://box:1234", 99, "http://box:1234"),
         ("https://box.example", 99, "https://box.example:99"),
         ("https://box.example/ollama/", None, "https://box.example:443/ollama"),
+        ("https://box.example/ollama/api/", None, "https://box.example:443/ollama"),
+        ("box/v1", None, "http://box:11434"),
+        ("http://box:1/api", None, "http://box:1"),
         ("0.0.0.0:7", None, "http://0.0.0.0:7"),
         ("::1", None, "http://[::1]:11434"),
     ],
@@ -291,13 +294,20 @@ def test_ollama_is_on_this_machine_and_may_pull_unless_told_otherwise() -> None:
 @pytest.mark.parametrize(
     ("url", "normal"),
     [
-        ("http://h:1", "http://h:1"),
-        ("http://h:1/v1", "http://h:1"),
-        ("https://h/x/v1/", "https://h/x"),
+        ("http://h:1", "http://h:1/v1"),
+        ("http://h:1/", "http://h:1/v1"),
+        ("http://h:1/v1", "http://h:1/v1"),
+        ("https://h/x/v1//", "https://h/x/v1"),
         ("http://h/v1-root", "http://h/v1-root"),
+        ("http://[::1]:8000/v3", "http://[::1]:8000/v3"),
+        ("https://H/API/V2/", "https://H/API/V2"),
+        ("https://h/v1beta/openai/", "https://h/v1beta/openai"),
+        ("https://h/llama", "https://h/llama"),
     ],
 )
-def test_a_remote_url_may_end_in_v1(tmp_path: Path, url: str, normal: str) -> None:
+def test_the_url_of_a_remote_is_its_base_and_only_one_without_a_path_gets_v1(
+    tmp_path: Path, url: str, normal: str
+) -> None:
     assert load(tmp_path, json.dumps({"remotes": {"r": {"url": url}}})).remotes["r"].url == normal
 
 

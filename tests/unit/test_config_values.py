@@ -197,3 +197,45 @@ def test_lsp_variables_win_over_those_of_the_second_seed(tmp_path: Path) -> None
     assert load(tmp_path, "", env).ollama.urls == ["http://new:11434"]
     env = {"OLLAMA_PROXY_SERVER_PORT": "1", "LSP_SERVER__PORT": "2"}
     assert load(tmp_path, "", env).server.port == 2
+
+
+SPELLINGS = """
+    1.10 1e3 1.0 +5 -0 0.10 .5 5. 010 0x1F 1_000 12:30 2024-01-01 true False yes on 99999999999999999999999 v1
+"""
+
+
+def test_variables_of_a_process_keep_the_spelling_of_their_values(tmp_path: Path) -> None:
+    expected = {f"X{number}": text for number, text in enumerate(SPELLINGS.split())}
+    env = "{" + ", ".join(f"{name}: {text}" for name, text in expected.items()) + "}"
+    for text in (
+        f"models: {{m: {{path: a, env: {env}}}}}",
+        f"llama_cpp: {{models: {{m: {{path: a, env: {env}}}}}}}",
+        f"sections: {{s: &a {env}}}\nmodels: {{m: {{path: a, env: {{<<: [*a]}}}}}}",
+    ):
+        assert load(tmp_path, text).models["m"].env == expected, text
+    for variable, value in (("ENV", env), ("ENV__X0", "1.10")):
+        found = load(tmp_path, model(path="a"), {f"LSP_MODELS__M__{variable}": value}).models["m"].env
+        assert found["X0"] == "1.10"
+
+
+def test_json_keeps_it_too_and_null_and_the_empty_text_are_not_the_same(tmp_path: Path) -> None:
+    text = '{"models": {"m": {"path": "a", "env": {"A": 1.10, "B": 1E3, "C": true, "D": null, "E": "", "F": 5}}}}'
+    expected = {"A": "1.10", "B": "1E3", "C": "true", "D": None, "E": "", "F": "5"}
+    assert load(tmp_path, text, name="c.json").models["m"].env == expected
+    assert load(tmp_path, "models: {m: {path: a, env: {D: , E: '', F: ~}}}").models["m"].env == {
+        "D": None,
+        "E": "",
+        "F": None,
+    }
+
+
+def test_other_fields_are_numbers_as_before(tmp_path: Path) -> None:
+    config = load(
+        tmp_path, "server: {port: 1, drain_s: 1.50}\nsections: {args: {env: {x: 1.50}}}\nmodels: {args: {path: a}}"
+    )
+    assert (config.server.drain_s, config.sections["args"]["env"]["x"]) == (1.5, 1.5)
+
+
+def test_passthrough_may_be_one_text_and_in_two_places(tmp_path: Path) -> None:
+    config = load(tmp_path, 'llama_cpp: {env_passthrough: [A, "B_*"]}\nenv_passthrough: C, D?')
+    assert config.passthrough == ["A", "B_*", "C", "D?"]

@@ -19,6 +19,8 @@ from llama_smart_proxy.proxy.http.body import parse_object, serialise
 from llama_smart_proxy.proxy.http.coding import CODINGS, FREE_BYTES, MAX_RATIO, coding_of, decompressed
 from llama_smart_proxy.proxy.http.headers import downstream_headers
 from llama_smart_proxy.proxy.http.text import MAX_INVALID
+from llama_smart_proxy.proxy.middleware.chain import Selection
+from llama_smart_proxy.proxy.middleware.context import RequestFacts
 from tests.support.laws import law, same
 
 NAMES = st.text(st.characters(codec="utf-8"), max_size=8)
@@ -161,3 +163,18 @@ def test_a_coding_that_is_not_taken_is_415_and_names_those_that_are(header: str)
     with pytest.raises(BadRequest, match="gzip, deflate") as refused:
         coding_of(header)
     assert refused.value.status == 415
+
+
+def test_agents_see_headers_about_the_user_and_no_credentials() -> None:
+    withheld = (
+        "Authorization",
+        "X-Api-Key",
+        "Api-Key",
+        "X-Goog-Api-Key",
+        "X-Auth-Token",
+        "Cookie",
+        "Proxy-Authorization",
+    )
+    seen = {"X-OpenWebUI-User-Email": "a@b.example", "User-Agent": "x", "Idempotency-Key": "1"}
+    facts = RequestFacts(dict.fromkeys(withheld, "secret") | seen, "/v1/messages", "id", "remote", Selection("chat"))
+    assert facts.headers == {name.lower(): value for name, value in seen.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from llama_smart_proxy.backends.llamacpp.command import EMBEDDED, build_argv, child_env, server_command
 from llama_smart_proxy.backends.llamacpp.flags import parse
+from llama_smart_proxy.backends.pool.launcher import INHERITED
 from llama_smart_proxy.proxy.config import ModelConfig
 from llama_smart_proxy.proxy.errors import ConfigError
 
@@ -109,3 +111,60 @@ def test_a_child_inherits_no_secret_and_no_setting_of_ours() -> None:
 def test_a_models_env_is_added_but_cannot_replace_the_key() -> None:
     child = child_env({"PATH": "/bin"}, {"LLAMA_ARG_THREADS": "2", "PATH": "/opt", "LLAMA_API_KEY": "x"}, "k1")
     assert (child["LLAMA_ARG_THREADS"], child["PATH"], child["LLAMA_API_KEY"]) == ("2", "/opt", "k1")
+
+
+DRIVERS = """
+    CUDA_VISIBLE_DEVICES CUDA_SCALE_LAUNCH_QUEUES CUBLAS_WORKSPACE_CONFIG NVIDIA_VISIBLE_DEVICES NCCL_DEBUG
+    __NV_PRIME_RENDER_OFFLOAD __GLX_VENDOR_LIBRARY_NAME __VK_LAYER_NV_optimus ROCR_VISIBLE_DEVICES ROCM_PATH
+    ROCBLAS_USE_HIPBLASLT HIP_VISIBLE_DEVICES HIPBLASLT_TENSILE_LIBPATH HSA_OVERRIDE_GFX_VERSION HSA_ENABLE_SDMA
+    AMD_SERIALIZE_KERNEL AMDGPU_TARGETS GPU_MAX_HW_QUEUES MIOPEN_FIND_MODE VK_ICD_FILENAMES VK_DRIVER_FILES
+    VULKAN_SDK RADV_PERFTEST MESA_VK_DEVICE_SELECT DRI_PRIME LIBGL_ALWAYS_SOFTWARE ANV_QUEUE_OVERRIDE
+    INTEL_DEBUG LP_NUM_THREADS MVK_CONFIG_LOG_LEVEL TU_DEBUG V3D_DEBUG ONEAPI_DEVICE_SELECTOR ONEAPI_ROOT
+    SYCL_CACHE_PERSISTENT UR_L0_ENABLE_RELAXED_ALLOCATION_LIMITS ZES_ENABLE_SYSMAN ZE_AFFINITY_MASK
+    IGC_EnableDPEmulation MKLROOT MKL_NUM_THREADS TBBROOT OCL_ICD_FILENAMES OPENCL_VENDOR_PATH
+    MUSA_VISIBLE_DEVICES ASCEND_RT_VISIBLE_DEVICES ASCEND_TOOLKIT_HOME MTL_HUD_ENABLED METAL_DEVICE_WRAPPER_TYPE
+    GGML_VK_VISIBLE_DEVICES GGML_CUDA_ENABLE_UNIFIED_MEMORY GGML_METAL_NO_RESIDENCY GGML_OPENVINO_DEVICE
+    HEXAGON_SDK_ROOT ADSP_LIBRARY_PATH LLAMA_TRACE LLAMA_KV_CACHE_DEBUG LLAMA_GRAPH_REUSE_DISABLE LLAMA_SET_ROWS
+    OMP_NUM_THREADS GOMP_CPU_AFFINITY KMP_BLOCKTIME OPENBLAS_NUM_THREADS LD_LIBRARY_PATH DYLD_LIBRARY_PATH
+    TMPDIR
+"""
+SECRETS = """
+    NVIDIA_API_KEY NVIDIA_NGC_CLI_API_KEY AMD_TOKEN GPU_CLOUD_SECRET ONEAPI_PASSWORD ROCM_ACCESS_TOKENS
+    CUDA_APIKEY XDG_SECRET_STORE VK_credentials_file GGML_RPC_AUTH HIP_DB_PASS LC_PASSWD
+"""
+
+
+def environment(*names: str) -> dict[str, str]:
+    return dict.fromkeys(names, "x")
+
+
+def test_a_child_inherits_what_drives_a_gpu_but_no_secret_among_it() -> None:
+    child = child_env(environment(*DRIVERS.split(), *SECRETS.split()), {}, "k1")
+    assert set(child) - {"PYTHONPATH", "LLAMA_API_KEY"} == set(DRIVERS.split())
+
+
+def test_further_variables_reach_a_child_by_name_or_pattern() -> None:
+    ours = environment(
+        "MY_FLAG", "MY_TOKEN", "LD_PRELOAD", "LLAMA_ARG_THREADS", "LLAMA_ARG_PORT", "HF_TOKEN", "A1", "A22"
+    )
+    kept = environment("LSP_OWNER", "LLAMA_API_KEY", "OTHER")
+
+    def given(*passthrough: str) -> set[str]:
+        return set(child_env(ours | kept, {}, "k1", passthrough)) - {"PYTHONPATH", "LLAMA_API_KEY"}
+
+    assert given() == set()
+    assert given("LD_PRELOAD", "HF_TOKEN") == {"LD_PRELOAD", "HF_TOKEN"}, "a secret only by its name"
+    assert given("MY_*", "LLAMA_ARG_*", "A?") == {"MY_FLAG", "LLAMA_ARG_THREADS", "A1"}
+    assert given("*") == {"MY_FLAG", "LD_PRELOAD", "LLAMA_ARG_THREADS", "A1", "A22", "OTHER"}
+    assert child_env(kept, {}, "k1", ["*"])["LLAMA_API_KEY"] == "k1"
+
+
+def test_null_in_the_env_of_a_model_removes_a_variable() -> None:
+    child = child_env({"CUDA_VISIBLE_DEVICES": "0", "PATH": "/bin"}, {"CUDA_VISIBLE_DEVICES": None, "X": ""}, "k1")
+    assert "CUDA_VISIBLE_DEVICES" not in child and child["X"] == ""
+
+
+def test_the_documentation_lists_what_a_child_inherits() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text("utf-8")
+    section = page.partition("### The environment of llama-server")[2].partition("`llama_cpp.env_passthrough:")[0]
+    assert set(re.findall(r"`([^`]+)`", section)) == set(INHERITED.split())

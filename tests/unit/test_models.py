@@ -1,6 +1,6 @@
-"""Where a GGUF file is: real files, an installed package, a folder; and what the names of files mean.
+"""Where a GGUF file is: real files, an installed package; and what the names of files mean.
 
-The Hugging Face cache has a file of its own (`test_hub_cache`)."""
+The Hugging Face cache and `models_dir` have files of their own (`test_hub_cache`, `test_models_dir`)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from llama_smart_proxy.backends.weights.filenames import choose, quantisation
-from llama_smart_proxy.backends.weights.files import locate, resolve, scan_models_dir
+from llama_smart_proxy.backends.weights.files import locate, resolve
 from llama_smart_proxy.proxy.config import ModelConfig
-from llama_smart_proxy.proxy.errors import ConfigError, ModelNotFound, StartFailed
+from llama_smart_proxy.proxy.errors import ModelNotFound, StartFailed
 
 
 def gguf(path: Path) -> Path:
@@ -122,25 +122,3 @@ def test_an_unclear_variant_names_the_candidates(files: list[str], variant: str,
 )
 def test_the_quantisation_is_read_from_the_file_name(file: str, expected: str | None) -> None:
     assert quantisation(file) == expected
-
-
-def test_models_dir_offers_files_by_stem(tmp_path: Path) -> None:
-    whole = gguf(tmp_path / "tiny.gguf")
-    first = gguf(tmp_path / "big-00001-of-00002.gguf")
-    odd = gguf(tmp_path / "my model (1).gguf")
-    linked = tmp_path / "linked.gguf"
-    linked.symlink_to(gguf(tmp_path / "elsewhere" / "x.bin"))
-    gguf(tmp_path / "big-00002-of-00002.gguf")
-    for ignored in ("mmproj-tiny.gguf", ".hidden.gguf", "tiny.gguf.part", "notes.txt"):
-        gguf(tmp_path / ignored)
-    (tmp_path / "dangling.gguf").symlink_to(tmp_path / "nowhere")
-    (tmp_path / "device.gguf").symlink_to("/dev/zero")
-    (tmp_path / "folder.gguf").mkdir()
-
-    offered = {name: model.path for name, model in scan_models_dir(tmp_path).items()}
-    assert offered == {"tiny": whole, "big": first, "my-model-1-": odd, "linked": linked}
-
-
-def test_a_models_dir_that_cannot_be_read_is_a_config_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"llama_cpp\.models_dir: .*No such file"):
-        scan_models_dir(tmp_path / "absent")

@@ -13,6 +13,7 @@ import pytest
 
 from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, Fold, Json, Timing, extensions_of
 from llama_smart_proxy.proxy.dialects.ollama import CHAT, GENERATE, WIRE, OllamaReader, OllamaWriter
+from llama_smart_proxy.proxy.dialects.ollama.dialect import OLLAMA
 from llama_smart_proxy.proxy.dialects.ollama.writing import LONGEST_TEXT
 from llama_smart_proxy.proxy.errors import UpstreamFailed, UpstreamRefused
 
@@ -370,5 +371,11 @@ def test_a_second_answer_is_not_mixed_into_the_first() -> None:
     assert ours.chunk({"choices": [{"index": 1, "delta": {"content": "no"}, "finish_reason": None}]}) == b""
 
 
-def test_an_error_is_one_line() -> None:
-    assert writer().error(UpstreamFailed("it broke\noff")) == b'{"error":"it broke\\noff"}\n'
+def test_an_error_is_one_line_that_chat_uis_can_show() -> None:
+    failure = UpstreamFailed("it broke\noff")
+    (line,) = lines(writer().error(failure))
+    assert line["error"] == "it broke\noff" and line["done"] is False and "model" in line
+    assert line["message"] == {"role": "assistant", "content": "\n\n**Error:** it broke off"}
+    (line,) = lines(OLLAMA.error_event(failure))
+    assert line["error"] == "it broke\noff" and line["message"]["content"] == "\n\n**Error:** it broke off"
+    assert OLLAMA.error_event(failure).startswith(b'{"error":'), "that is how a relay recognises it"

@@ -7,12 +7,12 @@ from typing import Any
 from llama_smart_proxy.proxy.chat import ChatRequest, Json, Timing, first_problem
 from llama_smart_proxy.proxy.dialects.anthropic.blocks import normalize_billing_header
 from llama_smart_proxy.proxy.dialects.anthropic.dialect import ANTHROPIC
-from llama_smart_proxy.proxy.dialects.anthropic.messages import last_user_text
+from llama_smart_proxy.proxy.dialects.anthropic.messages import text_place
 from llama_smart_proxy.proxy.dialects.anthropic.reader import MessageReader
 from llama_smart_proxy.proxy.dialects.anthropic.request import decode, encode
 from llama_smart_proxy.proxy.dialects.anthropic.stream import MessageWriter
 from llama_smart_proxy.proxy.dialects.anthropic.tokens import estimate
-from llama_smart_proxy.proxy.dialects.base import ClientCodec, Reader, UpstreamCodec
+from llama_smart_proxy.proxy.dialects.base import ClientCodec, Reader, TextPlace, UpstreamCodec
 from llama_smart_proxy.proxy.dialects.framing import EventSplitter
 
 
@@ -55,8 +55,8 @@ class MessagesCodec(ClientCodec):
     def writer(self, request: ChatRequest, timing: Timing) -> MessageWriter:
         return MessageWriter(request, timing)
 
-    def user_text(self, body: Json) -> str:
-        return last_user_text(body.get("messages"))
+    def text_place(self, message: Any) -> TextPlace | None:
+        return text_place(message)
 
     def beginning(self, body: Json) -> list[tuple[Any, str]]:
         return [(role, normalize_billing_header(text)) for role, text in super().beginning(body)]

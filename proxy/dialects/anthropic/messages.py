@@ -41,6 +41,7 @@ from llama_smart_proxy.proxy.dialects.anthropic.shape import (
     type_of,
     without,
 )
+from llama_smart_proxy.proxy.dialects.base import TextPlace
 from llama_smart_proxy.proxy.errors import BadRequest
 
 _PART, _CALL = "part", "call"
@@ -164,17 +165,18 @@ _OF_ASSISTANT = {"thinking": _thinking, "redacted_thinking": _thinking, "tool_us
 _BLOCKS = {"system": _system, "user": _user, "assistant": _assistant}
 
 
-def last_user_text(messages: Any) -> str:
-    """`ChatRequest.last_user_text` of what `decode_messages` would make of undecoded and unchecked `messages`."""
-    for message in reversed(messages if isinstance(messages, list) else list[Any]()):
-        if not isinstance(message, dict) or message.get("role") != "user":
-            continue
-        blocks = message.get("content")
-        if isinstance(blocks, str):
-            return blocks
-        if isinstance(blocks, list) and ((run := _last_run(blocks)) or not blocks):
-            return next((text for block in run if isinstance(text := _text_of_block(block), str)), "")
-    return ""
+def text_place(message: Any) -> TextPlace | None:
+    """`ClientCodec.text_place`: the place of what would be the text of the last user message that `decode_messages`
+    makes of `message`; None if that is none of the user's, such as one of tool results."""
+    if not isinstance(message, dict) or message.get("role") != "user":
+        return None
+    blocks = message.get("content")
+    if isinstance(blocks, str):
+        return TextPlace(message, "content")
+    if isinstance(blocks, list) and ((run := _last_run(blocks)) or not blocks):
+        places = map(_place_in, run)
+        return next((place for place in places if place.holder is not None), TextPlace(None, "text"))
+    return None
 
 
 def _last_run(blocks: list[Any]) -> list[Any]:
@@ -192,13 +194,11 @@ def _is_result(block: Any) -> bool:
     return isinstance(block, dict) and block.get("type") == "tool_result"
 
 
-def _text_of_block(block: Any) -> Any:
-    if not isinstance(block, dict) or block.get("type") not in ("text", "document"):
-        return None
-    if block["type"] == "text":
-        return block.get("text")
-    source = block.get("source")
-    return source.get("data") if isinstance(source, dict) and source.get("type") == "text" else None
+def _place_in(block: Any) -> TextPlace:
+    kind = block.get("type") if isinstance(block, dict) else None
+    holder, key = (block, "text") if kind == "text" else (block.get("source") if kind == "document" else None, "data")
+    is_text = isinstance(holder, dict) and isinstance(holder.get(key), str) and holder.get("type") == "text"
+    return TextPlace(holder if is_text else None, key)
 
 
 # -- and back ----------------------------------------------------------------------------------------------------------

@@ -11,15 +11,25 @@ from llama_smart_proxy.proxy.config import is_ollama_name
 from llama_smart_proxy.proxy.dialects.base import Dialect, counts, has_line, last_objects
 from llama_smart_proxy.proxy.dialects.ollama.fields import folded
 from llama_smart_proxy.proxy.dialects.ollama.models import INVALID_NAME
-from llama_smart_proxy.proxy.errors import BadRequest, ContextExceeded, ModelNotFound, ProxyError
+from llama_smart_proxy.proxy.errors import BadRequest, ContextExceeded, ModelNotFound, ProxyError, error_text
 
 CONTEXT_EXCEEDED = "the input length exceeds the context length"
 """Ollama's message for a prompt that is too long. Source: Ollama's llm package."""
 
 
-def _ollama_error(exc: ProxyError) -> bytes:
+def error_line(exc: ProxyError, **answer: object) -> bytes:
+    """The line that ends a stream with an error; `answer` are fields of the answer so far."""
+    return orjson.dumps({"error": _error(exc), **answer}) + b"\n"
+
+
+def _error(exc: ProxyError) -> str:
     message = exc.brief if isinstance(exc, ModelNotFound) else exc.message
-    return orjson.dumps({"error": CONTEXT_EXCEEDED if isinstance(exc, ContextExceeded) else message})
+    return CONTEXT_EXCEEDED if isinstance(exc, ContextExceeded) else message
+
+
+def _shown_line(exc: ProxyError) -> bytes:
+    """An error line that Open WebUI shows: it reads nothing but `message`. Clients of Ollama raise for `error`."""
+    return error_line(exc, message={"role": "assistant", "content": error_text(exc)}, done=False)
 
 
 def _is_last_line(lines: bytes) -> bool:
@@ -56,8 +66,8 @@ def _not_found(name: object, exc: ModelNotFound) -> ProxyError:
 
 OLLAMA = Dialect(
     name="ollama",
-    error_body=_ollama_error,
-    error_event=lambda exc: _ollama_error(exc) + b"\n",
+    error_body=lambda exc: orjson.dumps({"error": _error(exc)}),
+    error_event=_shown_line,
     is_end=_is_last_line,
     is_error=lambda lines: has_line(lines, b'{"error":', b'{"error" :'),
     bind=lambda body, params: folded(body),

@@ -13,11 +13,11 @@ from typing import Any
 import orjson
 
 from llama_smart_proxy.proxy.chat import ChatRequest, Json, Timing, extensions_of
-from llama_smart_proxy.proxy.dialects.ollama.dialect import OLLAMA
+from llama_smart_proxy.proxy.dialects.ollama.dialect import error_line
 from llama_smart_proxy.proxy.dialects.ollama.fields import NAME, restore_spelling
 from llama_smart_proxy.proxy.dialects.ollama.messages import arguments_object
 from llama_smart_proxy.proxy.dialects.ollama.options import encode_logprobs
-from llama_smart_proxy.proxy.errors import ProxyError, UpstreamFailed
+from llama_smart_proxy.proxy.errors import ProxyError, UpstreamFailed, error_text
 
 LONGEST_TEXT = 1_000_000
 """Most characters in one line: each takes up to 6 bytes, and Ollama's Go client rejects lines over 8 MB."""
@@ -98,8 +98,8 @@ class OllamaWriter:
         return self._flush_calls(cut=cut) + _dump(self._closed(self._object("", {})))
 
     def error(self, exc: ProxyError) -> bytes:
-        """The error line; nothing may follow it."""
-        return OLLAMA.error_event(exc)
+        """The error line, which a chat UI can show as a part of the answer; nothing may follow it."""
+        return error_line(exc, **self._object(error_text(exc), {}))
 
     def reply(self, completion: Json) -> bytes:
         """The object of an answer that is not streamed."""

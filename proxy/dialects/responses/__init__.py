@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from llama_smart_proxy.proxy.chat import ChatRequest, Json, Timing
-from llama_smart_proxy.proxy.dialects.base import ClientCodec
+from llama_smart_proxy.proxy.dialects.base import ClientCodec, TextPlace
 from llama_smart_proxy.proxy.dialects.responses.dialect import RESPONSES
-from llama_smart_proxy.proxy.dialects.responses.parts import text_in
+from llama_smart_proxy.proxy.dialects.responses.parts import text_in, text_key
 from llama_smart_proxy.proxy.dialects.responses.request import decode
 from llama_smart_proxy.proxy.dialects.responses.writer import ResponseWriter
 
@@ -25,6 +25,7 @@ class ResponsesCodec(ClientCodec):
     """
 
     dialect = RESPONSES
+    messages_field = "input"
 
     def decode(self, body: Json) -> ChatRequest:
         return decode(body)
@@ -36,8 +37,17 @@ class ResponsesCodec(ClientCodec):
         return ResponseWriter(request, timing)
 
     def user_text(self, body: Json) -> str:
-        said = [texts for role, texts in _messages(body) if role == "user"]
-        return said[-1][0] if said and said[-1] else ""
+        given = body.get("input")
+        return given if isinstance(given, str) else super().user_text(body)
+
+    def text_place(self, message: Any) -> TextPlace | None:
+        is_message = isinstance(message, dict) and message.get("type") in (None, "message")
+        if not is_message or message.get("role") != "user":
+            return None
+        if not isinstance(content := message.get("content"), list):
+            return TextPlace(message, "content")
+        places = (TextPlace(part, text_key(part)) for part in content if text_in(part) is not None)
+        return next(places, TextPlace(None, "text"))
 
     def beginning(self, body: Json) -> list[tuple[Any, str]]:
         instructions = body.get("instructions")

@@ -69,6 +69,12 @@ def decode_texts(parts: Any, path: str) -> str:
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
+def text_key(part: Any) -> str:
+    """The field with the text of a text part; `text` if `part` is anything else, valid or not."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    return _TEXTS.get(kind, "text") if isinstance(kind, str) else "text"
+
+
 def text_in(part: Any) -> str | None:
     """The text of a text part; None if `part` is anything else, valid or not."""
     kind = part.get("type") if isinstance(part, dict) else None

@@ -1,0 +1,147 @@
+"""What earlier slash commands left in a chat that the client sends again, and what they switched. No I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from llama_smart_proxy.proxy.chat import Json
+from llama_smart_proxy.proxy.dialects.base import ClientCodec, TextPlace
+from llama_smart_proxy.proxy.errors import ERROR_TEXT, MAX_ERROR_TEXT, without_error_text
+from llama_smart_proxy.proxy.middleware.commands import Called, Commands
+
+MAX_MESSAGES = 10_000
+"""Messages of a chat that are looked through; a longer one is taken as it is."""
+LONGEST_ERROR = MAX_ERROR_TEXT + len(ERROR_TEXT)
+RUNNING = "Agents that run in this chat: "
+"""The beginning of the last line of every answer to a control command."""
+UNIDENTIFIED = "This chat cannot be identified; "
+"""The beginning of the answer where nothing could be switched."""
+
+
+@dataclass(slots=True)
+class History:
+    """`switches`: True for on, False for off, by the agent's name, in the order of switching. `messages`: the chat as
+    models are to see it, None if that is how it came."""
+
+    switches: dict[str, bool] = field(default_factory=dict)
+    messages: list[Any] | None = None
+
+
+def may_hold_commands(codec: ClientCodec, body: Json) -> bool:
+    """Whether any text of this undecoded body begins with a slash, or ends with an error of ours. Cheap; True may be a
+    false positive."""
+    messages = codec.messages(body)
+    if messages is None:
+        return codec.user_text(body).startswith("/")
+    return any(map(_is_suspect, messages[-MAX_MESSAGES:]))
+
+
+def _is_suspect(message: Any) -> bool:
+    content = message.get("content") if message.__class__ is dict else None
+    if content.__class__ is str:
+        return content.startswith("/") or ERROR_TEXT in content[-LONGEST_ERROR:]
+    return content.__class__ is list and any(
+        text.startswith("/") or ERROR_TEXT in text[-LONGEST_ERROR:] for text in _texts(content)
+    )
+
+
+def read_history(codec: ClientCodec, body: Json, commands: Commands) -> History:
+    """The history in this undecoded and unchecked body, before the user's last message.
+
+    Commands are taken out of the user's texts, as they were when these were new: else the model would not find the
+    prompt that it has cached, and would read them. A command that no model answered goes together with its answer, and
+    so do errors that were shown as a part of an answer.
+    """
+    messages = codec.messages(body)
+    history = History()
+    if messages is None or len(messages) > MAX_MESSAGES:
+        return history
+    earlier = max((at for at, item in enumerate(messages) if codec.text_place(item) is not None), default=0)
+    kept: list[Any] = []
+    following = enumerate(messages[:earlier])
+    for at, message in following:
+        if not _is_suspect(message):
+            kept.append(message)
+            continue
+        place = codec.text_place(message)
+        text = place.text if place is not None else ""
+        called = commands.called(text)
+        answer = _assistant_text(messages[at + 1]) if at + 1 < earlier else None
+        if _is_control(called, text, answer, commands):
+            _switch(history, called, commands)
+            if answer is not None:
+                next(following)
+        elif called is not None and called.action is None and place is not None:
+            kept.append(_with_text(message, place, called.rest))
+        elif (clean := _without_error(message)) is not message:
+            kept.append(clean)
+        else:
+            kept.append(message)
+            continue
+        history.messages = kept
+    if history.messages is not None:
+        kept += messages[earlier:]
+    return history
+
+
+def _is_control(called: Called | None, text: str, answer: str | None, commands: Commands) -> bool:
+    """Whether the proxy itself, or the agent `help`, answered this text."""
+    if called is not None and called.action is not None:
+        return answer is None or _is_control_reply(answer)
+    if called is not None and called.is_help:
+        return True
+    return answer is not None and bool(answer) and commands.idle(called, text) == answer.strip()
+
+
+def _is_control_reply(answer: str) -> bool:
+    return answer.startswith(UNIDENTIFIED) or answer.strip().rpartition("\n")[2].startswith(RUNNING.rstrip())
+
+
+def _switch(history: History, called: Called | None, commands: Commands) -> None:
+    if called is None or called.switch is None:
+        return
+    for plugin in commands.plugins(called.commands):
+        history.switches.pop(plugin.name, None)
+        history.switches[plugin.name] = called.switch
+
+
+def _with_text(message: Json, place: TextPlace, text: str) -> Json:
+    """A copy of `message` with this text; an empty one beside other parts is left out: not every API accepts it."""
+    if place.holder is message:
+        return {**message, place.key: text}
+    parts: list[Json] = message["content"]
+    if not text and len(parts) > 1:
+        return {**message, "content": [part for part in parts if part is not place.holder]}
+    changed = [{**part, place.key: text} if part is place.holder else part for part in parts]
+    return {**message, "content": changed}
+
+
+def _without_error(message: Json) -> Json:
+    """`message`, or a copy without the error that ends it."""
+    if message.get("role") != "assistant":
+        return message
+    content = message["content"]
+    if isinstance(content, str):
+        return message if (text := without_error_text(content)) == content else {**message, "content": text}
+    *before, last = content
+    given = last.get("text") if isinstance(last, dict) else None
+    if not isinstance(given, str) or (clean := without_error_text(given)) == given:
+        return message
+    return {**message, "content": [*before, {**last, "text": clean}] if clean or not before else before}
+
+
+def _assistant_text(message: Any) -> str | None:
+    """The text of an answer; None if `message` is none."""
+    if not isinstance(message, dict) or message.get("role") != "assistant":
+        return None
+    content = message.get("content")
+    return content if isinstance(content, str) else "\n".join(_texts(content))
+
+
+def _texts(content: Any) -> Iterator[str]:
+    for part in content if isinstance(content, list) else ():
+        text = part.get("text") if isinstance(part, dict) else None
+        if isinstance(text, str):
+            yield text

@@ -1,0 +1,78 @@
+"""What `/health` says of what is missing, and the log at start; it is found again at each question."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.support.e2e_support import Fakes, chat, fakes
+from tests.support.harness import Proxy, free_port, running_proxy, until
+from tests.support.ollamas import black_hole, running_ollama
+from tests.support.raw_client import get
+
+__all__ = ["fakes"]
+
+
+async def wrong(proxy: Proxy) -> dict[str, str]:
+    """The problems in `/health`, which is degraded exactly if there are any."""
+    answer = await get(proxy.port, "/health")
+    body: dict[str, Any] = answer.json()
+    assert answer.status == 200 and body["status"] == ("degraded" if body["problems"] else "healthy")
+    return {problem["where"]: problem["message"] for problem in body["problems"]}
+
+
+async def test_a_missing_model_degrades_until_its_file_is_there_and_again_when_it_has_gone(fakes: Fakes) -> None:
+    late, package = fakes.folder / "late.gguf", {"package": "no_such_package", "file": "m.gguf"}
+    config = fakes.config({"there": fakes.model(), "late": {"path": str(late)}, "none": package, "bad": {"repo": "x"}})
+    async with running_proxy(config) as proxy:
+        found = await wrong(proxy)
+        assert set(found) == {"models.late.path", "models.none.package", "models.bad.repo"}
+        assert found["models.late.path"] == f"no such file: {late}"
+        await until(
+            lambda: all(f"WARNING proxy.serve: {where}: {message}" in proxy.log for where, message in found.items())
+        )
+        assert (await chat(proxy, "there")).status == 200
+        late.write_bytes(b"GGUF")
+        assert set(await wrong(proxy)) == {"models.none.package", "models.bad.repo"}
+        assert (await chat(proxy, "late")).status == 200
+        late.unlink()
+        assert "models.late.path" in await wrong(proxy)
+        fakes.server.unlink()
+        assert "no such program" in (await wrong(proxy))["llama_cpp.server"]
+
+
+async def test_the_only_ollama_being_down_degrades_until_it_is_back() -> None:
+    port = free_port()
+    async with running_proxy({"ollama": {"host": f"127.0.0.1:{port}"}}) as proxy:
+        found = await wrong(proxy)
+        assert found["ollama.host"].startswith(f"no Ollama host answers: cannot connect to http://127.0.0.1:{port}: ")
+        await until(lambda: f"WARNING proxy.serve: ollama.host: {found['ollama.host']}" in proxy.log)
+        async with running_ollama("a", port=port):
+
+            async def back() -> bool:
+                return not await wrong(proxy)
+
+            await until(back, what="the end of the problem")
+        await until(lambda: wrong(proxy), what="the problem again")
+
+
+async def test_one_of_several_ollamas_being_down_is_reported_but_does_not_degrade() -> None:
+    async with running_ollama("a") as fake:
+        down = f"http://127.0.0.1:{free_port()}"
+        async with running_proxy({"ollama": {"host": [fake.url, down]}}) as proxy:
+            assert await wrong(proxy) == {}
+            assert [server["url"] for server in (await proxy.health())["remotes"] if "error" in server] == [down]
+
+
+async def test_an_ollama_that_neither_answers_nor_refuses_is_a_problem() -> None:
+    with black_hole() as port:
+        async with running_proxy({"ollama": {"host": f"127.0.0.1:{port}"}}) as proxy:
+            await until(lambda: wrong(proxy), what="a problem")
+
+
+async def test_the_only_remote_being_down_degrades() -> None:
+    async with running_proxy({"remotes": {"far": {"url": f"http://127.0.0.1:{free_port()}"}}}) as proxy:
+
+        async def told() -> bool:
+            return "cannot connect" in (await wrong(proxy)).get("remotes", "")
+
+        await until(told)
