@@ -15,6 +15,8 @@ from llama_smart_proxy.proxy.errors import StartFailed
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+LATE_S = 0.01
+"""How much later than its limit a look is given up by those who wait: it is known to be late then."""
 
 
 async def run_in_thread(call: Callable[[], T]) -> T:
@@ -102,19 +104,16 @@ class Looks(Generic[T]):
         self._begun_s = float("-inf")
 
     async def look(self, fresh_s: float = 0.0) -> None:
-        """Return when a look has ended that began after this call, or less than `fresh_s` seconds before it; or after
-        `limit_s`, or at once while an earlier one takes longer than that."""
+        """Return when a look has ended that began after this call, or up to `fresh_s` seconds before; or once one takes
+        longer than `limit_s`."""
         loop = asyncio.get_running_loop()
-        began_s = loop.time()
-        wanted = self._begun if began_s - self._begun_s < fresh_s else self._begun + 1
+        wanted = self._begun if loop.time() - self._begun_s < fresh_s else self._begun + 1
         while self._ended < wanted and not self.stalled:
-            left_s = began_s + self._limit_s - loop.time()
-            if left_s <= 0:
-                return
             running = self._running or self._begin(loop)
             if running is None:
                 return
-            await asyncio.wait({running}, timeout=left_s)
+            until_s = self._begun_s + self._limit_s + LATE_S
+            await asyncio.wait({running}, timeout=max(LATE_S, until_s - loop.time()))
 
     def _begin(self, loop: asyncio.AbstractEventLoop) -> asyncio.Future[T] | None:
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import re
+import socket
 import ssl
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -20,9 +21,10 @@ from urllib.parse import urlsplit
 from aiohappyeyeballs import start_connection
 
 from llama_smart_proxy.backends.base import UpstreamRequest
-from llama_smart_proxy.backends.http.exchange import Connection, Timeouts, UpstreamResponse
+from llama_smart_proxy.backends.http.exchange import Timeouts, UpstreamResponse
 from llama_smart_proxy.backends.http.resolver import AddressInfo, is_address, resolver
 from llama_smart_proxy.backends.http.sweep import Sweeper
+from llama_smart_proxy.backends.http.wire import Connection
 from llama_smart_proxy.proxy.errors import UpstreamFailed
 
 IDLE_LIMIT_S = 4.0
@@ -229,11 +231,8 @@ class ConnectionPool:
 
     async def _dial(self) -> Connection:
         loop, to = asyncio.get_running_loop(), self.endpoint
-        while to.socket:
-            try:
-                return (await loop.create_unix_connection(Connection, to.socket))[1]
-            except BlockingIOError:
-                await asyncio.sleep(FULL_S)
+        if to.socket:
+            return (await loop.create_unix_connection(Connection, sock=await _unix_socket(to.socket)))[1]
         return await self._connection(host=to.host, port=to.port)
 
     def _pop_idle(self) -> Connection | None:
@@ -304,6 +303,22 @@ class _Exchange(AbstractAsyncContextManager[UpstreamResponse]):
 
     async def __aexit__(self, *exc_info: object) -> None:
         self._pool._release(self._connection, self._response)
+
+
+async def _unix_socket(path: str) -> socket.socket:
+    """A socket connected to `path`. Not left to the event loops: for them a full queue is an error, or a success."""
+    connecting = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connecting.setblocking(False)
+        while True:
+            try:
+                connecting.connect(path)
+                return connecting
+            except BlockingIOError:
+                await asyncio.sleep(FULL_S)
+    except BaseException:
+        connecting.close()
+        raise
 
 
 def _waits(response: UpstreamResponse) -> bool:

@@ -11,12 +11,14 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import httptools
 
 from llama_smart_proxy.backends.http.inflate import Inflater
 from llama_smart_proxy.backends.http.sink import Sink
+from llama_smart_proxy.backends.http.turns import breathe
+from llama_smart_proxy.backends.http.wire import PART, Connection
 from llama_smart_proxy.proxy.errors import UpstreamFailed
 
 if TYPE_CHECKING:
@@ -42,61 +44,6 @@ class Timeouts:
     connect_s: float = 5.0
     first_byte_s: float = 600.0
     idle_s: float = 120.0
-
-
-class Connection(asyncio.Protocol):
-    """One socket and the answer in progress on it. All methods run in the event loop."""
-
-    def __init__(self) -> None:
-        self.transport: asyncio.Transport | None = None
-        self.response: UpstreamResponse | None = None
-        self.idle_until = 0.0
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)  # uvloop's transports do not inherit from asyncio's
-
-    def send(self, response: UpstreamResponse, data: bytes) -> None:
-        """Send the request `data`; the answer is passed to `response`."""
-        self.response = response
-        if self.transport is None:
-            response._connection_lost(None)
-        else:
-            # In the next iteration of the loop: requests received together are sent together, and the server wakes up
-            # once for all of them.
-            response._loop.call_soon(self._write, data)
-
-    def _write(self, data: bytes) -> None:
-        if self.transport is not None:
-            self.transport.write(data)
-
-    def data_received(self, data: bytes) -> None:
-        if self.response is None:
-            self.abort()  # unsolicited bytes: the next answer on this connection would be unreliable
-        else:
-            self.response._feed(data)
-
-    def eof_received(self) -> None:
-        if self.response is not None:
-            self.response._eof_received()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.transport = None
-        if self.response is not None:
-            self.response._connection_lost(exc)
-
-    @property
-    def open(self) -> bool:
-        return self.transport is not None and not self.transport.is_closing()
-
-    @property
-    def idle(self) -> bool:
-        """Whether it can be reused: open, and the last request was sent entirely. (A server may answer before it has
-        read the whole request, and stop reading.)"""
-        return self.open and self.transport is not None and self.transport.get_write_buffer_size() == 0
-
-    def abort(self) -> None:
-        if self.transport is not None:
-            self.transport.abort()
 
 
 class UpstreamResponse:
@@ -176,20 +123,20 @@ class UpstreamResponse:
         while not self._is_done():
             if self._buffered > limit:
                 return None
-            self.resume()
             await self._event()
         body = b"".join(self._pieces)
         self._pieces.clear()
         return body
 
     async def piece(self) -> bytes:
-        """Wait for body bytes and return all since the last call; empty at the end. The reader sets the pace: reading
-        from the socket is paused while the buffer is full."""
+        """Wait for body bytes and return all since the last call, or the first of them if there are many; empty at the
+        end. The reader sets the pace: reading from the socket is paused while the buffer is full."""
         pieces = self._pieces
         while not pieces and not self._is_done():
-            if self._paused:
-                self.resume()
             await self._event()
+        if self._buffered > PART and len(pieces) > 1:
+            await breathe()
+            return self._pop()
         self._buffered = 0
         if len(pieces) == 1:
             return pieces.pop()
@@ -197,20 +144,25 @@ class UpstreamResponse:
         pieces.clear()
         return data
 
+    def _pop(self) -> bytes:
+        piece = self._pieces.pop(0)
+        self._buffered -= len(piece)
+        return piece
+
     async def pipe(self, sink: Sink) -> None:
         """Push the body into `sink` as it arrives, until it ends."""
         self._sink = sink
-        for piece in self._pieces:
-            self._sink_full |= not sink.feed(piece)
-        self._pieces.clear()
-        while self._sink_full or not self._is_done():
+        while self._sink_full or self._pieces or not self._is_done():
             if self._sink_full:
                 self._pause()
                 await sink.drained()
                 self._sink_full = False
-                continue
-            self.resume()
-            await self._event()
+            elif self._pieces:
+                if self._buffered > PART:
+                    await breathe()
+                self._sink_full = not sink.feed(self._pop())
+            else:
+                await self._event()
 
     def stop(self) -> None:
         """The body has all that its reader needs: reads return what has arrived, and then its end. What still follows
@@ -241,7 +193,12 @@ class UpstreamResponse:
         return self.complete or self.stopped
 
     async def _event(self) -> None:
-        """Wait for the next change worth a task switch."""
+        """Wait for the next change worth a task switch, or for a turn to pass on more of a burst."""
+        if self._connection.held:
+            await breathe()
+            self._connection.pass_on()
+            return
+        self.resume()
         self._waiter = self._loop.create_future()
         try:
             await self._waiter
@@ -275,6 +232,8 @@ class UpstreamResponse:
 
     def resume(self) -> None:
         """Resume reading from the socket."""
+        if self.stopped and self._connection.held:
+            self._connection.pass_on(len(self._connection.held))  # which drops it
         if self._paused and self._connection.open:
             assert self._connection.transport is not None
             self._connection.transport.resume_reading()
@@ -282,6 +241,11 @@ class UpstreamResponse:
             self._paused = False
 
     # -- called by the connection ----------------------------------------------------------------------------------
+
+    def _hold(self) -> None:
+        """There is more than can be passed on now."""
+        self._pause()
+        self._wake()
 
     def _feed(self, data: bytes) -> None:
         if self.complete:
@@ -362,9 +326,14 @@ class UpstreamResponse:
             except ValueError as exc:
                 self.fail(f"the model server's answer cannot be decompressed: {exc}", code="upstream_error")
                 return
+            if len(data) > PART:  # it may be all of an answer
+                self._pieces += [data[at : at + PART] for at in range(0, len(data), PART)]
+                self._buffered += len(data)
+                self._hold()
+                return
             if not data:
                 return
-        if self._sink is not None:
+        if self._sink is not None and not self._pieces:
             if not self._sink.feed(data) and not self._sink_full:
                 self._sink_full = True
                 self._pause()

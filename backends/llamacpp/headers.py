@@ -36,7 +36,11 @@ EMBEDDING_FLAGS = {"--embedding", "--embeddings", "--rerank", "--reranking"}
 READ_S = 2.0
 """Longest wait in seconds for a header; the file may be on a disk that does not answer."""
 MANY = 256
-"""Most models whose headers are waited for at one time; for more, the first answer has what their folder says."""
+"""Most headers that one list of models waits for. Of more, the first list has what their folder says."""
+PAUSE_S = 0.001
+"""Pause between headers of a long list, so that reading them does not slow down the event loop."""
+UNREADABLE = (-1, -1, -1, -1)
+"""In place of the stamp of a file that the disk did not give."""
 MAX_READERS = 4
 """Most threads that read, each new one because all others wait for a disk."""
 
@@ -50,17 +54,20 @@ class Headers:
         self._cards: dict[str, tuple[ModelFile | None, ModelInfo]] = {}
         self._reading: dict[str, _Job] = {}
         self._jobs: deque[_Job] = deque()
-        self._waiting = 0
+        self._crowd: list[_Job] = []  # what is asked for in one round of the event loop
         self._readers: dict[object, float] = {}  # since when each of them reads the same file
 
-    async def info(self, name: str, model: ModelConfig, file: ModelFile | None = None) -> ModelInfo:
+    async def info(
+        self, name: str, model: ModelConfig, file: ModelFile | None = None, *, wait: bool = True
+    ) -> ModelInfo:
         """What is known of a model; for one of `models_dir`, `file` is what its last scan found. No more than its
-        configuration and its `file` when that is not here, or broken, which is logged once, or could not be read yet.
+        configuration and its `file` when that is not here, or broken, which is logged once, or could not be read yet;
+        without `wait` it is not read now.
 
         Raises: `StartFailed` when the system has no more threads.
         """
         card = self._cards.get(name)
-        if card is None or file is None or card[0] != file:
+        if wait and (card is None or file is None or card[0] != file):
             job = self._reading.get(name) or self._begin(name, model, file)
             await self._wait(job)
             card = self._cards.get(name)
@@ -73,20 +80,24 @@ class Headers:
         return job
 
     async def _wait(self, job: _Job) -> None:
-        """Wait until it is done, but not for a disk that is known not to answer, nor in a crowd."""
+        """Wait until it is done, but not for a disk that is known not to answer, nor with too many others."""
         self._employ()
+        crowd = self._crowd
+        if not crowd:
+            asyncio.get_running_loop().call_soon(self._next_crowd)
+        crowd.append(job)
+        await asyncio.sleep(0)  # all of one list have come then
         all_stuck = len(self._readers) == MAX_READERS and self._are_stuck()
-        if self._waiting >= MANY or all_stuck or time.monotonic() - job.begun_s > READ_S:
+        if len(crowd) > MANY or all_stuck or time.monotonic() - job.begun_s > READ_S:
             return
         if len(self._jobs) > MANY:  # of a long list; this one is waited for
             with suppress(ValueError):
                 self._jobs.remove(job)
                 self._jobs.appendleft(job)
-        self._waiting += 1
-        try:
-            await asyncio.wait({job.done}, timeout=READ_S)
-        finally:
-            self._waiting -= 1
+        await asyncio.wait({job.done}, timeout=READ_S)
+
+    def _next_crowd(self) -> None:
+        self._crowd = []
 
     def _are_stuck(self) -> bool:
         return all(time.monotonic() - since_s > READ_S for since_s in self._readers.values())
@@ -112,24 +123,27 @@ class Headers:
             while True:
                 job = self._jobs.popleft()
                 self._readers[reader] = job.begun_s = time.monotonic()
-                loop.call_soon_threadsafe(self._done, job, self._find(job.name, job.model, job.file))
+                if len(self._jobs) > MANY:
+                    time.sleep(PAUSE_S)
+                loop.call_soon_threadsafe(self._done, job, *self._find(job.name, job.model, job.file))
 
-    def _done(self, job: _Job, info: ModelInfo) -> None:
-        self._cards[job.name] = job.file, info
+    def _done(self, job: _Job, info: ModelInfo, is_final: bool) -> None:
+        self._cards[job.name] = job.file if is_final else None, info
         del self._reading[job.name]
         job.done.set_result(None)
 
-    def _find(self, name: str, model: ModelConfig, file: ModelFile | None) -> ModelInfo:
+    def _find(self, name: str, model: ModelConfig, file: ModelFile | None) -> tuple[ModelInfo, bool]:
+        """What is known of a model, and whether a disk that fails is no reason to read it again."""
         path = file.path if file is not None else locate(name, model)
         unread = _unread(name, model, file)
         if path is None:
-            return unread
+            return unread, False
         known = self._known[path] = _look(path, self._known.get(path))
         if known.header is None:
-            return unread
+            return unread, known.stamp != UNREADABLE
         args = [*self._default_args, *model.args]
         has_projector = takes_projector(args, model.env) and _projector(path, file) is not None
-        return replace(
+        info = replace(
             unread,
             digest=known.digest,
             modified=known.stamp[2] / 1e9,
@@ -139,6 +153,7 @@ class Headers:
             capabilities=capabilities(known.header, args, has_projector=has_projector),
             metadata=known.header.metadata,
         )
+        return info, True
 
 
 def _projector(path: Path, file: ModelFile | None) -> Path | None:
@@ -211,14 +226,16 @@ class _Known(NamedTuple):
 
 def _look(path: Path, known: _Known | None) -> _Known:
     """What is in the file: what is `known` if it has not changed. What is too long to keep is an empty list."""
-    stamp = (-1, -1, -1, -1)
     try:
         stamp = stamp_of(path.stat())
         if known is not None and known.stamp == stamp:
             return known
         header, digest = read_info(path), _digest(path, stamp)
     except (OSError, GgufError) as error:
-        logger.warning("%s: the header cannot be read: %s", path, error)
+        if isinstance(error, OSError) or isinstance(error.__cause__, OSError):
+            stamp = UNREADABLE
+        if known is None or known.stamp != stamp:
+            logger.warning("%s: the header cannot be read: %s", path, error)
         return _Known(stamp, "", None)
     kept = {key: [] if isinstance(value, Elided) else value for key, value in header.metadata.items()}
     return _Known(stamp, digest, replace(header, metadata=kept))

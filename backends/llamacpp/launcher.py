@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from llama_smart_proxy.backends.base import UpstreamRequest
 from llama_smart_proxy.backends.http.connection import ConnectionPool, Endpoint
@@ -14,6 +15,7 @@ from llama_smart_proxy.backends.llamacpp.arguments import required_by, takes_pro
 from llama_smart_proxy.backends.llamacpp.command import build_argv, child_env, server_command
 from llama_smart_proxy.backends.pool.launcher import Command, CommandFor, HttpLauncher, PoolModel, Report, Source
 from llama_smart_proxy.backends.pool.readiness import is_up, prove_ours, wait_until
+from llama_smart_proxy.backends.pool.sockets import SocketFolder
 from llama_smart_proxy.backends.weights import hub, projectors
 from llama_smart_proxy.backends.weights.files import locate, resolve
 from llama_smart_proxy.backends.weights.gguf import GgufError, read_info
@@ -40,8 +42,9 @@ COUNTED = ("id_task", "is_processing", "n_prompt_tokens", "n_prompt_tokens_proce
 
 class LlamaCppLauncher(HttpLauncher):
     """`Launcher` of llama-server. `server` is `llama_cpp.server` of the configuration; `default_args` are the flags
-    that every model gets. With `unauthenticated`, a server that does not enforce its API key is accepted, and one that
-    another process than ours has started. `passthrough` are further variables of ours that it may have."""
+    that every model gets. Servers listen on unix sockets in `sockets`, if that is given. With `unauthenticated`, a
+    server that does not enforce its API key is accepted, and one that another process than ours has started.
+    `passthrough` are further variables of ours that it may have."""
 
     elsewhere = "a llama_cpp.server that starts it in a container requires llama_cpp.allow_unauthenticated: true"
 
@@ -53,6 +56,7 @@ class LlamaCppLauncher(HttpLauncher):
         default_args: Sequence[str] = (),
         *,
         unauthenticated: bool = False,
+        sockets: SocketFolder | None = None,
         passthrough: Sequence[str] = (),
     ) -> None:
         self._name = name
@@ -60,18 +64,22 @@ class LlamaCppLauncher(HttpLauncher):
         self._server = server
         self._default_args = default_args
         self._unauthenticated = unauthenticated
+        self._sockets = sockets
+        self.by_socket = sockets is not None
         self._passthrough = passthrough
 
     def prepare(self) -> CommandFor:
-        return self._command_for(resolve(self._name, self._model))
+        return self._command_for(resolve(self._name, self._model), self._sockets.path if self._sockets else None)
 
     def preview(self) -> CommandFor:
         """As `prepare`; a file that is not here has the name that the configuration has for it."""
         model = self._model
         expected = model.path or model.file or (hub.download_name(model.repo, model.variant) if model.repo else "")
-        return self._command_for(locate(self._name, model) or expected)
+        return self._command_for(
+            locate(self._name, model) or expected, self._sockets.example if self._sockets else None
+        )
 
-    def _command_for(self, gguf: Path | str) -> CommandFor:
+    def _command_for(self, gguf: Path | str, new_socket: Callable[[], str] | None) -> CommandFor:
         try:
             program = server_command(self._server)
         except ConfigError as exc:
@@ -79,12 +87,14 @@ class LlamaCppLauncher(HttpLauncher):
         required_args = self._required_by(gguf) if isinstance(gguf, Path) else []
 
         def command_for(listen: Endpoint, key: str) -> Command:
+            if new_socket is not None:
+                listen = Endpoint("localhost", 0, socket=new_socket())
             argv = build_argv(
                 program,
                 name=self._name,
                 model=self._model,
                 gguf=gguf,
-                host=listen.host,
+                host=listen.socket or listen.host,
                 port=listen.port,
                 required_args=required_args,
                 default_args=self._default_args,
@@ -133,12 +143,12 @@ def pool_model(
     default_args: Sequence[str] = (),
     *,
     unauthenticated: bool = False,
+    sockets: SocketFolder | None = None,
     passthrough: Sequence[str] = (),
 ) -> PoolModel:
     """A configured model as the pool knows it; the other arguments are those of its launcher."""
-    launcher = LlamaCppLauncher(
-        name, model, server, default_args, unauthenticated=unauthenticated, passthrough=passthrough
-    )
+    how: dict[str, Any] = {"unauthenticated": unauthenticated, "sockets": sockets, "passthrough": passthrough}
+    launcher = LlamaCppLauncher(name, model, server, default_args, **how)
     source = None
     if model.repo is not None:
         download = hub.download_name(model.repo, model.variant)

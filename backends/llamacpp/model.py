@@ -46,8 +46,8 @@ class LlamaCppModel(SpawnedModel):
         self._remove = remove
         self.file: ModelFile | None = None
         """What the last scan of `models_dir` found, for a model from there."""
-        self.rescan: Callable[[], Awaitable[None]] | None = None
-        """Makes `file` a recent one."""
+        self.rescan: Callable[[], Awaitable[bool]] | None = None
+        """Makes `file` a recent one. Returns whether its disk answers."""
 
     async def delete(self, headers: Sequence[tuple[str, str]]) -> None:
         if self._remove is None:
@@ -57,9 +57,8 @@ class LlamaCppModel(SpawnedModel):
 
     async def info(self) -> ModelInfo:
         """Raises: `StartFailed` when the system has no more threads."""
-        if self.rescan is not None:
-            await self.rescan()
-        return await self._headers.info(self.name, self.config, self.file)
+        answers = self.rescan is None or await self.rescan()
+        return await self._headers.info(self.name, self.config, self.file, wait=answers)
 
     async def residence(self) -> Residence | None:
         """`size_vram` is 0: llama-server does not report how much of the model it put on a GPU."""

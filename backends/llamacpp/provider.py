@@ -12,6 +12,7 @@ from llama_smart_proxy.backends.llamacpp.headers import Headers
 from llama_smart_proxy.backends.llamacpp.launcher import pool_model
 from llama_smart_proxy.backends.llamacpp.model import KIND, LlamaCppModel
 from llama_smart_proxy.backends.llamacpp.problems import problems
+from llama_smart_proxy.backends.pool.sockets import SocketFolder, remove_stale
 from llama_smart_proxy.backends.threads import Looks, run_in_thread
 from llama_smart_proxy.backends.weights import hub
 from llama_smart_proxy.backends.weights.downloads import Download
@@ -42,6 +43,7 @@ class LlamaCpp(BaseProvider):
         self._default_args = config.default_args()
         self._headers = Headers(self._default_args)
         self._takes_hub_names = config.backend == KIND
+        self._sockets = SocketFolder() if config.llama_cpp.transport == "unix" else None
         self._models_dir = ModelsDir.of(config)
         self._folder_looks: Looks[Scan] | None = None
         if self._models_dir is not None:
@@ -74,6 +76,7 @@ class LlamaCpp(BaseProvider):
         when it is known what is in `models_dir`, unless that does not answer."""
         self._started = True
         await self._pool.start()
+        await run_in_thread(remove_stale)
         await self._look_at_folder()
         preloaded = [spawned for spawned in self._configured if spawned.config.preload]
         for spawned in sorted(preloaded, key=lambda spawned: not spawned.config.pinned)[: self._pool.size]:
@@ -81,6 +84,8 @@ class LlamaCpp(BaseProvider):
 
     async def close(self) -> None:
         await self._pool.close(drain_s=0)
+        if self._sockets is not None:
+            self._sockets.close()
 
     # -- models ----------------------------------------------------------------------------------------------------
 
@@ -176,9 +181,11 @@ class LlamaCpp(BaseProvider):
         while self._replaced:
             await self._replaced.pop().unload()
 
-    async def _rescan(self) -> None:
-        if self._folder_looks is not None:
-            await self._folder_looks.look(FRESH_S)
+    async def _rescan(self) -> bool:
+        if self._folder_looks is None:
+            return True
+        await self._folder_looks.look(FRESH_S)
+        return not self._folder_looks.stalled
 
     async def _look_at_cache(self, fresh_s: float = 0.0) -> None:
         """Look at the Hugging Face cache again, unless that was done less than `fresh_s` ago."""
@@ -239,6 +246,7 @@ class LlamaCpp(BaseProvider):
         pooled = pool_model(
             *(name, model, settings.server, self._default_args),
             unauthenticated=settings.allow_unauthenticated,
+            sockets=self._sockets,
             passthrough=self._config.passthrough,
         )
         remove = self._remove if cached else None

@@ -333,6 +333,12 @@ class Hosts:
         """The error for a model without a host: none has it, or none is available."""
         return UpstreamFailed(self.down) if self.down is not None else ModelNotFound(f"model {name[:100]!r} not found")
 
+    def unavailable(self, names: Sequence[str]) -> list[str]:
+        """Those that no host has, and that a request does not pull; none while a host does not answer, as it may."""
+        if any(host.error is not None for host in self.hosts):
+            return []
+        return [name for name in names if not self._has(key_of(name)) and not self.may_pull(name)]
+
     @property
     def down(self) -> str | None:
         """Why no host is available; None if one is, as far as known."""

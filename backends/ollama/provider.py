@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from llama_smart_proxy.backends.base import Problem, ProviderStatus, Services
@@ -20,15 +20,17 @@ class Ollama:
     section: ClassVar[str] = "ollama"
     Config: ClassVar[Any] = OllamaConfig
 
-    def __init__(self, hosts: Hosts) -> None:
+    def __init__(self, hosts: Hosts, paths: Mapping[str, str] | None = None) -> None:
+        """`paths` are those of the configured models in the file, by name."""
         self._hosts = hosts
+        self._paths = paths or {}
 
     @classmethod
     def create(cls, config: Config, services: Services) -> Ollama | None:
         if not config.uses_ollama:
             return None
         own = {name: model for name, model in config.models.items() if config.backend_of(name) == KIND}
-        return cls(Hosts(config.ollama, services.downloads, own))
+        return cls(Hosts(config.ollama, services.downloads, own), {name: config.path_of(name) for name in own})
 
     async def start(self) -> None:
         self._hosts.start()
@@ -83,7 +85,9 @@ class Ollama:
         return ProviderStatus(servers=self._hosts.status())
 
     async def problems(self) -> Sequence[Problem]:
-        """One, if no host answers: while one does, requests go there."""
+        """That no host answers (while one does, requests go there), or which configured models no host has or pulls."""
         await self._hosts.listed()
-        error = self._hosts.down
-        return [Problem("ollama.host", error)] if error is not None else []
+        if (error := self._hosts.down) is not None:
+            return [Problem("ollama.host", error)]
+        reason = "no Ollama host has it, and ollama.pull is never"
+        return [Problem(self._paths[name], reason) for name in self._hosts.unavailable(list(self._paths))]

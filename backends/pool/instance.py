@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from enum import StrEnum
 from functools import partial
+from pathlib import Path
 
 from llama_smart_proxy.backends.http.connection import ConnectionPool, Endpoint
 from llama_smart_proxy.backends.http.exchange import Timeouts
@@ -86,6 +87,7 @@ class Instance:
         self._life: asyncio.Task[None]
         self._over = asyncio.Event()
         self._watch: Watch | None = None
+        self._works_itself = True
         self._since = time.monotonic()
         self._last_output = 0.0
 
@@ -211,6 +213,8 @@ class Instance:
             self._release_port()
 
     def _release_port(self) -> None:
+        if self._command is not None and self._command.endpoint.socket:
+            Path(self._command.endpoint.socket).unlink(missing_ok=True)
         self._ports.release(self.port)
         self.port = 0
 
@@ -298,6 +302,7 @@ class Instance:
             if await self._is_owned(child) is False:
                 raise Foreign
         self.slots = await launcher.ready(self.connections, self._patience_s)
+        self._works_itself = await self._is_owned(child) is not False
         await self._hook("after_ready", launcher.after_ready(self.connections), self._config.load_timeout_s)
 
     async def _is_owned(self, child: Child) -> bool | None:
@@ -340,7 +345,7 @@ class Instance:
 
     def _vitals(self) -> Vitals | None:
         """None if the child is not who does the work."""
-        return vitals(self.pid) if self._command is not None and self._command.listens else None
+        return vitals(self.pid) if self._works_itself else None
 
     def _stalled(self, reason: str) -> None:
         if self.state is State.READY:
@@ -352,7 +357,8 @@ class Instance:
     def _exited_error(self) -> StartFailed:
         assert self._child is not None and self._child.returncode is not None
         how = describe_exit(self._child.returncode)
-        return StartFailed(f"Model '{self.name}' failed to load: its server {how}.{self._quoted_log()}")
+        hint = " It was to listen on a unix socket." if self._command and self._command.endpoint.socket else ""
+        return StartFailed(f"Model '{self.name}' failed to load: its server {how}.{hint}{self._quoted_log()}")
 
     def _quoted_log(self) -> str:
         lines = self.log_tail(QUOTED_LINES)

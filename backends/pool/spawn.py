@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 LAUNCH = str(Path(__file__).with_name("launch.py"))
 READ_BYTES = 64 * 1024
 FINAL_READS = 16
+HELD_S = 0.1
+"""Pause in seconds after which a process that has ended and cannot be reaped is tried again."""
 
 
 class Child:
@@ -121,7 +123,12 @@ class Child:
         for _ in range(FINAL_READS):
             if self._output < 0 or not self._readable():
                 break
-        self.returncode = self._process.wait()
+        self.returncode = self._process.poll()
+        if self.returncode is None:  # a debugger holds it: it can be reaped once that has let it go
+            if self._pidfd >= 0:
+                self._loop.remove_reader(self._pidfd)
+            self._loop.call_later(HELD_S, self._exited)
+            return
         self._close()
         if not self._ended.done():
             self._ended.set_result(self.returncode)

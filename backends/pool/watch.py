@@ -147,7 +147,7 @@ class Watch:
         """Count from `silent_s` on, and compare with `first` from then on."""
         self._advanced_at = self._connections.advanced_at
         self._silent_s, self._first, self.suspicion = silent_s, first, None
-        self._due_s = silent_s + self._limit_s / 4 if first is not None else self._limit_s / 2
+        self._due_s = first.silent_s + self._limit_s / 4 if first is not None else self._limit_s / 2
 
     # -- the closer look -------------------------------------------------------------------------------------------
 
@@ -155,7 +155,7 @@ class Watch:
         """In the middle of the limit take the measures that later ones are compared with; at its end, decide."""
         first, now = self._first, await self._see()
         if first is None:
-            self._begin_anew(now.silent_s, now)
+            self._begin_anew(self._silent_s, now)
             return
         facts = _compare(first, now)
         over = now.silent_s >= self._limit_s
@@ -170,7 +170,7 @@ class Watch:
             seen = await self._see() if facts.probed else now  # the probe was work, too
             self._begin_anew(self._limit_s / 2, replace(seen, silent_s=self._limit_s / 2))
             return
-        self._due_s = self._silent_s + self._limit_s / 4
+        self._due_s = now.silent_s + self._limit_s / 4
         if verdict is Verdict.STALLED:
             some = "1 request waits" if waiting == 1 else f"{waiting} requests wait"
             self.suspicion = f"nothing generated for {now.silent_s:.1f} s while {some}; {facts}"

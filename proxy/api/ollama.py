@@ -217,7 +217,7 @@ async def blob(http: web.BaseRequest) -> web.StreamResponse:
     headers = dict(server.headers)
     headers |= {"Content-Length": str(http.content_length)} if http.content_length is not None else {}
     connection = http.protocol
-    receiving = connection.receiving_body() if isinstance(connection, FrontConnection) else nullcontext()
+    receiving = connection.receiving_body(http.content) if isinstance(connection, FrontConnection) else nullcontext()
     try:
         with receiving:
             async with (

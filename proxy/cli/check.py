@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import shlex
 import sys
 from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
 
+import uvloop
+
+from llama_smart_proxy import backends
 from llama_smart_proxy.backends.base import Problem
 from llama_smart_proxy.backends.http.connection import Endpoint
 from llama_smart_proxy.proxy.app import App
@@ -46,8 +50,11 @@ def check_command(
 
 def _looked_at(config: Config, argv_of: str | None) -> tuple[list[Problem], Sequence[str]]:
     """What is configured but cannot be used on this machine now, and the command line of a model's server."""
+    logging.getLogger(backends.__name__).addHandler(logging.NullHandler())  # the problems have what it would print
     try:
-        return asyncio.run(_inspected(App(config), argv_of))
+        app = App(config)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(_inspected(app, argv_of))
     except ConfigError as exc:  # of agents and modules
         parts = [line.partition(": ") for line in exc.problems]
         return [Problem(where, message, fatal=True) for where, _, message in parts], ()

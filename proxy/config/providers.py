@@ -146,6 +146,11 @@ class LlamaCppConfig(Section):
         description="Accept a server that does not enforce the API key it is given, or that another process than the "
         "one started runs, as in a container; other processes of this machine can use it, too.",
     )
+    transport: Literal["tcp", "unix"] = Field(
+        default="tcp",
+        description="How its processes are reached: tcp at a port of server_pool, or unix at a socket in a folder that "
+        "only this user can enter.",
+    )
     args: shapes.Args = Field(default_factory=list, description="llama-server flags for every model.")
     env_passthrough: shapes.Passthrough = Field(
         default_factory=list,

@@ -122,7 +122,7 @@ async def _upload(http: web.BaseRequest, max_bytes: int) -> bytes:
         http.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")  # curl waits for it before it sends a large body
     connection = http.protocol
     raw = bytearray()
-    with connection.receiving_body() if isinstance(connection, FrontConnection) else nullcontext():
+    with connection.receiving_body(http.content) if isinstance(connection, FrontConnection) else nullcontext():
         async for piece in http.content.iter_any():  # http.read() would keep a copy as long as the request lives
             raw += piece
             if len(raw) > max_bytes:

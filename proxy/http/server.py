@@ -14,13 +14,14 @@ import re
 import secrets
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, cast
 
-from aiohttp import HttpVersion10, HttpVersion11, web
+from aiohttp import HttpVersion10, HttpVersion11, StreamReader, web
 from aiohttp.http_exceptions import BadHttpMessage, LineTooLong
+from aiohttp.streams import EMPTY_PAYLOAD
 
 from llama_smart_proxy.backends.http.sweep import Sweeper
 from llama_smart_proxy.proxy.dialects import Dialect
@@ -48,14 +49,26 @@ TOO_LARGE = "headers_too_large"
 MIN_BODY_RATE = 1024
 BODY_GRACE_S = 10.0
 """After so many seconds, the client of a body slower than `MIN_BODY_RATE` bytes per second is disconnected."""
+BODY_STALL_S = 60.0
+"""So is one of whose body nothing has come for so many seconds, although it may be sending what frames it."""
+MOST_FRAMING = 16 * 2**20
+"""So is one whose body is framed by more bytes than that, and than 8 times its own: chunks of a byte take 5."""
+REST_BYTES = 512 * 2**20
+REST_S = 30.0
+REST_PAUSE_S = 5.0
+"""How much of a request is discarded that was answered before it had arrived: so many bytes, for so many seconds, and
+without a pause of so many. Closing at once would reset the connection, and destroy the answer before most clients read
+it: they send the whole request first."""
+LEAST_REST_BYTES = 16 * 2**20
+"""Bytes of a rest whose end is not known, or too far; more if twice as many have been read."""
 
 
 class FrontConnection(web.RequestHandler):
     """One client connection.
 
     Times are on the event loop's clock, None outside of their phase: `head_since` is when the wait for a request head
-    began, `body_since` the wait for its body; `body_bytes` counts the body bytes received since. `closing_since` is
-    when closing began, which ends when the client has read the rest of its answer.
+    began, `body_since` the wait for its body; `body_bytes` counts all bytes received since. `closing_since` is when
+    closing began, which ends when the client has read the rest of its answer.
     """
 
     def __init__(self, front: FrontServer, **options: Any) -> None:
@@ -63,6 +76,9 @@ class FrontConnection(web.RequestHandler):
         self.head_since: float | None = None
         self.body_since: float | None = None
         self.body_bytes = 0
+        self._body = EMPTY_PAYLOAD
+        self._got = 0
+        self._got_at = 0.0
         self.closing_since: float | None = None
         self.wire: asyncio.Transport
         """The connection's transport; the attribute `transport` is None as soon as aiohttp begins to close it."""
@@ -72,6 +88,9 @@ class FrontConnection(web.RequestHandler):
         self._unparsed: deque[bytes] = deque()
         self._last_request = False
         self._serving = False
+        self._unreadable = False
+        self._discarding = False
+        self._discardable = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -79,6 +98,11 @@ class FrontConnection(web.RequestHandler):
         self.head_since = self._front.connected(self)
 
     def data_received(self, data: bytes) -> None:
+        if self._discarding:
+            self._discardable -= len(data)
+            if self._discardable < 0:
+                self.wire.abort()
+            return
         if self.head_since is None and not self._serving:
             self.head_since = asyncio.get_running_loop().time()
         if data and not self._start:
@@ -93,6 +117,8 @@ class FrontConnection(web.RequestHandler):
         else:
             super().data_received(data)  # without data, aiohttp goes on with what it has, and then reads again
             self._parse_later()
+        if self.body_since is not None:
+            self._check_body()
 
     def resume_reading(self, resume_parser: bool = True) -> None:
         super().resume_reading(resume_parser)
@@ -126,13 +152,31 @@ class FrontConnection(web.RequestHandler):
         self._front.request_started(self)
 
     @contextmanager
-    def receiving_body(self) -> Iterator[None]:
-        """Within the context, the minimum rate for a body applies."""
-        self.body_since, self.body_bytes = asyncio.get_running_loop().time(), 0
+    def receiving_body(self, body: StreamReader) -> Iterator[None]:
+        """Within the context, the limits of time for a body apply."""
+        self._body, self._got = body, body.total_bytes
+        self.body_since = self._got_at = asyncio.get_running_loop().time()
+        self.body_bytes = 0
         try:
+            self._check_body()
             yield
         finally:
-            self.body_since = None
+            self.body_since, self._body = None, EMPTY_PAYLOAD
+
+    def _check_body(self) -> None:
+        """Fail a body that is not valid HTTP. aiohttp only queues an error behind the request: nothing else can."""
+        if self._messages and not self._body.is_eof():
+            self._unreadable = True
+            self._body.set_exception(BadRequest("the request body is not valid HTTP", code=AMBIGUOUS))
+
+    def too_slow(self, now: float) -> bool:
+        """Whether the body that is being received comes too slowly, or nothing but what frames it."""
+        got = self._body.total_bytes
+        if got > self._got or not self.wire.is_reading():
+            self._got, self._got_at = got, now
+        spent_s = now - (self.body_since or now)
+        too_slow = spent_s >= BODY_GRACE_S and got < spent_s * MIN_BODY_RATE
+        return too_slow or now - self._got_at >= BODY_STALL_S or self.body_bytes > max(MOST_FRAMING, 8 * got)
 
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
@@ -143,7 +187,26 @@ class FrontConnection(web.RequestHandler):
         self._front.request_ended(self)
         if self._last_request:
             super().close()
+        elif self._unreadable or not request.content.is_eof():
+            await self._discard_rest(request)
         return result
+
+    async def _discard_rest(self, request: web.BaseRequest) -> None:
+        """Send no more, and discard what arrives, until the client closes the connection or a limit is reached."""
+        read = request.content.total_bytes
+        left = 0 if self._unreadable else request.content_length - read if request.content_length else REST_BYTES + 1
+        self._discarding = True
+        self._discardable = before = REST_BYTES if left <= REST_BYTES else max(LEAST_REST_BYTES, 2 * read)
+        self._unparsed.clear()
+        with suppress(OSError, RuntimeError):  # the connection is closed
+            self.wire.write_eof()
+            self.wire.resume_reading()
+        ends = asyncio.get_running_loop().time() + REST_S
+        while asyncio.get_running_loop().time() < ends:
+            await asyncio.sleep(REST_PAUSE_S)  # cancelled when the connection is closed
+            if self._discardable == before:
+                break
+            before = self._discardable
 
     def handle_error(
         self,
@@ -154,6 +217,7 @@ class FrontConnection(web.RequestHandler):
     ) -> web.StreamResponse:
         """The response to a request that could not be parsed; contains none of its bytes."""
         self.head_since = None
+        self._unreadable = True
         if request.writer.output_size > 0:
             raise ConnectionError("a response has already been started")
         named = request[RECORD].request_id if RECORD in request else secrets.token_hex(8)
@@ -228,7 +292,7 @@ class FrontServer(web.Server):
             "max_field_size": MAX_HEADER_LINE,
             "max_headers": MAX_HEADERS,
             "auto_decompress": False,  # `proxy.http.body` decompresses, within limits
-            "lingering_time": 0,  # a refused upload is not read to its end
+            "lingering_time": 0,  # see `REST_BYTES`
             "access_log": None,  # the handler logs requests, with model and duration
         }
         self.clients: set[FrontConnection] = set()
@@ -263,10 +327,7 @@ class FrontServer(web.Server):
             return now - client.closing_since >= self._send_stall_s
         if client.head_since is not None:
             return now - client.head_since >= self._head_timeout_s
-        if client.body_since is None:
-            return False
-        spent_s = now - client.body_since
-        return spent_s >= BODY_GRACE_S and client.body_bytes < spent_s * MIN_BODY_RATE
+        return client.body_since is not None and client.too_slow(now)
 
     def disconnected(self, client: FrontConnection) -> None:
         """Unregister a client."""

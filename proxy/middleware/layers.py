@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 from llama_smart_proxy.agents.base import Agent
+from llama_smart_proxy.backends.http.turns import breathe
 from llama_smart_proxy.proxy.chat import ChatRequest, Chunk
 from llama_smart_proxy.proxy.middleware.context import AgentContext
 from llama_smart_proxy.proxy.middleware.functions import calling
@@ -176,6 +177,8 @@ class _Choices:
                 if chunk.finish_reason:
                     self.ended.add(index)
                 yield chunk
+                if len(received) % YIELD_EVERY == YIELD_EVERY - 1:
+                    await breathe()
 
     async def _read(self) -> bool:
         """Receive a chunk. Returns False at the end of the answer."""

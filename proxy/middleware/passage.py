@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import suppress
 from typing import Any
 
+from llama_smart_proxy.backends.http.turns import breathe
 from llama_smart_proxy.proxy.chat import Chunk
 from llama_smart_proxy.proxy.errors import AgentError, ProxyError
 from llama_smart_proxy.proxy.middleware.context import AgentContext
@@ -15,8 +16,8 @@ _current_task = asyncio.current_task
 
 CLOSE_S = 0.2
 """Seconds that an agent has for cleaning up when an answer is cancelled."""
-YIELD_EVERY = 256
-"""Chunks that an agent may produce in a row without awaiting, before the layer yields to the event loop."""
+YIELD_EVERY = 32
+"""Chunks that an agent may produce in a row without awaiting, before the layer yields to the event loop if it must."""
 
 
 class InputStream:
@@ -183,7 +184,7 @@ class OutputLimit:
     async def yield_control(self) -> None:
         """Yield to the event loop every `YIELD_EVERY` chunks."""
         if self.since_input % YIELD_EVERY == 0:
-            await asyncio.sleep(0)
+            await breathe()
 
 
 def _check_chunk(ctx: AgentContext, chunk: Chunk) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -219,8 +220,7 @@ class Plugins:
 
     async def problems(self) -> list[Problem]:
         """Missing folders, and agents that cannot be loaded; the proxy serves without them."""
-        missing = await run_in_thread(lambda: [folder for folder in self.folders if not folder.is_dir()])
-        found = [Problem("agents_dirs", f"{folder}: no such folder") for folder in missing]
+        found = await run_in_thread(partial(_missing, self.folders)) if self.folders else []
         unusable = [plugin for plugin in self if plugin.error is not None]
         found += [Problem("agents", f"{item.name} cannot be loaded: {item.error}") for item in unusable]
         return found + [
@@ -273,6 +273,10 @@ class Plugins:
         loaded.users -= 1
         if loaded.retired and not loaded.users:
             await _close(name, loaded)
+
+
+def _missing(folders: list[Path]) -> list[Problem]:
+    return [Problem("agents_dirs", f"{folder}: no such folder") for folder in folders if not folder.is_dir()]
 
 
 def _absence(path: str, name: str, disabled: AgentSource | None, known: Iterable[str]) -> str:

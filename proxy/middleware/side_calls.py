@@ -14,6 +14,7 @@ from contextlib import aclosing
 from functools import partial
 
 from llama_smart_proxy.backends.base import Priority, UpstreamRequest
+from llama_smart_proxy.backends.http.turns import breathe
 from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, Json
 from llama_smart_proxy.proxy.config import LimitsConfig
 from llama_smart_proxy.proxy.dialects import UPSTREAM_CODECS
@@ -163,6 +164,8 @@ class SideCall:
                 raise StopAsyncIteration
             self._changed.clear()
             await self._changed.wait()
+        if len(self._chunks) > 1:  # it was not waited for
+            await breathe()
         return self._chunks.popleft()
 
     async def aclose(self) -> None:

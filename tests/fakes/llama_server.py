@@ -54,7 +54,7 @@ import threading
 import time
 
 from tests.fakes.llama_forms import FORMS, Texts, steering
-from tests.fakes.manners import ENV, die, fork_grandchild, log, manner, say, spam
+from tests.fakes.manners import ENV, bound, die, fork_grandchild, log, manner, say, spam
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -90,9 +90,8 @@ class Server:
         self.free = threading.Semaphore(self.slots)
 
     def listen(self, host: str, port: int) -> None:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
-            listener = socket.create_server((host, port), family=family, backlog=512)
+            listener = bound(host, port)
         except OSError as exc:
             say(f"couldn't bind HTTP server socket, hostname: {host}, port: {port}: {exc.strerror}")
             os._exit(1)
@@ -105,7 +104,8 @@ class Server:
                 sock, _ = listener.accept()
             except OSError:
                 return listener.close()
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if listener.family != socket.AF_UNIX:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             threading.Thread(target=Connection(self, sock).serve, daemon=True).start()
 
     def load(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import time
 
 ENV = os.environ
@@ -29,6 +30,17 @@ def manner(name: str) -> str:
     if value and "FAKE_TIMES" in ENV and append(ENV["FAKE_COUNTER"], b".") > int(ENV["FAKE_TIMES"]):
         return ""
     return value
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A listener there; a host that ends in `.sock` is the path of a unix socket."""
+    if not host.endswith(".sock"):
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=512)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(host)
+    listener.listen(512)
+    return listener
 
 
 def say(text: str) -> None:

@@ -156,23 +156,24 @@ async def test_headers_on_a_disk_that_does_not_answer_delay_no_others_and_take_f
 
 
 async def test_headers_of_more_files_than_can_be_waited_for_are_read_meanwhile(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(headers_module, "MANY", 3)
-    source = write(tmp_path / "source")
+    monkeypatch.setattr(headers_module, "READ_S", 3600)
     for number in range(12):
-        (tmp_path / "models").mkdir(exist_ok=True)
-        (tmp_path / "models" / f"m{number}.gguf").hardlink_to(source)
-    found = ModelsDir(tmp_path / "models", {}).look().models.values()
+        write(disk.folder / f"m{number}.gguf")
+    found = ModelsDir(disk.folder, {}).look().models.values()
     configs = {file.name: ModelConfig(path=file.path) for file in found}
     headers = Headers()
 
     async def infos() -> list[ModelInfo]:
         return await asyncio.gather(*(headers.info(file.name, configs[file.name], file) for file in found))
 
-    first = await infos()
-    assert sum(info.parameters == 512 for info in first) >= 3
-    assert {info.size_bytes for info in first} == {source.stat().st_size}
+    disk.stop()
+    assert {(info.parameters, info.size_bytes > 512) for info in await infos()} == {(0, True)}
+    disk.resume()
+    one = list(found)[-1]  # alone, it is waited for
+    assert (await headers.info(one.name, configs[one.name], one)).parameters == 512
 
     async def all_read() -> bool:
         return all(info.parameters == 512 for info in await infos())

@@ -149,6 +149,26 @@ def test_what_another_program_left_broken_is_fetched_anew(bench: Bench) -> None:
     assert found is not None and Path(found).read_bytes() == data
 
 
+def test_a_projector_comes_and_goes_with_the_models_of_its_repository(bench: Bench) -> None:
+    for name in ("m-Q4_K_M.gguf", "Q8_0/m-Q8_0.gguf", "mmproj-F32.gguf", "mmproj-F16.gguf", "mmproj-BF16.gguf"):
+        bench.hub.add(f"vision/repo/{name}", gguf(1000, hash(name)))
+    for variant in ("Q4_K_M", "Q8_0"):
+        assert bench.calls("pull", "vision/repo", variant).message == ""
+        found = located(bench.calls, "vision/repo", variant)
+        assert found is not None and bench.calls("projector", found).result.endswith("/mmproj-F16.gguf")
+    assert set(offered(bench.calls, "vision/repo")) == {"Q4_K_M", "Q8_0"}
+    for left, file in ((2, "m-Q4_K_M.gguf"), (0, "Q8_0/m-Q8_0.gguf")):
+        assert bench.calls("delete", "vision/repo", file).message == ""
+        assert len(list((bench.folder("vision/repo") / "blobs").iterdir())) == left
+
+
+def test_of_projectors_of_several_models_none_is_fetched(bench: Bench) -> None:
+    for name in ("m-Q4_K_M.gguf", "mmproj-a-F16.gguf", "mmproj-b-F16.gguf"):
+        bench.hub.add(f"unclear/repo/{name}", gguf(1000, hash(name)))
+    assert bench.calls("pull", "unclear/repo").message == ""
+    assert len(list((bench.folder("unclear/repo") / "blobs").iterdir())) == 1
+
+
 # -- deleting ----------------------------------------------------------------------------------------------------------
 
 

@@ -256,7 +256,8 @@ async def test_losing_every_port_is_a_failure(fakes: Fakes) -> None:
     ports = Grabber(fakes.config().server_pool.ports, times=9)
     instance = Instance(fakes.model().at("m"), fakes.config().server_pool, ports, lambda instance: None)
     instance.start("a test")
-    assert "3 ports" in (await failed(instance)).message
+    message = (await failed(instance)).message
+    assert "3 ports" in message and "llama_cpp.allow_unauthenticated: true" in message
     await instance.wait_stopped()
     assert len(ports.grabbed) == 3
     ports.close()

@@ -161,6 +161,14 @@ def locate(tell: Callable[[Progress], None], repo: str, variant: str) -> str | N
     return str(path) if path is not None else None
 
 
+def projector(tell: Callable[[Progress], None], model: str) -> str | None:
+    """The projector of a model, given by its path."""
+    from llama_smart_proxy.backends.weights.projectors import beside
+
+    found = beside(Path(model))
+    return str(found) if found is not None else None
+
+
 def delete(tell: Callable[[Progress], None], repo: str, file: str) -> None:
     from llama_smart_proxy.backends.weights import hub
 
@@ -201,7 +209,8 @@ def cancel(tell: Callable[[Progress], None], repo: str, at: int) -> int:
 
 
 CALLS: dict[str, Callable[..., Any]] = {
-    function.__name__: function for function in (pull, cached, reads, library, scan, locate, delete, watch, cancel)
+    function.__name__: function
+    for function in (pull, cached, reads, library, scan, locate, projector, delete, watch, cancel)
 }
 
 

@@ -98,28 +98,32 @@ async def test_a_link_whose_target_comes_after_the_start_is_found_by_the_first_r
 
 
 async def test_a_disk_that_stops_answering_delays_no_other_model_and_neither_start_nor_end(fakes: Fakes) -> None:
+    settings, offered = config(fakes, fakes.folder / "models"), {"own", "known", "hf.co/org/repo:Q4_0"}
+    settings["llama_cpp"]["hf_cache"] = True
     with stopping_disk(fakes.folder / "models") as disk:
-        fill(disk.folder, "known.gguf")
+        fill(disk.folder, "known.gguf", ".hub/models--org--repo/snapshots/1/m-Q4_0.gguf")
         disk.stop()
-        async with running_proxy(config(fakes, disk.folder)) as proxy:
+        async with running_proxy(settings, env={"HF_HUB_CACHE": str(disk.folder / ".hub")}) as proxy:
             assert (await chat(proxy, "own")).status == 200
             assert await ids(proxy) == {"own"}
             disk.resume()
 
             async def known() -> bool:
-                return await ids(proxy) == {"own", "known"}
+                return await ids(proxy) == offered
 
             await until(known, what="the models, once the disk answers")
             await until(lambda: "answers again" in proxy.log, what="that in the log")
+            warnings = proxy.log.count("of it last is served")
             disk.stop()
             for _ in range(3):
-                assert await ids(proxy) == {"own", "known"}
+                assert await ids(proxy) == offered
                 assert (await chat(proxy, "own")).status == 200
                 assert (await chat(proxy, "unknown")).status == 404
+                assert (await chat(proxy, "hf.co/org/repo:Q8_0")).status == 404
             health = await proxy.health()
             assert health["status"] == "degraded"
             assert any("llama_cpp" in problem["where"] for problem in health["problems"])
-            assert proxy.log.count("of it last is served") == 2, "once for each time"
+            assert proxy.log.count("of it last is served") == warnings + 2, "once for the folder and for the cache"
         assert not proxy.alive
 
 

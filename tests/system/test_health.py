@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
+from tests.support.disks import stopping_disk
 from tests.support.e2e_support import Fakes, chat, fakes
-from tests.support.harness import Proxy, free_port, running_proxy, until
+from tests.support.harness import Proxy, environment, free_port, running_proxy, until
 from tests.support.ollamas import black_hole, running_ollama
 from tests.support.raw_client import get
 
@@ -40,11 +46,33 @@ async def test_a_missing_model_degrades_until_its_file_is_there_and_again_when_i
         assert "no such program" in (await wrong(proxy))["llama_cpp.server"]
 
 
-async def test_the_only_ollama_being_down_degrades_until_it_is_back() -> None:
+async def test_a_model_on_a_disk_that_stops_answering_degrades_until_it_answers_again(fakes: Fakes) -> None:
+    with stopping_disk(fakes.folder / "disk") as disk:
+        (disk.folder / "m.gguf").write_bytes(b"GGUF")
+        config = fakes.config({"there": fakes.model(), "far": {"path": str(disk.folder / "m.gguf")}})
+        async with running_proxy(config) as proxy:
+            assert await wrong(proxy) == {}
+            disk.stop()
+            for _ in range(3):
+                assert await wrong(proxy) == {"llama_cpp": "cannot be checked: no answer within 1 s"}
+                assert (await chat(proxy, "there")).status == 200
+            disk.resume()
+
+            async def healthy() -> bool:
+                return await wrong(proxy) == {}
+
+            await until(healthy)
+
+
+async def test_the_only_ollama_being_down_degrades_until_it_is_back_and_check_warns_of_it(tmp_path: Path) -> None:
     port = free_port()
     async with running_proxy({"ollama": {"host": f"127.0.0.1:{port}"}}) as proxy:
         found = await wrong(proxy)
         assert found["ollama.host"].startswith(f"no Ollama host answers: cannot connect to http://127.0.0.1:{port}: ")
+        (tmp_path / "c.json").write_text(json.dumps({"ollama": {"host": f"127.0.0.1:{port}"}}))
+        argv = [sys.executable, "-m", "llama_smart_proxy", "check", "--config", str(tmp_path / "c.json")]
+        checked = await asyncio.to_thread(subprocess.run, argv, env=environment(), capture_output=True, text=True)
+        assert (checked.returncode, checked.stderr) == (0, f"warning: ollama.host: {found['ollama.host']}\n")
         await until(lambda: f"WARNING proxy.serve: ollama.host: {found['ollama.host']}" in proxy.log)
         async with running_ollama("a", port=port):
 
@@ -61,6 +89,16 @@ async def test_one_of_several_ollamas_being_down_is_reported_but_does_not_degrad
         async with running_proxy({"ollama": {"host": [fake.url, down]}}) as proxy:
             assert await wrong(proxy) == {}
             assert [server["url"] for server in (await proxy.health())["remotes"] if "error" in server] == [down]
+
+
+async def test_a_model_that_no_ollama_has_is_a_problem_unless_it_would_be_pulled() -> None:
+    async with running_ollama("a") as fake:
+        ollama = {"host": fake.url, "pull": "never"}
+        models = {"a": {"backend": "ollama"}, "b": {"backend": "ollama"}}
+        async with running_proxy({"ollama": ollama, "models": models}) as proxy:
+            assert await wrong(proxy) == {"models.b": "no Ollama host has it, and ollama.pull is never"}
+        async with running_proxy({"ollama": {"host": fake.url}, "models": models}) as proxy:
+            assert await wrong(proxy) == {}
 
 
 async def test_an_ollama_that_neither_answers_nor_refuses_is_a_problem() -> None:

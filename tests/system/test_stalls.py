@@ -1,0 +1,84 @@
+"""A server that lives and generates nothing, as its clients and the operator see it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import raw_client
+from tests.support.e2e_support import Fakes, chat, embedded, fakes, instance, needs_llama_cpp, steered, streaming, tiny
+from tests.support.gguf_fixture import tiny_models
+from tests.support.harness import Proxy, running_proxy, until
+from tests.support.speakers import SPEAKERS
+
+__all__ = ["fakes", "tiny_models"]  # fixtures
+
+
+async def problems(proxy: Proxy) -> dict[str, str]:
+    """What `/health` reports, by its place."""
+    health = await proxy.health()
+    assert health["status"] == ("degraded" if health["problems"] else "healthy")
+    return {problem["where"]: problem["message"] for problem in health["problems"]}
+
+
+async def decoded(proxy: Proxy) -> int:
+    """How many tokens the server of `m` has sent."""
+    slots = (await raw_client.get(proxy.port, "/slots?model=m")).json()
+    return int(slots[0]["next_token"][0]["n_decoded"])
+
+
+async def test_streams_of_a_stopped_server_fail_in_every_api_and_all_else_is_answered(fakes: Fakes) -> None:
+    models = {"m": fakes.model(fields={"parallel": 6}), "other": fakes.model()}
+    async with running_proxy(fakes.config(models, stall_timeout_s=1)) as proxy:
+        assert (await chat(proxy, "other")).status == 200
+        assert (await chat(proxy, "m", max_tokens=1)).status == 200
+        begun = steered(stall_after=2)
+        asks = [speaker.ask(proxy.port, speaker.body("m", begun, stream=True)) for speaker in SPEAKERS.values()]
+        streams = [asyncio.ensure_future(ask) for ask in asks]
+
+        async def all_begun() -> bool:
+            return await decoded(proxy) == 1 + 2 * len(streams)
+
+        await until(all_begun, what="two tokens of each stream")
+        stopped = (await instance(proxy, "m"))["pid"]
+        os.kill(stopped, signal.SIGSTOP)
+        waiting = [asyncio.ensure_future(chat(proxy, "m", stream=bool(number % 2))) for number in range(6)]
+        found: dict[str, str] = {}
+
+        async def degraded() -> bool:
+            found.update(await problems(proxy))
+            return bool(found)
+
+        await until(degraded, what="the report of it")
+        assert (await chat(proxy, "other")).status == 200
+        for outcome in await asyncio.gather(*streams):
+            assert outcome.text == "t0 t1 " and outcome.error is not None and "it stalled" in outcome.error
+        assert [answer.status for answer in await asyncio.gather(*waiting)] == [200] * 6
+        await until(lambda: _healthy(proxy), what="the end of the report")
+        assert set(found) == {"models.m"} and "nothing generated for" in found["models.m"]
+        assert len(fakes.events("start")) == 3 and (await instance(proxy, "m"))["pid"] != stopped
+        assert "it stalled: nothing generated for" in proxy.log and "CPU time 0.0" in proxy.log
+
+
+async def _healthy(proxy: Proxy) -> bool:
+    return not await problems(proxy)
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("transport", ["tcp", "unix"])
+async def test_llama_cpp_that_is_stopped_is_replaced_on_either_transport(
+    tiny_models: dict[str, Path], transport: str
+) -> None:
+    config: dict[str, Any] = embedded({"m": tiny(tiny_models["tiny-a"], "--parallel", "1")}, stall_timeout_s=1)
+    config["llama_cpp"]["transport"] = transport
+    async with running_proxy(config) as proxy, streaming(proxy, "m", max_tokens=1500, ignore_eos=True) as stream:
+        await stream.until_text()
+        os.kill((await instance(proxy, "m"))["pid"], signal.SIGSTOP)
+        others = [asyncio.ensure_future(chat(proxy, "m", max_tokens=4)) for _ in range(4)]  # they wait for the slot
+        assert [answer.status for answer in await asyncio.gather(*others)] == [200] * 4
+        assert b"it stalled" in (await stream.rest())[-2]
