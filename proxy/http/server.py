@@ -15,7 +15,6 @@ import secrets
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import lru_cache
 from itertools import pairwise
 from typing import Any, cast
 
@@ -27,11 +26,11 @@ from llama_smart_proxy.backends.http.sweep import Sweeper
 from llama_smart_proxy.proxy.dialects import Dialect
 from llama_smart_proxy.proxy.errors import BadRequest, ProxyError
 from llama_smart_proxy.proxy.http.headers import RECORD, SERVER
+from llama_smart_proxy.proxy.http.hosts import is_host
 from llama_smart_proxy.proxy.http.memory import Memory, allocator_trim
 
 logger = logging.getLogger(__name__)
 
-_HOST = re.compile(r"(?:[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\])(?::(\d{1,5}))?")
 MAX_HEADER_LINE = 16 * 1024
 """Bytes of a request line or of a header: browsers send the cookies of all servers on this machine to each of them."""
 MAX_HEADERS = 100
@@ -391,13 +390,7 @@ def _check_host(http: web.BaseRequest) -> None:
         if not hosts and http.version == HttpVersion10:
             return
         raise BadRequest("exactly one Host header is required", code=AMBIGUOUS)
-    if not _is_host(hosts[0]):
+    if not is_host(hosts[0]):
         raise BadRequest("the Host header is not valid", code=AMBIGUOUS)
     if not http.raw_path.startswith("/"):
         raise BadRequest("the request target must be a path", code=AMBIGUOUS)
-
-
-@lru_cache(maxsize=256)
-def _is_host(text: str) -> bool:
-    match = _HOST.fullmatch(text)
-    return match is not None and (match[1] is None or int(match[1]) <= 65535)
