@@ -22,11 +22,9 @@ from typing import Any, NoReturn
 import uvloop
 
 from llama_smart_proxy.backends.llamacpp.command import server_command
-from llama_smart_proxy.backends.llamacpp.problems import machine_problems
 from llama_smart_proxy.proxy import __version__
 from llama_smart_proxy.proxy.app import App
 from llama_smart_proxy.proxy.config import Config, ServerConfig, shapes
-from llama_smart_proxy.proxy.errors import ConfigError
 from llama_smart_proxy.proxy.http.server import FrontServer
 from llama_smart_proxy.proxy.middleware.plugins import Plugins
 from llama_smart_proxy.proxy.middleware.scope import PATIENCE_S, make_task
@@ -43,13 +41,11 @@ def run(config: Config, *, reload: bool = False) -> int:
     """Serve until SIGTERM, SIGINT or SIGHUP. Returns the process's exit status, for `leave`. With `reload`, agents are
     loaded again when their files change.
 
-    Raises: ConfigError for missing agents, invalid options of agents, and what is missing and prevents the start.
+    Raises: ConfigError for missing agents and for invalid options of agents.
     """
     _raise_fd_limit()
     app = App(config)
     app.plugins.reload = reload
-    if missing := [str(problem) for problem in machine_problems(config) if problem.fatal]:
-        raise ConfigError(missing)
     runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)  # not closed, which would wait for threads
     runner.get_loop().set_task_factory(make_task)
     return runner.run(_serve(app, config))

@@ -31,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns the exit status: 1 if it failed or its output cannot be written, 2 if the configuration
     or the command line is invalid, `READER_GONE` if the reader of its output has left, or `INTERRUPTED`."""
     open_standard_streams()
+    logging.getLogger("llama_smart_proxy.backends").addHandler(logging.NullHandler())  # commands print what they find
     try:
         try:
             with shown_output():
@@ -142,19 +143,22 @@ def _present() -> list[Path]:
 
 
 def _serve(args: argparse.Namespace, path: Path | None) -> NoReturn:
+    from llama_smart_proxy.backends.llamacpp.problems import machine_problems
     from llama_smart_proxy.proxy import log, serve
     from llama_smart_proxy.proxy.config import load_config
 
     flags = {"server.host": args.host, "server.port": args.port, "log_level": args.log_level}
     overrides = {name: value for name, value in flags.items() if value is not None}
     config = load_config(path, env=os.environ, overrides=overrides)
+    if missing := [problem for problem in machine_problems(config) if problem.fatal]:
+        raise ConfigError([f"{path or 'defaults'}: {problem}" for problem in missing])
     log.configure(config.log_level)
     _log_source(path)
     for warning in config.warnings:
         logger.warning("%s", warning)
     try:
         status = serve.run(config, reload=args.reload)
-    except ConfigError as exc:  # agents and the machine are checked only when the server starts
+    except ConfigError as exc:  # agents are checked only when the server starts
         print(ConfigError([f"{path or 'defaults'}: {line}" for line in exc.problems]), file=sys.stderr)
         status = 2
     serve.leave(status)

@@ -178,6 +178,14 @@ async def _large(upstream: UpstreamResponse, response: ResponseWriter) -> web.St
     return await response.finish()
 
 
+def _error_of(rest: bytes) -> ProxyError | None:
+    """The error in a JSON object that follows blank lines in the place of a stream; None if it reports none."""
+    with suppress(orjson.JSONDecodeError):
+        parsed = orjson.loads(rest.removeprefix(BOM))
+        return error_in(parsed) if isinstance(parsed, dict) else None
+    return None
+
+
 class _FrameSink:
     """Passes on complete frames only, so that an error event can be inserted at any time. `ended` is called with the
     frame that ends the answer: what the server sends later, or its end, is not waited for."""
@@ -233,7 +241,7 @@ class _FrameSink:
         if failure is None and dialect.is_finished(self.last_frames):
             failed = False
         elif not dialect.is_error(self._last):
-            failure = failure or incomplete()
+            failure = failure or _error_of(rest) or incomplete()
             logger.warning("stream aborted: %s", failure)
             closing = dialect.error_event(failure) + closing
         if closing:

@@ -113,7 +113,7 @@ async def test_keys_are_in_no_argument_log_or_message(fakes: Fakes, start: Start
 
 @pytest.mark.parametrize(
     ("how", "told"),
-    [("1", "exited with code 1."), ("132", "code 132 (SIGILL)"), ("SIGSEGV", "by SIGSEGV"), ("2@loaded", "code 2")],
+    [("1", "exited with code 1;"), ("132", "code 132 (SIGILL)"), ("SIGSEGV", "by SIGSEGV"), ("2@loaded", "code 2")],
 )
 async def test_an_exit_while_loading_is_told_at_once(fakes: Fakes, start: Start, how: str, told: str) -> None:
     changes: list[State] = []
@@ -121,7 +121,7 @@ async def test_an_exit_while_loading_is_told_at_once(fakes: Fakes, start: Start,
     error = await failed(instance)
     assert error.status == 503 and error.code == "model_load_failed"
     assert told in error.message
-    assert "fake: about to end by" in error.message
+    assert "fake: about to end by" in error.log[-1] and "about to end" not in error.message
     assert await instance.wait_stopped(SOON_S)
     assert changes == [State.STOPPING, State.STOPPED]
 
@@ -350,3 +350,40 @@ async def test_a_start_can_be_broken_off_at_any_time(fakes: Fakes, start: Start,
         instance.stop("really")
         assert await instance.wait_stopped(SOON_S)
         assert instance.error is None
+
+
+@contextmanager
+def freezer() -> Iterator[Path]:
+    """A control group that freezes processes, which then cannot even be killed. Yields its folder."""
+    group = Path(f"/sys/fs/cgroup/freezer/llama-smart-proxy-{os.getpid()}")
+    try:
+        group.mkdir()
+    except OSError as exc:
+        pytest.skip(f"no control group of version 1 can be made here: {exc.strerror}")
+    try:
+        yield group
+    finally:
+        (group / "freezer.state").write_text("THAWED")
+        group.rmdir()
+
+
+async def test_a_process_that_cannot_be_ended_gives_up_its_place_but_not_its_port(
+    fakes: Fakes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("llama_smart_proxy.backends.pool.instance.LOST_S", 0.3)
+    config = fakes.config(stop_timeout_s=0.2)
+    ports = Ports("127.0.0.1", config.server_pool.ports)
+    instance = Instance(fakes.model().at("m"), config.server_pool, ports, lambda instance: None)
+    instance.start("a test")
+    await ready(instance)
+    with freezer() as group:
+        (group / "cgroup.procs").write_text(str(instance.pid))
+        (group / "freezer.state").write_text("FROZEN")
+        port = instance.port
+        instance.stop("enough")
+        assert await instance.wait_stopped(SOON_S)
+        assert instance.state is State.STOPPED and port in ports._taken
+        assert f"process {instance.pid} does not end" in caplog.text
+        (group / "freezer.state").write_text("THAWED")
+        await until(lambda: port not in ports._taken, what="its end")
+    assert not children()

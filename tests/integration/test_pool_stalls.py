@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from llama_smart_proxy.backends.pool.pool import Pool
 from llama_smart_proxy.backends.pool.spawned import SpawnedModel
 from llama_smart_proxy.proxy.errors import StartFailed, UpstreamFailed
 from llama_smart_proxy.proxy.stream.upstream import Attempts, post_json
-from tests.support.harness import PATIENCE_S, until
+from tests.support.harness import PATIENCE_S, stopped, until
 from tests.support.pools import CHAT, Fakes, leased, open_pool
 
 LIMIT_S = 1.0
@@ -64,11 +64,11 @@ async def looked_for(instance: Instance, seconds: float) -> None:
 # -- stalled -----------------------------------------------------------------------------------------------------------
 
 
-def stop(fakes: Fakes, instance: Instance) -> None:
-    os.kill(instance.pid, signal.SIGSTOP)
+async def stop(fakes: Fakes, instance: Instance) -> None:
+    await stopped(instance.pid)
 
 
-def wedge(fakes: Fakes, instance: Instance) -> None:
+async def wedge(fakes: Fakes, instance: Instance) -> None:
     (fakes.folder / "wedged").touch()
 
 
@@ -80,10 +80,10 @@ async def recover(fakes: Fakes, instance: Instance) -> None:
 
 @pytest.mark.parametrize("how", [stop, wedge])
 async def test_requests_of_a_stalled_server_are_all_answered_by_a_fresh_one(
-    fakes: Fakes, how: Callable[[Fakes, Instance], None], caplog: pytest.LogCaptureFixture
+    fakes: Fakes, how: Callable[[Fakes, Instance], Awaitable[None]], caplog: pytest.LogCaptureFixture
 ) -> None:
     async with served(fakes, WEDGED=fakes.folder / "wedged") as (pool, model, instance):
-        how(fakes, instance)
+        await how(fakes, instance)
         answers = [asyncio.ensure_future(asked(model)) for _ in range(6)]  # two are sent, four wait for a slot
         await until(lambda: "stalled" in pool.status()[0], what="the suspicion")
         reason = str(pool.status()[0]["stalled"])
@@ -101,7 +101,7 @@ async def test_a_stream_under_way_fails_with_its_server_and_is_not_sent_again(fa
     async with served(fakes) as (_, model, instance):
         async with model.open(streaming(tokens=1000, token_ms=10)) as response:
             assert await response.piece()
-            stop(fakes, instance)
+            await stop(fakes, instance)
             with pytest.raises(UpstreamFailed, match="it stalled: nothing generated") as failure:
                 while await response.piece():
                     pass
@@ -114,7 +114,7 @@ async def test_comments_in_a_stream_are_no_sign_of_life(fakes: Fakes) -> None:
         served(fakes, WEDGED=fakes.folder / "wedged") as (_, model, instance),
         model.open(streaming(tokens=3, stall_after=1, pings=1)) as response,
     ):
-        wedge(fakes, instance)
+        await wedge(fakes, instance)
         with pytest.raises(UpstreamFailed, match="it stalled"):
             while await response.piece():
                 pass
@@ -122,7 +122,7 @@ async def test_comments_in_a_stream_are_no_sign_of_life(fakes: Fakes) -> None:
 
 async def test_a_question_that_is_not_answered_is_noticed_as_well(fakes: Fakes) -> None:
     async with served(fakes) as (_, model, instance):
-        stop(fakes, instance)
+        await stop(fakes, instance)
         async for attempt in Attempts(model, UpstreamRequest("GET", "/props", slot=False)):
             async with attempt as response:
                 assert response.status == 200
@@ -152,7 +152,7 @@ async def test_a_server_that_has_closed_its_listener_is_replaced_when_its_stream
 
 async def test_a_model_that_stalls_again_and_again_is_left_alone_for_a_while(fakes: Fakes) -> None:
     async with served(fakes, WEDGED=fakes.folder / "wedged") as (_, model, instance):
-        wedge(fakes, instance)
+        await wedge(fakes, instance)
         with pytest.raises((StartFailed, UpstreamFailed)):
             await asked(model)
         with pytest.raises(StartFailed, match="stalled") as refused:
@@ -167,7 +167,7 @@ async def test_other_models_do_not_notice_a_stalled_one(fakes: Fakes) -> None:
         stream = asyncio.ensure_future(asked(other, tokens=300, token_ms=10))
         await until(lambda: len(fakes.events("request", CHAT)) == 1, what="the other stream")
         pid = fakes.events("request", CHAT)[0]["pid"]
-        stop(fakes, instance)
+        await stop(fakes, instance)
         assert "t1" in json.dumps(await asked(model))
         assert "t299" in json.dumps(await stream) and fakes.events("request", CHAT)[0]["pid"] == pid
         assert fakes.spawns == 3
@@ -204,7 +204,7 @@ async def test_a_server_with_a_free_slot_is_left_alone_if_it_answers_a_probe(fak
 
 async def test_a_server_stopped_for_less_than_the_limit_is_left_alone(fakes: Fakes) -> None:
     async with served(fakes) as (pool, model, instance):
-        stop(fakes, instance)
+        await stop(fakes, instance)
         answer = asyncio.ensure_future(asked(model))
         await until(lambda: instance._watch is not None and instance._watch._first is not None, what="a closer look")
         os.kill(instance.pid, signal.SIGCONT)
@@ -228,7 +228,7 @@ def _full(response: UpstreamResponse) -> bool:
 
 async def test_time_in_which_the_proxy_did_not_run_is_no_silence(fakes: Fakes) -> None:
     async with served(fakes) as (_, model, instance):
-        stop(fakes, instance)
+        await stop(fakes, instance)
         answer = asyncio.ensure_future(asked(model))
         await until(lambda: fakes.events("start") and instance.connections._active, what="the request")
         watch = instance._watch
@@ -250,6 +250,6 @@ async def test_without_a_limit_no_server_is_watched(fakes: Fakes) -> None:
 
 async def test_a_silent_embedding_is_watched_by_the_same_rules(fakes: Fakes) -> None:
     async with served(fakes) as (_, model, instance):
-        stop(fakes, instance)
+        await stop(fakes, instance)
         answer = await post_json(model, "/v1/embeddings", {"input": "a"}, slot=True)
         assert answer["data"] and fakes.spawns == 2

@@ -6,6 +6,7 @@ import ast
 import asyncio
 import concurrent.futures
 import inspect
+import itertools
 import os
 import resource
 import shutil
@@ -336,3 +337,37 @@ def test_log_ring_is_bounded_on_anything() -> None:
         for _ in range(100):
             ring.feed(piece)
         assert sum(map(len, ring.tail())) <= LINES * LINE_BYTES
+
+
+TRACER = """
+import ctypes, sys, time
+libc, pid = ctypes.CDLL(None), int(sys.argv[1])
+attached = libc.ptrace(0x4206, pid, 0, 0) == 0  # PTRACE_SEIZE
+print("attached" if attached else "refused", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def traced(pid: int) -> Iterator[subprocess.Popen[str]]:
+    """A debugger of that process, until its input is closed."""
+    argv = [sys.executable, "-c", TRACER, str(pid)]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as tracer:
+        yield tracer
+
+
+async def test_a_child_that_ends_under_a_debugger_does_not_block_the_event_loop(watch: Callable[..., Watched]) -> None:
+    """It has ended, and cannot be reaped before the debugger lets it go."""
+    watched = watch(SLEEP)
+    with traced(watched.child.pid) as tracer:
+        assert tracer.stdout is not None and tracer.stdin is not None
+        if tracer.stdout.readline() != "attached\n":
+            tracer.stdin.close()
+            pytest.skip("processes cannot be traced here")
+        watched.child.kill()
+        await until(lambda: psutil.Process(watched.child.pid).status() == psutil.STATUS_ZOMBIE, what="the end")
+        turns = itertools.count()
+        await until(lambda: next(turns) > 10, what="so many turns of the loop")
+        assert watched.ended == []
+        tracer.stdin.close()
+    await until(lambda: watched.ended == [-signal.SIGKILL], what="the report")

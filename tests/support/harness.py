@@ -96,6 +96,17 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     return kept | {"PYTHONPATH": path, "HF_HOME": _EMPTY_CACHE.name, "XDG_STATE_HOME": _STATE.name} | dict(extra or {})
 
 
+async def stopped(pid: int) -> None:
+    """Stop a process by SIGSTOP, and return once every thread of it is."""
+
+    def all_stopped() -> bool:
+        states = [file.read_text().rpartition(")")[2].split()[0] for file in Path(f"/proc/{pid}/task").glob("*/stat")]
+        return set(states) == {"T"}
+
+    os.kill(pid, signal.SIGSTOP)
+    await until(all_stopped, what="the stop")
+
+
 class Proxy:
     """One running proxy process."""
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.support.disks import stopping_disk
 from tests.support.e2e_support import Fakes, chat, fakes
 from tests.support.harness import Proxy, environment, free_port, running_proxy, until
 from tests.support.ollamas import black_hole, running_ollama
@@ -43,6 +44,24 @@ async def test_a_missing_model_degrades_until_its_file_is_there_and_again_when_i
         assert "models.late.path" in await wrong(proxy)
         fakes.server.unlink()
         assert "no such program" in (await wrong(proxy))["llama_cpp.server"]
+
+
+async def test_a_model_on_a_disk_that_stops_answering_degrades_until_it_answers_again(fakes: Fakes) -> None:
+    with stopping_disk(fakes.folder / "disk") as disk:
+        (disk.folder / "m.gguf").write_bytes(b"GGUF")
+        config = fakes.config({"there": fakes.model(), "far": {"path": str(disk.folder / "m.gguf")}})
+        async with running_proxy(config) as proxy:
+            assert await wrong(proxy) == {}
+            disk.stop()
+            for _ in range(3):
+                assert await wrong(proxy) == {"llama_cpp": "cannot be checked: no answer within 1 s"}
+                assert (await chat(proxy, "there")).status == 200
+            disk.resume()
+
+            async def healthy() -> bool:
+                return await wrong(proxy) == {}
+
+            await until(healthy)
 
 
 async def test_the_only_ollama_being_down_degrades_until_it_is_back_and_check_warns_of_it(tmp_path: Path) -> None:

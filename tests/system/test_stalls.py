@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,8 @@ import pytest
 from tests.support import raw_client
 from tests.support.e2e_support import Fakes, chat, embedded, fakes, instance, needs_llama_cpp, steered, streaming, tiny
 from tests.support.gguf_fixture import tiny_models
-from tests.support.harness import Proxy, running_proxy, until
+from tests.support.harness import Proxy, running_proxy, stopped, until
+from tests.support.ollamas import running_ollama
 from tests.support.speakers import SPEAKERS
 
 __all__ = ["fakes", "tiny_models"]  # fixtures
@@ -45,8 +44,8 @@ async def test_streams_of_a_stopped_server_fail_in_every_api_and_all_else_is_ans
             return await decoded(proxy) == 1 + 2 * len(streams)
 
         await until(all_begun, what="two tokens of each stream")
-        stopped = (await instance(proxy, "m"))["pid"]
-        os.kill(stopped, signal.SIGSTOP)
+        pid = (await instance(proxy, "m"))["pid"]
+        await stopped(pid)
         waiting = [asyncio.ensure_future(chat(proxy, "m", stream=bool(number % 2))) for number in range(6)]
         found: dict[str, str] = {}
 
@@ -61,7 +60,7 @@ async def test_streams_of_a_stopped_server_fail_in_every_api_and_all_else_is_ans
         assert [answer.status for answer in await asyncio.gather(*waiting)] == [200] * 6
         await until(lambda: _healthy(proxy), what="the end of the report")
         assert set(found) == {"models.m"} and "nothing generated for" in found["models.m"]
-        assert len(fakes.events("start")) == 3 and (await instance(proxy, "m"))["pid"] != stopped
+        assert len(fakes.events("start")) == 3 and (await instance(proxy, "m"))["pid"] != pid
         assert "it stalled: nothing generated for" in proxy.log and "CPU time 0.0" in proxy.log
 
 
@@ -78,7 +77,17 @@ async def test_llama_cpp_that_is_stopped_is_replaced_on_either_transport(
     config["llama_cpp"]["transport"] = transport
     async with running_proxy(config) as proxy, streaming(proxy, "m", max_tokens=1500, ignore_eos=True) as stream:
         await stream.until_text()
-        os.kill((await instance(proxy, "m"))["pid"], signal.SIGSTOP)
+        await stopped((await instance(proxy, "m"))["pid"])
         others = [asyncio.ensure_future(chat(proxy, "m", max_tokens=4)) for _ in range(4)]  # they wait for the slot
         assert [answer.status for answer in await asyncio.gather(*others)] == [200] * 4
         assert b"it stalled" in (await stream.rest())[-2]
+
+
+async def test_a_stalled_stream_of_an_ollama_host_fails_after_its_idle_limit_in_every_api() -> None:
+    """Nothing can be replaced there."""
+    async with running_ollama("m", tokens=2, token_s=1.0) as fake:
+        config = {"ollama": {"host": f"127.0.0.1:{fake.port}", "idle_timeout_s": 0.2}}
+        async with running_proxy(config) as proxy:
+            asks = [speaker.ask(proxy.port, speaker.body("m", stream=True)) for speaker in SPEAKERS.values()]
+            for outcome in await asyncio.gather(*asks):
+                assert outcome.text == "t0 " and outcome.error is not None and "nothing for 0.2 s" in outcome.error
