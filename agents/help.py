@@ -14,7 +14,7 @@ class Help(Agent):
 
     async def on_request(self, request: ChatRequest, ctx: Context) -> ChunkStream | None:
         commands = [*(about for about in ctx.agents if about.command is not None), _OF_THE_PROXY]
-        requested = (request.last_user_text.split() or [""])[0].removeprefix("/")
+        requested = (request.last_user_text.split(maxsplit=1) or [""])[0].removeprefix("/")
         one = [about for about in commands if about.command == requested]
         lines = _entries(one) if one else _overview(commands, ctx.agents)
         if requested and not one:

@@ -84,7 +84,9 @@ class AgentSource:
                     found = adapted(classes, self.path)
         except Misfit as exc:
             raise AgentUnusable(str(exc)) from exc
-        except (Exception, SystemExit) as exc:  # agent code may raise anything
+        except BaseException as exc:  # agent code may raise anything
+            if isinstance(exc, KeyboardInterrupt):  # by Ctrl-C, while a large library is imported
+                raise
             raise AgentUnusable(_reason(exc)) from exc
         if len(found) != 1:
             names = ", ".join(sorted(cls.__name__ for cls in found))

@@ -9,6 +9,9 @@ from pydantic import Field
 
 from llama_smart_proxy import Agent, ChatRequest, Chunk, ChunkStream, Context, Json, Options, first_text_part
 
+MOST_SPACE = 1000
+"""Characters of white space that are delayed: what may be in front of a tag is looked through with every chunk."""
+
 
 class Think(Agent):
     """Converts `<think>` text at the beginning of an answer to reasoning (`reasoning_content`, Ollama's `thinking`); or
@@ -108,7 +111,7 @@ class _Reasoning:
             pair = next((pair for pair in self._pairs if start.startswith(pair[0])), None)
             if pair is not None:
                 self._held, self._close, self._blank = start[len(pair[0]) :], pair[1:], True
-            elif any(tag.startswith(start) for tag, _ in self._pairs):
+            elif len(self._held) <= MOST_SPACE and any(tag.startswith(start) for tag, _ in self._pairs):
                 return "", ""  # it may become a tag
             elif self._starts_inside:
                 self._close, self._blank = tuple(close for _, close in self._pairs), True
@@ -134,7 +137,7 @@ class _Reasoning:
         keep = max(_partial_tag(self._held, tag) for tag in self._close)
         thought, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         space = len(thought) - len(thought.rstrip())  # it is dropped if a tag follows
-        if space and thought:
+        if 0 < space <= MOST_SPACE:
             thought, self._held = thought[:-space], thought[-space:] + self._held
         self._blank = self._blank and not thought
         return thought

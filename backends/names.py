@@ -5,6 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
+from llama_smart_proxy.proxy.errors import BadRequest
+
+LONGEST = 512
+"""Characters of a model's name. Ollama's own limit is 350 for the host and 80 for each other part."""
+
+
+def checked_length(name: str) -> str:
+    """`name`, which a client has sent, if it may be looked up: what compares names takes more time for longer ones.
+
+    Raises: BadRequest.
+    """
+    if len(name) > LONGEST:
+        raise BadRequest(f"a model's name has at most {LONGEST} characters, not {len(name)}", param="model")
+    return name
+
 
 def key_of(name: str) -> str:
     """The canonical form of a name by Ollama's rules: case-insensitive; the tag `latest`, Ollama's own registry and its
@@ -13,12 +28,9 @@ def key_of(name: str) -> str:
     return key if ":" in key.rpartition("/")[2] else f"{key}:latest"
 
 
+@lru_cache(maxsize=256)
 def other_forms(name: str) -> Sequence[str]:
     """The other spellings of `name` by these rules, apart from case, the closest first."""
-    return _remembered_forms(name) if len(name) <= _REMEMBERED_LENGTH else _forms(name)
-
-
-def _forms(name: str) -> Sequence[str]:
     short = name
     for prefix in ("registry.ollama.ai/", "library/"):
         if short.lower().startswith(prefix):
@@ -27,10 +39,6 @@ def _forms(name: str) -> Sequence[str]:
     if short != name and short:
         forms += [short, _other_tag(short)]
     return tuple(form for form in forms if form != name)
-
-
-_REMEMBERED_LENGTH = 200
-_remembered_forms = lru_cache(maxsize=256)(_forms)
 
 
 def _other_tag(name: str) -> str:

@@ -9,7 +9,8 @@ llama.cpp tools/server, b11434, so that a client gets the same ones from the pro
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import traceback
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -17,15 +18,18 @@ class ProxyError(Exception):
     """Base of all errors that reach a client.
 
     `status` is the HTTP status used while headers can still be sent, `kind` the OpenAI `error.type`, `code` the stable
-    machine-readable name, `retry_after_s` the seconds to put in `Retry-After` (None: no such header).
+    machine-readable name, `retry_after_s` the seconds to put in `Retry-After` (None: no such header). A message of over
+    `longest` characters is cut: it may quote what a client has sent, which has any length.
     """
 
+    longest = 16_000
     status = 500
     kind = "server_error"
     code = "internal_error"
     retry_after_s: int | None = None
 
     def __init__(self, message: str, *, code: str | None = None, param: str | None = None) -> None:
+        message = message if len(message) <= self.longest else f"{message[: self.longest]} ..."
         message = message.encode(errors="replace").decode()  # a lone surrogate quoted from a client cannot be encoded
         super().__init__(message)
         self.message = message
@@ -55,6 +59,7 @@ def without_error_text(text: str) -> str:
 class BadRequest(ProxyError):
     """The client's request cannot be served; `status` is 400, 404, 405, 413, ..."""
 
+    longest = 2000
     status = 400
     kind = "invalid_request_error"
     code = "invalid_request"
@@ -93,7 +98,7 @@ class Overloaded(ProxyError):
 
 
 class StartFailed(ProxyError):
-    """A llama-server could not be started; the message contains its exit code and the end of its log.
+    """A llama-server could not be started; the message contains its exit code and the cause, `log` the end of its log.
 
     `status` is 503, or 504 with code `model_load_timeout` when it never became healthy.
     """
@@ -102,8 +107,9 @@ class StartFailed(ProxyError):
     kind = "unavailable_error"
     code = "model_load_failed"
 
-    def __init__(self, message: str, *, status: int = 503, code: str | None = None) -> None:
+    def __init__(self, message: str, *, status: int = 503, code: str | None = None, log: Sequence[str] = ()) -> None:
         super().__init__(message, code=code)
+        self.log = log
         self.status = status
         self.retry_after_s = 1 if status == 503 else None
 
@@ -168,3 +174,13 @@ class ConfigError(Exception):
     def __init__(self, problems: list[str]) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
+
+
+def let_go(exc: BaseException | None) -> None:
+    """Drop what the frames hold that `exc` and its causes passed through. A failure that one of them has kept refers to
+    itself so, and megabytes of an answer or a request would stay until the next round of the garbage collector."""
+    seen: set[int] = set()
+    while exc is not None and id(exc) not in seen:
+        seen.add(id(exc))
+        traceback.clear_frames(exc.__traceback__)
+        exc = exc.__cause__ or exc.__context__

@@ -28,9 +28,9 @@ OF_TEXTS = ("max_tokens", "temperature", "top_p", "stop", "seed")
 """Fields of a text request that have the same meaning in a chat."""
 _SCALE = re.compile(r"\b1\s*(?:-|\N{EN DASH}|to)\s*10\b")
 _GRADE = re.compile(r"(?<![\d.])(10|[1-9])(?:\.\d+)?(?![\d])")
-_FINAL = re.compile(r"\b(?:answer|result)\b\W*(?:(?:is|are)\b)?\W*(.*\w.*)", re.IGNORECASE)
+_FINAL = re.compile(r"\b(?:answer|result)\b\W*+(?:(?:is|are)\b\W*+)?(?=\w)", re.IGNORECASE)
 _NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?")
-_EDGES = re.compile(r"^[\W_]+|[\W_]+$")
+_WORD = re.compile(r"[^\W_]")
 
 
 # -- grades ------------------------------------------------------------------------------------------------------------
@@ -113,10 +113,17 @@ def normalised(text: str) -> str:
     text = text if value is None else str(value)
     line = next((line for line in reversed(text.splitlines()) if re.search(r"\w", line)), text)
     if (final := _FINAL.search(line)) is not None:
-        line = final[1]
+        line = line[final.end() :]
     if numbers := _NUMBER.findall(line):
         return str(float(numbers[-1].replace(",", "")))
-    return " ".join((_EDGES.sub("", line) or line).casefold().split())
+    return " ".join(_without_edges(line).casefold().split())
+
+
+def _without_edges(line: str) -> str:
+    """`line` without punctuation and white space at its ends; all of it if there is nothing else."""
+    first = _WORD.search(line)
+    last = _WORD.search(line[::-1])
+    return line[first.start() : len(line) - last.start()] if first is not None and last is not None else line
 
 
 def _final_json(text: str) -> Any:

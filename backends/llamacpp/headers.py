@@ -81,11 +81,13 @@ class Headers:
 
     async def _wait(self, job: _Job) -> None:
         """Wait until it is done, but not for a disk that is known not to answer, nor with too many others."""
-        self._employ()
         crowd = self._crowd
         if not crowd:
             asyncio.get_running_loop().call_soon(self._next_crowd)
         crowd.append(job)
+        if len(crowd) > MANY:
+            return
+        self._employ()
         await asyncio.sleep(0)  # all of one list have come then
         all_stuck = len(self._readers) == MAX_READERS and self._are_stuck()
         if len(crowd) > MANY or all_stuck or time.monotonic() - job.begun_s > READ_S:

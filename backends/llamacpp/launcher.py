@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -40,12 +41,20 @@ COUNTED = ("id_task", "is_processing", "n_prompt_tokens", "n_prompt_tokens_proce
 """What `/slots` reports of the work of a slot; `n_decoded` is in `next_token`, in older versions beside it."""
 
 
+ECHOES = re.compile(
+    r"failed to (?:load model|create[_ ]context)|exiting due to model loading error|load model from\b|"
+    r"encountered an error while trying to fit params|please consider|without GPU support|security: no API key"
+)
+"""Lines that llama-server (b11434) prints for every failed start, and warnings that are no reason for one."""
+
+
 class LlamaCppLauncher(HttpLauncher):
     """`Launcher` of llama-server. `server` is `llama_cpp.server` of the configuration; `default_args` are the flags
     that every model gets. Servers listen on unix sockets in `sockets`, if that is given. With `unauthenticated`, a
     server that does not enforce its API key is accepted, and one that another process than ours has started.
     `passthrough` are further variables of ours that it may have."""
 
+    echoes: re.Pattern[str] | None = ECHOES
     elsewhere = "a llama_cpp.server that starts it in a container requires llama_cpp.allow_unauthenticated: true"
 
     def __init__(

@@ -10,9 +10,11 @@ from contextlib import suppress
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from llama_smart_proxy.backends.http.connection import ConnectionPool, Endpoint
 from llama_smart_proxy.backends.http.exchange import Timeouts
+from llama_smart_proxy.backends.pool.causes import cause_in
 from llama_smart_proxy.backends.pool.family import Vitals, vitals
 from llama_smart_proxy.backends.pool.launcher import Command, CommandFor, PoolModel
 from llama_smart_proxy.backends.pool.logring import LogRing
@@ -31,7 +33,7 @@ BIND_ATTEMPTS = 3
 PREPARE_S = 60.0
 """Longest wait for a disk with a model's files, which may have to spin up, be mounted first, or not answer at all."""
 QUOTED_LINES = 10
-"""How many lines of a server's output an error message quotes."""
+"""How many lines of a server's output the log and `/health` show of a failure."""
 BEFORE_STOP_SHARE = 0.5
 """The part of `stop_timeout_s` that a launcher's `before_stop` may take."""
 LOST_S = 5.0
@@ -195,7 +197,7 @@ class Instance:
             logger.error("%s: unforeseen failure of a start", self.name, exc_info=failure)
             failure = StartFailed(f"Model '{self.name}' failed to load: {type(failure).__name__}.")
         self.error = failure
-        self._become(State.STOPPING, " | ".join(failure.message.splitlines()))
+        self._become(State.STOPPING, " | ".join((failure.message, *failure.log)))
         self._on_change(self)
 
     def _become(self, state: State, cause: str) -> None:
@@ -317,8 +319,8 @@ class Instance:
         left_s = self._last_output + limit_s - asyncio.get_running_loop().time()
         if left_s > 0:
             return left_s
-        message = f"Model '{self.name}' did not load: no sign of life for {limit_s:g} s.{self._quoted_log()}"
-        raise StartFailed(message, status=504, code="model_load_timeout")
+        message = f"did not load: no sign of life for {limit_s:g} s"
+        raise self._failure(message, status=504, code="model_load_timeout")
 
     # -- what the process does -------------------------------------------------------------------------------------
 
@@ -333,9 +335,8 @@ class Instance:
             self._release_port()
         if self.state is State.READY:
             how = describe_exit(returncode)
-            message = f"Model '{self.name}' crashed: its server {how}.{self._quoted_log()}"
-            self.error = StartFailed(message, code="model_crashed")
-            logger.error("%s", " | ".join(message.splitlines()))
+            self.error = self._failure(f"crashed: its server {how}", code="model_crashed")
+            logger.error("%s", " | ".join((self.error.message, *self.error.log)))
             self._become(State.STOPPED, f"its server {how}")
             self._on_change(self)
 
@@ -357,12 +358,16 @@ class Instance:
     def _exited_error(self) -> StartFailed:
         assert self._child is not None and self._child.returncode is not None
         how = describe_exit(self._child.returncode)
-        hint = " It was to listen on a unix socket." if self._command and self._command.endpoint.socket else ""
-        return StartFailed(f"Model '{self.name}' failed to load: its server {how}.{hint}{self._quoted_log()}")
+        hint = " (it was to listen on a unix socket)" if self._command and self._command.endpoint.socket else ""
+        return self._failure(f"failed to load: its server {how}{hint}")
 
-    def _quoted_log(self) -> str:
-        lines = self.log_tail(QUOTED_LINES)
-        return "\n" + "\n".join(lines) if lines else " It printed nothing."
+    def _failure(self, what: str, **fields: Any) -> StartFailed:
+        """The error that the model `what`, with the cause if the server has printed it."""
+        lines = self.log_tail()
+        cause = cause_in(lines, self.model.launcher.echoes)
+        more = "; /health shows the end of its log" if lines else ", and printed nothing"
+        message = f"Model '{self.name}' {what}{f': {cause}' if cause else ''}{more}."
+        return StartFailed(message, log=lines[-QUOTED_LINES:], **fields)
 
 
 def _report(life: asyncio.Task[None]) -> None:

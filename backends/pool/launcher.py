@@ -69,6 +69,8 @@ class Launcher(Protocol):
 
     by_socket: bool
     """Whether its commands have unix sockets as their endpoints; no port is then reserved for them."""
+    echoes: re.Pattern[str] | None
+    """Matches lines of the server's log that only repeat that it has failed."""
     elsewhere: str
     """A clause on what an operator can do who has a program that starts its server elsewhere; may be empty."""
 
@@ -120,6 +122,7 @@ class HttpLauncher:
     health_path: str = "/health"
     keyed_path: str | None = None
     by_socket: bool = False
+    echoes: re.Pattern[str] | None = None
     elsewhere: str = "a command that starts its server elsewhere has `Command.listens` False"
 
     def command(self, listen: Endpoint, key: str) -> Command:

@@ -335,6 +335,8 @@ def _describe(queue: ModelQueue) -> dict[str, object]:
     entry["restarts"] = queue.restarts
     if queue.error is not None:
         entry["error"] = queue.error.message
+        if queue.error.log:
+            entry["log"] = list(queue.error.log)
     place = queue.place
     if place is None:
         return entry

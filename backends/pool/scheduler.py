@@ -279,7 +279,7 @@ def _refuse(queue: ModelQueue, error: StartFailed, status: int, wait_s: float) -
     """Fail all requests that wait with the reason of the last failure; with status 503, they may be repeated later."""
 
     def again() -> StartFailed:
-        copy = StartFailed(error.message, status=status, code=error.code)
+        copy = StartFailed(error.message, status=status, code=error.code, log=error.log)
         if status == 503:
             copy.retry_after_s = max(1, math.ceil(wait_s))
         return copy

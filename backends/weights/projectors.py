@@ -86,11 +86,8 @@ def beside(path: Path, *, log: bool = True) -> Path | None:
         found = Projectors(_readable(Path(folder)))
         if found:
             name = found.of(path.name)
-            if name is None and found.unnamed and log:
-                candidates = ", ".join(found.unnamed[:10])
-                logger.warning(
-                    "%s gets no projector: it is unclear which; --mmproj in its args sets one of %s", path, candidates
-                )
+            if name is None and log:
+                found.warn(path)
             return Path(folder, name) if name is not None else None
         folder = upper_folder(folder)
     return None

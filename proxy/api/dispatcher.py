@@ -17,7 +17,7 @@ from llama_smart_proxy.backends.openai import OUR_VIA
 from llama_smart_proxy.proxy.api.state import PROXY, Proxy
 from llama_smart_proxy.proxy.chat import Observer, RequestRecord
 from llama_smart_proxy.proxy.dialects import OPENAI, Dialect, dialect_of
-from llama_smart_proxy.proxy.errors import BadRequest, Overloaded, ProxyError
+from llama_smart_proxy.proxy.errors import BadRequest, Overloaded, ProxyError, let_go
 from llama_smart_proxy.proxy.http.coding import ACCEPTED
 from llama_smart_proxy.proxy.http.headers import EXTRA, PARAMS, RECORD, named_in, own_headers, request_id_of, shown_path
 from llama_smart_proxy.proxy.http.hosts import Hosts
@@ -129,7 +129,10 @@ class Dispatcher:
                 response.headers.extend(own_headers(http))
             return response
         except BaseException as exc:
-            return _failed(http, exc, dialect)
+            try:
+                return _failed(http, exc, dialect)
+            finally:
+                let_go(exc)
 
     def _handler(self, http: web.BaseRequest, resource: Resource | None) -> Handler:
         """What answers `http`. Raises: Overloaded while shutting down; BadRequest 404; HTTPMethodNotAllowed."""

@@ -158,7 +158,7 @@ async def set_lora_adapters(http: web.BaseRequest) -> web.StreamResponse:
     except orjson.JSONDecodeError as exc:
         raise BadRequest(f"the request body is not valid JSON: {exc}", code="invalid_json") from None
     route = await _resolved(http, value.get("model") if isinstance(value, dict) else None)
-    return await _pass_on(http, route.model, orjson.dumps(value))
+    return await _pass_on(http, route.model, serialise(value))
 
 
 # -- transcriptions ----------------------------------------------------------------------------------------------------

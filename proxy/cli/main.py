@@ -31,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns the exit status: 1 if it failed or its output cannot be written, 2 if the configuration
     or the command line is invalid, `READER_GONE` if the reader of its output has left, or `INTERRUPTED`."""
     open_standard_streams()
+    logging.getLogger("llama_smart_proxy.backends").addHandler(logging.NullHandler())  # commands print what they find
     try:
         try:
             with shown_output():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import sys
 import threading
 import time
@@ -94,7 +93,6 @@ def _problem(config: Config, name: str) -> str | None:
 
 async def _pull_by_server(config: Config, name: str, show: Callable[[Progress], None]) -> None:
     """Have the server pull the model that would pull it for a client. Raises: ProxyError, ConfigError."""
-    logging.getLogger("llama_smart_proxy").addHandler(logging.NullHandler())  # the error is printed, once
     router = App(config).proxy.router
     try:
         download = await router.download(name, ())

@@ -21,6 +21,8 @@ _NANOSECONDS = {
     "h": 3600 * 10**9,
 }
 _LONGEST_NS = 2**63 - 1
+_LONGEST = 256
+"""Characters of a text that is read: each part of it takes a step."""
 _NUMBER = re.compile(r"[0-9]+\.?[0-9]*|\.[0-9]+")
 _UNIT = re.compile(r"[^0-9.]+")
 _EXPECTED = 'write seconds as a number, or a text such as "90s", "5m" or "1h30m"'
@@ -31,7 +33,7 @@ def parse_duration(value: object) -> float:
 
     Raises: ValueError for anything else, and for durations over a year, for which the event loop has no timers.
     """
-    seconds = _parse_text(value.strip()) if isinstance(value, str) else _parse_number(value)
+    seconds = _parse_text(value[: _LONGEST + 1].strip()) if isinstance(value, str) else _parse_number(value)
     if seconds < 0:
         return math.inf
     if seconds > LONGEST_S:
@@ -58,7 +60,9 @@ def go_duration_s(text: str) -> float:
 
     Raises: ValueError, with Go's message. Source: `time.ParseDuration`.
     """
-    quoted = json.dumps(text, ensure_ascii=False)
+    quoted = json.dumps(text[:_LONGEST], ensure_ascii=False)
+    if len(text) > _LONGEST:
+        raise ValueError(f"time: invalid duration {quoted}")
     position = 1 if text.startswith(("-", "+")) else 0
     if text[position:] == "0":
         return 0.0

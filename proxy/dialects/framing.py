@@ -135,7 +135,7 @@ def opening(data: bytes) -> bytes | None:
 
 _LINE = re.compile(rb"[^\n]*\n|[^\n]+")
 _LINE_END = re.compile(rb"\r\n|\n|\r")
-_BLANK_LINE = re.compile(rb"(?:\r\n|\n|\r(?!\n))(?:\r\n|\n|\r)+")
+_BLANK_LINE = re.compile(rb"(?:\r\n|\n|\r(?!\n))(?:\r\n|\n|\r)++")
 
 
 def event_data(event: bytes) -> bytes | None:

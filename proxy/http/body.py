@@ -14,6 +14,7 @@ from __future__ import annotations
 import codecs
 import json
 import math
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -34,6 +35,8 @@ R = TypeVar("R")
 MAX_VALUES = 1_000_000
 """Most commas in a body, and most lists and objects. Millions of numbers would stop every stream for seconds; long
 texts and images, which are what makes bodies large, are no trouble."""
+DEEPEST = 254
+"""Most lists and objects within each other: orjson writes no more."""
 ON_LOOP_BYTES = 64 * 1024
 """Larger bodies are parsed in a thread, so that other streams go on; and so are smaller ones with many values."""
 ON_LOOP_VALUES = 2000
@@ -177,9 +180,11 @@ def parse_strictly(raw: bytes) -> dict[str, Any]:
         raise BadRequest("missing request body", code="missing_body")
     text, has_surrogates = decoded(raw)
     try:
-        value = _decoder.decode(text)
+        value = (_careful if _LONG_NUMBER.search(text) else _decoder).decode(text)
         if has_surrogates and isinstance(value, dict):
             value = repaired_body(value)
+        if text.count("{") + text.count("[") > DEEPEST:
+            _check_depth(value)
     except RecursionError:
         raise BadRequest("the request body is nested too deeply", code="invalid_json") from None
     except json.JSONDecodeError as exc:
@@ -198,6 +203,14 @@ def parse_strictly(raw: bytes) -> dict[str, Any]:
     return value
 
 
+def _check_depth(value: Any) -> None:
+    """Reject what could not be written again: an answer may repeat a part of it. Raises: RecursionError."""
+    try:
+        orjson.dumps(value)
+    except TypeError as exc:
+        raise RecursionError(str(exc)) from None
+
+
 def _count(raw: bytes, characters: bytes) -> int:
     """How often any of these occurs."""
     return len(raw) - len(raw.translate(None, characters))
@@ -208,7 +221,7 @@ def _too_large(max_bytes: int) -> BadRequest:
     return BadRequest(message, status=413, code="request_too_large")
 
 
-def serialise(value: dict[str, Any]) -> bytes:
+def serialise(value: Any) -> bytes:
     """The JSON bytes to send upstream.
 
     Raises: BadRequest for what JSON cannot carry faithfully: integers past 64 bits, deep nesting.
@@ -238,8 +251,23 @@ def _finite(text: str) -> float:
     return number
 
 
+def _in_64_bits(text: str) -> int:
+    number = int(text) if len(text) <= _LONGEST_INTEGER else math.inf
+    if not _LOWEST <= number <= _HIGHEST:
+        raise ValueError("an integer is out of range")
+    return int(number)
+
+
 def _no_constant(text: str) -> float:
     raise ValueError(f"{text} is not JSON")
 
 
+_LOWEST, _HIGHEST = -(2**63), 2**64 - 1
+_LONGEST_INTEGER = 20
+_LONG_NUMBER = re.compile(r"\d{19}")
+"""What bodies with an integer past 64 bits have in them, but hardly another one."""
 _decoder = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_float=_finite, parse_constant=_no_constant)
+_careful = json.JSONDecoder(
+    object_pairs_hook=_no_duplicates, parse_float=_finite, parse_constant=_no_constant, parse_int=_in_64_bits
+)
+"""The same for bodies with long numbers, as it calls a function for each integer."""

@@ -27,6 +27,7 @@ from llama_smart_proxy.backends.http.sweep import Sweeper
 from llama_smart_proxy.proxy.dialects import Dialect
 from llama_smart_proxy.proxy.errors import BadRequest, ProxyError
 from llama_smart_proxy.proxy.http.headers import RECORD, SERVER
+from llama_smart_proxy.proxy.http.memory import Memory, allocator_trim
 
 logger = logging.getLogger(__name__)
 
@@ -306,6 +307,7 @@ class FrontServer(web.Server):
         self._head_timeout_s = head_timeout_s
         self._send_stall_s = send_stall_s
         self._sweeper = Sweeper(min(1.0, head_timeout_s / 4), self._sweep)
+        self._memory = Memory(allocator_trim())
 
     def connected(self, client: FrontConnection) -> float:
         """Register a client. Returns the current time of the loop."""
@@ -319,6 +321,7 @@ class FrontServer(web.Server):
         for client in list(self.clients):
             if self._too_slow(client, now):
                 client.wire.abort()
+        self._memory.check(idle=not self._busy)
         return bool(self.clients)
 
     def _too_slow(self, client: FrontConnection, now: float) -> bool:

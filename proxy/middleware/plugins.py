@@ -117,7 +117,7 @@ class Plugin:
             raise
         except AgentUnusable as exc:
             self.error = str(exc)
-        except Exception as exc:  # agent code may raise anything
+        except BaseException as exc:  # agent code may raise anything
             self.error = f"{type(exc).__name__}: {exc}"
 
 

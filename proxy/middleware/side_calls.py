@@ -181,7 +181,7 @@ class SideCall:
             async with self._calls.semaphore, asyncio.timeout(self._calls.limits.side_call_s):
                 await self._read_chunks()
         except ProxyError as exc:
-            self._failure = exc
+            self._failure = exc.with_traceback(None)  # which would refer to this call
         except TimeoutError:
             self._failure = self._calls.timed_out()
         except Exception as exc:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llama_smart_proxy.backends.base import Feature, Management, Model, ModelState, Provider, ProviderStatus
-from llama_smart_proxy.backends.names import key_of, other_forms
+from llama_smart_proxy.backends.names import checked_length, key_of, other_forms
 from llama_smart_proxy.backends.weights.downloads import Download, Downloads
 from llama_smart_proxy.proxy.config import Config, ModelConfig
 from llama_smart_proxy.proxy.errors import BadRequest, ModelNotFound
@@ -104,21 +104,22 @@ class Router:
 
         With `pull`, a provider may return a model that it downloads for its first request.
 
-        Raises: BadRequest for a name that is not a string, ModelNotFound, or a provider's `missing` error.
+        Raises: BadRequest for a name that is not a string or too long, ModelNotFound, or a provider's `missing` error.
         """
         return (await self._resolve(name, pull=pull))[1]
 
     async def find(self, name: str, *, pull: bool) -> Model | None:
         """The model of that name, other than a virtual one; None if there is none."""
-        return (await self._locate(name, pull=pull) or (None, None))[1]
+        return (await self._locate(checked_length(name), pull=pull) or (None, None))[1]
 
     def known(self, name: str) -> Model | None:
         """Like `find`, but from memory only; never downloads."""
-        return (self._remembered(name, pull=False) or (None, None))[1]
+        return (self._remembered(checked_length(name), pull=False) or (None, None))[1]
 
     async def _resolve(self, name: object, *, pull: bool) -> tuple[Provider, Route]:
         if not isinstance(name, str) or not name:
             return self._unnamed(name)
+        checked_length(name)
         known = self._names.get(name.lower()) or self._spelled(name)
         virtual = known if known in self._virtual else ""
         base = str(self._virtual[virtual].model) if virtual else name
@@ -242,6 +243,7 @@ class Router:
     async def download(self, name: str, headers: Sequence[tuple[str, str]]) -> Download | None:
         """Start the download of a model, by the first provider that can; None if it is available already. `headers` are
         those of the client's request. Raises: BadRequest, ModelNotFound."""
+        checked_length(name)
         for provider in self._providers:
             if provider.can_download(name):
                 return await provider.download(name, headers)

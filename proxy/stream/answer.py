@@ -22,7 +22,7 @@ from llama_smart_proxy.backends.http.connection import ConnectionPool
 from llama_smart_proxy.backends.http.exchange import UpstreamResponse
 from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, Fold, Json, RequestRecord
 from llama_smart_proxy.proxy.dialects.base import ClientCodec, UpstreamCodec
-from llama_smart_proxy.proxy.errors import ProxyError, UpstreamFailed
+from llama_smart_proxy.proxy.errors import ProxyError, UpstreamFailed, let_go
 from llama_smart_proxy.proxy.http.headers import RECORD
 from llama_smart_proxy.proxy.http.response import ResponseWriter
 from llama_smart_proxy.proxy.stream.decoder import StreamDecoder
@@ -354,6 +354,7 @@ class _StreamSink:
                 raise
             failed = True
             last = self._encoder.error(_reported(exc))
+            let_go(exc)
         if last:
             self.response.feed(last)
         return await self.response.finish(cut=failed and cuts)

@@ -97,7 +97,10 @@ class Normaliser:
     def _number(self, choice: Json) -> bool:
         """Give `choice` a number; the only one is 0. Returns whether it had another."""
         given = choice.get("index")
-        index = int(given) if isinstance(given, str) and given.isdecimal() else given if isinstance(given, int) else 0
+        if isinstance(given, str) and given.isdecimal() and len(given) < 10:
+            index = int(given)
+        else:
+            index = given if isinstance(given, int) else 0
         self._first = index if self._first is None else self._first
         choice["index"] = 0 if self._choices == 1 and index == self._first else index
         return given is not None and given != choice["index"]

@@ -160,7 +160,7 @@ async def _stream(
     try:
         await upstream.pipe(sink)
     except UpstreamFailed as exc:
-        failure = exc
+        failure = exc.with_traceback(None)  # which would refer to this very frame
     failed = sink.end(failure)
     record.last_byte_s = time.monotonic()
     record.count_usage = partial(dialect.usage, sink.last_frames)
@@ -176,6 +176,14 @@ async def _large(upstream: UpstreamResponse, response: ResponseWriter) -> web.St
         logger.warning("a large answer was truncated: %s", exc)
         response.reset()
     return await response.finish()
+
+
+def _error_of(rest: bytes) -> ProxyError | None:
+    """The error in a JSON object that follows blank lines in the place of a stream; None if it reports none."""
+    with suppress(orjson.JSONDecodeError):
+        parsed = orjson.loads(rest.removeprefix(BOM))
+        return error_in(parsed) if isinstance(parsed, dict) else None
+    return None
 
 
 class _FrameSink:
@@ -233,7 +241,7 @@ class _FrameSink:
         if failure is None and dialect.is_finished(self.last_frames):
             failed = False
         elif not dialect.is_error(self._last):
-            failure = failure or incomplete()
+            failure = failure or _error_of(rest) or incomplete()
             logger.warning("stream aborted: %s", failure)
             closing = dialect.error_event(failure) + closing
         if closing:

@@ -44,7 +44,7 @@ def bound(host: str, port: int) -> socket.socket:
 
 
 def say(text: str) -> None:
-    os.write(2, f"{text}\n".encode())
+    os.write(2, f"{text}\n".encode(errors="surrogateescape"))
 
 
 def die(how: str) -> None:

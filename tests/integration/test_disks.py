@@ -19,9 +19,11 @@ from llama_smart_proxy.backends.threads import Looks
 from llama_smart_proxy.backends.weights.downloads import Downloads
 from llama_smart_proxy.backends.weights.models_dir import ModelsDir
 from llama_smart_proxy.proxy.config import Config, ModelConfig
+from llama_smart_proxy.proxy.errors import StartFailed
 from tests.support.disks import Disk, stopping_disk
 from tests.support.gguf_fixture import write_small_gguf as write
 from tests.support.harness import until
+from tests.support.pools import Fakes, ask, open_pool
 
 LIMIT_S = 0.05
 
@@ -123,6 +125,26 @@ async def test_the_last_known_list_of_a_folder_is_served_while_its_disk_does_not
     assert caplog.text.count("does not answer") == 1
 
 
+@pytest.mark.parametrize("is_below", [False, True], ids=["the folder", "a folder in it"])
+async def test_models_on_a_disk_that_fails_are_known_until_it_is_said_that_they_are_gone(
+    disk: Disk, is_below: bool
+) -> None:
+    write(disk.folder / "known.gguf")
+    models = provider(disk.folder.parent if is_below else disk.folder)
+    await models.listed()
+    disk.fail()
+    await models.reread()
+    assert names(models) == {"known"}
+    told = [problem for problem in await models.problems() if "not connected" in problem.message]
+    assert len(told) == 1 and not told[0].fatal and told[0].harmless is is_below
+    disk.resume()
+    await models.reread()
+    assert names(models) == {"known"} and not await models.problems()
+    (disk.folder / "known.gguf").unlink()
+    await models.reread()
+    assert names(models) == set()
+
+
 async def test_headers_on_a_disk_that_does_not_answer_delay_no_others_and_take_few_threads(
     disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,3 +218,18 @@ async def test_a_model_whose_file_has_become_another_one_is_unloaded(tmp_path: P
     now = models.known("m")
     assert now is not None and now is not before and now.config.path == tmp_path / "a" / "m.gguf"
     assert names(models) == {"m", "b/m"}
+
+
+async def test_a_start_whose_files_cannot_be_read_ends_and_others_start_meanwhile(disk: Disk, tmp_path: Path) -> None:
+    fakes = Fakes(tmp_path)
+    far = fakes.model().model_copy(update={"path": write(disk.folder / "far.gguf")})
+    far.run_by(fakes.program)
+    async with open_pool(fakes.config(size=2, load_timeout_s=1.0)) as pool:
+        disk.stop()
+        loading = asyncio.ensure_future(ask(pool, "far", far))
+        await until(lambda: pool.state("far") == "loading", what="the start")
+        assert b"chat.completion" in await ask(pool, "near", fakes.model())
+        with pytest.raises(StartFailed, match="files could not be read within 1 s") as failed:
+            await loading
+        assert (failed.value.status, failed.value.code) == (504, "model_load_timeout")
+        disk.resume()

@@ -113,7 +113,7 @@ async def test_keys_are_in_no_argument_log_or_message(fakes: Fakes, start: Start
 
 @pytest.mark.parametrize(
     ("how", "told"),
-    [("1", "exited with code 1."), ("132", "code 132 (SIGILL)"), ("SIGSEGV", "by SIGSEGV"), ("2@loaded", "code 2")],
+    [("1", "exited with code 1;"), ("132", "code 132 (SIGILL)"), ("SIGSEGV", "by SIGSEGV"), ("2@loaded", "code 2")],
 )
 async def test_an_exit_while_loading_is_told_at_once(fakes: Fakes, start: Start, how: str, told: str) -> None:
     changes: list[State] = []
@@ -121,7 +121,7 @@ async def test_an_exit_while_loading_is_told_at_once(fakes: Fakes, start: Start,
     error = await failed(instance)
     assert error.status == 503 and error.code == "model_load_failed"
     assert told in error.message
-    assert "fake: about to end by" in error.message
+    assert "fake: about to end by" in error.log[-1] and "about to end" not in error.message
     assert await instance.wait_stopped(SOON_S)
     assert changes == [State.STOPPING, State.STOPPED]
 

@@ -21,6 +21,7 @@ class Disk:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._server = -1
+        self._mounted = False
 
     def stop(self) -> None:
         """Skips the test where that is not allowed."""
@@ -32,12 +33,21 @@ class Disk:
         if libc.mount(b"deaf", os.fsencode(self.folder), b"fuse", 0, options) != 0:
             os.close(server)
             pytest.skip("needs the right to mount")
-        self._server = server
+        self._server, self._mounted = server, True
+
+    def fail(self) -> None:
+        """Every look fails from now on, until `resume`."""
+        if not self._mounted:
+            self.stop()
+        os.close(self._server)
+        self._server = -1
 
     def resume(self) -> None:
         """Without effect if it was not stopped."""
-        if self._server >= 0:
+        if self._mounted:
             libc.umount2(os.fsencode(self.folder), MNT_DETACH)
+            self._mounted = False
+        if self._server >= 0:
             with suppress(OSError):
                 os.close(self._server)
             self._server = -1

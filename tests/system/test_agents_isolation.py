@@ -325,6 +325,11 @@ UNUSABLE = {
     "module": ("import no_such_module_at_all", "ModuleNotFoundError: No module named 'no_such_module_at_all'"),
     "raises": ("raise RuntimeError('not today')", "RuntimeError: not today (line"),
     "exits": ("raise SystemExit", "SystemExit"),
+    "closes": ("raise GeneratorExit", "GeneratorExit"),
+    **{
+        f"init_{kind.lower()}": (f"class A(Agent):\n    def __init__(self, config):\n        raise {kind}", f"{kind}: ")
+        for kind in ("SystemExit", "GeneratorExit", "KeyboardInterrupt")
+    },
     "nothing": ("x = 1", "contains no class derived from Agent"),
     "two": ("class A(Agent): pass\nclass B(Agent): pass", "contains several agents (A, B); keep one"),
     "hook": (

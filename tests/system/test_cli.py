@@ -145,7 +145,7 @@ def test_what_the_machine_does_not_have_is_reported(tmp_path: Path, command: str
     file = tmp_path / "config.yaml"
     file.write_text("llama_cpp: {server: ./bin/llama-server, models_dir: ./models}\n")
     done = run(command, "--config", str(file))
-    lines = [line for line in done.stderr.splitlines() if " INFO " not in line]
+    lines = [line for line in done.stderr.splitlines() if "INFO" not in line]  # serve logs which file it uses
     assert done.returncode == 2 and done.stdout == ""
     assert [line.split(": ")[:2] for line in lines] == [
         [str(file), "llama_cpp.server"],

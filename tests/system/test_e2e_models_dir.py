@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -18,6 +20,8 @@ from tests.support.gguf_fixture import write_small_gguf as write
 from tests.support.harness import ROOT, Proxy, environment, running_proxy, until
 
 __all__ = ["fakes"]  # fixture
+LISTING_S = 0.3
+"""For 5,000 files, on a machine that does nothing else; tests allow twice that, in processor time."""
 
 
 def fill(folder: Path, *files: str) -> None:
@@ -48,9 +52,10 @@ async def served(fakes: Fakes) -> AsyncIterator[tuple[Proxy, Path]]:
 
 async def test_models_of_nested_folders_answer_by_names_in_any_script(served: tuple[Proxy, Path]) -> None:
     proxy, folder = served
-    names = {"flat", "Tiny-Q8_0", "模型-7B", "müller", "🦙 my model (1)", "a/x", "x"}
+    names = {"flat", "Tiny-Q8_0", "模型-7B", "müller", "🦙 my model (1)", "a/x", "x", "-50%?#", "bytes-", "two-lines"}
     fill(folder, "flat.gguf", "acme/Tiny-GGUF/Tiny-Q8_0.gguf", "模型-7B.gguf", "mu\u0308ller.gguf")
-    fill(folder, "🦙 my model (1).gguf", "a/x.gguf", "x.gguf")
+    fill(folder, "🦙 my model (1).gguf", "a/x.gguf", "x.gguf", "-50%?#.gguf", "two\nlines.gguf")
+    shutil.copy(folder / "flat.gguf", folder / os.fsdecode(b"bytes\xe9.gguf"))
     assert await ids(proxy) == names | {"own"}
     for name in (*names, "acme/Tiny-GGUF/Tiny-Q8_0"):
         answer = await chat(proxy, name)
@@ -125,6 +130,22 @@ async def test_a_disk_that_stops_answering_delays_no_other_model_and_neither_sta
             assert any("llama_cpp" in problem["where"] for problem in health["problems"])
             assert proxy.log.count("of it last is served") == warnings + 2, "once for the folder and for the cache"
         assert not proxy.alive
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("path", ["/v1/models", "/api/tags"])
+async def test_five_thousand_files_are_listed_in_a_fraction_of_a_second(fakes: Fakes, path: str) -> None:
+    source = write(fakes.folder / "source")
+    for number in range(5000):
+        file = fakes.folder / "models" / f"pub{number % 50}" / f"repo{number % 500}" / f"m{number}-Q4_K_M.gguf"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        os.link(source, file)
+    async with running_proxy(config(fakes, fakes.folder / "models")) as proxy:
+        for _ in range(5):
+            before_s = proxy.cpu_s()
+            answer = await raw_client.get(proxy.port, path)
+            assert len(next(value for value in answer.json().values() if isinstance(value, list))) == 5001
+            assert proxy.cpu_s() - before_s < 2 * LISTING_S
 
 
 def test_check_reports_every_file_that_has_another_name_than_its_own(tmp_path: Path) -> None:

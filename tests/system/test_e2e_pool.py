@@ -247,8 +247,8 @@ async def test_a_crash_is_noticed_when_it_happens(fakes: Fakes) -> None:
             await chat(proxy, name)
         await kill_server(proxy, "m")
         await until(is_(proxy, "m", "unloaded"))
-        error = (await instance(proxy, "m"))["error"]
-        assert "SIGKILL" in error and "main: model loaded" in error
+        entry = await instance(proxy, "m")
+        assert "SIGKILL" in entry["error"] and "main: model loaded" in "".join(entry["log"])
         assert await state(proxy, "other") == "loaded"
 
 

@@ -51,13 +51,19 @@ async def test_a_llama_server_on_path_is_what_is_spawned(fakes: Fakes) -> None:
     ("how", "told"),
     [("1", "exited with code 1"), ("132", "exited with code 132 (SIGILL)"), ("SIGSEGV", "was killed by SIGSEGV")],
 )
-async def test_a_server_that_ends_at_once_is_a_503_with_its_last_words(fakes: Fakes, how: str, told: str) -> None:
+async def test_a_server_that_ends_at_once_is_a_503_and_its_last_words_are_for_the_operator(
+    fakes: Fakes, how: str, told: str
+) -> None:
     async with running_proxy(fakes.config({"m": fakes.model(EXIT=how)})) as proxy:
         answer = await chat(proxy, "m", stream=True)  # long before `load_timeout_s` is over
         assert answer.status == 503 and answer.header("content-type") == "application/json"
         assert sorted(answer.error) == ["code", "message", "param", "type"]
         assert (answer.error["type"], answer.error["code"]) == ("unavailable_error", "model_load_failed")
-        assert told in answer.error["message"] and f"fake: about to end by {how}" in answer.error["message"]
+        assert (
+            answer.error["message"] == f"Model 'm' failed to load: its server {told}; /health shows the end of its log."
+        )
+        (entry,) = (await proxy.health())["instances"]
+        assert entry["log"][-1] == f"fake: about to end by {how}"
         assert int(answer.header("retry-after") or 0) >= 1
 
 
@@ -68,7 +74,7 @@ async def test_all_who_wait_are_told_and_a_crash_loop_is_throttled(fakes: Fakes)
         while time.monotonic() < deadline:
             bad = await asyncio.gather(*(chat(proxy, "bad") for _ in range(10)))
             assert {answer.status for answer in bad} == {503}
-            assert all("fake: about to end by 1" in answer.error["message"] for answer in bad)
+            assert all("exited with code 1" in answer.error["message"] for answer in bad)
             assert (await chat(proxy, "good")).status == 200
         starts = [event["pid"] for event in fakes.events("start")]
         assert 2 <= len(starts) <= 1 + 3, "three tries in a minute at most"

@@ -222,6 +222,21 @@ async def test_a_remote_gets_the_headers_about_the_user_that_its_configuration_n
                 )
 
 
+async def test_servers_of_this_machine_and_ollamas_get_nothing_about_the_user(stage: Stage) -> None:
+    sent = [(name, CANARY) for name in (*CREDENTIALS, *ABOUT_THE_USER, "Authorization", "Cookie")]
+    for path, model in (
+        *((CHAT, model) for model in ("local", "distant")),
+        ("/api/chat", "local"),
+        ("/api/chat", "distant"),
+    ):
+        body = {**ASKED, "model": model, "stream": False}
+        answer = await ask(stage.proxy.port, request("POST", f"{path}?key={CANARY}", body, headers=sent, close=True))
+        assert answer.status == 200
+    received = [*stage.local.events("request"), *stage.distant.events("request")]
+    assert received and CANARY not in str(received)
+    assert CANARY not in stage.proxy.log
+
+
 async def test_header_bytes_are_the_same_on_both_sides(proxy: Proxy, upstream: RawUpstream) -> None:
     upstream.script = toxic.plain(b"{}", headers=[("X-Name", "Jos\u00e9 \U0001f600")])
     answer = await ask(proxy.port, request("POST", CHAT, BODY, headers=[("X-Name", "Jos\u00e9 \U0001f600")]))

@@ -175,6 +175,16 @@ def test_what_development_requires_is_installed_once(installed: Checkout) -> Non
     assert installed.calls == []
 
 
+@pytest.mark.full
+def test_what_development_requires_measures_coverage(tmp_path: Path) -> None:
+    argv = [sys.executable, "-m", "pytest", "--cov", "-q", "-p", "no:cacheprovider", "tests/unit/test_config_values.py"]
+    env = environment({"COVERAGE_FILE": str(tmp_path / "coverage")})
+    done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("proxy/config/duration.py "))
+    assert int(line.split()[-1].rstrip("%")) > 80
+
+
 def test_a_configuration_is_passed_on_only_if_it_is_named(installed: Checkout) -> None:
     assert "serving: serve --reload" in installed.make("run")[1]
     _, said = installed.make("run", "CONFIG=my file.yaml", "HOST=0.0.0.0", "PORT=8080")

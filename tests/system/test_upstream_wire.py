@@ -157,6 +157,41 @@ async def test_every_client_gets_the_error_that_is_meant(
             assert isinstance(error, str) == (client == "Ollama")
 
 
+async def test_an_error_behind_blank_lines_in_place_of_a_stream_is_told(proxy: Proxy, upstream: RawUpstream) -> None:
+    gate = asyncio.Event()
+
+    async def script(link: Link, request: Request) -> None:
+        await link.send(EVENT_HEAD + chunk(b"\r\n"))
+        await gate.wait()
+        await link.send(chunk(b'{"error":{"message":"quota exceeded","code":429}}') + LAST_CHUNK)
+
+    upstream.script = script
+    async with connected(proxy.port) as client:
+        await client.send(request("POST", CHAT, ASKED | {"stream": True}))
+        assert (await client.head())[1] == 200
+        gate.set()
+        body = b""
+        while piece := await client.chunk():
+            body += piece
+        assert (
+            b"quota exceeded" in body and body.endswith(b"data: [DONE]\n\n") and b"before it was complete" not in body
+        )
+
+
+@pytest.mark.parametrize(
+    "timings", ["x", 1, [], [1], True, {"prompt_n": "x", "predicted_ms": None, "prompt_ms": 1e300}]
+)
+async def test_counts_that_are_none_do_not_fail_an_answer(proxy: Proxy, upstream: RawUpstream, timings: object) -> None:
+    last = event({"choices": [], "timings": timings, "usage": timings})
+    upstream.script = stream(token("Hi"), FINISH, last, DONE)
+    async with with_agent(upstream) as agents:
+        for asked_of in (proxy, agents):
+            for streamed in (True, False):
+                answer = await post(asked_of.port, "/api/chat", ASKED | {"stream": streamed})
+                assert answer.status == 200 and b"error" not in answer.body, (streamed, answer)
+                assert orjson.loads(answer.body.splitlines()[-1])["done"] is True
+
+
 async def test_a_small_answer_that_decompresses_to_a_large_one_is_an_error(proxy: Proxy, upstream: RawUpstream) -> None:
     upstream.script = typed("text/event-stream", gzip.compress(b"\0" * 2**26), GZIP)
     async with with_agent(upstream) as agents:

@@ -9,9 +9,13 @@ from typing import Any
 
 import pytest
 
-from llama_smart_proxy.proxy.chat import ChatRequest, Json
+from llama_smart_proxy.agents.parallel.merging import normalised
+from llama_smart_proxy.agents.think import Think
+from llama_smart_proxy.agents.think import _Reasoning as Reasoning
+from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, Json
 from llama_smart_proxy.proxy.dialects import anthropic, ollama, openai, responses
 from llama_smart_proxy.proxy.dialects.embeddings import OLLAMA_EMBED, Embedded
+from llama_smart_proxy.proxy.errors import BadRequest
 from llama_smart_proxy.proxy.stream import embeddings
 from llama_smart_proxy.proxy.stream.decoder import StreamDecoder
 from llama_smart_proxy.proxy.stream.tool_calls import CallSequence
@@ -35,6 +39,20 @@ def _anthropic(text: str) -> Callable[[], object]:
     return lambda: anthropic.MESSAGES.decode(body)
 
 
+def _ollama_again(**fields: object) -> Callable[[], object]:
+    """A chat that goes on to an Ollama."""
+    body: Json = {"model": "m", "messages": [{"role": "user", "content": "x"}], **fields}
+    return lambda: ollama.CHAT.encode(ollama.CHAT.decode(body))
+
+
+def _keep_alive(value: str) -> Callable[[], object]:
+    def refused() -> None:
+        with pytest.raises(BadRequest):
+            ollama.CHAT.keep_alive_s({"keep_alive": value})
+
+    return refused
+
+
 def _ids(begin: int, end: int) -> Json:
     calls = [{"id": f"call{number:05}", "function": {"name": "f"}} for number in range(begin, end)]
     return {"role": "assistant", "tool_calls": calls}
@@ -48,6 +66,9 @@ REQUESTS = {
     "Ollama: many calls and their results": _ollama(_UNNAMED, *[_RESULT] * 20_000),
     "Ollama: results with lost ids": _ollama(_UNNAMED, *[_RESULT | {"tool_call_id": "lost"}] * 20_000),
     "Ollama: ids that would be made": _ollama(_ids(20_000, 40_000), _UNNAMED),
+    "Ollama: unknown options": _ollama_again(options={f"o{number}": 1 for number in range(50_000)}),
+    "Ollama: unknown fields": _ollama_again(**{f"F{number}": 1 for number in range(50_000)}),
+    "Ollama: an endless duration": _keep_alive("1h" * 20_000_000),
     "Anthropic: an endless billing header": _anthropic("x-anthropic-billing-header: " * 20_000),
     "Responses: texts behind calls": _response(input=[_CALL, *[{"role": "assistant", "content": "a"}] * 100_000]),
     "Responses: many thoughts": _response(
@@ -72,7 +93,18 @@ def _calls() -> object:
     return [sequence.pass_on([{"index": 0, "function": {"arguments": "some}"}}]) for _ in range(120_000)]
 
 
+def _thoughts(text: str, count: int) -> Callable[[], object]:
+    """A thought that begins with `text`, and goes on with nothing but line ends."""
+    thought = Reasoning(Think.Config(), 0)
+    chunks = [Chunk.of(text), *(Chunk.of("\n") for _ in range(count))]
+    return lambda: [thought.take(chunk) for chunk in chunks]
+
+
 ANSWERS = {
+    "line ends where a thought may begin": _thoughts("\n", 200_000),
+    "line ends in a thought": _thoughts("<think>a", 100_000),
+    "a vote for an endless row of marks": lambda: normalised("answer" + "!" * 100_000 + "\0"),
+    "a vote for marks between letters": lambda: normalised("x" + "!" * 100_000 + "x"),
     "arguments with braces, and a call that waits for their end": _calls,
     "blank lines in front": _answer(*[b"\n\n"] * 300_000),
     "comments behind the end": _answer(b"data: [DONE]\n\n" + b":\n\n" * 300_000),

@@ -25,7 +25,7 @@ def page(items: Sequence[Json], query: Mapping[str, str]) -> Json:
     first = ids.index(query["after_id"]) + 1 if query.get("after_id") in ids else 0
     last = ids.index(query["before_id"]) if query.get("before_id") in ids else len(ids)
     limit = query.get("limit", str(len(ids) or 1))
-    if not (limit.isascii() and limit.isdigit() and int(limit)):
+    if not (len(limit) < 10 and limit.isascii() and limit.isdigit() and int(limit)):
         raise BadRequest("limit must be a positive number", param="limit")
     if "before_id" in query and "after_id" not in query:
         first, more = max(first, last - int(limit)), last > int(limit)

@@ -70,6 +70,8 @@ _KINDS: dict[type, str] = {
     dict: "object",
 }
 _LONGEST_NS = 2**63 - 1
+_MISSING = object()
+"""No field has this value."""
 
 
 class ClientSpelling(Extensions):
@@ -111,14 +113,13 @@ def restore_spelling(encoded: Json, source: Mapping[str, Any]) -> Json:
 
 
 def _apply_spelling(encoded: Json, spelling: ClientSpelling) -> Json:
-    # `spelling` is also the default of `get`: no field has this value
     for name, value in spelling.items():
         if isinstance(value, ClientSpelling):
             encoded[name] = _apply_spelling(encoded.get(name, {}), value)
-        elif encoded.get(name, spelling) == spelling.canonical.get(name, spelling):
+        elif encoded.get(name, _MISSING) == spelling.canonical.get(name, _MISSING):
             encoded[name] = value
     for name, value in spelling.canonical.items():
-        if name not in spelling and encoded.get(name, spelling) == value:
+        if name not in spelling and encoded.get(name, _MISSING) == value:
             del encoded[name]
     return encoded
 

@@ -179,19 +179,25 @@ class OllamaWriter:
         wait in the queue and the time that an Ollama server took to load the model."""
         now = self._clock()
         arrived, sent = self._timing.arrived_s, self._timing.sent_s or self._timing.arrived_s
-        usage, timings = self._last.get("usage") or {}, self._last.get("timings") or {}
+        usage, timings = _numbers(self._last.get("usage")), _numbers(self._last.get("timings"))
         prompt = (
             timings["prompt_n"] + timings.get("cache_n", 0) if "prompt_n" in timings else usage.get("prompt_tokens")
         )
         metrics = {
             "total_duration": (now - arrived) * _NS,
-            "load_duration": (sent - arrived) * _NS + self._held.get("load_duration", 0),
+            "load_duration": (sent - arrived) * _NS + _numbers(self._held).get("load_duration", 0),
             "prompt_eval_count": prompt,
             "prompt_eval_duration": timings.get("prompt_ms", 0) * 1e6,
             "eval_count": timings.get("predicted_n", usage.get("completion_tokens")),
             "eval_duration": timings.get("predicted_ms", 0) * 1e6,
         }
         return {name: round(value) for name, value in metrics.items() if value and value > 0}
+
+
+def _numbers(counts: object) -> dict[str, float]:
+    """The finite numbers in what a server or an agent has sent as its counts."""
+    found = counts.items() if isinstance(counts, dict) else ()
+    return {name: value for name, value in found if value.__class__ in (int, float) and abs(value) < 1e18}
 
 
 class Timestamps:

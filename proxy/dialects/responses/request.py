@@ -20,10 +20,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import orjson
+
 from llama_smart_proxy.proxy.chat import ChatRequest, Json, attach, extensions_of
 from llama_smart_proxy.proxy.dialects.responses.items import decode_input
 from llama_smart_proxy.proxy.dialects.responses.shape import NAME, check, invalid, need, unstored
 from llama_smart_proxy.proxy.dialects.responses.tools import chosen, offered
+from llama_smart_proxy.proxy.errors import BadRequest
 
 _SAME = ("model", "temperature", "top_p", "stream", "user")
 _OWN = frozenset(
@@ -54,9 +57,18 @@ def decode(body: Json) -> ChatRequest:
     for convert in (_decode_tools, _decode_limit, _decode_format, _decode_reasoning, _decode_logprobs):
         convert(body, result)
     extensions = {key: value for key, value in body.items() if key in _OWN and key != "input"}
+    _check_repeatable(extensions)
     attach(result, NAME, extensions | ({"input": aside} if aside else {}))
     streams = check(body["stream"], bool, "stream") if body.get("stream") is not None else False
     return ChatRequest(result, streams)
+
+
+def _check_repeatable(fields: Json) -> None:
+    """Raises: BadRequest for fields that an event of the answer, which has them two levels deep, could not repeat."""
+    try:
+        orjson.dumps([[fields]])
+    except TypeError as exc:  # orjson.JSONEncodeError
+        raise BadRequest(f"the answer could not repeat the fields of the request: {exc}") from None
 
 
 def fields_of(request: ChatRequest) -> Mapping[str, Any]:

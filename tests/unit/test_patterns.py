@@ -1,0 +1,180 @@
+"""Regular expressions: none takes more time than in proportion to the text, and what is not bounded is not nested."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import re._constants as codes  # type: ignore[import-not-found]
+import re._parser as parser  # type: ignore[import-not-found]
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+
+from tests.unit.test_architecture import OURS, calls, ours
+
+REPEATS = (codes.MAX_REPEAT, codes.MIN_REPEAT)
+NESTED = {
+    "backends.weights.filenames._QUANTISATION": "names of files in a repository or folder, of 255 characters",
+    "backends.weights.hub_http.FILE": "names of at most 512 characters, by `hub.parse_name`, and of files",
+}
+"""Patterns with a repetition within another one, and why that does no harm."""
+TRUSTED = (
+    *("proxy.config.text.", "proxy.config.expansion.", "proxy.config.environment.", "backends.openai.VERSION"),
+    *("agents.loader.", "backends.pool.launcher."),
+)
+"""Patterns for texts of the owner of this machine alone: the configuration, names of agents, the environment."""
+BOUNDED = {
+    "backends.weights.hub_cache.REPO": 512,  # by `hub.parse_name`
+    "backends.weights.filenames.SPLIT": 512,
+    "backends.weights.filenames._QUANTISATION": 512,
+    "proxy.config.shapes._NAME": 512,
+    "proxy.config.shapes._OLLAMA_NAME": 512,
+}
+"""Characters of the longest text for a pattern whose time is not proportional to it."""
+MADE_ELSEWHERE = {
+    "agents/shield.py": "patterns of the configuration",
+    "proxy/api/dispatcher.py": "paths of endpoints, for request targets of at most 16 KiB",
+    "backends/pool/launcher.py": "names of variables in the configuration",
+    "agents/redact/matching.py": "patterns of the configuration, with a time limit for each search",
+    "agents/redact/presets.py": "likewise",
+}
+"""Where patterns come from that are not constants of a module."""
+LENGTH = 6000
+LIMIT_S = 0.1
+"""Of processor time for one text of `LENGTH`; quadratic time is some 0.3 s."""
+
+
+@cache
+def patterns() -> dict[str, re.Pattern[Any]]:
+    """The compiled patterns of all modules, by module and name."""
+    found: dict[str, re.Pattern[Any]] = {}
+    for module in ours():
+        if not module.path.endswith("__main__.py"):
+            values = vars(importlib.import_module(f"{OURS}{module.name}"))
+            constants = {name: value for name, value in values.items() if isinstance(value, re.Pattern)}
+            defined = {target.id for node in module.tree.body for target in _targets(node)}
+            found |= {f"{module.name}.{name}": value for name, value in constants.items() if name in defined}
+    return found
+
+
+def _targets(node: ast.stmt) -> list[ast.Name]:
+    targets = node.targets if isinstance(node, ast.Assign) else []
+    return [target for target in targets if isinstance(target, ast.Name)]
+
+
+@cache
+def methods() -> dict[str, set[str]]:
+    """How patterns are used, by their name alone."""
+    used: dict[str, set[str]] = defaultdict(set)
+    for module in ours():
+        for node in ast.walk(module.tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                used[node.value.id].add(node.attr)
+    return used
+
+
+def parsed(pattern: re.Pattern[Any]) -> Any:
+    return parser.parse(pattern.pattern, pattern.flags & ~re.UNICODE if isinstance(pattern.pattern, bytes) else 0)
+
+
+def parts(tree: Any) -> Iterator[tuple[Any, Any]]:
+    """Every node, with those that are within others."""
+    for code, value in tree:
+        yield code, value
+        for inner in _within(value):
+            yield from parts(inner)
+
+
+def _within(value: Any) -> Iterator[Any]:
+    if isinstance(value, parser.SubPattern):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _within(item)
+
+
+def is_nested(tree: Any) -> bool:
+    """Whether an unbounded repetition is within another repetition."""
+    return any(
+        code in REPEATS and value[1] > 1 and any(inner in REPEATS and at[1] > 100 for inner, at in parts(value[2]))
+        for code, value in parts(tree)
+    )
+
+
+def test_no_pattern_repeats_a_repetition() -> None:
+    nested = {
+        name for name, pattern in patterns().items() if not name.startswith(TRUSTED) and is_nested(parsed(pattern))
+    }
+    assert nested == NESTED.keys()
+    assert [re.compile(text) for text in (r"(a+)+", r"(?:a*b?){2,}") if not is_nested(parsed(re.compile(text)))] == []
+
+
+def test_patterns_are_constants_of_modules() -> None:
+    functions = {"compile", "search", "match", "fullmatch", "sub", "subn", "split", "findall", "finditer"}
+    wrong = [
+        f"{module.path}:{node.lineno}: {ast.unparse(node)}"
+        for module in ours()
+        if module.path not in MADE_ELSEWHERE
+        for node, called in calls(module)
+        if called in {f"re.{name}" for name in functions} | {f"regex.{name}" for name in functions}
+        and not isinstance(node.args[0], ast.Constant | ast.JoinedStr | ast.BinOp)
+    ]
+    assert wrong == []
+
+
+def sample(tree: Any, repeats: int) -> str:
+    """A text that the pattern matches, more or less."""
+    text = ""
+    for code, value in tree:
+        if code in REPEATS or code is codes.POSSESSIVE_REPEAT:
+            low, high, inner = value
+            text += sample(inner, repeats) * max(low, min(high, repeats))
+        elif code is codes.SUBPATTERN:
+            text += sample(value[3], repeats)
+        elif code is codes.BRANCH:
+            text += sample(value[1][repeats % len(value[1])], repeats)
+        elif code is codes.LITERAL:
+            text += chr(value)
+        elif code in (codes.IN, codes.ANY, codes.NOT_LITERAL):
+            text += _one_of(code, value, repeats)
+    return text
+
+
+def _one_of(code: Any, value: Any, repeats: int) -> str:
+    """A character that this class of them contains: with another number of repeats another one."""
+    single = parser.SubPattern(parser.State(), [(code, value)])
+    matches = re._compiler.compile(single, 0).fullmatch  # type: ignore[attr-defined]
+    fitting = [char for char in 'a0 -_./:"{\\,;=~!<\n\r]%' if matches(char)]
+    return fitting[repeats % len(fitting)] if fitting else ""
+
+
+def hostile(pattern: re.Pattern[Any], length: int) -> set[str]:
+    """Texts made of what the pattern matches: all of it, or one of its parts, over and over, and then what does not
+    fit."""
+    made = {unit * (length // len(unit)) for unit in ("a", " ", "\n", "0", "a/", "\r\n", '\\"', "{", "a.")}
+    for repeats in (1, 2, 3):
+        text = sample(parsed(pattern), repeats)
+        made |= {text * (length // len(text)) + "\0"} if text else set()
+        for place in range(min(len(text), 40)):
+            unit = text[place]
+            made.add(text[:place] + unit * length + "\0")
+            made.add((text[:place] + unit * 30) * (length // (place + 30)))
+    return {text[: length + 100] for text in made}
+
+
+@pytest.mark.parametrize("name", [name for name in patterns() if not name.startswith(TRUSTED)])
+def test_the_time_of_a_pattern_is_proportional_to_its_text(name: str) -> None:
+    pattern = patterns()[name]
+    used = methods()[name.rpartition(".")[2]] & {"search", "match", "fullmatch", "finditer", "findall", "split", "sub"}
+    for text in hostile(pattern, BOUNDED.get(name, LENGTH)):
+        data = text.encode() if isinstance(pattern.pattern, bytes) else text
+        for method in sorted(used - {"sub"}) + (["finditer"] if "sub" in used else []):
+            begun = time.process_time()
+            found = getattr(pattern, method)(data)
+            list(found or ()) if method == "finditer" else found  # which is lazy
+            assert time.process_time() - begun < LIMIT_S, f"{method} in {text[:60]!r}"
