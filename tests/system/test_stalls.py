@@ -58,7 +58,7 @@ async def test_streams_of_a_stopped_server_fail_in_every_api_and_all_else_is_ans
         await until(all_begun, what="two tokens of each stream")
         pid = (await instance(proxy, "m"))["pid"]
         await stopped(pid)
-        waiting = [asyncio.ensure_future(chat(proxy, "m", stream=bool(number % 2))) for number in range(3)]
+        waiting = [asyncio.ensure_future(chat(proxy, "m", stream=bool(number % 2))) for number in range(6)]
         found: dict[str, str] = {}
 
         async def degraded() -> bool:
