@@ -176,6 +176,14 @@ class ConfigError(Exception):
         self.problems = problems
 
 
+def own(exc: BaseException) -> BaseException:
+    """A copy to raise for one of several who get the same failure. Shared, its traceback would have the frames of all
+    of them, and `let_go` would end those that still run."""
+    copy = type(exc).__new__(type(exc), *exc.args)
+    copy.__dict__.update(exc.__dict__)
+    return copy
+
+
 def let_go(exc: BaseException | None) -> None:
     """Drop what the frames hold that `exc` and its causes passed through. A failure that one of them has kept refers to
     itself so, and megabytes of an answer or a request would stay until the next round of the garbage collector."""

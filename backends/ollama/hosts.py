@@ -19,7 +19,7 @@ from llama_smart_proxy.backends.ollama.model import OllamaModel
 from llama_smart_proxy.backends.openai import LISTING_PAUSE_S
 from llama_smart_proxy.backends.weights.downloads import Download, Downloads, Progress
 from llama_smart_proxy.proxy.config import ModelConfig, OllamaConfig, is_ollama_name
-from llama_smart_proxy.proxy.errors import BadRequest, ModelNotFound, ProxyError, UpstreamFailed
+from llama_smart_proxy.proxy.errors import BadRequest, ModelNotFound, ProxyError, UpstreamFailed, own
 
 logger = logging.getLogger(__name__)
 
@@ -197,7 +197,7 @@ class Hosts:
         """
         until, refusal = self._refusals.get(key_of(name), (-math.inf, None))
         if refusal is not None and asyncio.get_running_loop().time() < until:
-            raise refusal.with_traceback(None)
+            raise own(refusal)
         await self.pull(name, headers).wait()
 
     def num_ctx(self, name: str, requested: int | None) -> int | None:

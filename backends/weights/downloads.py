@@ -7,7 +7,7 @@ import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
-from llama_smart_proxy.proxy.errors import Overloaded, ProxyError
+from llama_smart_proxy.proxy.errors import Overloaded, ProxyError, own
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class Download:
                 yield self.progress
                 await changed.wait()
             if self.error is not None:
-                raise self.error.with_traceback(None)  # else its traceback grows with every raise
+                raise own(self.error)
         finally:
             self._watchers -= 1
             if not self._watchers and not self.persistent:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from llama_smart_proxy.backends.weights.downloads import MOST, Download, Downloads, Progress
-from llama_smart_proxy.proxy.errors import Overloaded, StartFailed
+from llama_smart_proxy.proxy.errors import AgentError, ModelNotFound, Overloaded, StartFailed, UpstreamRefused, let_go
 from tests.support.harness import until
 
 
@@ -59,6 +59,46 @@ async def test_fifty_watchers_share_one_download_and_each_sees_its_end() -> None
     job.over.set_result(None)
     assert await asyncio.gather(*watchers) == [[{"status": "pulling manifest"}, far(3)]] * 50
     assert job.begun == 1 and downloads.status() == [] and downloads.get("m") is None
+
+
+FAILURES = [
+    StartFailed("gone", status=504, code="x", log=["a"]),
+    UpstreamRefused("gone", status=418, details={"a": 1}),
+    ModelNotFound("gone", hint="there are others"),
+    AgentError("a", "gone"),
+    OSError(2, "gone"),
+]
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: type(failure).__name__)
+async def test_letting_go_of_a_failure_ends_no_other_that_waited_for_the_same(failure: Exception) -> None:
+    """A waiter may do something about it before it passes it on, as an agent does that has another model."""
+    downloads, job = Downloads(), Job()
+    download, goes_on = await begun(downloads, job), [asyncio.Event(), asyncio.Event()]
+
+    async def agent(event: asyncio.Event) -> None:
+        try:
+            await download.wait()
+        except Exception:
+            await event.wait()
+            raise
+
+    async def request(event: asyncio.Event) -> Exception:
+        try:
+            await agent(event)
+        except Exception as exc:
+            let_go(exc)
+            return exc
+        raise AssertionError("it has failed")
+
+    requests = [asyncio.ensure_future(request(event)) for event in goes_on]
+    await asyncio.sleep(0)  # until both wait
+    job.over.set_exception(failure)
+    await until(lambda: download.ended)
+    for event, waiting in zip(goes_on, requests, strict=True):
+        event.set()
+        raised = await asyncio.wait_for(waiting, 10)
+        assert (type(raised), raised.args, raised.__dict__) == (type(failure), failure.args, failure.__dict__)
 
 
 async def test_a_slow_reader_sees_the_newest_only() -> None:
