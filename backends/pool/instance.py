@@ -10,7 +10,7 @@ from contextlib import suppress
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from llama_smart_proxy.backends.http.connection import ConnectionPool, Endpoint
 from llama_smart_proxy.backends.http.exchange import Timeouts
@@ -28,6 +28,8 @@ from llama_smart_proxy.proxy.config import PoolConfig
 from llama_smart_proxy.proxy.errors import ProxyError, StartFailed
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 BIND_ATTEMPTS = 3
 PREPARE_S = 60.0
@@ -244,13 +246,7 @@ class Instance:
 
     async def _prepared(self) -> CommandFor:
         """Raises: `StartFailed`, also when the disk with the files does not answer."""
-        limit_s = min(PREPARE_S, self._config.load_timeout_s)
-        try:
-            async with asyncio.timeout(limit_s):
-                return await run_in_thread(self.model.launcher.prepare)
-        except TimeoutError as exc:
-            message = f"Model '{self.name}' did not load: its files could not be read within {limit_s:g} s."
-            raise StartFailed(message, status=504, code="model_load_timeout") from exc
+        return await read_within(self._config, self.name, run_in_thread(self.model.launcher.prepare))
 
     def _spawn(self, command_for: CommandFor) -> Child:
         loop = asyncio.get_running_loop()
@@ -368,6 +364,17 @@ class Instance:
         more = "; /health shows the end of its log" if lines else ", and printed nothing"
         message = f"Model '{self.name}' {what}{f': {cause}' if cause else ''}{more}."
         return StartFailed(message, log=lines[-QUOTED_LINES:], **fields)
+
+
+async def read_within(config: PoolConfig, name: str, look: Awaitable[T]) -> T:
+    """The result of a look at the files of the model `name`. Raises: `StartFailed` when their disk does not answer."""
+    limit_s = min(PREPARE_S, config.load_timeout_s)
+    try:
+        async with asyncio.timeout(limit_s):
+            return await look
+    except TimeoutError as exc:
+        message = f"Model '{name}' did not load: its files could not be read within {limit_s:g} s."
+        raise StartFailed(message, status=504, code="model_load_timeout") from exc
 
 
 def _report(life: asyncio.Task[None]) -> None:

@@ -9,17 +9,18 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
 
 from llama_smart_proxy.backends.base import UpstreamRequest
-from llama_smart_proxy.backends.pool.instance import LOST_S, STALLED, State
+from llama_smart_proxy.backends.pool.instance import LOST_S, STALLED, State, read_within
 from llama_smart_proxy.backends.pool.launcher import PoolModel, Source
 from llama_smart_proxy.backends.pool.orphans import kill_orphans
 from llama_smart_proxy.backends.pool.queue import Lease, ModelQueue
 from llama_smart_proxy.backends.pool.scheduler import Scheduler
-from llama_smart_proxy.backends.threads import run_in_thread
+from llama_smart_proxy.backends.threads import begin_in_thread, run_in_thread
 from llama_smart_proxy.backends.weights.downloads import Download, Downloads, Progress
 from llama_smart_proxy.proxy.config import PoolConfig
 from llama_smart_proxy.proxy.errors import BadRequest, Overloaded, ProxyError, StartFailed
@@ -43,6 +44,7 @@ class Pool:
         self._scheduler = Scheduler(config)
         self._fetching: Counter[str] = Counter()  # how many requests wait for a download, by model
         self._files: dict[str, Path] = {}  # where they were found last, by download
+        self._looks: dict[str, asyncio.Future[bool]] = {}  # whether they still are there
         self._tasks: set[asyncio.Task[None]] = set()
         self._closer: asyncio.Task[None] | None = None
 
@@ -232,7 +234,7 @@ class Pool:
         Raises: as the source's `fetch`; `Overloaded` (codes `shutting_down`, `unloaded`).
         """
         source = queue.model.source
-        if source is None or self._backs_off(queue) or await self._is_here(source):
+        if source is None or self._backs_off(queue) or await self._is_here(queue.name, source):
             return
         download = self._join(queue, source, counts=False)
         self._fetching[queue.name] += 1
@@ -243,10 +245,17 @@ class Pool:
         if self._scheduler.closing:
             raise _shutting_down()
 
-    async def _is_here(self, source: Source) -> bool:
-        """Whether it still is where it was found last; one look at the disk, and only when a process is to start."""
+    async def _is_here(self, name: str, source: Source) -> bool:
+        """Whether it still is where it was found last; one look at the disk, and only when a process is to start. All
+        that wait share it, as each takes a thread, for ever if the disk does not answer."""
         path = self._files.get(source.download)
-        return path is not None and await run_in_thread(path.exists)
+        if path is None:
+            return False
+        look = self._looks.get(source.download)
+        if look is None:
+            look = self._looks[source.download] = begin_in_thread(partial(_exists, path))
+            look.add_done_callback(lambda _: self._looks.pop(source.download))
+        return await read_within(self._scheduler.config, name, asyncio.shield(look))
 
     def _backs_off(self, queue: ModelQueue) -> bool:
         return queue.error is not None and queue.backoff.wait_s(asyncio.get_running_loop().time()) > 0
@@ -258,7 +267,7 @@ class Pool:
 
     def _join(self, queue: ModelQueue, source: Source, *, counts: bool) -> Download:
         async def work(report: Callable[[Progress], None]) -> None:
-            path = await run_in_thread(source.find)
+            path = await read_within(self._scheduler.config, queue.name, run_in_thread(source.find))
             if path is None:
                 self.downloads.admit(source.download)
             try:
@@ -359,6 +368,12 @@ def _describe(queue: ModelQueue) -> dict[str, object]:
 
 def _shutting_down() -> Overloaded:
     return Overloaded("The proxy is shutting down.", code="shutting_down")
+
+
+def _exists(path: Path) -> bool:
+    with suppress(OSError):
+        return path.exists()
+    return False
 
 
 def _rss_bytes(pid: int) -> int | None:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from llama_smart_proxy.backends.base import ModelInfo, Services
 from llama_smart_proxy.backends.llamacpp import headers as headers_module
 from llama_smart_proxy.backends.llamacpp.headers import Headers
 from llama_smart_proxy.backends.llamacpp.provider import LlamaCpp
+from llama_smart_proxy.backends.pool.launcher import Source
 from llama_smart_proxy.backends.pool.pool import Pool
 from llama_smart_proxy.backends.threads import Looks
 from llama_smart_proxy.backends.weights.downloads import Downloads
@@ -233,3 +235,31 @@ async def test_a_start_whose_files_cannot_be_read_ends_and_others_start_meanwhil
             await loading
         assert (failed.value.status, failed.value.code) == (504, "model_load_timeout")
         disk.resume()
+
+
+@pytest.mark.parametrize("known", [True, False])
+async def test_requests_whose_downloaded_files_cannot_be_found_fail_in_time_and_share_one_thread(
+    disk: Disk, tmp_path: Path, known: bool
+) -> None:
+    fakes = Fakes(tmp_path)
+    path = write(disk.folder / "far.gguf")
+
+    def find() -> Path | None:
+        return path if path.exists() else None
+
+    async def never(_: object) -> None:
+        raise AssertionError("it is on this disk")
+
+    model = replace(fakes.model().at("far"), source=Source("far", find, never))
+    async with open_pool(fakes.config(size=2, load_timeout_s=1.0)) as pool:
+        if known:
+            await pool.load(model)
+            await pool.unload("far")
+        disk.stop()
+        before = set(threading.enumerate())
+        loading = [asyncio.ensure_future(pool.load(model)) for _ in range(20)]
+        done, waiting = await asyncio.wait(loading, timeout=20)
+        assert len(set(threading.enumerate()) - before) == 1 and not waiting
+        assert all(isinstance(one.exception(), StartFailed) for one in done)
+        disk.resume()
+        await until(lambda: set(threading.enumerate()) <= before, what="the end of the thread")
