@@ -167,8 +167,11 @@ class OllamaModel:
     # -- information -----------------------------------------------------------------------------------------------
 
     async def info(self) -> ModelInfo:
-        item = self._hosts.item(self.name)
-        return ModelInfo(self.name, native={KIND: item} if item is not None else {})
+        return self.card
+
+    @property
+    def card(self) -> ModelInfo:
+        return self._hosts.card(self.name)
 
     async def slots(self) -> None:
         """None: Ollama does not report it."""
