@@ -50,6 +50,7 @@ class Hosts:
         self._serves_all = config.models is None
         self._pinned = {key_of(name): model.ctx for name, model in configured.items() if model.ctx}
         self._cards = {key_of(name): model for name, model in configured.items()}
+        self._unloading: dict[str, float] = {}  # since when, on the event loop's clock
         self._contexts: dict[str, Context] = {}
         self._defaults: dict[str, int] = {}
         self._refusals: dict[str, tuple[float, ProxyError]] = {}
@@ -75,6 +76,31 @@ class Hosts:
         """Whether a host has the model in memory."""
         self._refresh()
         return any(key_of(name) in host.loaded for host in self.hosts)
+
+    def state(self, name: str) -> str:
+        """`loaded`, `unloaded`, or `unloading`: from `begin_unload` on until no host has it, or it is used again."""
+        key, loaded = key_of(name), self.has_loaded(name)
+        since = self._unloading.get(key)
+        if since is None:
+            return "loaded" if loaded else "unloaded"
+        if any(host.keeps(key, since) for host in self.hosts):
+            del self._unloading[key]
+            return "loaded"
+        if loaded or any(host.using[key] for host in self.hosts):
+            return "unloading"
+        del self._unloading[key]
+        return "unloaded"
+
+    def begin_use(self, name: str) -> None:
+        """A request for the model begins, so that its host keeps it."""
+        if self._unloading:
+            self._unloading.pop(key_of(name), None)
+
+    def begin_unload(self, name: str) -> None:
+        """Its hosts will unload the model once its answers are complete."""
+        self._unloading[key_of(name)] = asyncio.get_running_loop().time()
+        for host in self.hosts:
+            host.changed()
 
     @property
     def version(self) -> str | None:

@@ -15,6 +15,7 @@ import pytest
 
 from llama_smart_proxy.backends.openai import Listing
 from tests.conftest import Shared
+from tests.fakes.ollama import MANNERS
 from tests.support import raw_client, toxic
 from tests.support.e2e_support import Fakes, fakes, idle, state, steered
 from tests.support.harness import Proxy, free_port, running_proxy, until
@@ -124,32 +125,43 @@ async def test_row_5_a_model_is_ejected_and_loaded_with_the_buttons_of_the_picke
     assert (await post(proxy, "/models/unload", {"model": "nosuch"})).status == 404
 
 
+@both_backends
 @both_apis
-async def test_a_busy_model_that_is_ejected_is_unloading_at_once(stage: Stage, path: str) -> None:
-    proxy, text = stage.proxy, steered(tokens=2000, token_ms=20)
+async def test_a_busy_model_that_is_ejected_is_unloading_at_once(stage: Stage, path: str, model: str) -> None:
+    proxy, name = stage.proxy, {"local": "local", "distant": "distant:latest"}[model]
+
+    async def reached(value: str) -> None:
+        async def is_value() -> bool:
+            return await state(proxy, name) == value
+
+        await until(is_value, what=f"the model to be {value}")
+
+    await stage.distant.set(tokens=2000, token_s=0.02)
     async with raw_client.connected(proxy.port) as client:
-        await client.send(raw_client.request("POST", path, chat("local", text), headers=HEADERS))
+        body = chat(model, steered(tokens=2000, token_ms=20))
+        await client.send(raw_client.request("POST", path, body, headers=HEADERS))
         await client.head()
         await client.chunk()
-        assert await state(proxy, "local") == "loaded"
+        await reached("loaded")
         if path == OPENAI.path:
-            ejected = await post(proxy, "/models/unload", {"model": "local"})
+            ejected = await post(proxy, "/models/unload", {"model": model})
         else:
-            ejected = await post(proxy, "/api/generate", {"model": "local", "keep_alive": 0, "prompt": ""})
+            ejected = await post(proxy, "/api/generate", {"model": model, "keep_alive": 0, "prompt": ""})
         assert ejected.status == 200
         for listing in ("/v1/models", "/models"):
-            models = {model["id"]: model for model in (await get(proxy, listing))["data"]}
-            assert models["local"]["status"] == {"value": "unloading"} and SHOWN_STATES["unloading"] is None
-        assert [item["state"] for item in (await proxy.health())["instances"]] == ["unloading"]
-        [item] = [item for item in (await get(proxy, "/api/ps"))["models"] if item["model"] == "local"]
-        assert datetime.fromisoformat(item["expires_at"]) <= datetime.now(UTC), "which Ollama shows as Stopping..."
+            models = {item["id"]: item for item in (await get(proxy, listing))["data"]}
+            assert models[name]["status"] == {"value": "unloading"} and SHOWN_STATES["unloading"] is None
+        for item in (await proxy.health())["instances"]:
+            assert (item["state"] == "unloading") is (item["model"] == model)
+        for item in (await get(proxy, "/api/ps"))["models"]:
+            if item["model"] == model:
+                assert datetime.fromisoformat(item["expires_at"]) <= datetime.now(UTC), "Ollama shows it as Stopping..."
         assert await client.chunk(), "its answer goes on"
         client.leave()
-
-    async def gone() -> bool:
-        return await state(proxy, "local") == "unloaded"
-
-    await until(gone, what="the end of the model")
+    await reached("unloaded")
+    await stage.distant.set(**MANNERS)
+    assert (await post(proxy, path, chat(model, "hi"))).status == 200
+    await reached("loaded")
 
 
 async def test_a_model_that_the_proxy_cannot_unload_has_no_eject_button(fakes: Fakes) -> None:
