@@ -30,7 +30,7 @@ HEAD_S = 60.0
 """Seconds that a head may take from its first byte on."""
 MAX_BLANKS = 4 * 1024
 """Blank bytes that may come before an answer shows what it is."""
-COMMENT = ord(":")
+COMMENT = b":"
 """First byte of comments in a stream, which llama-server also sends while it generates nothing (its pings)."""
 BUFFER_LIMIT = 64 * 1024
 """Body bytes buffered for a reader that is not ready before reading from the socket is paused."""
@@ -318,7 +318,7 @@ class UpstreamResponse:
         self._body_started = True
         self._received_at = self._loop.time()
         self._unframed = 0
-        if self.generates and data[0] != COMMENT:
+        if self.generates and data[:1] != COMMENT:
             self.pool.advanced_at = self._received_at
         if self._inflater is not None:
             try:

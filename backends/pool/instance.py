@@ -299,12 +299,12 @@ class Instance:
     async def _prove(self, child: Child) -> None:
         """Nothing is sent to what listens there before it is known to be our child."""
         launcher = self.model.launcher
-        if self._command is not None and self._command.listens:
-            await wait_until(self.connections.accepts, self._patience_s)
-            if await self._is_owned(child) is False:
-                raise Foreign
+        await wait_until(self.connections.accepts, self._patience_s)
+        owned = await self._is_owned(child)
+        if owned is False and self._command is not None and self._command.listens:
+            raise Foreign
+        self._works_itself = owned is not False
         self.slots = await launcher.ready(self.connections, self._patience_s)
-        self._works_itself = await self._is_owned(child) is not False
         await self._hook("after_ready", launcher.after_ready(self.connections), self._config.load_timeout_s)
 
     async def _is_owned(self, child: Child) -> bool | None:

@@ -23,6 +23,8 @@ class Form:
     def __init__(self, boundary: bytes) -> None:
         self._delimiter = b"--" + boundary
         self._parts: list[bytes] = []
+        self._names: list[str] = []
+        """Of the fields; those are all parts but the first and the last."""
 
     @classmethod
     def of(cls, content_type: str) -> Self:
@@ -45,26 +47,25 @@ class Form:
             raise BadRequest(f"the form has over {MAX_PARTS} fields", status=413, code="request_too_large")
         if len(self._parts) < 2 or not self._parts[-1].startswith(b"--"):
             raise BadRequest("the form in the request body is not complete", code="invalid_form")
+        self._names = [_named(part) for part in self._parts[1:-1]]
         return self
 
     def text(self, name: str) -> str:
         """The text of the first field of that name; empty if there is none."""
-        for part in self._parts[1:-1]:
-            if _named(part) == name:
-                return part.partition(b"\r\n\r\n")[2].decode(errors="replace")
-        return ""
+        if name not in self._names:
+            return ""
+        return self._parts[1 + self._names.index(name)].partition(b"\r\n\r\n")[2].decode(errors="replace")
 
     def with_text(self, name: str, value: str) -> bytes:
         """The whole body, with this text in each field of that name, which is added if there is none."""
-        parts = [self._replaced(part, name, value) for part in self._parts[1:-1]]
-        if not any(_named(part) == name for part in parts):
+        named = zip(self._parts[1:-1], self._names, strict=True)
+        parts = [self._replaced(part, value) if called == name else part for part, called in named]
+        if name not in self._names:
             parts.append(f'\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}'.encode())
         return (b"\r\n" + self._delimiter).join([self._parts[0], *parts, self._parts[-1]]).removeprefix(b"\r\n")
 
     @staticmethod
-    def _replaced(part: bytes, name: str, value: str) -> bytes:
-        if _named(part) != name:
-            return part
+    def _replaced(part: bytes, value: str) -> bytes:
         head, end, _ = part.partition(b"\r\n\r\n")
         return head + end + value.encode()
 

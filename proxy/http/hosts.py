@@ -7,10 +7,12 @@ refused, and those they have no power over are served: addresses, names without 
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 
 from llama_smart_proxy.proxy.errors import BadRequest
@@ -20,6 +22,7 @@ LOOPBACK = frozenset({"localhost.localdomain", "localhost4.localdomain4", "local
 """Names with dots for this machine in `/etc/hosts`."""
 CONTAINERS = frozenset({"host.docker.internal", "host.containers.internal"})
 """The host's names in containers of Docker and Podman."""
+_HOST = re.compile(r"(?:[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\])(?::(\d{1,5}))?")
 _REMEMBERED = 256
 _RESOLV_CONF = Path("/etc/resolv.conf")
 
@@ -67,6 +70,13 @@ class Hosts:
         if len(labels) == 1 or labels[-1] == "localhost":  # RFC 6761 6.3
             return True
         return name in self._names or _is_address(name, labels[-1]) or name.endswith(self._suffixes)
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def is_host(header: str) -> bool:
+    """Whether it is a valid `Host` header."""
+    found = _HOST.fullmatch(header)
+    return found is not None and (found[1] is None or int(found[1]) <= 65535)
 
 
 def _is_address(name: str, last: str) -> bool:

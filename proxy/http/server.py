@@ -15,8 +15,6 @@ import secrets
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import lru_cache
-from itertools import pairwise
 from typing import Any, cast
 
 from aiohttp import HttpVersion10, HttpVersion11, StreamReader, web
@@ -27,11 +25,12 @@ from llama_smart_proxy.backends.http.sweep import Sweeper
 from llama_smart_proxy.proxy.dialects import Dialect
 from llama_smart_proxy.proxy.errors import BadRequest, ProxyError
 from llama_smart_proxy.proxy.http.headers import RECORD, SERVER
+from llama_smart_proxy.proxy.http.hosts import is_host
 from llama_smart_proxy.proxy.http.memory import Memory, allocator_trim
+from llama_smart_proxy.proxy.http.offers import Offers, split_before_requests
 
 logger = logging.getLogger(__name__)
 
-_HOST = re.compile(r"(?:[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\])(?::(\d{1,5}))?")
 MAX_HEADER_LINE = 16 * 1024
 """Bytes of a request line or of a header: browsers send the cookies of all servers on this machine to each of them."""
 MAX_HEADERS = 100
@@ -40,10 +39,6 @@ IGNORED_UPGRADE = re.compile(r"h2c?(-\d+)?|HTTP/\d(\.\d)?|TLS/\d(\.\d)?", re.IGN
 """Protocols that clients offer, but do not require: the answer comes by HTTP/1.1 (RFC 9110 7.8)."""
 _START_BYTES = 256
 """Bytes of a request that are kept until it is answered, as an error must be in the API that its path belongs to."""
-_METHODS = b"(?:DELETE|GET|HEAD|OPTIONS|PATCH|POST|PUT)"
-_REQUEST = re.compile(_METHODS + rb" +[^ \r\n]++ +HTTP/1")
-_CUT_REQUEST = re.compile(_METHODS + rb" +[^ \r\n]*+(?: +[HTP/]*)?\Z")
-_LONGEST_METHOD = len("OPTIONS")
 AMBIGUOUS = "invalid_http"
 """Error code of invalid or ambiguous HTTP."""
 TOO_LARGE = "headers_too_large"
@@ -85,7 +80,7 @@ class FrontConnection(web.RequestHandler):
         """The connection's transport; the attribute `transport` is None as soon as aiohttp begins to close it."""
         self._front = front
         self._start = b""
-        self._may_upgrade = False
+        self._offers = Offers()
         self._unparsed: deque[bytes] = deque()
         self._last_request = False
         self._serving = False
@@ -108,11 +103,10 @@ class FrontConnection(web.RequestHandler):
             self.head_since = asyncio.get_running_loop().time()
         if data and not self._start:
             self._start = data[:_START_BYTES]
-            self._may_upgrade = self._may_upgrade or b"\r\n\r\n" not in data  # the header may come later
+            self._offers.found |= b"\r\n\r\n" not in data  # the header may come later
         self.body_bytes += len(data)
-        if data and (self._may_upgrade or b"pgrade" in data or b"PGRADE" in data):
-            self._may_upgrade = True
-            self._unparsed.extend(_split_before_requests(data))
+        if data and self._offers.look(data):
+            self._unparsed.extend(split_before_requests(data, MAX_HEADER_LINE))
         if data and self._unparsed:
             self._parse_pieces()
         else:
@@ -158,6 +152,8 @@ class FrontConnection(web.RequestHandler):
         self._body, self._got = body, body.total_bytes
         self.body_since = self._got_at = asyncio.get_running_loop().time()
         self.body_bytes = 0
+        if self.wire.is_reading():
+            self._offers.body_begins()
         try:
             self._check_body()
             yield
@@ -241,18 +237,6 @@ class FrontConnection(web.RequestHandler):
         """The path of the current request; empty if that is not known."""
         _, _, target = self._start.lstrip(b"\r\n").partition(b" ")
         return target.partition(b" ")[0].partition(b"?")[0].decode("ascii", "replace")
-
-
-def _split_before_requests(data: bytes) -> list[bytes]:
-    """`data` in pieces, of which one begins wherever a request may begin. aiohttp loses what follows, within one piece,
-    a request that offers another protocol; further cuts do no harm. The end of `data` may cut the first line of a
-    request in two, even its method."""
-    end = len(data)
-    cuts = {0, end, *range(max(0, end - _LONGEST_METHOD), end)}
-    cuts.update(found.start() for found in _CUT_REQUEST.finditer(data, max(0, end - MAX_HEADER_LINE)))
-    if b" HTTP/1" in data:
-        cuts.update(found.start() for found in _REQUEST.finditer(data))
-    return [data[start:stop] for start, stop in pairwise(sorted(cuts))]
 
 
 def _invalid(exc: BaseException | None, status: int) -> BadRequest:
@@ -391,13 +375,7 @@ def _check_host(http: web.BaseRequest) -> None:
         if not hosts and http.version == HttpVersion10:
             return
         raise BadRequest("exactly one Host header is required", code=AMBIGUOUS)
-    if not _is_host(hosts[0]):
+    if not is_host(hosts[0]):
         raise BadRequest("the Host header is not valid", code=AMBIGUOUS)
     if not http.raw_path.startswith("/"):
         raise BadRequest("the request target must be a path", code=AMBIGUOUS)
-
-
-@lru_cache(maxsize=256)
-def _is_host(text: str) -> bool:
-    match = _HOST.fullmatch(text)
-    return match is not None and (match[1] is None or int(match[1]) <= 65535)

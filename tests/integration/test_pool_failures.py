@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from llama_smart_proxy.backends.base import UpstreamRequest
-from llama_smart_proxy.backends.http.exchange import BUFFER_LIMIT
 from llama_smart_proxy.backends.pool import backoff
 from llama_smart_proxy.backends.pool.pool import Pool
 from llama_smart_proxy.proxy.errors import StartFailed, UpstreamFailed
@@ -188,7 +187,7 @@ async def test_a_crash_in_mid_stream_that_only_the_end_of_the_process_tells_is_a
         leased(pool, "m", model) as instance,
         instance.connections.request(call) as response,
     ):
-        await until(lambda: response._buffered > BUFFER_LIMIT)
+        await until(lambda: response._paused)
         os.kill(instance.pid, signal.SIGKILL)
         await until(lambda: pool.state("m") == "unloaded")
         with pytest.raises(UpstreamFailed) as failure:

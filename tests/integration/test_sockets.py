@@ -79,7 +79,7 @@ async def test_a_server_on_a_socket_serves_and_leaves_nothing(fakes: Fakes, fold
 async def test_a_server_that_cannot_listen_on_a_socket_fails_and_says_so(fakes: Fakes, folder: SocketFolder) -> None:
     fakes.program.write_text('#!/bin/sh\necho "couldn\'t bind HTTP server socket, hostname: $8"\nexit 1\n')
     async with open_pool(fakes.config()) as pool:
-        with pytest.raises(StartFailed, match=r"It was to listen on a unix socket\.\ncouldn't bind"):
+        with pytest.raises(StartFailed, match=r"it was to listen on a unix socket\): couldn't bind"):
             await pool.load(by_socket(fakes, folder))
 
 

@@ -112,3 +112,50 @@ async def test_a_body_that_comes_by_drops_is_given_up() -> None:
                 await asyncio.sleep(0.25)
         assert time.monotonic() - began > 9, "a slow start is no reason"
         assert upstream.requests == []
+
+
+UNREAD = {
+    "relayed": (CHAT, "m"),
+    "to Ollama's API": ("/api/chat", "m"),
+    "to the Responses API": ("/v1/responses", "m"),
+    "think": (CHAT, "think"),
+    "redact": (CHAT, "redact"),
+    "parallel": (CHAT, "parallel"),
+    "three agents": (CHAT, "all"),
+}
+AGENTS = [
+    {"think": {"always": False}},
+    {"shield": {"always": False}},
+    {"redact": {"always": False, "patterns": ["email"]}},
+    "parallel",
+]
+CHAINS = {"think": ["think"], "redact": ["redact"], "parallel": ["parallel"], "all": ["think", "shield", "redact"]}
+
+
+async def as_fast_as_taken(link: Link, request: Request) -> None:
+    await link.send(EVENT_HEAD)
+    while True:
+        await link.send(chunk(token("word ")) * 500)
+
+
+@pytest.mark.parametrize("name", UNREAD)
+async def test_health_is_quick_beside_100_streams_of_a_fast_server_that_are_not_read(name: str) -> None:
+    path, model = UNREAD[name]
+    models = {chain: {"model": "m", "agents": agents} for chain, agents in CHAINS.items()}
+    body = {"model": model, "stream": True, "messages": [{"role": "user", "content": "hi"}], "input": "hi"}
+    async with raw_upstream(as_fast_as_taken) as upstream, AsyncExitStack() as stack:
+        remote = {"url": f"http://127.0.0.1:{upstream.port}", "models": ["m"]}
+        config = {"remotes": {"up": remote}, "agents": AGENTS, "models": models}
+        proxy = await stack.enter_async_context(running_proxy(config))
+        before = proxy.rss_bytes()
+        clients = [await stack.enter_async_context(connected(proxy.port)) for _ in range(100)]
+        for client in clients:
+            await client.send(request("POST", path, body))
+        for client in clients:
+            await client.head()
+        began = time.monotonic()
+        times = await times_while(lambda: time.monotonic() - began < 5, proxy, "/health")
+        median = statistics.median(times)
+        print(f"/health beside 100 unread, {name}: median {median * 1e3:.0f} ms, longest {max(times) * 1e3:.0f} ms")
+        assert median < 0.1 and max(times) < 3.0, sorted(times)[-5:]
+        assert proxy.rss_bytes() - before < (250 if name == "parallel" else 120) * 2**20

@@ -262,14 +262,24 @@ BIG = {
     "floats": lambda: b'{"model":"m","x":[' + b"1.5," * (4 * MIB) + b"1]}",
     "objects": lambda: b'{"model":"m","x":[' + b'{"a":1},' * (2 * MIB) + b"1]}",
 }
+HOSTILE = {
+    "a name": lambda: b'{"model":"hf.co/a/b:' + b"a/" * (30 * MIB) + b'"}',
+    "a name of Ollama's": lambda: b'{"model":"' + b"library/" * (7 * MIB) + b'"}',
+    "a role": lambda: b'{"model":"m","messages":[{"role":"' + b"a" * (60 * MIB) + b'"}]}',
+    "a data URL": lambda: (
+        b'{"model":"m","messages":[{"role":"user","content":"data:' + b";base64" * (8 * MIB) + b'"}]}'
+    ),
+}
+"""Made to take long where a string is looked through."""
+KINDS = [*BIG, *(pytest.param(kind, marks=pytest.mark.full) for kind in HOSTILE)]
 
 
-@pytest.mark.parametrize("kind", BIG)
+@pytest.mark.parametrize("kind", KINDS)
 async def test_large_json_delays_nobody_else(proxy: Proxy, upstream: RawUpstream, kind: str) -> None:
     """A `/health` meanwhile is to take less than 250 ms. Processor time is what the proxy itself spends of that, even
     on a machine that is busy with something else."""
     upstream.script = plain(b"{}")
-    body = BIG[kind]()
+    body = (BIG | HOSTILE)[kind]()
 
     async def work() -> int:
         return (await post(proxy.port, CHAT, body)).status

@@ -27,6 +27,7 @@ from tests.support.toxic import (
     head,
     own_proxy,
     plain,
+    raw_upstream,
     token,
 )
 
@@ -159,6 +160,29 @@ async def stalled(link: Link) -> int:
 
     await until(still, what="the stalled upstream")
     return last
+
+
+async def test_reader_that_stops_stops_the_model_server_through_translation_and_agents_too() -> None:
+    agents = [{name: {"always": False}} for name in ("think", "redact", "shield")]
+    asked = [("/api/chat", "m"), ("/v1/responses", "m"), *((CHAT, name) for name in ("all", "t"))]
+    async with raw_upstream(pump) as upstream, AsyncExitStack() as stack:
+        models = {"all": ["think", "redact", "shield"], "t": ["think"]}
+        config = {
+            "remotes": {"up": {"url": f"http://127.0.0.1:{upstream.port}", "models": ["m"]}},
+            "agents": agents,
+            "models": {name: {"model": "m", "agents": chain} for name, chain in models.items()},
+        }
+        proxy = await stack.enter_async_context(running_proxy(config))
+        before = proxy.rss_bytes()
+        for path, model in asked:
+            client = await stack.enter_async_context(connected(proxy.port, receive_buffer=SMALL_BUFFER))
+            body = {"model": model, "stream": True, "messages": [{"role": "user", "content": "hi"}], "input": "hi"}
+            await client.send(request("POST", path, body | {"max_tokens": 9}))
+            await client.head()
+        taken = await asyncio.gather(*map(stalled, upstream.links))
+        assert max(taken) < 24 * MIB, "that is more than the kernel's own buffers"
+        assert proxy.rss_bytes() - before < 8 * MIB * len(asked)
+        assert (await get(proxy.port, "/health")).status == 200
 
 
 @pytest.mark.parametrize("streaming", [True, False])

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support import raw_client
-from tests.support.e2e_support import Fakes, chat, embedded, fakes, instance, needs_llama_cpp, steered, streaming, tiny
+from tests.support.e2e_support import (
+    SMOLLM2,
+    Fakes,
+    chat,
+    embedded,
+    fakes,
+    instance,
+    needs_llama_cpp,
+    steered,
+    streaming,
+    tiny,
+)
 from tests.support.gguf_fixture import tiny_models
 from tests.support.harness import Proxy, running_proxy, stopped, until
 from tests.support.ollamas import running_ollama
@@ -91,3 +103,32 @@ async def test_a_stalled_stream_of_an_ollama_host_fails_after_its_idle_limit_in_
             asks = [speaker.ask(proxy.port, speaker.body("m", stream=True)) for speaker in SPEAKERS.values()]
             for outcome in await asyncio.gather(*asks):
                 assert outcome.text == "t0 " and outcome.error is not None and "nothing for 0.2 s" in outcome.error
+
+
+@pytest.mark.full
+@needs_llama_cpp
+async def test_a_stopped_llama_cpp_holds_up_its_requests_for_little_more_than_the_limit(
+    tiny_models: dict[str, Path],
+) -> None:
+    """All of them together, not one after the other."""
+    models = {"m": tiny(tiny_models["tiny-a"], "--parallel", "2"), "other": tiny(tiny_models["tiny-b"])}
+    async with running_proxy(embedded(models, stall_timeout_s=5)) as proxy:
+        assert [(await chat(proxy, model, max_tokens=2)).status for model in models] == [200, 200]
+        await stopped((await instance(proxy, "m"))["pid"])
+        begun = time.monotonic()
+        waiting = [asyncio.ensure_future(chat(proxy, "m", max_tokens=2, stream=bool(n % 2))) for n in range(16)]
+        assert (await chat(proxy, "other", max_tokens=2)).status == 200
+        assert [answer.status for answer in await asyncio.gather(*waiting)] == [200] * 16
+        assert 5 <= time.monotonic() - begun < 20
+
+
+@pytest.mark.full
+@needs_llama_cpp
+async def test_a_busy_llama_cpp_is_never_taken_for_a_stalled_one() -> None:
+    """Prompts that take it far longer than the limit, more of them than it has slots, and no token meanwhile."""
+    long = {"messages": [{"role": "user", "content": "one two three four five " * 120}], "max_tokens": 2}
+    config = embedded({"m": {**SMOLLM2, "ctx": 8192, "parallel": 2}}, stall_timeout_s=1)
+    async with running_proxy(config) as proxy:
+        asks = [chat(proxy, "m", **{**long, "cache_prompt": False, "seed": number}) for number in range(3)]
+        assert [answer.status for answer in await asyncio.gather(*asks)] == [200] * 3
+        assert "stalled" not in proxy.log and (await instance(proxy, "m"))["restarts"] == 0

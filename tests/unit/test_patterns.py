@@ -19,6 +19,7 @@ from tests.unit.test_architecture import OURS, calls, ours
 
 REPEATS = (codes.MAX_REPEAT, codes.MIN_REPEAT)
 NESTED = {
+    "backends.pool.causes._FOLDERS": "lines of a log of at most 300 characters, and folders end with a slash",
     "backends.weights.filenames._QUANTISATION": "names of files in a repository or folder, of 255 characters",
     "backends.weights.hub_http.FILE": "names of at most 512 characters, by `hub.parse_name`, and of files",
 }
