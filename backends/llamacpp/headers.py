@@ -81,12 +81,14 @@ class Headers:
         """As `info`, from memory. If that has no card of this file, or an old one of a file outside of `models_dir`,
         the file is read in the background."""
         card = self._cards.get(name)
-        known = card is not None and file is not None and card[0] == file
+        if card is None:
+            card = self._cards[name] = None, _unread(name, model, file)
+        known = file is not None and card[0] == file
         if not known and name not in self._reading and self._is_due(name, file):
             self._begin(name, model, file)
             with suppress(StartFailed):  # later, then
                 self._employ()
-        return card[1] if card is not None else _unread(name, model, file)
+        return card[1]
 
     def _is_due(self, name: str, file: ModelFile | None) -> bool:
         read, at_s = self._read_at.get(name, (None, -math.inf))

@@ -8,8 +8,9 @@ from aiohttp import web
 
 from llama_smart_proxy.proxy.api.state import PROXY
 from llama_smart_proxy.proxy.chat import Json
-from llama_smart_proxy.proxy.dialects import ANTHROPIC, cards
+from llama_smart_proxy.proxy.dialects import ANTHROPIC
 from llama_smart_proxy.proxy.dialects.anthropic import models as anthropic_models
+from llama_smart_proxy.proxy.dialects.cards import Shown
 from llama_smart_proxy.proxy.errors import ProxyError
 from llama_smart_proxy.proxy.http.headers import EXTRA, PARAMS, named_in
 from llama_smart_proxy.proxy.models.router import Entry
@@ -56,13 +57,11 @@ def _items(http: web.BaseRequest, entries: Sequence[Entry]) -> list[Json]:
     proxy = http[PROXY]
     partners = proxy.chain.partners([entry.id for entry in entries])
     shown = [
-        cards.Shown(entry.id, entry.info, entry.place, agents, helps)
+        Shown(entry.id, entry.info, entry.place, agents, helps)
         for entry, (agents, helps) in zip(entries, partners, strict=True)
     ]
-    return [
-        {**entry.as_openai(proxy.router.created), "name": name, "info": cards.card(model)}
-        for entry, model, name in zip(entries, shown, cards.names(shown), strict=True)
-    ]
+    created, found = proxy.router.created, proxy.router.cards.of(shown)
+    return [entry.as_openai(created) | card for entry, card in zip(entries, found, strict=True)]
 
 
 def _anthropic_item(item: Json) -> Json:

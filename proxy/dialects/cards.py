@@ -40,15 +40,28 @@ class Shown:
     helps: bool = False
 
 
-def names(models: Sequence[Shown]) -> list[str]:
-    """What each of these is called in a list of them: as it is configured, else as its file or its server says, and
-    with the id if two are called the same."""
-    titles = [_title(model) for model in models]
-    uses = Counter(title.casefold() for title in titles)
-    return [
-        title if uses[title.casefold()] == 1 or title == model.id else f"{title} ({model.id})"
-        for model, title in zip(models, titles, strict=True)
-    ]
+class Cards:
+    """The cards of the models of one list after the other; what has not changed is not composed again."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, tuple[Shown, str, Json]] = {}
+
+    def of(self, models: Sequence[Shown]) -> list[Json]:
+        """For each of these models, in a list of them, the fields `name` and `info` of its item. The name is the
+        configured one, else that in its file or of its server, with the id if two are called the same."""
+        last, self._last = self._last, {}
+        for model in models:
+            known = last.get(model.id)
+            self._last[model.id] = known if known and known[0] == model else (model, _title(model), card(model))
+        found = [self._last[model.id] for model in models]
+        uses = Counter(title.casefold() for _, title, _ in found)
+        return [
+            {
+                "name": title if title == model.id or uses[title.casefold()] == 1 else f"{title} ({model.id})",
+                "info": info,
+            }
+            for model, title, info in found
+        ]
 
 
 def card(model: Shown) -> Json:

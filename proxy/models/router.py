@@ -14,6 +14,7 @@ from llama_smart_proxy.backends.base import Feature, Management, Model, ModelInf
 from llama_smart_proxy.backends.names import checked_length, key_of, other_forms
 from llama_smart_proxy.backends.weights.downloads import Download, Downloads
 from llama_smart_proxy.proxy.config import Config, ModelConfig
+from llama_smart_proxy.proxy.dialects.cards import Cards
 from llama_smart_proxy.proxy.errors import BadRequest, ModelNotFound
 from llama_smart_proxy.proxy.models.inspection import Look
 
@@ -113,6 +114,7 @@ class Router:
         self._providers = providers
         self._virtual = config.virtual
         self._names = names_by_key(config.models | config.virtual)
+        self.cards = Cards()
         self._described: set[tuple[str, str]] = set()
         self._capabilities: dict[tuple[str, str], tuple[float, Sequence[str]]] = {}
 

@@ -15,7 +15,7 @@ from llama_smart_proxy.backends.ollama.hosts import Hosts
 from llama_smart_proxy.backends.weights.downloads import Downloads
 from llama_smart_proxy.backends.weights.models_dir import ModelFile, ModelsDir
 from llama_smart_proxy.proxy.config import Config, ModelConfig, OllamaConfig
-from llama_smart_proxy.proxy.dialects.cards import HELP, Shown, card, names
+from llama_smart_proxy.proxy.dialects.cards import HELP, Cards, Shown, card
 from tests.support.gguf_fixture import write_small_gguf as write
 from tests.support.harness import until
 
@@ -42,6 +42,10 @@ def of_remote(**item: Any) -> ModelInfo:
 
 def called(name: object) -> ModelInfo:
     return ModelInfo("m", metadata={"general.name": name})
+
+
+def names(models: list[Shown]) -> list[str]:
+    return [fields["name"] for fields in Cards().of(models)]
 
 
 def meta(info: ModelInfo, **shown: Any) -> dict[str, Any]:
@@ -148,6 +152,16 @@ def test_models_of_the_same_name_are_told_apart_by_their_ids() -> None:
     models = [Shown("q4", called("Qwen3")), Shown("q8", called("qwen3")), Shown("team", of_file(title="team"))]
     assert names(models) == ["Qwen3 (q4)", "qwen3 (q8)", "team"]
     assert names([Shown("a", called("b")), Shown("b", ModelInfo("b"))]) == ["b (a)", "b"]
+
+
+def test_a_list_composes_only_what_is_another_one_than_in_the_last() -> None:
+    cards, info = Cards(), of_file("completion")
+    [first, other] = cards.of([Shown("m", info), Shown("n", info)])
+    assert cards.of([Shown("m", info)])[0]["info"] is first["info"]
+    [changed] = cards.of([Shown("m", info, agents=["think"])])
+    assert changed["info"]["meta"]["description"].endswith("agents: think")
+    [again] = cards.of([Shown("n", info)])
+    assert again == other and again["info"] is not other["info"], "it was not in the last one"
 
 
 # -- where they come from ----------------------------------------------------------------------------------------------
