@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llama_smart_proxy.backends.base import ModelInfo
-from llama_smart_proxy.backends.llamacpp.arguments import VISION_FLAGS, flags_of, takes_projector
+from llama_smart_proxy.backends.llamacpp.arguments import VISION_FLAGS, context_of_slot, flags_of, takes_projector
 from llama_smart_proxy.backends.threads import begin_in_thread
 from llama_smart_proxy.backends.weights import projectors
 from llama_smart_proxy.backends.weights.files import locate
@@ -186,7 +186,7 @@ def _projector(path: Path, file: ModelFile | None) -> Path | None:
 
 def _unread(name: str, model: ModelConfig, file: ModelFile | None) -> ModelInfo:
     """What is known of a model without its header."""
-    num_ctx = (model.ctx or 0) // (model.parallel or 1)  # llama-server's counts the tokens of all slots
+    num_ctx = context_of_slot(model.ctx, model.parallel, model.args)
     info = ModelInfo(name, num_ctx=num_ctx).configured(model, model.title)
     return (
         info if file is None else replace(info, modified=file.stamp[2] / 1e9, size_bytes=file.stamp[3], format="gguf")

@@ -87,12 +87,8 @@ class CardConfig(Section):
     description: str | None = Field(
         default=None, max_length=2000, description="What chat UIs show about it; by default its size and the like."
     )
-    suggestions: Annotated[
-        list[Annotated[str, Field(min_length=1, max_length=2000)]], BeforeValidator(shapes.one_or_many)
-    ] = Field(
-        default_factory=list,
-        description="Prompts that chat UIs suggest at the start of a chat with it.",
-        json_schema_extra={"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]},
+    suggestions: shapes.Texts = Field(
+        default_factory=list, description="Prompts that chat UIs suggest at the start of a chat with it."
     )
     hidden: bool | None = Field(
         default=None,

@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Annotated, Any, TypeVar
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
 from llama_smart_proxy.proxy.config.command_line import split_args
 
@@ -227,6 +227,11 @@ Args = Annotated[
     WithJsonSchema(
         {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": ["string", "number", "boolean"]}}]}
     ),
+]
+Texts = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=2000)]],
+    BeforeValidator(one_or_many),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
 ]
 Environment = Annotated[
     dict[Annotated[str, AfterValidator(variable_name)], Text | None],
