@@ -31,8 +31,6 @@ logger = logging.getLogger(__name__)
 THINKING = ("<think>", "[THINK]", "enable_thinking", "reasoning_content", "reasoning_effort", "thinking_budget")
 """Chat templates of models that think hold one of these; the mere word `reasoning` is in the prose of others, too."""
 EMBEDDING_FLAGS = {"--embedding", "--embeddings", "--rerank", "--reranking"}
-
-
 READ_S = 2.0
 """Longest wait in seconds for a header; the file may be on a disk that does not answer."""
 MANY = 256

@@ -139,7 +139,8 @@ class Instance:
             elif self.state is State.STARTING:
                 was_ready = True
                 self.load_s = time.monotonic() - self._since
-                self._become(State.READY, f"pid {self.pid}, port {self.port}, {self.slots} slots")
+                at = f"port {self.port}" if self.port else "unix socket"
+                self._become(State.READY, f"pid {self.pid}, {at}, {self.slots} slots")
                 self._watch = self._new_watch()
                 self._on_change(self)
                 await self._over.wait()
