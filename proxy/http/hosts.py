@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import re
 import socket
-import threading
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
 from llama_smart_proxy.backends.http.resolver import is_loopback_name
-from llama_smart_proxy.proxy.errors import BadRequest
+from llama_smart_proxy.backends.threads import begin_in_thread
+from llama_smart_proxy.proxy.errors import BadRequest, StartFailed
 
 ANY = "*"
 LOOPBACK = frozenset({"localhost.localdomain", "localhost4.localdomain4", "localhost6.localdomain6"})
@@ -45,7 +45,8 @@ class Hosts:
         full = socket.gethostname().lower()
         short = full.partition(".")[0]
         self._names.update((full, *(f"{short}.{domain}" for domain in ("local", *_search_domains()))))
-        threading.Thread(target=self._learn_full_name, name="full name", daemon=True).start()
+        with suppress(StartFailed):
+            begin_in_thread(self._learn_full_name)
 
     def _learn_full_name(self) -> None:
         with suppress(OSError, UnicodeError):
