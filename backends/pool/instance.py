@@ -209,8 +209,8 @@ class Instance:
         if state is not State.READY:
             self._over.set()
             if hasattr(self, "connections"):
-                wanted = state is State.STOPPING and self.error is None
-                code = "shutting_down" if wanted else "upstream_disconnected"
+                intended = state is State.STOPPING and self.error is None
+                code = "shutting_down" if intended else "upstream_disconnected"
                 self.connections.close(cause, code=code)
         if state is State.STOPPED and (self._child is None or self._child.returncode is not None):
             self._release_port()
