@@ -55,6 +55,15 @@ async def test_the_least_recently_used_model_makes_room(fakes: Fakes) -> None:
         assert [pool.state(name) for name in "abc"] == ["unloaded", "loaded", "loaded"]
 
 
+async def test_a_loaded_model_is_asked_before_it_makes_room_for_another_of_the_same_moment(fakes: Fakes) -> None:
+    async with open_pool(fakes.config(size=1)) as pool:
+        model = fakes.model()
+        await ask(pool, "a", model)
+        for first, second in ("ba", "ab"):
+            await asyncio.gather(ask(pool, first, model), ask(pool, second, model))
+        assert fakes.spawns == 3, "b, and a again: the last one loaded is the first one asked"
+
+
 async def test_pinned_models_stay_and_fill_the_pool(fakes: Fakes) -> None:
     async with open_pool(fakes.config(size=2)) as pool:
         pinned, model = fakes.model(pinned=True), fakes.model()
