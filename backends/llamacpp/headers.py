@@ -83,7 +83,7 @@ class Headers:
         if not known and name not in self._reading and self._is_due(name, file):
             self._begin(name, model, file)
             with suppress(StartFailed):  # later, then
-                self._employ()
+                self._start_reader()
         return card[1] if card is not None else _unread(name, model, file)
 
     def _is_due(self, name: str, file: ModelFile | None) -> bool:
