@@ -39,8 +39,8 @@ def value_of(args: Sequence[str], *spellings: str) -> str | None:
 
 
 def context_of_slot(ctx: int | None, parallel: int | None, args: Sequence[str]) -> int:
-    """The configured number of tokens of one request, of which llama-server's `-c` has those of all slots; 0 if there is
-    none. The arguments are added last, so they count."""
+    """The configured number of tokens of one request, 0 if there is none. llama-server's `-c` has those of all slots.
+    The arguments are added last, so they count."""
     tokens, slots = ctx or 0, parallel or 1
     with suppress(ValueError):
         tokens = int(value_of(args, *CTX) or "")

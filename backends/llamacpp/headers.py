@@ -32,8 +32,6 @@ logger = logging.getLogger(__name__)
 THINKING = ("<think>", "[THINK]", "enable_thinking", "reasoning_content", "reasoning_effort", "thinking_budget")
 """Chat templates of models that think hold one of these; the mere word `reasoning` is in the prose of others, too."""
 EMBEDDING_FLAGS = {"--embedding", "--embeddings", "--rerank", "--reranking"}
-
-
 READ_S = 2.0
 """Longest wait in seconds for a header; the file may be on a disk that does not answer."""
 MANY = 256
@@ -58,7 +56,7 @@ class Headers:
         self._read_at: dict[str, tuple[ModelFile | None, float]] = {}
         self._reading: dict[str, _Job] = {}
         self._jobs: deque[_Job] = deque()
-        self._crowd: list[_Job] = []  # what is asked for in one round of the event loop
+        self._batch: list[_Job] = []  # what is asked for in one round of the event loop
         self._readers: dict[object, float] = {}  # since when each of them reads the same file
 
     async def info(
@@ -87,7 +85,7 @@ class Headers:
         if not known and name not in self._reading and self._is_due(name, file):
             self._begin(name, model, file)
             with suppress(StartFailed):  # later, then
-                self._employ()
+                self._start_reader()
         return card[1]
 
     def _is_due(self, name: str, file: ModelFile | None) -> bool:
@@ -102,16 +100,16 @@ class Headers:
 
     async def _wait(self, job: _Job) -> None:
         """Wait until it is done, but not for a disk that is known not to answer, nor with too many others."""
-        crowd = self._crowd
-        if not crowd:
-            asyncio.get_running_loop().call_soon(self._next_crowd)
-        crowd.append(job)
-        if len(crowd) > MANY:
+        batch = self._batch
+        if not batch:
+            asyncio.get_running_loop().call_soon(self._end_batch)
+        batch.append(job)
+        if len(batch) > MANY:
             return
-        self._employ()
+        self._start_reader()
         await asyncio.sleep(0)  # all of one list have come then
-        all_stuck = len(self._readers) == MAX_READERS and self._are_stuck()
-        if len(crowd) > MANY or all_stuck or time.monotonic() - job.begun_s > READ_S:
+        all_blocked = len(self._readers) == MAX_READERS and self._are_blocked()
+        if len(batch) > MANY or all_blocked or time.monotonic() - job.begun_s > READ_S:
             return
         if len(self._jobs) > MANY:  # of a long list; this one is waited for
             with suppress(ValueError):
@@ -119,26 +117,26 @@ class Headers:
                 self._jobs.appendleft(job)
         await asyncio.wait({job.done}, timeout=READ_S)
 
-    def _next_crowd(self) -> None:
-        self._crowd = []
+    def _end_batch(self) -> None:
+        self._batch = []
 
-    def _are_stuck(self) -> bool:
+    def _are_blocked(self) -> bool:
         return all(time.monotonic() - since_s > READ_S for since_s in self._readers.values())
 
-    def _employ(self) -> None:
+    def _start_reader(self) -> None:
         """Start a reader if all that there are wait for a disk: one at a time, since a header may take 40 MiB."""
-        if self._jobs and self._are_stuck() and len(self._readers) < MAX_READERS:
+        if self._jobs and self._are_blocked() and len(self._readers) < MAX_READERS:
             reader = object()
             loop = asyncio.get_running_loop()
             reading = begin_in_thread(lambda: self._read(reader, loop))
             self._readers[reader] = time.monotonic()
-            reading.add_done_callback(lambda reading: self._leave(reader, reading))
+            reading.add_done_callback(lambda reading: self._reader_ended(reader, reading))
 
-    def _leave(self, reader: object, reading: asyncio.Future[None]) -> None:
+    def _reader_ended(self, reader: object, reading: asyncio.Future[None]) -> None:
         del self._readers[reader]
         if not reading.cancelled() and (error := reading.exception()) is not None:
             logger.error("unforeseen failure to read a header", exc_info=error)
-        self._employ()
+        self._start_reader()
 
     def _read(self, reader: object, loop: asyncio.AbstractEventLoop) -> None:
         """Do jobs until there are none; in a thread."""

@@ -15,6 +15,7 @@ from functools import lru_cache
 
 from aiohttp import web
 
+from llama_smart_proxy.backends.http.resolver import is_loopback_name
 from llama_smart_proxy.proxy.errors import BadRequest
 
 ANY = "*"
@@ -116,8 +117,8 @@ def _origin(text: str) -> re.Match[str] | None:
 
 
 def _is_this_machine(host: str) -> bool:
-    """`localhost` and all below it (RFC 6761 6.3), loopback addresses, and those that mean every address."""
-    if host == "localhost" or host.endswith(".localhost"):
+    """`localhost` and names below it, loopback addresses, and those that mean every address."""
+    if is_loopback_name(host):
         return True
     try:
         address = ipaddress.ip_address(host.strip("[]"))

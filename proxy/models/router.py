@@ -280,7 +280,8 @@ class Router:
             if provider.can_download(name):
                 return await provider.download(name, headers)
         raise ModelNotFound(
-            f"model {name[:100]!r} cannot be pulled: it is neither configured nor hf.co/org/repo:variant"
+            f"model {name[:100]!r} cannot be pulled: it is neither configured nor hf.co/org/repo:variant; names of "
+            "Ollama's library require the section `ollama` in the configuration of the proxy"
         )
 
     async def management(self, api: str, model: str | None) -> Management | None:

@@ -50,7 +50,7 @@ def test_all_others_are_refused_however_often_they_come(host: str) -> None:
         assert (refused.value.status, refused.value.code) == (403, "forbidden_host")
 
 
-def test_the_names_of_this_machine_are_served_once_they_are_known() -> None:
+async def test_the_names_of_this_machine_are_served_once_they_are_known() -> None:
     served, name = hosts(), socket.gethostname().partition(".")[0]
     served.learn_own()
     for own in (name, name.upper(), f"{name}.local:11555", f"{name}.local."):
