@@ -282,6 +282,7 @@ async def test_unloading_one_in_use_waits_for_its_last_answer(fakes: Fakes) -> N
         holder = asyncio.ensure_future(hold(pool, "a", model, let_go))
         await until(lambda: leases(pool, "a") == 1)
         await pool.unload("a")
+        assert pool.state("a") == pool.status()[0]["state"] == "unloading"
         later = asyncio.ensure_future(ask(pool, "a", model))
         await until(lambda: queue(pool, "a") == 1)
         assert fakes.spawns == 1

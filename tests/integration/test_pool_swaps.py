@@ -161,6 +161,7 @@ async def test_a_drained_instance_admits_again_when_nobody_wants_its_place(fakes
         async with busy(pool, "a", model):
             cold = asyncio.ensure_future(ask(pool, "b", model))
             await until(lambda: pool._scheduler.places[0].draining, what="the drain")
+            assert pool.state("a") == "unloading"
             own = asyncio.ensure_future(ask(pool, "a", model))
             await asyncio.wait({own}, timeout=0.1)
             assert not own.done()
