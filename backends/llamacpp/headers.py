@@ -25,6 +25,7 @@ from llama_smart_proxy.backends.weights.gguf import Elided, GgufError, GgufInfo,
 from llama_smart_proxy.backends.weights.models_dir import ModelFile
 from llama_smart_proxy.backends.weights.stamps import Stamp, stamp_of
 from llama_smart_proxy.proxy.config import ModelConfig
+from llama_smart_proxy.proxy.errors import StartFailed
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,8 @@ PAUSE_S = 0.001
 """Pause between headers of a long list, so that reading them does not slow down the event loop."""
 UNREADABLE = (-1, -1, -1, -1)
 """In place of the stamp of a file that the disk did not give."""
+CARD_FRESH_S = 10.0
+"""Age in seconds from which the card of a file outside of `models_dir` is looked up again."""
 MAX_READERS = 4
 """Most threads that read, each new one because all others wait for a disk."""
 
@@ -50,6 +53,7 @@ class Headers:
         self._default_args = default_args
         self._known: dict[Path, _Known] = {}
         self._cards: dict[str, tuple[ModelFile | None, ModelInfo]] = {}
+        self._read_at: dict[str, tuple[ModelFile | None, float]] = {}
         self._reading: dict[str, _Job] = {}
         self._jobs: deque[_Job] = deque()
         self._batch: list[_Job] = []  # what is asked for in one round of the event loop
@@ -70,6 +74,21 @@ class Headers:
             await self._wait(job)
             card = self._cards.get(name)
         return card[1] if card is not None else _unread(name, model, file)
+
+    def card(self, name: str, model: ModelConfig, file: ModelFile | None = None) -> ModelInfo:
+        """As `info`, from memory. If that has no card of this file, or an old one of a file outside of `models_dir`,
+        the file is read in the background."""
+        card = self._cards.get(name)
+        known = card is not None and file is not None and card[0] == file
+        if not known and name not in self._reading and self._is_due(name, file):
+            self._begin(name, model, file)
+            with suppress(StartFailed):  # later, then
+                self._start_reader()
+        return card[1] if card is not None else _unread(name, model, file)
+
+    def _is_due(self, name: str, file: ModelFile | None) -> bool:
+        read, at_s = self._read_at.get(name, (None, -math.inf))
+        return read != file or time.monotonic() - at_s > CARD_FRESH_S
 
     def _begin(self, name: str, model: ModelConfig, file: ModelFile | None) -> _Job:
         job = _Job(name, model, file, asyncio.get_running_loop().create_future())
@@ -129,6 +148,7 @@ class Headers:
 
     def _done(self, job: _Job, info: ModelInfo, is_final: bool) -> None:
         self._cards[job.name] = job.file if is_final else None, info
+        self._read_at[job.name] = job.file, time.monotonic()
         del self._reading[job.name]
         job.done.set_result(None)
 
@@ -163,9 +183,10 @@ def _projector(path: Path, file: ModelFile | None) -> Path | None:
 def _unread(name: str, model: ModelConfig, file: ModelFile | None) -> ModelInfo:
     """What is known of a model without its header."""
     num_ctx = (model.ctx or 0) // (model.parallel or 1)  # llama-server's counts the tokens of all slots
-    if file is None:
-        return ModelInfo(name, num_ctx=num_ctx)
-    return ModelInfo(name, modified=file.stamp[2] / 1e9, size_bytes=file.stamp[3], format="gguf", num_ctx=num_ctx)
+    info = ModelInfo(name, num_ctx=num_ctx).configured(model, model.title)
+    return (
+        info if file is None else replace(info, modified=file.stamp[2] / 1e9, size_bytes=file.stamp[3], format="gguf")
+    )
 
 
 def capabilities(header: GgufInfo, args: Sequence[str], *, has_projector: bool = False) -> tuple[str, ...]:

@@ -90,6 +90,10 @@ class SpawnedModel:
         raise BadRequest(f"model {self.name!r} is part of this proxy's configuration; remove it there")
 
     async def info(self) -> ModelInfo:
+        return self.card
+
+    @property
+    def card(self) -> ModelInfo:
         return ModelInfo(self.name)
 
     async def residence(self) -> Residence | None:

@@ -15,6 +15,7 @@ from llama_smart_proxy.proxy.config.duration import Duration, Seconds, parse_dur
 from llama_smart_proxy.proxy.config.loading import Reading, load_config, read_config
 from llama_smart_proxy.proxy.config.providers import (
     BackendName,
+    CardConfig,
     LlamaCppConfig,
     ModelConfig,
     OllamaConfig,
@@ -30,6 +31,7 @@ __all__ = [
     "OWN_VARIABLE",
     "AgentConfig",
     "BackendName",
+    "CardConfig",
     "Config",
     "Duration",
     "LimitsConfig",

@@ -57,6 +57,11 @@ def comma_list(value: object) -> object:
     return list(value) if isinstance(value, dict) else value
 
 
+def one_or_many(value: object) -> object:
+    """Text as a list with only that in it, commas included."""
+    return [value] if isinstance(value, str) else value
+
+
 def without_nul(text: str) -> str:
     """Text that a process can be given."""
     if "\0" in text:

@@ -45,7 +45,7 @@ async def test_a_server_that_ends_while_it_loads_is_told_to_all_who_wait_at_once
 
         async def wait() -> None:
             error = await failure(pool, model)
-            assert error.status == 503 and "fake: about to end" in error.message
+            assert error.status == 503 and "fake: about to end" in error.log[-1]
 
         async with asyncio.timeout(PATIENCE_S):  # no timeout of the pool has told them, but the exit
             await asyncio.gather(*(wait() for _ in range(20)))
