@@ -23,7 +23,8 @@ LOOPBACK = frozenset({"localhost.localdomain", "localhost4.localdomain4", "local
 """Names with dots for this machine in `/etc/hosts`."""
 CONTAINERS = frozenset({"host.docker.internal", "host.containers.internal"})
 """The host's names in containers of Docker and Podman."""
-_HOST = re.compile(r"(?:[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\])(?::(\d{1,5}))?")
+HOST = re.compile(r"([A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?")
+"""A name or an address in brackets, and a port."""
 _REMEMBERED = 256
 _RESOLV_CONF = Path("/etc/resolv.conf")
 
@@ -77,8 +78,8 @@ class Hosts:
 @lru_cache(maxsize=_REMEMBERED)
 def is_host(header: str) -> bool:
     """Whether it is a valid `Host` header."""
-    found = _HOST.fullmatch(header)
-    return found is not None and (found[1] is None or int(found[1]) <= 65535)
+    found = HOST.fullmatch(header)
+    return found is not None and (found[2] is None or int(found[2]) <= 65535)
 
 
 def _is_address(name: str) -> bool:

@@ -8,7 +8,6 @@ import signal
 import time
 from collections.abc import Awaitable
 from contextlib import AsyncExitStack
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,11 +19,6 @@ from llama_smart_proxy.proxy.config import Config
 from llama_smart_proxy.proxy.errors import Overloaded
 from tests.support.harness import PATIENCE_S, until
 from tests.support.pools import CHAT, FakeModel, Fakes, ask, chat, children, leased, open_pool
-
-
-@pytest.fixture
-def fakes(tmp_path: Path) -> Fakes:
-    return Fakes(tmp_path)
 
 
 async def hold(pool: Pool, name: str, model: FakeModel, let_go: asyncio.Event, *, slot: bool = True) -> None:

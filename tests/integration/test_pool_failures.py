@@ -8,7 +8,6 @@ import os
 import resource
 import signal
 import time
-from pathlib import Path
 
 import pytest
 
@@ -19,11 +18,6 @@ from llama_smart_proxy.proxy.errors import StartFailed, UpstreamFailed
 from tests.support.e2e_support import CHAT
 from tests.support.harness import PATIENCE_S, until
 from tests.support.pools import FakeModel, Fakes, ask, chat, leased, open_fds, open_pool
-
-
-@pytest.fixture
-def fakes(tmp_path: Path) -> Fakes:
-    return Fakes(tmp_path)
 
 
 @pytest.fixture

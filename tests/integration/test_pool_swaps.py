@@ -7,7 +7,6 @@ import random
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import pytest
 
@@ -15,12 +14,6 @@ from llama_smart_proxy.backends.pool.pool import Pool
 from llama_smart_proxy.proxy.errors import Overloaded
 from tests.support.harness import ports, until
 from tests.support.pools import Census, FakeModel, Fakes, ask, chat, elapse, leased, open_pool
-
-
-@pytest.fixture
-def fakes(tmp_path: Path) -> Fakes:
-    return Fakes(tmp_path)
-
 
 LONG_S = 30.0
 """Nothing here takes so long on any machine; a defect takes for ever."""
