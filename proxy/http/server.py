@@ -141,7 +141,7 @@ class FrontConnection(web.RequestHandler):
         self._last_request = True
         if not self._serving:  # aiohttp would also drop the rest of a body that is being received
             super().close()
-            self.wire.close()
+            asyncio.get_running_loop().call_soon(self.wire.close)  # an answer may be about to be written
 
     def head_complete(self) -> None:
         """Called by the handler first."""

@@ -118,3 +118,23 @@ async def test_the_calls_of_a_long_chat_are_looked_through_beside_the_event_loop
         await client.send(head + data)
         assert (await client.answer()).status == 200
         assert time.thread_time() - begun < took_s
+
+
+async def test_an_answer_that_is_complete_when_its_connection_is_closed_is_sent() -> None:
+    async with serving_here() as here, connected(here.port) as client:
+        here.upstream.script = plain(b"{}")
+        await until(lambda: bool(here.front.clients))
+        (server_side,) = here.front.clients
+        began = False
+
+        def close_when_answered() -> None:
+            nonlocal began
+            began = began or not here.front.quiet.is_set()
+            if began and here.front.quiet.is_set():
+                server_side.close()
+            else:
+                asyncio.get_running_loop().call_soon(close_when_answered)
+
+        close_when_answered()
+        await client.send(request("POST", CHAT, json.dumps(PLAIN).encode()))
+        assert (await client.answer()).status == 200
