@@ -265,8 +265,8 @@ _LOWEST, _HIGHEST = -(2**63), 2**64 - 1
 _LONGEST_INTEGER = 20
 _ONE_DIGIT = bytes.maketrans(b"123456789", b"000000000")
 _LONG_NUMBER = b"0" * 19
-"""What bodies with an integer past 64 bits have in them, with `_ONE_DIGIT`, but hardly another one. A regular expression
-would hold the interpreter's lock for seconds."""
+"""What bodies with an integer past 64 bits have in them, with `_ONE_DIGIT`, but hardly another one. A pattern that is
+searched for holds the interpreter's lock for seconds."""
 _decoder = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_float=_finite, parse_constant=_no_constant)
 _careful = json.JSONDecoder(
     object_pairs_hook=_no_duplicates, parse_float=_finite, parse_constant=_no_constant, parse_int=_in_64_bits
