@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum, StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -69,7 +69,8 @@ class UpstreamRequest:
 
 @dataclass(frozen=True, slots=True)
 class ModelState:
-    """`value` is `loaded`, `loading` or `unloaded`; `error` is the failure of the last start, if any."""
+    """`value` is `loaded`, `loading`, `unloading` (it completes its answers, and accepts no more requests) or
+    `unloaded`; `error` is the failure of the last start, if any."""
 
     value: str
     error: str | None = None
@@ -96,7 +97,7 @@ class ModelInfo:
 
     `digest` has 64 hexadecimal digits; `modified` is in seconds since 1970; `capabilities` have Ollama's names;
     `metadata` has GGUF's names, with long arrays replaced by empty ones; `num_ctx` is the configured number of tokens
-    per request, 0 if not configured.
+    per request, 0 if not configured; `title`, `description`, `suggestions` and `hidden` are configured, too.
     """
 
     name: str
@@ -108,8 +109,19 @@ class ModelInfo:
     capabilities: tuple[str, ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)
     num_ctx: int = 0
+    title: str = ""
+    description: str = ""
+    suggestions: Sequence[str] = ()
+    hidden: bool | None = None
     native: Mapping[str, Json] = field(default_factory=dict)
     """The item as the server lists it, by the name of the API: passed on as it is to clients of that API."""
+
+    def configured(self, card: configuration.CardConfig, title: str | None = None) -> ModelInfo:
+        """This with what the configuration has for the model's card."""
+        hidden = self.hidden if card.hidden is None else card.hidden
+        suggestions = tuple(card.suggestions)
+        description = card.description or ""
+        return replace(self, title=title or "", description=description, suggestions=suggestions, hidden=hidden)
 
 
 class Model(Protocol):
@@ -171,6 +183,10 @@ class Model(Protocol):
 
     async def info(self) -> ModelInfo:
         """What is known about it, from its file or its server's listing."""
+
+    @property
+    def card(self) -> ModelInfo:
+        """As `info`, from memory, at once; what is not there yet is looked up in the background."""
 
     async def residence(self) -> Residence | None:
         """None if it is not loaded, or if that is unknown."""

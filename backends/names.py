@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from llama_smart_proxy.proxy.errors import BadRequest
 
-LONGEST = 512
+LONGEST_NAME = 512
 """Characters of a model's name. Ollama's own limit is 350 for the host and 80 for each other part."""
 
 
@@ -16,8 +16,8 @@ def checked_length(name: str) -> str:
 
     Raises: BadRequest.
     """
-    if len(name) > LONGEST:
-        raise BadRequest(f"a model's name has at most {LONGEST} characters, not {len(name)}", param="model")
+    if len(name) > LONGEST_NAME:
+        raise BadRequest(f"a model's name has at most {LONGEST_NAME} characters, not {len(name)}", param="model")
     return name
 
 

@@ -169,6 +169,8 @@ class Remote:
         self.forwards = tuple(map(str.lower, config.forward_headers))
         self._fixed = config.models is not None
         self._models: tuple[str, ...] = tuple(config.models or ())
+        self._items: dict[str, Json] = {}
+        self._config = config
         self._listing = Listing(
             f"remote {name}",
             self.connections,
@@ -193,6 +195,11 @@ class Remote:
         """The known model ids; refreshed in the background when stale."""
         self.begin_listing()
         return self._models
+
+    def card(self, model: str) -> ModelInfo:
+        """What is known of one of its models."""
+        item = self._items.get(model)
+        return ModelInfo(model, native={"openai": item} if item else {}).configured(self._config)
 
     def begin_listing(self) -> None:
         """Refresh the list of models in the background if it is stale and not configured."""
@@ -220,7 +227,8 @@ class Remote:
         await self._listing.close()
 
     def _set_models(self, answer: Any) -> None:
-        self._models = tuple(str(item["id"]) for item in answer["data"])
+        self._items = {str(item["id"]): item for item in answer["data"]}
+        self._models = tuple(self._items)
 
 
 class RemoteModel:
@@ -260,7 +268,11 @@ class RemoteModel:
         raise BadRequest(f"model {self.name!r} is part of this proxy's configuration; remove it there")
 
     async def info(self) -> ModelInfo:
-        return ModelInfo(self.name)
+        return self.card
+
+    @property
+    def card(self) -> ModelInfo:
+        return self._remote.card(self.name)
 
     async def residence(self) -> None:
         """None: unknown."""

@@ -107,8 +107,8 @@ class Looks(Generic[T]):
         """Return when a look has ended that began after this call, or up to `fresh_s` seconds before; or once one takes
         longer than `limit_s`."""
         loop = asyncio.get_running_loop()
-        wanted = self._begun if loop.time() - self._begun_s < fresh_s else self._begun + 1
-        while self._ended < wanted and not self.stalled:
+        number = self._begun if loop.time() - self._begun_s < fresh_s else self._begun + 1
+        while self._ended < number and not self.stalled:
             running = self._running or self._begin(loop)
             if running is None:
                 return

@@ -250,14 +250,8 @@ def access_line(record: RequestRecord) -> None:
     """The access line of a request that has ended."""
     if access.enabled:
         spent_s = record.ended_s - record.arrived_s
-        path, model = shown(record.path), printable(record.model)
+        path, model = shown(record.path), shown(record.model)
         access.line(record.method, path, record.status, model, spent_s, record.request_id)
-
-
-def printable(name: str) -> str:
-    """A client's name of something for a log line: what is not printable ASCII would forge lines."""
-    name = name[:255]
-    return name if name.isascii() and name.isprintable() else ascii(name)[1:-1]
 
 
 def shown(text: str) -> str:

@@ -87,8 +87,9 @@ class Store:
                 loop.call_soon_threadsafe(_settle, future, result, error)
 
         if self._thread is None:
-            self._thread = threading.Thread(target=self._work_off, name="store", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._work_off, name="store", daemon=True)
+            thread.start()  # kept only then: the system may have no more threads now
+            self._thread = thread
         self._jobs.put(job)
         return await future
 

@@ -264,8 +264,8 @@ class ConnectionPool:
         answer that its reader did not need is awaited for `LINGER_S`: most servers send it separately."""
         if response is not None and response.stopped and not response.complete and not response.broken:
             response.detach(lingering=True)
-            response.resume()
             response.when_over = partial(self._release, connection, response)
+            response.resume()  # its end may be there already
             asyncio.get_running_loop().call_later(LINGER_S, response.fail, "its end did not arrive")
             return
         if connection.response is not None:

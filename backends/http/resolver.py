@@ -74,8 +74,8 @@ def is_address(host: str) -> bool:
 
 
 def is_loopback_name(host: str) -> bool:
-    """`localhost` and all below it. Source: RFC 6761 6.3."""
-    return host.lower().rstrip(".").rpartition(".")[2] == "localhost"
+    """Whether it is `localhost` or a name below it, with or without a final dot. Source: RFC 6761 6.3."""
+    return host.lower().removesuffix(".").rpartition(".")[2] == "localhost"
 
 
 _LOOPBACK: list[AddressInfo] = [

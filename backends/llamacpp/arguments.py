@@ -13,6 +13,7 @@ from typing import Any
 from llama_smart_proxy.proxy.config import spelled
 
 CTX = ("-c", "--ctx-size")
+PARALLEL = ("-np", "--parallel")
 POOLING = ("none", "mean", "cls", "last", "rank")
 """The values of `--pooling`, in the order of their numbers in GGUF files."""
 VISION_FLAGS = {"-mm", "--mmproj", "-mmu", "--mmproj-url"}
@@ -35,6 +36,17 @@ def takes_projector(args: Sequence[str], env: Mapping[str, str | None]) -> bool:
 def value_of(args: Sequence[str], *spellings: str) -> str | None:
     """The value of the last of these flags; None if there is none."""
     return next(reversed(list(_values(args, *spellings))), None)
+
+
+def context_of_slot(ctx: int | None, parallel: int | None, args: Sequence[str]) -> int:
+    """The configured number of tokens of one request, 0 if there is none. llama-server's `-c` has those of all slots.
+    The arguments are added last, so they count."""
+    tokens, slots = ctx or 0, parallel or 1
+    with suppress(ValueError):
+        tokens = int(value_of(args, *CTX) or "")
+    with suppress(ValueError):
+        slots = int(value_of(args, *PARALLEL) or "")
+    return max(0, tokens) // max(1, slots)
 
 
 def tags_of(args: Sequence[str]) -> list[str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llama_smart_proxy.backends.base import ModelInfo
-from llama_smart_proxy.backends.llamacpp.arguments import VISION_FLAGS, flags_of, takes_projector
+from llama_smart_proxy.backends.llamacpp.arguments import VISION_FLAGS, context_of_slot, flags_of, takes_projector
 from llama_smart_proxy.backends.threads import begin_in_thread
 from llama_smart_proxy.backends.weights import projectors
 from llama_smart_proxy.backends.weights.files import locate
@@ -25,14 +25,13 @@ from llama_smart_proxy.backends.weights.gguf import Elided, GgufError, GgufInfo,
 from llama_smart_proxy.backends.weights.models_dir import ModelFile
 from llama_smart_proxy.backends.weights.stamps import Stamp, stamp_of
 from llama_smart_proxy.proxy.config import ModelConfig
+from llama_smart_proxy.proxy.errors import StartFailed
 
 logger = logging.getLogger(__name__)
 
 THINKING = ("<think>", "[THINK]", "enable_thinking", "reasoning_content", "reasoning_effort", "thinking_budget")
 """Chat templates of models that think hold one of these; the mere word `reasoning` is in the prose of others, too."""
 EMBEDDING_FLAGS = {"--embedding", "--embeddings", "--rerank", "--reranking"}
-
-
 READ_S = 2.0
 """Longest wait in seconds for a header; the file may be on a disk that does not answer."""
 MANY = 256
@@ -41,6 +40,8 @@ PAUSE_S = 0.001
 """Pause between headers of a long list, so that reading them does not slow down the event loop."""
 UNREADABLE = (-1, -1, -1, -1)
 """In place of the stamp of a file that the disk did not give."""
+CARD_FRESH_S = 10.0
+"""Age in seconds from which the card of a file outside of `models_dir` is looked up again."""
 MAX_READERS = 4
 """Most threads that read, each new one because all others wait for a disk."""
 
@@ -52,9 +53,10 @@ class Headers:
         self._default_args = default_args
         self._known: dict[Path, _Known] = {}
         self._cards: dict[str, tuple[ModelFile | None, ModelInfo]] = {}
+        self._read_at: dict[str, tuple[ModelFile | None, float]] = {}
         self._reading: dict[str, _Job] = {}
         self._jobs: deque[_Job] = deque()
-        self._crowd: list[_Job] = []  # what is asked for in one round of the event loop
+        self._batch: list[_Job] = []  # what is asked for in one round of the event loop
         self._readers: dict[object, float] = {}  # since when each of them reads the same file
 
     async def info(
@@ -73,6 +75,23 @@ class Headers:
             card = self._cards.get(name)
         return card[1] if card is not None else _unread(name, model, file)
 
+    def card(self, name: str, model: ModelConfig, file: ModelFile | None = None) -> ModelInfo:
+        """As `info`, from memory. If that has no card of this file, or an old one of a file outside of `models_dir`,
+        the file is read in the background."""
+        card = self._cards.get(name)
+        if card is None:
+            card = self._cards[name] = None, _unread(name, model, file)
+        known = file is not None and card[0] == file
+        if not known and name not in self._reading and self._is_due(name, file):
+            self._begin(name, model, file)
+            with suppress(StartFailed):  # later, then
+                self._start_reader()
+        return card[1]
+
+    def _is_due(self, name: str, file: ModelFile | None) -> bool:
+        read, at_s = self._read_at.get(name, (None, -math.inf))
+        return read != file or time.monotonic() - at_s > CARD_FRESH_S
+
     def _begin(self, name: str, model: ModelConfig, file: ModelFile | None) -> _Job:
         job = _Job(name, model, file, asyncio.get_running_loop().create_future())
         self._jobs.append(job)
@@ -81,16 +100,16 @@ class Headers:
 
     async def _wait(self, job: _Job) -> None:
         """Wait until it is done, but not for a disk that is known not to answer, nor with too many others."""
-        crowd = self._crowd
-        if not crowd:
-            asyncio.get_running_loop().call_soon(self._next_crowd)
-        crowd.append(job)
-        if len(crowd) > MANY:
+        batch = self._batch
+        if not batch:
+            asyncio.get_running_loop().call_soon(self._end_batch)
+        batch.append(job)
+        if len(batch) > MANY:
             return
-        self._employ()
+        self._start_reader()
         await asyncio.sleep(0)  # all of one list have come then
-        all_stuck = len(self._readers) == MAX_READERS and self._are_stuck()
-        if len(crowd) > MANY or all_stuck or time.monotonic() - job.begun_s > READ_S:
+        all_blocked = len(self._readers) == MAX_READERS and self._are_blocked()
+        if len(batch) > MANY or all_blocked or time.monotonic() - job.begun_s > READ_S:
             return
         if len(self._jobs) > MANY:  # of a long list; this one is waited for
             with suppress(ValueError):
@@ -98,26 +117,26 @@ class Headers:
                 self._jobs.appendleft(job)
         await asyncio.wait({job.done}, timeout=READ_S)
 
-    def _next_crowd(self) -> None:
-        self._crowd = []
+    def _end_batch(self) -> None:
+        self._batch = []
 
-    def _are_stuck(self) -> bool:
+    def _are_blocked(self) -> bool:
         return all(time.monotonic() - since_s > READ_S for since_s in self._readers.values())
 
-    def _employ(self) -> None:
+    def _start_reader(self) -> None:
         """Start a reader if all that there are wait for a disk: one at a time, since a header may take 40 MiB."""
-        if self._jobs and self._are_stuck() and len(self._readers) < MAX_READERS:
+        if self._jobs and self._are_blocked() and len(self._readers) < MAX_READERS:
             reader = object()
             loop = asyncio.get_running_loop()
             reading = begin_in_thread(lambda: self._read(reader, loop))
             self._readers[reader] = time.monotonic()
-            reading.add_done_callback(lambda reading: self._leave(reader, reading))
+            reading.add_done_callback(lambda reading: self._reader_ended(reader, reading))
 
-    def _leave(self, reader: object, reading: asyncio.Future[None]) -> None:
+    def _reader_ended(self, reader: object, reading: asyncio.Future[None]) -> None:
         del self._readers[reader]
         if not reading.cancelled() and (error := reading.exception()) is not None:
             logger.error("unforeseen failure to read a header", exc_info=error)
-        self._employ()
+        self._start_reader()
 
     def _read(self, reader: object, loop: asyncio.AbstractEventLoop) -> None:
         """Do jobs until there are none; in a thread."""
@@ -131,6 +150,7 @@ class Headers:
 
     def _done(self, job: _Job, info: ModelInfo, is_final: bool) -> None:
         self._cards[job.name] = job.file if is_final else None, info
+        self._read_at[job.name] = job.file, time.monotonic()
         del self._reading[job.name]
         job.done.set_result(None)
 
@@ -164,10 +184,11 @@ def _projector(path: Path, file: ModelFile | None) -> Path | None:
 
 def _unread(name: str, model: ModelConfig, file: ModelFile | None) -> ModelInfo:
     """What is known of a model without its header."""
-    num_ctx = (model.ctx or 0) // (model.parallel or 1)  # llama-server's counts the tokens of all slots
-    if file is None:
-        return ModelInfo(name, num_ctx=num_ctx)
-    return ModelInfo(name, modified=file.stamp[2] / 1e9, size_bytes=file.stamp[3], format="gguf", num_ctx=num_ctx)
+    num_ctx = context_of_slot(model.ctx, model.parallel, model.args)
+    info = ModelInfo(name, num_ctx=num_ctx).configured(model, model.title)
+    return (
+        info if file is None else replace(info, modified=file.stamp[2] / 1e9, size_bytes=file.stamp[3], format="gguf")
+    )
 
 
 def capabilities(header: GgufInfo, args: Sequence[str], *, has_projector: bool = False) -> tuple[str, ...]:

@@ -40,7 +40,6 @@ PROBE = UpstreamRequest(
 COUNTED = ("id_task", "is_processing", "n_prompt_tokens", "n_prompt_tokens_processed", "next_token", "n_decoded")
 """What `/slots` reports of the work of a slot; `n_decoded` is in `next_token`, in older versions beside it."""
 
-
 ECHOES = re.compile(
     r"failed to (?:load model|create[_ ]context)|exiting due to model loading error|load model from\b|"
     r"encountered an error while trying to fit params|please consider|without GPU support|security: no API key"

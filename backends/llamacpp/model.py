@@ -60,6 +60,10 @@ class LlamaCppModel(SpawnedModel):
         answers = self.rescan is None or await self.rescan()
         return await self._headers.info(self.name, self.config, self.file, wait=answers)
 
+    @property
+    def card(self) -> ModelInfo:
+        return self._headers.card(self.name, self.config, self.file)
+
     async def residence(self) -> Residence | None:
         """`size_vram` is 0: llama-server does not report how much of the model it put on a GPU."""
         residence = await super().residence()

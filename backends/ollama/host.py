@@ -6,10 +6,13 @@ Source of all wire facts: the API reference of Ollama (`/api/tags`, `/api/ps`, `
 from __future__ import annotations
 
 import logging
+import math
 import re
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from datetime import datetime
 from typing import Any, TypeGuard
 
 import orjson
@@ -107,6 +110,11 @@ class OllamaHost:
         """Whether the model is loaded, or has requests: Ollama does not list it while it loads."""
         return key in self.loaded or self.using[key] > 0
 
+    def keeps(self, key: str, since: float) -> bool:
+        """Whether the server has listed the model as loaded after `since`, on the event loop's clock, and to stay."""
+        item = self.loaded.get(key) if self.loaded_at > since else None
+        return item is not None and seconds_of(item.get("expires_at")) > time.time()
+
     def context_length(self, key: str) -> int:
         """The context size that the model is loaded with; 0 if it is not loaded, or unknown."""
         size = self.loaded.get(key, {}).get("context_length")
@@ -202,6 +210,13 @@ def _by_key(items: Any) -> dict[str, Json]:
         if is_name(name):
             found.setdefault(key_of(name), {**item, "name": name, "model": item.get("model") or name})
     return found
+
+
+def seconds_of(when: object) -> float:
+    """An ISO 8601 time in seconds since 1970; infinity for an invalid one."""
+    with suppress(ValueError, OverflowError, OSError):
+        return datetime.fromisoformat(str(when)).timestamp()
+    return math.inf
 
 
 def is_name(name: object) -> TypeGuard[str]:

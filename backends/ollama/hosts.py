@@ -9,13 +9,13 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 
-from llama_smart_proxy.backends.base import Json
+from llama_smart_proxy.backends.base import Json, ModelInfo
 from llama_smart_proxy.backends.http.exchange import UpstreamResponse
 from llama_smart_proxy.backends.http.sweep import Sweeper
 from llama_smart_proxy.backends.names import key_of
 from llama_smart_proxy.backends.ollama.context import LOOK_S, Context
 from llama_smart_proxy.backends.ollama.host import PULL_FAILED, OllamaHost, is_name
-from llama_smart_proxy.backends.ollama.model import OllamaModel
+from llama_smart_proxy.backends.ollama.model import KIND, OllamaModel
 from llama_smart_proxy.backends.openai import LISTING_PAUSE_S
 from llama_smart_proxy.backends.weights.downloads import Download, Downloads, Progress
 from llama_smart_proxy.proxy.config import ModelConfig, OllamaConfig, is_ollama_name
@@ -49,6 +49,8 @@ class Hosts:
         self._by_alias = {key_of(alias): name for name, model in configured.items() for alias in model.aliases}
         self._serves_all = config.models is None
         self._pinned = {key_of(name): model.ctx for name, model in configured.items() if model.ctx}
+        self._cards = {key_of(name): model for name, model in configured.items()}
+        self._unloading: dict[str, float] = {}  # since when, on the event loop's clock
         self._contexts: dict[str, Context] = {}
         self._defaults: dict[str, int] = {}
         self._refusals: dict[str, tuple[float, ProxyError]] = {}
@@ -74,6 +76,31 @@ class Hosts:
         """Whether a host has the model in memory."""
         self._refresh()
         return any(key_of(name) in host.loaded for host in self.hosts)
+
+    def state(self, name: str) -> str:
+        """`loaded`, `unloaded`, or `unloading`: from `begin_unload` on until no host has it, or it is used again."""
+        key, loaded = key_of(name), self.has_loaded(name)
+        since = self._unloading.get(key)
+        if since is None:
+            return "loaded" if loaded else "unloaded"
+        if any(host.keeps(key, since) for host in self.hosts):
+            del self._unloading[key]
+            return "loaded"
+        if loaded or any(host.using[key] for host in self.hosts):
+            return "unloading"
+        del self._unloading[key]
+        return "unloaded"
+
+    def begin_use(self, name: str) -> None:
+        """A request for the model begins, so that its host keeps it."""
+        if self._unloading:
+            self._unloading.pop(key_of(name), None)
+
+    def begin_unload(self, name: str) -> None:
+        """Its hosts will unload the model once its answers are complete."""
+        self._unloading[key_of(name)] = asyncio.get_running_loop().time()
+        for host in self.hosts:
+            host.changed()
 
     @property
     def version(self) -> str | None:
@@ -167,6 +194,12 @@ class Hosts:
     def item(self, name: str) -> Json | None:
         """Its item of /api/tags, from the first host that has it."""
         return self._first(name, lambda host: host.tags)
+
+    def card(self, name: str) -> ModelInfo:
+        """What is known of it: its item of /api/tags, and the configuration."""
+        item, key = self.item(name), key_of(name)
+        info = ModelInfo(name, num_ctx=self._pinned.get(key) or 0, native={KIND: item} if item is not None else {})
+        return info.configured(self._cards[key], self._cards[key].title) if key in self._cards else info
 
     def loaded_item(self, name: str) -> Json | None:
         """Its item of /api/ps, likewise."""

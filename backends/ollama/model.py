@@ -7,7 +7,6 @@ import logging
 import math
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
-from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
@@ -18,7 +17,7 @@ from llama_smart_proxy.backends.http.connection import UNREACHABLE, Endpoint
 from llama_smart_proxy.backends.http.exchange import UpstreamResponse
 from llama_smart_proxy.backends.names import key_of
 from llama_smart_proxy.backends.ollama.context import LOOK_S
-from llama_smart_proxy.backends.ollama.host import JSON_HEADERS, MAX_CONTEXT, PULL_FAILED
+from llama_smart_proxy.backends.ollama.host import JSON_HEADERS, MAX_CONTEXT, PULL_FAILED, seconds_of
 from llama_smart_proxy.proxy.errors import BadRequest, UpstreamFailed, UpstreamRefused
 
 if TYPE_CHECKING:
@@ -49,6 +48,7 @@ class OllamaModel:
         self._pull = pull
         self._asked = asked or name
         self._keep_alive: float | None = None
+        self._unloads = False
 
     @property
     def aliases(self) -> Sequence[str]:
@@ -56,7 +56,7 @@ class OllamaModel:
 
     @property
     def state(self) -> ModelState:
-        return ModelState("loaded" if self._hosts.has_loaded(self.name) else "unloaded")
+        return ModelState(self._hosts.state(self.name))
 
     # -- requests --------------------------------------------------------------------------------------------------
 
@@ -66,6 +66,7 @@ class OllamaModel:
 
         Returns the size that is sent, None for none. Raises: BadRequest.
         """
+        self._unloads = _unloads(body)
         options = body.get("options")
         if options is not None and not isinstance(options, dict):
             raise BadRequest("options must be an object", param="options")
@@ -82,9 +83,13 @@ class OllamaModel:
     async def open(self, request: UpstreamRequest) -> AsyncIterator[UpstreamResponse]:
         """Raises: BadRequest, ModelNotFound, UpstreamFailed."""
         num_ctx = request.prepared if isinstance(request.prepared, int) else None
+        self._hosts.begin_use(self.name)
         async with AsyncExitStack() as stack:
             try:
-                yield await self._hosts.track_context(self.name, num_ctx, self._begin(request, stack))
+                response = await self._hosts.track_context(self.name, num_ctx, self._begin(request, stack))
+                if self._unloads and response.status == 200:
+                    self._hosts.begin_unload(self.name)
+                yield response
             finally:
                 self._hosts.mark_used(self.name)
 
@@ -135,6 +140,7 @@ class OllamaModel:
         await self._generate(body, self.prepare(body))
 
     async def unload(self) -> None:
+        self._unloads = True
         await self._generate({"model": self.name, "keep_alive": 0})
 
     def keep_loaded(self, seconds: float) -> None:
@@ -167,8 +173,11 @@ class OllamaModel:
     # -- information -----------------------------------------------------------------------------------------------
 
     async def info(self) -> ModelInfo:
-        item = self._hosts.item(self.name)
-        return ModelInfo(self.name, native={KIND: item} if item is not None else {})
+        return self.card
+
+    @property
+    def card(self) -> ModelInfo:
+        return self._hosts.card(self.name)
 
     async def slots(self) -> None:
         """None: Ollama does not report it."""
@@ -181,7 +190,7 @@ class OllamaModel:
         if item is None:
             return None
         vram, context = (_count(item.get(key)) for key in ("size_vram", "context_length"))
-        return Residence(_seconds(item.get("expires_at")), vram, context, {KIND: item})
+        return Residence(seconds_of(item.get("expires_at")), vram, context, {KIND: item})
 
     def command_line(self, listen: Endpoint) -> Sequence[str]:
         """None: the server is another's."""
@@ -210,12 +219,11 @@ async def _error(opened: AbstractAsyncContextManager[UpstreamResponse]) -> Upstr
     return UpstreamRefused(message, status=response.status if response.status >= 400 else 502)
 
 
+def _unloads(body: Json) -> bool:
+    """Whether the request, in Ollama's API, generates nothing and unloads the model."""
+    given = any(body.get(key) for key in ("prompt", "messages", "input"))
+    return not given and str(body.get("keep_alive")) in ("0", "0.0", "0s", "0m", "0h")
+
+
 def _count(value: object) -> int:
     return value if isinstance(value, int) else 0
-
-
-def _seconds(when: object) -> float:
-    """An ISO 8601 time in seconds since 1970; infinity for an invalid one."""
-    with suppress(ValueError, OverflowError, OSError):
-        return datetime.fromisoformat(str(when)).timestamp()
-    return math.inf

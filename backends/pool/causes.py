@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 _STAMP = re.compile(r"[\d.:,TZ \[\]-]{0,40}(?:[EWF] |(?:ERROR|FATAL|CRITICAL)\b[: ]*)")
 _WHERE = re.compile(r"(?:\w{1,20} +)?[\w:<>~]{2,60}(?:\(\))?: +")
-_TELLING = re.compile(
+_FAILURE = re.compile(
     r"\b(?:error|fail(?:ed|ure)?|fatal|cannot|can't|could ?n[o']t|unable|invalid|unknown|unsupported|not supported|"
     r"no such|not found|out of memory|exception|abort(?:ed|ing)?|denied|refused|corrupt(?:ed)?|missing)\b|what\(\):",
     re.IGNORECASE,
@@ -21,21 +21,21 @@ MOST = 300
 def cause_in(lines: Sequence[str], echoes: re.Pattern[str] | None = None) -> str | None:
     """The cause of a failure in one sentence, without the folders of files; None if no line shows any.
 
-    Servers report a failure from the inside out: the first telling line is its origin, the last one what came of it.
-    Lines that `echoes` matches only repeat that something has failed.
+    Servers report a failure from the inside out: the first line about a failure is its origin, the last
+    one what came of it. Lines that `echoes` matches only repeat that something has failed.
     """
-    telling = [text for line in lines if (text := _told(line[:MOST])) and not (echoes and echoes.search(text))]
-    if not telling:
+    failures = [text for line in lines if (text := _failure_in(line[:MOST])) and not (echoes and echoes.search(text))]
+    if not failures:
         return None
-    origin, outcome = telling[0], telling[-1]
+    origin, outcome = failures[0], failures[-1]
     text = outcome if origin in outcome else origin if outcome in origin else f"{outcome}: {origin}"
     return _FOLDERS.sub("", text)[:MOST].rstrip(" .:")
 
 
-def _told(line: str) -> str:
+def _failure_in(line: str) -> str:
     """The text of a line about a failure, without time, level and function; empty for any other line."""
     text = _STAMP.sub("", line.strip(), count=1)
-    if not _TELLING.search(text):
+    if not _FAILURE.search(text):
         return ""
     while (found := _WHERE.match(text)) is not None and not _OPENING.match(text):
         text = text[found.end() :]

@@ -139,7 +139,8 @@ class Instance:
             elif self.state is State.STARTING:
                 was_ready = True
                 self.load_s = time.monotonic() - self._since
-                self._become(State.READY, f"pid {self.pid}, port {self.port}, {self.slots} slots")
+                at = f"port {self.port}" if self.port else "unix socket"
+                self._become(State.READY, f"pid {self.pid}, {at}, {self.slots} slots")
                 self._watch = self._new_watch()
                 self._on_change(self)
                 await self._over.wait()
@@ -208,8 +209,8 @@ class Instance:
         if state is not State.READY:
             self._over.set()
             if hasattr(self, "connections"):
-                wanted = state is State.STOPPING and self.error is None
-                code = "shutting_down" if wanted else "upstream_disconnected"
+                intended = state is State.STOPPING and self.error is None
+                code = "shutting_down" if intended else "upstream_disconnected"
                 self.connections.close(cause, code=code)
         if state is State.STOPPED and (self._child is None or self._child.returncode is not None):
             self._release_port()

@@ -7,6 +7,8 @@ import signal
 from collections.abc import Mapping
 
 SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASS|CREDENTIAL|AUTH", re.IGNORECASE)
+"""Also matches names that are hardly those of secrets, such as `TOKENIZERS_PARALLELISM`: a value that is blanked in a
+log does no harm. Which variables a server inherits is decided more exactly, by `launcher.is_kept_back`."""
 
 
 def describe_exit(returncode: int) -> str:

@@ -183,11 +183,14 @@ class Pool:
         return at - asyncio.get_running_loop().time() if at is not None else None
 
     def state(self, name: str) -> str:
-        """`loaded`, `loading` (or being fetched) or `unloaded`. One that is stopping counts as unloaded."""
+        """`loaded`, `loading` (or being fetched), `unloading` (accepts no more requests, and completes its answers) or
+        `unloaded`. One that is stopping counts as unloaded."""
         queue = self._scheduler.queues.get(name)
         if queue is None or queue.place is None:
             return "unloaded" if queue is None or self._download(queue) is None else "loading"
-        return {State.READY: "loaded", State.STARTING: "loading"}.get(queue.place.state, "unloaded")
+        if queue.place.state is State.READY:
+            return "loaded" if queue.place.open else "unloading"
+        return "loading" if queue.place.state is State.STARTING else "unloaded"
 
     def fitting(self, names: Collection[str]) -> list[list[str]]:
         """Models of the pool in groups that can be loaded at one time; first those that are loaded."""
@@ -347,7 +350,7 @@ def _describe(queue: ModelQueue) -> dict[str, object]:
         entry["stalled"] = queue.error.message
     idle_s = asyncio.get_running_loop().time() - place.released_at
     return entry | {
-        "state": str(instance.state),
+        "state": "unloading" if instance.state is State.READY and not place.open else str(instance.state),
         "pid": instance.pid or None,
         "port": instance.port or None,
         "leases": place.leases,

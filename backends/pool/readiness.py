@@ -85,9 +85,8 @@ async def prove_ours(
 
     Raises: `NotOurs`, with a `remedy` its subclass `TakesAnyKey`; what `patience_s` raises.
     """
-    wrong = [
-        ("Authorization", f"Bearer {new_key()}")
-    ]  # random: one that is known in advance could be refused on purpose
+    # random, as one that is known in advance could be refused on purpose
+    wrong = [("Authorization", f"Bearer {new_key()}")]
     stranger = ConnectionPool(connections.endpoint, headers=wrong)
 
     async def attempt(timeout_s: float) -> bytes | None:

@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 EARLY_S = 10.0
 """A crash within so many seconds of being ready, before any request was served, counts as a failed start."""
+GRACE_S = 0.03
+"""So long an idle process is not yet stopped for another model: a request for its own model that was sent in the same
+moment is served first, and saves two loads."""
 NOT_THE_MODELS_FAULT = ("spawn_failed", "no_free_port")
 """Codes of start failures that require no back-off: no process was made, and the next try may well succeed."""
 
@@ -168,6 +171,7 @@ class Scheduler:
         now = asyncio.get_running_loop().time()
         cold = [queue for queue in self.queues.values() if queue.length and queue.cold]
         promised = 0
+        grace_ends = math.inf
         starved: list[ModelQueue] = []
         for queue in sorted(cold, key=lambda queue: queue.starved_since):
             if queue.error is not None and (wait_s := queue.backoff.wait_s(now)) > 0:
@@ -180,6 +184,8 @@ class Scheduler:
                     promised += 1
                 case Wait():
                     starved.append(queue)
+                case Evict() if now < (due := queue.starved_since + GRACE_S):
+                    grace_ends = min(grace_ends, due)
                 case Evict(victims):
                     promised += len(victims)
                     for victim in victims:
@@ -187,7 +193,7 @@ class Scheduler:
                         victim.stop(f"making room for {queue.name}")
                 case Never():
                     queue.fail_all(self._all_pinned)
-        self._drain(starved, now)
+        self._drain(starved, now, grace_ends)
 
     def _start(self, queue: ModelQueue) -> None:
         instance = Instance(queue.model, self.config, self._ports, self._changed)
@@ -197,7 +203,7 @@ class Scheduler:
         self.places.append(queue.place)
         instance.start(f"{queue.length} waiting")
 
-    def _drain(self, starved: list[ModelQueue], now: float) -> None:
+    def _drain(self, starved: list[ModelQueue], now: float, grace_ends: float) -> None:
         plan = plan_drains([queue.starved_since for queue in starved], self.places, self.config.swap_after_s, now)
         for place in plan.end:
             place.draining = False
@@ -207,7 +213,7 @@ class Scheduler:
             place.draining = True
             place.closed_since = now
             logger.info("%s: accepts no more requests: another model waits for its place", place.queue.name)
-        self._set_swap_timer(plan.again_at)
+        self._set_swap_timer(min(plan.again_at, grace_ends))
 
     def _set_swap_timer(self, due: float) -> None:
         if self._swap_timer is not None:

@@ -24,7 +24,7 @@ from llama_smart_proxy.proxy.errors import BadRequest, UpstreamFailed
 DYING_S = 0.25
 """A broken connection is often the first sign of a crash; the exit is noticed within this many seconds of it."""
 
-NOBODY_LISTENS = (ConnectionRefusedError, FileNotFoundError)
+NOT_LISTENING = (ConnectionRefusedError, FileNotFoundError)
 """Causes of a failed connection to a process of ours that has given up its address, as a busy one does not."""
 
 
@@ -65,7 +65,7 @@ class SpawnedModel:
                     instance.worked |= response.complete
             except UpstreamFailed as exc:
                 if exc.status == 502:
-                    if isinstance(exc.__cause__, NOBODY_LISTENS):
+                    if isinstance(exc.__cause__, NOT_LISTENING):
                         self.pool.retire(lease, exc.message)
                     await instance.wait_stopped(DYING_S)  # so that the next request starts a new instance
                 raise
@@ -90,6 +90,10 @@ class SpawnedModel:
         raise BadRequest(f"model {self.name!r} is part of this proxy's configuration; remove it there")
 
     async def info(self) -> ModelInfo:
+        return self.card
+
+    @property
+    def card(self) -> ModelInfo:
         return ModelInfo(self.name)
 
     async def residence(self) -> Residence | None:

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llama_smart_proxy.backends.names import LONGEST
+from llama_smart_proxy.backends.names import LONGEST_NAME
 from llama_smart_proxy.backends.threads import run_in_thread
 from llama_smart_proxy.backends.weights.downloads import Progress, Work
 from llama_smart_proxy.backends.weights.filenames import DEFAULT_VARIANT, choose
@@ -50,7 +50,7 @@ def parse_name(name: str) -> tuple[str, str] | None:
 
     The variant defaults to Q4_K_M, also for Ollama's `latest`. Neither part can be a path out of the cache.
     """
-    if len(name) > LONGEST:
+    if len(name) > LONGEST_NAME:
         return None
     prefix = next((prefix for prefix in PREFIXES if name.lower().startswith(prefix)), None)
     if prefix is None:

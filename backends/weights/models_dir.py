@@ -242,19 +242,19 @@ class _Naming:
 
     def _name(self, part: _Part) -> str:
         """A name that is free; empty for a file that is offered already by the name that this one would have."""
-        wished = ""
+        conflict = ""
         for name in part.names():
             own = key(name)
             owner = self._owners.get(own)
             if owner is None and own not in self._taken:
                 self._owners[own] = part
-                if wished:
-                    self._remarks.append(f"{_fit(part.file)} is offered as {name!r}: {wished}")
+                if conflict:
+                    self._remarks.append(f"{_fit(part.file)} is offered as {name!r}: {conflict}")
                 return name
             if self._is_same(part, owner, self._taken.get(own)):
                 return ""
             means = _fit(owner.file) if owner is not None else "a configured model"
-            wished = wished or f"the name {name!r} means {means}"
+            conflict = conflict or f"the name {name!r} means {means}"
         raise AssertionError("unreachable")
 
     def _is_same(self, part: _Part, owner: _Part | None, configured: Path | None) -> bool:

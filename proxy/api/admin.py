@@ -29,7 +29,7 @@ async def health(http: web.BaseRequest) -> web.Response:
     problems = await proxy.inspection.problems()
     for instance in status.instances:
         if "stalled" in instance:
-            problems.append(Problem(f"models.{instance['model']}", f"stalled: {instance['stalled']}"))
+            problems.append(Problem(proxy.config.path_of(instance["model"]), f"stalled: {instance['stalled']}"))
     body = {
         "status": "unhealthy" if draining else "degraded" if problems else "healthy",
         "problems": [{"where": problem.where, "message": problem.message} for problem in problems],

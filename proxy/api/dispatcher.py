@@ -13,6 +13,7 @@ from typing import Any
 
 from aiohttp import web
 
+from llama_smart_proxy.backends.names import LONGEST_NAME
 from llama_smart_proxy.backends.openai import OUR_VIA
 from llama_smart_proxy.proxy.api.state import PROXY, Proxy
 from llama_smart_proxy.proxy.chat import Observer, RequestRecord
@@ -28,8 +29,6 @@ logger = logging.getLogger(__name__)
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 _PART = re.compile(r"\{(\w+)(?::([^{}]+(?:\{[\d,]+\}[^{}]*)?))?\}")
-MAX_PARAMETER = 512
-"""Most characters of a path parameter, which may be the name of a model."""
 
 
 @dataclass(slots=True)
@@ -156,7 +155,7 @@ class Dispatcher:
         path = path.rstrip("/")
         for pattern, resource in self._patterns:
             found = pattern.fullmatch(path)
-            if found is not None and all(len(value) <= MAX_PARAMETER for value in found.groupdict().values()):
+            if found is not None and all(len(value) <= LONGEST_NAME for value in found.groupdict().values()):
                 if http is not None:
                     http[PARAMS] = found.groupdict()
                 return resource

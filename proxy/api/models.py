@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from aiohttp import web
 
 from llama_smart_proxy.proxy.api.state import PROXY
 from llama_smart_proxy.proxy.chat import Json
 from llama_smart_proxy.proxy.dialects import ANTHROPIC
 from llama_smart_proxy.proxy.dialects.anthropic import models as anthropic_models
+from llama_smart_proxy.proxy.dialects.cards import Shown
 from llama_smart_proxy.proxy.errors import ProxyError
 from llama_smart_proxy.proxy.http.headers import EXTRA, PARAMS, named_in
+from llama_smart_proxy.proxy.models.router import Entry
 
 LISTING_S = 0.5
 """Longest wait in seconds for servers that have not answered since the start."""
@@ -23,14 +27,14 @@ async def list_models(http: web.BaseRequest) -> web.Response:
     if http.query.get("reload"):  # of router mode
         await router.reread(RELOAD_S)
     await router.listed(LISTING_S)
-    entries = router.catalogue()
+    await router.described(LISTING_S)
+    items = _items(http, router.catalogue())
     if _is_anthropic(http):
-        items = [anthropic_models.item(entry.id, router.created) for entry in entries]
         try:
-            return _for_anthropic(http, anthropic_models.page(items, http.query))
+            return _for_anthropic(http, anthropic_models.page(list(map(_anthropic_item, items)), http.query))
         except ProxyError as exc:
             return _for_anthropic(http, exc)
-    return web.json_response({"object": "list", "data": [entry.as_openai(router.created) for entry in entries]})
+    return web.json_response({"object": "list", "data": items})
 
 
 async def show_model(http: web.BaseRequest) -> web.Response:
@@ -42,9 +46,26 @@ async def show_model(http: web.BaseRequest) -> web.Response:
         if _is_anthropic(http):
             return _for_anthropic(http, exc)
         raise
-    if _is_anthropic(http):
-        return _for_anthropic(http, anthropic_models.item(entry.id, router.created))
-    return web.json_response(entry.as_openai(router.created))
+    await router.described(LISTING_S)
+    others = [other for other in router.catalogue() if other.id != entry.id]
+    item = _items(http, [*others, entry])[-1]  # its name depends on the others
+    return _for_anthropic(http, _anthropic_item(item)) if _is_anthropic(http) else web.json_response(item)
+
+
+def _items(http: web.BaseRequest, entries: Sequence[Entry]) -> list[Json]:
+    """The items of OpenAI's list of models, with their cards."""
+    proxy = http[PROXY]
+    partners = proxy.chain.partners([entry.id for entry in entries])
+    shown = [
+        Shown(entry.id, entry.info, entry.place, agents, helps)
+        for entry, (agents, helps) in zip(entries, partners, strict=True)
+    ]
+    created, found = proxy.router.created, proxy.router.cards.of(shown)
+    return [entry.as_openai(created) | card for entry, card in zip(entries, found, strict=True)]
+
+
+def _anthropic_item(item: Json) -> Json:
+    return anthropic_models.item(item["id"], item["created"])
 
 
 def _is_anthropic(http: web.BaseRequest) -> bool:

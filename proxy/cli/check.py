@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import shlex
 import sys
 from collections.abc import Mapping, Sequence, Sized
@@ -11,11 +10,10 @@ from pathlib import Path
 
 import uvloop
 
-from llama_smart_proxy import backends
 from llama_smart_proxy.backends.base import Problem
 from llama_smart_proxy.backends.http.connection import Endpoint
 from llama_smart_proxy.proxy.app import App
-from llama_smart_proxy.proxy.config import Config, read_config, schema_json, without_secrets
+from llama_smart_proxy.proxy.config import Config, read_config, schema_json, without_secret_values
 from llama_smart_proxy.proxy.errors import ConfigError, ProxyError, StartFailed
 
 PATIENCE_S = 3.0
@@ -44,13 +42,12 @@ def check_command(
         print(f"{path or 'defaults'}: {problem}" if grave else f"warning: {problem}", file=sys.stderr)
     if any(problem.fatal for problem in problems) or (strict and (problems or reading.warnings)):
         return 2
-    print(shlex.join(without_secrets(argv)) if argv else f"OK: {path or 'defaults'} ({_summary(reading.config)})")
+    print(shlex.join(without_secret_values(argv)) if argv else f"OK: {path or 'defaults'} ({_summary(reading.config)})")
     return 0
 
 
 def _looked_at(config: Config, argv_of: str | None) -> tuple[list[Problem], Sequence[str]]:
     """What is configured but cannot be used on this machine now, and the command line of a model's server."""
-    logging.getLogger(backends.__name__).addHandler(logging.NullHandler())  # the problems have what it would print
     try:
         app = App(config)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

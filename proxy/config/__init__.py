@@ -10,11 +10,12 @@ validates fields together, `loading` combines them all.
 from __future__ import annotations
 
 from llama_smart_proxy.proxy.config.agents import AgentConfig, LimitsConfig
-from llama_smart_proxy.proxy.config.command_line import missing_paths, spelled, without_secrets
+from llama_smart_proxy.proxy.config.command_line import missing_paths, spelled, without_secret_values
 from llama_smart_proxy.proxy.config.duration import Duration, Seconds, parse_duration
 from llama_smart_proxy.proxy.config.loading import Reading, load_config, read_config
 from llama_smart_proxy.proxy.config.providers import (
     BackendName,
+    CardConfig,
     LlamaCppConfig,
     ModelConfig,
     OllamaConfig,
@@ -30,6 +31,7 @@ __all__ = [
     "OWN_VARIABLE",
     "AgentConfig",
     "BackendName",
+    "CardConfig",
     "Config",
     "Duration",
     "LimitsConfig",
@@ -51,5 +53,5 @@ __all__ = [
     "read_config",
     "schema_json",
     "spelled",
-    "without_secrets",
+    "without_secret_values",
 ]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from llama_smart_proxy.proxy.config.command_line import spelled
 from llama_smart_proxy.proxy.config.problems import Loc, Problem, dotted
-from llama_smart_proxy.proxy.config.providers import ModelConfig
+from llama_smart_proxy.proxy.config.providers import CardConfig, ModelConfig
 from llama_smart_proxy.proxy.config.schema import Config
 
 Clean = Callable[[Loc], bool]
@@ -23,6 +23,8 @@ _REASONS = {
 }
 _OF_PROCESSES = ("args", "env", "parallel", "keep_alive", "preload", "pinned", "resumable_streams")
 """Settings of a model that apply only to a process of the pool."""
+_OF_VIRTUAL = {"model", "agents", "aliases", "title", *CardConfig.model_fields}
+"""Settings that a virtual model can have."""
 OWNED_FLAGS = {flag: reason for flags, reason in _REASONS.items() for flag in flags}
 
 
@@ -90,7 +92,7 @@ def _virtual_problems(config: Config) -> Iterator[Problem]:
             yield Problem((*loc, "model"), "must not name another virtual model")
         elif not _may_exist(config, model.model or ""):
             yield Problem((*loc, "model"), "names a model that does not exist")
-        for field in sorted(model.model_fields_set - {"model", "agents", "aliases"}):
+        for field in sorted(model.model_fields_set - _OF_VIRTUAL):
             if getattr(model, field) != ModelConfig.model_fields[field].get_default(call_default_factory=True):
                 yield Problem((*loc, field), "has no effect with `model`; set it on the model that is named there")
 

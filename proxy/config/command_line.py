@@ -153,7 +153,7 @@ def missing_paths(args: Sequence[str]) -> list[str]:
     ]
 
 
-def without_secrets(args: Sequence[str]) -> list[str]:
+def without_secret_values(args: Sequence[str]) -> list[str]:
     """`args` with `***` for the values of flags for keys, tokens and the like, and for what URLs have before `@`."""
     return [
         prefix + (SECRET if _SECRET.fullmatch(flag) and value else _USER.sub(rf"\1{SECRET}@", value))

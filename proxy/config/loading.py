@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,7 +90,8 @@ class _Draft:
             self.problems.append(Problem((), f"is not UTF-8 text (at byte {error.start})"))
             return
         except FileNotFoundError:
-            self.problems.append(Problem((), "does not exist; `llama-smart-proxy init --config FILE` writes one"))
+            command = shlex.join(["llama-smart-proxy", "init", "--config", str(path)])
+            self.problems.append(Problem((), f"does not exist; `{command}` writes one"))
             return
         except (OSError, ValueError) as error:
             self.problems.append(Problem((), f"cannot be read: {getattr(error, 'strerror', None) or error}"))

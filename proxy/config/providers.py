@@ -81,7 +81,23 @@ class PoolConfig(Section):
         return range(self.port_start, (self.port_end or self.port_start) + 1)
 
 
-class ModelConfig(Section):
+class CardConfig(Section):
+    """What model lists show about a model, in place of what is known of it otherwise."""
+
+    description: str | None = Field(
+        default=None, max_length=2000, description="What chat UIs show about it; by default its size and the like."
+    )
+    suggestions: shapes.Texts = Field(
+        default_factory=list, description="Prompts that chat UIs suggest at the start of a chat with it."
+    )
+    hidden: bool | None = Field(
+        default=None,
+        description="Whether chat UIs leave it out of the list that users choose from; by default those that generate "
+        "no text are left out. Requests are answered in any case.",
+    )
+
+
+class ModelConfig(CardConfig):
     """One model that the proxy offers by name. Its weights are one of: path, package and file, repo."""
 
     path: Path | None = Field(default=None, description="GGUF file on disk.")
@@ -92,6 +108,11 @@ class ModelConfig(Section):
     repo: str | None = Field(default=None, description="Hugging Face repository, such as org/name-GGUF.")
     variant: str | None = Field(
         default=None, description="Which file of `repo`: a quantisation such as Q4_K_M, a file name, or a pattern."
+    )
+    title: str | None = Field(
+        default=None,
+        max_length=100,
+        description="What chat UIs call it; by default what its file says, and a virtual model by its name.",
     )
     model: str | None = Field(
         default=None, description="Another model that answers under this name, in place of weights: a virtual model."
@@ -193,8 +214,8 @@ class UpstreamConfig(Section):
         return shapes.quoted(key)
 
 
-class RemoteConfig(UpstreamConfig):
-    """An OpenAI-compatible server that requests are forwarded to."""
+class RemoteConfig(UpstreamConfig, CardConfig):
+    """An OpenAI-compatible server that requests are forwarded to. Its card is that of each of its models."""
 
     url: str = Field(
         description="Its base URL, http or https, as other clients take it: http://h:8000/v1, https://h/api/v3. One "

@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Annotated, Any, TypeVar
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
 from llama_smart_proxy.proxy.config.command_line import split_args
 
@@ -55,6 +55,11 @@ def comma_list(value: object) -> object:
     if isinstance(value, str):
         return [item.strip() for item in value.split(",") if item.strip()]
     return list(value) if isinstance(value, dict) else value
+
+
+def one_or_many(value: object) -> object:
+    """Text as a list with only that in it, commas included."""
+    return [value] if isinstance(value, str) else value
 
 
 def without_nul(text: str) -> str:
@@ -222,6 +227,11 @@ Args = Annotated[
     WithJsonSchema(
         {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": ["string", "number", "boolean"]}}]}
     ),
+]
+Texts = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=2000)]],
+    BeforeValidator(one_or_many),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
 ]
 Environment = Annotated[
     dict[Annotated[str, AfterValidator(variable_name)], Text | None],

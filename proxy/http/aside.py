@@ -48,8 +48,9 @@ class Worker:
     def put(self, urgent: bool, *job: Any) -> None:
         """Have `_do(*job)` called."""
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="aside", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name="aside", daemon=True)
+            thread.start()  # kept only then: the system may have no more threads now
+            self._thread = thread
         self._jobs.put((not urgent, next(self._serial), *job))
 
     def _run(self) -> None:

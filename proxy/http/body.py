@@ -179,7 +179,7 @@ def parse_strictly(raw: bytes) -> dict[str, Any]:
         raise BadRequest("missing request body", code="missing_body")
     text, has_surrogates = decoded(raw)
     try:
-        value = (_careful if _LONG_NUMBER in raw.translate(_ONE_DIGIT) else _decoder).decode(text)
+        value = _decoder.decode(text)
         if has_surrogates and isinstance(value, dict):
             value = repaired_body(value)
         if text.count("{") + text.count("[") > DEEPEST:
@@ -263,12 +263,6 @@ def _no_constant(text: str) -> float:
 
 _LOWEST, _HIGHEST = -(2**63), 2**64 - 1
 _LONGEST_INTEGER = 20
-_ONE_DIGIT = bytes.maketrans(b"123456789", b"000000000")
-_LONG_NUMBER = b"0" * 19
-"""What bodies with an integer past 64 bits have in them, with `_ONE_DIGIT`, but hardly another one. A pattern that is
-searched for holds the interpreter's lock for seconds."""
-_decoder = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_float=_finite, parse_constant=_no_constant)
-_careful = json.JSONDecoder(
-    object_pairs_hook=_no_duplicates, parse_float=_finite, parse_constant=_no_constant, parse_int=_in_64_bits
+_decoder = json.JSONDecoder(
+    object_pairs_hook=_no_duplicates, parse_float=_finite, parse_int=_in_64_bits, parse_constant=_no_constant
 )
-"""The same for bodies with long numbers, as it calls a function for each integer."""

@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import re
 import socket
-import threading
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
-from llama_smart_proxy.proxy.errors import BadRequest
+from llama_smart_proxy.backends.http.resolver import is_loopback_name
+from llama_smart_proxy.backends.threads import begin_in_thread
+from llama_smart_proxy.proxy.errors import BadRequest, StartFailed
 
 ANY = "*"
 LOOPBACK = frozenset({"localhost.localdomain", "localhost4.localdomain4", "localhost6.localdomain6"})
 """Names with dots for this machine in `/etc/hosts`."""
 CONTAINERS = frozenset({"host.docker.internal", "host.containers.internal"})
 """The host's names in containers of Docker and Podman."""
-_HOST = re.compile(r"(?:[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\])(?::(\d{1,5}))?")
+HOST = re.compile(r"([A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?")
+"""A name or an address in brackets, and a port."""
 _REMEMBERED = 256
 _RESOLV_CONF = Path("/etc/resolv.conf")
 
@@ -44,7 +46,8 @@ class Hosts:
         full = socket.gethostname().lower()
         short = full.partition(".")[0]
         self._names.update((full, *(f"{short}.{domain}" for domain in ("local", *_search_domains()))))
-        threading.Thread(target=self._learn_full_name, name="full name", daemon=True).start()
+        with suppress(StartFailed):
+            begin_in_thread(self._learn_full_name)
 
     def _learn_full_name(self) -> None:
         with suppress(OSError, UnicodeError):
@@ -65,23 +68,23 @@ class Hosts:
         """Whether requests with this valid `Host` header are served; its port is not considered."""
         if self._any or header.startswith("["):
             return True
-        name = header.partition(":")[0].lower().removesuffix(".")
-        labels = name.split(".")
-        if len(labels) == 1 or labels[-1] == "localhost":  # RFC 6761 6.3
+        host = header.partition(":")[0].lower()
+        name = host.removesuffix(".")
+        if "." not in name or is_loopback_name(host):
             return True
-        return name in self._names or _is_address(name, labels[-1]) or name.endswith(self._suffixes)
+        return name in self._names or _is_address(name) or name.endswith(self._suffixes)
 
 
 @lru_cache(maxsize=_REMEMBERED)
 def is_host(header: str) -> bool:
     """Whether it is a valid `Host` header."""
-    found = _HOST.fullmatch(header)
-    return found is not None and (found[1] is None or int(found[1]) <= 65535)
+    found = HOST.fullmatch(header)
+    return found is not None and (found[2] is None or int(found[2]) <= 65535)
 
 
-def _is_address(name: str, last: str) -> bool:
+def _is_address(name: str) -> bool:
     """Whether it is an IPv4 address in any spelling, such as `127.1`: no name of the DNS ends in a number."""
-    if not last[:1].isdigit():
+    if not name.rpartition(".")[2][:1].isdigit():
         return False
     try:
         socket.inet_aton(name)

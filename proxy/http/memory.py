@@ -6,13 +6,17 @@ gigabyte. musl and macOS have no such call, and do nothing here.
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from mmap import PAGESIZE
 from pathlib import Path
+
+from llama_smart_proxy.backends.threads import begin_in_thread
+from llama_smart_proxy.proxy.errors import StartFailed
 
 GROWTH_BYTES = 32 * 2**20
 """Less than that is not worth it, as it will be used again."""
@@ -28,18 +32,18 @@ class Memory:
         self._trim = trim
         self._least = resident_bytes()
         self._trimmed_at = time.monotonic()
-        self._thread: threading.Thread | None = None
+        self._trimming: asyncio.Future[None] | None = None
 
     def check(self, *, idle: bool) -> None:
         """To be called every second or so; `idle` if no request is being answered."""
         resident, now = resident_bytes(), time.monotonic()
         self._least = min(self._least, resident) or resident
-        if self._trim is None or (self._thread is not None and self._thread.is_alive()):
+        if self._trim is None or (self._trimming is not None and not self._trimming.done()):
             return
         if resident - self._least > GROWTH_BYTES and (idle or now - self._trimmed_at > BUSY_S):
             self._trimmed_at = now
-            self._thread = threading.Thread(target=self._run, args=(self._trim,), name="memory", daemon=True)
-            self._thread.start()
+            with suppress(StartFailed):  # there may be a thread the next time
+                self._trimming = begin_in_thread(partial(self._run, self._trim))
 
     def _run(self, trim: Callable[[], object]) -> None:
         trim()  # without the interpreter's lock

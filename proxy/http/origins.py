@@ -15,7 +15,9 @@ from functools import lru_cache
 
 from aiohttp import web
 
+from llama_smart_proxy.backends.http.resolver import is_loopback_name
 from llama_smart_proxy.proxy.errors import BadRequest
+from llama_smart_proxy.proxy.http.hosts import HOST
 
 ANY = "*"
 EXPOSED = "X-Request-Id, Request-Id, Retry-After"
@@ -23,7 +25,6 @@ EXPOSED = "X-Request-Id, Request-Id, Retry-After"
 PREFLIGHT_S = 600
 """Seconds that a browser may remember the answer to a preflight."""
 _ORIGIN = re.compile(r"(?:([a-z][a-z0-9+.-]*)://)?([!-~]*)", re.IGNORECASE)
-_HOST = re.compile(r"([a-z0-9._-]+|\[[0-9a-f:.]+\])(?::\d{1,5})?", re.IGNORECASE)
 _LONGEST = 2048
 """Characters of an origin."""
 _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
@@ -102,7 +103,7 @@ def is_page_here(origin: str) -> bool:
     found = _origin(origin)
     if found is None or (found[1] or "http").lower() not in ("http", "https"):
         return False
-    host = _HOST.fullmatch(found[2])
+    host = HOST.fullmatch(found[2])
     return host is not None and _is_this_machine(host[1].lower())
 
 
@@ -116,8 +117,8 @@ def _origin(text: str) -> re.Match[str] | None:
 
 
 def _is_this_machine(host: str) -> bool:
-    """`localhost` and all below it (RFC 6761 6.3), loopback addresses, and those that mean every address."""
-    if host == "localhost" or host.endswith(".localhost"):
+    """`localhost` and names below it, loopback addresses, and those that mean every address."""
+    if is_loopback_name(host):
         return True
     try:
         address = ipaddress.ip_address(host.strip("[]"))

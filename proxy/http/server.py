@@ -69,6 +69,9 @@ class FrontConnection(web.RequestHandler):
 
     def __init__(self, front: FrontServer, **options: Any) -> None:
         super().__init__(front, **options)
+        # aiohttp's parser goes on counting a request that was taken out before its body was complete (one at most), so
+        # it may stop at one below its limit. The connection must pause then, too, as only that makes it go on.
+        self._max_msg_queue_size -= 1
         self.head_since: float | None = None
         self.body_since: float | None = None
         self.body_bytes = 0

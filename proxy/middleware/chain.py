@@ -7,7 +7,7 @@ keeps its first position, with the options of both. Required agents cannot be sw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -30,7 +30,7 @@ from llama_smart_proxy.proxy.middleware.history import (
     may_hold_commands,
     read_history,
 )
-from llama_smart_proxy.proxy.middleware.plugins import LoadedAgent, Plugin, Plugins
+from llama_smart_proxy.proxy.middleware.plugins import HELP_AGENT, LoadedAgent, Plugin, Plugins
 from llama_smart_proxy.proxy.middleware.slash import MAX_ITEMS
 from llama_smart_proxy.proxy.models.router import names_by_key
 
@@ -155,6 +155,18 @@ class Chain:
         selection.chain = [_active(candidate) for candidate in candidates.values() if _usable(candidate)]
         selection.about = partial(self._about, set(candidates))
         return selection
+
+    def partners(self, models: Sequence[str]) -> list[tuple[Sequence[str], bool]]:
+        """For each of the models: the names of the agents that run in every chat with it unless switched off, and
+        whether `/help` is answered there."""
+        names = [self._name(model) for model in models]
+        found = {name: self._partners(name) for name in set(names)}
+        return [found[name] for name in names]
+
+    def _partners(self, model: str) -> tuple[Sequence[str], bool]:
+        agents, barred = self._default(model), model in self._barred
+        names = [name for name, agent in agents.items() if agent.settings.required or not barred]
+        return names, self._slash and not barred and HELP_AGENT in self.plugins.commands()
 
     # -- sources of candidates --------------------------------------------------------------------------------------
 

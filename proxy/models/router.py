@@ -10,15 +10,18 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from llama_smart_proxy.backends.base import Feature, Management, Model, ModelState, Provider, ProviderStatus
+from llama_smart_proxy.backends.base import Feature, Management, Model, ModelInfo, ModelState, Provider, ProviderStatus
 from llama_smart_proxy.backends.names import checked_length, key_of, other_forms
 from llama_smart_proxy.backends.weights.downloads import Download, Downloads
 from llama_smart_proxy.proxy.config import Config, ModelConfig
+from llama_smart_proxy.proxy.dialects.cards import Cards
 from llama_smart_proxy.proxy.errors import BadRequest, ModelNotFound
 from llama_smart_proxy.proxy.models.inspection import Look
 
 CAPABILITIES_FRESH_S = 10.0
 """Age in seconds from which the capabilities of a model are read again."""
+AWAITED = 256
+"""Most models that a list waits for, as it does once for each."""
 SHOWN_NAMES = 20
 """Most names listed in an error message."""
 
@@ -66,12 +69,28 @@ class Entry:
     aliases: Sequence[str]
     model: Model | None
     tags: Sequence[str] = ()
+    virtual: ModelConfig | None = None
+
+    @property
+    def info(self) -> ModelInfo:
+        """What is known of it, from memory."""
+        base = self.model.card if self.model is not None else ModelInfo(self.id)
+        return base if self.virtual is None else base.configured(self.virtual, self.virtual.title or self.id)
+
+    @property
+    def place(self) -> str:
+        """Where it runs, for users; empty if that is not known."""
+        if self.model is None:
+            return ""
+        return "this machine" if Feature.FILES in self.model.features else self.model.owner
 
     def as_openai(self, created: int) -> dict[str, Any]:
         """The item of `/v1/models`, with `status` as llama-server's router mode writes it (Open WebUI reads it). All
-        names are in `aliases`, as llama-server lists them."""
+        names are in `aliases`, as llama-server lists them. A model that the proxy cannot unload is never `loaded`:
+        there would be a button to do so."""
         state = self.model.state if self.model is not None else ModelState("unloaded")
-        status: dict[str, Any] = {"value": state.value}
+        ours = self.model is not None and Feature.LOADING in self.model.features
+        status: dict[str, Any] = {"value": state.value if ours else "unloaded"}
         if state.error:
             status |= {"failed": True, "error": state.error}
         return {
@@ -95,6 +114,8 @@ class Router:
         self._providers = providers
         self._virtual = config.virtual
         self._names = names_by_key(config.models | config.virtual)
+        self.cards = Cards()
+        self._described: set[tuple[str, str]] = set()
         self._capabilities: dict[tuple[str, str], tuple[float, Sequence[str]]] = {}
 
     # -- names -----------------------------------------------------------------------------------------------------
@@ -194,7 +215,8 @@ class Router:
         return Entry(model.name, model.owner, model.aliases, model, model.tags)
 
     def _virtual_entry(self, name: str, model: Model | None) -> Entry:
-        return Entry(name, "llama-smart-proxy", self._virtual[name].aliases, model)
+        virtual = self._virtual[name]
+        return Entry(name, "llama-smart-proxy", virtual.aliases, model, virtual=virtual)
 
     def configures(self, name: str) -> bool:
         """Whether the configuration has it as the name or an alias of a model."""
@@ -209,6 +231,16 @@ class Router:
             known = (await model.info()).capabilities
             self._capabilities[key] = now, known
         return known
+
+    async def described(self, limit_s: float) -> None:
+        """Wait until each model has been looked up once, at most `limit_s` seconds, and for none a second time. A long
+        list is not waited for."""
+        new = {key: model for model in self.models() if (key := (model.kind, model.name)) not in self._described}
+        if 0 < len(new) <= AWAITED:
+            self._described.update(new)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(limit_s):
+                    await asyncio.gather(*(model.info() for model in new.values()), return_exceptions=True)
 
     async def listed(self, limit_s: float) -> None:
         """Wait until every provider has listed its models, at most `limit_s` seconds."""
@@ -248,7 +280,8 @@ class Router:
             if provider.can_download(name):
                 return await provider.download(name, headers)
         raise ModelNotFound(
-            f"model {name[:100]!r} cannot be pulled: it is neither configured nor hf.co/org/repo:variant"
+            f"model {name[:100]!r} cannot be pulled: it is neither configured nor hf.co/org/repo:variant; names of "
+            "Ollama's library require the section `ollama` in the configuration of the proxy"
         )
 
     async def management(self, api: str, model: str | None) -> Management | None:

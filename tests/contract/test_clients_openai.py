@@ -185,6 +185,8 @@ async def test_models_are_listed_and_retrieved(client: openai.AsyncOpenAI, serve
     models = [model async for model in client.models.list()]
     assert [model.id for model in models] == ["smollm2", "tiny", "embed", "spare"]
     assert {model.owned_by for model in models} == {owner}
+    assert {model.object for model in models} == {"model"} and all(type(model.created) is int for model in models)
+    assert all(isinstance(model.to_dict()["info"], dict) for model in models), "what it does not know is kept"
     assert (await client.models.retrieve("tiny")).owned_by == owner
     with pytest.raises(openai.NotFoundError):
         await client.models.retrieve("org/nothing")

@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
 from llama_smart_proxy.backends.openai import Listing
 from tests.conftest import Shared
+from tests.fakes.ollama import MANNERS
 from tests.support import raw_client, toxic
 from tests.support.e2e_support import Fakes, fakes, idle, state, steered
 from tests.support.harness import Proxy, free_port, running_proxy, until
@@ -22,7 +23,7 @@ from tests.support.here import served_here
 from tests.support.ollamas import black_hole
 from tests.support.raw_client import Answer
 from tests.support.speakers import SPEAKERS
-from tests.support.stages import RECORDED, Stage
+from tests.support.stages import RECORDED, Chain, Stage
 from tests.support.toxic import Link, RawUpstream, Request
 
 __all__ = ["fakes"]  # a fixture
@@ -34,6 +35,8 @@ HEADERS = [
     ("X-OpenWebUI-User-Name", "Ann"),
     ("X-OpenWebUI-Chat-Id", "6f5e"),
 ]
+SHOWN_STATES = {"loaded": True, "sleeping": True, "loading": False, "unloaded": False, "unloading": None}
+"""Whether the model is listed as loaded, with a dot and an eject button; None is neither, as for any other value."""
 VERSION = re.compile(r"v?\d+(\.\d+)*(-\S+)?")
 OPENAI, OLLAMA = SPEAKERS["openai"], SPEAKERS["ollama"]
 both_apis = pytest.mark.parametrize("path", [OPENAI.path, OLLAMA.path])
@@ -99,7 +102,7 @@ async def test_row_3_a_loaded_model_expires_at_a_time_that_python_can_read(stage
 async def test_row_4_every_model_has_a_status_and_an_unloaded_one_says_so(stage: Stage) -> None:
     models = {model["id"]: model for model in (await get(stage.proxy, "/v1/models"))["data"]}
     assert set(models) == {"local", "distant:latest"}
-    assert all(model["status"]["value"] in ("loaded", "sleeping", "loading", "unloaded") for model in models.values())
+    assert all(model["status"]["value"] in SHOWN_STATES for model in models.values())
     await post(stage.proxy, "/models/unload", {"model": "local"})
     assert await state(stage.proxy, "local") == "unloaded"
     await post(stage.proxy, OPENAI.path, chat("local", "hi"))
@@ -120,6 +123,98 @@ async def test_row_5_a_model_is_ejected_and_loaded_with_the_buttons_of_the_picke
     unloaded = await post(proxy, "/api/generate", {"model": "local", "keep_alive": 0, "prompt": ""})
     assert (unloaded.status, unloaded.json()["done_reason"]) == (200, "unload"), "the button of the other connection"
     assert (await post(proxy, "/models/unload", {"model": "nosuch"})).status == 404
+
+
+@both_backends
+@both_apis
+async def test_a_busy_model_that_is_ejected_is_unloading_at_once(stage: Stage, path: str, model: str) -> None:
+    proxy, name = stage.proxy, {"local": "local", "distant": "distant:latest"}[model]
+
+    async def reached(value: str) -> None:
+        async def is_value() -> bool:
+            return await state(proxy, name) == value
+
+        await until(is_value, what=f"the model to be {value}")
+
+    await stage.distant.set(tokens=2000, token_s=0.02)
+    async with raw_client.connected(proxy.port) as client:
+        body = chat(model, steered(tokens=2000, token_ms=20))
+        await client.send(raw_client.request("POST", path, body, headers=HEADERS))
+        await client.head()
+        await client.chunk()
+        await reached("loaded")
+        if path == OPENAI.path:
+            ejected = await post(proxy, "/models/unload", {"model": model})
+        else:
+            ejected = await post(proxy, "/api/generate", {"model": model, "keep_alive": 0, "prompt": ""})
+        assert ejected.status == 200
+        for listing in ("/v1/models", "/models"):
+            models = {item["id"]: item for item in (await get(proxy, listing))["data"]}
+            assert models[name]["status"] == {"value": "unloading"} and SHOWN_STATES["unloading"] is None
+        for item in (await proxy.health())["instances"]:
+            assert (item["state"] == "unloading") is (item["model"] == model)
+        for item in (await get(proxy, "/api/ps"))["models"]:
+            if item["model"] == model:
+                assert datetime.fromisoformat(item["expires_at"]) <= datetime.now(UTC), "Ollama shows it as Stopping..."
+        assert await client.chunk(), "its answer goes on"
+        client.leave()
+    await reached("unloaded")
+    await stage.distant.set(**MANNERS)
+    assert (await post(proxy, path, chat(model, "hi"))).status == 200
+    await reached("loaded")
+
+
+async def test_a_model_that_the_proxy_cannot_unload_has_no_eject_button(fakes: Fakes) -> None:
+    config = fakes.config({}) | {"remotes": {"far": {"url": f"http://127.0.0.1:{free_port()}", "models": ["gpt"]}}}
+    config["models"] = {"mine": {"model": "gpt"}}
+    async with served_here(config) as (_, port):
+        models = (await raw_client.get(port, "/v1/models")).json()["data"]
+        assert [model["id"] for model in models] == ["gpt", "mine"]
+        for model in models:
+            assert not SHOWN_STATES[model["status"]["value"]]
+            assert (await raw_client.post(port, "/models/unload", {"model": model["id"]})).status == 400
+
+
+async def test_every_model_has_a_card(chain: Chain) -> None:
+    models = {model["id"]: model for model in (await get(chain.local, "/v1/models"))["data"]}
+    assert {name: model["name"] for name, model in models.items()} == {
+        "smollm2": "Smollm2 135M 8k Lc100K Mix1 Ep2",
+        "tiny": "tiny-a",
+        "embed": "tiny-b",
+        "spare": "tiny-c",
+    }
+    chatty, embedding = (models[name]["info"]["meta"] for name in ("smollm2", "embed"))
+    assert re.fullmatch(r"\S+M · \S+ · \d+ MB · context [\d,]+ · on this machine", chatty["description"])
+    assert chatty["capabilities"] == {"usage": True, "vision": False} and "hidden" not in chatty
+    assert chatty["suggestion_prompts"] == [{"content": "/help", "title": ["/help", "lists the commands"]}]
+    assert embedding["hidden"] is True and "suggestion_prompts" not in embedding
+    for name, model in models.items():
+        assert await get(chain.local, f"/v1/models/{name}") == model
+
+
+async def test_cards_are_the_operators_where_they_are_configured(fakes: Fakes) -> None:
+    mine = {
+        "title": "My poet",
+        "description": "For poems.",
+        "suggestions": ["Write one, please", "Why?"],
+        "hidden": False,
+    }
+    config = fakes.config({"base": fakes.model(), "mine": {"model": "base", "agents": ["think"], **mine}})
+    config |= {"remotes": {"far": {"url": "http://127.0.0.1:9", "models": ["gpt"], "hidden": True}}}
+    config["models"] |= {"quiet": {**fakes.model(), "agents": False}, "plain": {"model": "base", "agents": ["think"]}}
+    async with served_here(config) as (_, port):
+        found = {model["id"]: model for model in (await raw_client.get(port, "/v1/models")).json()["data"]}
+    cards = {name: model["info"]["meta"] for name, model in found.items()}
+    help_ = {"content": "/help", "title": ["/help", "lists the commands"]}
+    names = {"base": "base", "mine": "My poet", "quiet": "quiet", "plain": "plain", "gpt": "gpt"}
+    assert {name: model["name"] for name, model in found.items()} == names
+    assert cards["mine"]["description"] == "For poems." and "hidden" not in cards["mine"]
+    prompts = [{"content": "Write one, please"}, {"content": "Why?"}, help_]
+    assert cards["mine"]["suggestion_prompts"] == prompts
+    assert cards["plain"]["description"] == "on this machine · agents: think"
+    assert cards["gpt"]["hidden"] is True and cards["gpt"]["description"] == "on far"
+    assert cards["base"]["suggestion_prompts"] == [help_]
+    assert "suggestion_prompts" not in cards["quiet"], "it has no /help"
 
 
 async def test_row_6_ids_are_the_same_on_both_apis_and_either_is_good_on_both(stage: Stage, recorded: Proxy) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from llama_smart_proxy.backends.http.exchange import UpstreamResponse
 from tests.integration.test_connection import POST, pooled
+from tests.support.harness import until
 from tests.support.toxic import LAST_CHUNK, chunk, head, plain, token
 
 FRAME = token("x" * 64)
@@ -104,3 +105,31 @@ async def test_the_loop_goes_on_between_the_parts_of_bursts(answer: str, read: R
             bodies = await asyncio.gather(*(one() for _ in range(STREAMS)))
     assert bodies == [BODY] * STREAMS
     assert max(busy.taken.values()) <= MOST, busy.taken.most_common(3)
+
+
+class Stopping:
+    """Takes of an answer so many bytes that it needs."""
+
+    def __init__(self, response: UpstreamResponse, needed: int) -> None:
+        self._response = response
+        self._needed = needed
+
+    def feed(self, data: bytes) -> bool:
+        self._needed -= len(data)
+        if self._needed <= 0:
+            self._response.stop()
+        return True
+
+    async def drained(self) -> None:
+        """Never full."""
+
+
+@pytest.mark.parametrize("needed", [1, len(BODY) // 2, len(BODY)])
+@pytest.mark.parametrize("answer", ANSWERS)
+async def test_a_connection_lives_on_whose_reader_needed_only_a_part_of_a_burst(answer: str, needed: int) -> None:
+    async with pooled(ANSWERS[answer]) as (pool, upstream):
+        for _ in range(2):
+            async with pool.request(POST) as response:
+                await response.pipe(Stopping(response, needed))
+            await until(lambda: response.complete and not pool._active)
+        assert len(upstream.links) == 1

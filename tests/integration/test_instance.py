@@ -30,11 +30,6 @@ STOP_S = 120.0
 
 
 @pytest.fixture
-def fakes(tmp_path: Path) -> Fakes:
-    return Fakes(tmp_path)
-
-
-@pytest.fixture
 async def start() -> AsyncIterator[Callable[..., Instance]]:
     """Makes instances; after the test they are stopped and must have left nothing."""
     await warm_up()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 import signal
-from pathlib import Path
 
 import pytest
 
@@ -16,11 +15,6 @@ from tests.support.harness import until
 from tests.support.pools import FakeModel, Fakes, ask, chat, children, leased, open_pool
 
 LONG = 600.0
-
-
-@pytest.fixture
-def fakes(tmp_path: Path) -> Fakes:
-    return Fakes(tmp_path)
 
 
 def queue_of(pool: Pool, name: str, model: FakeModel) -> ModelQueue:

@@ -7,7 +7,6 @@ import os
 import signal
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -21,11 +20,6 @@ from tests.support.harness import PATIENCE_S, free_port, until
 from tests.support.pools import FakeModel, Fakes, ask, children, open_pool
 
 PROPS = UpstreamRequest("GET", "/props", slot=False)
-
-
-@pytest.fixture
-def fakes(tmp_path: Path) -> Fakes:
-    return Fakes(tmp_path)
 
 
 class Noting(LlamaCppLauncher):

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from llama_smart_proxy.backends.names import LONGEST
+from llama_smart_proxy.backends.names import LONGEST_NAME
 from llama_smart_proxy.proxy.errors import BadRequest
 from tests.support.here import served_here
 from tests.support.raw_client import Answer, ask, request
@@ -22,7 +22,7 @@ KINDS = {
     "a file of the hub": "hf.co/a/b:" + "a/" * 150_000,
     "a repository": "hf.co/" + "a-." * 100_000,
     "a user's": "registry.ollama.ai/" + "library/" * 40_000,
-    "a little too long": "a" * (LONGEST + 1),
+    "a little too long": "a" * (LONGEST_NAME + 1),
 }
 
 

@@ -8,7 +8,6 @@ import signal
 import time
 from collections.abc import Awaitable
 from contextlib import AsyncExitStack
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,11 +19,6 @@ from llama_smart_proxy.proxy.config import Config
 from llama_smart_proxy.proxy.errors import Overloaded
 from tests.support.harness import PATIENCE_S, until
 from tests.support.pools import CHAT, FakeModel, Fakes, ask, chat, children, leased, open_pool
-
-
-@pytest.fixture
-def fakes(tmp_path: Path) -> Fakes:
-    return Fakes(tmp_path)
 
 
 async def hold(pool: Pool, name: str, model: FakeModel, let_go: asyncio.Event, *, slot: bool = True) -> None:
@@ -282,6 +276,7 @@ async def test_unloading_one_in_use_waits_for_its_last_answer(fakes: Fakes) -> N
         holder = asyncio.ensure_future(hold(pool, "a", model, let_go))
         await until(lambda: leases(pool, "a") == 1)
         await pool.unload("a")
+        assert pool.state("a") == pool.status()[0]["state"] == "unloading"
         later = asyncio.ensure_future(ask(pool, "a", model))
         await until(lambda: queue(pool, "a") == 1)
         assert fakes.spawns == 1

@@ -8,7 +8,6 @@ import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -25,11 +24,6 @@ from tests.support.pools import CHAT, Fakes, leased, open_pool
 
 LIMIT_S = 1.0
 PROBES = "/completion"
-
-
-@pytest.fixture
-def fakes(tmp_path: Path) -> Fakes:
-    return Fakes(tmp_path)
 
 
 @asynccontextmanager

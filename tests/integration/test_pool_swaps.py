@@ -7,7 +7,6 @@ import random
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import pytest
 
@@ -15,12 +14,6 @@ from llama_smart_proxy.backends.pool.pool import Pool
 from llama_smart_proxy.proxy.errors import Overloaded
 from tests.support.harness import ports, until
 from tests.support.pools import Census, FakeModel, Fakes, ask, chat, elapse, leased, open_pool
-
-
-@pytest.fixture
-def fakes(tmp_path: Path) -> Fakes:
-    return Fakes(tmp_path)
-
 
 LONG_S = 30.0
 """Nothing here takes so long on any machine; a defect takes for ever."""
@@ -53,6 +46,15 @@ async def test_the_least_recently_used_model_makes_room(fakes: Fakes) -> None:
         assert [pool.state(name) for name in "abc"] == ["loaded", "unloaded", "loaded"]
         await ask(pool, "b", model)
         assert [pool.state(name) for name in "abc"] == ["unloaded", "loaded", "loaded"]
+
+
+async def test_a_loaded_model_is_asked_before_it_makes_room_for_another_of_the_same_moment(fakes: Fakes) -> None:
+    async with open_pool(fakes.config(size=1)) as pool:
+        model = fakes.model()
+        await ask(pool, "a", model)
+        for first, second in ("ba", "ab"):
+            await asyncio.gather(ask(pool, first, model), ask(pool, second, model))
+        assert fakes.spawns == 3, "b, and a again: the last one loaded is the first one asked"
 
 
 async def test_pinned_models_stay_and_fill_the_pool(fakes: Fakes) -> None:
@@ -152,6 +154,7 @@ async def test_a_drained_instance_admits_again_when_nobody_wants_its_place(fakes
         async with busy(pool, "a", model):
             cold = asyncio.ensure_future(ask(pool, "b", model))
             await until(lambda: pool._scheduler.places[0].draining, what="the drain")
+            assert pool.state("a") == "unloading"
             own = asyncio.ensure_future(ask(pool, "a", model))
             await asyncio.wait({own}, timeout=0.1)
             assert not own.done()

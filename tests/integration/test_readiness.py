@@ -9,7 +9,6 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import pytest
 
@@ -21,11 +20,6 @@ from tests.support.harness import free_port, until
 from tests.support.pools import Fakes, chat, leased, open_pool
 
 OLD_WRONG_KEY = "Bearer a-wrong-key"
-
-
-@pytest.fixture
-def fakes(tmp_path: Path) -> Fakes:
-    return Fakes(tmp_path)
 
 
 def refuses_the_first(keys: list[str]) -> bool:

@@ -32,11 +32,6 @@ PROPS = UpstreamRequest("GET", "/props", slot=False)
 CHAT = UpstreamRequest("POST", "/v1/chat/completions")
 
 
-@pytest.fixture
-def fakes(tmp_path: Path) -> Fakes:
-    return Fakes(tmp_path)
-
-
 @pytest.fixture(autouse=True)
 def base(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the folders for sockets are."""

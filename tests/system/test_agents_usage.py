@@ -158,4 +158,6 @@ async def test_a_stopped_answer_has_the_prompt_tokens_that_llama_cpp_counts(
                 assert answer.status == 200
                 said[command] = counts(way, answer.body)
             assert said[""][0] == said["/brief "][0] > 1, way
-            assert 3 <= said["/brief "][1] <= 20, way
+            assert 1 <= said["/brief "][1] <= 20, (
+                f"{way}: it is stopped after three pieces, or the random model ends before"
+            )

@@ -132,7 +132,8 @@ def test_serve_refuses_a_wrong_file_with_the_same_lines(tmp_path: Path) -> None:
 def test_a_missing_file_is_told_by_name(tmp_path: Path, command: str) -> None:
     done = run(command, "--config", str(tmp_path / "none.yaml"))
     assert done.returncode == 2
-    assert done.stderr == f"{tmp_path}/none.yaml: does not exist; `llama-smart-proxy init --config FILE` writes one\n"
+    file = tmp_path / "none.yaml"
+    assert done.stderr == f"{file}: does not exist; `llama-smart-proxy init --config {file}` writes one\n"
 
 
 def test_check_without_any_file_checks_the_defaults(tmp_path: Path) -> None:
@@ -219,6 +220,7 @@ def test_init_writes_the_shipped_file_and_keeps_one_that_is_there(
     for place, problem in (
         (file, "exists already, and is kept"),
         (tmp_path / "no" / "x.yaml", "cannot be written: No"),
+        (tmp_path / "x.json", "the file with examples is YAML: "),
     ):
         assert main(["init", "--config", str(place)]) == 1
         assert capsys.readouterr().err.startswith(f"{place}: {problem}")

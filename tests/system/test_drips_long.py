@@ -31,7 +31,7 @@ LIMIT_S = 90.0
 """Of a minute for the heads of servers, and for a body of which nothing more comes."""
 
 
-async def told(client: RawClient) -> bytes:
+async def received(client: RawClient) -> bytes:
     """All that the proxy sends until it closes the connection."""
     with suppress(ConnectionError):
         return await client.reader.read()
@@ -59,11 +59,11 @@ async def test_who_drips_a_byte_a_second_is_ended_within_a_minute_and_disturbs_n
         for name in SERVERS:
             client = await stack.enter_async_context(connected(proxy.port))
             await client.send(request("POST", CHAT, {**ASKED, "user": name}, close=True))
-            answers.append(asyncio.create_task(told(client)))
+            answers.append(asyncio.create_task(received(client)))
         for first, again in CLIENTS.values():
             client = await stack.enter_async_context(connected(proxy.port))
             await client.send(first)
-            dripping += [asyncio.create_task(told(client)), asyncio.create_task(dripped(client, again))]
+            dripping += [asyncio.create_task(received(client)), asyncio.create_task(dripped(client, again))]
         while not all(task.done() for task in (*answers, *dripping)):
             assert await _is_served(proxy)
             await asyncio.sleep(0.2)

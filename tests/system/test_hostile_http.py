@@ -314,6 +314,21 @@ async def test_the_connection_of_an_offer_stays_usable_also_for_what_was_sent_be
     assert json.loads(LARGE) in [json.loads(seen.body) for seen in upstream.requests]
 
 
+@pytest.mark.parametrize("behind", [OFFERED["without a body"], NEXT], ids=["offers", "no offers"])
+async def test_more_requests_than_aiohttp_holds_are_answered_behind_an_upload_under_way(behind: bytes) -> None:
+    """In this process, as the proxy is to read them in one segment."""
+    async with raw_upstream(toxic.plain(b"{}")) as upstream:
+        remotes = {"up": {"url": f"http://127.0.0.1:{upstream.port}", "models": ["m"]}}
+        async with served_here({"remotes": remotes}) as (front, port), connected(port) as client, asyncio.timeout(20):
+            await until(lambda: bool(front.clients))
+            (proxys_side,) = front.clients
+            upload = sized()
+            proxys_side.data_received(upload[:-1])
+            await until(lambda: not front.quiet.is_set())
+            proxys_side.data_received(upload[-1:] + behind * 80)
+            assert [(await client.answer()).status for _ in range(81)] == [200] * 81
+
+
 @pytest.mark.parametrize("step", [1, 7, 64, 150])
 @pytest.mark.parametrize("name", OFFERED)
 async def test_an_offer_and_what_is_behind_it_are_answered_in_small_segments(name: str, step: int) -> None:

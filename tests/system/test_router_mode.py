@@ -13,7 +13,7 @@ import pytest
 
 from tests.fakes.hub import Hub, gguf, running_hub
 from tests.support import raw_client
-from tests.support.e2e_support import Fakes, chat, fakes
+from tests.support.e2e_support import Fakes, chat, fakes, streaming
 from tests.support.harness import Proxy, running_proxy, until
 from tests.support.ollamas import running_ollama
 from tests.support.raw_client import RawClient, request
@@ -91,7 +91,10 @@ async def test_a_watcher_sees_a_model_come_and_go(hub: Hub, fakes: Fakes) -> Non
         assert (await watch.until("near", status="unloaded"))["event"] == "model_status"
         assert (await raw_client.post(proxy.port, "/models/load", {"model": "near"})).json() == {"success": True}
         await watch.until("near", status="loaded")
-        assert (await raw_client.post(proxy.port, "/models/unload", {"model": "near"})).json() == {"success": True}
+        async with streaming(proxy, "near", fake={"stall_after": 2}) as stream:
+            await stream.until_text()
+            assert (await raw_client.post(proxy.port, "/models/unload", {"model": "near"})).json() == {"success": True}
+            await watch.until("near", status="unloading")
         await watch.until("near", status="unloaded")
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_smart_proxy.proxy.cli.check import check_command
-from llama_smart_proxy.proxy.config import missing_paths, without_secrets
+from llama_smart_proxy.proxy.config import missing_paths, without_secret_values
 from llama_smart_proxy.proxy.config.command_line import split_command
 from tests.support.config_files import load, model, problems
 
@@ -156,7 +156,7 @@ def test_the_files_of_arguments_are_looked_for_but_not_those_that_the_server_mak
     ],
 )
 def test_secrets_are_not_shown(args: str, shown: str) -> None:
-    assert without_secrets(args.split()) == shown.split()
+    assert without_secret_values(args.split()) == shown.split()
 
 
 # -- check --argv ------------------------------------------------------------------------------------------------------

@@ -224,3 +224,15 @@ def test_no_text_makes_the_reader_raise(text: str) -> None:
 def test_json_reads_back_with_comments_and_trailing_commas(value: object) -> None:
     text = re.sub(r"\n(?=\s*[\]}])", ", // }\n/* , ] */", json.dumps(value, indent=1))
     assert parse(text, json_only=True).data == value
+
+
+def test_cards_are_for_every_model_and_for_all_of_a_remote(tmp_path: Path) -> None:
+    card = {"description": "a, b", "suggestions": "Why, please?", "hidden": False}
+    models = {"m": {"path": "a", "title": "M", **card}, "v": {"model": "m", "title": "V", **card}}
+    models["o"] = {"backend": "ollama", **card}
+    config = load(tmp_path, json.dumps({"models": models, "remotes": {"r": {"url": "http://h", **card}}}))
+    for entry in (config.models["m"], config.virtual["v"], config.models["o"], config.remotes["r"]):
+        assert (entry.description, entry.suggestions, entry.hidden) == ("a, b", ["Why, please?"], False)
+    assert load(tmp_path, "models: {m: {path: a}}").models["m"].hidden is None
+    [problem] = problems(tmp_path, '{"remotes": {"r": {"url": "http://h", "title": "T"}}}')
+    assert problem.startswith("config.yaml: remotes.r.title: unknown field")

@@ -8,7 +8,7 @@ import pytest
 
 from llama_smart_proxy.proxy.config import Config
 from llama_smart_proxy.proxy.errors import BadRequest
-from llama_smart_proxy.proxy.http.hosts import Hosts
+from llama_smart_proxy.proxy.http.hosts import Hosts, is_host
 
 LOOPBACK = ["localhost", "LocalHost:11555", "localhost.", "app.localhost", "localhost.localdomain:80", "ip6-localhost"]
 ADDRESSES = ["127.0.0.1", "127.0.0.1:11555", "192.168.1.5:80", "8.8.8.8", "127.1", "0x7f.1", "[::1]", "[fd00::1]:11555"]
@@ -50,7 +50,7 @@ def test_all_others_are_refused_however_often_they_come(host: str) -> None:
         assert (refused.value.status, refused.value.code) == (403, "forbidden_host")
 
 
-def test_the_names_of_this_machine_are_served_once_they_are_known() -> None:
+async def test_the_names_of_this_machine_are_served_once_they_are_known() -> None:
     served, name = hosts(), socket.gethostname().partition(".")[0]
     served.learn_own()
     for own in (name, name.upper(), f"{name}.local:11555", f"{name}.local."):
@@ -86,3 +86,8 @@ def test_a_value_that_was_served_is_not_looked_at_again() -> None:
     for number in range(1000):
         served.check(f"n{number}.localhost")
     assert 0 < len(served._served) <= 256
+
+
+@pytest.mark.parametrize("header", ["a:\uff11\uff11", "a:65536", "a:", "a b", "[::1", "\u0430.example", ""])
+def test_what_is_no_host_is_none_with_digits_of_other_scripts_too(header: str) -> None:
+    assert not is_host(header)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from llama_smart_proxy.backends.llamacpp.arguments import flags_of, required_by, tags_of, value_of
+from llama_smart_proxy.backends.llamacpp.arguments import context_of_slot, flags_of, required_by, tags_of, value_of
 
 NONE, MEAN, CLS, LAST, RANK = range(5)
 
@@ -63,3 +63,24 @@ def test_flags_are_read_as_llama_server_reads_them() -> None:
     assert flags_of(args) == {"--no-mmap", "-c", "--tags", "--last"}
     assert value_of(args, "-c", "--ctx-size") == "2" and value_of(args, "--last") is None
     assert tags_of(args) == ["a", "b", "c"] and tags_of([]) == []
+
+
+@pytest.mark.parametrize(
+    ("ctx", "parallel", "args", "expected"),
+    [
+        (None, None, "", 0),
+        (8192, None, "", 8192),
+        (8192, 4, "", 2048),
+        (8192, 4, "-c 4096", 1024),
+        (None, None, "--ctx-size 4096 -np 2", 2048),
+        (8192, None, "-c 0", 0),
+        (8192, None, "-c", 8192),
+        (8192, 2, "-c many --parallel x", 4096),
+        (8192, None, "-np -1", 8192),
+        (-1, None, "", 0),
+    ],
+)
+def test_the_context_of_a_request_is_that_of_a_slot(
+    ctx: int | None, parallel: int | None, args: str, expected: int
+) -> None:
+    assert context_of_slot(ctx, parallel, args.split()) == expected
