@@ -28,6 +28,8 @@ HEAD_LIMIT = 64 * 1024
 """Most bytes accepted between two pieces of a body: headers and informational answers, sizes of chunks, trailers."""
 HEAD_S = 60.0
 """Seconds that a head may take from its first byte on."""
+MAX_INFORMATIONAL = 8
+"""Informational answers (1xx) before the head; of more, each counts as a part of the head."""
 MAX_BLANKS = 4 * 1024
 """Blank bytes that may come before an answer shows what it is."""
 COMMENT = b":"
@@ -70,6 +72,7 @@ class UpstreamResponse:
         self._unframed = 0  # bytes since the last one of a body
         self._head_done = False
         self._head_since = 0.0
+        self._informational = 0
         self._framed = False  # the body has a length or is chunked
         self._error: UpstreamFailed | None = None
         self._pieces: list[bytes] = []
@@ -295,12 +298,15 @@ class UpstreamResponse:
         if self.complete:
             return
         self.status = self._parser.get_status_code()
-        self._head_since = 0.0
         if 100 <= self.status < 200:
+            self._informational += 1
+            if self._informational <= MAX_INFORMATIONAL:
+                self._head_since = 0.0
             self.headers.clear()
             self._framed = False
             return
         self._head_done = True
+        self._head_since = 0.0
         self._received_at = self._loop.time()
         encoding = self.header("content-encoding").strip().lower()
         if encoding not in ("", "identity"):

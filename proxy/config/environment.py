@@ -7,6 +7,7 @@ ignoring case and characters that a variable name cannot contain: `LSP_MODELS__S
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 
 from llama_smart_proxy.proxy.config import text
 from llama_smart_proxy.proxy.config.problems import Loc
-from llama_smart_proxy.proxy.config.schema import is_verbatim
+from llama_smart_proxy.proxy.config.schema import Config, is_verbatim
 
 PREFIX = "LSP_"
 NOT_FIELDS = {"LSP_CONFIG", "LSP_OWNER"}  # the file's path, and the mark of child processes
@@ -49,7 +50,7 @@ def from_environment(env: Mapping[str, str], data: Mapping[str, Any]) -> Iterato
             value = [env[variable]] if append else env[variable]
             yield Setting(f"environment: {variable}", loc, value, append=append)
     # whole sections come before their single fields, so that they do not overwrite them
-    variables = (name for name in env if name.startswith(PREFIX) and name not in NOT_FIELDS)
+    variables = (name for name in env if name.startswith(PREFIX) and name not in NOT_FIELDS and _is_meant(name))
     for variable in sorted(variables, key=lambda name: (name.count("__"), name)):
         loc = _loc(variable, data)
         value, problem = _read(env[variable], loc)
@@ -57,9 +58,12 @@ def from_environment(env: Mapping[str, str], data: Mapping[str, Any]) -> Iterato
 
 
 def without_effect(env: Mapping[str, str]) -> list[str]:
-    """A warning for each variable of ollama-smart-proxy that means nothing here."""
+    """A warning for each variable of ollama-smart-proxy, and each other `LSP_*`, that means nothing here."""
     unknown = sorted(name for name in env if name.startswith(SEED_PREFIX) and name not in SEED_VARIABLES)
-    return [f"environment: {name}: has no effect here and can be removed" for name in unknown]
+    others = sorted(name for name in env if name.startswith(PREFIX) and name not in NOT_FIELDS and not _is_meant(name))
+    return [f"environment: {name}: has no effect here and can be removed" for name in unknown] + [
+        f"environment: {name}: names no field, so it has no effect here" for name in others
+    ]
 
 
 def from_flags(overrides: Mapping[str, object]) -> Iterator[Setting]:
@@ -79,6 +83,12 @@ def _read(raw: str, loc: Loc) -> tuple[Any, str | None]:
         return raw, None
     parsed = text.parse(stripped, at=loc, verbatim=is_verbatim)
     return parsed.data, parsed.problems[0].message if parsed.problems else None
+
+
+def _is_meant(variable: str) -> bool:
+    """Whether it begins like a field, perhaps misspelled. Editors have `LSP_*` variables of their own."""
+    first = variable.removeprefix(PREFIX).partition("__")[0].lower()
+    return bool(difflib.get_close_matches(first, Config.model_fields, n=1))
 
 
 def _loc(variable: str, data: Mapping[str, Any]) -> Loc:

@@ -10,8 +10,8 @@ from llama_smart_proxy.backends.base import Problem
 
 logger = logging.getLogger(__name__)
 
-LIMIT_S = 1.0
-"""Longest wait in seconds for one look; a disk or a server may not answer."""
+LIMIT_S = 0.7
+"""Longest wait in seconds for one look; a disk or a server may not answer, and `/health` has to within a second."""
 
 Look = Callable[[], Awaitable[Sequence[Problem]]]
 

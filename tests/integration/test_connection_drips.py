@@ -83,10 +83,10 @@ async def test_bytes_that_are_no_answer_have_a_limit(name: str) -> None:
     assert sent < 100 * HEAD_LIMIT  # most of it in the sockets
 
 
-@pytest.mark.parametrize("first", [b"", EARLY])
-async def test_a_head_that_has_begun_is_soon_complete(monkeypatch: pytest.MonkeyPatch, first: bytes) -> None:
+@pytest.mark.parametrize("name", ["a header", "a header behind early hints", "continue", "processing", "early hints"])
+async def test_a_head_that_has_begun_is_soon_complete(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(exchange, "HEAD_S", 0.2)
-    error, _ = await failure(dripping((first + b"HTTP/1.1 200 OK\r\nX: ", b"y")), Timeouts())
+    error, _ = await failure(dripping(ENDLESS[name]), Timeouts())
     assert (error.status, error.code) == (504, "upstream_timeout")
     assert "headers" in error.message
 

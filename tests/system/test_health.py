@@ -54,7 +54,7 @@ async def test_a_model_on_a_disk_that_stops_answering_degrades_until_it_answers_
             assert await wrong(proxy) == {}
             disk.stop()
             for _ in range(3):
-                assert await wrong(proxy) == {"llama_cpp": "cannot be checked: no answer within 1 s"}
+                assert await wrong(proxy) == {"llama_cpp": "cannot be checked: no answer within 0.7 s"}
                 assert (await chat(proxy, "there")).status == 200
             disk.resume()
 

@@ -351,7 +351,7 @@ def test_check_reports_problems_and_remarks_and_exits_2(tmp_path: Path, capsys: 
 
 def test_a_reading_has_a_config_or_problems() -> None:
     assert read_config(None, env={}).problems == []
-    assert read_config(None, env={"LSP_NO": "1"}).config is None
+    assert read_config(None, env={"LSP_SERVE": "1"}).config is None
 
 
 def test_models_can_be_made_without_a_file() -> None:

@@ -159,12 +159,18 @@ def test_a_variable_overrides_the_file(tmp_path: Path, variable: str, value: str
     assert read(load(tmp_path, text, {variable: value, "PATH": "/bin", "LC_ALL": "C"}))
 
 
+@pytest.mark.parametrize("variable", ["LSP_USE_PLISTS", "LSP_", "LSP_ZED__LOG"])
+def test_a_variable_of_another_program_is_a_warning(tmp_path: Path, variable: str) -> None:
+    found = load(tmp_path, "server: {port: 1}", {variable: "true"}).warnings
+    assert found == [f"environment: {variable}: names no field, so it has no effect here"]
+
+
 @pytest.mark.parametrize(
     ("variable", "value", "problem"),
     [
         ("LSP_SERVER__PROT", "1", "unknown field; did you mean port?"),
         ("LSP_SERVE", "1", "unknown field; did you mean server?"),
-        ("LSP_", "1", "unknown field"),
+        ("LSP_SERVR__PORT", "1", "unknown field"),
         ("LSP_SERVER____PORT", "1", "unknown field"),
         ("LSP_SERVER__HOST__X", "1", "unknown field"),
         ("LSP_SERVER__PORT", "eighty", "should be a valid integer, unable to parse string as an integer"),

@@ -64,3 +64,7 @@ async def test_closing_ends_what_is_looking() -> None:
     await inspection.problems()
     await inspection.close()
     assert len(asyncio.all_tasks()) == 1
+
+
+def test_health_answers_within_a_second_although_something_does_not_end() -> None:
+    assert Inspection({}).limit_s <= 0.75
