@@ -108,8 +108,8 @@ ANSWERS = {
     "a vote for an endless row of marks": lambda: normalised("answer" + "!" * 100_000 + "\0"),
     "a vote for marks between letters": lambda: normalised("x" + "!" * 100_000 + "x"),
     "arguments with braces, and a call that waits for their end": _calls,
-    "blank lines in front": _answer(*[b"\n\n"] * 300_000),
-    "comments behind the end": _answer(b"data: [DONE]\n\n" + b":\n\n" * 300_000),
+    "blank lines in front": _answer(*[b"\n\n"] * 150_000),
+    "comments behind the end": _answer(b"data: [DONE]\n\n" + b":\n\n" * 150_000),
 }
 
 
