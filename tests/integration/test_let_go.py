@@ -35,7 +35,7 @@ async def waits(link: Link, request: Request) -> None:
 UPSTREAMS: dict[str, Script] = {
     "a frame too long": cut_short(EVENT_HEAD + chunk(token("a")) + chunk(b"data: " + b"x" * 9 * MIB), "close"),
     "a frame too long first": cut_short(EVENT_HEAD + chunk(b"data: " + b"x" * 9 * MIB), "close"),
-    "a large error": plain(b'{"error":"%b"}' % (b"x" * LARGE * 2), status=500),
+    "a large error": cut_short(plain(b'{"error":"%b"}' % (b"x" * LARGE * 2), status=500), "close"),
     "cut short": cut_short(EVENT_HEAD + chunk(token("a")) + chunk(b"data: " + b"x" * 2 * MIB), "close"),
     "no JSON": cut_short(EVENT_HEAD + chunk(b"data: {%b\n\n" % (b"x" * 2 * MIB)), "close"),
     "a client that leaves": waits,
