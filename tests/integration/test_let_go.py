@@ -67,10 +67,12 @@ def collector_off() -> Iterator[Callable[[], list[str]]]:
         return [f"{type(one).__name__} of {len(one)}: {one[:40]!r}" for one in large]
 
     gc.collect()
+    gc.freeze()  # only what is made from here on is looked through
     gc.disable()
     try:
         yield found
     finally:
+        gc.unfreeze()
         gc.set_debug(0)
         gc.garbage.clear()
         gc.enable()
