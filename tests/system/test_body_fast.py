@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llama_smart_proxy.proxy.errors import BadRequest
@@ -19,6 +19,7 @@ from llama_smart_proxy.proxy.http.aside import in_thread
 from llama_smart_proxy.proxy.http.body import MAX_VALUES, ON_LOOP_BYTES, Body, parse_body, parse_strictly, serialise
 from tests.support import toxic
 from tests.support.harness import Proxy, until
+from tests.support.laws import law
 from tests.support.raw_client import post
 from tests.support.toxic import RawUpstream
 from tests.system.test_body import BAD_JSON, WRONG_MODEL
@@ -87,7 +88,7 @@ def outcome(parsed: Any, raw: bytes) -> tuple[object, ...]:
 
 
 @given(COMPACT | NEARLY_JSON | damaged())
-@settings(max_examples=1500, deadline=None)
+@law(1500)
 @example(b'{"a":1.0}')
 @example(b'{"a":1}')
 @example(b'{"a":1e22}')
@@ -106,7 +107,7 @@ def test_what_is_refused_is_refused_either_way(name: str) -> None:
 
 
 @given(COMPACT | NEARLY_JSON)
-@settings(max_examples=500, deadline=None)
+@law(500)
 def test_raw_bytes_stand_for_an_object_only_where_they_are_what_it_is_serialised_to(raw: bytes) -> None:
     try:
         value, kept = parse_body(raw)
