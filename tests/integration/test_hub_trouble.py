@@ -107,7 +107,7 @@ def test_another_etag_starts_anew_and_clears_away_the_old_bytes(bench: Bench) ->
     assert not old.exists() and ranges(bench, "etag/repo") == [None, None]
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.full)])
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.full)])
 async def test_after_kill_9_at_any_point_the_next_process_goes_on_with_the_next_byte(bench: Bench, kills: int) -> None:
     repo = f"killed/repo{kills}"
     data = add(bench, repo)

@@ -66,7 +66,6 @@ def collector_off() -> Iterator[Callable[[], list[str]]]:
         gc.garbage.clear()
         return [f"{type(one).__name__} of {len(one)}: {one[:40]!r}" for one in large]
 
-    gc.collect()
     gc.freeze()  # only what is made from here on is looked through
     gc.disable()
     try:

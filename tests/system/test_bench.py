@@ -82,6 +82,7 @@ def test_a_checkout_without_a_proxy_is_refused(tmp_path: Path) -> None:
     assert f"not there: {tmp_path}/.venv/bin/llama-smart-proxy" in done.stderr
 
 
+@pytest.mark.full
 def test_interrupted_run_leaves_no_process_behind(tmp_path: Path) -> None:
     argv = [sys.executable, "-m", "tests.bench", "--quick", "--rounds", "1000"]
     with (tmp_path / "log").open("w") as log, subprocess.Popen(argv, cwd=ROOT, env=environment(), stderr=log) as run:

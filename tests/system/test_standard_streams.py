@@ -66,7 +66,7 @@ def test_a_command_ends_as_ever_where_all_streams_are_closed(words: str, status:
     assert subprocess.run(argv, cwd=ROOT, env=environment(), timeout=TIMEOUT_S).returncode == status
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("unbuffered", ["", pytest.param("1", marks=pytest.mark.full)])
 @pytest.mark.parametrize(("words", "unread"), [("check", "stdout"), ("help", "stdout"), ("pull none", "stderr")])
 def test_output_whose_reader_has_left_is_no_traceback(words: str, unread: str, unbuffered: str) -> None:
     reading, writing = os.pipe()
@@ -75,7 +75,7 @@ def test_output_whose_reader_has_left_is_no_traceback(words: str, unread: str, u
 
 
 @needs_full
-@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("unbuffered", ["", pytest.param("1", marks=pytest.mark.full)])
 @pytest.mark.parametrize(("words", "unread"), [("check", "stdout"), ("help", "stdout"), ("pull none", "stderr")])
 def test_output_without_room_is_status_1_and_one_line(words: str, unread: str, unbuffered: str) -> None:
     status, other = ran_into(os.open(FULL, os.O_WRONLY), words, unread, unbuffered)
