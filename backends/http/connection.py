@@ -60,11 +60,9 @@ class Endpoint:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     def __str__(self) -> str:
-        return (
-            f"unix:{self.socket}"
-            if self.socket
-            else f"{'https' if self.tls else 'http'}://{self.authority}{self.prefix}"
-        )
+        if self.socket:
+            return f"unix:{self.socket}"
+        return f"{'https' if self.tls else 'http'}://{self.authority}{self.prefix}"
 
 
 class ConnectionPool:

@@ -151,7 +151,8 @@ class Chain:
                 if selection.reply is not None:
                     return selection
             self._add_named(candidates, named)
-            self._add_called(candidates, selection.called)
+            if commands is not None and selection.called is not None:
+                self._add_called(candidates, selection.called, commands)
         selection.chain = [_active(candidate) for candidate in candidates.values() if _usable(candidate)]
         selection.about = partial(self._about, set(candidates))
         return selection
@@ -202,9 +203,9 @@ class Chain:
             elif name in candidates and not candidates[name].settings.required:
                 del candidates[name]
 
-    def _add_called(self, candidates: dict[str, _Candidate], called: Called | None) -> None:
-        for command in called.commands if called is not None else ():
-            candidate = self._add(candidates, self.plugins.commands()[command.name])
+    def _add_called(self, candidates: dict[str, _Candidate], called: Called, commands: Commands) -> None:
+        for command, plugin in zip(called.commands, commands.plugins(called.commands), strict=True):
+            candidate = self._add(candidates, plugin)
             candidate.typed |= command.options
             candidate.explicit = True
 

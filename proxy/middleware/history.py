@@ -40,11 +40,13 @@ def may_hold_commands(codec: ClientCodec, body: Json) -> bool:
 
 def _is_suspect(message: Any) -> bool:
     content = message.get("content") if message.__class__ is dict else None
-    if content.__class__ is str:
-        return content.startswith("/") or ERROR_TEXT in content[-LONGEST_ERROR:]
-    return content.__class__ is list and any(
-        text.startswith("/") or ERROR_TEXT in text[-LONGEST_ERROR:] for text in _texts(content)
-    )
+    if content.__class__ is str:  # most are, and every message of every chat is looked at
+        return _is_marked(content)
+    return content.__class__ is list and any(map(_is_marked, _texts(content)))
+
+
+def _is_marked(text: str) -> bool:
+    return text.startswith("/") or ERROR_TEXT in text[-LONGEST_ERROR:]
 
 
 def read_history(codec: ClientCodec, body: Json, commands: Commands) -> History:

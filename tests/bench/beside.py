@@ -51,6 +51,7 @@ class Watcher(Client):
         super().__init__()
         self.arrivals: list[float] = []
         self._last = b""
+        self._changed = asyncio.Event()
 
     def data_received(self, data: bytes) -> None:
         now = time.perf_counter()
@@ -59,6 +60,20 @@ class Watcher(Client):
             self.fail(wire.BrokenRun(f"expected status 200, got {data[:400]!r}"))
         self.arrivals += [now] * seen.count(wire.TOKEN_MARK)
         self._last = seen[1 - len(wire.TOKEN_MARK) :]
+        self._changed.set()
+
+    def fail(self, error: wire.BrokenRun) -> None:
+        super().fail(error)
+        self._changed.set()
+
+    async def more(self, count: int) -> None:
+        """Return once so many further tokens have arrived. Raises: `wire.BrokenRun` if the stream has failed."""
+        enough = len(self.arrivals) + count
+        while len(self.arrivals) < enough:
+            if self.finished.done():
+                self.finished.result()
+            self._changed.clear()
+            await self._changed.wait()
 
     def worst_delay_s(self, interval_s: float) -> float:
         """The first token is left out: it has no place in the schedule."""
@@ -102,8 +117,4 @@ class BesideRun:
     async def _next_tokens(self, watchers: Sequence[Watcher]) -> None:
         """Return once each stream has had two more: what was late has come, then."""
         for watcher in watchers:
-            enough = len(watcher.arrivals) + 2
-            while len(watcher.arrivals) < enough:
-                if watcher.finished.done():
-                    watcher.finished.result()
-                await asyncio.sleep(self.job.interval_ms / 1000)
+            await watcher.more(2)

@@ -46,7 +46,7 @@ class ResponsesCodec(ClientCodec):
             return None
         if not isinstance(content := message.get("content"), list):
             return TextPlace(message, "content")
-        places = (TextPlace(part, text_key(part)) for part in content if text_in(part) is not None)
+        places = (TextPlace(part, key) for part in content if (key := text_key(part)) is not None)
         return next(places, TextPlace(None, "text"))
 
     def beginning(self, body: Json) -> list[tuple[Any, str]]:

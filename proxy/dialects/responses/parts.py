@@ -69,17 +69,17 @@ def decode_texts(parts: Any, path: str) -> str:
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
-def text_key(part: Any) -> str:
-    """The field with the text of a text part; `text` if `part` is anything else, valid or not."""
+def text_key(part: Any) -> str | None:
+    """The field with the text of a text part; None if `part` is anything else, valid or not."""
     kind = part.get("type") if isinstance(part, dict) else None
-    return _TEXTS.get(kind, "text") if isinstance(kind, str) else "text"
+    key = _TEXTS.get(kind) if isinstance(kind, str) else None
+    return key if key is not None and isinstance(part.get(key), str) else None
 
 
 def text_in(part: Any) -> str | None:
     """The text of a text part; None if `part` is anything else, valid or not."""
-    kind = part.get("type") if isinstance(part, dict) else None
-    text = part.get(_TEXTS[kind]) if isinstance(kind, str) and kind in _TEXTS else None
-    return text if isinstance(text, str) else None
+    key = text_key(part)
+    return None if key is None else str(part[key])
 
 
 def _decode_part(part: Json, path: str) -> Json | None:
