@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from llama_smart_proxy.proxy.errors import StartFailed
 
@@ -65,6 +65,12 @@ def begin_in_thread(call: Callable[[], T]) -> asyncio.Future[T]:
     except RuntimeError as exc:
         raise StartFailed("The system refused to start another thread.", code="spawn_failed") from exc
     return future
+
+
+def log_failure(logger: logging.Logger, task: asyncio.Task[Any]) -> None:
+    """Log if a task has ended by an exception that nothing awaits: that is a bug."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.error("%s failed", task.get_name(), exc_info=error)
 
 
 def within(limit_s: float, call: Callable[[], T]) -> T:

@@ -23,7 +23,7 @@ from llama_smart_proxy.backends.pool.ports import Ports, is_free, listens
 from llama_smart_proxy.backends.pool.readiness import Foreign, NotOurs, TakesAnyKey, new_key, wait_until
 from llama_smart_proxy.backends.pool.spawn import Child, spawn
 from llama_smart_proxy.backends.pool.watch import Watch, look_s
-from llama_smart_proxy.backends.threads import run_in_thread
+from llama_smart_proxy.backends.threads import log_failure, run_in_thread
 from llama_smart_proxy.proxy.config import PoolConfig
 from llama_smart_proxy.proxy.errors import ProxyError, StartFailed
 
@@ -101,7 +101,7 @@ class Instance:
         loop = asyncio.get_running_loop()
         self._starting = loop.create_task(self._start(), name=f"start {self.name}")
         self._life = loop.create_task(self._live(), name=f"life of {self.name}")
-        self._life.add_done_callback(_report)
+        self._life.add_done_callback(partial(log_failure, logger))
 
     def stop(self, cause: str) -> None:
         """Begin to stop: close every connection, then SIGTERM, SIGTERM once more, SIGKILL within `stop_timeout_s`.
@@ -376,9 +376,3 @@ async def read_within(config: PoolConfig, name: str, look: Awaitable[T]) -> T:
     except TimeoutError as exc:
         message = f"Model '{name}' did not load: its files could not be read within {limit_s:g} s."
         raise StartFailed(message, status=504, code="model_load_timeout") from exc
-
-
-def _report(life: asyncio.Task[None]) -> None:
-    """A life that ends by an exception is a bug of ours: log it at once."""
-    if not life.cancelled() and (error := life.exception()) is not None:
-        logger.error("%s failed", life.get_name(), exc_info=error)

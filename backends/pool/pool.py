@@ -20,7 +20,7 @@ from llama_smart_proxy.backends.pool.launcher import PoolModel, Source
 from llama_smart_proxy.backends.pool.orphans import kill_orphans
 from llama_smart_proxy.backends.pool.queue import Lease, ModelQueue
 from llama_smart_proxy.backends.pool.scheduler import Scheduler
-from llama_smart_proxy.backends.threads import begin_in_thread, run_in_thread
+from llama_smart_proxy.backends.threads import begin_in_thread, log_failure, run_in_thread
 from llama_smart_proxy.backends.weights.downloads import Download, Downloads, Progress
 from llama_smart_proxy.proxy.config import PoolConfig
 from llama_smart_proxy.proxy.errors import BadRequest, Overloaded, ProxyError, StartFailed
@@ -338,8 +338,7 @@ class Pool:
 
     def _forget(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("%s failed", task.get_name(), exc_info=error)
+        log_failure(logger, task)
 
 
 def _describe(queue: ModelQueue) -> dict[str, object]:

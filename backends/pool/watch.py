@@ -11,11 +11,12 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import partial
 
 from llama_smart_proxy.backends.http.connection import ConnectionPool
 from llama_smart_proxy.backends.pool.family import Vitals
 from llama_smart_proxy.backends.pool.launcher import Launcher, Report
-from llama_smart_proxy.backends.threads import run_in_thread
+from llama_smart_proxy.backends.threads import log_failure, run_in_thread
 from llama_smart_proxy.proxy.errors import ProxyError
 
 logger = logging.getLogger(__name__)
@@ -141,7 +142,7 @@ class Watch:
             if self._silent_s >= self._due_s and (self._looking is None or self._looking.done()):
                 loop = asyncio.get_running_loop()
                 self._looking = loop.create_task(self._look_closer(waiting), name=f"closer look at {self._name}")
-                self._looking.add_done_callback(_report)
+                self._looking.add_done_callback(partial(log_failure, logger))
 
     def _begin_anew(self, silent_s: float, first: Sight | None) -> None:
         """Count from `silent_s` on, and compare with `first` from then on."""
@@ -193,12 +194,6 @@ class Watch:
 def look_s(limit_s: float) -> float:
     """Seconds between two looks at a server."""
     return min(1.0, limit_s / LOOKS) if limit_s > 0 else 1.0
-
-
-def _report(look: asyncio.Task[None]) -> None:
-    """A look that fails is a bug, of ours or of a launcher."""
-    if not look.cancelled() and (error := look.exception()) is not None:
-        logger.error("%s failed", look.get_name(), exc_info=error)
 
 
 def _compare(first: Sight, now: Sight) -> Facts:
