@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from llama_smart_proxy.backends.http.connection import Endpoint
     from llama_smart_proxy.backends.http.exchange import Timeouts, UpstreamResponse
     from llama_smart_proxy.backends.pool.pool import Pool
+    from llama_smart_proxy.backends.progress import Progress
     from llama_smart_proxy.backends.weights.downloads import Download, Downloads
     from llama_smart_proxy.proxy import config as configuration
     from llama_smart_proxy.proxy.errors import ProxyError
@@ -53,7 +54,7 @@ class UpstreamRequest:
     the connection adds. `slot`: the request generates, and occupies one of the server's parallel slots; `/props` or
     `/tokenize` do not. Without `wait`, a request that would have to wait for its model to load or for a free slot fails
     at once (`Overloaded`, code `no_slot_now`). `client` identifies the client, empty if unknown. `prepared` is the
-    result of the model's `prepare` for this request.
+    result of the model's `prepare` for this request. `progress`, if there is one, is kept up to date while it waits.
     """
 
     method: str
@@ -65,6 +66,7 @@ class UpstreamRequest:
     priority: Priority = Priority.PERSON
     client: str = ""
     prepared: object = None
+    progress: Progress | None = None
 
 
 @dataclass(frozen=True, slots=True)
