@@ -5,6 +5,8 @@ PORT ?=
 CONFIG ?=
 
 bin := .venv/bin
+# Without bytecode, every process that a test starts would compile all of its modules again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help run test test-unit test-full lint fix check bench simulate clean FORCE
 .DEFAULT_GOAL := help
@@ -25,15 +27,8 @@ test: .venv/dev ## all quick tests, four at a time, as most of them wait (about 
 test-unit: .venv/dev ## the tests of functions alone, without a server
 	$(bin)/python -m pytest -m "not full" -n 2 tests/unit
 
-# One stream lasts five and a half minutes, and needs next to nothing; laws are functions alone. Both run beside the rest.
-full := $(bin)/python -m pytest -m full --hypothesis-profile full --timeout 500
-test-full: .venv/dev ## the long tests: load, endurance, attacks, and the laws with all their examples
-	@mkdir -p build
-	@$(full) tests/system/test_relay_long.py >build/long.log 2>&1 & long=$$!; \
-	$(full) tests/unit >build/laws.log 2>&1 & laws=$$!; \
-	$(full) --ignore tests/system/test_relay_long.py tests/system tests/integration tests/contract; failed=$$?; \
-	wait $$laws || { cat build/laws.log; failed=1; }; tail -n 1 build/laws.log; \
-	wait $$long || { cat build/long.log; failed=1; }; tail -n 1 build/long.log; exit $$failed
+test-full: .venv/dev ## the long tests, four at a time: load, endurance, attacks, and the laws with all their examples
+	$(bin)/python -m pytest -m full --hypothesis-profile full --timeout 600 -n 4 --dist worksteal
 
 lint: .venv/dev ## ruff and mypy --strict
 	$(bin)/ruff check .
