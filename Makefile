@@ -22,7 +22,7 @@ run: .venv/run ## serve with CONFIG= (config.yaml) on HOST= and PORT= (127.0.0.1
 	@exec $(bin)/llama-smart-proxy serve $(config) $(listen) --reload
 
 test: .venv/dev ## all quick tests, four at a time, as most of them wait (about 6 minutes on two cores)
-	$(bin)/python -m pytest -m "not full" -n 4
+	$(bin)/python -m pytest -m "not full" -n 4 --dist worksteal
 
 test-unit: .venv/dev ## the tests of functions alone, without a server
 	$(bin)/python -m pytest -m "not full" -n 2 tests/unit

@@ -63,6 +63,7 @@ async def test_models_of_nested_folders_answer_by_names_in_any_script(served: tu
         assert (await raw_client.post(proxy.port, "/api/chat", body_of(name))).status == 200
     tags = (await raw_client.get(proxy.port, "/api/tags")).json()["models"]
     assert {item["name"] for item in tags} == names | {"own"}
+    await until(lambda: "a/x.gguf is offered as 'a/x'" in proxy.log, what="the line of the log")
     assert proxy.log.count("a/x.gguf is offered as 'a/x'") == 1
     health = await proxy.health()
     assert (health["status"], health["problems"]) == ("healthy", [])
@@ -126,7 +127,9 @@ async def test_a_disk_that_stops_answering_delays_no_other_model_and_neither_sta
             health = await proxy.health()
             assert health["status"] == "degraded"
             assert any("llama_cpp" in problem["where"] for problem in health["problems"])
-            assert proxy.log.count("of it last is served") == warnings + 2, "once for the folder and for the cache"
+            wanted = warnings + 2  # once for the folder and for the cache
+            await until(lambda: proxy.log.count("of it last is served") >= wanted, what="the warnings")
+            assert proxy.log.count("of it last is served") == wanted
         assert not proxy.alive
 
 

@@ -73,7 +73,9 @@ async def test_streams_of_a_stopped_server_fail_in_every_api_and_all_else_is_ans
         await until(lambda: _healthy(proxy), what="the end of the report")
         assert set(found) == {"models.m"} and "nothing generated for" in found["models.m"]
         assert len(fakes.events("start")) == 3 and (await instance(proxy, "m"))["pid"] != pid
-        assert "it stalled: nothing generated for" in proxy.log and "CPU time 0.0" in proxy.log
+        await until(
+            lambda: "it stalled: nothing generated for" in proxy.log and "CPU time 0.0" in proxy.log, what="the log"
+        )
 
 
 async def _healthy(proxy: Proxy) -> bool:
