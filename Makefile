@@ -8,11 +8,11 @@ bin := .venv/bin
 # Without bytecode, every process that a test starts would compile all of its modules again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help run test test-unit test-full lint fix check bench simulate clean FORCE
+.PHONY: help run test test-unit test-full lint fix check bench simulate install-service uninstall-service clean FORCE
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # Without CONFIG= the file is $$LSP_CONFIG, else config.yaml. Without HOST= and PORT= the configuration decides. (Conda exports a HOST of its own, the machine's type.)
 config = $(if $(CONFIG),--config "$(CONFIG)")
@@ -47,6 +47,12 @@ bench: .venv/dev ## measure the relay against a direct connection and nginx; wri
 
 simulate: .venv/run ## start the proxy on a free port, use it for real, print what passed
 	$(bin)/llama-smart-proxy simulate $(config)
+
+install-service: ## install or update the systemd service, with its own program in /opt; as root
+	@$(PYTHON) packaging/install.py install
+
+uninstall-service: ## remove it; its configuration and its models stay
+	@$(PYTHON) packaging/install.py uninstall
 
 clean: ## remove .venv and everything built
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage* htmlcov

@@ -257,9 +257,10 @@ def launch(
     env: Mapping[str, str] | None,
     args: Sequence[str],
     within: Sequence[str] = (),
+    keep_fds: Sequence[int] = (),
 ) -> Proxy:
     """Start a proxy without waiting for it. It listens on a free port unless `config` names one, and logs at info.
-    `within` is the command line of a program that becomes the proxy, whose own is appended."""
+    `within` is the command line of a program that becomes the proxy, whose own is appended; it inherits `keep_fds`."""
     whole = {"log_level": "info", **config, "server": {"port": 0, **config.get("server", {})}}
     file = folder / "config.yaml"
     file.write_text(json.dumps(whole, default=str))
@@ -267,7 +268,8 @@ def launch(
     if AVAILABLE and not within and not any(name.startswith("PYTHON") for name in env or ()):
         return Proxy(nursery().start(words, environ, ROOT))
     argv = [*within, sys.executable, "-m", "llama_smart_proxy", *words]
-    return Proxy(subprocess.Popen(argv, cwd=ROOT, env=environ, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE))
+    stdin, stderr = subprocess.DEVNULL, subprocess.PIPE
+    return Proxy(subprocess.Popen(argv, cwd=ROOT, env=environ, stdin=stdin, stderr=stderr, pass_fds=keep_fds))
 
 
 @cache
@@ -287,14 +289,15 @@ async def running_proxy(
     clean_log: bool = True,
     beside: Path | None = None,
     within: Sequence[str] = (),
+    keep_fds: Sequence[int] = (),
 ) -> AsyncIterator[Proxy]:
     """A proxy with `config`, listening; ended at the end, and checked for ending properly. `beside` is the folder of
-    its configuration file, by default one where nothing else is; `within` as in `launch`.
+    its configuration file, by default one where nothing else is; `within` and `keep_fds` as in `launch`.
 
     Properly: exit status 0 after SIGTERM, no child left, and (unless `clean_log` is False) no traceback in the log.
     """
     with tempfile.TemporaryDirectory() as folder:
-        proxy = launch(config, beside or Path(folder), env=env, args=args, within=within)
+        proxy = launch(config, beside or Path(folder), env=env, args=args, within=within, keep_fds=keep_fds)
         try:
             await until(proxy.started, START_S, what="the listening proxy")
             yield proxy
