@@ -295,11 +295,14 @@ class Instance:
 
     async def _prove(self, child: Child) -> None:
         """Nothing is sent to what listens there before it is known to be our child."""
-        launcher = self.model.launcher
+        launcher, command = self.model.launcher, self._command
+        assert command is not None
         await wait_until(self.connections.accepts, self._patience_s)
-        owned = await self._is_owned(child)
-        if owned is False and self._command is not None and self._command.listens:
-            raise Foreign
+        while (owned := await self._is_owned(child)) is False and command.listens:
+            if not is_free(command.endpoint.host, command.endpoint.port):
+                raise Foreign
+            # Who accepted listens no more: the child, as a rule, which is about to end.
+            await wait_until(self.connections.accepts, self._patience_s)
         self._works_itself = owned is not False
         self.slots = await launcher.ready(self.connections, self._patience_s)
         await self._hook("after_ready", launcher.after_ready(self.connections), self._config.load_timeout_s)
