@@ -13,12 +13,13 @@ from functools import partial
 from pathlib import Path
 
 from llama_smart_proxy.backends.base import UpstreamRequest
-from llama_smart_proxy.backends.pool.instance import LOST_S, State, read_within
+from llama_smart_proxy.backends.pool.instance import LOST_S, State
 from llama_smart_proxy.backends.pool.launcher import PoolModel, Source
 from llama_smart_proxy.backends.pool.load_times import LoadTimes
 from llama_smart_proxy.backends.pool.news import News
 from llama_smart_proxy.backends.pool.orphans import kill_orphans
 from llama_smart_proxy.backends.pool.queue import Lease, ModelQueue
+from llama_smart_proxy.backends.pool.readiness import read_within
 from llama_smart_proxy.backends.pool.scheduler import Scheduler
 from llama_smart_proxy.backends.pool.status import described
 from llama_smart_proxy.backends.pool.waits import Wait
