@@ -22,6 +22,7 @@ from llama_smart_proxy.proxy.models.inspection import Inspection
 from llama_smart_proxy.proxy.models.router import Router
 from llama_smart_proxy.proxy.registry import Registry
 from llama_smart_proxy.proxy.store import Store, state_dir
+from llama_smart_proxy.proxy.stream.waiting import Waits
 
 _BLOB = "/api/blobs/{digest:sha256:[0-9a-f]{64}}"
 ROUTES: list[tuple[str, str, Handler]] = [
@@ -89,7 +90,8 @@ class App:
         router, chain = Router(providers, config, downloads), Chain(config, self.plugins)
         store = Store(state_dir(config.state_dir, os.environ))
         inspection = Inspection({**router.looks, "agents": self.plugins.problems})
-        self.proxy = Proxy(config, router, chain, store, Afterwards(self.plugins), inspection)
+        waits = Waits(config.server)
+        self.proxy = Proxy(config, router, chain, store, Afterwards(self.plugins), inspection, waits)
         self.dispatcher = Dispatcher(self.proxy, registry.observers)
         for method, path, handler in ROUTES:
             self.dispatcher.add([method], path, handler, pages=_PAGES.get(handler, Pages.ALLOWED))
