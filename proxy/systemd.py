@@ -6,6 +6,7 @@ Source: sd_listen_fds(3), sd_notify(3), sd_watchdog_enabled(3).
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import logging
 import os
 import socket
@@ -55,9 +56,12 @@ class Supervisor:
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Within the context, signs of life are sent from the running event loop, twice in the time that the service
-        manager requires; without them it ends the process: a loop that hangs serves no one."""
+        manager requires; without them it ends the process by SIGABRT: a loop that hangs serves no one. What it hangs in
+        is then written to stderr."""
         try:
             if self.present and self._watchdog_s > 0:
+                with suppress(ValueError, RuntimeError, OSError):  # there is no stderr
+                    faulthandler.enable()
                 self._alive(asyncio.get_running_loop())
             yield
         finally:
