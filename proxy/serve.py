@@ -209,6 +209,7 @@ async def _drain(
     """Let answers in progress finish, for `drain_s` seconds or until a second signal; meanwhile new requests are
     refused, and /health returns 503. Then stop the model servers; streams still open end with an error frame."""
     app.proxy.draining.set()
+    app.proxy.feed.close()
     loop = asyncio.get_running_loop()
     deadline = loop.time() + drain_s
     second_signal = asyncio.ensure_future(stop.at_once.wait())

@@ -161,7 +161,7 @@ def pool_model(
     if model.repo is not None:
         download = hub.download_name(model.repo, model.variant)
         source = Source(download, partial(locate, name, model), hub.work(model.repo, model.variant))
-    return PoolModel(name, launcher, model.pinned, model.keep_alive, source)
+    return PoolModel(name, launcher, model.pinned, model.keep_alive, source, model.title or "")
 
 
 def _projector(gguf: Path) -> list[str]:

@@ -63,11 +63,16 @@ class Instance:
 
     `worked` is set by the caller that received a complete answer from it. `pid` and `port` are 0 until there is a
     process, `slots` (how many requests it processes in parallel) and `connections` are valid once it was READY,
-    `load_s` is how long that took.
+    `load_s` is how long that took; before, `share` is how much is loaded, from 0 to 1, None if that is unknown.
     """
 
     def __init__(
-        self, model: PoolModel, config: PoolConfig, ports: Ports, on_change: Callable[[Instance], None]
+        self,
+        model: PoolModel,
+        config: PoolConfig,
+        ports: Ports,
+        on_change: Callable[[Instance], None],
+        on_share: Callable[[Instance], None] = lambda instance: None,
     ) -> None:
         self.name = model.name
         self.model = model
@@ -78,10 +83,12 @@ class Instance:
         self.port = 0
         self.slots = 1
         self.load_s: float | None = None
+        self.share: float | None = None
         self.connections: ConnectionPool
         self._config = config
         self._ports = ports
         self._on_change = on_change
+        self._on_share = on_share
         self._key = new_key()
         self._log = LogRing()
         self._command: Command | None = None
@@ -117,6 +124,16 @@ class Instance:
         """Wait until it has STOPPED, at most `timeout_s` seconds; return whether it has."""
         await asyncio.wait({self._life}, timeout=timeout_s)
         return self._life.done()
+
+    @property
+    def loading_s(self) -> float:
+        """Seconds since its start, or since its state changed last."""
+        return time.monotonic() - self._since
+
+    @property
+    def size_bytes(self) -> int:
+        """How large the model's files are; 0 if that is unknown."""
+        return self._command.size_bytes if self._command is not None else 0
 
     @property
     def suspicion(self) -> str | None:

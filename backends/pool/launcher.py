@@ -41,13 +41,15 @@ class Command:
 
     `listens`: the process itself, or one that it starts, listens there. Only then can the system prove that the server
     is this one, and how busy it is. It is False for a command that has its server started elsewhere: in a container, on
-    another machine.
+    another machine. `size_bytes` is how large the model's files are, 0 if unknown: how long starts take is learned for
+    that size.
     """
 
     argv: Sequence[str]
     env: Mapping[str, str]
     endpoint: Endpoint
     listens: bool = True
+    size_bytes: int = 0
 
 
 CommandFor = Callable[[Endpoint, str], Command]
@@ -175,7 +177,8 @@ class PoolModel:
     """What the pool knows of a model. `name` is unique in the pool.
 
     `keep_alive_s`: seconds that its process stays loaded when idle, None for the pool's default. A pinned model is
-    never stopped to make room. A model without `source` requires no download.
+    never stopped to make room. A model without `source` requires no download. `title` is its name for people, empty
+    for `name`.
     """
 
     name: str
@@ -183,6 +186,7 @@ class PoolModel:
     pinned: bool = False
     keep_alive_s: float | None = None
     source: Source | None = None
+    title: str = ""
 
 
 def inherited(environ: Mapping[str, str], passthrough: Iterable[str] = ()) -> dict[str, str]:
