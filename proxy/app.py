@@ -24,6 +24,7 @@ from llama_smart_proxy.proxy.models.inspection import Inspection
 from llama_smart_proxy.proxy.models.router import Router
 from llama_smart_proxy.proxy.registry import Registry
 from llama_smart_proxy.proxy.store import ProxyMemory, Store, state_dir
+from llama_smart_proxy.proxy.stream.waiting import Waits
 
 _BLOB = "/api/blobs/{digest:sha256:[0-9a-f]{64}}"
 ROUTES: list[tuple[str, str, Handler]] = [
@@ -92,7 +93,8 @@ class App:
         providers = [provider for cls in registry.providers if (provider := cls.create(config, services)) is not None]
         router, chain = Router(providers, config, downloads), Chain(config, self.plugins)
         inspection = Inspection({**router.looks, "agents": self.plugins.problems})
-        self.proxy = Proxy(config, router, chain, store, Afterwards(self.plugins), inspection, feed)
+        afterwards, waits = Afterwards(self.plugins), Waits(config.server)
+        self.proxy = Proxy(config, router, chain, store, afterwards, inspection, waits, feed)
         self.dispatcher = Dispatcher(self.proxy, registry.observers)
         for method, path, handler in ROUTES:
             self.dispatcher.add([method], path, handler, pages=_PAGES.get(handler, Pages.ALLOWED))

@@ -15,6 +15,7 @@ from llama_smart_proxy.proxy.middleware.chain import Chain
 from llama_smart_proxy.proxy.models.inspection import Inspection
 from llama_smart_proxy.proxy.models.router import Router
 from llama_smart_proxy.proxy.store import Store
+from llama_smart_proxy.proxy.stream.waiting import Waits
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,7 @@ class Proxy:
     store: Store
     afterwards: Afterwards
     inspection: Inspection
+    waits: Waits
     feed: Feed
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     conversations: Conversations = field(default_factory=Conversations)

@@ -87,6 +87,8 @@ class Dialect:
     """A frame depends on those before it, so frames are passed on unchanged only as long as all have been."""
     id_headers: tuple[str, ...] = ()
     """The response headers in which clients look for a request's id, besides `X-Request-Id`."""
+    sign_of_life: bytes = b""
+    """A frame of a stream that adds nothing, for clients that wait; empty if there is none."""
     last_frame_sums: bool = False
     """The last frame summarizes those before it, so it is passed on unchanged only if all of them were."""
 
@@ -261,6 +263,21 @@ class ClientCodec:
                 if message.get("role") == "user":
                     break
         return result
+
+    def sign_of_life(self, model: str) -> bytes:
+        """A frame that adds nothing to the answer of `model`, and may come before it; empty if there is none."""
+        return self.dialect.sign_of_life
+
+    def event(self, kind: str, data: Json) -> bytes:
+        """A frame that chat UIs with events beside the answer show (kinds: `status`, `notification`, `source`,
+        `citation`), and that may be anywhere in a stream; empty if this API has none. Raises: TypeError for data that
+        JSON cannot express."""
+        return b""
+
+    def thought(self, model: str, text: str) -> bytes:
+        """A frame that adds `text` to the reasoning in the answer of `model`, and may come before it; empty if there is
+        none that does not depend on the rest of the answer."""
+        return b""
 
     def fits(self, request: ChatRequest) -> bool:
         """Whether a body of this endpoint can express all of `request`: an agent may have set fields that only some

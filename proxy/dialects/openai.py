@@ -69,6 +69,9 @@ def _usage(frames: bytes) -> Json | None:
     return None
 
 
+COMMENT = b": waiting\n\n"
+"""An event that clients ignore. Source: WHATWG HTML, "Event stream interpretation"."""
+
 OPENAI = Dialect(
     name="openai",
     error_body=_openai_error,
@@ -82,6 +85,7 @@ OPENAI = Dialect(
     end_mark=b"[DONE]",
     is_error_body=_is_error_body,
     usage=_usage,
+    sign_of_life=COMMENT,
 )
 """Source: the OpenAI API reference; llama-server and vLLM both end a stream with `[DONE]`, TGI and ik_llama.cpp do
 not."""
@@ -94,6 +98,7 @@ NATIVE = Dialect(
     is_error=_has_error_event,
     matched_context_error=False,
     usage=_usage,
+    sign_of_life=COMMENT,
 )
 """llama-server's own `/completion` and `/infill`: the last event contains `"stop":true`, and no `[DONE]` follows.
 Generated text cannot match, as JSON escapes its quotes. Source: llama.cpp tools/server/server-context.cpp, b11434."""
@@ -325,6 +330,15 @@ class ChatCodec(ClientCodec):
     def writer(self, request: ChatRequest, timing: Timing) -> ChatWriter:
         return ChatWriter(request, timing)
 
+    def event(self, kind: str, data: Json) -> bytes:
+        """Open WebUI executes such an event, and does not keep it. Source: Open WebUI 0.12.4."""
+        return _event({"event": {"type": kind, "data": data}})
+
+    def thought(self, model: str, text: str) -> bytes:
+        choice = {"index": 0, "delta": {"role": "assistant", "reasoning_content": text}, "finish_reason": None}
+        own = {"id": f"{ChatWriter.prefix}{secrets.token_hex(12)}", "object": "chat.completion.chunk"}
+        return _event({**own, "created": int(time.time()), "model": model, "choices": [choice]})
+
     def fits(self, request: ChatRequest) -> bool:
         return True  # `decode` and `encode` keep unknown fields
 
@@ -342,6 +356,12 @@ class TextCodec(ChatCodec):
 
     def writer(self, request: ChatRequest, timing: Timing) -> TextWriter:
         return TextWriter(request, timing)
+
+    def event(self, kind: str, data: Json) -> bytes:
+        return b""
+
+    def thought(self, model: str, text: str) -> bytes:
+        return b""
 
 
 CHAT = ChatCodec()

@@ -23,7 +23,6 @@ from llama_smart_proxy.backends.http.exchange import UpstreamResponse
 from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, Fold, Json, RequestRecord
 from llama_smart_proxy.proxy.dialects.base import ClientCodec, UpstreamCodec
 from llama_smart_proxy.proxy.errors import ProxyError, UpstreamFailed, let_go
-from llama_smart_proxy.proxy.http.headers import RECORD
 from llama_smart_proxy.proxy.http.response import ResponseWriter
 from llama_smart_proxy.proxy.stream.decoder import StreamDecoder
 from llama_smart_proxy.proxy.stream.encoder import StreamEncoder
@@ -47,7 +46,7 @@ class ChunkSink(Protocol):
 
     @property
     def begun(self) -> bool:
-        """Whether the client has received anything, so that the request cannot be retried."""
+        """Whether the client has received any of the answer, so that the request cannot be retried."""
 
     async def start(self, chunks: list[Chunk]) -> None:
         """Take the first chunks. Called again after a failed attempt that is retried."""
@@ -221,21 +220,20 @@ class _Pusher:
 
 
 async def respond(
-    http: web.BaseRequest,
+    response: ResponseWriter,
     codec: ClientCodec,
     chat: ChatRequest,
     answer: ModelAnswer | None,
     layered: AsyncIterator[Chunk] | None,
     usage: Usage | None = None,
-    *,
-    stall_s: float,
 ) -> web.StreamResponse:
-    """Send an answer to the client of `http` in its API: `layered` if it is given, the output of agents, else `answer`
-    itself. `answer` is None if no model is involved. `usage` returns the token counts for a `layered` without any.
+    """Send an answer to the client of `response` in its API: `layered`, the output of agents, if it is given, else
+    `answer` itself. `answer` is None if no model is involved. `usage` returns the token counts for a `layered` without
+    any.
 
-    A failure before the first byte is raised; a later one is reported in the stream.
+    A failure before the headers is raised; a later one is reported in the stream.
     """
-    writer = codec.writer(chat, http[RECORD])
+    writer = codec.writer(chat, response.record)
     if not chat.stream:
         if layered is not None:
             whole = await _folded(layered, usage)
@@ -246,7 +244,7 @@ async def respond(
             whole = folded.fold.completion()
         return web.Response(body=writer.reply(whole), content_type="application/json")
     encoder = StreamEncoder(writer, codec.dialect, several=chat.body.get("n") not in (None, 1))
-    written = _StreamSink(encoder, ResponseWriter(http, stall_s), writer.content_type)
+    written = _StreamSink(encoder, response, writer.content_type)
     if layered is not None:
         return await written.send(partial(_pull, layered, usage), answer, cuts=codec.dialect.cuts)
     assert answer is not None
@@ -254,7 +252,7 @@ async def respond(
 
 
 async def respond_unstreamed(
-    http: web.BaseRequest, codec: ClientCodec, chat: ChatRequest, upstream: UpstreamResponse, *, stall_s: float
+    response: ResponseWriter, codec: ClientCodec, chat: ChatRequest, upstream: UpstreamResponse
 ) -> web.StreamResponse:
     """Send an answer that `upstream`, a server of the client's API, did not stream to the client as a stream."""
     server = codec.same_api
@@ -268,20 +266,21 @@ async def respond_unstreamed(
         for chunk in chunks:
             yield chunk
 
-    return await respond(http, codec, chat, None, made(), stall_s=stall_s)
+    return await respond(response, codec, chat, None, made())
 
 
 async def _pull(chunks: AsyncIterator[Chunk], usage: Usage | None, sink: _StreamSink) -> None:
+    response = sink.response
     async for chunk in chunks:
         if usage is not None and chunk.usage is not None and _is_total(chunk):
             usage = None
-        if not sink.begun:
+        if response.waiting:
             await sink.start([chunk])
         elif not sink.write(chunk):
             await sink.drained()
     if usage is not None and (counts := await usage()) is not None:
         last = Chunk({"choices": [], "usage": counts})
-        if not sink.begun:
+        if response.waiting:
             await sink.start([last])
         elif not sink.write(last):
             await sink.drained()
@@ -325,7 +324,8 @@ class _FoldSink:
 
 
 class _StreamSink:
-    """Writes an answer as a stream. Headers follow with the first chunk; until then a failure sets the status."""
+    """Writes an answer as a stream. Headers follow with the first chunk, unless the client has waited for too long;
+    until then a failure sets the status."""
 
     __slots__ = ("_encode", "_encoder", "_head", "response")
 
@@ -347,24 +347,27 @@ class _StreamSink:
         try:
             await read(self)
             last = self._encoder.end(answer.tail, answer.count) if answer is not None else self._encoder.end(b"")
-            if not self.begun:
-                await self.response.begin(200, self._head)
+            self.response.open(200, self._head)
         except (ProxyError, *UNENCODABLE) as exc:
-            if not self.begun:
+            if not self.response.opened:
                 raise
             failed = True
             last = self._encoder.error(_reported(exc))
             let_go(exc)
+        if self.response.waiting:
+            self.response.begin()
         if last:
             self.response.feed(last)
         return await self.response.finish(cut=failed and cuts)
 
     async def start(self, chunks: list[Chunk]) -> None:
-        data = b"".join(map(self._encode, chunks))
-        await self.response.begin(200, self._head)
-        self.response.record.first_byte_s = time.monotonic()
-        if data and not self.response.feed(data):
-            await self.response.drained()
+        data, response = b"".join(map(self._encode, chunks)), self.response
+        response.open(200, self._head)
+        if any(chunk.seen for chunk in chunks):  # and not only a comment of the server
+            response.begin()
+            response.record.first_byte_s = response.record.first_byte_s or time.monotonic()
+        if data and not response.feed(data):
+            await response.drained()
 
     def take(self, chunks: list[Chunk]) -> bool:
         if len(chunks) == 1:  # nearly always

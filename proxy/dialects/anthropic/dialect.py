@@ -60,5 +60,6 @@ ANTHROPIC = Dialect(
     end_mark=b"message_stop",
     stateful_frames=True,
     id_headers=("request-id",),
+    sign_of_life=b'event: ping\ndata: {"type": "ping"}\n\n',
 )
 """Source: the Anthropic API reference, Messages streaming and errors."""

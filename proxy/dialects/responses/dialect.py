@@ -38,5 +38,6 @@ RESPONSES = Dialect(
         events, b"event: response.completed", b"event: response.incomplete", b"event: response.failed"
     ),
     is_error=lambda events: has_line(events, b"event: error") or OPENAI.is_error(events),
+    sign_of_life=OPENAI.sign_of_life,
 )
 """Source: the OpenAI API reference, streaming events of the Responses API."""

@@ -1,0 +1,241 @@
+"""What the client of a stream gets while it waits: headers, signs of life, and status lines.
+
+One timer serves all of them. A request whose answer begins within a second costs an entry in a dictionary.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+
+from aiohttp import web
+from multidict import MultiMapping
+
+from llama_smart_proxy.backends.progress import Progress
+from llama_smart_proxy.proxy.chat import Json
+from llama_smart_proxy.proxy.chat.status import status_line
+from llama_smart_proxy.proxy.config import ServerConfig
+from llama_smart_proxy.proxy.dialects.base import ClientCodec, Dialect
+from llama_smart_proxy.proxy.errors import ProxyError
+from llama_smart_proxy.proxy.http.response import ResponseWriter
+
+LOOK_S = 1.0
+"""Seconds from the beginning of a wait to the headers, and between two looks at what there is to send."""
+SIGN_S = 4.0
+"""Seconds between two signs of life."""
+STATUS_S = 2.0
+"""Seconds after which the same status line is sent again, with the time so far."""
+THOUGHT_S = 5.0
+"""Seconds between two status lines in the reasoning, where all of them stay."""
+SLACK_S = 0.05
+"""Looks that are due within so many seconds are taken together."""
+KINDS = ("status", "notification", "source", "citation")
+"""The kinds of events. Source: Open WebUI 0.12.4."""
+_OPEN_WEBUI = ("X-OpenWebUI-Chat-Id", "X-OpenWebUI-User-Id", "X-OpenWebUI-User-Email", "X-OpenWebUI-User-Name")
+
+
+class Waits:
+    """The clients that wait for a stream, in the order in which they are looked at next."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        self.config = config
+        self._waiting: dict[Wait, None] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, wait: Wait) -> None:
+        """Look at `wait` in a second, and every second from then on."""
+        if not self.config.early_headers:
+            return
+        loop = asyncio.get_running_loop()
+        wait.due_s = loop.time() + LOOK_S
+        self._waiting[wait] = None
+        if self._timer is None:
+            self._timer = loop.call_at(wait.due_s, self._look)
+
+    def remove(self, wait: Wait) -> None:
+        """Look at it no more."""
+        self._waiting.pop(wait, None)
+
+    def shows_events(self, headers: MultiMapping[str]) -> bool:
+        """Whether the client with these headers shows events."""
+        if self.config.status_events != "auto":
+            return self.config.status_events == "on"
+        return any(name in headers for name in _OPEN_WEBUI) or "openwebui" in headers.get("User-Agent", "").lower()
+
+    def _look(self) -> None:
+        self._timer = None
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        for wait in list(self._waiting):
+            if wait.due_s > now + SLACK_S:
+                self._timer = loop.call_at(wait.due_s, self._look)
+                return
+            del self._waiting[wait]
+            if wait.look(now):
+                wait.due_s = now + LOOK_S
+                self._waiting[wait] = None
+        if self._waiting:
+            self._timer = loop.call_at(next(iter(self._waiting)).due_s, self._look)
+
+
+class Wait:
+    """One client, and its `response`, while it waits for a stream: from the arrival of its request to the first piece
+    of the answer, and again when an agent reports by `status` what it waits for.
+
+    `codec` is that of its endpoint, if that has one. A request for a whole answer has a `Wait` that is never started.
+    """
+
+    __slots__ = (
+        "_codec",
+        "_dialect",
+        "_events",
+        "_held",
+        "_progress",
+        "_said",
+        "_sent_s",
+        "_shown",
+        "_since_s",
+        "_text",
+        "_thought_s",
+        "_waits",
+        "due_s",
+        "model",
+        "reading",
+        "response",
+    )
+
+    def __init__(self, waits: Waits, http: web.BaseRequest, dialect: Dialect, codec: ClientCodec | None) -> None:
+        self.response = ResponseWriter(http, waits.config.send_stall_s)
+        self.model = ""
+        self.due_s = 0.0
+        self.reading = ""
+        """How far the model's server has read the prompt; empty if that is not known."""
+        self._waits = waits
+        self._dialect = dialect
+        self._codec = codec
+        self._events: bool | None = None  # whether the client shows events, once that was looked up
+        self._held: list[bytes] = []  # events of agents before the headers
+        self._progress: Progress | None = None
+        self._said = ""  # by an agent
+        self._shown = ""  # the status line that the client shows
+        self._text = ""  # that, without the time
+        self._since_s = self._sent_s = self._thought_s = 0.0
+
+    def start(self, model: object) -> None:
+        """The wait begins, for an answer of `model`, as the request names it."""
+        self.model = model if isinstance(model, str) else ""
+        self.response.on_begin = self._over
+        self._waits.add(self)
+
+    def end(self) -> None:
+        """The request has ended, or is answered without a stream."""
+        self.response.on_begin, self.response.ended = None, True
+        self._waits.remove(self)
+
+    async def fail(self, exc: ProxyError) -> web.StreamResponse:
+        """End the stream with `exc` in place of an answer."""
+        dialect = self._dialect
+        return await self.response.fail(dialect.error_event(exc) + dialect.ending, cut=dialect.cuts)
+
+    @property
+    def shows_events(self) -> bool:
+        """Whether the client shows events."""
+        if self._events is None:
+            shows = self._codec is not None and bool(self._codec.event("status", {}))
+            self._events = shows and self._waits.shows_events(self.response.http.headers)
+        return self._events
+
+    def asks(self) -> Progress | None:
+        """From now on the request waits for the model: its progress, None if the client is shown none."""
+        self._said = ""
+        if self._progress is None and (self.shows_events or self._waits.config.loading_status != "off"):
+            self._progress = Progress()
+        return self._progress
+
+    def status(self, text: str) -> None:
+        """From now on the client waits for `text`, which an agent says; empty if it does so no more."""
+        if self.response.ended or self.response.on_begin is None:
+            return
+        self._said = text
+        if self.response.begun and not self.response.waiting and text:
+            self.response.waiting = True
+            self._since_s = 0.0
+            self._waits.add(self)
+
+    async def event(self, kind: str, data: Json) -> int:
+        """Send an event of an agent to a client that shows events, as soon as it has its headers. Returns its size in
+        bytes. Raises: TypeError for data that JSON cannot express."""
+        if self._codec is None or not self.shows_events or self.response.ended or self.response.on_begin is None:
+            return 0
+        frame = self._codec.event(kind, data)
+        if not self.response.opened:
+            self._held.append(frame)
+        elif not self.response.feed(frame):
+            await self.response.drained()
+        return len(frame)
+
+    def look(self, now: float) -> bool:
+        """Send what is due. Returns whether to look again."""
+        if self.response.ended:
+            return False
+        self._since_s = self._since_s or now - LOOK_S
+        with suppress(ConnectionError):  # then its handler is being cancelled
+            response = self.response
+            if not response.opened:
+                if not self._sign():
+                    return False
+                response.open(200, [("content-type", self._dialect.stream_type), ("cache-control", "no-cache")])
+                self._flush()
+            elif response.unread:
+                return True
+            if frame := self._due(now):
+                self._sent_s = now
+                response.feed(frame)
+            return True
+        return False
+
+    def _due(self, now: float) -> bytes:
+        config, waited_s = self._waits.config, now - self._since_s
+        quiet_s = now - self._sent_s + SLACK_S
+        if self.shows_events:
+            text = self._described(waited_s)
+            if text != self._text:
+                self._text = self._shown = text
+                return self._status(text, done=False)
+            if quiet_s < STATUS_S:
+                return b""
+            self._shown = f"{text} ({waited_s:.0f} s)"
+            return self._status(self._shown, done=False)
+        if config.loading_status != "off" and self._codec is not None and not self.response.begun:
+            text = self._described(waited_s)
+            if text != self._text and now - self._thought_s + SLACK_S >= THOUGHT_S:
+                self._text, self._thought_s = text, now
+                if thought := self._codec.thought(self.model, status_line(text)):
+                    return thought
+        return self._sign() if quiet_s >= SIGN_S else b""
+
+    def _described(self, waited_s: float) -> str:
+        """What the client waits for."""
+        known = self._said or self.reading or (self._progress.text if self._progress is not None else "")
+        return " ".join(known.split()) or f"Waiting for {self.model or 'the model'}, {waited_s:.0f} s"
+
+    def _status(self, text: str, *, done: bool) -> bytes:
+        assert self._codec is not None
+        return self._codec.event("status", {"description": text, "done": done} | ({"hidden": True} if done else {}))
+
+    def _sign(self) -> bytes:
+        return self._codec.sign_of_life(self.model) if self._codec is not None else self._dialect.sign_of_life
+
+    def _over(self) -> None:
+        """The first piece follows at once."""
+        self._waits.remove(self)
+        self._said = self.reading = self._text = ""
+        if self._shown:
+            self.response.feed(self._status(self._shown, done=True))
+            self._shown = ""
+        self._flush()
+
+    def _flush(self) -> None:
+        for frame in self._held if self.response.opened else ():
+            self.response.feed(frame)
+        self._held.clear()
