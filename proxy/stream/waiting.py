@@ -11,6 +11,7 @@ from contextlib import suppress
 from aiohttp import web
 from multidict import MultiMapping
 
+from llama_smart_proxy.backends.base import Feature, Model
 from llama_smart_proxy.backends.progress import Progress
 from llama_smart_proxy.proxy.chat import Json
 from llama_smart_proxy.proxy.chat.status import status_line
@@ -18,6 +19,7 @@ from llama_smart_proxy.proxy.config import ServerConfig
 from llama_smart_proxy.proxy.dialects.base import ClientCodec, Dialect
 from llama_smart_proxy.proxy.errors import ProxyError
 from llama_smart_proxy.proxy.http.response import ResponseWriter
+from llama_smart_proxy.proxy.stream.decoder import Progressed
 
 LOOK_S = 1.0
 """Seconds from the beginning of a wait to the headers, and between two looks at what there is to send."""
@@ -91,6 +93,7 @@ class Wait:
         "_events",
         "_held",
         "_progress",
+        "_reading",
         "_said",
         "_sent_s",
         "_shown",
@@ -100,7 +103,6 @@ class Wait:
         "_waits",
         "due_s",
         "model",
-        "reading",
         "response",
     )
 
@@ -108,8 +110,6 @@ class Wait:
         self.response = ResponseWriter(http, waits.config.send_stall_s)
         self.model = ""
         self.due_s = 0.0
-        self.reading = ""
-        """How far the model's server has read the prompt; empty if that is not known."""
         self._waits = waits
         self._dialect = dialect
         self._codec = codec
@@ -117,6 +117,7 @@ class Wait:
         self._held: list[bytes] = []  # events of agents before the headers
         self._progress: Progress | None = None
         self._said = ""  # by an agent
+        self._reading = ""  # how far the server has read the prompt
         self._shown = ""  # the status line that the client shows
         self._text = ""  # that, without the time
         self._since_s = self._sent_s = self._thought_s = 0.0
@@ -141,16 +142,31 @@ class Wait:
     def shows_events(self) -> bool:
         """Whether the client shows events."""
         if self._events is None:
-            shows = self._codec is not None and bool(self._codec.event("status", {}))
+            shows = (
+                self._codec is not None and self.response.on_begin is not None and bool(self._codec.event("status", {}))
+            )
             self._events = shows and self._waits.shows_events(self.response.http.headers)
         return self._events
 
     def asks(self) -> Progress | None:
         """From now on the request waits for the model: its progress, None if the client is shown none."""
-        self._said = ""
+        self._said = self._reading = ""
         if self._progress is None and (self.shows_events or self._waits.config.loading_status != "off"):
             self._progress = Progress()
         return self._progress
+
+    def asks_for_reports(self, model: Model, body: Json) -> Progressed | None:
+        """Let `body` ask the server of `model` how far it has read the prompt, if the client is shown that. Returns
+        what gets the reports; None if the server is not asked, or by the client itself."""
+        if not self.shows_events or Feature.PROGRESS not in model.features or "return_progress" in body:
+            return None
+        body["return_progress"] = True
+        return self._read
+
+    def _read(self, report: Json) -> None:
+        done, total = report.get("processed"), report.get("total")
+        if isinstance(done, int) and isinstance(total, int) and 0 < done <= total:
+            self._reading = f"Reading your prompt: {100 * done // total} %"
 
     def status(self, text: str) -> None:
         """From now on the client waits for `text`, which an agent says; empty if it does so no more."""
@@ -216,7 +232,7 @@ class Wait:
 
     def _described(self, waited_s: float) -> str:
         """What the client waits for."""
-        known = self._said or self.reading or (self._progress.text if self._progress is not None else "")
+        known = self._said or self._reading or (self._progress.text if self._progress is not None else "")
         return " ".join(known.split()) or f"Waiting for {self.model or 'the model'}, {waited_s:.0f} s"
 
     def _status(self, text: str, *, done: bool) -> bytes:
@@ -229,7 +245,7 @@ class Wait:
     def _over(self) -> None:
         """The first piece follows at once."""
         self._waits.remove(self)
-        self._said = self.reading = self._text = ""
+        self._said = self._reading = self._text = ""
         if self._shown:
             self.response.feed(self._status(self._shown, done=True))
             self._shown = ""

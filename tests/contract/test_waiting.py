@@ -183,6 +183,8 @@ async def test_official_clients_ignore_signs_of_life_and_raise_for_an_error_afte
 
 CHAT = next(way for way in STREAMS if way.path == "/v1/chat/completions")
 RESEARCH = """
+import os
+
 class Research(Agent):
     command = "research"
 
@@ -196,11 +198,10 @@ class Research(Agent):
             if chunk.text == "t1 ":
                 await ctx.event("notification", {"type": "info", "content": "half"})
                 await ctx.status("Counting")
-                while not ctx.state.get("counted"):
+                while "x-until" in ctx.headers and not os.path.exists(ctx.headers["x-until"]):
                     await asyncio.sleep(0.01)
-                    ctx.state["counted"] = ctx._facts.wait._shown == "Counting" or not ctx._facts.wait.shows_events
 """
-"""An agent that waits until its line is shown."""
+"""An agent that waits in the middle of an answer until the file is there that the client names."""
 
 
 def events_of(data: bytes) -> list[Any]:
@@ -264,13 +265,17 @@ async def test_a_status_line_is_gone_before_an_error(fakes: Fakes, gate: Gate) -
 async def test_what_an_agent_reports_is_shown_beside_the_answer_at_its_place(
     fakes: Fakes, gate: Gate, headers: list[tuple[str, str]]
 ) -> None:
-    async with served(fakes, gate, {"research": RESEARCH}) as port:
-        body = CHAT.body("/research hi", model="slow")
-        async with asked(port, CHAT, body, headers) as client:
-            await client.head()
-            gate.open()
-            data, _ = await rest_of(client)
-    events = events_of(data)
+    gate.open()
+    until, body = fakes.folder / "until", CHAT.body("/research hi", model="slow")
+    named = [*headers, ("X-Until", str(until))]
+    data = b""
+    async with served(fakes, gate, {"research": RESEARCH}) as port, asked(port, CHAT, body, named) as client:
+        await client.head()
+        while (b"Counting" if headers else SIGNS[0]) not in data.partition(b"t1 ")[2]:
+            data += await client.chunk()
+        until.touch()
+        rest, _ = await rest_of(client)
+    events = events_of(data + rest)
     texts = [event for event in events if isinstance(event, str)]
     assert "".join(texts).startswith("t0 t1 t2")
     if not headers:
@@ -292,3 +297,36 @@ async def test_events_of_agents_reach_no_other_api(fakes: Fakes, gate: Gate, way
     assert (b'{"event"' in data) is (way is CHAT)
     if way is not CHAT:
         assert read(way, data, intact).text.startswith("t0 t1 t2")
+
+
+READING = b"Reading your prompt: 40 %"
+REPORT = b'"prompt_progress"'
+
+
+@pytest.mark.parametrize(
+    ("headers", "fields", "awaited"),
+    [(OPEN_WEBUI, {}, READING), (OPEN_WEBUI, {"return_progress": True}, REPORT), ([], {}, b": waiting")],
+    ids=["open-webui", "asked for", "others"],
+)
+@pytest.mark.parametrize("command", ["", "/research "], ids=["relayed", "agent"])
+async def test_open_webui_is_shown_how_far_the_prompt_is_read_and_gets_no_reports_that_it_did_not_ask_for(
+    fakes: Fakes,
+    gate: Gate,
+    headers: list[tuple[str, str]],
+    fields: dict[str, Any],
+    awaited: bytes,
+    command: str,
+) -> None:
+    gate.open()
+    token = fakes.folder / "token"
+    body = CHAT.body(command + json.dumps({"fake": {"tokens": 1, "last_at": str(token)}}), model="slow", **fields)
+    data = b""
+    async with served(fakes, gate, {"research": RESEARCH}) as port, asked(port, CHAT, body, headers) as client:
+        await client.head()
+        while awaited not in data or not fakes.generated():
+            data += await client.chunk()
+        token.touch()
+        rest, _ = await rest_of(client)
+    assert (READING in data + rest, REPORT in data + rest) == (awaited == READING, awaited == REPORT)
+    assert [bool(body.get("return_progress")) for body in fakes.generated()] == [bool(headers)]
+    assert "".join(event for event in events_of(rest) if isinstance(event, str)) == "t0 "
