@@ -27,12 +27,12 @@ from tests.support import raw_client
 from tests.support.nursery import AVAILABLE, Born, Nursery
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 """How long a test waits for what takes a moment: nothing is lost by patience where it comes, even on a busy machine."""
-START_S = 60.0
+START_S = 120.0
 STOP_S = 25.0
 """Less than the 30 s that a proxy gives by default to answers under way."""
-ORPHAN_S = 10.0
+ORPHAN_S = 30.0
 LOG_BYTES = 1024 * 1024
 POLL_S = 0.005
 _LISTENING = re.compile(r"listening on http://(\S+):(\d+)")
@@ -257,10 +257,12 @@ def launch(
     env: Mapping[str, str] | None,
     args: Sequence[str],
     within: Sequence[str] = (),
+    keep_fds: Sequence[int] = (),
 ) -> Proxy:
     """Start a proxy without waiting for it. It listens on a free port unless `config` names one, and logs at info.
-    `within` is the command line of a program that becomes the proxy, whose own is appended. Unless `config` says so,
-    no stream has headers before its answer: how long that takes on a busy machine would decide about the status."""
+    `within` is the command line of a program that becomes the proxy, whose own is appended; it inherits `keep_fds`.
+    Unless `config` says so, no stream has headers before its answer: how long that takes on a busy machine would decide
+    about the status."""
     server = {"port": 0, "early_headers": False, **config.get("server", {})}
     whole = {"log_level": "info", **config, "server": server}
     file = folder / "config.yaml"
@@ -269,7 +271,8 @@ def launch(
     if AVAILABLE and not within and not any(name.startswith("PYTHON") for name in env or ()):
         return Proxy(nursery().start(words, environ, ROOT))
     argv = [*within, sys.executable, "-m", "llama_smart_proxy", *words]
-    return Proxy(subprocess.Popen(argv, cwd=ROOT, env=environ, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE))
+    stdin, stderr = subprocess.DEVNULL, subprocess.PIPE
+    return Proxy(subprocess.Popen(argv, cwd=ROOT, env=environ, stdin=stdin, stderr=stderr, pass_fds=keep_fds))
 
 
 @cache
@@ -289,14 +292,15 @@ async def running_proxy(
     clean_log: bool = True,
     beside: Path | None = None,
     within: Sequence[str] = (),
+    keep_fds: Sequence[int] = (),
 ) -> AsyncIterator[Proxy]:
     """A proxy with `config`, listening; ended at the end, and checked for ending properly. `beside` is the folder of
-    its configuration file, by default one where nothing else is; `within` as in `launch`.
+    its configuration file, by default one where nothing else is; `within` and `keep_fds` as in `launch`.
 
     Properly: exit status 0 after SIGTERM, no child left, and (unless `clean_log` is False) no traceback in the log.
     """
     with tempfile.TemporaryDirectory() as folder:
-        proxy = launch(config, beside or Path(folder), env=env, args=args, within=within)
+        proxy = launch(config, beside or Path(folder), env=env, args=args, within=within, keep_fds=keep_fds)
         try:
             await until(proxy.started, START_S, what="the listening proxy")
             yield proxy
