@@ -280,6 +280,9 @@ class ClientCodec:
         """A frame that adds nothing to the answer of `model`, and may come before it; empty if there is none."""
         return self.dialect.sign_of_life
 
+    has_events: ClassVar[bool] = False
+    """Whether `event` returns frames."""
+
     def event(self, kind: str, data: Json) -> bytes:
         """A frame that chat UIs with events beside the answer show (kinds: `status`, `notification`, `source`,
         `citation`), and that may be anywhere in a stream; empty if this API has none. Raises: TypeError for data that

@@ -329,6 +329,7 @@ class ChatCodec(ClientCodec):
 
     dialect = OPENAI
     same_api = OWN_WIRE
+    has_events = True
 
     def decode(self, body: Json) -> ChatRequest:
         messages = body.get("messages")
@@ -361,6 +362,7 @@ class TextCodec(ChatCodec):
     """`POST /v1/completions`."""
 
     resends_chat = False
+    has_events = False
 
     def decode(self, body: Json) -> ChatRequest:
         if "prompt" not in body:
@@ -370,9 +372,6 @@ class TextCodec(ChatCodec):
 
     def writer(self, request: ChatRequest, timing: Timing) -> TextWriter:
         return TextWriter(request, timing)
-
-    def event(self, kind: str, data: Json) -> bytes:
-        return b""
 
     def thought(self, model: str, text: str) -> bytes:
         return b""

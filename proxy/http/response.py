@@ -63,6 +63,11 @@ class ResponseWriter(web.StreamResponse):
         unknown."""
         if self.prepared:
             return
+        transport = self.http.transport
+        if transport is None:
+            raise ConnectionResetError("the client has left")
+        self._write = transport.write
+        self._unsent = transport.get_write_buffer_size
         self.set_status(status)
         self.headers.extend(headers)
         self.headers.extend(own_headers(self.http))
@@ -75,11 +80,6 @@ class ResponseWriter(web.StreamResponse):
         else:
             self.force_close()  # HTTP/1.0 marks the end of such a body by closing
         _run(self.prepare(self.http))
-        transport = self.http.transport
-        if transport is None:
-            raise ConnectionResetError("the client has left")
-        self._write = transport.write
-        self._unsent = transport.get_write_buffer_size
 
     def begin(self) -> None:
         """Called before the first text of the answer is written, or its end, or an error in place of it."""

@@ -16,6 +16,7 @@ import ollama
 import openai
 import pytest
 
+from llama_smart_proxy.proxy.chat.status import STATUS_MARK
 from llama_smart_proxy.proxy.stream import waiting
 from tests.support import raw_client
 from tests.support.agent_clients import WAYS, Said, Way, write_agent
@@ -42,8 +43,9 @@ async def served(fakes: Fakes, gate: Gate, agents: dict[str, str] | None = None,
     models = {"slow": fakes.model(LOAD_UNTIL=gate), "bad": fakes.model(LOAD_UNTIL=gate, EXIT="3@loaded")}
     config = fakes.config(models, size=1) | {"server": server, "agents": list(agents or ())}
     for name, source in (agents or {}).items():
-        write_agent(fakes.folder / "agents", name, source)
-        config["agents_dirs"] = [str(fakes.folder / "agents")]
+        if source:  # else it is one of those that are shipped
+            write_agent(fakes.folder / "agents", name, source)
+            config["agents_dirs"] = [str(fakes.folder / "agents")]
     async with served_here(config) as (_, port):
         yield port
 
@@ -330,3 +332,42 @@ async def test_open_webui_is_shown_how_far_the_prompt_is_read_and_gets_no_report
     assert (READING in data + rest, REPORT in data + rest) == (awaited == READING, awaited == REPORT)
     assert [bool(body.get("return_progress")) for body in fakes.generated()] == [bool(headers)]
     assert "".join(event for event in events_of(rest) if isinstance(event, str)) == "t0 "
+
+
+@by_way
+async def test_other_clients_get_the_status_as_reasoning_if_that_is_configured(
+    fakes: Fakes, gate: Gate, way: Way
+) -> None:
+    body = way.body("hi", model="slow")
+    async with served(fakes, gate, loading_status="reasoning") as port, asked(port, way, body) as client:
+        await client.head()
+        first = await client.chunk()
+        gate.open()
+        said = read(way, *await rest_of(client))
+    if way.path in ("/v1/chat/completions", "/api/chat", "/api/generate"):
+        status = read(way, first + way_end(way))
+        assert status.reasoning.startswith(STATUS_MARK + "Waiting for slow, ") and status.text == ""
+    else:
+        assert is_sign(way, first), "there is no place for it that does not depend on the rest of the answer"
+    assert said.text.startswith("t0 t1")
+
+
+def way_end(way: Way) -> bytes:
+    """The end of a stream without text."""
+    if way.path.startswith("/api/"):
+        return b'{"message": {"content": ""}, "response": "", "done": true, "done_reason": "stop"}\n'
+    return b'data: {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}\n\ndata: [DONE]\n\n'
+
+
+async def test_parallel_reports_whom_it_asks_in_place_of_silence(fakes: Fakes, gate: Gate) -> None:
+    body, data = CHAT.body("/parallel hi", model="slow"), b""
+    async with served(fakes, gate, {"parallel": ""}) as port, asked(port, CHAT, body, OPEN_WEBUI) as client:
+        await client.head()
+        while b"Asking slow, 3 times" not in data:
+            data += await client.chunk()
+        gate.open()
+        rest, _ = await rest_of(client)
+    events = events_of(data + rest)
+    first = next(at for at, event in enumerate(events) if isinstance(event, str))
+    lines = lines_of(events)
+    assert lines == lines_of(events[:first]) and lines[-1][1:] == (True, True)
