@@ -260,8 +260,11 @@ def launch(
     keep_fds: Sequence[int] = (),
 ) -> Proxy:
     """Start a proxy without waiting for it. It listens on a free port unless `config` names one, and logs at info.
-    `within` is the command line of a program that becomes the proxy, whose own is appended; it inherits `keep_fds`."""
-    whole = {"log_level": "info", **config, "server": {"port": 0, **config.get("server", {})}}
+    `within` is the command line of a program that becomes the proxy, whose own is appended; it inherits `keep_fds`.
+    Unless `config` says so, no stream has headers before its answer: how long that takes on a busy machine would decide
+    about the status."""
+    server = {"port": 0, "early_headers": False, **config.get("server", {})}
+    whole = {"log_level": "info", **config, "server": server}
     file = folder / "config.yaml"
     file.write_text(json.dumps(whole, default=str))
     words, environ = ["serve", "--config", str(file), *args], environment(env)
