@@ -82,9 +82,9 @@ class ModelQueue:
         return self.slot_waiters if slot else self.question_waiters
 
     def ahead(self, waiter: Waiter) -> int:
-        """How many requests that wait for it are served before `waiter`."""
-        waiters = list(self.waiters(waiter.request.slot))
-        return waiters.index(waiter) if waiter in waiters else 0
+        """How many requests that require a slot are served before `waiter`."""
+        waiters = list(self.slot_waiters)
+        return waiters.index(waiter) if waiter in waiters else len(waiters)
 
     @property
     def starved_since(self) -> float:
