@@ -124,6 +124,7 @@ async def _serve(app: App, config: Config, supervisor: Supervisor) -> int:
             _log_agents(app.plugins)
             for problem in await app.proxy.inspection.problems():
                 logger.warning("%s", problem)
+            showing = asyncio.ensure_future(supervisor.show(app.proxy.feed))
             await stop.asked.wait()
             supervisor.stopping()
             drain_s = config.server.drain_s
@@ -131,6 +132,7 @@ async def _serve(app: App, config: Config, supervisor: Supervisor) -> int:
             if supervisor.sockets:
                 await _leave_sockets(listeners)
             await _drain(app, front, listeners, stop, drain_s)
+            showing.cancel()
         return 0
     finally:
         if not await stop.ends_before(app.close(), stop.at_once):
@@ -209,6 +211,7 @@ async def _drain(
     """Let answers in progress finish, for `drain_s` seconds or until a second signal; meanwhile new requests are
     refused, and /health returns 503. Then stop the model servers; streams still open end with an error frame."""
     app.proxy.draining.set()
+    app.proxy.feed.close()
     loop = asyncio.get_running_loop()
     deadline = loop.time() + drain_s
     second_signal = asyncio.ensure_future(stop.at_once.wait())

@@ -6,12 +6,14 @@ Source: sd_listen_fds(3), sd_notify(3), sd_watchdog_enabled(3).
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import logging
 import os
 import socket
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, suppress
 
+from llama_smart_proxy.backends.feed import Feed, Kind
 from llama_smart_proxy.proxy.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -48,16 +50,27 @@ class Supervisor:
         """No more requests are accepted. Signs of life go on, as the answers in progress may take long."""
         self._notify("STOPPING=1")
 
-    def status(self, text: str) -> None:
-        """One line that `systemctl status` shows."""
-        self._notify(f"STATUS={' '.join(text.split())}")
+    async def show(self, feed: Feed) -> None:
+        """Keep the line that `systemctl status` shows up to date: the models that are loaded, and those that load."""
+        states: dict[str, object] = {}
+        shown = ""
+        with feed.subscribe() as subscription:
+            while self.present and (events := await subscription.events()):
+                states.update((event.name, event.data.get("state")) for event in events if event.kind is Kind.MODEL)
+                parts = [_listed(state, states) for state in ("loaded", "loading", "unloading")]
+                if (text := "; ".join(filter(None, parts)) or "no model loaded") != shown:
+                    shown = text
+                    self._notify(f"STATUS={text}")
 
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Within the context, signs of life are sent from the running event loop, twice in the time that the service
-        manager requires; without them it ends the process: a loop that hangs serves no one."""
+        manager requires; without them it ends the process by SIGABRT: a loop that hangs serves no one. What it hangs in
+        is then written to stderr."""
         try:
             if self.present and self._watchdog_s > 0:
+                with suppress(ValueError, RuntimeError, OSError):  # there is no stderr
+                    faulthandler.enable()
                 self._alive(asyncio.get_running_loop())
             yield
         finally:
@@ -72,6 +85,11 @@ class Supervisor:
         if self._notifications is not None:
             with suppress(OSError):  # it does not read, or has left: the service goes on
                 self._notifications.send(line.encode())
+
+
+def _listed(state: str, states: Mapping[str, object]) -> str:
+    names = sorted(name for name, found in states.items() if found == state)
+    return f"{state}: {', '.join(names)}" if names else ""
 
 
 def _inherited(given: MutableMapping[str, str]) -> list[socket.socket]:

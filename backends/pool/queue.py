@@ -13,6 +13,9 @@ from llama_smart_proxy.backends.pool.instance import Instance, State
 from llama_smart_proxy.backends.pool.launcher import PoolModel
 from llama_smart_proxy.proxy.errors import ProxyError, StartFailed
 
+RECENT = 0.3
+"""The weight of the last request in the typical duration of a model's requests."""
+
 
 @dataclass(eq=False, slots=True)
 class Waiter:
@@ -38,11 +41,13 @@ class ModelQueue:
     went."""
 
     model: PoolModel
+    changed: Callable[[ModelQueue], None]  # to be called when it accepts requests no more, or again
     place: Place | None = None
     slot_waiters: dict[Waiter, None] = field(default_factory=dict)  # a dict is an ordered set
     question_waiters: dict[Waiter, None] = field(default_factory=dict)  # these require a ready server only
     backoff: Backoff = field(default_factory=Backoff)
     error: StartFailed | None = None
+    request_s: float | None = None  # how long its requests occupy a slot; the recent ones count most
     keep_alive_s: float | None = None  # how long its process stays when idle, if a request set that
     evicted_at: float = -math.inf
     crashed: bool = False
@@ -51,6 +56,11 @@ class ModelQueue:
     @property
     def name(self) -> str:
         return self.model.name
+
+    @property
+    def shown(self) -> str:
+        """Its name for people."""
+        return self.model.title or self.model.name
 
     @property
     def length(self) -> int:
@@ -71,6 +81,11 @@ class ModelQueue:
         """Those that require a slot, or those that do not."""
         return self.slot_waiters if slot else self.question_waiters
 
+    def ahead(self, waiter: Waiter) -> int:
+        """How many requests that wait for it are served before `waiter`."""
+        waiters = list(self.waiters(waiter.request.slot))
+        return waiters.index(waiter) if waiter in waiters else 0
+
     @property
     def starved_since(self) -> float:
         """Since when it has been without a process although requests wait. An eviction starts the count anew, so that
@@ -88,10 +103,11 @@ class ModelQueue:
 
 @dataclass(eq=False, slots=True)
 class Slot:
-    """One of the requests that a server processes in parallel. `last` is the last request it served: its prompt is
-    what the server's cache may hold."""
+    """One of the requests that a server processes in parallel, `since` when. `last` is the last request it served: its
+    prompt is what the server's cache may hold."""
 
     busy: bool = False
+    since: float = 0.0
     last: UpstreamRequest | None = None
 
 
@@ -159,7 +175,10 @@ class Place:
     def release(self, lease: Lease, now: float) -> None:
         self.leases -= 1
         if lease.slot is not None:
-            self.slots[lease.slot].busy = False
+            slot, known_s = self.slots[lease.slot], self.queue.request_s
+            slot.busy = False
+            spent_s = now - slot.since
+            self.queue.request_s = spent_s if known_s is None else known_s + RECENT * (spent_s - known_s)
         self.released_at = now
         if self.instance.worked and not self.served:
             self.served = True
@@ -168,12 +187,14 @@ class Place:
     def retire(self, now: float) -> None:
         """Accept no more requests; it is to be stopped when it is idle."""
         self.unloading, self.closed_since = True, now
+        self.queue.changed(self.queue)
 
     def stop(self, cause: str) -> None:
         self.draining = False
         self.queue.keep_alive_s = None
         self.cancel_idle_timer()
         self.instance.stop(cause)
+        self.queue.changed(self.queue)
 
     def cancel_idle_timer(self) -> None:
         if self.idle_timer is not None:
@@ -192,7 +213,8 @@ class Lease:
     def instance(self) -> Instance:
         return self.place.instance
 
-    def serves(self, request: UpstreamRequest) -> None:
-        """Remember what the slot is used for."""
+    def serves(self, request: UpstreamRequest, now: float) -> None:
+        """Remember what the slot is used for, and since when."""
         if self.slot is not None:
-            self.place.slots[self.slot].last = request
+            slot = self.place.slots[self.slot]
+            slot.last, slot.since = request, now

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from aiohttp import web
 
+from llama_smart_proxy.backends.feed import Feed
 from llama_smart_proxy.proxy.api.conversations import Conversations
 from llama_smart_proxy.proxy.config import Config
 from llama_smart_proxy.proxy.middleware.afterwards import Afterwards
@@ -28,6 +29,7 @@ class Proxy:
     afterwards: Afterwards
     inspection: Inspection
     waits: Waits
+    feed: Feed
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     conversations: Conversations = field(default_factory=Conversations)
 

@@ -50,14 +50,14 @@ proxies: list[Proxy] = []
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
 _WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 _ranges = count(os.getpid() % 100 * _WORKERS + _WORKER, _WORKERS)
-_singles = count(os.getpid() % 300 * _WORKERS + _WORKER, _WORKERS)
+_singles = count(os.getpid() % 600 * _WORKERS + _WORKER, _WORKERS)
 
 
 def free_port() -> int:
     """A TCP port of 127.0.0.1 that nobody listens on now, above those of `ports` and below those that the kernel hands
     out, so that it stays free; the next caller gets another one."""
     for number in _singles:
-        port = 32000 + number % 768
+        port = 29600 + number % 3168
         with socket.socket() as sock, suppress(OSError):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what lingers after its close is no listener
             sock.bind(("127.0.0.1", port))
@@ -69,8 +69,8 @@ def free_port() -> int:
 def ports() -> dict[str, int]:
     """A range of ports for one pool, below those that the kernel hands out, and another one for the next caller, also
     in another worker of this run."""
-    start = 20000 + next(_ranges) % 120 * 100
-    return {"port_start": start, "port_end": start + 99}
+    start = 20000 + next(_ranges) % 120 * 80
+    return {"port_start": start, "port_end": start + 79}
 
 
 async def until(

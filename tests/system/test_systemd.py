@@ -52,6 +52,7 @@ async def test_readiness_signs_of_life_and_the_end_are_sent_in_order(fakes: Fake
     async with running_proxy(fakes.config({"m": fakes.model(TOKENS=5)}) | PATIENT, env=env) as proxy:
         await until(lambda: manager.received("READY=1"), what="the readiness")
         assert (await chat(proxy, "m")).status == 200
+        await until(lambda: manager.received("STATUS=loaded: m"), what="the models in the status")
         (child,) = proxy.children()
         assert not {"NOTIFY_SOCKET", "WATCHDOG_USEC"} & child.environ().keys(), "children are no services"
         await until(lambda: manager.received("WATCHDOG=1") > 2, what="signs of life")
@@ -69,12 +70,12 @@ async def test_readiness_signs_of_life_and_the_end_are_sent_in_order(fakes: Fake
     manager.close()
 
 
-async def test_a_loop_that_hangs_sends_no_sign_of_life(fakes: Fakes, tmp_path: Path) -> None:
+async def test_a_loop_that_hangs_sends_no_sign_of_life_and_shows_where(fakes: Fakes, tmp_path: Path) -> None:
     (tmp_path / "hanging.py").write_text(HANGING)
     manager = Manager(str(tmp_path / "notify"))
     env = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "100000"}
     config = fakes.config({"m": fakes.model()}) | {"agents_dirs": [str(tmp_path)]}
-    async with running_proxy(config, env=env) as proxy:
+    async with running_proxy(config, env=env, clean_log=False) as proxy:
         await until(lambda: manager.received("WATCHDOG=1") > 2, what="signs of life")
         asked = asyncio.ensure_future(chat(proxy, "m", messages=[{"role": "user", "content": "/hanging hi"}]))
         hang = tmp_path / "hangs"
@@ -82,9 +83,10 @@ async def test_a_loop_that_hangs_sends_no_sign_of_life(fakes: Fakes, tmp_path: P
         before = manager.received("WATCHDOG=1")
         await asyncio.sleep(0.5)  # five times the limit, which a loop that lives would not let pass
         assert manager.received("WATCHDOG=1") == before
-        hang.unlink()
-        await asked
-        await until(lambda: manager.received("WATCHDOG=1") > before, what="signs of life again")
+        proxy.send(signal.SIGABRT)  # as the service manager does
+        assert await proxy.ended() == -signal.SIGABRT
+        assert "hanging.py" in proxy.log, "where it hangs"
+        asked.cancel()
     manager.close()
 
 
