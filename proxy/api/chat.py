@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING
 import orjson
 from aiohttp import web
 
-from llama_smart_proxy.backends.base import Feature, Model, UpstreamRequest
+from llama_smart_proxy.backends.base import Feature, Model, Priority, UpstreamRequest
+from llama_smart_proxy.backends.tasks import Task
+from llama_smart_proxy.proxy.api.background import mark, priority_of, task_of
 from llama_smart_proxy.proxy.api.state import Proxy
 from llama_smart_proxy.proxy.api.usage import usage_of
 from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, Json, first_problem, say
@@ -64,10 +66,12 @@ class Chat:
     keep_alive: object = None
     agents: Sequence[str] = ()
     renamed: bool = False
+    task: Task | None = None
 
     async def answer(self, route: Route, body: Json, reusable: Reusable | None) -> web.StreamResponse:
         """Answer the request, with the agents that apply to it. `reusable` are the bytes that `body` came as."""
         self.keep_alive, self.renamed = body.get("keep_alive"), route.renamed
+        self.task = task_of(self.codec, body, route.model, self.proxy.config.server_pool)
         loading = self.codec.loading(body)
         chain = self.proxy.chain
         if loading is None and chain.may_apply(self.http.headers, body, route.name, self.codec):
@@ -77,7 +81,7 @@ class Chat:
                 del reusable
                 return await self._with_agents(route, body, selection)
         if self._is_native(route.model):
-            relaying = relay_request(self.http, self.proxy, self.endpoint, route, body, reusable)
+            relaying = relay_request(self.http, self.proxy, self.endpoint, route, body, reusable, self.task)
             del body, reusable
             return await relaying
         if loading is not None:
@@ -127,7 +131,9 @@ class Chat:
     async def _send(self, route: Route, chat: ChatRequest) -> web.StreamResponse:
         """Answer a decoded request whose answer no agent reads."""
         if self._is_native(route.model) and self.codec.fits(chat):
-            return await relay_request(self.http, self.proxy, self.endpoint, route, await self._encoded(chat))
+            return await relay_request(
+                self.http, self.proxy, self.endpoint, route, await self._encoded(chat), None, self.task
+            )
         return await self._stream(route, chat)
 
     async def _stream(self, route: Route, chat: ChatRequest) -> web.StreamResponse:
@@ -181,7 +187,7 @@ class Chat:
         except UNENCODABLE as exc:
             raise self._unencodable() or exc from exc
         headers = upstream_headers(self.http.headers, has_body=True, forwards=model.forwards)
-        return UpstreamRequest("POST", path, data, headers, prepared=prepared)
+        return mark(UpstreamRequest("POST", path, data, headers, prepared=prepared), self.task)
 
     def _unencodable(self) -> AgentError | None:
         names = " or ".join(self.agents)
@@ -215,7 +221,7 @@ class Chat:
     async def _chained(
         self, scope: Scope, selection: Selection, route: Route, chat: ChatRequest, asked_model: str, depth: int
     ) -> web.StreamResponse:
-        calls = self._side_calls(scope, depth)
+        calls = self._side_calls(scope, depth, priority_of(self.task))
         facts = RequestFacts(
             self.http.headers, self.http.path.rstrip("/"), self.http[RECORD].request_id, route.model.kind, selection,
             chat, asked_model=asked_model, store=self.proxy.store,
@@ -232,8 +238,8 @@ class Chat:
             for ctx in contexts:
                 ctx.active.plugin.spent_s += ctx.timer.spent_s
 
-    def _side_calls(self, scope: Scope, depth: int) -> SideCalls:
-        return SideCalls(scope, self.proxy.router, self.proxy.config.agent_limits, depth)
+    def _side_calls(self, scope: Scope, depth: int, priority: Priority = Priority.HELPER) -> SideCalls:
+        return SideCalls(scope, self.proxy.router, self.proxy.config.agent_limits, depth, priority)
 
     async def _through(
         self,
@@ -299,6 +305,7 @@ async def relay_request(
     route: Route,
     body: Json,
     reusable: Reusable | None = None,
+    task: Task | None = None,
 ) -> web.StreamResponse:
     """Answer `http` with the bytes of the model's server, which supports the API of `endpoint`. Modifies `body`;
     `reusable` are the bytes that it came as, which are sent if nothing in it has to be."""
@@ -321,6 +328,7 @@ async def relay_request(
     if endpoint.path:
         path = "".join((endpoint.path, *path.partition("?")[1:]))
     request = UpstreamRequest(http.method, path, data, headers, endpoint.slot, prepared=prepared)
+    mark(request, task, whole=not streams)
     del body, reusable  # the answer may last for minutes
     pool = proxy.config.server_pool
     if chat_id and model.state.value != "loaded" and pool.autoload:

@@ -310,6 +310,7 @@ class ChatCodec(ClientCodec):
 
     dialect = OPENAI
     same_api = OWN_WIRE
+    limit_fields = ("max_tokens", "max_completion_tokens", "n_predict")
 
     def decode(self, body: Json) -> ChatRequest:
         messages = body.get("messages")
