@@ -5,12 +5,14 @@ PORT ?=
 CONFIG ?=
 
 bin := .venv/bin
+# Without bytecode, every process that a test starts would compile all of its modules again.
+unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help run test test-unit test-full lint fix check bench simulate clean FORCE
+.PHONY: help run test test-unit test-full lint fix check bench simulate install-service uninstall-service clean FORCE
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # Without CONFIG= the file is $$LSP_CONFIG, else config.yaml. Without HOST= and PORT= the configuration decides. (Conda exports a HOST of its own, the machine's type.)
 config = $(if $(CONFIG),--config "$(CONFIG)")
@@ -20,20 +22,13 @@ run: .venv/run ## serve with CONFIG= (config.yaml) on HOST= and PORT= (127.0.0.1
 	@exec $(bin)/llama-smart-proxy serve $(config) $(listen) --reload
 
 test: .venv/dev ## all quick tests, four at a time, as most of them wait (about 6 minutes on two cores)
-	$(bin)/python -m pytest -m "not full" -n 4
+	$(bin)/python -m pytest -m "not full" -n 4 --dist worksteal
 
 test-unit: .venv/dev ## the tests of functions alone, without a server
 	$(bin)/python -m pytest -m "not full" -n 2 tests/unit
 
-# One stream lasts five and a half minutes, and needs next to nothing; laws are functions alone. Both run beside the rest.
-full := $(bin)/python -m pytest -m full --hypothesis-profile full --timeout 500
-test-full: .venv/dev ## the long tests: load, endurance, attacks, and the laws with all their examples
-	@mkdir -p build
-	@$(full) tests/system/test_relay_long.py >build/long.log 2>&1 & long=$$!; \
-	$(full) tests/unit >build/laws.log 2>&1 & laws=$$!; \
-	$(full) --ignore tests/system/test_relay_long.py tests/system tests/integration tests/contract; failed=$$?; \
-	wait $$laws || { cat build/laws.log; failed=1; }; tail -n 1 build/laws.log; \
-	wait $$long || { cat build/long.log; failed=1; }; tail -n 1 build/long.log; exit $$failed
+test-full: .venv/dev ## the long tests, four at a time: load, endurance, attacks, and the laws with all their examples
+	$(bin)/python -m pytest -m full --hypothesis-profile full --timeout 600 -n 4 --dist worksteal
 
 lint: .venv/dev ## ruff and mypy --strict
 	$(bin)/ruff check .
@@ -52,6 +47,12 @@ bench: .venv/dev ## measure the relay against a direct connection and nginx; wri
 
 simulate: .venv/run ## start the proxy on a free port, use it for real, print what passed
 	$(bin)/llama-smart-proxy simulate $(config)
+
+install-service: ## install or update the systemd service, with its own program in /opt; as root
+	@$(PYTHON) packaging/install.py install
+
+uninstall-service: ## remove it; its configuration and its models stay
+	@$(PYTHON) packaging/install.py uninstall
 
 clean: ## remove .venv and everything built
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage* htmlcov

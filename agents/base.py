@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, ChunkStream, Reply
+from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, ChunkStream, Json, Reply
 
 T = TypeVar("T")
 
@@ -177,6 +177,28 @@ class Context(Protocol):
     @property
     def agents(self) -> Sequence[About]:
         """All agents that are loaded, in alphabetical order."""
+
+    async def status(self, text: str) -> None:
+        """Show `text`, such as "Asking 3 models", to the user while nothing of the answer comes; empty for nothing.
+
+        It stands above the answer in Open WebUI, once the user has waited for a second, until the next piece of the
+        answer, which removes it. Other clients get it as reasoning with `server.loading_status: reasoning`, else not.
+        It is no part of the answer: no agent, no model and no later request gets it.
+        """
+
+    async def event(self, kind: str, data: Json) -> None:
+        """Send an event beside the answer to a client that shows events, at this place of the stream; others get
+        nothing. `kind` and `data` are those of Open WebUI:
+
+            source (or citation)  {"source": {"name": "Title", "url": "https://..."}, "document": ["text"],
+                                   "metadata": [{"source": "Title"}]}: a chip below the answer
+            status                {"description": "Searching", "done": False}: a line above the answer, until one with
+                                   {"done": True, "hidden": True}; `ctx.status` is simpler
+            notification          {"type": "info", "content": "..."}: shown for a moment
+
+        An event before the answer waits for its headers. Like the answer of an agent, events are limited by
+        `output_kib`. Raises: ValueError for another kind, TypeError for data that JSON cannot express.
+        """
 
     def leave_out(self, *names: str) -> None:
         """For `on_request`: exclude these agents from this request if they come later. No effect on agents that the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 
@@ -22,3 +23,22 @@ class Progress:
     def waits(self, describe: Callable[[], str] | None) -> None:
         """From now on, `text` is what `describe` returns; None if it waits for nothing any more."""
         self._describe = describe
+
+
+def timed(text: str, spent_s: float, left_s: float | None = None) -> str:
+    """`text` with the seconds that are left, as far as they are known and not over, else with those that have passed:
+    a line that does not change would look as if nothing happened."""
+    if left_s is not None and left_s > 0.5:
+        return f"{text}, about {math.ceil(left_s)} s"
+    return f"{text}, {spent_s:.0f} s so far" if spent_s >= 1 else text
+
+
+def waiting(text: str, now: Callable[[], float], left_s: float | None = None) -> Callable[[], str]:
+    """A description of a wait that begins now, by the clock `now` in seconds, and may take `left_s`."""
+    since = now()
+
+    def describe() -> str:
+        spent_s = now() - since
+        return timed(text, spent_s, left_s - spent_s if left_s is not None else None)
+
+    return describe

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 
 from llama_smart_proxy.backends.base import Services
+from llama_smart_proxy.backends.feed import Feed
+from llama_smart_proxy.backends.pool.load_times import LoadTimes
 from llama_smart_proxy.backends.pool.pool import Pool
 from llama_smart_proxy.backends.weights.downloads import Downloads
 from llama_smart_proxy.proxy.api import admin, llama_server, router_mode
@@ -21,7 +23,8 @@ from llama_smart_proxy.proxy.middleware.plugins import Plugins
 from llama_smart_proxy.proxy.models.inspection import Inspection
 from llama_smart_proxy.proxy.models.router import Router
 from llama_smart_proxy.proxy.registry import Registry
-from llama_smart_proxy.proxy.store import Store, state_dir
+from llama_smart_proxy.proxy.store import ProxyMemory, Store, state_dir
+from llama_smart_proxy.proxy.stream.waiting import Waits
 
 _BLOB = "/api/blobs/{digest:sha256:[0-9a-f]{64}}"
 ROUTES: list[tuple[str, str, Handler]] = [
@@ -81,15 +84,17 @@ class App:
 
     def __init__(self, config: Config) -> None:
         registry = Registry.of(config)
-        downloads = Downloads()
-        self.pool = Pool(config.server_pool, downloads)
+        store = Store(state_dir(config.state_dir, os.environ))
+        feed = Feed()
+        downloads = Downloads(feed)
+        self.pool = Pool(config.server_pool, downloads, LoadTimes(feed, ProxyMemory(store)))
         self.plugins = Plugins.of(config)
         services = Services(downloads, self.pool)
         providers = [provider for cls in registry.providers if (provider := cls.create(config, services)) is not None]
         router, chain = Router(providers, config, downloads), Chain(config, self.plugins)
-        store = Store(state_dir(config.state_dir, os.environ))
         inspection = Inspection({**router.looks, "agents": self.plugins.problems})
-        self.proxy = Proxy(config, router, chain, store, Afterwards(self.plugins), inspection)
+        afterwards, waits = Afterwards(self.plugins), Waits(config.server)
+        self.proxy = Proxy(config, router, chain, store, afterwards, inspection, waits, feed)
         self.dispatcher = Dispatcher(self.proxy, registry.observers)
         for method, path, handler in ROUTES:
             self.dispatcher.add([method], path, handler, pages=_PAGES.get(handler, Pages.ALLOWED))

@@ -28,11 +28,15 @@ from llama_smart_proxy.proxy.config import Config, ServerConfig, shapes
 from llama_smart_proxy.proxy.http.server import FrontServer
 from llama_smart_proxy.proxy.middleware.plugins import Plugins
 from llama_smart_proxy.proxy.middleware.scope import PATIENCE_S, make_task
+from llama_smart_proxy.proxy.systemd import Supervisor
 
 logger = logging.getLogger(__name__)
 
 ERROR_FRAMES_TIMEOUT_S = 2.0
 """Time for the error frames of aborted streams to reach their clients."""
+BACKLOG = 1024
+ACCEPTED_S = 0.25
+"""Time for a connection that was accepted just before the end to send its request."""
 LEAVE_S = 0.3
 """Time for what the process does at its end, such as writing the rest of its log."""
 
@@ -41,14 +45,15 @@ def run(config: Config, *, reload: bool = False) -> int:
     """Serve until SIGTERM, SIGINT or SIGHUP. Returns the process's exit status, for `leave`. With `reload`, agents are
     loaded again when their files change.
 
-    Raises: ConfigError for missing agents and for invalid options of agents.
+    Raises: ConfigError for missing agents, for invalid options of agents, and for sockets that are not of TCP.
     """
     _raise_fd_limit()
+    supervisor = Supervisor(os.environ)
     app = App(config)
     app.plugins.reload = reload
     runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)  # not closed, which would wait for threads
     runner.get_loop().set_task_factory(make_task)
-    return runner.run(_serve(app, config))
+    return runner.run(_serve(app, config, supervisor))
 
 
 def leave(status: int) -> NoReturn:
@@ -100,7 +105,7 @@ class _Stop:
         return ended
 
 
-async def _serve(app: App, config: Config) -> int:
+async def _serve(app: App, config: Config, supervisor: Supervisor) -> int:
     stop = _Stop()
     try:
         if not await stop.ends_before(app.start(), stop.asked):
@@ -108,28 +113,52 @@ async def _serve(app: App, config: Config) -> int:
         front = front_server(app, config)
         _tune_garbage_collector()
         try:
-            listener = await asyncio.get_running_loop().create_server(front, **_address(config.server), backlog=1024)
+            listeners = await _listen(front, config.server, supervisor.sockets)
         except OSError as exc:
             logger.error("%s", _cannot_listen(config.server, exc))
             return 1
-        for sock in listener.sockets:
-            host, port = sock.getsockname()[:2]
-            logger.info("llama-smart-proxy %s listening on http://%s:%d", __version__, shapes.bracketed(host), port)
-        _log_startup(config)
-        _log_agents(app.plugins)
-        for problem in await app.proxy.inspection.problems():
-            logger.warning("%s", problem)
-        await stop.asked.wait()
-        logger.info(
-            "%s: draining for up to %g s; a second Ctrl-C or SIGTERM stops at once", stop.reason, config.server.drain_s
-        )
-        await _drain(app, front, listener, stop, config.server.drain_s)
+        supervisor.ready()
+        hosts = [sock.getsockname()[0] for listener in listeners for sock in listener.sockets]
+        with supervisor.watched():
+            _log_startup(config, hosts)
+            _log_agents(app.plugins)
+            for problem in await app.proxy.inspection.problems():
+                logger.warning("%s", problem)
+            showing = asyncio.ensure_future(supervisor.show(app.proxy.feed))
+            await stop.asked.wait()
+            supervisor.stopping()
+            drain_s = config.server.drain_s
+            logger.info("%s: draining for up to %g s; a second Ctrl-C or SIGTERM stops at once", stop.reason, drain_s)
+            if supervisor.sockets:
+                await _leave_sockets(listeners)
+            await _drain(app, front, listeners, stop, drain_s)
+            showing.cancel()
         return 0
     finally:
         if not await stop.ends_before(app.close(), stop.at_once):
             await app.proxy.router.close()  # agents may not have closed, but no server is left
         await _cancel_remaining_tasks()
         logger.info("stopped")
+
+
+async def _listen(front: FrontServer, server: ServerConfig, inherited: list[socket.socket]) -> list[asyncio.Server]:
+    """Listen on the `inherited` sockets, or else on the configured address. Raises: OSError if that is not possible."""
+    places: list[dict[str, Any]] = [{"sock": sock} for sock in inherited] or [_address(server)]
+    loop = asyncio.get_running_loop()
+    listeners = [await loop.create_server(front, **place, backlog=BACKLOG) for place in places]
+    for listener in listeners:
+        for sock in listener.sockets:
+            host, port = sock.getsockname()[:2]
+            logger.info("llama-smart-proxy %s listening on http://%s:%d", __version__, shapes.bracketed(host), port)
+    return listeners
+
+
+async def _leave_sockets(listeners: list[asyncio.Server]) -> None:
+    """Leave the connections that come from now on to the next process, for which the sockets stay open, and let those
+    that have just been accepted send their requests."""
+    for listener in listeners:
+        listener.close()
+    await asyncio.sleep(ACCEPTED_S)
 
 
 def _cannot_listen(server: ServerConfig, exc: OSError) -> str:
@@ -175,13 +204,14 @@ async def _cancel_remaining_tasks() -> None:
 async def _drain(
     app: App,
     front: FrontServer,
-    listener: asyncio.Server,
+    listeners: list[asyncio.Server],
     stop: _Stop,
     drain_s: float,
 ) -> None:
     """Let answers in progress finish, for `drain_s` seconds or until a second signal; meanwhile new requests are
     refused, and /health returns 503. Then stop the model servers; streams still open end with an error frame."""
     app.proxy.draining.set()
+    app.proxy.feed.close()
     loop = asyncio.get_running_loop()
     deadline = loop.time() + drain_s
     second_signal = asyncio.ensure_future(stop.at_once.wait())
@@ -193,23 +223,25 @@ async def _drain(
             {waiting, second_signal}, timeout=deadline - loop.time(), return_when=asyncio.FIRST_COMPLETED
         )
         waiting.cancel()
-        listener.close()
+        for listener in listeners:
+            listener.close()
     second_signal.cancel()
     await app.proxy.router.close()
     await front.shutdown(ERROR_FRAMES_TIMEOUT_S)
 
 
-def _log_startup(config: Config) -> None:
+def _log_startup(config: Config, hosts: list[str]) -> None:
     """Log which programs and servers run the models, and warn if the proxy is reachable from other machines."""
     if config.models or config.llama_cpp.models_dir:
         logger.info("models run in: %s", shlex.join(server_command(config.llama_cpp.server)))
     if config.uses_ollama:
         logger.info("models of Ollama at: %s", ", ".join(config.ollama.urls))
-    if not config.server.allow_unauthenticated and not _is_loopback(config.server.host):
+    reachable = [host for host in hosts if not _is_loopback(host)]
+    if reachable and not config.server.allow_unauthenticated:
         logger.warning(
             "listening on %s without authentication: anyone who can reach this address can use it; "
             "server.allow_unauthenticated: true silences this warning",
-            config.server.host,
+            ", ".join(reachable),
         )
 
 

@@ -35,6 +35,8 @@ MIGRATIONS = (
 """The statements that lead from each version of the schema (`user_version`) to the next one; only ever appended to."""
 CLOSE_S = 5.0
 """Time limit in seconds for what is still to be written at the end."""
+PROXY = ""
+"""The name under which the proxy itself keeps values, which is none of an agent."""
 MAX_KEY = 512
 """Characters of a key."""
 MAX_VALUE = 256 * 1024
@@ -86,12 +88,37 @@ class Store:
             with suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(_settle, future, result, error)
 
+        self._submit(job)
+        return await future
+
+    def begin(self, work: Work[T], on_result: Callable[[T], None] | None = None, *, writes: bool = True) -> None:
+        """Do `work` in the thread later, and pass its result to `on_result` in the event loop. A failure is logged.
+        What `writes` nothing does not create the file: it is left out if there is none."""
+        loop = asyncio.get_running_loop()
+
+        def job() -> None:
+            if not writes and self._connection is None and not _exists(self._folder):
+                return
+            try:
+                result = self._do(work)
+            except Exception as exc:
+                logger.warning("the state could not be read or written: %s", exc)
+                return
+            if on_result is not None:
+                with suppress(RuntimeError):  # the loop is closed
+                    loop.call_soon_threadsafe(on_result, result)
+
+        try:
+            self._submit(job)
+        except RuntimeError as exc:  # the system has no more threads now
+            logger.warning("the state could not be read or written: %s", exc)
+
+    def _submit(self, job: Callable[[], None]) -> None:
         if self._thread is None:
             thread = threading.Thread(target=self._work_off, name="store", daemon=True)
             thread.start()  # kept only then: the system may have no more threads now
             self._thread = thread
         self._jobs.put(job)
-        return await future
 
     async def open(self) -> None:
         """Open the file now, which is done with the first use otherwise: a folder that was configured is reported at
@@ -216,6 +243,10 @@ def _settle(future: asyncio.Future[Any], result: object, error: BaseException | 
         future.set_exception(error)
 
 
+def _exists(folder: Path | None) -> bool:
+    return folder is not None and (folder / FILE).exists()
+
+
 class KeyValues:
     """The keys and values of one agent: texts, and what JSON can express.
 
@@ -228,9 +259,7 @@ class KeyValues:
 
     async def get(self, key: str, default: Any = None) -> Any:
         """The value of `key`, or `default`."""
-        query = "SELECT value FROM kept WHERE agent = ? AND key = ?"
-        found = await self._store.run(lambda sql: sql.execute(query, (self._agent, key)).fetchone())
-        return default if found is None else orjson.loads(found[0])
+        return await self._store.run(lambda sql: _read(sql, self._agent, key, default))
 
     async def set(self, key: str, value: Any) -> None:
         """Set the value of `key`. Raises: ValueError, TypeError for what cannot be stored."""
@@ -249,6 +278,33 @@ class KeyValues:
         query = "SELECT key FROM kept WHERE agent = ? AND substr(key, 1, ?) = ? ORDER BY key"
         rows = await self._store.run(lambda sql: sql.execute(query, (self._agent, len(prefix), prefix)).fetchall())
         return [key for (key,) in rows]
+
+
+class ProxyMemory:
+    """What the proxy itself remembers, as its backends want it: nothing is awaited, and nothing raised."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def recall(self, key: str, on_value: Callable[[Any], None]) -> None:
+        """Call `on_value` in the event loop with the value of `key`, if there is one."""
+
+        def known(value: Any) -> None:
+            if value is not None:
+                on_value(value)
+
+        self._store.begin(lambda sql: _read(sql, PROXY, key), known, writes=False)
+
+    def remember(self, key: str, value: Any) -> None:
+        """Set the value of `key`, some time after this call."""
+        data = orjson.dumps(value)
+        self._store.begin(lambda sql: _write(sql, PROXY, key, data))
+
+
+def _read(sql: sqlite3.Connection, agent: str, key: str, default: Any = None) -> Any:
+    query = "SELECT value FROM kept WHERE agent = ? AND key = ?"
+    found = sql.execute(query, (agent, key)).fetchone()
+    return default if found is None else orjson.loads(found[0])
 
 
 def _write(sql: sqlite3.Connection, agent: str, key: str, data: bytes) -> None:

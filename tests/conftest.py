@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import signal
 from collections.abc import AsyncIterator, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+from hypothesis.internal.conjecture import providers
 
 from tests.support import harness
 from tests.support.e2e_support import matrix
@@ -22,14 +21,19 @@ from tests.support.toxic import RawUpstream, raw_upstream
 __all__ = ["chain", "recorded", "scripted", "served", "stage", "tiny_models"]  # fixtures
 LOG_TAIL = 8000
 """Characters of a proxy's log shown for a failed test."""
-for profile in ("quick", "full"):  # how long an example takes says nothing on a busy machine
-    settings.register_profile(profile, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# How long an example takes says nothing on a busy machine. But for `search`, everyone gets the same examples.
+patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True, database=None)
+for profile in ("quick", "full"):
+    settings.register_profile(profile, patient, derandomize=True)
+settings.register_profile("search", patient)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, also by the proxies that tests start
-    if not config.getoption("--hypothesis-profile"):
-        settings.load_profile("quick")
+    profile = config.getoption("--hypothesis-profile") or "quick"
+    settings.load_profile(profile)
+    if profile != "search":  # which modules a worker has imported, and so their constants, is left to chance
+        providers._get_local_constants = lambda: providers._local_constants
 
 
 @pytest.hookimpl(wrapper=True)
@@ -86,7 +90,7 @@ def shared() -> Iterator[Shared]:
     port = free_port()
     remote = {"url": f"http://127.0.0.1:{port}", "models": ["m"], "first_byte_timeout_s": 300, "idle_timeout_s": 300}
     remote["responses"] = True
-    with session_proxy({"remotes": {"upstream": remote}}) as proxy:
+    with session_proxy({"remotes": {"upstream": remote}, "server": {"head_timeout_s": 300}}) as proxy:
         yield Shared(proxy, port)
 
 
@@ -101,27 +105,3 @@ async def upstream(shared: Shared) -> AsyncIterator[RawUpstream]:
     """The server behind model `m` of `proxy`. Set its `script`."""
     async with raw_upstream(port=shared.upstream_port) as upstream:
         yield upstream
-
-
-@pytest.fixture(scope="session")
-def long_stream() -> Iterator[Future[None]]:
-    """A stream of 330 s with a token every 5 s, started with the first test that wants it; done when it has passed.
-
-    It runs in a thread, with a proxy of its own, so that the other long tests need not wait for it.
-    """
-    from tests.system.test_relay_long import paced_stream
-
-    started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[None]]] = Future()
-
-    async def run() -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        started.set_result((asyncio.get_running_loop(), task))
-        await paced_stream(tokens=66, every_s=5.0, remote={}, server={})
-
-    with ThreadPoolExecutor(1) as pool:
-        stream = pool.submit(lambda: asyncio.run(run()))
-        yield stream
-        if not stream.done():  # nobody wants to know
-            loop, task = started.result()
-            loop.call_soon_threadsafe(task.cancel)

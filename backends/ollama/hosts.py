@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 
-from llama_smart_proxy.backends.base import Json, ModelInfo
+from llama_smart_proxy.backends.base import Json, ModelInfo, UpstreamRequest
 from llama_smart_proxy.backends.http.exchange import UpstreamResponse
 from llama_smart_proxy.backends.http.sweep import Sweeper
 from llama_smart_proxy.backends.names import key_of
@@ -17,6 +17,7 @@ from llama_smart_proxy.backends.ollama.context import LOOK_S, Context
 from llama_smart_proxy.backends.ollama.host import PULL_FAILED, OllamaHost, is_name
 from llama_smart_proxy.backends.ollama.model import KIND, OllamaModel
 from llama_smart_proxy.backends.openai import LISTING_PAUSE_S
+from llama_smart_proxy.backends.pool.load_times import LoadTimes
 from llama_smart_proxy.backends.weights.downloads import Download, Downloads, Progress
 from llama_smart_proxy.proxy.config import ModelConfig, OllamaConfig, is_ollama_name
 from llama_smart_proxy.proxy.errors import BadRequest, ModelNotFound, ProxyError, UpstreamFailed, own
@@ -40,10 +41,17 @@ class Hosts:
     Methods that are not coroutines answer from memory, and refresh stale listings in the background.
     """
 
-    def __init__(self, config: OllamaConfig, downloads: Downloads, configured: Mapping[str, ModelConfig]) -> None:
+    def __init__(
+        self,
+        config: OllamaConfig,
+        downloads: Downloads,
+        configured: Mapping[str, ModelConfig],
+        times: LoadTimes | None = None,
+    ) -> None:
         self.hosts = [OllamaHost(url, config) for url in config.urls]
         self._pulls = config.pull == "auto"
         self._downloads = downloads
+        self.times = times or LoadTimes(downloads.feed)
         self._named = {key_of(name): name for name in (*configured, *(config.models or ()))}
         self._aliases = {key_of(name): tuple(model.aliases) for name, model in configured.items()}
         self._by_alias = {key_of(alias): name for name, model in configured.items() for alias in model.aliases}
@@ -223,15 +231,22 @@ class Hosts:
             f"ollama {key}", partial(self._pull, key, name, headers)
         )  # differs from the names of downloads from the hub
 
-    async def ensure_pulled(self, name: str, headers: Headers) -> None:
-        """Return once the model has been pulled for a request. A refusal by Ollama is cached for 10 s.
+    async def ensure_pulled(self, name: str, request: UpstreamRequest) -> None:
+        """Return once the model has been pulled for `request`. A refusal by Ollama is cached for 10 s.
 
         Raises: what the download raises.
         """
         until, refusal = self._refusals.get(key_of(name), (-math.inf, None))
         if refusal is not None and asyncio.get_running_loop().time() < until:
             raise own(refusal)
-        await self.pull(name, headers).wait()
+        download = self.pull(name, request.headers)
+        if request.progress is not None:
+            request.progress.waits(download.described())
+        try:
+            await download.wait()
+        finally:
+            if request.progress is not None:
+                request.progress.waits(None)
 
     def num_ctx(self, name: str, requested: int | None) -> int | None:
         """The context size in tokens to send with a request for the model; None to send none. `requested` is the

@@ -18,9 +18,12 @@ from llama_smart_proxy.backends.http.exchange import UpstreamResponse
 from llama_smart_proxy.backends.names import key_of
 from llama_smart_proxy.backends.ollama.context import LOOK_S
 from llama_smart_proxy.backends.ollama.host import JSON_HEADERS, MAX_CONTEXT, PULL_FAILED, seconds_of
+from llama_smart_proxy.backends.pool.load_times import SHORT_S
+from llama_smart_proxy.backends.progress import waiting
 from llama_smart_proxy.proxy.errors import BadRequest, UpstreamFailed, UpstreamRefused
 
 if TYPE_CHECKING:
+    from llama_smart_proxy.backends.ollama.host import OllamaHost
     from llama_smart_proxy.backends.ollama.hosts import Hosts
 
 logger = logging.getLogger(__name__)
@@ -98,7 +101,7 @@ class OllamaModel:
         if response is None:
             if not self._pull or not self._hosts.may_pull(self.name):
                 raise self._hosts.missing(self._asked)
-            await self._hosts.ensure_pulled(self.name, request.headers)
+            await self._hosts.ensure_pulled(self.name, request)
             response = await self._open_at_holder(request, stack)
         if response is None:  # a host may accept names that it does not list: aliases of another proxy
             response = await stack.enter_async_context(self._hosts.best_host(self._key).open(request, self._key))
@@ -113,7 +116,7 @@ class OllamaModel:
         failure: UpstreamFailed | None = None
         for host in await self._hosts.holders(self.name):
             try:
-                response = await stack.enter_async_context(host.open(request, self._key))
+                response = await stack.enter_async_context(self._loaded(host, request))
             except UpstreamFailed as exc:
                 if exc.code != UNREACHABLE:
                     raise
@@ -129,6 +132,30 @@ class OllamaModel:
         if failure is not None:
             raise failure
         return None
+
+    def _loaded(self, host: OllamaHost, request: UpstreamRequest) -> AbstractAsyncContextManager[UpstreamResponse]:
+        """The answer of a host, which loads the model first if it is not loaded, before the head of its answer."""
+        answering = host.open(request, self._key)
+        return answering if self._key in host.loaded else self._after_load(answering, request)
+
+    @asynccontextmanager
+    async def _after_load(
+        self, answering: AbstractAsyncContextManager[UpstreamResponse], request: UpstreamRequest
+    ) -> AsyncIterator[UpstreamResponse]:
+        times, now, name = self._hosts.times, asyncio.get_running_loop().time, f"{KIND} {self._key}"
+        begun = now()
+        times.recall()
+        if request.progress is not None:
+            request.progress.waits(waiting(f"Loading {self.card.title or self.name}", now, times.typical_s(name)))
+        async with AsyncExitStack() as stack:
+            try:
+                response = await stack.enter_async_context(answering)
+            finally:
+                if request.progress is not None:
+                    request.progress.waits(None)
+            if response.status == 200 and now() - begun >= SHORT_S:
+                times.learn(name, now() - begun)
+            yield response
 
     # -- loading and deleting --------------------------------------------------------------------------------------
 

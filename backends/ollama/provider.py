@@ -30,7 +30,8 @@ class Ollama:
         if not config.uses_ollama:
             return None
         own = {name: model for name, model in config.models.items() if config.backend_of(name) == KIND}
-        return cls(Hosts(config.ollama, services.downloads, own), {name: config.path_of(name) for name in own})
+        hosts = Hosts(config.ollama, services.downloads, own, services.pool.times)
+        return cls(hosts, {name: config.path_of(name) for name in own})
 
     async def start(self) -> None:
         self._hosts.start()

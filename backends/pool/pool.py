@@ -12,14 +12,17 @@ from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-import psutil
-
 from llama_smart_proxy.backends.base import UpstreamRequest
-from llama_smart_proxy.backends.pool.instance import LOST_S, STALLED, State, read_within
+from llama_smart_proxy.backends.pool.instance import LOST_S, State
 from llama_smart_proxy.backends.pool.launcher import PoolModel, Source
+from llama_smart_proxy.backends.pool.load_times import LoadTimes
+from llama_smart_proxy.backends.pool.news import News
 from llama_smart_proxy.backends.pool.orphans import kill_orphans
 from llama_smart_proxy.backends.pool.queue import Lease, ModelQueue
+from llama_smart_proxy.backends.pool.readiness import read_within
 from llama_smart_proxy.backends.pool.scheduler import Scheduler
+from llama_smart_proxy.backends.pool.status import described
+from llama_smart_proxy.backends.pool.waits import Wait
 from llama_smart_proxy.backends.threads import begin_in_thread, log_failure, run_in_thread
 from llama_smart_proxy.backends.weights.downloads import Download, Downloads, Progress
 from llama_smart_proxy.proxy.config import PoolConfig
@@ -39,9 +42,11 @@ class Pool:
     it takes a place. Use it from the event loop of the main thread.
     """
 
-    def __init__(self, config: PoolConfig, downloads: Downloads | None = None) -> None:
+    def __init__(self, config: PoolConfig, downloads: Downloads | None = None, times: LoadTimes | None = None) -> None:
         self.downloads = downloads or Downloads()
-        self._scheduler = Scheduler(config)
+        self.times = times or LoadTimes(self.downloads.feed)
+        self._news = News(self.downloads.feed, self.times, lambda queue: self._download(queue) is not None)
+        self._scheduler = Scheduler(config, self._news)
         self._fetching: Counter[str] = Counter()  # how many requests wait for a download, by model
         self._files: dict[str, Path] = {}  # where they were found last, by download
         self._looks: dict[str, asyncio.Future[bool]] = {}  # whether they still are there
@@ -90,9 +95,9 @@ class Pool:
                 message = f"model '{model.name}' is not loaded, and server_pool.autoload is false"
                 raise BadRequest(f"{message}; POST /models/load loads it", code="model_not_loaded", param="model")
             if place is None:
-                await self._fetch(queue)
+                await self._fetch(queue, request)
             lease = await self._wait(queue, request)
-        lease.serves(request)
+        lease.serves(request, asyncio.get_running_loop().time())
         try:
             yield lease
         finally:
@@ -101,6 +106,8 @@ class Pool:
     async def _wait(self, queue: ModelQueue, request: UpstreamRequest) -> Lease:
         """Wait in the queue; return with the lease taken."""
         waiter = self._scheduler.enqueue(queue, request)
+        if request.progress is not None:
+            request.progress.waits(Wait(waiter, queue, self._scheduler, self.times))
         try:
             return await waiter.future
         except asyncio.CancelledError:
@@ -109,6 +116,8 @@ class Pool:
             raise
         finally:
             self._scheduler.leave(queue, waiter)
+            if request.progress is not None:
+                request.progress.waits(None)
 
     def retire(self, lease: Lease, reason: str) -> None:
         """The server of `lease` accepts no connections any more: it gets no further requests, and is replaced once the
@@ -128,7 +137,7 @@ class Pool:
             raise _shutting_down()
         queue = self._scheduler.queue(model)
         if queue.place is None:
-            await self._fetch(queue)
+            await self._fetch(queue, LOAD)
         if queue.place is not None and queue.place.open:
             lease = queue.place.take(LOAD)  # that is a use, too: its time to live begins anew
         else:
@@ -188,14 +197,9 @@ class Pool:
         return at - asyncio.get_running_loop().time() if at is not None else None
 
     def state(self, name: str) -> str:
-        """`loaded`, `loading` (or being fetched), `unloading` (accepts no more requests, and completes its answers) or
-        `unloaded`. One that is stopping counts as unloaded."""
+        """As of `News.state`."""
         queue = self._scheduler.queues.get(name)
-        if queue is None or queue.place is None:
-            return "unloaded" if queue is None or self._download(queue) is None else "loading"
-        if queue.place.state is State.READY:
-            return "loaded" if queue.place.open else "unloading"
-        return "loading" if queue.place.state is State.STARTING else "unloaded"
+        return self._news.state(queue) if queue is not None else "unloaded"
 
     def fitting(self, names: Collection[str]) -> list[list[str]]:
         """Models of the pool in groups that can be loaded at one time; first those that are loaded."""
@@ -221,7 +225,7 @@ class Pool:
         ]
 
     def _describe(self, queue: ModelQueue, download: Download | None) -> dict[str, object]:
-        entry = _describe(queue)
+        entry = described(queue)
         if (left_s := self._left_s(queue)) is not None:
             entry["expires_in_s"] = round(left_s, 1) if left_s < math.inf else None
         if download is not None:
@@ -231,7 +235,7 @@ class Pool:
 
     # -- files that are downloaded ---------------------------------------------------------------------------------
 
-    async def _fetch(self, queue: ModelQueue) -> None:
+    async def _fetch(self, queue: ModelQueue, request: UpstreamRequest) -> None:
         """Return once the files of a model that has a source are on this machine. A request that leaves does not
         stop the download.
 
@@ -244,10 +248,14 @@ class Pool:
             return
         download = self._join(queue, source, counts=False)
         self._fetching[queue.name] += 1
+        if request.progress is not None:
+            request.progress.waits(download.described())
         try:
             await download.wait()
         finally:
             self._fetching[queue.name] -= 1
+            if request.progress is not None:
+                request.progress.waits(None)
         if self._scheduler.closing:
             raise _shutting_down()
 
@@ -286,7 +294,12 @@ class Pool:
             if path is not None:
                 self._files[source.download] = path
 
-        return self.downloads.join(source.download, work, counts=counts)
+        before = self.downloads.get(source.download)
+        download = self.downloads.join(source.download, work, counts=counts)
+        if download is not before:
+            download.on_end(lambda: self._news.changed(queue))
+            self._news.changed(queue)
+        return download
 
     def _note_failure(self, queue: ModelQueue, error: ProxyError) -> None:
         """What the operator has to correct (no such file, no access) is cheap to repeat; the rest may cost
@@ -344,33 +357,6 @@ class Pool:
         log_failure(logger, task)
 
 
-def _describe(queue: ModelQueue) -> dict[str, object]:
-    entry: dict[str, object] = {"model": queue.name, "state": "unloaded", "queue": queue.length}
-    entry["restarts"] = queue.restarts
-    if queue.error is not None:
-        entry["error"] = queue.error.message
-        if queue.error.log:
-            entry["log"] = list(queue.error.log)
-    place = queue.place
-    if place is None:
-        return entry
-    instance = place.instance
-    if (reason := instance.suspicion) is not None:
-        entry["stalled"] = reason
-    elif queue.error is not None and queue.error.code == STALLED:
-        entry["stalled"] = queue.error.message
-    idle_s = asyncio.get_running_loop().time() - place.released_at
-    return entry | {
-        "state": "unloading" if instance.state is State.READY and not place.open else str(instance.state),
-        "pid": instance.pid or None,
-        "port": instance.port or None,
-        "leases": place.leases,
-        "last_used": round(time.time() - idle_s, 3) if math.isfinite(idle_s) else None,
-        "rss_bytes": _rss_bytes(instance.pid),
-        "ready_s": round(instance.load_s, 3) if instance.load_s is not None else None,
-    }
-
-
 def _shutting_down() -> Overloaded:
     return Overloaded("The proxy is shutting down.", code="shutting_down")
 
@@ -379,10 +365,3 @@ def _exists(path: Path) -> bool:
     with suppress(OSError):
         return path.exists()
     return False
-
-
-def _rss_bytes(pid: int) -> int | None:
-    try:
-        return int(psutil.Process(pid).memory_info().rss) if pid else None
-    except psutil.Error:
-        return None

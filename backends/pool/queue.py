@@ -14,6 +14,9 @@ from llama_smart_proxy.backends.pool.launcher import PoolModel
 from llama_smart_proxy.backends.tasks import Task
 from llama_smart_proxy.proxy.errors import ProxyError, StartFailed
 
+RECENT = 0.3
+"""The weight of the last request in the typical duration of a model's requests."""
+
 
 @dataclass(eq=False, slots=True)
 class Waiter:
@@ -41,12 +44,14 @@ class ModelQueue:
     """
 
     model: PoolModel
+    changed: Callable[[ModelQueue], None]  # to be called when it accepts requests no more, or again
     place: Place | None = None
     slot_waiters: dict[Waiter, None] = field(default_factory=dict)  # a dict is an ordered set
     question_waiters: dict[Waiter, None] = field(default_factory=dict)  # these require a ready server only
     later_waiters: dict[Waiter, None] = field(default_factory=dict)  # these require a slot, too
     backoff: Backoff = field(default_factory=Backoff)
     error: StartFailed | None = None
+    request_s: float | None = None  # how long its requests occupy a slot; the recent ones count most
     keep_alive_s: float | None = None  # how long its process stays when idle, if a request set that
     evicted_at: float = -math.inf
     crashed: bool = False
@@ -55,6 +60,11 @@ class ModelQueue:
     @property
     def name(self) -> str:
         return self.model.name
+
+    @property
+    def shown(self) -> str:
+        """Its name for people."""
+        return self.model.title or self.model.name
 
     @property
     def length(self) -> int:
@@ -96,6 +106,11 @@ class ModelQueue:
             del self.later_waiters[waiter]
             self.slot_waiters[waiter] = None
 
+    def ahead(self, waiter: Waiter) -> int:
+        """How many requests that wait for it are served before `waiter`."""
+        waiters = [*self.slot_waiters, *self.later_waiters] if waiter.request.slot else [*self.question_waiters]
+        return waiters.index(waiter) if waiter in waiters else 0
+
     @property
     def starved_since(self) -> float:
         """Since when it has been without a process although requests wait. An eviction starts the count anew, so that
@@ -114,10 +129,11 @@ class ModelQueue:
 
 @dataclass(eq=False, slots=True)
 class Slot:
-    """One of the requests that a server processes in parallel; `task` is the background prompt that it processes, if it
-    does. `last` is the last request it served: its prompt is what the server's cache may hold."""
+    """One of the requests that a server processes in parallel, `since` when; `task` is the background prompt that it
+    processes, if it does. `last` is the last request it served: its prompt is what the server's cache may hold."""
 
     busy: bool = False
+    since: float = 0.0
     task: Task | None = None
     last: UpstreamRequest | None = None
 
@@ -213,7 +229,10 @@ class Place:
     def release(self, lease: Lease, now: float) -> None:
         self.leases -= 1
         if lease.slot is not None:
-            slot = self.slots[lease.slot]
+            slot, known_s = self.slots[lease.slot], self.queue.request_s
+            spent_s = now - slot.since
+            if slot.task is None or not slot.task.broken:
+                self.queue.request_s = spent_s if known_s is None else known_s + RECENT * (spent_s - known_s)
             slot.busy, slot.task = False, None
         self.released_at = now
         if self.instance.worked and not self.served:
@@ -223,12 +242,14 @@ class Place:
     def retire(self, now: float) -> None:
         """Accept no more requests; it is to be stopped when it is idle."""
         self.unloading, self.closed_since = True, now
+        self.queue.changed(self.queue)
 
     def stop(self, cause: str) -> None:
         self.draining = False
         self.queue.keep_alive_s = None
         self.cancel_idle_timer()
         self.instance.stop(cause)
+        self.queue.changed(self.queue)
 
     def cancel_idle_timer(self) -> None:
         if self.idle_timer is not None:
@@ -247,7 +268,8 @@ class Lease:
     def instance(self) -> Instance:
         return self.place.instance
 
-    def serves(self, request: UpstreamRequest) -> None:
-        """Remember what the slot is used for."""
+    def serves(self, request: UpstreamRequest, now: float) -> None:
+        """Remember what the slot is used for, and since when."""
         if self.slot is not None:
-            self.place.slots[self.slot].last = request
+            slot = self.place.slots[self.slot]
+            slot.last, slot.since = request, now

@@ -14,6 +14,7 @@ import math
 from llama_smart_proxy.backends.base import Priority, UpstreamRequest
 from llama_smart_proxy.backends.pool.instance import STALLED, Instance, State
 from llama_smart_proxy.backends.pool.launcher import PoolModel
+from llama_smart_proxy.backends.pool.news import News
 from llama_smart_proxy.backends.pool.placement import Evict, Limits, Never, Start, Wait, decide, plan_drains
 from llama_smart_proxy.backends.pool.ports import Ports
 from llama_smart_proxy.backends.pool.queue import Lease, ModelQueue, Place, Slot, Waiter
@@ -42,12 +43,13 @@ class Scheduler:
     scheduling.
     """
 
-    def __init__(self, config: PoolConfig) -> None:
+    def __init__(self, config: PoolConfig, news: News) -> None:
         self.queues: dict[str, ModelQueue] = {}
         self.places: list[Place] = []
         self.closing = False
         self.quiet = asyncio.Event()
         self.config = config
+        self._news = news
         self._ports = Ports(config.host, config.ports)
         self._swap_timer: asyncio.TimerHandle | None = None
         self._halted = False
@@ -67,7 +69,7 @@ class Scheduler:
         """The queue of a model; `model` applies to its next process."""
         queue = self.queues.get(model.name)
         if queue is None:
-            queue = self.queues[model.name] = ModelQueue(model)
+            queue = self.queues[model.name] = ModelQueue(model, self._news.changed)
         queue.model = model
         return queue
 
@@ -93,6 +95,7 @@ class Scheduler:
             waiter.timers.append(loop.call_at(task.since + self.aged_s, self._promote, queue, waiter))
             if task.hold_s:
                 waiter.timers.append(loop.call_at(task.since + task.hold_s, self.schedule))
+        self._news.waiting(queue)
         self.schedule()
         return waiter
 
@@ -111,6 +114,7 @@ class Scheduler:
         waiter.timers.clear()
         if queue.forget(waiter):
             self.schedule()
+        self._news.waiting(queue)
 
     def release(self, lease: Lease) -> None:
         """A request is done."""
@@ -141,12 +145,14 @@ class Scheduler:
             place.ready_at = place.released_at = now
             place.slots = [Slot() for _ in range(instance.slots)]
             queue.error = None
+            self._news.started(instance)
         elif instance.state is State.STOPPED:
             self.places.remove(place)
             queue.place = None
             place.cancel_idle_timer()
         if instance.error is not None and queue.error is not instance.error:
             self._note_failure(queue, place, instance.error, now)
+        self._news.changed(queue)
         self.schedule()
         self.check_idle(place)
 
@@ -277,22 +283,25 @@ class Scheduler:
         return GRACE_S if queue.urgent else max(GRACE_S, self.config.swap_after_s)
 
     def _start(self, queue: ModelQueue) -> None:
-        instance = Instance(queue.model, self.config, self._ports, self._changed)
+        instance = Instance(queue.model, self.config, self._ports, self._changed, self._news.share)
         queue.place = Place(queue, instance)
         queue.restarts += queue.crashed
         queue.crashed = False
         self.places.append(queue.place)
         instance.start(f"{queue.length} waiting")
+        self._news.starting(queue)
 
     def _drain(self, starved: list[ModelQueue], now: float, grace_ends: float) -> None:
         plan = plan_drains([queue.starved_since for queue in starved], self.places, self.config.swap_after_s, now)
         for place in plan.end:
             place.draining = False
+            place.queue.changed(place.queue)
             logger.info("%s: accepts requests again: no model waits for its place any more", place.queue.name)
             self._admit(place.queue)
         for place in plan.begin:
             place.draining = True
             place.closed_since = now
+            place.queue.changed(place.queue)
             logger.info("%s: accepts no more requests: another model waits for its place", place.queue.name)
         self._set_swap_timer(min(plan.again_at, grace_ends))
 

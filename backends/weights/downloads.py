@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
+from llama_smart_proxy.backends.feed import Feed, Kind
+from llama_smart_proxy.backends.progress import timed
 from llama_smart_proxy.proxy.errors import Overloaded, ProxyError, own
 
 logger = logging.getLogger(__name__)
@@ -26,8 +30,9 @@ class Download:
     """One download. `progress` is the latest; `error` is set if it failed. A `persistent` one continues without
     watchers."""
 
-    def __init__(self, name: str, work: Work) -> None:
+    def __init__(self, name: str, work: Work, feed: Feed) -> None:
         self.name = name
+        self._feed = feed
         self.progress: Progress = {"status": "pulling manifest"}
         self.error: BaseException | None = None
         self.ended = False
@@ -74,6 +79,15 @@ class Download:
             if not self._watchers and not self.persistent:
                 self.stop(Overloaded(f"The download of '{self.name}' was cancelled.", code="download_cancelled"))
 
+    def described(self) -> Callable[[], str]:
+        """A description of this download, for one who begins to wait for it now (see `backends.progress`)."""
+        begun = time.monotonic()
+        return lambda: _line(self.progress, time.monotonic() - begun)
+
+    def on_end(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once it has ended, and is forgotten."""
+        self._task.add_done_callback(lambda _: callback())
+
     def stop(self, error: ProxyError) -> None:
         """Cancel it; all waiters get `error`. No effect after its end."""
         if not self.ended and self._cancel_error is None:
@@ -91,6 +105,12 @@ class Download:
             logger.info("%s: download begins", self.name)
         self.progress = progress
         self._wake()
+        self._publish()
+
+    def _publish(self) -> None:
+        failed = {"error": str(self.error)} if self.error is not None else {}
+        data = {**self.progress, **failed, "ended": self.ended}
+        self._feed.publish(Kind.DOWNLOAD, self.name, data, over=self.ended)
 
     def _wake(self) -> None:
         self._changed.set()
@@ -111,12 +131,15 @@ class Download:
             self.progress = {"status": "success"}
         self.ended = True
         self._wake()
+        self._publish()
 
 
 class Downloads:
-    """All downloads in progress, by name. To be used in the event loop only."""
+    """All downloads in progress, by name; what happens to them is published in `feed`. To be used in the event loop
+    only."""
 
-    def __init__(self) -> None:
+    def __init__(self, feed: Feed | None = None) -> None:
+        self.feed = feed if feed is not None else Feed()
         self._running: dict[str, Download] = {}
         self._counted: set[Download] = set()
         self._closed = False
@@ -133,7 +156,7 @@ class Downloads:
         if counts and download not in self._counted:
             self._check_room()
         if download is None:
-            download = self._running[name] = Download(name, work)
+            download = self._running[name] = Download(name, work, self.feed)
             download._task.add_done_callback(lambda _: self._forget(download))
         if counts:
             self._counted.add(download)
@@ -173,6 +196,15 @@ class Downloads:
         self._counted.discard(download)
         if self._running.get(download.name) is download:
             del self._running[download.name]
+
+
+def _line(progress: Progress, spent_s: float) -> str:
+    """A download with this progress, for the person who waits for it."""
+    total, completed = progress.get("total"), progress.get("completed", 0)
+    if total:
+        return timed(f"Downloading {math.floor(100 * completed / total)} %", spent_s)
+    checking = str(progress.get("status", "")).startswith("verifying")
+    return timed("Checking the download" if checking else "Downloading", spent_s)
 
 
 def _shutting_down() -> Overloaded:

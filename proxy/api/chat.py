@@ -36,9 +36,12 @@ from llama_smart_proxy.proxy.middleware.layers import choices_of, reply_layer, r
 from llama_smart_proxy.proxy.middleware.scope import Scope
 from llama_smart_proxy.proxy.middleware.side_calls import SideCalls, check_depth
 from llama_smart_proxy.proxy.models.router import Route
-from llama_smart_proxy.proxy.stream.answer import UNENCODABLE, Finalizer, ModelAnswer, respond, respond_unstreamed
+from llama_smart_proxy.proxy.stream.answer import Finalizer, ModelAnswer, respond, respond_unstreamed
+from llama_smart_proxy.proxy.stream.decoder import Progressed
 from llama_smart_proxy.proxy.stream.relay import relay
+from llama_smart_proxy.proxy.stream.sinks import UNENCODABLE
 from llama_smart_proxy.proxy.stream.upstream import ANSWER_LIMIT
+from llama_smart_proxy.proxy.stream.waiting import Wait
 
 if TYPE_CHECKING:
     from llama_smart_proxy.proxy.api.endpoints import Endpoint
@@ -57,9 +60,9 @@ _THINKING = ("chat_template_kwargs", "reasoning_effort", "think", "thinking_budg
 
 @dataclass(slots=True)
 class Chat:
-    """One request to a generating endpoint, in the API of `codec`."""
+    """One request to a generating endpoint, in the API of `codec`; `wait` is its client's."""
 
-    http: web.BaseRequest
+    wait: Wait
     proxy: Proxy
     endpoint: Endpoint
     codec: ClientCodec
@@ -67,6 +70,11 @@ class Chat:
     agents: Sequence[str] = ()
     renamed: bool = False
     task: Task | None = None
+    progressed: Progressed | None = None
+
+    @property
+    def http(self) -> web.BaseRequest:
+        return self.wait.response.http
 
     async def answer(self, route: Route, body: Json, reusable: Reusable | None) -> web.StreamResponse:
         """Answer the request, with the agents that apply to it. `reusable` are the bytes that `body` came as."""
@@ -81,7 +89,7 @@ class Chat:
                 del reusable
                 return await self._with_agents(route, body, selection)
         if self._is_native(route.model):
-            relaying = relay_request(self.http, self.proxy, self.endpoint, route, body, reusable, self.task)
+            relaying = relay_request(self.wait, self.proxy, self.endpoint, route, body, reusable, self.task)
             del body, reusable
             return await relaying
         if loading is not None:
@@ -131,14 +139,13 @@ class Chat:
     async def _send(self, route: Route, chat: ChatRequest) -> web.StreamResponse:
         """Answer a decoded request whose answer no agent reads."""
         if self._is_native(route.model) and self.codec.fits(chat):
-            return await relay_request(
-                self.http, self.proxy, self.endpoint, route, await self._encoded(chat), None, self.task
-            )
+            encoded = await self._encoded(chat)
+            return await relay_request(self.wait, self.proxy, self.endpoint, route, encoded, None, self.task)
         return await self._stream(route, chat)
 
     async def _stream(self, route: Route, chat: ChatRequest) -> web.StreamResponse:
         answer = await self._model_answer(route.model, chat)
-        return await respond(self.http, self.codec, answer.chat, answer, None, stall_s=self._stall_s)
+        return await respond(self.wait.response, self.codec, answer.chat, answer, None)
 
     async def _model_answer(self, model: Model, chat: ChatRequest, *, same_api: bool = False) -> ModelAnswer:
         """The model's answer in chunks; the request is sent when it is read. With `same_api`, the server is called
@@ -169,7 +176,7 @@ class Chat:
         return ModelAnswer(
             model, request, codec, chat, self.http[RECORD],
             verbatim=own is not None and chat.stream and _same_form(request.path, self.http.path),
-            finalizer=finalizer, amend=amend, limit=None if chat.stream else ANSWER_LIMIT,
+            finalizer=finalizer, progressed=self.progressed, amend=amend, limit=None if chat.stream else ANSWER_LIMIT,
         )  # fmt: skip
 
     async def _encoded(self, chat: ChatRequest) -> Json:
@@ -182,20 +189,18 @@ class Chat:
         """The request to the model's server. Raises: AgentError if agents made it impossible to encode."""
         try:
             path, body = await offload(self.http, codec.encode, chat)
+            self.progressed = self.wait.asks_for_reports(model, body)
             prepared = model.prepare(body)
             data = await to_bytes(self.http, body)
         except UNENCODABLE as exc:
             raise self._unencodable() or exc from exc
         headers = upstream_headers(self.http.headers, has_body=True, forwards=model.forwards)
-        return mark(UpstreamRequest("POST", path, data, headers, prepared=prepared), self.task)
+        request = UpstreamRequest("POST", path, data, headers, prepared=prepared, progress=self.wait.asks())
+        return mark(request, self.task)
 
     def _unencodable(self) -> AgentError | None:
         names = " or ".join(self.agents)
         return AgentError(names, "turned the request into something that cannot be sent") if names else None
-
-    @property
-    def _stall_s(self) -> float:
-        return self.proxy.config.server.send_stall_s
 
     # -- with agents -------------------------------------------------------------------------------------------------
 
@@ -224,7 +229,7 @@ class Chat:
         calls = self._side_calls(scope, depth, priority_of(self.task))
         facts = RequestFacts(
             self.http.headers, self.http.path.rstrip("/"), self.http[RECORD].request_id, route.model.kind, selection,
-            chat, asked_model=asked_model, store=self.proxy.store,
+            chat, asked_model=asked_model, store=self.proxy.store, wait=self.wait,
         )  # fmt: skip
         contexts = [AgentContext(active, facts, scope, calls) for active in selection.chain]
         try:
@@ -292,14 +297,14 @@ class Chat:
     ) -> web.StreamResponse:
         usage = partial(usage_of, source)
         try:
-            return await respond(self.http, self.codec, chat, source, stream, usage, stall_s=self._stall_s)
+            return await respond(self.wait.response, self.codec, chat, source, stream, usage)
         except UNENCODABLE as exc:
             message = "an agent turned the answer into something that cannot be sent"
             raise ProxyError(message, code="agent_failed") from exc
 
 
 async def relay_request(
-    http: web.BaseRequest,
+    wait: Wait,
     proxy: Proxy,
     endpoint: Endpoint,
     route: Route,
@@ -307,12 +312,14 @@ async def relay_request(
     reusable: Reusable | None = None,
     task: Task | None = None,
 ) -> web.StreamResponse:
-    """Answer `http` with the bytes of the model's server, which supports the API of `endpoint`. Modifies `body`;
-    `reusable` are the bytes that it came as, which are sent if nothing in it has to be."""
+    """Answer the request of `wait` with the bytes of the model's server, which supports the API of `endpoint`. Modifies
+    `body`; `reusable` are the bytes that it came as, which are sent if nothing in it has to be."""
+    response, http = wait.response, wait.response.http
     model, has_body = route.model, http.method == "POST"
-    prepared, data = None, b""
+    prepared, progressed, data = None, None, b""
     if has_body:
         body["model"] = route.sent
+        progressed = wait.asks_for_reports(model, body)
         prepared = model.prepare(body)
         data = (reusable.bytes_of(body) if reusable is not None else None) or await to_bytes(http, body)
     headers = upstream_headers(http.headers, has_body=has_body, forwards=model.forwards)
@@ -320,25 +327,25 @@ async def relay_request(
     if chat_id:
         headers.append((CONVERSATION, chat_id))
     path = upstream_path(http, model.name)
-    stall_s, unstreamed = proxy.config.server.send_stall_s, None
+    unstreamed = None
     streams = endpoint.codec is not None and endpoint.codec.streams(body)
     if endpoint.codec is not None and endpoint.codec.same_api is not None:
         chat = ChatRequest({**{name: body[name] for name in _OF_ANSWER if name in body}, "messages": []}, streams)
-        unstreamed = partial(respond_unstreamed, http, endpoint.codec, chat, stall_s=stall_s)
+        unstreamed = partial(respond_unstreamed, response, endpoint.codec, chat)
     if endpoint.path:
         path = "".join((endpoint.path, *path.partition("?")[1:]))
-    request = UpstreamRequest(http.method, path, data, headers, endpoint.slot, prepared=prepared)
+    request = UpstreamRequest(http.method, path, data, headers, endpoint.slot, prepared=prepared, progress=wait.asks())
     mark(request, task, whole=not streams)
     del body, reusable  # the answer may last for minutes
     pool = proxy.config.server_pool
     if chat_id and model.state.value != "loaded" and pool.autoload:
         await proxy.conversations.load(chat_id, model, request, limit=pool.queue_limit)
     return await relay(
-        *(http, model, request, endpoint.dialect),
-        stall_s=stall_s,
+        *(response, model, request, endpoint.dialect),
         generates=endpoint.codec is not None,
         streams=streams,
         unstreamed=unstreamed,
+        progressed=progressed,
     )
 
 

@@ -186,17 +186,22 @@ def _check_loop(http: web.BaseRequest) -> None:
         raise BadRequest(message, status=508, code="loop_detected")
 
 
+def reported(http: web.BaseRequest, exc: Exception) -> ProxyError:
+    """The error that the client of `http` gets for `exc`, which is logged if it is a fault of the proxy."""
+    if isinstance(exc, web.HTTPException):
+        return BadRequest(_http_error_text(exc), status=exc.status)
+    if isinstance(exc, ProxyError):
+        return exc
+    logger.error("unhandled error in %s %s", http.method, shown_path(http), exc_info=exc)
+    return ProxyError("internal error; the proxy's log has the details")
+
+
 def _failed(http: web.BaseRequest, exc: BaseException, dialect: Dialect) -> web.StreamResponse:
     """The error response for `exc`. Raises: `exc` itself if no response can be sent any more."""
     if not isinstance(exc, Exception) or isinstance(exc, ConnectionError) or http.writer.output_size > 0:
         raise exc
-    allow = ""
-    if isinstance(exc, web.HTTPException):
-        allow = exc.headers.get("Allow", "")
-        exc = BadRequest(_http_error_text(exc), status=exc.status)
-    elif not isinstance(exc, ProxyError):
-        logger.error("unhandled error in %s %s", http.method, shown_path(http), exc_info=exc)
-        exc = ProxyError("internal error; the proxy's log has the details")
+    allow = exc.headers.get("Allow", "") if isinstance(exc, web.HTTPException) else ""
+    exc = reported(http, exc)
     response = web.Response(status=exc.status, body=dialect.error_body(exc), content_type="application/json")
     response.headers.extend(own_headers(http))
     if exc.retry_after_s is not None:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +18,7 @@ from aiohttp import web
 
 from llama_smart_proxy.backends.base import Model
 from llama_smart_proxy.proxy.api.chat import Amending, Chat, Preparation, relay_request
+from llama_smart_proxy.proxy.api.dispatcher import reported
 from llama_smart_proxy.proxy.api.generate_context import with_context
 from llama_smart_proxy.proxy.api.input_tokens import count_input_tokens
 from llama_smart_proxy.proxy.api.llama_server import apply_autoload
@@ -42,11 +44,14 @@ from llama_smart_proxy.proxy.dialects.embeddings import (
     OPENAI_EMBEDDINGS,
     EmbeddingClient,
 )
-from llama_smart_proxy.proxy.errors import BadRequest, ModelNotFound
+from llama_smart_proxy.proxy.errors import BadRequest, ModelNotFound, let_go
 from llama_smart_proxy.proxy.http.body import Body, Reusable, offload, read_body
 from llama_smart_proxy.proxy.http.headers import PARAMS, RECORD
 from llama_smart_proxy.proxy.models.router import Route
 from llama_smart_proxy.proxy.stream.embeddings import embed
+from llama_smart_proxy.proxy.stream.waiting import Wait
+
+logger = logging.getLogger(__name__)
 
 OFF_LOOP_VECTORS = 64
 """Answers with more vectors are serialised in a thread, so that other requests are not delayed."""
@@ -137,6 +142,20 @@ class EndpointHandler:
 
     async def handle(self, http: web.BaseRequest) -> web.StreamResponse:
         """Answer `http`. No reference to its parsed body is kept while an answer is relayed, which may take minutes."""
+        wait = Wait(self._proxy.waits, http, self._endpoint.dialect, self._endpoint.codec)
+        try:
+            return await self._handle(http, wait)
+        except Exception as exc:
+            if isinstance(exc, ConnectionError) or not wait.response.opened or wait.response.begun:
+                raise
+            error = reported(http, exc)
+            logger.warning("stream aborted: %s", error)
+            let_go(exc)
+            return await wait.fail(error)
+        finally:
+            wait.end()
+
+    async def _handle(self, http: web.BaseRequest, wait: Wait) -> web.StreamResponse:
         endpoint = self._endpoint
         parsed = await read_body(http, self._max_bytes) if http.method == "POST" else Body({}, None)
         reusable = parsed.reusable()
@@ -145,15 +164,23 @@ class EndpointHandler:
         try:
             bind = partial(_bound, endpoint.dialect, http.get(PARAMS) or {})
             body = await offload(http, bind, body) if endpoint.dialect.binds_slowly(body) else bind(body)
+            if self._streams(body):
+                wait.start(body.get("model"))
             route = await self._route(http, body)
             if endpoint.codec is not None:
-                answering = Chat(http, self._proxy, endpoint, endpoint.codec).answer(route, body, reusable)
+                answering = Chat(wait, self._proxy, endpoint, endpoint.codec).answer(route, body, reusable)
             else:
-                answering = self._answer(http, route, body, reusable)
+                answering = self._answer(wait, route, body, reusable)
             del body, reusable
             return await answering
         except RecursionError:
             raise BadRequest("the request body is nested too deeply", code="invalid_json") from None
+
+    def _streams(self, body: Json) -> bool:
+        endpoint = self._endpoint
+        if endpoint.codec is not None:
+            return endpoint.codec.streams(body)
+        return endpoint.generates and body.get("stream") is True
 
     async def _route(self, http: web.BaseRequest, body: Json) -> Route:
         endpoint = self._endpoint
@@ -169,15 +196,13 @@ class EndpointHandler:
             await apply_autoload(http, route.model)
         return route
 
-    async def _answer(
-        self, http: web.BaseRequest, route: Route, body: Json, reusable: Reusable | None
-    ) -> web.StreamResponse:
+    async def _answer(self, wait: Wait, route: Route, body: Json, reusable: Reusable | None) -> web.StreamResponse:
         """Answer a request without a codec; it is relayed if the model's server supports the API."""
-        endpoint, model = self._endpoint, route.model
+        endpoint, model, http = self._endpoint, route.model, wait.response.http
         if endpoint.generates:
             self._proxy.chain.check_none_required(http.headers, route.name)
         if endpoint.api in model.speaks and not self._is_limited(route, body):
-            relaying = relay_request(http, self._proxy, endpoint, route, body, reusable)
+            relaying = relay_request(wait, self._proxy, endpoint, route, body, reusable)
             del body, reusable
             return await relaying
         if endpoint.count is not None:

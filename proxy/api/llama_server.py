@@ -25,6 +25,7 @@ from llama_smart_proxy.proxy.errors import BadRequest, Overloaded, ProxyError
 from llama_smart_proxy.proxy.http.aside import in_thread
 from llama_smart_proxy.proxy.http.body import read_bytes, read_json, serialise
 from llama_smart_proxy.proxy.http.headers import RECORD, upstream_headers
+from llama_smart_proxy.proxy.http.response import ResponseWriter
 from llama_smart_proxy.proxy.models.router import Route
 from llama_smart_proxy.proxy.stream.relay import relay
 from llama_smart_proxy.proxy.stream.upstream import JSON_HEADERS, Attempts
@@ -90,7 +91,8 @@ async def _pass_on(
     if data:
         headers.append(("Content-Type", content_type))
     request = UpstreamRequest(http.method, upstream_path(http, model.name), data, headers, slot)
-    return await relay(http, model, request, dialect, stall_s=http[PROXY].config.server.send_stall_s)
+    response = ResponseWriter(http, http[PROXY].config.server.send_stall_s)
+    return await relay(response, model, request, dialect)
 
 
 async def _answer_of(model: Model, method: str, path: str, body: Json | None = None) -> Any:

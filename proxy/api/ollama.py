@@ -157,7 +157,7 @@ async def pull(http: web.BaseRequest) -> web.StreamResponse:
 
 async def _stream_progress(http: web.BaseRequest, progress: AsyncIterator[Json], stall_s: float) -> web.StreamResponse:
     response = ResponseWriter(http, stall_s)
-    await response.begin(200, [("content-type", "application/x-ndjson")])
+    response.open(200, [("content-type", "application/x-ndjson")])
     try:
         async for line in progress:
             if not response.feed(orjson.dumps(line) + b"\n"):
@@ -271,7 +271,7 @@ async def _relay_request(
     """Relay the request with `body` to a server of this API."""
     headers = upstream_headers(http.headers, has_body=True)
     request = UpstreamRequest(http.method, http.path.rstrip("/"), serialise(body), headers, slot=False)
-    return await relay(http, server, request, OLLAMA, stall_s=proxy.config.server.send_stall_s)
+    return await relay(ResponseWriter(http, proxy.config.server.send_stall_s), server, request, OLLAMA)
 
 
 async def _managing(proxy: Proxy, model: str | None) -> Management:

@@ -7,7 +7,9 @@ Source: llama.cpp tools/server/README.md, b11434.
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
+import math
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing, suppress
 from typing import Any, cast
 
 import orjson
@@ -15,15 +17,18 @@ from aiohttp import web
 from aiohttp_sse import sse_response
 
 from llama_smart_proxy.backends.base import Feature, Model
+from llama_smart_proxy.backends.feed import Event, Kind, Subscription
 from llama_smart_proxy.backends.weights import hub
-from llama_smart_proxy.proxy.api.state import PROXY
+from llama_smart_proxy.proxy.api.state import PROXY, Proxy
 from llama_smart_proxy.proxy.errors import BadRequest, ModelNotFound, Overloaded
 from llama_smart_proxy.proxy.http.body import read_json
 from llama_smart_proxy.proxy.http.headers import RECORD, own_headers, upstream_headers
 from llama_smart_proxy.proxy.models.router import Router
 
 EVENTS_S = 0.5
-"""Polling interval of an event stream in seconds, and its longest wait for servers that have not answered yet."""
+"""Interval in seconds in which an event stream looks for what no one reports: models of other servers and on disks."""
+LISTED_S = 0.5
+"""Longest wait in seconds for servers that have not answered such a look yet."""
 
 
 async def load_model(http: web.BaseRequest) -> web.Response:
@@ -77,24 +82,43 @@ async def model_events(http: web.BaseRequest) -> web.StreamResponse:
     if http.method == "HEAD":
         return web.Response(content_type="text/event-stream")
     proxy = http[PROXY]
-    before: dict[str, Any] = {}
     # sse_response uses only what the request's base class has
     async with sse_response(cast(web.Request, http), headers=dict(own_headers(http))) as response:
-        while response.is_connected() and not proxy.draining.is_set():
-            await proxy.router.listed(EVENTS_S)
-            now = _events(proxy.router)
-            for key, event in now.items():
-                if before.get(key) != event:
-                    await response.send(orjson.dumps(event).decode())
-            before = now
-            with suppress(TimeoutError):
-                async with asyncio.timeout(EVENTS_S):
-                    await proxy.draining.wait()
+        with proxy.feed.subscribe() as subscription:
+            sent: dict[str, Any] = {}
+            async with aclosing(_changes(proxy, subscription)) as changes:
+                async for now in changes:
+                    for key, event in now.items():
+                        if sent.get(key) != event:
+                            await response.send(orjson.dumps(event).decode())
+                    sent |= now
+                    if not response.is_connected():
+                        break
     return response
 
 
-def _events(router: Router) -> dict[str, Any]:
-    """The current events: the status of each model, and the progress of each download."""
+async def _changes(proxy: Proxy, subscription: Subscription) -> AsyncGenerator[dict[str, Any], None]:
+    """How models and downloads are, by what each is about: all at first, and from then on what may have changed."""
+    now, router = asyncio.get_running_loop().time, proxy.router
+    look_at = -math.inf
+    kinds = {Kind.MODEL, Kind.DOWNLOAD}
+    while not proxy.draining.is_set():
+        if now() >= look_at:
+            await router.listed(LISTED_S)
+            look_at = now() + EVENTS_S
+            kinds = {Kind.MODEL, Kind.DOWNLOAD}
+        yield (_models(router) if Kind.MODEL in kinds else {}) | (_downloads(router) if Kind.DOWNLOAD in kinds else {})
+        seen: Sequence[Event] = ()
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(look_at):
+                seen = await subscription.events()
+        kinds = {event.kind for event in seen}
+        if any(event.data["ended"] for event in seen if event.kind is Kind.DOWNLOAD):
+            look_at = -math.inf  # there may be a new model
+
+
+def _models(router: Router) -> dict[str, Any]:
+    """An event with the status of each model."""
     events: dict[str, Any] = {}
     for entry in router.catalogue():
         status = entry.as_openai(router.created)["status"]
@@ -103,6 +127,12 @@ def _events(router: Router) -> dict[str, Any]:
             "event": "model_status",
             "data": {"status": status.pop("value"), **status},
         }
+    return events
+
+
+def _downloads(router: Router) -> dict[str, Any]:
+    """An event with the progress of each download."""
+    events: dict[str, Any] = {}
     for progress in router.downloads.status():
         bytes_ = {"done": progress.get("completed", 0), "total": progress.get("total", 0)}
         events[f"download {progress['model']}"] = {

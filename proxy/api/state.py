@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from aiohttp import web
 
+from llama_smart_proxy.backends.feed import Feed
 from llama_smart_proxy.proxy.api.conversations import Conversations
 from llama_smart_proxy.proxy.config import Config
 from llama_smart_proxy.proxy.middleware.afterwards import Afterwards
@@ -14,6 +15,7 @@ from llama_smart_proxy.proxy.middleware.chain import Chain
 from llama_smart_proxy.proxy.models.inspection import Inspection
 from llama_smart_proxy.proxy.models.router import Router
 from llama_smart_proxy.proxy.store import Store
+from llama_smart_proxy.proxy.stream.waiting import Waits
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,8 @@ class Proxy:
     store: Store
     afterwards: Afterwards
     inspection: Inspection
+    waits: Waits
+    feed: Feed
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     conversations: Conversations = field(default_factory=Conversations)
 

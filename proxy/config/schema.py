@@ -60,6 +60,19 @@ class ServerConfig(Section):
     keepalive_timeout_s: Seconds = Field(
         default=75.0, gt=0, description="Seconds an idle client connection stays open between requests."
     )
+    early_headers: bool = Field(
+        default=True,
+        description="Whether a client that waits for a stream gets its headers after a second, and signs of life, "
+        "before it is known whether there will be an answer.",
+    )
+    status_events: Annotated[Literal["auto", "on", "off"], BeforeValidator(shapes.switch)] = Field(
+        default="auto",
+        description="Who gets status lines while waiting, and events of agents, in /v1/chat/completions: clients with "
+        "headers of Open WebUI (auto), all (on), none (off).",
+    )
+    loading_status: Annotated[Literal["off", "reasoning"], BeforeValidator(shapes.switch)] = Field(
+        default="off", description="Whether other clients get the status lines as reasoning, where their API allows."
+    )
 
 
 class Config(Section):

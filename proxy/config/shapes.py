@@ -50,6 +50,13 @@ def quoted(value: object) -> object:
     return value
 
 
+def switch(value: object) -> object:
+    """`on` and `off`, which YAML reads as booleans; anything else unchanged."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return lower(value)
+
+
 def comma_list(value: object) -> object:
     """`"a, b"` as `["a", "b"]`: lists are often one text in an environment variable."""
     if isinstance(value, str):

@@ -6,6 +6,7 @@ A request goes through `ClientCodec.decode` and `UpstreamCodec.encode`, its answ
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -87,6 +88,11 @@ class Dialect:
     """A frame depends on those before it, so frames are passed on unchanged only as long as all have been."""
     id_headers: tuple[str, ...] = ()
     """The response headers in which clients look for a request's id, besides `X-Request-Id`."""
+    is_announcement: Callable[[bytes], bool] = _never
+    """Whether these frames, the first ones of a stream, have nothing of the answer in them: servers may send such long
+    before its first token."""
+    sign_of_life: bytes = b""
+    """A frame of a stream that adds nothing, for clients that wait; empty if there is none."""
     last_frame_sums: bool = False
     """The last frame summarizes those before it, so it is passed on unchanged only if all of them were."""
 
@@ -94,6 +100,14 @@ class Dialect:
 def has_line(events: bytes, *starts: bytes) -> bool:
     """Whether a line begins with one of `starts`. Generated text cannot match: JSON escapes its line ends."""
     return events.startswith(starts) or any(end + start in events for start in starts for end in (b"\n", b"\r"))
+
+
+def has_only(*names: bytes) -> Callable[[bytes], bool]:
+    """Returns whether events have names, and no others than these."""
+    return lambda events: bool(found := _EVENT_NAME.findall(events)) and set(found) <= set(names)
+
+
+_EVENT_NAME = re.compile(rb"^event: ?([^\r\n]*)", re.MULTILINE)
 
 
 def last_objects(frames: bytes) -> Iterator[Json]:
@@ -291,6 +305,24 @@ class ClientCodec:
                 if message.get("role") == "user":
                     break
         return result
+
+    def sign_of_life(self, model: str) -> bytes:
+        """A frame that adds nothing to the answer of `model`, and may come before it; empty if there is none."""
+        return self.dialect.sign_of_life
+
+    has_events: ClassVar[bool] = False
+    """Whether `event` returns frames."""
+
+    def event(self, kind: str, data: Json) -> bytes:
+        """A frame that chat UIs with events beside the answer show (kinds: `status`, `notification`, `source`,
+        `citation`), and that may be anywhere in a stream; empty if this API has none. Raises: TypeError for data that
+        JSON cannot express."""
+        return b""
+
+    def thought(self, model: str, text: str) -> bytes:
+        """A frame that adds `text` to the reasoning in the answer of `model`, and may come before it; empty if there is
+        none that does not depend on the rest of the answer."""
+        return b""
 
     def fits(self, request: ChatRequest) -> bool:
         """Whether a body of this endpoint can express all of `request`: an agent may have set fields that only some

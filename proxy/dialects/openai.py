@@ -50,6 +50,19 @@ def _has_finish_reason(frames: bytes) -> bool:
     return any(isinstance(choice, dict) and choice.get("finish_reason") for choice in choices)
 
 
+def _has_only_role(events: bytes) -> bool:
+    """Whether no more has come than who speaks, as in the first event of OpenAI's own servers."""
+    choices = [choice for event in last_objects(events) for choice in event.get("choices") or (None,)]
+    return bool(choices) and all(isinstance(choice, dict) and _says_nothing(choice) for choice in choices)
+
+
+def _says_nothing(choice: Json) -> bool:
+    delta = choice.get("delta")
+    if choice.get("finish_reason") or not isinstance(delta, dict):
+        return False
+    return not any(value for name, value in delta.items() if name != "role")
+
+
 def _is_error_body(body: bytes) -> bool:
     """Clients show the message of an `error`, and of nothing else."""
     with suppress(orjson.JSONDecodeError):
@@ -69,6 +82,9 @@ def _usage(frames: bytes) -> Json | None:
     return None
 
 
+COMMENT = b": waiting\n\n"
+"""An event that clients ignore. Source: WHATWG HTML, "Event stream interpretation"."""
+
 OPENAI = Dialect(
     name="openai",
     error_body=_openai_error,
@@ -82,6 +98,8 @@ OPENAI = Dialect(
     end_mark=b"[DONE]",
     is_error_body=_is_error_body,
     usage=_usage,
+    is_announcement=_has_only_role,
+    sign_of_life=COMMENT,
 )
 """Source: the OpenAI API reference; llama-server and vLLM both end a stream with `[DONE]`, TGI and ik_llama.cpp do
 not."""
@@ -94,6 +112,7 @@ NATIVE = Dialect(
     is_error=_has_error_event,
     matched_context_error=False,
     usage=_usage,
+    sign_of_life=COMMENT,
 )
 """llama-server's own `/completion` and `/infill`: the last event contains `"stop":true`, and no `[DONE]` follows.
 Generated text cannot match, as JSON escapes its quotes. Source: llama.cpp tools/server/server-context.cpp, b11434."""
@@ -311,6 +330,7 @@ class ChatCodec(ClientCodec):
     dialect = OPENAI
     same_api = OWN_WIRE
     limit_fields = ("max_tokens", "max_completion_tokens", "n_predict")
+    has_events = True
 
     def decode(self, body: Json) -> ChatRequest:
         messages = body.get("messages")
@@ -326,6 +346,15 @@ class ChatCodec(ClientCodec):
     def writer(self, request: ChatRequest, timing: Timing) -> ChatWriter:
         return ChatWriter(request, timing)
 
+    def event(self, kind: str, data: Json) -> bytes:
+        """Open WebUI executes such an event, and does not keep it. Source: Open WebUI 0.12.4."""
+        return _event({"event": {"type": kind, "data": data}})
+
+    def thought(self, model: str, text: str) -> bytes:
+        choice = {"index": 0, "delta": {"role": "assistant", "reasoning_content": text}, "finish_reason": None}
+        own = {"id": f"{ChatWriter.prefix}{secrets.token_hex(12)}", "object": "chat.completion.chunk"}
+        return _event({**own, "created": int(time.time()), "model": model, "choices": [choice]})
+
     def fits(self, request: ChatRequest) -> bool:
         return True  # `decode` and `encode` keep unknown fields
 
@@ -334,6 +363,7 @@ class TextCodec(ChatCodec):
     """`POST /v1/completions`."""
 
     resends_chat = False
+    has_events = False
 
     def decode(self, body: Json) -> ChatRequest:
         if "prompt" not in body:
@@ -343,6 +373,9 @@ class TextCodec(ChatCodec):
 
     def writer(self, request: ChatRequest, timing: Timing) -> TextWriter:
         return TextWriter(request, timing)
+
+    def thought(self, model: str, text: str) -> bytes:
+        return b""
 
 
 CHAT = ChatCodec()

@@ -13,7 +13,7 @@ import logging
 import socket
 import struct
 import termios
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -34,36 +34,58 @@ class ResponseWriter(web.StreamResponse):
 
     def __init__(self, http: web.BaseRequest, stall_s: float) -> None:
         super().__init__()
-        self._http = http
-        self._stall_s = stall_s
+        self.http = http
+        self.stall_s = stall_s
         self._in_chunks = False
         self._cut = False
         self.record: RequestRecord = http[RECORD]
+        self.begun = False
+        """Whether the client has received frames of the answer, and not only signs of life."""
+        self.ended = False
+        """Whether nothing may be written any more."""
+        self.waiting = True
+        """Whether text of the answer, or its end, is awaited: `begin` is to be called before that is written."""
+        self.on_begin: Callable[[], None] | None = None
+        """Called by `begin`."""
 
     @property
-    def begun(self) -> bool:
+    def opened(self) -> bool:
         """Whether the client has the status and the headers."""
         return self.prepared
 
-    async def begin(self, status: int, headers: Iterable[tuple[str, str]], *, length: str = "") -> None:
-        """Send status and headers; `length` is the body's length in bytes, empty if unknown."""
-        self.set_status(status)
-        self.headers.extend(headers)
-        self.headers.extend(own_headers(self._http))
-        self.headers["X-Accel-Buffering"] = "no"  # nginx in front of us must not hold tokens back
-        if length:
-            self.content_length = int(length)
-        elif self._http.version >= HttpVersion11:
-            self.enable_chunked_encoding()
-            self._in_chunks = True
-        else:
-            self.force_close()  # HTTP/1.0 marks the end of such a body by closing
-        await self.prepare(self._http)
-        transport = self._http.transport
+    @property
+    def unread(self) -> bool:
+        """Whether some of what was written is still in this process, because the client has not read it."""
+        return self._unsent() > 0
+
+    def open(self, status: int, headers: Iterable[tuple[str, str]], *, length: str = "") -> None:
+        """Send status and headers, unless the client has some; `length` is the body's length in bytes, empty if
+        unknown."""
+        if self.prepared:
+            return
+        transport = self.http.transport
         if transport is None:
             raise ConnectionResetError("the client has left")
         self._write = transport.write
         self._unsent = transport.get_write_buffer_size
+        self.set_status(status)
+        self.headers.extend(headers)
+        self.headers.extend(own_headers(self.http))
+        self.headers["X-Accel-Buffering"] = "no"  # nginx in front of us must not hold tokens back
+        if length:
+            self.content_length = int(length)
+        elif self.http.version >= HttpVersion11:
+            self.enable_chunked_encoding()
+            self._in_chunks = True
+        else:
+            self.force_close()  # HTTP/1.0 marks the end of such a body by closing
+        _run(self.prepare(self.http))
+
+    def begin(self) -> None:
+        """Called before the first text of the answer is written, or its end, or an error in place of it."""
+        self.begun, self.waiting = True, False
+        if self.on_begin is not None:
+            self.on_begin()
 
     def feed(self, data: bytes) -> bool:
         """Write `data` (not empty); returns False to pause the source until `drained()` returns."""
@@ -75,17 +97,23 @@ class ResponseWriter(web.StreamResponse):
 
     async def drained(self) -> None:
         """Wait until the client has caught up."""
-        await while_client_reads(self._http, self._http.writer.drain(), self._stall_s)
+        await while_client_reads(self.http, self.http.writer.drain(), self.stall_s)
 
     async def finish(self, *, cut: bool = False) -> ResponseWriter:
         """End the body; with `cut`, close the connection without the body's end mark."""
-        self._cut = cut
+        self._cut, self.ended = cut, True
         self.record.answered = self.status
-        await while_client_reads(self._http, self.write_eof(), self._stall_s)
+        await while_client_reads(self.http, self.write_eof(), self.stall_s)
         return self
 
+    async def fail(self, event: bytes, *, cut: bool) -> ResponseWriter:
+        """End the body with the error `event` in place of the answer."""
+        self.begin()
+        self.feed(event)
+        return await self.finish(cut=cut)
+
     async def write_eof(self, data: bytes = b"") -> None:
-        transport = self._http.transport
+        transport = self.http.transport
         if self._cut and transport is not None:
             transport.close()  # what is buffered is still sent
         else:
@@ -93,7 +121,7 @@ class ResponseWriter(web.StreamResponse):
 
     def reset(self) -> None:
         """Reset the connection: HTTP/1.0 clients would take a normal close for the end of the body."""
-        transport = self._http.transport
+        transport = self.http.transport
         if transport is not None:
             sock = transport.get_extra_info("socket")
             with suppress(OSError):
@@ -141,6 +169,14 @@ class WholeResponse(web.StreamResponse):
             headers.append(("connection", "keep-alive"))
         lines = "".join([f"{name}: {value}\r\n" for name, value in headers])
         return f"HTTP/1.1 {self.status} {self.reason}\r\n{lines}\r\n".encode()
+
+
+def _run(steps: Coroutine[Any, Any, Any]) -> None:
+    """Run what never waits: aiohttp only writes a head into the transport."""
+    with suppress(StopIteration):
+        steps.send(None)
+        steps.close()
+        raise RuntimeError("the head of a response was not sent at once")
 
 
 def _write(transport: asyncio.Transport, data: bytes) -> None:

@@ -10,13 +10,15 @@ from functools import cached_property
 from typing import Any, TypeVar, cast
 
 from llama_smart_proxy.agents.base import About
-from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, ChunkStream, Reply, fold
+from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, ChunkStream, Json, Reply, fold
+from llama_smart_proxy.proxy.errors import AgentError
 from llama_smart_proxy.proxy.http.aside import Worker, in_thread
 from llama_smart_proxy.proxy.http.headers import is_credential
 from llama_smart_proxy.proxy.middleware.chain import ActiveAgent, Selection
 from llama_smart_proxy.proxy.middleware.scope import HookTimer, Scope
 from llama_smart_proxy.proxy.middleware.side_calls import SideCalls
 from llama_smart_proxy.proxy.store import KeyValues, Store
+from llama_smart_proxy.proxy.stream.waiting import KINDS, Wait
 
 T = TypeVar("T")
 
@@ -38,11 +40,13 @@ class RequestFacts:
         *,
         asked_model: str = "",
         store: Store | None = None,
+        wait: Wait | None = None,
     ) -> None:
         self._all_headers = headers
         self.request = request or ChatRequest({})
         self.asked_model = asked_model
         self.store = store or Store(None)
+        self.wait = wait
         self._users = self.request.body.get("user"), self.request.body.get("metadata")
         self.api = api
         self.request_id = request_id
@@ -79,6 +83,7 @@ class AgentContext:
         own_s = active.settings.timeout_s
         self.timer = HookTimer(scope, self.name, limits.timeout_s if own_s is None else own_s)
         self.output_limit = limits.output_kib * 1024
+        self._event_bytes = 0
         self.failed = False
         self.leaves_out: set[str] = set()
         self._facts = facts
@@ -117,6 +122,19 @@ class AgentContext:
     @property
     def agents(self) -> Sequence[About]:
         return self._facts.selection.about()
+
+    async def status(self, text: str) -> None:
+        if self._facts.wait is not None:
+            self._facts.wait.status(text)
+
+    async def event(self, kind: str, data: Json) -> None:
+        if kind not in KINDS:
+            raise ValueError(f"an event is of the kind {', '.join(KINDS)}, and not {kind!r}")
+        if self._facts.wait is not None:
+            self._event_bytes += await self._facts.wait.event(kind, data)
+        if self._event_bytes > self.output_limit:
+            message = f"sent over {self.output_limit // 1024} KiB of events"
+            raise AgentError(self.name, message, code="agent_output")
 
     def leave_out(self, *names: str) -> None:
         self.leaves_out.update(names)

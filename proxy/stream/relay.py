@@ -18,11 +18,20 @@ from aiohttp import web
 from llama_smart_proxy.backends.base import Management, Model, UpstreamRequest
 from llama_smart_proxy.backends.http.exchange import UpstreamResponse
 from llama_smart_proxy.proxy.dialects import Dialect
-from llama_smart_proxy.proxy.dialects.framing import BOM, EventSplitter, FrameTooLong, LineSplitter, Splitter, opening
+from llama_smart_proxy.proxy.dialects.framing import (
+    BOM,
+    EventSplitter,
+    FrameTooLong,
+    LineSplitter,
+    Splitter,
+    event_data,
+    opening,
+)
 from llama_smart_proxy.proxy.dialects.upstream_errors import error_in, refused
-from llama_smart_proxy.proxy.errors import ContextExceeded, ProxyError, UpstreamFailed
+from llama_smart_proxy.proxy.errors import ContextExceeded, ProxyError, UpstreamFailed, let_go
 from llama_smart_proxy.proxy.http.headers import RECORD, downstream_headers
 from llama_smart_proxy.proxy.http.response import ResponseWriter, WholeResponse
+from llama_smart_proxy.proxy.stream.decoder import Progressed
 from llama_smart_proxy.proxy.stream.upstream import (
     Attempts,
     frame_too_long,
@@ -41,49 +50,57 @@ _STREAMS: dict[str, type[EventSplitter] | type[LineSplitter]] = {
     "text/event-stream": EventSplitter,
     "application/x-ndjson": LineSplitter,
 }
+PROGRESS = b'"prompt_progress"'
 Unstreamed = Callable[[UpstreamResponse], Awaitable[web.StreamResponse]]
 """Answers a request for a stream although the server's answer, of which nothing was read yet, is none, or one for a
 whole answer although that is a stream."""
 
 
 async def relay(
-    http: web.BaseRequest,
+    response: ResponseWriter,
     model: Model | Management,
     request: UpstreamRequest,
     dialect: Dialect,
     *,
-    stall_s: float,
     generates: bool = False,
     streams: bool = False,
     unstreamed: Unstreamed | None = None,
+    progressed: Progressed | None = None,
 ) -> web.StreamResponse:
-    """Answer `http`, whose API is `dialect`, with the answer of `model` to `request`. `generates`: that is to be a
-    generated answer, with `streams` as a stream; `unstreamed` is for servers that send the other kind.
+    """Answer the client of `response`, whose API is `dialect`, with the answer of `model` to `request`. `generates`:
+    that is to be a generated answer, with `streams` as a stream; `unstreamed` is for servers that send the other kind.
+    If the server reports its progress although the client has not asked it to, `progressed` gets the reports.
 
-    A failure before the first byte is raised, after one retry. A later one is reported in the stream, or by closing
-    the connection early if the format has no error event. A client that reads nothing for `stall_s` seconds is
-    disconnected.
+    A failure before the first piece of the answer is raised, after one retry. A later one, or one after the headers, is
+    reported in the stream, or by closing the connection early if the format has no error event.
     """
-    response = ResponseWriter(http, stall_s)
-    async for attempt in Attempts(model, request, lambda: response.begun):
-        async with attempt as upstream:
-            response.record.sent_s = upstream.sent_s
-            return await _pass_on(http, upstream, dialect, response, stall_s, generates, streams, unstreamed)
-    raise AssertionError("the last attempt returns or raises")
+    try:
+        async for attempt in Attempts(model, request, lambda: response.begun):
+            async with attempt as upstream:
+                response.record.sent_s = upstream.sent_s
+                return await _pass_on(upstream, dialect, response, generates, streams, unstreamed, progressed)
+    except ProxyError as exc:
+        if not response.opened:
+            raise
+        logger.warning("stream aborted: %s", exc)
+        failure = dialect.error_event(exc) + dialect.ending
+        let_go(exc)
+    else:
+        raise AssertionError("the last attempt returns or raises")
+    return await response.fail(failure, cut=dialect.cuts)
 
 
 async def _pass_on(
-    http: web.BaseRequest,
     upstream: UpstreamResponse,
     dialect: Dialect,
     response: ResponseWriter,
-    stall_s: float,
     generates: bool,
     streams: bool,
     unstreamed: Unstreamed | None,
+    progressed: Progressed | None,
 ) -> web.StreamResponse:
     answered = succeeded(upstream.status)
-    bodiless = upstream.status in (204, 304) or http.method == "HEAD"
+    bodiless = upstream.status in (204, 304) or response.http.method == "HEAD"
     kind = upstream.header("content-type").partition(";")[0].strip().lower()
     declared = kind in _STREAMS
     if answered and declared and not streams and unstreamed is not None:
@@ -97,19 +114,32 @@ async def _pass_on(
             return await unstreamed(upstream)
         if declared or first in splitter.openings:
             declared = declared and splitter is _STREAMS[kind]
-            return await _stream(upstream, dialect, response, splitter(), declared)
+            return await _stream(upstream, dialect, response, splitter(), declared, progressed)
     body = await upstream.read(PLAIN_LIMIT)
+    if response.opened:  # the client has the headers of a stream
+        raise _in_place_of_stream(upstream.status, body or b"")
     if body is None:
         return await _large(upstream, response)
     if upstream.status >= 400 and not bodiless:
         _check_error(upstream.status, body, dialect)
     elif generates and upstream.status == 200 and body.startswith(_NO_ANSWERS):
         _check_answer(body)
-    return _whole(http, upstream, dialect, body, stall_s)
+    return _whole(response, upstream, dialect, body)
 
 
 _NO_ANSWERS = (b"<", b'{"error"', b'{ "error"', b"{\n", b"\n", b"\r", b" ")
 """How bodies begin that may be a web page or an error, unlike nearly all answers, which are not parsed."""
+
+
+def _in_place_of_stream(status: int, body: bytes) -> ProxyError:
+    """The error for a server's answer that is no stream."""
+    if not succeeded(status):
+        return refused(status, body)
+    with suppress(orjson.JSONDecodeError):
+        parsed = orjson.loads(body)
+        if isinstance(parsed, dict) and (error := error_in(parsed)) is not None:
+            return error
+    return not_a_stream("a web page" if opening(body) == b"<" else "something else")
 
 
 def _check_answer(body: bytes) -> None:
@@ -130,10 +160,9 @@ def _check_error(status: int, body: bytes, dialect: Dialect) -> None:
         raise error
 
 
-def _whole(
-    http: web.BaseRequest, upstream: UpstreamResponse, dialect: Dialect, body: bytes, stall_s: float
-) -> web.StreamResponse:
-    headers = downstream_headers(upstream.headers)
+def _whole(response: ResponseWriter, upstream: UpstreamResponse, dialect: Dialect, body: bytes) -> web.StreamResponse:
+    headers, http = downstream_headers(upstream.headers), response.http
+    response.begin()  # no more signs of life
     if http.method == "HEAD":
         headers.append(("content-length", upstream.header("content-length", "0")))
     elif upstream.status not in (204, 304):
@@ -141,25 +170,37 @@ def _whole(
     record = http[RECORD]
     record.first_byte_s = record.last_byte_s = time.monotonic()
     record.count_usage = partial(dialect.usage, body)
-    return WholeResponse(http, upstream.status, headers, body, stall_s)
+    return WholeResponse(http, upstream.status, headers, body, response.stall_s)
 
 
 async def _stream(
-    upstream: UpstreamResponse, dialect: Dialect, response: ResponseWriter, splitter: Splitter, declared: bool
+    upstream: UpstreamResponse,
+    dialect: Dialect,
+    response: ResponseWriter,
+    splitter: Splitter,
+    declared: bool,
+    progressed: Progressed | None,
 ) -> web.StreamResponse:
-    """`declared`: the server's content type is that of a stream."""
+    """`declared`: the server's content type is that of a stream. Raises: UpstreamFailed as long as nothing but signs of
+    life has come."""
     record = response.record
     record.first_byte_s = time.monotonic()
     headers = downstream_headers(upstream.headers)
     if not declared:
         headers = [pair for pair in headers if pair[0] != "content-type"] + [("content-type", dialect.stream_type)]
-    await response.begin(upstream.status, headers)
+    response.open(upstream.status, headers)
     upstream.skip(BOM)
     sink = _FrameSink(response, splitter, dialect, upstream.stop)
+    reports = _Reports(type(splitter)(), progressed) if progressed is not None else None
     failure: ProxyError | None = None
     try:
+        while response.waiting and (data := await upstream.piece()):
+            if not sink.start(data, reports):
+                await sink.drained()
         await upstream.pipe(sink)
     except UpstreamFailed as exc:
+        if not response.begun:
+            raise
         failure = exc.with_traceback(None)  # which would refer to this very frame
     failed = sink.end(failure)
     record.last_byte_s = time.monotonic()
@@ -169,7 +210,8 @@ async def _stream(
 
 async def _large(upstream: UpstreamResponse, response: ResponseWriter) -> web.StreamResponse:
     length = upstream.header("content-length")
-    await response.begin(upstream.status, downstream_headers(upstream.headers), length=length)
+    response.open(upstream.status, downstream_headers(upstream.headers), length=length)
+    response.begin()
     try:
         await upstream.pipe(response)
     except UpstreamFailed as exc:
@@ -184,6 +226,36 @@ def _error_of(rest: bytes) -> ProxyError | None:
         parsed = orjson.loads(rest.removeprefix(BOM))
         return error_in(parsed) if isinstance(parsed, dict) else None
     return None
+
+
+class _Reports:
+    """Takes the reports for `progressed` out of the beginning of a stream."""
+
+    __slots__ = ("_progressed", "_splitter")
+
+    def __init__(self, splitter: Splitter, progressed: Progressed) -> None:
+        self._splitter = splitter
+        self._progressed = progressed
+
+    @property
+    def rest(self) -> bytes:
+        """The bytes of an incomplete frame."""
+        return self._splitter.rest
+
+    def taken_from(self, data: bytes) -> bytes:
+        """The frames that `data` completes, without reports."""
+        whole = self._splitter.push(data)
+        if PROGRESS not in whole:
+            return whole
+        return b"".join(frame for frame in self._splitter.split(whole) if not self._is_report(frame))
+
+    def _is_report(self, frame: bytes) -> bool:
+        with suppress(orjson.JSONDecodeError, AttributeError):
+            report = orjson.loads(event_data(frame) or b"").get("prompt_progress")
+            if isinstance(report, dict):
+                self._progressed(report)
+                return True
+        return False
 
 
 class _FrameSink:
@@ -208,6 +280,23 @@ class _FrameSink:
     def last_frames(self) -> bytes:
         """The last frames with content: finish reason and token counts may be in those before the end."""
         return b"".join((*self._earlier, self._last))
+
+    def start(self, data: bytes, reports: _Reports | None) -> bool:
+        """As `feed`, until there is something of the answer, which comments and announcements are not. The server's
+        `reports` do not reach the client."""
+        if reports is not None:
+            try:
+                data = reports.taken_from(data)
+            except FrameTooLong:
+                self._failure = frame_too_long()
+                return False
+        frames = self._splitter.rest + data
+        if self._splitter.has_content(frames):
+            self._response.begun = True
+            if not self._dialect.is_announcement(frames):
+                self._response.begin()
+                data += reports.rest if reports is not None else b""
+        return not data or self.feed(data)
 
     def feed(self, data: bytes) -> bool:
         try:
@@ -244,6 +333,8 @@ class _FrameSink:
             failure = failure or _error_of(rest) or incomplete()
             logger.warning("stream aborted: %s", failure)
             closing = dialect.error_event(failure) + closing
+        if self._response.waiting:
+            self._response.begin()
         if closing:
             self._response.feed(closing)
         return failed

@@ -125,7 +125,7 @@ def test_the_test_in_it_passes(tmp_path: Path) -> None:
     for name in ("brief.py", "test_brief.py"):
         (tmp_path / name).write_text(FILES[name])
     argv = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_brief.py"]
-    done = subprocess.run(argv, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(argv, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 passed" in done.stdout
 

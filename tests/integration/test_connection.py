@@ -30,7 +30,7 @@ from tests.support.toxic import (
 
 GET = UpstreamRequest("GET", "/x")
 POST = UpstreamRequest("POST", "/x", b'{"a":1}')
-FETCH_S = 10.0
+FETCH_S = 60.0
 
 
 @asynccontextmanager

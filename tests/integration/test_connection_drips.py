@@ -96,10 +96,10 @@ async def test_a_body_that_drips_is_an_answer() -> None:
         await link.send(CHUNKED)
         for _ in range(60):
             await link.send(chunk(b"x"))
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.05)
         await link.send(LAST_CHUNK)
 
     async with raw_upstream(script) as upstream:
-        pool = ConnectionPool(Endpoint("127.0.0.1", upstream.port), timeouts=Timeouts(first_byte_s=0.3, idle_s=0.3))
+        pool = ConnectionPool(Endpoint("127.0.0.1", upstream.port), timeouts=Timeouts(first_byte_s=2.0, idle_s=2.0))
         assert await pool.fetch(POST, timeout_s=PATIENCE_S) == (200, b"x" * 60)
         pool.close("the test is over")

@@ -23,7 +23,7 @@ from tests.support.toxic import EVENT_HEAD, Link, RawUpstream, Request, chunk, p
 CHAT = "/v1/chat/completions"
 PLAIN = {"model": "m"}
 STREAM = {"model": "m", "stream": True}
-LONG_S = 30.0
+LONG_S = 60.0
 """Nothing here takes so long on any machine; a defect takes for ever."""
 
 

@@ -24,7 +24,7 @@ from llama_smart_proxy.proxy.errors import StartFailed, UpstreamFailed
 from tests.support.harness import free_port, until
 from tests.support.pools import FakeModel, Fakes, chat, children, open_fds, own_tasks, warm_up
 
-SOON_S = 20.0
+SOON_S = 60.0
 STOP_S = 120.0
 """A quarter of it passes before the second SIGTERM: what has stopped within `SOON_S` did so at the first one."""
 
@@ -84,13 +84,14 @@ async def test_a_ready_instance_answers_and_stops_quietly(fakes: Fakes, start: S
 
 
 async def test_readiness_is_noticed_soon_after_it_is_there(fakes: Fakes, start: Start) -> None:
-    late = []
+    late = []  # as a share of the start
     for _ in range(5):
         instance = await ready(start(fakes.model(fake={"LOAD_S": 0.1}), fakes.config()))
-        late.append(time.monotonic() - fakes.events("loaded")[-1]["time"])
+        assert instance.load_s is not None
+        late.append((time.monotonic() - fakes.events("loaded")[-1]["time"]) / instance.load_s)
         instance.stop("next")
         await instance.wait_stopped()
-    assert min(late) < 0.5  # one of them is not disturbed by what else the machine does; it takes 20 ms
+    assert min(late) < 0.5  # one of them is not disturbed by what else the machine does; it is a twentieth
 
 
 async def test_keys_are_in_no_argument_log_or_message(fakes: Fakes, start: Start) -> None:
@@ -173,8 +174,8 @@ async def test_a_server_that_never_gets_ready_fails_at_the_load_timeout(
 
 
 async def test_output_of_a_loading_server_starts_the_count_anew(fakes: Fakes, start: Start) -> None:
-    model = fakes.model(fake={"LOAD_S": 3.5, "LOG_LOAD": 1})  # the limit leaves time to start Python on a busy machine
-    await ready(start(model, fakes.config(load_timeout_s=3.0)))
+    model = fakes.model(fake={"LOAD_S": 5.5, "LOG_LOAD": 1})  # the limit leaves time to start Python on a busy machine
+    await ready(start(model, fakes.config(load_timeout_s=5.0)))
 
 
 @asynccontextmanager

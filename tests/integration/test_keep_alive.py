@@ -60,11 +60,11 @@ async def test_the_last_request_wins_also_over_a_timer_that_runs(fakes: Fakes) -
         await ask_for(pool, "a", model, LONG)  # starts a timer
         await ask_for(pool, "a", model, 0.2)
         await until(lambda: pool.state("a") == "unloaded", what="the unload")
-        await ask_for(pool, "a", model, 0.2)
+        await ask_for(pool, "a", model, 2.0)
         await ask_for(pool, "a", model, LONG)
         await ask(pool, "a", model)  # says nothing: nothing changes
-        await ask_for(pool, "b", fakes.model(), 0.3)
-        await until(lambda: pool.state("b") == "unloaded", what="the unload of another with a shorter time")
+        await ask_for(pool, "b", fakes.model(), 3.0)
+        await until(lambda: pool.state("b") == "unloaded", what="the unload of another with a time that is no shorter")
         assert pool.state("a") == "loaded" and fakes.spawns == 3
 
 

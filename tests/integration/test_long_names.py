@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
 from llama_smart_proxy.backends.names import LONGEST_NAME
@@ -35,7 +33,6 @@ def sent(path: str, name: str) -> dict[str, object]:
 async def test_a_name_over_512_characters_is_refused_in_every_api_and_not_repeated(kind: str) -> None:
     ollama = {"host": "127.0.0.1:9", "pull": "auto"}
     async with served_here({"ollama": ollama, "server_pool": {"size": 1}}) as (_, port):
-        begun = time.process_time()
         for path in POSTED:
             answer = await ask(port, request("POST", path, sent(path, KINDS[kind]), close=True))
             check(path, answer)
@@ -44,7 +41,6 @@ async def test_a_name_over_512_characters_is_refused_in_every_api_and_not_repeat
         for path in ("/props?model=", "/slots?model=", "/v1/stream?conv_id=x&model="):
             short = KINDS[kind][:8000]
             check(path, await ask(port, request("GET", f"{path}{short}", close=True), method="GET"))
-        assert time.process_time() - begun < 10.0  # of this process, for the client too
 
 
 def check(path: str, answer: Answer) -> None:

@@ -179,7 +179,8 @@ async def test_the_queue_timeout_does_not_end_a_load(fakes: Fakes) -> None:
 
 async def test_who_leaves_is_gone_at_once_and_the_load_goes_on(fakes: Fakes) -> None:
     async with open_pool(fakes.config()) as pool:
-        model = fakes.model(fake={"LOAD_S": 2})
+        gate = fakes.folder / "gate"
+        model = fakes.model(fake={"LOAD_UNTIL": gate})
         for steps in range(10):
             waiter = asyncio.ensure_future(ask(pool, "a", model))
             for _ in range(steps * steps):
@@ -188,6 +189,7 @@ async def test_who_leaves_is_gone_at_once_and_the_load_goes_on(fakes: Fakes) -> 
             await asyncio.wait({waiter})
             assert pool.state("a") != "loaded"
             assert queue(pool, "a") == leases(pool, "a") == 0
+        gate.touch()
         await until(lambda: pool.state("a") == "loaded", what="the load nobody waits for")
         assert fakes.spawns == 1
         assert not fakes.events("request", "/v1/chat/completions")

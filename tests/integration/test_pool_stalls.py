@@ -22,7 +22,8 @@ from llama_smart_proxy.proxy.stream.upstream import Attempts, post_json
 from tests.support.harness import PATIENCE_S, stopped, until
 from tests.support.pools import CHAT, Fakes, leased, open_pool
 
-LIMIT_S = 1.0
+LIMIT_S = 3.0
+"""Time enough for whoever is not stalled, also on a busy machine."""
 PROBES = "/completion"
 
 
@@ -87,7 +88,7 @@ async def test_requests_of_a_stalled_server_are_all_answered_by_a_fresh_one(
         assert "nothing generated for" in reason and "2 requests wait" in reason
         assert "stalled" not in pool.status()[0]
         logged = next(line for line in caplog.messages if "it stalled" in line)
-        assert "CPU time 0.0" in logged and "server_pool.stall_timeout_s: 1" in logged
+        assert "CPU time 0.0" in logged and "server_pool.stall_timeout_s: 3" in logged
 
 
 async def test_a_stream_under_way_fails_with_its_server_and_is_not_sent_again(fakes: Fakes) -> None:
@@ -171,7 +172,7 @@ async def test_other_models_do_not_notice_a_stalled_one(fakes: Fakes) -> None:
 
 async def test_a_server_that_works_on_a_prompt_for_long_is_left_alone(fakes: Fakes) -> None:
     async with served(fakes) as (_, model, _):
-        assert "t1" in json.dumps(await asked(model, busy=2 * LIMIT_S))
+        assert "t1" in json.dumps(await asked(model, busy=1.2 * LIMIT_S))
         assert fakes.spawns == 1
 
 
@@ -181,7 +182,7 @@ async def test_a_server_whose_child_does_the_work_is_left_alone(fakes: Fakes) ->
     script.chmod(0o755)
     async with open_pool(fakes.config(stall_timeout_s=LIMIT_S)) as pool:
         model = fakes.model(parallel=1).run_by(script)
-        assert "t1" in json.dumps(await asked(SpawnedModel(pool, model.at("m"), kind="fake"), busy=2 * LIMIT_S))
+        assert "t1" in json.dumps(await asked(SpawnedModel(pool, model.at("m"), kind="fake"), busy=1.2 * LIMIT_S))
         assert fakes.spawns == 1
 
 
@@ -210,7 +211,7 @@ async def test_a_client_that_reads_slowly_is_not_the_servers_fault(fakes: Fakes)
     async with served(fakes) as (_, model, instance):
         async with model.open(streaming(tokens=100_000)) as response:
             await until(lambda: response._paused, what="a full buffer")
-            await looked_for(instance, 2 * LIMIT_S)
+            await looked_for(instance, 1.5 * LIMIT_S)
             assert await response.piece()
         assert fakes.spawns == 1
 

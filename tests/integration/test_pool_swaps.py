@@ -15,7 +15,7 @@ from llama_smart_proxy.proxy.errors import Overloaded
 from tests.support.harness import ports, until
 from tests.support.pools import Census, FakeModel, Fakes, ask, chat, elapse, leased, open_pool
 
-LONG_S = 30.0
+LONG_S = 60.0
 """Nothing here takes so long on any machine; a defect takes for ever."""
 
 

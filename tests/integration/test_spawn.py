@@ -242,7 +242,7 @@ def test_a_failing_fork_is_a_clean_failure() -> None:
     python = os.path.realpath(sys.executable)
     command = [fiu, "-x", "-c", "enable name=posix/proc/fork", python, "-c", FORK_FAILS]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30, env=env)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=env)
     assert done.stdout == "clean\n", done.stderr
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
-import statistics
-import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -264,37 +262,25 @@ def live_children(pid: int) -> int:
     return living
 
 
-@dataclass
-class Latencies:
-    """Seconds that /health took, one after the other, while something else went on."""
-
-    seconds: list[float] = field(default_factory=list)
-
-    def check(self) -> None:
-        """Fail if /health was not answered all the while. A machine that is busy with something else delays one answer
-        or the other, but not half of them by a hundred times what they take."""
-        assert self.seconds, "nobody was told anything"
-        assert statistics.median(self.seconds) < 1.0, sorted(self.seconds)[-5:]
-
-
 @asynccontextmanager
-async def watched_health(proxy: Proxy, pause_s: float = 0.01) -> AsyncIterator[Latencies]:
-    """Ask /health over and over, on one connection, until leaving."""
-    latencies = Latencies()
+async def watched_health(proxy: Proxy, pause_s: float = 0.01) -> AsyncIterator[None]:
+    """Ask /health over and over, on one connection, until leaving: it is to be answered several times meanwhile."""
+    answered = 0
 
     async def watch(client: RawClient) -> None:
+        nonlocal answered
         while True:
-            started = time.monotonic()
             await client.send(raw_client.request("GET", "/health"))
-            await client.answer(method="GET")
-            latencies.seconds.append(time.monotonic() - started)
+            assert (await client.answer(method="GET")).status == 200
+            answered += 1
             await asyncio.sleep(pause_s)
 
     async with raw_client.connected(proxy.port) as client:
         watcher = asyncio.get_running_loop().create_task(watch(client))
         try:
-            yield latencies
+            yield
         finally:
             watcher.cancel()
             with suppress(asyncio.CancelledError):
                 await watcher
+    assert answered >= 5, "/health was kept waiting"

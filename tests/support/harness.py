@@ -27,12 +27,12 @@ from tests.support import raw_client
 from tests.support.nursery import AVAILABLE, Born, Nursery
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 """How long a test waits for what takes a moment: nothing is lost by patience where it comes, even on a busy machine."""
-START_S = 60.0
+START_S = 120.0
 STOP_S = 25.0
 """Less than the 30 s that a proxy gives by default to answers under way."""
-ORPHAN_S = 10.0
+ORPHAN_S = 30.0
 LOG_BYTES = 1024 * 1024
 POLL_S = 0.005
 _LISTENING = re.compile(r"listening on http://(\S+):(\d+)")
@@ -50,14 +50,14 @@ proxies: list[Proxy] = []
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
 _WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 _ranges = count(os.getpid() % 100 * _WORKERS + _WORKER, _WORKERS)
-_singles = count(os.getpid() % 300 * _WORKERS + _WORKER, _WORKERS)
+_singles = count(os.getpid() % 600 * _WORKERS + _WORKER, _WORKERS)
 
 
 def free_port() -> int:
     """A TCP port of 127.0.0.1 that nobody listens on now, above those of `ports` and below those that the kernel hands
     out, so that it stays free; the next caller gets another one."""
     for number in _singles:
-        port = 32000 + number % 768
+        port = 29600 + number % 3168
         with socket.socket() as sock, suppress(OSError):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what lingers after its close is no listener
             sock.bind(("127.0.0.1", port))
@@ -69,8 +69,8 @@ def free_port() -> int:
 def ports() -> dict[str, int]:
     """A range of ports for one pool, below those that the kernel hands out, and another one for the next caller, also
     in another worker of this run."""
-    start = 20000 + next(_ranges) % 120 * 100
-    return {"port_start": start, "port_end": start + 99}
+    start = 20000 + next(_ranges) % 120 * 80
+    return {"port_start": start, "port_end": start + 79}
 
 
 async def until(
@@ -257,17 +257,22 @@ def launch(
     env: Mapping[str, str] | None,
     args: Sequence[str],
     within: Sequence[str] = (),
+    keep_fds: Sequence[int] = (),
 ) -> Proxy:
     """Start a proxy without waiting for it. It listens on a free port unless `config` names one, and logs at info.
-    `within` is the command line of a program that becomes the proxy, whose own is appended."""
-    whole = {"log_level": "info", **config, "server": {"port": 0, **config.get("server", {})}}
+    `within` is the command line of a program that becomes the proxy, whose own is appended; it inherits `keep_fds`.
+    Unless `config` says so, no stream has headers before its answer: how long that takes on a busy machine would decide
+    about the status."""
+    server = {"port": 0, "early_headers": False, **config.get("server", {})}
+    whole = {"log_level": "info", **config, "server": server}
     file = folder / "config.yaml"
     file.write_text(json.dumps(whole, default=str))
     words, environ = ["serve", "--config", str(file), *args], environment(env)
     if AVAILABLE and not within and not any(name.startswith("PYTHON") for name in env or ()):
         return Proxy(nursery().start(words, environ, ROOT))
     argv = [*within, sys.executable, "-m", "llama_smart_proxy", *words]
-    return Proxy(subprocess.Popen(argv, cwd=ROOT, env=environ, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE))
+    stdin, stderr = subprocess.DEVNULL, subprocess.PIPE
+    return Proxy(subprocess.Popen(argv, cwd=ROOT, env=environ, stdin=stdin, stderr=stderr, pass_fds=keep_fds))
 
 
 @cache
@@ -287,14 +292,15 @@ async def running_proxy(
     clean_log: bool = True,
     beside: Path | None = None,
     within: Sequence[str] = (),
+    keep_fds: Sequence[int] = (),
 ) -> AsyncIterator[Proxy]:
     """A proxy with `config`, listening; ended at the end, and checked for ending properly. `beside` is the folder of
-    its configuration file, by default one where nothing else is; `within` as in `launch`.
+    its configuration file, by default one where nothing else is; `within` and `keep_fds` as in `launch`.
 
     Properly: exit status 0 after SIGTERM, no child left, and (unless `clean_log` is False) no traceback in the log.
     """
     with tempfile.TemporaryDirectory() as folder:
-        proxy = launch(config, beside or Path(folder), env=env, args=args, within=within)
+        proxy = launch(config, beside or Path(folder), env=env, args=args, within=within, keep_fds=keep_fds)
         try:
             await until(proxy.started, START_S, what="the listening proxy")
             yield proxy

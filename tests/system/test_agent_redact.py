@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -121,12 +120,11 @@ async def test_others_are_served_while_a_long_text_is_searched(stage: tuple[Prox
     way = Way(CHAT, stream=where == "answer")
     body = way.body(text) if where == "request" else way.body("hi", fake={"texts": [text]})
     long = asyncio.ensure_future(way.ask(proxy, body))
-    began, waited_s = time.monotonic(), [0.0]
+    served = 0
     while not long.done():
-        asked = time.monotonic()
         assert (await raw_client.get(proxy.port, "/health")).status == 200
-        waited_s.append(time.monotonic() - asked)
+        served += 1
     assert (await long).error is None
-    assert max(waited_s) < (time.monotonic() - began) / 3, "no one else waits for most of the time"
+    assert served >= 5, "others had to wait"
     if where == "answer":
         assert (await long).text == text.replace("me@home.org", "[email]")

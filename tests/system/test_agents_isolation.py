@@ -236,10 +236,10 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Proxy, Fak
         write_agent(fakes.folder / "agents", name, agent(name, body))
     models = {"m": fakes.model(fields={"parallel": 16}, TOKENS=4)}
     models |= {
-        f"skip-{name}": {"model": "m", "agents": [{name: {"on_error": "skip", "timeout_s": 0.2}}]} for name in BAD
+        f"skip-{name}": {"model": "m", "agents": [{name: {"on_error": "skip", "timeout_s": 0.6}}]} for name in BAD
     }
     config = fakes.config(models, keep_alive=-1) | {"agents_dirs": [str(fakes.folder / "agents")]}
-    config["agents"] = [{name: {"timeout_s": 0.2}} if name in HANG else name for name in bodies]
+    config["agents"] = [{name: {"timeout_s": 0.6}} if name in HANG else name for name in bodies]
     with session_proxy(config | {"agent_limits": {"output_kib": 64}}) as proxy:
         yield proxy, fakes
         proxy._log.clear()  # full of tracebacks, as it should be
@@ -308,7 +308,7 @@ async def test_what_fails_while_it_cleans_up_spoils_no_answer(stage: tuple[Proxy
 
 async def test_what_never_ends_is_given_up(fakes: Fakes) -> None:
     """Whatever it holds is free again; and the proxy can be stopped, as it is checked at the end."""
-    entries = [{"deaf": {"timeout_s": 0.2}}, "clumsy"]
+    entries = [{"deaf": {"timeout_s": 0.6}}, "clumsy"]
     clumsy = "async def close(self) -> None:\n    raise OSError('disk full')"
     sources = {"deaf": agent("deaf", DEAF), "clumsy": agent("clumsy", clumsy)}
     async with proxy_with_agents(fakes, sources, entries, clean_log=False) as proxy:

@@ -158,11 +158,11 @@ def test_the_command_line_tells_of_a_typo_and_of_what_cannot_be_imported(tmp_pat
     ):
         config.write_text(f"agents_dirs: [mine]\nagents: {agents}\n")
         argv = [sys.executable, "-m", "llama_smart_proxy", "check", "--config", str(config)]
-        done = subprocess.run(argv, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60)
+        done = subprocess.run(argv, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200)
         assert (done.returncode, words in done.stderr) == (status, True), done.stderr
         if status:
             argv[3] = "serve"
-            done = subprocess.run(argv, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60)
+            done = subprocess.run(argv, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200)
             assert (done.returncode, words in done.stderr) == (status, True), done.stderr
 
 

@@ -122,6 +122,6 @@ def test_check_tells_of_folders_that_are_not_there_and_counts_virtual_models(tmp
     config = {"models": models, "agents_dirs": ["nowhere"], "agents": ["example"]}
     (tmp_path / "c.json").write_text(json.dumps(config))
     argv = [sys.executable, "-m", "llama_smart_proxy", "check", "--config", str(tmp_path / "c.json")]
-    done = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=200)
     assert f"warning: agents_dirs: {tmp_path / 'nowhere'}: no such folder" in done.stderr
     assert done.returncode == 0 and "(2 models, 0 remotes)" in done.stdout

@@ -18,7 +18,7 @@ from llama_smart_proxy.proxy.cli.main import COMMANDS, CONFIG_FILES, main
 from tests.support import raw_client
 from tests.support.harness import ROOT, environment, free_port, running_proxy
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 200.0
 INSTALLED = Path(sys.executable).with_name("llama-smart-proxy")
 
 

@@ -141,4 +141,4 @@ async def test_a_dozen_servers_killed_one_after_the_other_cost_only_streams_that
 async def test_killing_faster_than_servers_can_work_hangs_nobody_and_leaks_nothing(fakes: Fakes) -> None:
     async with chaos(fakes, clients=50) as scene:
         await scene.kill_anybody(75, 0.2)
-    assert scene.outcomes["killed"] and scene.outcomes["stream told of a failure"], scene.outcomes
+    assert scene.outcomes["killed"] and scene.outcomes.total() > scene.outcomes["killed"], scene.outcomes

@@ -41,7 +41,7 @@ from tests.support.harness import ROOT, START_S, Proxy, environment, launch, run
 from tests.support.raw_client import BrokenAnswer
 
 __all__ = ["fakes", "gate", "tiny_models"]  # fixtures
-LONG_S = 30.0
+LONG_S = 60.0
 """Nothing here takes so long on any machine; a defect takes for ever."""
 PATIENT = {"server": {"drain_s": 120}}
 """Far longer than a test waits for the end of a proxy."""

@@ -70,14 +70,18 @@ async def test_a_server_that_ends_at_once_is_a_503_and_its_last_words_are_for_th
 async def test_all_who_wait_are_told_and_a_crash_loop_is_throttled(fakes: Fakes) -> None:
     async with running_proxy(fakes.config({"bad": fakes.model(EXIT=1), "good": fakes.model()})) as proxy:
         assert (await chat(proxy, "good")).status == 200
-        deadline = time.monotonic() + 3.0
-        while time.monotonic() < deadline:
+
+        async def tried_again() -> bool:
             bad = await asyncio.gather(*(chat(proxy, "bad") for _ in range(10)))
             assert {answer.status for answer in bad} == {503}
             assert all("exited with code 1" in answer.error["message"] for answer in bad)
             assert (await chat(proxy, "good")).status == 200
-        starts = [event["pid"] for event in fakes.events("start")]
-        assert 2 <= len(starts) <= 1 + 3, "three tries in a minute at most"
+            return len(fakes.events("start")) > 1 + 1
+
+        await until(tried_again, what="another try")
+        for _ in range(10):
+            await tried_again()
+        assert len(fakes.events("start")) <= 1 + 3, "three tries in a minute at most"
         assert await state(proxy, "good") == "loaded"
 
 
@@ -119,8 +123,8 @@ async def test_a_server_that_never_gets_ready_is_given_up(fakes: Fakes, how: str
 
 
 async def test_a_slow_load_that_shows_signs_of_life_is_waited_for(fakes: Fakes) -> None:
-    model = fakes.model(LOAD_S=3.5, LOG_LOAD=1)  # the limit leaves time to start Python on a busy machine
-    async with running_proxy(fakes.config({"m": model}, load_timeout_s=3.0)) as proxy:
+    model = fakes.model(LOAD_S=5.5, LOG_LOAD=1)  # the limit leaves time to start Python on a busy machine
+    async with running_proxy(fakes.config({"m": model}, load_timeout_s=5.0)) as proxy:
         assert (await chat(proxy, "m")).status == 200
 
 
@@ -194,12 +198,11 @@ async def flooded(fakes: Fakes, seconds: float) -> None:
         await chat(proxy, "calm")
         await chat(proxy, "noisy")
         before, ends = proxy.rss_bytes(), time.monotonic() + seconds
-        async with watched_health(proxy) as latencies:
+        async with watched_health(proxy):
             while time.monotonic() < ends:
                 for name in models:
                     assert (await chat(proxy, name)).status == 200
         assert proxy.rss_bytes() - before < 16 * 2**20
-        latencies.check()
 
 
 async def test_a_server_that_floods_its_output_disturbs_nobody(fakes: Fakes) -> None:

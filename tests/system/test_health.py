@@ -26,24 +26,37 @@ async def wrong(proxy: Proxy) -> dict[str, str]:
     return {problem["where"]: problem["message"] for problem in body["problems"]}
 
 
+async def only_wrong(proxy: Proxy, *places: str) -> dict[str, str]:
+    """The problems, once they are at these places, and all that is to be checked could be checked in time."""
+    found: dict[str, str] = {}
+
+    async def checked() -> bool:
+        found.clear()
+        found.update(await wrong(proxy))
+        return set(found) == set(places) and not any("cannot be checked" in message for message in found.values())
+
+    await until(checked, what=f"no problems but {places}")
+    return found
+
+
 async def test_a_missing_model_degrades_until_its_file_is_there_and_again_when_it_has_gone(fakes: Fakes) -> None:
     late, package = fakes.folder / "late.gguf", {"package": "no_such_package", "file": "m.gguf"}
     config = fakes.config({"there": fakes.model(), "late": {"path": str(late)}, "none": package, "bad": {"repo": "x"}})
     async with running_proxy(config) as proxy:
-        found = await wrong(proxy)
-        assert set(found) == {"models.late.path", "models.none.package", "models.bad.repo"}
+        found = await only_wrong(proxy, "models.late.path", "models.none.package", "models.bad.repo")
         assert found["models.late.path"] == f"no such file: {late}"
         await until(
             lambda: all(f"WARNING proxy.serve: {where}: {message}" in proxy.log for where, message in found.items())
         )
         assert (await chat(proxy, "there")).status == 200
         late.write_bytes(b"GGUF")
-        assert set(await wrong(proxy)) == {"models.none.package", "models.bad.repo"}
+        await only_wrong(proxy, "models.none.package", "models.bad.repo")
         assert (await chat(proxy, "late")).status == 200
         late.unlink()
-        assert "models.late.path" in await wrong(proxy)
+        late_again = await only_wrong(proxy, "models.late.path", "models.none.package", "models.bad.repo")
         fakes.server.unlink()
-        assert "no such program" in (await wrong(proxy))["llama_cpp.server"]
+        found = await only_wrong(proxy, "llama_cpp.server", *late_again)
+        assert "no such program" in found["llama_cpp.server"]
 
 
 async def test_a_model_on_a_disk_that_stops_answering_degrades_until_it_answers_again(fakes: Fakes) -> None:
@@ -51,23 +64,19 @@ async def test_a_model_on_a_disk_that_stops_answering_degrades_until_it_answers_
         (disk.folder / "m.gguf").write_bytes(b"GGUF")
         config = fakes.config({"there": fakes.model(), "far": {"path": str(disk.folder / "m.gguf")}})
         async with running_proxy(config) as proxy:
-            assert await wrong(proxy) == {}
+            await only_wrong(proxy)
             disk.stop()
             for _ in range(3):
                 assert await wrong(proxy) == {"llama_cpp": "cannot be checked: no answer within 0.7 s"}
                 assert (await chat(proxy, "there")).status == 200
             disk.resume()
-
-            async def healthy() -> bool:
-                return await wrong(proxy) == {}
-
-            await until(healthy)
+            await only_wrong(proxy)
 
 
 async def test_the_only_ollama_being_down_degrades_until_it_is_back_and_check_warns_of_it(tmp_path: Path) -> None:
     port = free_port()
     async with running_proxy({"ollama": {"host": f"127.0.0.1:{port}"}}) as proxy:
-        found = await wrong(proxy)
+        found = await only_wrong(proxy, "ollama.host")
         assert found["ollama.host"].startswith(f"no Ollama host answers: cannot connect to http://127.0.0.1:{port}: ")
         (tmp_path / "c.json").write_text(json.dumps({"ollama": {"host": f"127.0.0.1:{port}"}}))
         argv = [sys.executable, "-m", "llama_smart_proxy", "check", "--config", str(tmp_path / "c.json")]
@@ -75,11 +84,7 @@ async def test_the_only_ollama_being_down_degrades_until_it_is_back_and_check_wa
         assert (checked.returncode, checked.stderr) == (0, f"warning: ollama.host: {found['ollama.host']}\n")
         await until(lambda: f"WARNING proxy.serve: ollama.host: {found['ollama.host']}" in proxy.log)
         async with running_ollama("a", port=port):
-
-            async def back() -> bool:
-                return not await wrong(proxy)
-
-            await until(back, what="the end of the problem")
+            await only_wrong(proxy)
         await until(lambda: wrong(proxy), what="the problem again")
 
 
@@ -87,8 +92,12 @@ async def test_one_of_several_ollamas_being_down_is_reported_but_does_not_degrad
     async with running_ollama("a") as fake:
         down = f"http://127.0.0.1:{free_port()}"
         async with running_proxy({"ollama": {"host": [fake.url, down]}}) as proxy:
-            assert await wrong(proxy) == {}
-            assert [server["url"] for server in (await proxy.health())["remotes"] if "error" in server] == [down]
+
+            async def told() -> bool:
+                return [server["url"] for server in (await proxy.health())["remotes"] if "error" in server] == [down]
+
+            await until(told)
+            await only_wrong(proxy)
 
 
 async def test_a_model_that_no_ollama_has_is_a_problem_unless_it_would_be_pulled() -> None:
@@ -96,9 +105,10 @@ async def test_a_model_that_no_ollama_has_is_a_problem_unless_it_would_be_pulled
         ollama = {"host": fake.url, "pull": "never"}
         models = {"a": {"backend": "ollama"}, "b": {"backend": "ollama"}}
         async with running_proxy({"ollama": ollama, "models": models}) as proxy:
-            assert await wrong(proxy) == {"models.b": "no Ollama host has it, and ollama.pull is never"}
+            found = await only_wrong(proxy, "models.b")
+            assert found == {"models.b": "no Ollama host has it, and ollama.pull is never"}
         async with running_proxy({"ollama": {"host": fake.url}, "models": models}) as proxy:
-            assert await wrong(proxy) == {}
+            await only_wrong(proxy)
 
 
 async def test_an_ollama_that_neither_answers_nor_refuses_is_a_problem() -> None:

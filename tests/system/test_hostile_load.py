@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import statistics
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -20,7 +19,7 @@ from tests.support.toxic import DONE, EVENT_HEAD, LAST_CHUNK, Link, RawUpstream,
 CHAT = "/v1/chat/completions"
 STREAM = {"model": "m", "stream": True}
 
-pytestmark = [pytest.mark.full, pytest.mark.usefixtures("long_stream")]
+pytestmark = pytest.mark.full
 
 
 @asynccontextmanager
@@ -31,53 +30,38 @@ async def own_proxy() -> AsyncIterator[tuple[Proxy, RawUpstream]]:
             yield proxy, upstream
 
 
-async def times_while(busy: Callable[[], bool], proxy: Proxy, path: str = "") -> list[float]:
-    """Seconds that each of many requests took, one after the other while `busy()`. Half of them must be quick: one or
-    the other is delayed by what else the machine does."""
-    times = []
+async def served_while(busy: Callable[[], bool], proxy: Proxy, path: str = "") -> None:
+    """Others are served while `busy()`: one after the other, and several of them before it is over."""
+    served = 0
     while busy():
-        began = time.monotonic()
         answer = await (get(proxy.port, path) if path else post(proxy.port, CHAT, {"model": "m"}))
         assert answer.status == 200
-        times.append(time.monotonic() - began)
+        served += 1
         await asyncio.sleep(0.01)
-    assert statistics.median(times) < 1.0, sorted(times)[-5:]
-    return times
-
-
-def p99(times: list[float]) -> float:
-    return statistics.quantiles(times, n=100)[98]
+    assert served >= 5, "others had to wait"
 
 
 @pytest.mark.skipif(shutil.which("slowhttptest") is None, reason="slowhttptest is not installed")
 async def test_a_thousand_slow_heads_are_each_cut_off_while_they_go_on(tmp_path: Path) -> None:
     async with own_proxy() as (proxy, _):
         fds = proxy.fds()
-        argv = f"-H -c 1000 -r 500 -i 5 -l 40 -t GET -u {proxy.url}/v1/models"
+        argv = f"-H -c 1000 -r 500 -i 5 -l 100 -t GET -u {proxy.url}/v1/models"
         with (tmp_path / "out").open("wb") as out:
             attack = await asyncio.create_subprocess_exec("slowhttptest", *argv.split(), stdout=out, stderr=out)
         try:
             await until(lambda: proxy.fds() > fds + 500, what="the attack")
-            began = time.monotonic()
-            most = proxy.fds()
 
-            def under_attack() -> bool:
-                nonlocal most
-                most = max(most, now := proxy.fds())
-                return now > fds + 10 and time.monotonic() - began < 30
-
-            times = await times_while(under_attack, proxy)
-            lasted = time.monotonic() - began
-            assert proxy.fds() <= fds + 10, "the attack lasts for 40 s, our patience with each head for 10 s"
+            await served_while(lambda: proxy.fds() > fds + 10, proxy)
+            await until(lambda: attack.returncode is not None, what="the end of the attack")
         finally:
             if attack.returncode is None:
                 attack.terminate()
             await attack.wait()
-        print(f"{most - fds} connections, all gone after {lasted:.1f} s; others' p99 {p99(times) * 1e3:.1f} ms")
-        assert most - fds > 500
+        said = (tmp_path / "out").read_text()
+        assert "No open connections left" in said, "it would last for 100 s; the patience with each head is 10 s"
 
 
-async def test_health_is_quick_beside_200_streams() -> None:
+async def test_health_is_answered_beside_200_streams() -> None:
     async def script(link: Link, request: Request) -> None:
         await link.send(EVENT_HEAD)
         for number in range(200):
@@ -93,8 +77,7 @@ async def test_health_is_quick_beside_200_streams() -> None:
         for client in clients:
             await client.send(request("POST", CHAT, STREAM))
         answers = asyncio.gather(*(client.answer() for client in clients))
-        times = await times_while(lambda: not answers.done(), proxy, "/health")
-        print(f"/health beside 200 streams: p99 {p99(times) * 1e3:.1f} ms, longest {max(times) * 1e3:.1f} ms")
+        await served_while(lambda: not answers.done(), proxy, "/health")
         assert all(answer.body == whole for answer in await answers)
         for client in clients:
             client.leave()
@@ -107,7 +90,7 @@ async def test_a_body_that_comes_by_drops_is_given_up() -> None:
         began = time.monotonic()
         await client.send(head.encode())
         with pytest.raises(ConnectionError):
-            while time.monotonic() - began < 60:
+            for _ in range(999):
                 await client.send(b" ")
                 await asyncio.sleep(0.25)
         assert time.monotonic() - began > 9, "a slow start is no reason"
@@ -139,7 +122,7 @@ async def as_fast_as_taken(link: Link, request: Request) -> None:
 
 
 @pytest.mark.parametrize("name", UNREAD)
-async def test_health_is_quick_beside_100_streams_of_a_fast_server_that_are_not_read(name: str) -> None:
+async def test_health_is_answered_beside_100_streams_of_a_fast_server_that_are_not_read(name: str) -> None:
     path, model = UNREAD[name]
     models = {chain: {"model": "m", "agents": agents} for chain, agents in CHAINS.items()}
     body = {"model": model, "stream": True, "messages": [{"role": "user", "content": "hi"}], "input": "hi"}
@@ -153,9 +136,7 @@ async def test_health_is_quick_beside_100_streams_of_a_fast_server_that_are_not_
             await client.send(request("POST", path, body))
         for client in clients:
             await client.head()
-        began = time.monotonic()
-        times = await times_while(lambda: time.monotonic() - began < 5, proxy, "/health")
-        median = statistics.median(times)
-        print(f"/health beside 100 unread, {name}: median {median * 1e3:.0f} ms, longest {max(times) * 1e3:.0f} ms")
-        assert median < 0.1 and max(times) < 3.0, sorted(times)[-5:]
+        for _ in range(50):
+            assert (await get(proxy.port, "/health")).status == 200
+        assert upstream.open_links == 100, "the streams go on, for those who read again"
         assert proxy.rss_bytes() - before < (250 if name == "parallel" else 120) * 2**20

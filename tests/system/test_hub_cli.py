@@ -22,7 +22,7 @@ from tests.support.hub_calls import Bench, bench
 from tests.support.ollamas import running_ollama
 
 __all__ = ["bench"]  # fixture
-TIMEOUT_S = 100.0
+TIMEOUT_S = 200.0
 
 
 def argv(name: str, config: Path | None = None) -> list[str]:

@@ -18,7 +18,7 @@ from tests.support.e2e_support import Fakes, fakes
 from tests.support.harness import ROOT, environment, running_proxy, until
 
 __all__ = ["fakes"]  # fixtures
-TIMEOUT_S = 60
+TIMEOUT_S = 200.0
 LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (DEBUG|INFO|WARNING|ERROR) +([\w.]+): (.*)")
 PROGRAM = """
 import logging, sys

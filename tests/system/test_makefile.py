@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.harness import ROOT, environment
 
-TIMEOUT_S = 60
+TIMEOUT_S = 200.0
 PYTHON = """#!/bin/sh
 # A file of one of these names in the folder: no-venv, killed (while it makes a .venv), no-internet, no-weights, old
 echo "$*" >>calls

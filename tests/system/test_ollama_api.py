@@ -181,7 +181,7 @@ async def test_keep_alive_is_a_number_or_a_duration_and_the_last_one_counts(
     if seconds is None:
         assert expires.year > 2300
     else:
-        assert seconds - 25 < expires.timestamp() - time.time() <= seconds + 1
+        assert seconds - 120 < expires.timestamp() - time.time() <= seconds + 1
 
 
 async def test_a_model_that_is_loading_is_not_running_yet_but_visible(fakes: Fakes, gate: Gate) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-import statistics
 import time
 from collections import Counter
 from contextlib import AsyncExitStack
@@ -234,37 +233,26 @@ async def sip(client: RawClient, *, bytes_per_s: int, seconds: float) -> int:
 
 
 @pytest.mark.full
-@pytest.mark.usefixtures("long_stream")
 async def test_a_hundred_slow_readers_disturb_nobody() -> None:
     async with own_proxy(send_stall_s=5.0) as (proxy, upstream), AsyncExitStack() as stack:
 
         async def script(link: Link, request: Request) -> None:
             await (pump(link, request) if request.json().get("flood") else link.send(toxic.stream(token("a"), DONE)))
 
-        async def first_token_s() -> float:
-            async with connected(proxy.port) as client:
-                began = time.monotonic()
-                await client.send(request("POST", CHAT, STREAM))
-                await client.head()
-                await client.chunk()
-                return time.monotonic() - began
-
         upstream.script = script
-        alone = statistics.median([await first_token_s() for _ in range(100)])
         clients = [await stack.enter_async_context(connected(proxy.port, receive_buffer=4096)) for _ in range(100)]
         before = proxy.rss_bytes()
         for client in clients:
             await client.send(request("POST", CHAT, STREAM | {"flood": True}))
-        readers = [asyncio.create_task(sip(client, bytes_per_s=1024, seconds=30)) for client in clients]
-        busy, most, ends = [], 0, time.monotonic() + 25
-        while time.monotonic() < ends:
-            busy.append(await first_token_s())
-            most = max(most, proxy.rss_bytes() - before)
+        reading = asyncio.gather(*(sip(client, bytes_per_s=1024, seconds=12) for client in clients))
+        served = 0
+        while not reading.done():
+            assert (await post(proxy.port, CHAT, STREAM)).body == token("a") + DONE
+            served += 1
+            assert proxy.rss_bytes() - before <= 60 * MIB
             await asyncio.sleep(0.05)
-        await asyncio.gather(*readers)
-        print(f"rss +{most / MIB:.1f} MiB, first token {alone * 1e3:.2f} -> {statistics.median(busy) * 1e3:.2f} ms")
-        assert most <= 60 * MIB
-        assert statistics.median(busy) < 1.0, "it takes a few milliseconds, unless somebody is waited for"
+        await reading
+        assert served >= 5, "others had to wait"
         await until(lambda: upstream.open_links <= 1, what="the end of readers that stopped for 5 s")
 
 

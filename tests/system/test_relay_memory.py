@@ -16,7 +16,7 @@ PLAIN = {"model": "m"}
 STREAM = {"model": "m", "stream": True}
 MIB = 2**20
 MB = b"x" * 1_000_000
-LONG_S = 30.0
+LONG_S = 60.0
 """Nothing here takes so long on any machine; a defect takes for ever."""
 
 

@@ -18,7 +18,7 @@ from tests.support.e2e_support import Fakes, fakes
 from tests.support.harness import ROOT, START_S, environment, free_port, until
 
 __all__ = ["fakes"]  # fixture
-TIMEOUT_S = 60
+TIMEOUT_S = 200.0
 PROGRAM = [sys.executable, "-m", "llama_smart_proxy"]
 CLOSED = ("<&-", ">&-", "2>&-")
 COMBINATIONS = [" ".join(some) for size in (1, 2, 3) for some in itertools.combinations(CLOSED, size)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 
 import pytest
 
@@ -13,12 +12,13 @@ from tests.support.harness import Proxy, running_proxy, until
 
 __all__ = ["fakes"]
 TAGS = "### Task:\nGenerate 1-3 broad tags categorizing the main themes of the chat history"
+ASKED = (CHAT, "/v1/messages", "/v1/completions")
 WHOLE = [way for way in WAYS if not way.stream]
 
 
 def sent(fakes: Fakes) -> list[str]:
     """What the model was asked, in order: `task` or `person`."""
-    asked = map(json.dumps, fakes.generated())
+    asked = [event["body"] for event in fakes.events("request") if event["path"] in ASKED]
     return ["task" if "### Task" in body else "person" for body in asked]
 
 

@@ -30,7 +30,7 @@ ROOMS: list[set[str]] = [
     {"proxy.stream"},
     {"proxy.middleware"},
     {"proxy.api"},
-    {"proxy.app", "proxy.registry", "proxy.serve"},
+    {"proxy.app", "proxy.registry", "proxy.serve", "proxy.systemd"},
     {"proxy.cli"},
 ]
 """Low to high. A module imports from its own room, without going round in circles, and from lower ones."""

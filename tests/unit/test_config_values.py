@@ -93,6 +93,15 @@ def test_a_malformed_reference_is_a_problem(tmp_path: Path, text: str) -> None:
     assert problem.startswith("config.yaml: models.m.path: '${' begins no ${VAR}")
 
 
+def test_a_variable_that_is_not_set_may_be_a_credential_of_the_service(tmp_path: Path) -> None:
+    for file, text in (("A", "alone\n"), ("credentials_B", "of a folder"), ("SET", "unused")):
+        (tmp_path / file).write_text(text)
+    env = {"CREDENTIALS_DIRECTORY": str(tmp_path), "SET": "set"}
+    assert expand("${A} ${B} ${SET} ${C:-default}", env) == "alone of a folder set default"
+    with pytest.raises(ValueError, match="C is not set"):
+        expand("${C}", env)
+
+
 def test_an_expanded_value_takes_the_type_of_its_field(tmp_path: Path) -> None:
     text = """
         server: {port: "${PORT:-11555}", drain_s: "${D}"}

@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import struct
-import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gguf
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -365,11 +365,8 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_the_largest_headers_cost_little_memory_and_time(file: Path, name: str) -> None:
+def test_the_largest_headers_cost_little_memory(file: Path, name: str) -> None:
     file.write_bytes(with_data(HOSTILE[name](), 100))
-    begun = time.process_time()
-    read_info(file)
-    assert time.process_time() - begun < 20
     tracemalloc.start()
     read_info(file)
     peak = tracemalloc.get_traced_memory()[1]
@@ -384,7 +381,7 @@ def test_the_largest_headers_cost_little_memory_and_time(file: Path, name: str) 
 def test_a_file_of_a_terabyte_of_zeros_is_not_searched_through(file: Path, kind: int, count: int, reason: str) -> None:
     file.write_bytes(header([pair("a", ARRAY, u32(kind) + u64(count)), b""]))
     os.truncate(file, 2**40)
-    begun = time.process_time()
+    before = psutil.Process().io_counters().read_chars
     with pytest.raises(GgufError, match=reason):
         read_info(file)
-    assert time.process_time() - begun < 20  # of processor time; all of it would take many minutes
+    assert psutil.Process().io_counters().read_chars - before < 2**32

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import orjson
+
 from llama_smart_proxy.proxy.chat import ChatRequest, Json, Timing
 from llama_smart_proxy.proxy.dialects.base import ClientCodec, Loading, UpstreamCodec, limited
 from llama_smart_proxy.proxy.dialects.framing import LineSplitter
@@ -83,6 +85,16 @@ class OllamaChatCodec(ClientCodec):
     def writer(self, request: ChatRequest, timing: Timing) -> OllamaWriter:
         return OllamaWriter(request, timing, chat=True)
 
+    def sign_of_life(self, model: str) -> bytes:
+        """A line without text: clients reject blank ones."""
+        return self._line(model, {})
+
+    def thought(self, model: str, text: str) -> bytes:
+        return self._line(model, {"thinking": text})
+
+    def _line(self, model: str, fields: Json) -> bytes:
+        return orjson.dumps(self._object(model, fields) | {"done": False}, option=orjson.OPT_APPEND_NEWLINE)
+
     def loading(self, body: Json) -> Loading | None:
         """A body without content loads the model, or unloads it with a `keep_alive` of 0."""
         if any(body.get(name) for name in self._content):
@@ -90,9 +102,7 @@ class OllamaChatCodec(ClientCodec):
         return Loading.UNLOAD if keep_alive_s(body.get("keep_alive")) == 0 else Loading.LOAD
 
     def load_reply(self, model: str, loading: Loading) -> Json:
-        return (
-            {"model": model, "created_at": Timestamps().now()} | self._empty() | {"done": True, "done_reason": loading}
-        )
+        return self._object(model, {}) | {"done": True, "done_reason": loading}
 
     def keep_alive_s(self, body: Json) -> float | None:
         return keep_alive_s(body.get("keep_alive"))
@@ -107,8 +117,9 @@ class OllamaChatCodec(ClientCodec):
             return super().lacks(model, self._verb if capability == "completion" else capability)
         return lacks(model, capability)
 
-    def _empty(self) -> Json:
-        return {"message": {"role": "assistant", "content": ""}}
+    def _object(self, model: str, fields: Json) -> Json:
+        message = {"role": "assistant", "content": "", **fields}
+        return {"model": model, "created_at": Timestamps().now(), "message": message}
 
 
 class OllamaGenerateCodec(OllamaChatCodec):
@@ -129,8 +140,8 @@ class OllamaGenerateCodec(OllamaChatCodec):
     def fits(self, request: ChatRequest) -> bool:
         return encode(request)[0] == GENERATE_PATH and super().fits(request)
 
-    def _empty(self) -> Json:
-        return {"response": ""}
+    def _object(self, model: str, fields: Json) -> Json:
+        return {"model": model, "created_at": Timestamps().now(), "response": "", **fields}
 
 
 CHAT = OllamaChatCodec()

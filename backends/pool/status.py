@@ -1,0 +1,47 @@
+"""How a model of the pool and its process are, for operators (`/health`)."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+
+import psutil
+
+from llama_smart_proxy.backends.pool.instance import STALLED, State
+from llama_smart_proxy.backends.pool.queue import ModelQueue
+
+
+def described(queue: ModelQueue) -> dict[str, object]:
+    """What operators see of a model of the pool; call it in the event loop."""
+    entry: dict[str, object] = {"model": queue.name, "state": "unloaded", "queue": queue.length}
+    entry["restarts"] = queue.restarts
+    if queue.error is not None:
+        entry["error"] = queue.error.message
+        if queue.error.log:
+            entry["log"] = list(queue.error.log)
+    place = queue.place
+    if place is None:
+        return entry
+    instance = place.instance
+    if (reason := instance.suspicion) is not None:
+        entry["stalled"] = reason
+    elif queue.error is not None and queue.error.code == STALLED:
+        entry["stalled"] = queue.error.message
+    idle_s = asyncio.get_running_loop().time() - place.released_at
+    return entry | {
+        "state": "unloading" if instance.state is State.READY and not place.open else str(instance.state),
+        "pid": instance.pid or None,
+        "port": instance.port or None,
+        "leases": place.leases,
+        "last_used": round(time.time() - idle_s, 3) if math.isfinite(idle_s) else None,
+        "rss_bytes": _rss_bytes(instance.pid),
+        "ready_s": round(instance.load_s, 3) if instance.load_s is not None else None,
+    }
+
+
+def _rss_bytes(pid: int) -> int | None:
+    try:
+        return int(psutil.Process(pid).memory_info().rss) if pid else None
+    except psutil.Error:
+        return None
