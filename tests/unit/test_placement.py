@@ -37,6 +37,7 @@ class Standing:
     ready_at: float = 0.0
     released_at: float = 0.0
     closed_since: float = math.inf
+    awaited_urgently: bool = False
 
 
 @dataclass(frozen=True)
