@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 
 import pytest
 
@@ -79,7 +80,7 @@ async def test_tasks_may_be_treated_like_people(fakes: Fakes) -> None:
         way, requests = Way(CHAT, stream=False), []
         for number, text in enumerate((TAGS, "Hello", TAGS), 1):
             requests.append(asyncio.ensure_future(way.ask(proxy, way.body(text, max_tokens=1000))))
-            await until(lambda number=number: _inside(fakes, proxy, number), what="the request")
+            await until(partial(_inside, fakes, proxy, number), what="the request")
         await asyncio.to_thread(wedged.unlink)
         await asyncio.gather(*requests)
     assert sent(fakes) == ["task", "person", "task"]
