@@ -45,7 +45,7 @@ async def test_a_task_is_broken_off_and_repeated_unseen_by_its_client_in_every_a
         for way in WHOLE:
             await broken_off(fakes, proxy, way)
         assert "is sent again" in proxy.log
-        assert (await proxy.health())["status"] == "ok"
+        assert (await proxy.health())["status"] == "healthy"
 
 
 @pytest.mark.parametrize("way", [way for way in WHOLE if way.path in ("/v1/chat/completions", "/api/chat")])
