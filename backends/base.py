@@ -43,6 +43,7 @@ class Feature(StrEnum):
     ECHO = "echo"  # its server's answers contain the model's name as the request spelled it
     FILES = "files"  # its files are on this machine, and its provider can delete those that it downloaded
     RESUMABLE = "resumable"  # its streams go on without their client, by `X-Conversation-Id` of llama-server
+    PROGRESS = "progress"  # it reports how much of a prompt it has processed, by "return_progress" of llama-server
     TOOLS = "tools"  # /tools and /mcp of llama-server, which may run commands on its machine
 
 

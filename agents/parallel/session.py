@@ -39,6 +39,7 @@ class Session:
         await self._plan()
         for chunk in self._asking():
             yield chunk
+        await self._ctx.status(self._awaited())
         async with aclosing(merging[self._config.strategy]()) as chunks:
             async for chunk in chunks:
                 yield chunk
@@ -86,6 +87,14 @@ class Session:
             return self._progress(f"{member.label} failed: {member.failure.message}")
         return self._progress(f"{member.label} has answered ({len(member.text.split())} words).")
 
+    def _awaited(self) -> str:
+        """What the user waits for, until all members are done."""
+        members = self._round.members
+        models = {member.model for member in members}
+        whom = f"{len(models)} models" if len(models) > 1 else f"{members[0].model}, {len(members)} times"
+        done = sum(member.done for member in members)
+        return f"Asking {whom}" + (f": {done} of {len(members)} done" if done else "")
+
     async def _collect(self) -> AsyncGenerator[Chunk, None]:
         """Run the round; yields the progress."""
         async with aclosing(self._round.events()) as events:
@@ -94,6 +103,8 @@ class Session:
                     self._check_quorum()
                     for chunk in self._progress_of(event.member):
                         yield chunk
+                    await self._ctx.status(self._awaited())
+        await self._ctx.status("Comparing answers")
 
     # -- strategies ----------------------------------------------------------------------------------------------------
 
@@ -130,6 +141,7 @@ class Session:
             return
         for chunk in self._progress(f"{self._chairman} merges {len(answered)} answers."):
             yield chunk
+        await self._ctx.status("Comparing answers")
         async for chunk in self._ctx.chat(synthesis(self._request, self._chairman, answered)):
             self._usage.add(chunk.usage)
             self._finish = chunk.finish_reason or self._finish

@@ -26,7 +26,7 @@ class LlamaCppModel(SpawnedModel):
 
     codec: ClassVar[str] = KIND
     speaks: ClassVar[frozenset[str]] = frozenset({"openai", "anthropic", "native"})
-    features = frozenset({Feature.LOADING, Feature.TOKENS, Feature.FILES})
+    features = frozenset({Feature.LOADING, Feature.TOKENS, Feature.FILES, Feature.PROGRESS})
 
     def __init__(
         self,

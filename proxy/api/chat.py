@@ -34,8 +34,10 @@ from llama_smart_proxy.proxy.middleware.layers import choices_of, reply_layer, r
 from llama_smart_proxy.proxy.middleware.scope import Scope
 from llama_smart_proxy.proxy.middleware.side_calls import SideCalls, check_depth
 from llama_smart_proxy.proxy.models.router import Route
-from llama_smart_proxy.proxy.stream.answer import UNENCODABLE, Finalizer, ModelAnswer, respond, respond_unstreamed
+from llama_smart_proxy.proxy.stream.answer import Finalizer, ModelAnswer, respond, respond_unstreamed
+from llama_smart_proxy.proxy.stream.decoder import Progressed
 from llama_smart_proxy.proxy.stream.relay import relay
+from llama_smart_proxy.proxy.stream.sinks import UNENCODABLE
 from llama_smart_proxy.proxy.stream.upstream import ANSWER_LIMIT
 from llama_smart_proxy.proxy.stream.waiting import Wait
 
@@ -65,6 +67,7 @@ class Chat:
     keep_alive: object = None
     agents: Sequence[str] = ()
     renamed: bool = False
+    progressed: Progressed | None = None
 
     @property
     def http(self) -> web.BaseRequest:
@@ -168,7 +171,7 @@ class Chat:
         return ModelAnswer(
             model, request, codec, chat, self.http[RECORD],
             verbatim=own is not None and chat.stream and _same_form(request.path, self.http.path),
-            finalizer=finalizer, amend=amend, limit=None if chat.stream else ANSWER_LIMIT,
+            finalizer=finalizer, progressed=self.progressed, amend=amend, limit=None if chat.stream else ANSWER_LIMIT,
         )  # fmt: skip
 
     async def _encoded(self, chat: ChatRequest) -> Json:
@@ -181,6 +184,7 @@ class Chat:
         """The request to the model's server. Raises: AgentError if agents made it impossible to encode."""
         try:
             path, body = await offload(self.http, codec.encode, chat)
+            self.progressed = self.wait.asks_for_reports(model, body)
             prepared = model.prepare(body)
             data = await to_bytes(self.http, body)
         except UNENCODABLE as exc:
@@ -305,9 +309,10 @@ async def relay_request(
     `body`; `reusable` are the bytes that it came as, which are sent if nothing in it has to be."""
     response, http = wait.response, wait.response.http
     model, has_body = route.model, http.method == "POST"
-    prepared, data = None, b""
+    prepared, progressed, data = None, None, b""
     if has_body:
         body["model"] = route.sent
+        progressed = wait.asks_for_reports(model, body)
         prepared = model.prepare(body)
         data = (reusable.bytes_of(body) if reusable is not None else None) or await to_bytes(http, body)
     headers = upstream_headers(http.headers, has_body=has_body, forwards=model.forwards)
@@ -332,6 +337,7 @@ async def relay_request(
         generates=endpoint.codec is not None,
         streams=streams,
         unstreamed=unstreamed,
+        progressed=progressed,
     )
 
 

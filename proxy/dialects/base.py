@@ -6,6 +6,7 @@ A request goes through `ClientCodec.decode` and `UpstreamCodec.encode`, its answ
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -87,6 +88,9 @@ class Dialect:
     """A frame depends on those before it, so frames are passed on unchanged only as long as all have been."""
     id_headers: tuple[str, ...] = ()
     """The response headers in which clients look for a request's id, besides `X-Request-Id`."""
+    is_announcement: Callable[[bytes], bool] = _never
+    """Whether these frames, the first ones of a stream, have nothing of the answer in them: servers may send such long
+    before its first token."""
     sign_of_life: bytes = b""
     """A frame of a stream that adds nothing, for clients that wait; empty if there is none."""
     last_frame_sums: bool = False
@@ -96,6 +100,14 @@ class Dialect:
 def has_line(events: bytes, *starts: bytes) -> bool:
     """Whether a line begins with one of `starts`. Generated text cannot match: JSON escapes its line ends."""
     return events.startswith(starts) or any(end + start in events for start in starts for end in (b"\n", b"\r"))
+
+
+def has_only(*names: bytes) -> Callable[[bytes], bool]:
+    """Returns whether events have names, and no others than these."""
+    return lambda events: bool(found := _EVENT_NAME.findall(events)) and set(found) <= set(names)
+
+
+_EVENT_NAME = re.compile(rb"^event: ?([^\r\n]*)", re.MULTILINE)
 
 
 def last_objects(frames: bytes) -> Iterator[Json]:
@@ -267,6 +279,9 @@ class ClientCodec:
     def sign_of_life(self, model: str) -> bytes:
         """A frame that adds nothing to the answer of `model`, and may come before it; empty if there is none."""
         return self.dialect.sign_of_life
+
+    has_events: ClassVar[bool] = False
+    """Whether `event` returns frames."""
 
     def event(self, kind: str, data: Json) -> bytes:
         """A frame that chat UIs with events beside the answer show (kinds: `status`, `notification`, `source`,

@@ -50,6 +50,19 @@ def _has_finish_reason(frames: bytes) -> bool:
     return any(isinstance(choice, dict) and choice.get("finish_reason") for choice in choices)
 
 
+def _has_only_role(events: bytes) -> bool:
+    """Whether no more has come than who speaks, as in the first event of OpenAI's own servers."""
+    choices = [choice for event in last_objects(events) for choice in event.get("choices") or (None,)]
+    return bool(choices) and all(isinstance(choice, dict) and _says_nothing(choice) for choice in choices)
+
+
+def _says_nothing(choice: Json) -> bool:
+    delta = choice.get("delta")
+    if choice.get("finish_reason") or not isinstance(delta, dict):
+        return False
+    return not any(value for name, value in delta.items() if name != "role")
+
+
 def _is_error_body(body: bytes) -> bool:
     """Clients show the message of an `error`, and of nothing else."""
     with suppress(orjson.JSONDecodeError):
@@ -85,6 +98,7 @@ OPENAI = Dialect(
     end_mark=b"[DONE]",
     is_error_body=_is_error_body,
     usage=_usage,
+    is_announcement=_has_only_role,
     sign_of_life=COMMENT,
 )
 """Source: the OpenAI API reference; llama-server and vLLM both end a stream with `[DONE]`, TGI and ik_llama.cpp do
@@ -315,6 +329,7 @@ class ChatCodec(ClientCodec):
 
     dialect = OPENAI
     same_api = OWN_WIRE
+    has_events = True
 
     def decode(self, body: Json) -> ChatRequest:
         messages = body.get("messages")
@@ -347,6 +362,7 @@ class TextCodec(ChatCodec):
     """`POST /v1/completions`."""
 
     resends_chat = False
+    has_events = False
 
     def decode(self, body: Json) -> ChatRequest:
         if "prompt" not in body:
@@ -356,9 +372,6 @@ class TextCodec(ChatCodec):
 
     def writer(self, request: ChatRequest, timing: Timing) -> TextWriter:
         return TextWriter(request, timing)
-
-    def event(self, kind: str, data: Json) -> bytes:
-        return b""
 
     def thought(self, model: str, text: str) -> bytes:
         return b""

@@ -40,13 +40,13 @@ class ResponseWriter(web.StreamResponse):
         self._cut = False
         self.record: RequestRecord = http[RECORD]
         self.begun = False
-        """Whether the client has received any of the answer, and not only signs of life."""
+        """Whether the client has received frames of the answer, and not only signs of life."""
         self.ended = False
         """Whether nothing may be written any more."""
         self.waiting = True
-        """Whether something of the answer is awaited: `begin` is to be called before it is written."""
+        """Whether text of the answer, or its end, is awaited: `begin` is to be called before that is written."""
         self.on_begin: Callable[[], None] | None = None
-        """Called before the first piece of the answer, and before an error in place of it."""
+        """Called by `begin`."""
 
     @property
     def opened(self) -> bool:
@@ -63,6 +63,11 @@ class ResponseWriter(web.StreamResponse):
         unknown."""
         if self.prepared:
             return
+        transport = self.http.transport
+        if transport is None:
+            raise ConnectionResetError("the client has left")
+        self._write = transport.write
+        self._unsent = transport.get_write_buffer_size
         self.set_status(status)
         self.headers.extend(headers)
         self.headers.extend(own_headers(self.http))
@@ -75,14 +80,9 @@ class ResponseWriter(web.StreamResponse):
         else:
             self.force_close()  # HTTP/1.0 marks the end of such a body by closing
         _run(self.prepare(self.http))
-        transport = self.http.transport
-        if transport is None:
-            raise ConnectionResetError("the client has left")
-        self._write = transport.write
-        self._unsent = transport.get_write_buffer_size
 
     def begin(self) -> None:
-        """Called before any of the answer is written, once it is open."""
+        """Called before the first text of the answer is written, or its end, or an error in place of it."""
         self.begun, self.waiting = True, False
         if self.on_begin is not None:
             self.on_begin()

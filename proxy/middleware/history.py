@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llama_smart_proxy.proxy.chat import Json
+from llama_smart_proxy.proxy.chat.chunk import REASONING
+from llama_smart_proxy.proxy.chat.status import STATUS_MARK, without_status
 from llama_smart_proxy.proxy.dialects.base import ClientCodec, TextPlace
 from llama_smart_proxy.proxy.errors import ERROR_TEXT, MAX_ERROR_TEXT, without_error_text
 from llama_smart_proxy.proxy.middleware.commands import Called, Commands
@@ -30,8 +32,8 @@ class History:
 
 
 def may_hold_commands(codec: ClientCodec, body: Json) -> bool:
-    """Whether any text of this undecoded body begins with a slash, or ends with an error of ours. Cheap; True may be a
-    false positive."""
+    """Whether any text of this undecoded body begins with a slash, or ends with an error of ours, or any reasoning
+    begins with a status line. Cheap; True may be a false positive."""
     messages = codec.messages(body)
     if messages is None:
         return codec.user_text(body).startswith("/")
@@ -39,10 +41,14 @@ def may_hold_commands(codec: ClientCodec, body: Json) -> bool:
 
 
 def _is_suspect(message: Any) -> bool:
-    content = message.get("content") if message.__class__ is dict else None
+    if message.__class__ is not dict:
+        return False
+    content = message.get("content")
     if content.__class__ is str:  # most are, and every message of every chat is looked at
-        return _is_marked(content)
-    return content.__class__ is list and any(map(_is_marked, _texts(content)))
+        marked = _is_marked(content)
+    else:
+        marked = content.__class__ is list and any(map(_is_marked, _texts(content)))
+    return marked or (len(message) > 2 and any(map(message.get, REASONING)) and _has_status(message))
 
 
 def _is_marked(text: str) -> bool:
@@ -54,7 +60,7 @@ def read_history(codec: ClientCodec, body: Json, commands: Commands) -> History:
 
     Commands are taken out of the user's texts, as they were when these were new: else the model would not find the
     prompt that it has cached, and would read them. A command that no model answered goes together with its answer, and
-    so do errors that were shown as a part of an answer.
+    so do errors that were shown as a part of an answer, and status lines in front of its reasoning.
     """
     messages = codec.messages(body)
     history = History()
@@ -77,14 +83,15 @@ def read_history(codec: ClientCodec, body: Json, commands: Commands) -> History:
                 next(following)
         elif called is not None and called.action is None and place is not None:
             kept.append(_with_text(message, place, called.rest))
-        elif (clean := _without_error(message)) is not message:
+        elif (clean := _without_status(_without_error(message))) is not message:
             kept.append(clean)
         else:
             kept.append(message)
             continue
         history.messages = kept
-    if history.messages is not None:
-        kept += messages[earlier:]
+    under_way = [_without_status(message) if _is_suspect(message) else message for message in messages[earlier:]]
+    if history.messages is not None or under_way != messages[earlier:]:
+        history.messages = kept + under_way
     return history
 
 
@@ -124,14 +131,28 @@ def _without_error(message: Json) -> Json:
     """`message`, or a copy without the error that ends it."""
     if message.get("role") != "assistant":
         return message
-    content = message["content"]
+    content = message.get("content") or ""
     if isinstance(content, str):
         return message if (text := without_error_text(content)) == content else {**message, "content": text}
+    if not isinstance(content, list):
+        return message
     *before, last = content
     given = last.get("text") if isinstance(last, dict) else None
     if not isinstance(given, str) or (clean := without_error_text(given)) == given:
         return message
     return {**message, "content": [*before, {**last, "text": clean}] if clean or not before else before}
+
+
+def _has_status(message: Json) -> bool:
+    return any(isinstance(text := message.get(name), str) and text.startswith(STATUS_MARK) for name in REASONING)
+
+
+def _without_status(message: Json) -> Json:
+    """`message`, or a copy without the status lines in front of its reasoning."""
+    if message.get("role") != "assistant" or not _has_status(message):
+        return message
+    clean = {name: without_status(text) for name in REASONING if isinstance(text := message.get(name), str)}
+    return {name: value for name, value in {**message, **clean}.items() if value or name not in clean}
 
 
 def _assistant_text(message: Any) -> str | None:

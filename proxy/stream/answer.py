@@ -7,13 +7,11 @@ pull chunks at their own pace. In both cases a client that requested no stream g
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 from aiohttp import web
 
@@ -22,13 +20,12 @@ from llama_smart_proxy.backends.http.connection import ConnectionPool
 from llama_smart_proxy.backends.http.exchange import UpstreamResponse
 from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, Fold, Json, RequestRecord
 from llama_smart_proxy.proxy.dialects.base import ClientCodec, UpstreamCodec
-from llama_smart_proxy.proxy.errors import ProxyError, UpstreamFailed, let_go
+from llama_smart_proxy.proxy.errors import ProxyError, UpstreamFailed
 from llama_smart_proxy.proxy.http.response import ResponseWriter
-from llama_smart_proxy.proxy.stream.decoder import StreamDecoder
+from llama_smart_proxy.proxy.stream.decoder import Progressed, StreamDecoder
 from llama_smart_proxy.proxy.stream.encoder import StreamEncoder
+from llama_smart_proxy.proxy.stream.sinks import UNENCODABLE, ChunkSink, FoldSink, StreamSink
 from llama_smart_proxy.proxy.stream.upstream import ANSWER_LIMIT, Amend, Attempts, refusal, succeeded, unreadable
-
-logger = logging.getLogger(__name__)
 
 Finalizer = Callable[[str, ConnectionPool], Awaitable[Json]]
 """Called when the answer is complete, returns extra fields for its last frame. Gets the text of the answer and the
@@ -37,24 +34,6 @@ Usage = Callable[[], Awaitable[Json | None]]
 """Called when an answer is complete, returns its token counts in OpenAI's shape; None if they are not known."""
 COUNTS_S = 0.5
 """Time limit in seconds for what a server sends after the end of the text."""
-UNENCODABLE = (AttributeError, KeyError, TypeError, ValueError)
-"""Raised on encoding a value that does not have the shape the API requires."""
-
-
-class ChunkSink(Protocol):
-    """Accepts chunks as they arrive."""
-
-    @property
-    def begun(self) -> bool:
-        """Whether the client has received any of the answer, so that the request cannot be retried."""
-
-    async def start(self, chunks: list[Chunk]) -> None:
-        """Take the first chunks. Called again after a failed attempt that is retried."""
-
-    def take(self, chunks: list[Chunk]) -> bool:
-        """Take more chunks; returns False to pause the source until `drained()` returns."""
-
-    async def drained(self) -> None: ...
 
 
 @dataclass(slots=True)
@@ -64,6 +43,7 @@ class ModelAnswer:
     `opened` is called when the server answers, `closed` when its slot is released. `limit` is the maximum number of
     bytes. `tail` and `count` are those of `StreamDecoder`, set once all was read. `usage` are the token counts that the
     server sent; `stopped_after` is set if the caller stopped reading before that: the number of chunks with content.
+    `progressed` is that of `StreamDecoder`.
 
     Both methods raise: UpstreamRefused with the server's own message, UpstreamFailed, and as `Model.open`.
     """
@@ -76,6 +56,7 @@ class ModelAnswer:
     verbatim: bool = False
     finalizer: Finalizer | None = None
     amend: Amend | None = None
+    progressed: Progressed | None = None
     opened: Callable[[], None] | None = None
     closed: Callable[[], None] | None = None
     limit: int | None = None
@@ -89,15 +70,16 @@ class ModelAnswer:
         async for attempt in Attempts(self.model, self.request, lambda: sink.begun, amend=self.amend):
             async with attempt as upstream:
                 decoder = await self._decoder(upstream)
-                chunks: list[Chunk] = []
                 more = True
-                while more and not chunks and decoder.failure is None:
+                started = False
+                while more and (sink.waiting or not started) and decoder.failure is None:
                     more, chunks = await _next(upstream, decoder)
-                if chunks:
-                    try:
-                        await sink.start(chunks)
-                    except UNENCODABLE as exc:
-                        decoder.failure = unreadable(exc)
+                    if chunks:
+                        started = True
+                        try:
+                            await sink.start(chunks)
+                        except UNENCODABLE as exc:
+                            decoder.failure = unreadable(exc)
                 if more and decoder.failure is None:
                     await _Pusher(decoder, sink).push(upstream)
                 await self._end(upstream, decoder)
@@ -159,6 +141,7 @@ class ModelAnswer:
             keep_text=self.finalizer is not None,
             limit=self.limit,
             ended=upstream.stop,
+            progressed=self.progressed,
         )
 
     async def _end(self, upstream: UpstreamResponse, decoder: StreamDecoder) -> None:
@@ -239,12 +222,12 @@ async def respond(
             whole = await _folded(layered, usage)
         else:
             assert answer is not None
-            folded = _FoldSink()
+            folded = FoldSink()
             await answer.push(folded)
             whole = folded.fold.completion()
         return web.Response(body=writer.reply(whole), content_type="application/json")
     encoder = StreamEncoder(writer, codec.dialect, several=chat.body.get("n") not in (None, 1))
-    written = _StreamSink(encoder, response, writer.content_type)
+    written = StreamSink(encoder, response, writer.content_type)
     if layered is not None:
         return await written.send(partial(_pull, layered, usage), answer, cuts=codec.dialect.cuts)
     assert answer is not None
@@ -269,7 +252,7 @@ async def respond_unstreamed(
     return await respond(response, codec, chat, None, made())
 
 
-async def _pull(chunks: AsyncIterator[Chunk], usage: Usage | None, sink: _StreamSink) -> None:
+async def _pull(chunks: AsyncIterator[Chunk], usage: Usage | None, sink: StreamSink) -> None:
     response = sink.response
     async for chunk in chunks:
         if usage is not None and chunk.usage is not None and _is_total(chunk):
@@ -300,93 +283,3 @@ async def _folded(chunks: AsyncIterator[Chunk], usage: Usage | None) -> Json:
 def _is_total(chunk: Chunk) -> bool:
     """Whether counts in this chunk are those of the whole answer: some servers send counts from the beginning on."""
     return bool(chunk.finish_reason or not chunk.choice)
-
-
-class _FoldSink:
-    """Collects an answer for a client that requested no stream."""
-
-    begun = False
-
-    def __init__(self) -> None:
-        self.fold = Fold()
-
-    async def start(self, chunks: list[Chunk]) -> None:
-        self.fold = Fold()
-        self.take(chunks)
-
-    def take(self, chunks: list[Chunk]) -> bool:
-        for chunk in chunks:
-            self.fold.add(chunk.seen)
-        return True
-
-    async def drained(self) -> None:
-        """Nothing to wait for: `take` never pauses."""
-
-
-class _StreamSink:
-    """Writes an answer as a stream. Headers follow with the first chunk, unless the client has waited for too long;
-    until then a failure sets the status."""
-
-    __slots__ = ("_encode", "_encoder", "_head", "response")
-
-    def __init__(self, encoder: StreamEncoder, response: ResponseWriter, content_type: str) -> None:
-        self._encoder = encoder
-        self._encode = encoder.take
-        self._head = [("content-type", content_type), ("cache-control", "no-cache")]
-        self.response = response
-
-    @property
-    def begun(self) -> bool:
-        return self.response.begun
-
-    async def send(
-        self, read: Callable[[_StreamSink], Awaitable[None]], answer: ModelAnswer | None, *, cuts: bool
-    ) -> web.StreamResponse:
-        """Run `read`, which passes all chunks to this sink, and return the response once the client has it."""
-        failed = False
-        try:
-            await read(self)
-            last = self._encoder.end(answer.tail, answer.count) if answer is not None else self._encoder.end(b"")
-            self.response.open(200, self._head)
-        except (ProxyError, *UNENCODABLE) as exc:
-            if not self.response.opened:
-                raise
-            failed = True
-            last = self._encoder.error(_reported(exc))
-            let_go(exc)
-        if self.response.waiting:
-            self.response.begin()
-        if last:
-            self.response.feed(last)
-        return await self.response.finish(cut=failed and cuts)
-
-    async def start(self, chunks: list[Chunk]) -> None:
-        data, response = b"".join(map(self._encode, chunks)), self.response
-        response.open(200, self._head)
-        if any(chunk.seen for chunk in chunks):  # and not only a comment of the server
-            response.begin()
-            response.record.first_byte_s = response.record.first_byte_s or time.monotonic()
-        if data and not response.feed(data):
-            await response.drained()
-
-    def take(self, chunks: list[Chunk]) -> bool:
-        if len(chunks) == 1:  # nearly always
-            return self.write(chunks[0])
-        data = b"".join(map(self._encode, chunks))
-        return self.response.feed(data) if data else True
-
-    def write(self, chunk: Chunk) -> bool:
-        """Take one chunk."""
-        data = self._encode(chunk)
-        return self.response.feed(data) if data else True
-
-    async def drained(self) -> None:
-        await self.response.drained()
-
-
-def _reported(exc: BaseException) -> ProxyError:
-    if isinstance(exc, ProxyError):
-        logger.warning("stream aborted: %s", exc)
-        return exc
-    logger.warning("stream aborted: %s", exc, exc_info=exc)
-    return ProxyError("internal error", code="agent_failed")

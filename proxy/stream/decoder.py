@@ -18,6 +18,9 @@ from llama_smart_proxy.proxy.stream.upstream import ANSWER_LIMIT, frame_too_long
 
 _KEEP_ALIVES = (b":", b"event: ping")
 """Events without content that do not affect later ones."""
+Progressed = Callable[[Json], None]
+"""Called with llama-server's `prompt_progress`: `total`, `cache` and `processed` tokens. Source: llama.cpp
+tools/server/README.md, b11434."""
 _BLANK_LIMIT = 64 * 1024
 """Most blank bytes in front of an answer that are kept until it shows what it is."""
 
@@ -34,8 +37,9 @@ class StreamDecoder:
     A server that ignores the request for a stream, and sends one JSON object, is understood too. `ended` is called when
     the answer has ended, although its server may keep the connection open.
 
-    `failure` is set when the answer is invalid or exceeds `limit` bytes, after the chunks before it were returned.
-    `texts` are the texts of all chunks, with `keep_text`.
+    `progressed`, if there is one, gets the server's reports of how much of the prompt it has processed, which are no
+    chunks then. `failure` is set when the answer is invalid or exceeds `limit` bytes, after the chunks before it were
+    returned. `texts` are the texts of all chunks, with `keep_text`.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class StreamDecoder:
         keep_text: bool = False,
         limit: int | None = None,
         ended: Callable[[], None] = _nothing,
+        progressed: Progressed | None = None,
     ) -> None:
         self._splitter = codec.splitter()
         self._reader = codec.reader(request)
@@ -59,6 +64,7 @@ class StreamDecoder:
         self._serial = 0  # of the next chunk
         self._left = limit
         self._ended = ended
+        self._progressed = progressed
         self.done = False
         """Whether the answer has ended."""
         self.tail = b""
@@ -204,6 +210,9 @@ class StreamDecoder:
             made.append(Chunk({}, frame, self._next()))
 
     def _add(self, data: Json, frame: bytes, made: list[Chunk]) -> None:
+        if self._progressed is not None and isinstance(report := data.get("prompt_progress"), dict):
+            self._progressed(report)
+            return
         if self._held:
             frame, self._held = self._held + frame, b""
         changed = self._normaliser.normalise(data)

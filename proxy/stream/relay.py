@@ -17,7 +17,6 @@ from aiohttp import web
 
 from llama_smart_proxy.backends.base import Management, Model, UpstreamRequest
 from llama_smart_proxy.backends.http.exchange import UpstreamResponse
-from llama_smart_proxy.proxy.chat import Json
 from llama_smart_proxy.proxy.dialects import Dialect
 from llama_smart_proxy.proxy.dialects.framing import (
     BOM,
@@ -32,6 +31,7 @@ from llama_smart_proxy.proxy.dialects.upstream_errors import error_in, refused
 from llama_smart_proxy.proxy.errors import ContextExceeded, ProxyError, UpstreamFailed, let_go
 from llama_smart_proxy.proxy.http.headers import RECORD, downstream_headers
 from llama_smart_proxy.proxy.http.response import ResponseWriter, WholeResponse
+from llama_smart_proxy.proxy.stream.decoder import Progressed
 from llama_smart_proxy.proxy.stream.upstream import (
     Attempts,
     frame_too_long,
@@ -50,8 +50,6 @@ _STREAMS: dict[str, type[EventSplitter] | type[LineSplitter]] = {
     "text/event-stream": EventSplitter,
     "application/x-ndjson": LineSplitter,
 }
-Progressed = Callable[[Json], None]
-"""Called with llama-server's `prompt_progress`: how much of the prompt it has processed."""
 PROGRESS = b'"prompt_progress"'
 Unstreamed = Callable[[UpstreamResponse], Awaitable[web.StreamResponse]]
 """Answers a request for a stream although the server's answer, of which nothing was read yet, is none, or one for a
@@ -196,7 +194,7 @@ async def _stream(
     reports = _Reports(type(splitter)(), progressed) if progressed is not None else None
     failure: ProxyError | None = None
     try:
-        while not response.begun and (data := await upstream.piece()):
+        while response.waiting and (data := await upstream.piece()):
             if not sink.start(data, reports):
                 await sink.drained()
         await upstream.pipe(sink)
@@ -284,17 +282,20 @@ class _FrameSink:
         return b"".join((*self._earlier, self._last))
 
     def start(self, data: bytes, reports: _Reports | None) -> bool:
-        """As `feed`, until the answer has begun: comments of the server do not begin it, nor do its `reports`, which
-        the client does not get."""
+        """As `feed`, until there is something of the answer, which comments and announcements are not. The server's
+        `reports` do not reach the client."""
         if reports is not None:
             try:
                 data = reports.taken_from(data)
             except FrameTooLong:
                 self._failure = frame_too_long()
                 return False
-        if self._splitter.has_content(self._splitter.rest + data):
-            self._response.begin()
-            data += reports.rest if reports is not None else b""
+        frames = self._splitter.rest + data
+        if self._splitter.has_content(frames):
+            self._response.begun = True
+            if not self._dialect.is_announcement(frames):
+                self._response.begin()
+                data += reports.rest if reports is not None else b""
         return not data or self.feed(data)
 
     def feed(self, data: bytes) -> bool:
@@ -332,7 +333,7 @@ class _FrameSink:
             failure = failure or _error_of(rest) or incomplete()
             logger.warning("stream aborted: %s", failure)
             closing = dialect.error_event(failure) + closing
-        if not self._response.begun:
+        if self._response.waiting:
             self._response.begin()
         if closing:
             self._response.feed(closing)

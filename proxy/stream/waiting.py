@@ -6,11 +6,15 @@ One timer serves all of them. A request whose answer begins within a second cost
 from __future__ import annotations
 
 import asyncio
+import logging
+import time
 from contextlib import suppress
 
 from aiohttp import web
-from multidict import MultiMapping
+from multidict import MultiMapping, istr
 
+from llama_smart_proxy.backends.base import Feature, Model
+from llama_smart_proxy.backends.names import LONGEST_NAME
 from llama_smart_proxy.backends.progress import Progress
 from llama_smart_proxy.proxy.chat import Json
 from llama_smart_proxy.proxy.chat.status import status_line
@@ -18,6 +22,9 @@ from llama_smart_proxy.proxy.config import ServerConfig
 from llama_smart_proxy.proxy.dialects.base import ClientCodec, Dialect
 from llama_smart_proxy.proxy.errors import ProxyError
 from llama_smart_proxy.proxy.http.response import ResponseWriter
+from llama_smart_proxy.proxy.stream.decoder import Progressed
+
+logger = logging.getLogger(__name__)
 
 LOOK_S = 1.0
 """Seconds from the beginning of a wait to the headers, and between two looks at what there is to send."""
@@ -31,26 +38,35 @@ SLACK_S = 0.05
 """Looks that are due within so many seconds are taken together."""
 KINDS = ("status", "notification", "source", "citation")
 """The kinds of events. Source: Open WebUI 0.12.4."""
-_OPEN_WEBUI = ("X-OpenWebUI-Chat-Id", "X-OpenWebUI-User-Id", "X-OpenWebUI-User-Email", "X-OpenWebUI-User-Name")
+_now = time.monotonic
+_CHAT_ID, _USER_ID = istr("X-OpenWebUI-Chat-Id"), istr("X-OpenWebUI-User-Id")
+"""Those of the headers of Open WebUI that each of its requests for a chat has, if it forwards any."""
 
 
 class Waits:
     """The clients that wait for a stream, in the order in which they are looked at next."""
 
     def __init__(self, config: ServerConfig) -> None:
-        self.config = config
+        self.stall_s = config.send_stall_s
+        self.thinks = config.loading_status != "off"
+        """Whether clients without events get status lines as reasoning."""
+        self._early = config.early_headers
+        self._events = config.status_events
         self._waiting: dict[Wait, None] = {}
         self._timer: asyncio.TimerHandle | None = None
 
+    @property
+    def count(self) -> int:
+        """How many wait."""
+        return len(self._waiting)
+
     def add(self, wait: Wait) -> None:
         """Look at `wait` in a second, and every second from then on."""
-        if not self.config.early_headers:
-            return
-        loop = asyncio.get_running_loop()
-        wait.due_s = loop.time() + LOOK_S
-        self._waiting[wait] = None
-        if self._timer is None:
-            self._timer = loop.call_at(wait.due_s, self._look)
+        if self._early:
+            wait.due_s = _now() + LOOK_S
+            self._waiting[wait] = None
+            if self._timer is None:
+                self._timer = asyncio.get_running_loop().call_later(LOOK_S, self._look)
 
     def remove(self, wait: Wait) -> None:
         """Look at it no more."""
@@ -58,24 +74,31 @@ class Waits:
 
     def shows_events(self, headers: MultiMapping[str]) -> bool:
         """Whether the client with these headers shows events."""
-        if self.config.status_events != "auto":
-            return self.config.status_events == "on"
-        return any(name in headers for name in _OPEN_WEBUI) or "openwebui" in headers.get("User-Agent", "").lower()
+        if self._events != "auto":
+            return self._events == "on"
+        if _CHAT_ID in headers or _USER_ID in headers:
+            return True
+        client = headers.get("User-Agent", "")
+        return client[:4] == "Open" and client[4:].lstrip(" -").startswith("WebUI")
 
     def _look(self) -> None:
         self._timer = None
-        loop = asyncio.get_running_loop()
-        now = loop.time()
+        now = _now()
         for wait in list(self._waiting):
             if wait.due_s > now + SLACK_S:
-                self._timer = loop.call_at(wait.due_s, self._look)
-                return
+                break
             del self._waiting[wait]
-            if wait.look(now):
+            try:
+                again = wait.look(now)
+            except Exception as exc:  # the fault of a backend's description must not silence all others
+                logger.error("a client waits without signs of life: the description of its wait failed", exc_info=exc)
+                continue
+            if again:
                 wait.due_s = now + LOOK_S
                 self._waiting[wait] = None
         if self._waiting:
-            self._timer = loop.call_at(next(iter(self._waiting)).due_s, self._look)
+            soonest = next(iter(self._waiting)).due_s
+            self._timer = asyncio.get_running_loop().call_later(max(soonest - _now(), 0), self._look)
 
 
 class Wait:
@@ -85,45 +108,27 @@ class Wait:
     `codec` is that of its endpoint, if that has one. A request for a whole answer has a `Wait` that is never started.
     """
 
-    __slots__ = (
-        "_codec",
-        "_dialect",
-        "_events",
-        "_held",
-        "_progress",
-        "_said",
-        "_sent_s",
-        "_shown",
-        "_since_s",
-        "_text",
-        "_thought_s",
-        "_waits",
-        "due_s",
-        "model",
-        "reading",
-        "response",
-    )
+    due_s = 0.0
+    """When it is looked at next, by `time.monotonic()`."""
+    model = ""
+    _events: bool | None = None  # whether the client shows events, once that was looked up
+    _progress: Progress | None = None
+    _said = ""  # by an agent
+    _reading = ""  # how far the server has read the prompt
+    _shown = ""  # the status line that the client shows
+    _text = ""  # that, without the time
+    _since_s = _sent_s = _thought_s = 0.0
 
     def __init__(self, waits: Waits, http: web.BaseRequest, dialect: Dialect, codec: ClientCodec | None) -> None:
-        self.response = ResponseWriter(http, waits.config.send_stall_s)
-        self.model = ""
-        self.due_s = 0.0
-        self.reading = ""
-        """How far the model's server has read the prompt; empty if that is not known."""
+        self.response = ResponseWriter(http, waits.stall_s)
         self._waits = waits
         self._dialect = dialect
         self._codec = codec
-        self._events: bool | None = None  # whether the client shows events, once that was looked up
         self._held: list[bytes] = []  # events of agents before the headers
-        self._progress: Progress | None = None
-        self._said = ""  # by an agent
-        self._shown = ""  # the status line that the client shows
-        self._text = ""  # that, without the time
-        self._since_s = self._sent_s = self._thought_s = 0.0
 
     def start(self, model: object) -> None:
         """The wait begins, for an answer of `model`, as the request names it."""
-        self.model = model if isinstance(model, str) else ""
+        self.model = model[:LONGEST_NAME] if isinstance(model, str) else ""
         self.response.on_begin = self._over
         self._waits.add(self)
 
@@ -141,22 +146,36 @@ class Wait:
     def shows_events(self) -> bool:
         """Whether the client shows events."""
         if self._events is None:
-            shows = self._codec is not None and bool(self._codec.event("status", {}))
+            shows = self._codec is not None and self._codec.has_events and self.response.on_begin is not None
             self._events = shows and self._waits.shows_events(self.response.http.headers)
         return self._events
 
     def asks(self) -> Progress | None:
-        """From now on the request waits for the model: its progress, None if the client is shown none."""
-        self._said = ""
-        if self._progress is None and (self.shows_events or self._waits.config.loading_status != "off"):
-            self._progress = Progress()
+        """From now on the request waits for the model: its progress, None if the client does not wait for a stream."""
+        if self.response.on_begin is None:
+            return None
+        self._said = self._reading = ""
+        self._progress = Progress()
         return self._progress
+
+    def asks_for_reports(self, model: Model, body: Json) -> Progressed | None:
+        """Let `body` ask the server of `model` how far it has read the prompt, if the client is shown that. Returns
+        what gets the reports; None if the server is not asked, or by the client itself."""
+        if Feature.PROGRESS not in model.features or not self.shows_events or "return_progress" in body:
+            return None
+        body["return_progress"] = True
+        return self._read
+
+    def _read(self, report: Json) -> None:
+        done, total = report.get("processed"), report.get("total")
+        if isinstance(done, int) and isinstance(total, int) and 0 < done <= total:
+            self._reading = f"Reading your prompt: {100 * done // total} %"
 
     def status(self, text: str) -> None:
         """From now on the client waits for `text`, which an agent says; empty if it does so no more."""
         if self.response.ended or self.response.on_begin is None:
             return
-        self._said = text
+        self._said, self._reading = text, ""
         if self.response.begun and not self.response.waiting and text:
             self.response.waiting = True
             self._since_s = 0.0
@@ -195,7 +214,7 @@ class Wait:
         return False
 
     def _due(self, now: float) -> bytes:
-        config, waited_s = self._waits.config, now - self._since_s
+        waited_s = now - self._since_s
         quiet_s = now - self._sent_s + SLACK_S
         if self.shows_events:
             text = self._described(waited_s)
@@ -206,7 +225,7 @@ class Wait:
                 return b""
             self._shown = f"{text} ({waited_s:.0f} s)"
             return self._status(self._shown, done=False)
-        if config.loading_status != "off" and self._codec is not None and not self.response.begun:
+        if self._waits.thinks and self._codec is not None and not self.response.begun:
             text = self._described(waited_s)
             if text != self._text and now - self._thought_s + SLACK_S >= THOUGHT_S:
                 self._text, self._thought_s = text, now
@@ -216,7 +235,7 @@ class Wait:
 
     def _described(self, waited_s: float) -> str:
         """What the client waits for."""
-        known = self._said or self.reading or (self._progress.text if self._progress is not None else "")
+        known = self._said or self._reading or (self._progress.text if self._progress is not None else "")
         return " ".join(known.split()) or f"Waiting for {self.model or 'the model'}, {waited_s:.0f} s"
 
     def _status(self, text: str, *, done: bool) -> bytes:
@@ -229,11 +248,11 @@ class Wait:
     def _over(self) -> None:
         """The first piece follows at once."""
         self._waits.remove(self)
-        self._said = self.reading = self._text = ""
         if self._shown:
             self.response.feed(self._status(self._shown, done=True))
-            self._shown = ""
-        self._flush()
+            self._shown = self._text = ""
+        if self._held:
+            self._flush()
 
     def _flush(self) -> None:
         for frame in self._held if self.response.opened else ():

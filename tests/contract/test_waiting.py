@@ -16,6 +16,7 @@ import ollama
 import openai
 import pytest
 
+from llama_smart_proxy.proxy.chat.status import STATUS_MARK
 from llama_smart_proxy.proxy.stream import waiting
 from tests.support import raw_client
 from tests.support.agent_clients import WAYS, Said, Way, write_agent
@@ -42,8 +43,9 @@ async def served(fakes: Fakes, gate: Gate, agents: dict[str, str] | None = None,
     models = {"slow": fakes.model(LOAD_UNTIL=gate), "bad": fakes.model(LOAD_UNTIL=gate, EXIT="3@loaded")}
     config = fakes.config(models, size=1) | {"server": server, "agents": list(agents or ())}
     for name, source in (agents or {}).items():
-        write_agent(fakes.folder / "agents", name, source)
-        config["agents_dirs"] = [str(fakes.folder / "agents")]
+        if source:  # else it is one of those that are shipped
+            write_agent(fakes.folder / "agents", name, source)
+            config["agents_dirs"] = [str(fakes.folder / "agents")]
     async with served_here(config) as (_, port):
         yield port
 
@@ -183,6 +185,8 @@ async def test_official_clients_ignore_signs_of_life_and_raise_for_an_error_afte
 
 CHAT = next(way for way in STREAMS if way.path == "/v1/chat/completions")
 RESEARCH = """
+import os
+
 class Research(Agent):
     command = "research"
 
@@ -196,11 +200,10 @@ class Research(Agent):
             if chunk.text == "t1 ":
                 await ctx.event("notification", {"type": "info", "content": "half"})
                 await ctx.status("Counting")
-                while not ctx.state.get("counted"):
+                while "x-until" in ctx.headers and not os.path.exists(ctx.headers["x-until"]):
                     await asyncio.sleep(0.01)
-                    ctx.state["counted"] = ctx._facts.wait._shown == "Counting" or not ctx._facts.wait.shows_events
 """
-"""An agent that waits until its line is shown."""
+"""An agent that waits in the middle of an answer until the file is there that the client names."""
 
 
 def events_of(data: bytes) -> list[Any]:
@@ -264,13 +267,17 @@ async def test_a_status_line_is_gone_before_an_error(fakes: Fakes, gate: Gate) -
 async def test_what_an_agent_reports_is_shown_beside_the_answer_at_its_place(
     fakes: Fakes, gate: Gate, headers: list[tuple[str, str]]
 ) -> None:
-    async with served(fakes, gate, {"research": RESEARCH}) as port:
-        body = CHAT.body("/research hi", model="slow")
-        async with asked(port, CHAT, body, headers) as client:
-            await client.head()
-            gate.open()
-            data, _ = await rest_of(client)
-    events = events_of(data)
+    gate.open()
+    until, body = fakes.folder / "until", CHAT.body("/research hi", model="slow")
+    named = [*headers, ("X-Until", str(until))]
+    data = b""
+    async with served(fakes, gate, {"research": RESEARCH}) as port, asked(port, CHAT, body, named) as client:
+        await client.head()
+        while (b"Counting" if headers else SIGNS[0]) not in data.partition(b"t1 ")[2]:
+            data += await client.chunk()
+        until.touch()
+        rest, _ = await rest_of(client)
+    events = events_of(data + rest)
     texts = [event for event in events if isinstance(event, str)]
     assert "".join(texts).startswith("t0 t1 t2")
     if not headers:
@@ -292,3 +299,75 @@ async def test_events_of_agents_reach_no_other_api(fakes: Fakes, gate: Gate, way
     assert (b'{"event"' in data) is (way is CHAT)
     if way is not CHAT:
         assert read(way, data, intact).text.startswith("t0 t1 t2")
+
+
+READING = b"Reading your prompt: 40 %"
+REPORT = b'"prompt_progress"'
+
+
+@pytest.mark.parametrize(
+    ("headers", "fields", "awaited"),
+    [(OPEN_WEBUI, {}, READING), (OPEN_WEBUI, {"return_progress": True}, REPORT), ([], {}, b": waiting")],
+    ids=["open-webui", "asked for", "others"],
+)
+@pytest.mark.parametrize("command", ["", "/research "], ids=["relayed", "agent"])
+async def test_open_webui_is_shown_how_far_the_prompt_is_read_and_gets_no_reports_that_it_did_not_ask_for(
+    fakes: Fakes,
+    gate: Gate,
+    headers: list[tuple[str, str]],
+    fields: dict[str, Any],
+    awaited: bytes,
+    command: str,
+) -> None:
+    gate.open()
+    token = fakes.folder / "token"
+    body = CHAT.body(command + json.dumps({"fake": {"tokens": 1, "last_at": str(token)}}), model="slow", **fields)
+    data = b""
+    async with served(fakes, gate, {"research": RESEARCH}) as port, asked(port, CHAT, body, headers) as client:
+        await client.head()
+        while awaited not in data or not fakes.generated():
+            data += await client.chunk()
+        token.touch()
+        rest, _ = await rest_of(client)
+    assert (READING in data + rest, REPORT in data + rest) == (awaited == READING, awaited == REPORT)
+    assert [bool(body.get("return_progress")) for body in fakes.generated()] == [bool(headers)]
+    assert "".join(event for event in events_of(rest) if isinstance(event, str)) == "t0 "
+
+
+@by_way
+async def test_other_clients_get_the_status_as_reasoning_if_that_is_configured(
+    fakes: Fakes, gate: Gate, way: Way
+) -> None:
+    body = way.body("hi", model="slow")
+    async with served(fakes, gate, loading_status="reasoning") as port, asked(port, way, body) as client:
+        await client.head()
+        first = await client.chunk()
+        gate.open()
+        said = read(way, *await rest_of(client))
+    if way.path in ("/v1/chat/completions", "/api/chat", "/api/generate"):
+        status = read(way, first + way_end(way))
+        assert status.reasoning.startswith(STATUS_MARK + "Waiting for slow, ") and status.text == ""
+    else:
+        assert is_sign(way, first), "there is no place for it that does not depend on the rest of the answer"
+    assert said.text.startswith("t0 t1")
+
+
+def way_end(way: Way) -> bytes:
+    """The end of a stream without text."""
+    if way.path.startswith("/api/"):
+        return b'{"message": {"content": ""}, "response": "", "done": true, "done_reason": "stop"}\n'
+    return b'data: {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}\n\ndata: [DONE]\n\n'
+
+
+async def test_parallel_reports_whom_it_asks_in_place_of_silence(fakes: Fakes, gate: Gate) -> None:
+    body, data = CHAT.body("/parallel hi", model="slow"), b""
+    async with served(fakes, gate, {"parallel": ""}) as port, asked(port, CHAT, body, OPEN_WEBUI) as client:
+        await client.head()
+        while b"Asking slow, 3 times" not in data:
+            data += await client.chunk()
+        gate.open()
+        rest, _ = await rest_of(client)
+    events = events_of(data + rest)
+    first = next(at for at, event in enumerate(events) if isinstance(event, str))
+    lines = lines_of(events)
+    assert lines == lines_of(events[:first]) and lines[-1][1:] == (True, True)

@@ -41,6 +41,7 @@ class Form:
         self.alias, self.texts, self.call = alias, texts, call
         self.answers = int(body.get("n") or 1)  # told apart by a number behind each token, if that was not asked for
         self.thoughts = ""
+        self.reports = bool(body.get("return_progress"))  # of the prompt, up to 40 %, before the first token
         self.usage = bool((body.get("stream_options") or {}).get("include_usage"))
         self.stream = bool(body.get("stream"))
         self.begun = time.monotonic()
@@ -125,6 +126,10 @@ class Chats(Texts):
 
     def first(self) -> bytes:
         events = [data(self.piece({"role": "assistant", "content": None}, None, n)) for n in range(self.answers)]
+        if self.reports:
+            reported = [{"total": 50, "cache": 0, "processed": done, "time_ms": 1} for done in (0, 20)]
+            role = self.piece({"role": "assistant", "content": None})
+            events = [data({**role, "prompt_progress": report}) for report in reported]
         if self.thoughts:
             events.append(data(self.piece({"reasoning_content": self.thoughts})))
         return b"".join(events)

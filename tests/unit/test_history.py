@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from llama_smart_proxy.proxy.chat.status import status_line
 from llama_smart_proxy.proxy.config import Config
 from llama_smart_proxy.proxy.dialects.anthropic import MESSAGES
 from llama_smart_proxy.proxy.dialects.base import ClientCodec
@@ -101,6 +102,27 @@ def test_an_error_shown_in_an_answer_is_no_part_of_it(codec: ClientCodec) -> Non
         assert read(codec, chat(("Why?", answer))).messages == chat(("Why?", ""))
     for answer in ("Write **Error:** there", f"{error}\n\nThat is what it shows.", f"{error} {'x' * 1000}"):
         assert read(codec, chat(("Why?", answer))).messages is None
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_status_lines_in_front_of_the_reasoning_are_no_part_of_it(codec: ClientCodec, name: str) -> None:
+    shown = status_line("Loading m, about\n8 s") + status_line("Loading m, about 3 s")
+    contents: tuple[dict[str, Any], ...] = (
+        {"content": "Hello!"},
+        {"content": None, "tool_calls": [{"id": "1"}]},
+        {"content": {}},
+    )
+    question: dict[str, Any] = {"role": "user", "content": "hi"}
+    for thoughts in ("Hm.\n\u23f3 it is late.", ""):
+        for fields in contents:
+            answer = {"role": "assistant", **fields, name: shown + thoughts}
+            clean = {"role": "assistant", **fields, **({name: thoughts} if thoughts else {})}
+            for messages in ([question, answer, *chat()], [*chat(), answer]):
+                expected = [clean if message is answer else message for message in messages]
+                assert read(codec, messages).messages == expected
+            assert read(codec, [clean, *chat()]).messages is None
+    assert read(codec, [{"role": "user", "content": "hi", name: shown}, *chat()]).messages is None
 
 
 @pytest.mark.parametrize("codec", CODECS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import orjson
 
 from llama_smart_proxy.proxy.chat import Json
-from llama_smart_proxy.proxy.dialects.base import Dialect, counts, has_line, last_objects
+from llama_smart_proxy.proxy.dialects.base import Dialect, counts, has_line, has_only, last_objects
 from llama_smart_proxy.proxy.dialects.openai import OPENAI
 from llama_smart_proxy.proxy.errors import ProxyError
 
@@ -38,6 +38,7 @@ RESPONSES = Dialect(
         events, b"event: response.completed", b"event: response.incomplete", b"event: response.failed"
     ),
     is_error=lambda events: has_line(events, b"event: error") or OPENAI.is_error(events),
+    is_announcement=has_only(b"response.created", b"response.queued", b"response.in_progress"),
     sign_of_life=OPENAI.sign_of_life,
 )
 """Source: the OpenAI API reference, streaming events of the Responses API."""
