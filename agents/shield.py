@@ -7,46 +7,19 @@ user's model they delay the next question, evict the model, or overwrite its pro
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import get_args
 
 from pydantic import Field, field_validator
 
-from llama_smart_proxy import Agent, ChatRequest, ChunkStream, Context, Options
-
-Kind = Literal["title", "tags", "follow_ups", "queries", "image_prompt", "autocomplete", "emoji"]
-BEGINNINGS: dict[Kind, tuple[str, ...]] = {
-    "title": (
-        r"### Task:\s+Generate a concise, \d-\d word title\b",
-        r"### Task:\s+Generate a concise title summarizing the chat",
-        r"(?:Please generate|Provide) a concise, 5-word-or-less title for the conversation",
-        r"Please generate a concise title \(max \d+ characters\) for a conversation",
-        r"Analyze this conversation and provide:\s+1\. The detected language",
-        r"Based on the chat history, give this conversation a (?:name|title)\.",
-        r"Generate a concise, descriptive title for this conversation based on",
-        r"You are a professional conversation summarizer\. Generate a concise title",
-        r"You are an assistant skilled in conversation\. You need to summarize .{0,40} into a title",
-        r"You are an AI conversation titles assistant",
-        r"You are a chat thread titling assistant",
-    ),
-    "tags": (r"### Task:\s+Generate \d-\d broad tags",),
-    "follow_ups": (
-        r"### Task:\s+Suggest \d-\d relevant follow-up",
-        r"### Task:\s+Predict \d-\d useful messages this user might naturally send next",
-    ),
-    "queries": (
-        r"### Task:\s+Analyze the chat history to determine the necessity of generating",
-        r"You are an AI question rephraser\b",
-    ),
-    "image_prompt": (r"### Task:\s+Generate a detailed prompt for a[mn]? image generation",),
-    "autocomplete": (r"### Task:\s+You are an autocompletion system",),
-    "emoji": (r"Your task is to reflect the speaker's likely facial expression",),
-}
-"""Regular expressions for the beginnings of the prompts of each kind, in the system prompt or the user's text.
-
-Those without `### Task:` are titles of LibreChat, Chatbox, n8n, Lobe, Cherry Studio, big-AGI and Hugging Face's
-chat-ui, in this order, and queries of Cherry Studio and Perplexica; the others are Open WebUI's, 0.5 to 0.12. Its
-prompt for a question over documents begins with `### Task:` as well, but is a question of the user.
-"""
+from llama_smart_proxy import (
+    Agent,
+    BackgroundKind,
+    ChatRequest,
+    ChunkStream,
+    Context,
+    Options,
+    background_kind,
+)
 
 
 class Shield(Agent):
@@ -71,8 +44,8 @@ class Shield(Agent):
             description="Otherwise the slot of llama-server for them, preferably 0, as chats get the last one first. "
             "Requires a model with parallel >= 2.",
         )
-        kinds: list[Kind] = Field(
-            default=list(BEGINNINGS), description="The kinds of prompts to handle; by default all."
+        kinds: list[BackgroundKind] = Field(
+            default=list(get_args(BackgroundKind)), description="The kinds of prompts to handle; by default all."
         )
         patterns: list[str] = Field(
             default=[], description="Regular expressions for the beginnings of further prompts."
@@ -111,8 +84,10 @@ def is_background(request: ChatRequest, config: Shield.Config) -> bool:
     if any(message.get("role") not in ("system", "developer", "user") for message in request.messages):
         return False
     texts = [text.lstrip() for text in (request.last_user_text, request.system) if text]
-    beginnings = [beginning for kind in config.kinds for beginning in BEGINNINGS[kind]] + config.patterns
-    return any(re.match(beginning, text) for text in texts for beginning in beginnings)
+    return any(
+        background_kind(text) in config.kinds or any(re.match(pattern, text) for pattern in config.patterns)
+        for text in texts
+    )
 
 
 async def _fits(small: str, requested: str, ctx: Context) -> bool:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from llama_smart_proxy.backends.http.exchange import Timeouts, UpstreamResponse
     from llama_smart_proxy.backends.pool.pool import Pool
     from llama_smart_proxy.backends.progress import Progress
+    from llama_smart_proxy.backends.tasks import Task
     from llama_smart_proxy.backends.weights.downloads import Download, Downloads
     from llama_smart_proxy.proxy import config as configuration
     from llama_smart_proxy.proxy.errors import ProxyError
@@ -30,8 +31,8 @@ class Priority(IntEnum):
     """The class of a request for the scheduler; a lower value is served first."""
 
     PERSON = 0
-    TASK = 1  # a background prompt of a chat UI
-    HELPER = 2  # a side call of an agent
+    TASK = 1  # a background prompt of a chat UI, and side calls for one
+    HELPER = 2  # a side call of an agent after the answer
     BATCH = 3
 
 
@@ -56,6 +57,7 @@ class UpstreamRequest:
     `/tokenize` do not. Without `wait`, a request that would have to wait for its model to load or for a free slot fails
     at once (`Overloaded`, code `no_slot_now`). `client` identifies the client, empty if unknown. `prepared` is the
     result of the model's `prepare` for this request. `progress`, if there is one, is kept up to date while it waits.
+    `task` is set for a background prompt.
     """
 
     method: str
@@ -68,6 +70,7 @@ class UpstreamRequest:
     client: str = ""
     prepared: object = None
     progress: Progress | None = None
+    task: Task | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,6 +124,7 @@ async def _serve(app: App, config: Config, supervisor: Supervisor) -> int:
             _log_agents(app.plugins)
             for problem in await app.proxy.inspection.problems():
                 logger.warning("%s", problem)
+            showing = asyncio.ensure_future(supervisor.show(app.proxy.feed))
             await stop.asked.wait()
             supervisor.stopping()
             drain_s = config.server.drain_s
@@ -131,6 +132,7 @@ async def _serve(app: App, config: Config, supervisor: Supervisor) -> int:
             if supervisor.sockets:
                 await _leave_sockets(listeners)
             await _drain(app, front, listeners, stop, drain_s)
+            showing.cancel()
         return 0
     finally:
         if not await stop.ends_before(app.close(), stop.at_once):

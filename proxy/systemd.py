@@ -10,9 +10,10 @@ import faulthandler
 import logging
 import os
 import socket
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, suppress
 
+from llama_smart_proxy.backends.feed import Feed, Kind
 from llama_smart_proxy.proxy.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -49,9 +50,17 @@ class Supervisor:
         """No more requests are accepted. Signs of life go on, as the answers in progress may take long."""
         self._notify("STOPPING=1")
 
-    def status(self, text: str) -> None:
-        """One line that `systemctl status` shows."""
-        self._notify(f"STATUS={' '.join(text.split())}")
+    async def show(self, feed: Feed) -> None:
+        """Keep the line that `systemctl status` shows up to date: the models that are loaded, and those that load."""
+        states: dict[str, object] = {}
+        shown = ""
+        with feed.subscribe() as subscription:
+            while self.present and (events := await subscription.events()):
+                states.update((event.name, event.data.get("state")) for event in events if event.kind is Kind.MODEL)
+                parts = [_listed(state, states) for state in ("loaded", "loading", "unloading")]
+                if (text := "; ".join(filter(None, parts)) or "no model loaded") != shown:
+                    shown = text
+                    self._notify(f"STATUS={text}")
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -76,6 +85,11 @@ class Supervisor:
         if self._notifications is not None:
             with suppress(OSError):  # it does not read, or has left: the service goes on
                 self._notifications.send(line.encode())
+
+
+def _listed(state: str, states: Mapping[str, object]) -> str:
+    names = sorted(name for name, found in states.items() if found == state)
+    return f"{state}: {', '.join(names)}" if names else ""
 
 
 def _inherited(given: MutableMapping[str, str]) -> list[socket.socket]:

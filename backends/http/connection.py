@@ -171,6 +171,8 @@ class ConnectionPool:
         response.generates = request.slot
         try:
             connection.send(response, self._head(request) + request.body)
+            if request.task is not None:
+                request.task.sends(response)
             await response.head()
             check_redirect(response.status, response.header("location"))
         except BaseException as exc:

@@ -174,6 +174,11 @@ class UpstreamResponse:
         self._wake()
 
     @property
+    def begun(self) -> bool:
+        """Whether any of its body has arrived."""
+        return self._body_started
+
+    @property
     def broken(self) -> bool:
         """Whether the exchange has failed."""
         return self._error is not None

@@ -14,10 +14,12 @@ from llama_smart_proxy.backends.base import UpstreamRequest
 from llama_smart_proxy.backends.http.connection import ConnectionPool, Endpoint
 from llama_smart_proxy.backends.llamacpp.arguments import required_by, takes_projector
 from llama_smart_proxy.backends.llamacpp.command import build_argv, child_env, server_command
+from llama_smart_proxy.backends.llamacpp.notices import FAREWELL, ROUTER, Notices, reports
 from llama_smart_proxy.backends.pool.launcher import Command, CommandFor, HttpLauncher, PoolModel, Report, Source
 from llama_smart_proxy.backends.pool.readiness import is_up, prove_ours, wait_until
 from llama_smart_proxy.backends.pool.sockets import SocketFolder
 from llama_smart_proxy.backends.weights import hub, projectors
+from llama_smart_proxy.backends.weights.filenames import all_parts
 from llama_smart_proxy.backends.weights.files import locate, resolve
 from llama_smart_proxy.backends.weights.gguf import GgufError, read_info
 from llama_smart_proxy.proxy.config import ModelConfig
@@ -93,6 +95,8 @@ class LlamaCppLauncher(HttpLauncher):
         except ConfigError as exc:
             raise StartFailed(str(exc)) from exc
         required_args = self._required_by(gguf) if isinstance(gguf, Path) else []
+        size = _size(gguf) if isinstance(gguf, Path) else 0
+        asked = {ROUTER: "1"} if reports(program[0]) else {}
 
         def command_for(listen: Endpoint, key: str) -> Command:
             if new_socket is not None:
@@ -107,8 +111,9 @@ class LlamaCppLauncher(HttpLauncher):
                 required_args=required_args,
                 default_args=self._default_args,
             )
-            env = child_env(os.environ, self._model.env, key, self._passthrough)
-            return Command(argv, env, listen, listens=not self._unauthenticated)
+            env = child_env(os.environ, {**asked, **self._model.env}, key, self._passthrough)
+            farewell = FAREWELL if ROUTER in env else b""
+            return Command(argv, env, listen, not self._unauthenticated, size, farewell)
 
         return command_for
 
@@ -121,6 +126,9 @@ class LlamaCppLauncher(HttpLauncher):
             return required_by(read_info(gguf).metadata, self._model.ctx, args) + flags
         except GgufError:
             return flags
+
+    def reader(self, on_share: Callable[[float], None]) -> Callable[[bytes], bytes] | None:
+        return Notices(on_share)
 
     async def ready(self, connections: ConnectionPool, patience_s: Callable[[], float]) -> int:
         if self._unauthenticated:
@@ -162,6 +170,14 @@ def pool_model(
         download = hub.download_name(model.repo, model.variant)
         source = Source(download, partial(locate, name, model), hub.work(model.repo, model.variant))
     return PoolModel(name, launcher, model.pinned, model.keep_alive, source, model.title or "")
+
+
+def _size(gguf: Path) -> int:
+    """Bytes of all parts of a model; 0 if they cannot be looked at."""
+    try:
+        return sum(gguf.with_name(part).stat().st_size for part in all_parts(gguf.name))
+    except OSError:
+        return 0
 
 
 def _projector(gguf: Path) -> list[str]:

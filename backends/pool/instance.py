@@ -10,7 +10,7 @@ from contextlib import suppress
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from llama_smart_proxy.backends.http.connection import ConnectionPool, Endpoint
 from llama_smart_proxy.backends.http.exchange import Timeouts
@@ -20,7 +20,7 @@ from llama_smart_proxy.backends.pool.launcher import Command, CommandFor, PoolMo
 from llama_smart_proxy.backends.pool.logring import LogRing
 from llama_smart_proxy.backends.pool.messages import describe_exit, without_secrets
 from llama_smart_proxy.backends.pool.ports import Ports, is_free, listens
-from llama_smart_proxy.backends.pool.readiness import Foreign, NotOurs, TakesAnyKey, new_key, wait_until
+from llama_smart_proxy.backends.pool.readiness import Foreign, NotOurs, TakesAnyKey, new_key, read_within, wait_until
 from llama_smart_proxy.backends.pool.spawn import Child, spawn
 from llama_smart_proxy.backends.pool.watch import Watch, look_s
 from llama_smart_proxy.backends.threads import log_failure, run_in_thread
@@ -29,11 +29,7 @@ from llama_smart_proxy.proxy.errors import ProxyError, StartFailed
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 BIND_ATTEMPTS = 3
-PREPARE_S = 60.0
-"""Longest wait for a disk with a model's files, which may have to spin up, be mounted first, or not answer at all."""
 QUOTED_LINES = 10
 """How many lines of a server's output the log and `/health` show of a failure."""
 BEFORE_STOP_SHARE = 0.5
@@ -93,6 +89,7 @@ class Instance:
         self._log = LogRing()
         self._command: Command | None = None
         self._child: Child | None = None
+        self._reader: Callable[[bytes], bytes] | None = None
         self._exit: asyncio.Future[None]
         self._starting: asyncio.Task[None]
         self._life: asyncio.Task[None]
@@ -225,6 +222,8 @@ class Instance:
         level = logging.ERROR if self.error is not None and state is not State.STOPPED else logging.INFO
         logger.log(level, "%s: %s -> %s after %.3f s: %s", self.name, self.state, state, now - self._since, cause)
         self.state, self._since = state, now
+        if self.share is not None:
+            self._set_share(None)
         if state is not State.READY:
             self._over.set()
             if hasattr(self, "connections"):
@@ -270,7 +269,9 @@ class Instance:
         loop = asyncio.get_running_loop()
         self._exit = loop.create_future()
         self._command = command_for(Endpoint(self._ports.host, self.port), self._key)
-        self._child = spawn(self._command.argv, self._command.env, self._printed, self._exited)
+        self._reader = self.model.launcher.reader(self._set_share)
+        command = self._command
+        self._child = spawn(command.argv, command.env, self._printed, self._exited, command.farewell)
         self.pid = self._child.pid
         self._last_output = loop.time()
         return self._child
@@ -312,11 +313,14 @@ class Instance:
 
     async def _prove(self, child: Child) -> None:
         """Nothing is sent to what listens there before it is known to be our child."""
-        launcher = self.model.launcher
+        launcher, command = self.model.launcher, self._command
+        assert command is not None
         await wait_until(self.connections.accepts, self._patience_s)
-        owned = await self._is_owned(child)
-        if owned is False and self._command is not None and self._command.listens:
-            raise Foreign
+        while (owned := await self._is_owned(child)) is False and command.listens:
+            if not is_free(command.endpoint.host, command.endpoint.port):
+                raise Foreign
+            # Who accepted listens no more: the child, as a rule, which is about to end.
+            await wait_until(self.connections.accepts, self._patience_s)
         self._works_itself = owned is not False
         self.slots = await launcher.ready(self.connections, self._patience_s)
         await self._hook("after_ready", launcher.after_ready(self.connections), self._config.load_timeout_s)
@@ -340,7 +344,13 @@ class Instance:
 
     def _printed(self, data: bytes) -> None:
         self._last_output = asyncio.get_running_loop().time()
-        self._log.feed(data)
+        self._log.feed(self._reader(data) if self._reader is not None else data)
+
+    def _set_share(self, share: float | None) -> None:
+        """Neither 0 nor 1 shows anything: a server may read its file only when it is used, long after either."""
+        before, self.share = self.share, share if share is not None and 0 < share < 1 else None
+        if self.share != before:
+            self._on_share(self)
 
     def _exited(self, returncode: int) -> None:
         if not self._exit.done():
@@ -382,14 +392,3 @@ class Instance:
         more = "; /health shows the end of its log" if lines else ", and printed nothing"
         message = f"Model '{self.name}' {what}{f': {cause}' if cause else ''}{more}."
         return StartFailed(message, log=lines[-QUOTED_LINES:], **fields)
-
-
-async def read_within(config: PoolConfig, name: str, look: Awaitable[T]) -> T:
-    """The result of a look at the files of the model `name`. Raises: `StartFailed` when their disk does not answer."""
-    limit_s = min(PREPARE_S, config.load_timeout_s)
-    try:
-        async with asyncio.timeout(limit_s):
-            return await look
-    except TimeoutError as exc:
-        message = f"Model '{name}' did not load: its files could not be read within {limit_s:g} s."
-        raise StartFailed(message, status=504, code="model_load_timeout") from exc

@@ -42,7 +42,8 @@ class Command:
     `listens`: the process itself, or one that it starts, listens there. Only then can the system prove that the server
     is this one, and how busy it is. It is False for a command that has its server started elsewhere: in a container, on
     another machine. `size_bytes` is how large the model's files are, 0 if unknown: how long starts take is learned for
-    that size.
+    that size. `farewell` is what is written to its standard input, beside the SIGTERM, to have it end; without one, its
+    input is empty.
     """
 
     argv: Sequence[str]
@@ -50,6 +51,7 @@ class Command:
     endpoint: Endpoint
     listens: bool = True
     size_bytes: int = 0
+    farewell: bytes = b""
 
 
 CommandFor = Callable[[Endpoint, str], Command]
@@ -81,6 +83,10 @@ class Launcher(Protocol):
 
     def preview(self) -> CommandFor:
         """As `prepare`, for display: files may be missing."""
+
+    def reader(self, on_share: Callable[[float], None]) -> Callable[[bytes], bytes] | None:
+        """What reads the output of one process: it is called with each piece, returns what is to be logged, and calls
+        `on_share` with how much is loaded, from 0 to 1. None if all is to be logged."""
 
     async def ready(self, connections: ConnectionPool, patience_s: Callable[[], float]) -> int:
         """Return once the server accepts requests, with the number of requests it processes in parallel.
@@ -136,6 +142,10 @@ class HttpLauncher:
 
     def preview(self) -> CommandFor:
         return self.prepare()
+
+    def reader(self, on_share: Callable[[float], None]) -> Callable[[bytes], bytes] | None:
+        """None: all of it is to be logged."""
+        return None
 
     async def ready(self, connections: ConnectionPool, patience_s: Callable[[], float]) -> int:
         if self.keyed_path is None:

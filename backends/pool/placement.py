@@ -22,7 +22,8 @@ class Target(Protocol):
 
 
 class Running(Protocol):
-    """A process of the pool. `awaited`: requests wait for its model. `draining`: it accepts no requests, to make room
+    """A process of the pool. `awaited`: requests wait for its model, `awaited_urgently`: not only background prompts.
+    `draining`: it accepts no requests, to make room
     for another model; `unloading`: neither, as it was requested to stop; `closed_since`: when that began."""
 
     @property
@@ -33,6 +34,8 @@ class Running(Protocol):
     def leases(self) -> int: ...
     @property
     def awaited(self) -> bool: ...
+    @property
+    def awaited_urgently(self) -> bool: ...
     @property
     def draining(self) -> bool: ...
     @property
@@ -51,10 +54,11 @@ R = TypeVar("R", bound=Running)
 @dataclass(frozen=True, slots=True)
 class Limits:
     """`size`: most processes at one time. `promised`: how many of those that are stopping make room for other targets,
-    which come first."""
+    which come first. `urgent`: the target is, so that models which only background prompts wait for make room."""
 
     size: int
     promised: int = 0
+    urgent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,22 +91,22 @@ def decide(target: Target, running: Sequence[R], limits: Limits) -> Start | Evic
         return Start()
     if sum(process.state is State.STOPPING for process in running) > limits.promised:
         return Wait(promised=True)
-    if (victim := choose_victim(running)) is not None:
+    if (victim := choose_victim(running, urgent=limits.urgent)) is not None:
         return Evict([victim])
     if all(process.pinned and not process.unloading and _is_live(process) for process in running):
         return Never()
     return Wait(promised=False)
 
 
-def choose_victim(running: Iterable[R]) -> R | None:
+def choose_victim(running: Iterable[R], *, urgent: bool = False) -> R | None:
     """The one to evict now, or None: never a pinned one, never one in use.
 
     First those drained for this purpose, then the least recently released among those whose model no request waits for,
-    last those that are still loading such a model.
+    last those that are still loading such a model. If it is `urgent`, background prompts do not count.
     """
     idle = (process for process in running if not process.pinned and process.leases == 0)
-    evictable = [process for process in idle if _is_unused(process) or _is_forsaken(process)]
-    return min(evictable, key=lambda p: (not p.draining, _is_forsaken(p), p.released_at), default=None)
+    evictable = [process for process in idle if _is_live(process) and _is_forsaken(process, urgent)]
+    return min(evictable, key=lambda p: (not p.draining, p.state is State.STARTING, p.released_at), default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,12 +154,9 @@ def _is_closed(process: Running) -> bool:
     return process.draining or process.unloading
 
 
-def _is_unused(process: Running) -> bool:
-    return process.state is State.READY and (process.draining or not process.awaited)
-
-
-def _is_forsaken(process: Running) -> bool:
-    return process.state is State.STARTING and not process.awaited
+def _is_forsaken(process: Running, urgent: bool) -> bool:
+    awaited = process.awaited_urgently if urgent else process.awaited
+    return not awaited or (process.draining and process.state is State.READY)
 
 
 def _is_live(process: Running) -> bool:

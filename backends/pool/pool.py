@@ -13,12 +13,13 @@ from functools import partial
 from pathlib import Path
 
 from llama_smart_proxy.backends.base import UpstreamRequest
-from llama_smart_proxy.backends.pool.instance import LOST_S, State, read_within
+from llama_smart_proxy.backends.pool.instance import LOST_S, State
 from llama_smart_proxy.backends.pool.launcher import PoolModel, Source
 from llama_smart_proxy.backends.pool.load_times import LoadTimes
 from llama_smart_proxy.backends.pool.news import News
 from llama_smart_proxy.backends.pool.orphans import kill_orphans
 from llama_smart_proxy.backends.pool.queue import Lease, ModelQueue
+from llama_smart_proxy.backends.pool.readiness import read_within
 from llama_smart_proxy.backends.pool.scheduler import Scheduler
 from llama_smart_proxy.backends.pool.status import described
 from llama_smart_proxy.backends.pool.waits import Wait
@@ -36,9 +37,9 @@ LOAD = UpstreamRequest("GET", "/", slot=False)
 class Pool:
     """At most `size` server processes, one for a model, started on demand and evicted when idle.
 
-    Requests for a model are served in the order of their arrival; a model that is loading or busy delays no other. One
-    that is not on this machine is fetched, once for all requests that wait, before it takes a place. Use it from the
-    event loop of the main thread.
+    Requests for a model are served in the order of their arrival, background prompts after all others; a model that is
+    loading or busy delays no other. One that is not on this machine is fetched, once for all requests that wait, before
+    it takes a place. Use it from the event loop of the main thread.
     """
 
     def __init__(self, config: PoolConfig, downloads: Downloads | None = None, times: LoadTimes | None = None) -> None:
@@ -77,15 +78,18 @@ class Pool:
         """
         if self._scheduler.closing:
             raise _shutting_down()
+        if request.task is not None:
+            request.task.arrives()
         queue = self._scheduler.queue(model)
         place = queue.place
-        if place is not None and place.has_room(request.slot) and not (request.slot and queue.slot_waiters):
-            lease = place.take(request.slot)
+        if place is not None and self._scheduler.admits(queue, place, request):
+            lease = place.take(request)
         elif not request.wait:
             message = f"Model '{model.name}' has no free slot now, and this call must not wait."
             raise Overloaded(message, code="no_slot_now")
         else:
-            if self._scheduler.queued + self._fetching.total() >= self._scheduler.config.queue_limit:
+            again = request.task is not None and request.task.breaks > 0
+            if not again and self._scheduler.queued + self._fetching.total() >= self._scheduler.config.queue_limit:
                 raise Overloaded("Too many requests are waiting for a model; try again later.")
             if not self._scheduler.config.autoload and (place is None or queue.cold or place.unloading):
                 message = f"model '{model.name}' is not loaded, and server_pool.autoload is false"
@@ -135,7 +139,7 @@ class Pool:
         if queue.place is None:
             await self._fetch(queue, LOAD)
         if queue.place is not None and queue.place.open:
-            lease = queue.place.take(False)  # that is a use, too: its time to live begins anew
+            lease = queue.place.take(LOAD)  # that is a use, too: its time to live begins anew
         else:
             lease = await self._wait(queue, LOAD)
         slots = len(lease.place.slots)

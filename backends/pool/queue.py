@@ -7,10 +7,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from llama_smart_proxy.backends.base import UpstreamRequest
+from llama_smart_proxy.backends.base import Priority, UpstreamRequest
 from llama_smart_proxy.backends.pool.backoff import Backoff
 from llama_smart_proxy.backends.pool.instance import Instance, State
 from llama_smart_proxy.backends.pool.launcher import PoolModel
+from llama_smart_proxy.backends.tasks import Task
 from llama_smart_proxy.proxy.errors import ProxyError, StartFailed
 
 RECENT = 0.3
@@ -24,7 +25,7 @@ class Waiter:
     request: UpstreamRequest
     future: asyncio.Future[Lease]
     since: float
-    timer: asyncio.TimerHandle | None = None
+    timers: list[asyncio.TimerHandle] = field(default_factory=list)  # while it waits
 
     @property
     def granted(self) -> bool:
@@ -37,14 +38,17 @@ class Waiter:
 
 @dataclass(eq=False, slots=True)
 class ModelQueue:
-    """One model: the requests that wait for it, first come first served, its process if it has one, and how its starts
-    went."""
+    """One model: the requests that wait for it, its process if it has one, and how its starts went.
+
+    First come first served, but `later_waiters`, the background prompts and the like, are after all `slot_waiters`.
+    """
 
     model: PoolModel
     changed: Callable[[ModelQueue], None]  # to be called when it accepts requests no more, or again
     place: Place | None = None
     slot_waiters: dict[Waiter, None] = field(default_factory=dict)  # a dict is an ordered set
     question_waiters: dict[Waiter, None] = field(default_factory=dict)  # these require a ready server only
+    later_waiters: dict[Waiter, None] = field(default_factory=dict)  # these require a slot, too
     backoff: Backoff = field(default_factory=Backoff)
     error: StartFailed | None = None
     request_s: float | None = None  # how long its requests occupy a slot; the recent ones count most
@@ -65,7 +69,12 @@ class ModelQueue:
     @property
     def length(self) -> int:
         """How many requests wait for it."""
-        return len(self.slot_waiters) + len(self.question_waiters)
+        return len(self.slot_waiters) + len(self.question_waiters) + len(self.later_waiters)
+
+    @property
+    def urgent(self) -> bool:
+        """Whether any other request than `later_waiters` waits for it."""
+        return bool(self.slot_waiters or self.question_waiters)
 
     @property
     def cold(self) -> bool:
@@ -77,37 +86,55 @@ class ModelQueue:
         """Whether it has a process, though a `cold` one."""
         return self.place is not None
 
-    def waiters(self, slot: bool) -> dict[Waiter, None]:
-        """Those that require a slot, or those that do not."""
-        return self.slot_waiters if slot else self.question_waiters
+    def waiters(self, request: UpstreamRequest) -> dict[Waiter, None]:
+        """Those among which `request` waits at first."""
+        if not request.slot:
+            return self.question_waiters
+        return self.slot_waiters if request.priority is Priority.PERSON else self.later_waiters
+
+    def forget(self, waiter: Waiter) -> bool:
+        """Remove `waiter`; returns whether it was waiting."""
+        for waiters in (self.slot_waiters, self.question_waiters, self.later_waiters):
+            if waiter in waiters:
+                del waiters[waiter]
+                return True
+        return False
+
+    def promote(self, waiter: Waiter) -> None:
+        """Let a request that has waited for long take its turn like all others."""
+        if waiter in self.later_waiters:
+            del self.later_waiters[waiter]
+            self.slot_waiters[waiter] = None
 
     def ahead(self, waiter: Waiter) -> int:
-        """How many requests that wait for it are served before `waiter`."""
-        waiters = list(self.waiters(waiter.request.slot))
-        return waiters.index(waiter) if waiter in waiters else 0
+        """How many requests that require a slot are served before `waiter`."""
+        waiters = [*self.slot_waiters, *self.later_waiters]
+        return waiters.index(waiter) if waiter in waiters else len(self.slot_waiters)
 
     @property
     def starved_since(self) -> float:
         """Since when it has been without a process although requests wait. An eviction starts the count anew, so that
         the model it made room for comes first."""
-        first = min(next(iter(waiters)).since for waiters in (self.slot_waiters, self.question_waiters) if waiters)
+        all_waiters = (self.slot_waiters, self.question_waiters) if self.urgent else (self.later_waiters,)
+        first = min(next(iter(waiters)).since for waiters in all_waiters if waiters)
         return max(first, self.evicted_at)
 
     def fail_all(self, error: Callable[[], ProxyError]) -> None:
         """Fail all requests that wait for it, each with an error object of its own."""
-        for waiter in (*self.question_waiters, *self.slot_waiters):
-            waiter.fail(error())
-        self.question_waiters.clear()
-        self.slot_waiters.clear()
+        for waiters in (self.question_waiters, self.slot_waiters, self.later_waiters):
+            for waiter in waiters:
+                waiter.fail(error())
+            waiters.clear()
 
 
 @dataclass(eq=False, slots=True)
 class Slot:
-    """One of the requests that a server processes in parallel, `since` when. `last` is the last request it served: its
-    prompt is what the server's cache may hold."""
+    """One of the requests that a server processes in parallel, `since` when; `task` is the background prompt that it
+    processes, if it does. `last` is the last request it served: its prompt is what the server's cache may hold."""
 
     busy: bool = False
     since: float = 0.0
+    task: Task | None = None
     last: UpstreamRequest | None = None
 
 
@@ -143,6 +170,10 @@ class Place:
         return self.queue.length > 0
 
     @property
+    def awaited_urgently(self) -> bool:
+        return self.queue.urgent
+
+    @property
     def open(self) -> bool:
         """Whether it accepts requests."""
         return self.instance.state is State.READY and not self.draining and not self.unloading
@@ -159,26 +190,50 @@ class Place:
             return math.inf
         return self.queue.model.keep_alive_s if self.queue.keep_alive_s is None else self.queue.keep_alive_s
 
+    @property
+    def free(self) -> int:
+        """How many slots are not in use."""
+        return len(self.slots) - self.generating
+
+    @property
+    def broken(self) -> list[Task]:
+        """The background prompts that were broken off, and are about to release their slots."""
+        return [slot.task for slot in self.slots if slot.task is not None and slot.task.broken]
+
+    def breakable(self, since: float) -> list[Task]:
+        """The background prompts that have arrived after `since` and may be broken off, the best one first."""
+        tasks = [slot.task for slot in self.slots if slot.task is not None and slot.task.breakable]
+        return sorted((task for task in tasks if task.since > since), key=lambda task: (task.breaks, -task.since))
+
+    def can_be_cleared(self, since: float) -> bool:
+        """Whether it is idle once its background prompts that have arrived after `since` are broken off."""
+        if self.state is not State.READY or self.pinned or self.unloading or self.queue.urgent:
+            return False
+        return 0 < self.leases == len(self.broken) + len(self.breakable(since))
+
     def has_room(self, slot: bool) -> bool:
         """Whether it can accept one more request now, one that requires a `slot` or one that does not."""
         return self.open and (not slot or not all([slot.busy for slot in self.slots]))
 
-    def take(self, slot: bool) -> Lease:
-        """Lease it, with the free slot of the lowest index, or with none. Requires room."""
+    def take(self, request: UpstreamRequest) -> Lease:
+        """Lease it for `request`, with the free slot of the lowest index if that requires one. Requires room."""
         self.leases += 1
-        if not slot:
+        if request.task is not None:
+            request.task.begins()
+        if not request.slot:
             return Lease(self, None)
         index = next(index for index, slot in enumerate(self.slots) if not slot.busy)
-        self.slots[index].busy = True
+        self.slots[index].busy, self.slots[index].task = True, request.task
         return Lease(self, index)
 
     def release(self, lease: Lease, now: float) -> None:
         self.leases -= 1
         if lease.slot is not None:
             slot, known_s = self.slots[lease.slot], self.queue.request_s
-            slot.busy = False
             spent_s = now - slot.since
-            self.queue.request_s = spent_s if known_s is None else known_s + RECENT * (spent_s - known_s)
+            if slot.task is None or not slot.task.broken:
+                self.queue.request_s = spent_s if known_s is None else known_s + RECENT * (spent_s - known_s)
+            slot.busy, slot.task = False, None
         self.released_at = now
         if self.instance.worked and not self.served:
             self.served = True

@@ -9,12 +9,15 @@ from typing import TypeVar
 
 from llama_smart_proxy.backends.base import UpstreamRequest
 from llama_smart_proxy.backends.http.connection import REDIRECTED, ConnectionPool
-from llama_smart_proxy.proxy.errors import UpstreamFailed
+from llama_smart_proxy.proxy.config import PoolConfig
+from llama_smart_proxy.proxy.errors import StartFailed, UpstreamFailed
 
 T = TypeVar("T")
 
 POLL_S = 0.015
 ANSWER_S = 2.0
+PREPARE_S = 60.0
+"""Longest wait for a disk with a model's files, which may have to spin up, be mounted first, or not answer at all."""
 ANY_KEY = "what answers there takes any key"
 
 
@@ -107,3 +110,14 @@ async def prove_ours(
         return await wait_until(attempt, patience_s)
     finally:
         stranger.close("done")
+
+
+async def read_within(config: PoolConfig, name: str, look: Awaitable[T]) -> T:
+    """The result of a look at the files of the model `name`. Raises: `StartFailed` when their disk does not answer."""
+    limit_s = min(PREPARE_S, config.load_timeout_s)
+    try:
+        async with asyncio.timeout(limit_s):
+            return await look
+    except TimeoutError as exc:
+        message = f"Model '{name}' did not load: its files could not be read within {limit_s:g} s."
+        raise StartFailed(message, status=504, code="model_load_timeout") from exc

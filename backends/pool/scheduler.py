@@ -11,7 +11,7 @@ import asyncio
 import logging
 import math
 
-from llama_smart_proxy.backends.base import UpstreamRequest
+from llama_smart_proxy.backends.base import Priority, UpstreamRequest
 from llama_smart_proxy.backends.pool.instance import STALLED, Instance, State
 from llama_smart_proxy.backends.pool.launcher import PoolModel
 from llama_smart_proxy.backends.pool.news import News
@@ -28,6 +28,10 @@ EARLY_S = 10.0
 GRACE_S = 0.03
 """So long an idle process is not yet stopped for another model: a request for its own model that was sent in the same
 moment is served first, and saves two loads."""
+CLOCK_S = 0.005
+"""A timer may fire so much before its time."""
+AGED_SHARE = 0.5
+"""After this share of `queue_timeout_s` a background prompt takes its turn as a person's request does, to be served."""
 NOT_THE_MODELS_FAULT = ("spawn_failed", "no_free_port")
 """Codes of start failures that require no back-off: no process was made, and the next try may well succeed."""
 
@@ -49,6 +53,7 @@ class Scheduler:
         self._ports = Ports(config.host, config.ports)
         self._swap_timer: asyncio.TimerHandle | None = None
         self._halted = False
+        self._reserved = False  # a person waits for a place
 
     def configure(self, config: PoolConfig) -> None:
         """Replace the size and all limits for what comes next. Processes that live keep their ports and time limits;
@@ -73,25 +78,41 @@ class Scheduler:
         """How many requests wait, for any model."""
         return sum([queue.length for queue in self.queues.values()])
 
+    @property
+    def aged_s(self) -> float:
+        """Seconds after which a background prompt is treated like a person's request."""
+        return AGED_SHARE * self.config.queue_timeout_s
+
     # -- events ----------------------------------------------------------------------------------------------------
 
     def enqueue(self, queue: ModelQueue, request: UpstreamRequest) -> Waiter:
         """A request arrives that has to wait. The future of the waiter returns its lease."""
         loop = asyncio.get_running_loop()
         waiter = Waiter(request, loop.create_future(), loop.time())
-        waiter.timer = loop.call_later(self.config.queue_timeout_s, self._expire, queue, waiter)
-        queue.waiters(request.slot)[waiter] = None
+        waiter.timers.append(loop.call_later(self.config.queue_timeout_s, self._expire, queue, waiter))
+        queue.waiters(request)[waiter] = None
+        if (task := request.task) is not None:
+            waiter.timers.append(loop.call_at(task.since + self.aged_s, self._promote, queue, waiter))
+            if task.hold_s:
+                waiter.timers.append(loop.call_at(task.since + task.hold_s, self.schedule))
         self._news.waiting(queue)
         self.schedule()
         return waiter
 
+    def admits(self, queue: ModelQueue, place: Place, request: UpstreamRequest) -> bool:
+        """Whether a request that arrives gets a lease of `place`, its model's, at once."""
+        if not place.has_room(request.slot) or (request.slot and queue.slot_waiters):
+            return False
+        if request.priority is Priority.PERSON or not request.slot:
+            return True
+        return not queue.later_waiters and self._admits_later(place, request)
+
     def leave(self, queue: ModelQueue, waiter: Waiter) -> None:
         """The request waits no more, with or without a lease."""
-        if waiter.timer is not None:
-            waiter.timer.cancel()
-        waiters = queue.waiters(waiter.request.slot)
-        if waiter in waiters:
-            del waiters[waiter]
+        for timer in waiter.timers:
+            timer.cancel()
+        waiter.timers.clear()
+        if queue.forget(waiter):
             self.schedule()
         self._news.waiting(queue)
 
@@ -106,9 +127,13 @@ class Scheduler:
         """`queue_timeout_s` is over. While the model loads, only `load_timeout_s` counts."""
         timeout_s = self.config.queue_timeout_s
         if queue.place is not None and queue.place.state is State.STARTING:
-            waiter.timer = asyncio.get_running_loop().call_later(timeout_s, self._expire, queue, waiter)
+            waiter.timers.append(asyncio.get_running_loop().call_later(timeout_s, self._expire, queue, waiter))
             return
         waiter.fail(Overloaded(f"Model '{queue.name}' was not free within {timeout_s:g} s.", code="queue_timeout"))
+
+    def _promote(self, queue: ModelQueue, waiter: Waiter) -> None:
+        queue.promote(waiter)
+        self.schedule()
 
     def _changed(self, instance: Instance) -> None:
         """An instance is ready, has failed, or has stopped."""
@@ -152,6 +177,11 @@ class Scheduler:
         for queue in self.queues.values():
             self._admit(queue)
         self._place()
+        for queue in self.queues.values():
+            if queue.later_waiters:
+                self._admit_later(queue)
+            if queue.slot_waiters:
+                self._break_off(queue)
         if self.closing and not self.queued and not any(place.leases for place in self.places):
             self.quiet.set()
 
@@ -164,33 +194,78 @@ class Scheduler:
         place = queue.place
         if place is None or not place.open:
             return
-        for slot in (False, True):
-            waiters = queue.waiters(slot)
+        for waiters, slot in ((queue.question_waiters, False), (queue.slot_waiters, True)):
             while waiters and place.has_room(slot):
                 waiter = next(iter(waiters))
                 del waiters[waiter]
                 if not waiter.future.done():
-                    waiter.future.set_result(place.take(slot))
+                    waiter.future.set_result(place.take(waiter.request))
+
+    def _admit_later(self, queue: ModelQueue) -> None:
+        """Grant leases to background prompts and the like, as far as people leave room."""
+        place = queue.place
+        if place is None or queue.slot_waiters:
+            return
+        for waiter in sorted(queue.later_waiters, key=lambda waiter: waiter.request.priority):
+            if place.has_room(True) and self._admits_later(place, waiter.request):
+                del queue.later_waiters[waiter]
+                if not waiter.future.done():
+                    waiter.future.set_result(place.take(waiter.request))
+
+    def _admits_later(self, place: Place, request: UpstreamRequest) -> bool:
+        """Whether nothing speaks against a background prompt in a free slot: a person who waits for a place that this
+        one may have to make, or one whose request is to be expected."""
+        if self._reserved and not place.pinned:
+            return False
+        task = request.task
+        held = task is not None and asyncio.get_running_loop().time() < task.since + task.hold_s - CLOCK_S
+        return not held or place.free > 1
+
+    def _break_off(self, queue: ModelQueue) -> None:
+        """Break off as many background prompts as people wait for their slots."""
+        place = queue.place
+        if place is None or not place.open or self.closing:
+            return
+        people = sum([waiter.request.task is None for waiter in queue.slot_waiters])
+        missing = people - place.free - len(place.broken)
+        for task in place.breakable(asyncio.get_running_loop().time() - self.aged_s)[: max(0, missing)]:
+            task.break_off()
+
+    def _clear(self, needed: int, now: float) -> None:
+        """Break off the background prompts of as many processes as there are models that people wait for and that have
+        no place."""
+        if not needed or self.closing:
+            return
+        since = now - self.aged_s
+        cleared = [place for place in self.places if place.can_be_cleared(since)]
+        for place in sorted(cleared, key=lambda place: place.released_at)[:needed]:
+            for task in place.breakable(since):
+                task.break_off()
 
     def _place(self) -> None:
-        """Find a place for every model that requests wait for and that has no process, the longest starved first."""
+        """Find a place for every model that requests wait for and that has no process: those that people wait for
+        first, then the longest starved."""
         now = asyncio.get_running_loop().time()
         cold = [queue for queue in self.queues.values() if queue.length and queue.cold]
         promised = 0
         grace_ends = math.inf
         starved: list[ModelQueue] = []
-        for queue in sorted(cold, key=lambda queue: queue.starved_since):
+        self._reserved = False
+        for queue in sorted(cold, key=lambda queue: (not queue.urgent, queue.starved_since)):
+            if self._reserved and not queue.urgent:
+                break
             if queue.error is not None and (wait_s := queue.backoff.wait_s(now)) > 0:
                 _refuse(queue, queue.error, 503, wait_s)
                 continue
-            match decide(queue, self.places, Limits(self.config.size, promised)):
+            match decide(queue, self.places, Limits(self.config.size, promised, queue.urgent)):
                 case Start():
                     self._start(queue)
+                    continue
                 case Wait(promised=True):
                     promised += 1
                 case Wait():
-                    starved.append(queue)
-                case Evict() if now < (due := queue.starved_since + GRACE_S):
+                    starved += [queue] if queue.urgent else []
+                case Evict() if now < (due := queue.starved_since + self._grace_s(queue)):
                     grace_ends = min(grace_ends, due)
                 case Evict(victims):
                     promised += len(victims)
@@ -199,7 +274,13 @@ class Scheduler:
                         victim.stop(f"making room for {queue.name}")
                 case Never():
                     queue.fail_all(self._all_pinned)
+            self._reserved |= queue.urgent
+        self._clear(len(starved), now)
         self._drain(starved, now, grace_ends)
+
+    def _grace_s(self, queue: ModelQueue) -> float:
+        """A background prompt evicts a model no sooner than it would be drained for a person."""
+        return GRACE_S if queue.urgent else max(GRACE_S, self.config.swap_after_s)
 
     def _start(self, queue: ModelQueue) -> None:
         instance = Instance(queue.model, self.config, self._ports, self._changed, self._news.share)

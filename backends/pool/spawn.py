@@ -1,7 +1,7 @@
 """Child processes: the one place that makes them, and how their output and their end become events.
 
 A child is started through `pool.launch`, which ties its life to ours, in a session and process group of its own;
-every signal goes to the whole group. Its two outputs are one pipe, its input is empty.
+every signal goes to the whole group. Its two outputs are one pipe; its input is empty, or a pipe until it is to end.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from llama_smart_proxy.backends.pool.orphans import OWNER, owner_mark
@@ -42,12 +42,16 @@ class Child:
         output: int,
         on_output: Callable[[bytes], None],
         on_exit: Callable[[int], None],
+        held: int = -1,
+        farewell: bytes = b"",
     ) -> None:
         self.pid = process.pid
         self.returncode: int | None = None
         """Exit code, or minus the number of the signal that ended it; None while it lives."""
         self._process = process
         self._output = output
+        self._held = held  # the other end of its input
+        self._farewell = farewell
         self._on_output = on_output
         self._on_exit = on_exit
         self._loop = asyncio.get_running_loop()
@@ -55,8 +59,12 @@ class Child:
         self._pidfd = -1
 
     def terminate(self) -> None:
-        """SIGTERM to the group; nothing when it has ended."""
+        """SIGTERM to the group, and the farewell; nothing when it has ended."""
         self._signal(signal.SIGTERM)
+        if self._held >= 0:
+            with suppress(OSError):  # it has closed its input, or does not read it
+                os.write(self._held, self._farewell)
+        self._close_input()
 
     def kill(self) -> None:
         """SIGKILL to the group; nothing when it has ended."""
@@ -145,6 +153,11 @@ class Child:
             os.close(self._output)
             self._output = -1
 
+    def _close_input(self) -> None:
+        if self._held >= 0:
+            os.close(self._held)
+            self._held = -1
+
     def _discard(self) -> None:
         """End and reap a process that cannot be watched."""
         self.kill()
@@ -153,6 +166,7 @@ class Child:
 
     def _close(self) -> None:
         self._close_output()
+        self._close_input()
         if self._pidfd >= 0:
             self._loop.remove_reader(self._pidfd)
             os.close(self._pidfd)
@@ -164,9 +178,11 @@ def spawn(
     env: Mapping[str, str],
     on_output: Callable[[bytes], None],
     on_exit: Callable[[int], None],
+    farewell: bytes = b"",
 ) -> Child:
     """Start `argv` with exactly the environment `env`, plus the mark by which a later proxy knows its orphans.
 
+    `farewell` is written to its input when it is to end; without one, its input is empty.
     `on_output` gets what the child prints, piece by piece; `on_exit` its return code, once, after its last output.
     There is no await in here, so a child that was started always has an owner. A program that cannot be executed is a
     child that prints why and exits with 127.
@@ -177,16 +193,7 @@ def spawn(
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError("children must be spawned from the main thread")
     try:
-        # Not `stdout=PIPE`: when file descriptors run out, Popen loses the one it opened for DEVNULL.
-        output, write_end = os.pipe()
-        try:
-            process = _popen(argv, env, write_end)
-        except OSError:
-            os.close(output)
-            raise
-        finally:
-            os.close(write_end)
-        child = Child(process, output, on_output, on_exit)
+        child = _spawn(argv, env, on_output, on_exit, farewell)
         try:
             child._watch()
         except OSError:
@@ -198,11 +205,35 @@ def spawn(
     return child
 
 
-def _popen(argv: Sequence[str], env: Mapping[str, str], output: int) -> subprocess.Popen[bytes]:
+def _spawn(
+    argv: Sequence[str],
+    env: Mapping[str, str],
+    on_output: Callable[[bytes], None],
+    on_exit: Callable[[int], None],
+    farewell: bytes,
+) -> Child:
+    """Raises: `OSError`."""
+    # Not `stdout=PIPE`: when file descriptors run out, Popen loses the one it opened for DEVNULL.
+    with ExitStack() as theirs, ExitStack() as ours:
+        output, write_end = os.pipe()
+        ours.callback(os.close, output)
+        theirs.callback(os.close, write_end)
+        read_end, held = subprocess.DEVNULL, -1
+        if farewell:
+            read_end, held = os.pipe()
+            ours.callback(os.close, held)
+            theirs.callback(os.close, read_end)
+            os.set_blocking(held, False)
+        process = _popen(argv, env, read_end, write_end)
+        ours.pop_all()
+    return Child(process, output, on_output, on_exit, held, farewell)
+
+
+def _popen(argv: Sequence[str], env: Mapping[str, str], source: int, output: int) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-I", "-S", LAUNCH, str(os.getpid()), "--", *argv],
         env={**env, OWNER: owner_mark()},
-        stdin=subprocess.DEVNULL,
+        stdin=source,
         stdout=output,
         stderr=output,
         start_new_session=True,

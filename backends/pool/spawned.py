@@ -19,6 +19,7 @@ from llama_smart_proxy.backends.http.connection import Endpoint
 from llama_smart_proxy.backends.http.exchange import UpstreamResponse
 from llama_smart_proxy.backends.pool.launcher import PoolModel
 from llama_smart_proxy.backends.pool.pool import Pool
+from llama_smart_proxy.backends.tasks import BROKEN_OFF
 from llama_smart_proxy.proxy.errors import BadRequest, UpstreamFailed
 
 DYING_S = 0.25
@@ -60,11 +61,11 @@ class SpawnedModel:
             try:
                 async with instance.connections.request(request) as response:
                     yield response
-                    if response.broken:  # the failure is part of the stream
+                    if response.broken and (request.task is None or not request.task.broken):  # part of the stream
                         await instance.wait_stopped(DYING_S)
                     instance.worked |= response.complete
             except UpstreamFailed as exc:
-                if exc.status == 502:
+                if exc.status == 502 and exc.code != BROKEN_OFF:
                     if isinstance(exc.__cause__, NOT_LISTENING):
                         self.pool.retire(lease, exc.message)
                     await instance.wait_stopped(DYING_S)  # so that the next request starts a new instance

@@ -59,10 +59,9 @@ class Wait:
     def _loading(self, place: Place) -> str:
         instance, name = place.instance, self.queue.shown
         spent_s = instance.loading_s
-        if instance.share is not None:
-            return timed(f"Loading {name}: {100 * instance.share:.0f} %", spent_s)
         load_s = self.times.typical_s(self.queue.name, instance.size_bytes)
-        return timed(f"Loading {name}", spent_s, load_s - spent_s if load_s is not None else None)
+        share = f": {100 * instance.share:.0f} %" if instance.share is not None else ""
+        return timed(f"Loading {name}{share}", spent_s, load_s - spent_s if load_s is not None else None)
 
     def _end_s(self, place: Place, now: float) -> float | None:
         """Seconds until a process in use is idle and can make room; None if that is unknown."""

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING
 import orjson
 from aiohttp import web
 
-from llama_smart_proxy.backends.base import Feature, Model, UpstreamRequest
+from llama_smart_proxy.backends.base import Feature, Model, Priority, UpstreamRequest
+from llama_smart_proxy.backends.tasks import Task
+from llama_smart_proxy.proxy.api.background import mark, priority_of, task_of
 from llama_smart_proxy.proxy.api.state import Proxy
 from llama_smart_proxy.proxy.api.usage import usage_of
 from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, Json, first_problem, say
@@ -67,6 +69,7 @@ class Chat:
     keep_alive: object = None
     agents: Sequence[str] = ()
     renamed: bool = False
+    task: Task | None = None
     progressed: Progressed | None = None
 
     @property
@@ -76,6 +79,7 @@ class Chat:
     async def answer(self, route: Route, body: Json, reusable: Reusable | None) -> web.StreamResponse:
         """Answer the request, with the agents that apply to it. `reusable` are the bytes that `body` came as."""
         self.keep_alive, self.renamed = body.get("keep_alive"), route.renamed
+        self.task = task_of(self.codec, body, route.model, self.proxy.config.server_pool)
         loading = self.codec.loading(body)
         chain = self.proxy.chain
         if loading is None and chain.may_apply(self.http.headers, body, route.name, self.codec):
@@ -85,7 +89,7 @@ class Chat:
                 del reusable
                 return await self._with_agents(route, body, selection)
         if self._is_native(route.model):
-            relaying = relay_request(self.wait, self.proxy, self.endpoint, route, body, reusable)
+            relaying = relay_request(self.wait, self.proxy, self.endpoint, route, body, reusable, self.task)
             del body, reusable
             return await relaying
         if loading is not None:
@@ -135,7 +139,8 @@ class Chat:
     async def _send(self, route: Route, chat: ChatRequest) -> web.StreamResponse:
         """Answer a decoded request whose answer no agent reads."""
         if self._is_native(route.model) and self.codec.fits(chat):
-            return await relay_request(self.wait, self.proxy, self.endpoint, route, await self._encoded(chat))
+            encoded = await self._encoded(chat)
+            return await relay_request(self.wait, self.proxy, self.endpoint, route, encoded, None, self.task)
         return await self._stream(route, chat)
 
     async def _stream(self, route: Route, chat: ChatRequest) -> web.StreamResponse:
@@ -190,7 +195,8 @@ class Chat:
         except UNENCODABLE as exc:
             raise self._unencodable() or exc from exc
         headers = upstream_headers(self.http.headers, has_body=True, forwards=model.forwards)
-        return UpstreamRequest("POST", path, data, headers, prepared=prepared, progress=self.wait.asks())
+        request = UpstreamRequest("POST", path, data, headers, prepared=prepared, progress=self.wait.asks())
+        return mark(request, self.task)
 
     def _unencodable(self) -> AgentError | None:
         names = " or ".join(self.agents)
@@ -220,7 +226,7 @@ class Chat:
     async def _chained(
         self, scope: Scope, selection: Selection, route: Route, chat: ChatRequest, asked_model: str, depth: int
     ) -> web.StreamResponse:
-        calls = self._side_calls(scope, depth)
+        calls = self._side_calls(scope, depth, priority_of(self.task))
         facts = RequestFacts(
             self.http.headers, self.http.path.rstrip("/"), self.http[RECORD].request_id, route.model.kind, selection,
             chat, asked_model=asked_model, store=self.proxy.store, wait=self.wait,
@@ -237,8 +243,8 @@ class Chat:
             for ctx in contexts:
                 ctx.active.plugin.spent_s += ctx.timer.spent_s
 
-    def _side_calls(self, scope: Scope, depth: int) -> SideCalls:
-        return SideCalls(scope, self.proxy.router, self.proxy.config.agent_limits, depth)
+    def _side_calls(self, scope: Scope, depth: int, priority: Priority = Priority.HELPER) -> SideCalls:
+        return SideCalls(scope, self.proxy.router, self.proxy.config.agent_limits, depth, priority)
 
     async def _through(
         self,
@@ -304,6 +310,7 @@ async def relay_request(
     route: Route,
     body: Json,
     reusable: Reusable | None = None,
+    task: Task | None = None,
 ) -> web.StreamResponse:
     """Answer the request of `wait` with the bytes of the model's server, which supports the API of `endpoint`. Modifies
     `body`; `reusable` are the bytes that it came as, which are sent if nothing in it has to be."""
@@ -328,6 +335,7 @@ async def relay_request(
     if endpoint.path:
         path = "".join((endpoint.path, *path.partition("?")[1:]))
     request = UpstreamRequest(http.method, path, data, headers, endpoint.slot, prepared=prepared, progress=wait.asks())
+    mark(request, task, whole=not streams)
     del body, reusable  # the answer may last for minutes
     pool = proxy.config.server_pool
     if chat_id and model.state.value != "loaded" and pool.autoload:

@@ -11,6 +11,7 @@ Items that OpenAI's API cannot express at all are `kept` in their place.
 
 from __future__ import annotations
 
+from llama_smart_proxy.proxy.chat.background import BACKGROUND_PROMPTS, BackgroundKind, background_kind
 from llama_smart_proxy.proxy.chat.chunk import Chunk, ChunkStream, say
 from llama_smart_proxy.proxy.chat.extensions import (
     EXTENSIONS,
@@ -28,7 +29,9 @@ from llama_smart_proxy.proxy.chat.record import Observer, RequestRecord, Timing
 from llama_smart_proxy.proxy.chat.request import ChatRequest, first_text_part, last_user_message, text_of
 
 __all__ = [
+    "BACKGROUND_PROMPTS",
     "EXTENSIONS",
+    "BackgroundKind",
     "ChatRequest",
     "Chunk",
     "ChunkStream",
@@ -40,6 +43,7 @@ __all__ = [
     "RequestRecord",
     "Timing",
     "attach",
+    "background_kind",
     "extensions_of",
     "first_problem",
     "first_text_part",

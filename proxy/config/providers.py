@@ -55,6 +55,11 @@ class PoolConfig(Section):
         description="Seconds in which a process generates nothing although requests wait, uses no processor time and "
         "reports no work; then it is replaced. 0: never.",
     )
+    tasks: Literal["last", "equal"] = Field(
+        default="last",
+        description="Background prompts of chat UIs (titles, tags, follow-ups): last lets people's requests go first, "
+        "and limits them in tokens; equal treats them as people's requests.",
+    )
     autoload: bool = Field(
         default=True,
         description="Whether a request loads its model; if not, requests for a model that is not loaded get status "

@@ -186,6 +186,16 @@ class Loading(StrEnum):
     UNLOAD = "unload"
 
 
+def limited(fields: Json, names: Sequence[str], most: int, *, always: bool) -> Json:
+    """What to replace in `fields` so that those of these names are `most` at most; negative values are no limit. With
+    `always`, the first one is added if there is none."""
+    given = {name: fields[name] for name in names if fields.get(name) is not None}
+    if not given:
+        return {names[0]: most} if always else {}
+    numbers = {name: limit for name, limit in given.items() if isinstance(limit, int | float)}
+    return {name: most for name, limit in numbers.items() if not 0 <= limit <= most}
+
+
 class TextPlace(NamedTuple):
     """Where a user's text is in an undecoded message: `holder[key]`; `holder` is None if the message has no text."""
 
@@ -211,6 +221,10 @@ class ClientCodec:
     """Each request repeats the chat from its beginning."""
     messages_field: ClassVar[str] = "messages"
     """The field that holds it."""
+    system_field: ClassVar[str] = "system"
+    """The field for a system prompt beside the messages."""
+    limit_fields: ClassVar[tuple[str, ...]] = ("max_tokens",)
+    """The fields that limit the tokens of an answer; a limit is added in the first one."""
     thinking_is_optional: ClassVar[bool] = True
     """A request for thinking is answered without it by a model that does not support it, instead of refused."""
 
@@ -247,6 +261,22 @@ class ClientCodec:
             return prompt if isinstance(prompt, str) else ""
         places = (self.text_place(message) for message in reversed(messages))
         return next((place.text for place in places if place is not None), "")
+
+    def system_text(self, body: Json) -> str:
+        """The system prompt of an undecoded and unchecked body, its first text part if it has parts; empty if there is
+        none."""
+        messages = self.messages(body)
+        first = messages[0] if messages else None
+        in_front = isinstance(first, dict) and first.get("role") in ("system", "developer")
+        content = first.get("content") if in_front and first is not None else body.get(self.system_field)
+        if isinstance(content, list):
+            content = (first_text_part(content) or {}).get("text")
+        return content if isinstance(content, str) else ""
+
+    def limit_tokens(self, body: Json, most: int, *, always: bool) -> None:
+        """Let an undecoded and unchecked body limit its answer to `most` tokens; with `always`, also if it has no limit
+        so far."""
+        body |= limited(body, self.limit_fields, most, always=always)
 
     def messages(self, body: Json) -> list[Any] | None:
         """The messages of the chat in an undecoded and unchecked body; None if the API does not resend it."""

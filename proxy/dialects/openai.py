@@ -329,6 +329,7 @@ class ChatCodec(ClientCodec):
 
     dialect = OPENAI
     same_api = OWN_WIRE
+    limit_fields = ("max_tokens", "max_completion_tokens", "n_predict")
     has_events = True
 
     def decode(self, body: Json) -> ChatRequest:

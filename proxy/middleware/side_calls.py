@@ -38,14 +38,16 @@ MAX_DEPTH = 3
 class SideCalls:
     """All side calls of one request, and its budget.
 
-    `depth` is the client's `X-Agents-Depth`. `replying` is set while the request's own answer holds a slot; `waiting`
-    are the calls waiting for one; `semaphore` limits the concurrent calls.
+    `depth` is the client's `X-Agents-Depth`. `priority` is that of the request: who waits for that waits for its side
+    calls. `replying` is set while the request's own answer holds a slot; `waiting` are the calls waiting for one;
+    `semaphore` limits the concurrent calls.
     """
 
-    def __init__(self, scope: Scope, router: Router, limits: LimitsConfig, depth: int) -> None:
+    def __init__(self, scope: Scope, router: Router, limits: LimitsConfig, depth: int, priority: Priority) -> None:
         self.router = router
         self.limits = limits
         self.depth = depth
+        self.priority = priority
         self.tokens = 0
         self._scope = scope
         self._calls = 0
@@ -102,7 +104,7 @@ class SideCalls:
         headers = [*JSON_HEADERS, *self.headers]
         return UpstreamRequest(
             "POST", path, serialise(body), headers,
-            wait=not self.replying, priority=Priority.HELPER, prepared=prepared,
+            wait=not self.replying, priority=self.priority, prepared=prepared,
         )  # fmt: skip
 
     def timed_out(self) -> UpstreamFailed:

@@ -67,6 +67,8 @@ class ModelAnswer:
 
     async def push(self, sink: ChunkSink) -> None:
         """Pass all chunks to `sink`."""
+        if self.request.task is not None:
+            self.request.task.whole = not self.chat.stream
         async for attempt in Attempts(self.model, self.request, lambda: sink.begun, amend=self.amend):
             async with attempt as upstream:
                 decoder = await self._decoder(upstream)

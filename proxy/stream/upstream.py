@@ -15,6 +15,7 @@ import orjson
 from llama_smart_proxy.backends.base import Management, Model, UpstreamRequest
 from llama_smart_proxy.backends.http.connection import REDIRECTED
 from llama_smart_proxy.backends.http.exchange import UpstreamResponse
+from llama_smart_proxy.backends.tasks import BROKEN_OFF
 from llama_smart_proxy.proxy.chat import Json, Timing
 from llama_smart_proxy.proxy.dialects.upstream_errors import refused
 from llama_smart_proxy.proxy.errors import ProxyError, UpstreamFailed, UpstreamRefused
@@ -94,7 +95,11 @@ class Attempts(AbstractAsyncContextManager[UpstreamResponse]):
         return not self._over
 
     async def _may_retry(self, exc: BaseException) -> bool:
-        """Whether to retry after `exc`: at most once after a failure, at most three times after a refusal."""
+        """Whether to retry after `exc`: at most once after a failure, at most three times after a refusal, and always
+        when the pool has broken off a background prompt."""
+        if isinstance(exc, UpstreamFailed) and exc.code == BROKEN_OFF:  # only while that is possible
+            logger.info("%s; it is sent again", exc)
+            return True
         if not self.again or self._begun():
             return False
         if isinstance(exc, UpstreamRefused):

@@ -11,7 +11,7 @@ import time
 from contextlib import suppress
 
 from aiohttp import web
-from multidict import MultiMapping, istr
+from multidict import MultiMapping
 
 from llama_smart_proxy.backends.base import Feature, Model
 from llama_smart_proxy.backends.names import LONGEST_NAME
@@ -39,8 +39,7 @@ SLACK_S = 0.05
 KINDS = ("status", "notification", "source", "citation")
 """The kinds of events. Source: Open WebUI 0.12.4."""
 _now = time.monotonic
-_CHAT_ID, _USER_ID = istr("X-OpenWebUI-Chat-Id"), istr("X-OpenWebUI-User-Id")
-"""Those of the headers of Open WebUI that each of its requests for a chat has, if it forwards any."""
+_OPEN_WEBUI = "x-openwebui-"
 
 
 class Waits:
@@ -76,8 +75,9 @@ class Waits:
         """Whether the client with these headers shows events."""
         if self._events != "auto":
             return self._events == "on"
-        if _CHAT_ID in headers or _USER_ID in headers:
-            return True
+        for name in headers:
+            if name[:12].lower() == _OPEN_WEBUI:
+                return True
         client = headers.get("User-Agent", "")
         return client[:4] == "Open" and client[4:].lstrip(" -").startswith("WebUI")
 

@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from llama_smart_proxy.agents.base import About, Agent, Context, Options
     from llama_smart_proxy.agents.substitution import substitute
     from llama_smart_proxy.proxy.chat import (
+        BackgroundKind,
         ChatRequest,
         Chunk,
         ChunkStream,
         Json,
         Reply,
+        background_kind,
         first_text_part,
         fold,
         last_user_message,
@@ -41,6 +43,7 @@ __all__ = [
     "About",
     "Agent",
     "AgentError",
+    "BackgroundKind",
     "BadRequest",
     "ChatRequest",
     "Chunk",
@@ -55,6 +58,7 @@ __all__ = [
     "StartFailed",
     "UpstreamFailed",
     "UpstreamRefused",
+    "background_kind",
     "first_text_part",
     "fold",
     "last_user_message",

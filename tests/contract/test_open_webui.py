@@ -1,6 +1,7 @@
 """What Open WebUI needs, asked for as it asks: its requests, and the rules it goes by when it reads the answers.
 
-The numbers are those of the observed rules: 1 to 7 model lists, 8 the stop button, 11 to 13 answers, 18 to 20 load.
+The numbers are those of the observed rules: 1 to 7 model lists, 8 the stop button, 11 to 13 answers, 18 and 20
+load; 19 is in `tests/system/test_tasks.py`.
 """
 
 from __future__ import annotations
@@ -368,20 +369,6 @@ async def test_row_18_a_connection_that_the_server_closed_meanwhile_does_no_harm
     upstream.script = script
     for _ in range(4):
         assert (await post(shared.proxy, OPENAI.path, {"model": "m", "messages": []})).status == 200
-
-
-@both_apis
-async def test_row_19_the_first_message_of_a_chat_loads_its_model_once(fakes: Fakes, path: str) -> None:
-    config = fakes.config({"local": fakes.model(LOAD_S=0.3, fields={"parallel": 1})})
-    async with running_proxy(config) as proxy:
-        title = {"max_tokens": 1000} if path == OPENAI.path else {"options": {"num_predict": 1000}}
-        task = chat("local", "### Task: a title", **title) | {"stream": False}
-        first = await asyncio.gather(post(proxy, path, task), post(proxy, path, chat("local", "hi")))
-        tasks = [chat("local", f"### Task: {name}") | {"stream": False} for name in ("tags", "follow-ups")]
-        after = await asyncio.gather(*(post(proxy, path, task) for task in tasks))
-        assert [answer.status for answer in (*first, *after)] == [200] * 4
-        assert len(fakes.events("start")) == 1
-        assert [body.get("max_tokens") for body in fakes.generated()].count(1000) == 1
 
 
 async def test_row_20_a_flood_of_embeddings_waits_its_turn_beside_the_chat(fakes: Fakes) -> None:

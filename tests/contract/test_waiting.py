@@ -225,8 +225,8 @@ def lines_of(events: list[Any]) -> list[tuple[str, bool, bool]]:
 @pytest.mark.parametrize(
     ("headers", "server", "shown"),
     [
-        (OPEN_WEBUI, {}, True),
-        ([("User-Agent", "OpenWebUI/0.13")], {}, True),
+        ([("x-openwebui-user-name", "Ann")], {}, True),
+        ([("User-Agent", "Open WebUI/0.13")], {}, True),
         ([], {"status_events": "on"}, True),
         (OPEN_WEBUI, {"status_events": "off"}, False),
         ([("User-Agent", "Python/3.11 aiohttp/3.14.5")], {}, False),

@@ -22,7 +22,7 @@ A request body may carry `"fake": {...}`, or a last message whose text is that o
 The environment switches manners on, most easily through a model's `env:`:
 
     FAKE_LOAD_S=1.5          loading takes so long          FAKE_LOG_LOAD=1    and prints a line each 100 ms
-    FAKE_LOAD_UNTIL=file     loading takes until that file is there
+    FAKE_LOAD_UNTIL=file     loading takes until that file is there; FAKE_SHARE=0.35 is reported to a router meanwhile
     FAKE_EXIT=3 | SIGSEGV    ends so at start; `3@loaded`: once ready instead
     FAKE_NEVER=nobind|mute|503   never becomes healthy: does not listen | accepts and stays silent | loads for ever
     FAKE_TOKENS=8 FAKE_TOKEN_MS=0    tokens of an answer, and the pause before each
@@ -54,7 +54,7 @@ import threading
 import time
 
 from tests.fakes.llama_forms import FORMS, Texts, steering
-from tests.fakes.manners import ENV, bound, die, fork_grandchild, log, manner, say, spam
+from tests.fakes.manners import ENV, bound, die, fork_grandchild, log, manner, report, say, spam
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -111,6 +111,7 @@ class Server:
     def load(self) -> None:
         until = time.monotonic() + float(ENV.get("FAKE_LOAD_S", 0))
         say(f"load_model: loading model '{self.model}'")
+        report()
         while (left := until - time.monotonic()) > 0:
             if "FAKE_LOG_LOAD" in ENV:
                 say(f"load_model: {left:.1f} s to go")

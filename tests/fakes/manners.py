@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import threading
 import time
 
 ENV = os.environ
@@ -45,6 +46,21 @@ def bound(host: str, port: int) -> socket.socket:
 
 def say(text: str) -> None:
     os.write(2, f"{text}\n".encode(errors="surrogateescape"))
+
+
+def report() -> None:
+    """Started as by a router, report what is loaded, and end with the input."""
+    if "LLAMA_SERVER_ROUTER_PORT" in ENV:
+        stages, value = ["text_model", "mmproj_model"], 2 * float(ENV["FAKE_SHARE"])
+        payload = {"stages": stages, "current": stages[0], "value": value}
+        say("cmd_child_to_router:state:" + json.dumps({"state": "loading", "payload": payload}))
+        threading.Thread(target=read_input, daemon=True).start()
+
+
+def read_input() -> None:
+    line = os.read(0, 1000).decode()
+    log("input", line=line)
+    os._exit(0 if line else 1)
 
 
 def die(how: str) -> None:

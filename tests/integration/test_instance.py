@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -120,6 +121,19 @@ async def test_an_exit_while_loading_is_told_at_once(fakes: Fakes, start: Start,
     assert "fake: about to end by" in error.log[-1] and "about to end" not in error.message
     assert await instance.wait_stopped(SOON_S)
     assert changes == [State.STOPPING, State.STOPPED]
+
+
+async def test_a_server_that_stops_listening_before_it_ends_is_not_taken_for_another_process(
+    fakes: Fakes, start: Start
+) -> None:
+    code = (
+        "import socket, sys, time; words = sys.argv; port = int(words[words.index('--port') + 1]); "
+        "listener = socket.create_server(('127.0.0.1', port)); listener.accept(); listener.close(); "
+        "time.sleep(0.5); sys.exit(3)"
+    )
+    fakes.program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S -c "{code}" "$@"\n')
+    error = await failed(start(fakes.model(), fakes.config()))
+    assert error.code == "model_load_failed" and "exited with code 3" in error.message
 
 
 async def test_a_corrupt_model_file_is_told_without_a_process(fakes: Fakes, start: Start) -> None:

@@ -113,7 +113,7 @@ async def test_a_request_that_waits_is_known_by_client_and_priority(fakes: Fakes
         request = UpstreamRequest("POST", CHAT, client="c", priority=Priority.TASK)
         waiting = asyncio.ensure_future(pool.lease(model.at("a"), request).__aenter__())
         await until(lambda: queue(pool, "a") == 1)
-        [waiter] = pool._scheduler.queues["a"].slot_waiters
+        [waiter] = pool._scheduler.queues["a"].later_waiters
         assert (waiter.request.client, waiter.request.priority) == ("c", Priority.TASK)
         waiting.cancel()
 

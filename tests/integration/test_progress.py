@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from llama_smart_proxy.backends.base import UpstreamRequest
+from llama_smart_proxy.backends.feed import Kind
+from llama_smart_proxy.backends.llamacpp.notices import FAREWELL, MARK
 from llama_smart_proxy.backends.pool.launcher import PoolModel, Source
 from llama_smart_proxy.backends.pool.pool import Pool
 from llama_smart_proxy.backends.progress import Progress, timed
@@ -85,6 +87,28 @@ async def test_a_load_tells_how_long_it_takes_as_far_as_that_is_known(fakes: Fak
         await overdue.is_served()
         overdue.done.set()
         await overdue.task
+
+
+async def test_a_server_that_reports_how_much_it_has_loaded_is_asked_to(fakes: Fakes, gate: Path) -> None:
+    program = fakes.folder / "reporting"
+    await asyncio.to_thread(program.write_text, f"{fakes.program.read_text()}# {MARK.decode()}\n")
+    program.chmod(0o755)
+    model = fakes.model(fake={"LOAD_UNTIL": gate, "SHARE": 0.35, "IGNORE_TERM": 1}).run_by(program).at("m")
+    async with open_pool(fakes.config()) as pool:
+        feed = pool.downloads.feed
+        person = Person(pool, model)
+        await person.reads(r"Loading m: 35 %(, \d+ s so far)?")
+        assert [event.data for event in feed.latest if event.kind is Kind.LOAD] == [{"share": 0.35}]
+        pool.times.learn("m", LONG_S)
+        await person.reads(r"Loading m: 35 %, about 49\d s")
+        await asyncio.to_thread(gate.touch)
+        await person.is_served()
+        assert [event for event in feed.latest if event.kind is Kind.LOAD] == []
+        instance = pool._scheduler.places[0].instance
+        assert instance.log_tail() and MARK.decode() not in "".join(instance.log_tail())
+        await person.leaves()
+        await pool.unload("m")
+        assert [event["line"] for event in fakes.events("input")] == [FAREWELL.decode()]
 
 
 async def test_a_queue_tells_the_place_and_how_long_it_takes(fakes: Fakes) -> None:

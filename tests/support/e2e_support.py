@@ -227,6 +227,11 @@ async def queued(proxy: Proxy, model: str) -> int:
     return int((await instance(proxy, model)).get("queue", 0))
 
 
+async def waits(proxy: Proxy, model: str, count: int) -> bool:
+    """Whether so many requests wait for `model`."""
+    return await queued(proxy, model) == count
+
+
 async def idle(proxy: Proxy) -> bool:
     """Whether nobody waits for a model and nobody holds one."""
     instances = (await proxy.health())["instances"]

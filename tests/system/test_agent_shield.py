@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from llama_smart_proxy.agents.shield import BEGINNINGS, Kind, Shield, is_background
-from llama_smart_proxy.proxy.chat import ChatRequest
+from llama_smart_proxy.agents.shield import Shield, is_background
+from llama_smart_proxy.proxy.chat import BACKGROUND_PROMPTS, BackgroundKind, ChatRequest
 from tests.support import raw_client
 from tests.support.agent_clients import WAYS, Way
 from tests.support.e2e_support import CHAT, SMOLLM2, Fakes, embedded, fakes, instance, needs_llama_cpp
@@ -22,7 +22,7 @@ __all__ = ["fakes"]
 TITLE = (
     "### Task:\nGenerate a concise, 3-5 word title with an emoji summarizing the chat history.\n### Guidelines:\n- ..."
 )
-BACKGROUND: list[tuple[Kind, str]] = [
+BACKGROUND: list[tuple[BackgroundKind, str]] = [
     ("title", TITLE),
     ("title", "### Task:\n\nGenerate a concise, 3-5 word title summarizing the chat history."),
     ("title", "\n### Task:\nGenerate a concise title summarizing the chat history."),
@@ -37,6 +37,7 @@ BACKGROUND: list[tuple[Kind, str]] = [
     ("image_prompt", "### Task:\nGenerate a detailed prompt for am image generation task"),
     ("autocomplete", "### Task:\nYou are an autocompletion system. Continue the text"),
     ("emoji", "Your task is to reflect the speaker's likely facial expression through a fitting emoji."),
+    ("adapted", "### Task:\nGib dem Chat einen Titel.\n### Chat:\n<chat_history>\nUSER: Hallo\n</chat_history>"),
 ]
 SYSTEM = [
     "You are a professional conversation summarizer. Generate a concise title that captures ...",
@@ -63,17 +64,17 @@ def of(text: str, *before: dict[str, Any]) -> ChatRequest:
 
 
 @pytest.mark.parametrize(("kind", "text"), BACKGROUND)
-def test_background_prompts_are_known_by_their_beginning(kind: Kind, text: str) -> None:
+def test_background_prompts_are_known_by_their_beginning(kind: BackgroundKind, text: str) -> None:
     assert is_background(of(text), Shield.Config())
     assert is_background(of(text), Shield.Config(kinds=[kind]))
-    assert not is_background(of(text), Shield.Config(kinds=[other for other in BEGINNINGS if other != kind]))
+    assert not is_background(of(text), Shield.Config(kinds=[other for other in BACKGROUND_PROMPTS if other != kind]))
     assert is_background(of(text, {"role": "system", "content": "Be brief."}), Shield.Config())
     answer = {"role": "assistant", "content": "Yes?"}
     assert not is_background(of(text, answer), Shield.Config()), "in the middle of a chat it is the user's"
 
 
 def test_every_kind_has_an_example() -> None:
-    assert {kind for kind, _ in BACKGROUND} == set(BEGINNINGS)
+    assert {kind for kind, _ in BACKGROUND} == set(BACKGROUND_PROMPTS)
 
 
 @pytest.mark.parametrize("prompt", SYSTEM)

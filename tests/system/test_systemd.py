@@ -52,6 +52,7 @@ async def test_readiness_signs_of_life_and_the_end_are_sent_in_order(fakes: Fake
     async with running_proxy(fakes.config({"m": fakes.model(TOKENS=5)}) | PATIENT, env=env) as proxy:
         await until(lambda: manager.received("READY=1"), what="the readiness")
         assert (await chat(proxy, "m")).status == 200
+        await until(lambda: manager.received("STATUS=loaded: m"), what="the models in the status")
         (child,) = proxy.children()
         assert not {"NOTIFY_SOCKET", "WATCHDOG_USEC"} & child.environ().keys(), "children are no services"
         await until(lambda: manager.received("WATCHDOG=1") > 2, what="signs of life")

@@ -18,6 +18,7 @@ from llama_smart_proxy.agents.redact import Redact
 from llama_smart_proxy.agents.redact.matching import Scrubber, compiled, result_of, scrubbed, scrubbing, scrubbing_json
 from llama_smart_proxy.agents.redact.presets import PRESETS
 from llama_smart_proxy.proxy.chat import ChatRequest, Chunk
+from tests.support.laws import law
 
 KEY = f"sk-{'a1B2' * 8}"
 PRIVATE = {
@@ -56,6 +57,7 @@ words = st.sampled_from(
 )
 
 
+@law(1000)
 @given(st.lists(words, max_size=6), st.lists(st.integers(0, 200), max_size=10))
 def test_the_same_comes_out_however_it_is_cut(parts: list[str], places: list[int]) -> None:
     text = " ".join(parts)
@@ -78,6 +80,7 @@ OWN = [
 ]
 
 
+@law(1000)
 @given(st.sampled_from(OWN), st.text("abc1$ \n", max_size=60), st.lists(st.integers(0, 60), max_size=12))
 def test_patterns_that_look_ahead_find_the_same_however_it_is_cut(
     sources: list[str], text: str, places: list[int]

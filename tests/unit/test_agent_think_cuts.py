@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from llama_smart_proxy.agents.base import Context
 from llama_smart_proxy.agents.think import Think
 from llama_smart_proxy.proxy.chat import ChatRequest, Chunk
+from tests.support.laws import law
 
 
 class Facts:
@@ -69,6 +70,7 @@ def cuts(text: str) -> st.SearchStrategy[list[str]]:
     ],
 )
 def test_a_leading_thought_is_reasoning_however_it_is_cut(text: str, reasoning: str, answer: str) -> None:
+    @law(1000)
     @given(cuts(text))
     def check(pieces: list[str]) -> None:
         assert told(pieces) == (reasoning, answer)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llama_smart_proxy.agents.base import Agent, Context
@@ -28,6 +28,7 @@ from llama_smart_proxy.proxy.middleware.scope import Scope
 from llama_smart_proxy.proxy.stream.decoder import StreamDecoder
 from llama_smart_proxy.proxy.stream.encoder import StreamEncoder
 from tests.support.agent_clients import Said, Way
+from tests.support.laws import law
 
 REQUEST = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 9}
 ENDS: dict[str, tuple[ClientCodec, UpstreamCodec, Way]] = {
@@ -274,6 +275,7 @@ def read(wire: UpstreamCodec, data: bytes, cuts: list[int] = []) -> tuple[Stream
 def test_chunks_and_tail_are_what_the_server_sent_however_it_arrives(api: str) -> None:
     _, wire, _ = ENDS[api]
 
+    @law(1000)
     @given(answers, st.lists(st.integers(0, 3000), max_size=8))
     def check(told: Told, cuts: list[int]) -> None:
         data = SERVERS[api](told)
@@ -289,6 +291,7 @@ def test_chunks_and_tail_are_what_the_server_sent_however_it_arrives(api: str) -
 def test_identity_agents_leave_every_byte_as_it_is(api: str) -> None:
     face, wire, _ = ENDS[api]
 
+    @law(1000)
     @given(answers, st.integers(1, 3), st.booleans())
     def check(told: Told, agents: int, pumps: bool) -> None:
         data = SERVERS[api](told)
@@ -309,7 +312,7 @@ def test_identity_agents_leave_every_byte_as_it_is(api: str) -> None:
 def test_whatever_agents_do_the_answer_is_proper_and_all_is_closed(api: str) -> None:
     face, wire, way = ENDS[api]
 
-    @settings(max_examples=150)
+    @law(1500)
     @given(answers, chains, st.booleans(), st.booleans(), st.booleans())
     def check(told: Told, scripts: list[list[str]], skip: bool, breaks: bool, pumps: bool) -> None:
         closing = Closing()
@@ -336,7 +339,7 @@ def test_whatever_agents_do_the_answer_is_proper_and_all_is_closed(api: str) -> 
     check()
 
 
-@settings(max_examples=150)
+@law(1500)
 @given(
     answers, st.lists(st.lists(actions.filter(lambda action: action != "hold"), min_size=1), max_size=2), st.booleans()
 )

@@ -14,6 +14,7 @@ from llama_smart_proxy.proxy.cli.check import check_command
 from llama_smart_proxy.proxy.config import missing_paths, without_secret_values
 from llama_smart_proxy.proxy.config.command_line import split_command
 from tests.support.config_files import load, model, problems
+from tests.support.laws import law
 
 PLAIN = ["--ctx-size", "8192", "--temp", "0.7"]
 TEXTS: list[tuple[str, list[str]]] = [
@@ -42,6 +43,7 @@ def test_a_text_is_split_by_the_rules_of_a_shell(text: str, words: list[str]) ->
     assert split_command(text) == words
 
 
+@law(1000)
 @given(st.lists(st.text(st.characters(exclude_characters="\r", exclude_categories=["Cs"]))))
 def test_what_is_quoted_for_a_shell_is_read_back(words: list[str]) -> None:
     quoted = ["'" + word.replace("'", "'\\''") + "'" for word in words]

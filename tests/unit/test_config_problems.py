@@ -15,6 +15,7 @@ from llama_smart_proxy.proxy.config import load_config
 from llama_smart_proxy.proxy.config.text import parse
 from llama_smart_proxy.proxy.errors import ConfigError
 from tests.support.config_files import load, model, problems
+from tests.support.laws import law
 
 MANY_PROBLEMS = """
         sever: {port: 1}
@@ -214,12 +215,14 @@ def test_settings_at_their_defaults_and_those_of_llama_cpp_are_none(tmp_path: Pa
     load(tmp_path, model(path="a.gguf", **WITHOUT_EFFECT))
 
 
+@law(1000)
 @given(st.text(alphabet="{}[]:,-#&*!|>'\"%@`?$ \nab1/\\", max_size=60))
 def test_no_text_makes_the_reader_raise(text: str) -> None:
     parsed = parse(text)
     assert parsed.problems or parsed.data is None or isinstance(parsed.data, dict | list | str | int | float | bool)
 
 
+@law(400)
 @given(st.recursive(st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))  # fmt: skip  # noqa: E501
 def test_json_reads_back_with_comments_and_trailing_commas(value: object) -> None:
     text = re.sub(r"\n(?=\s*[\]}])", ", // }\n/* , ] */", json.dumps(value, indent=1))

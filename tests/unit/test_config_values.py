@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from llama_smart_proxy.proxy.config import parse_duration
 from llama_smart_proxy.proxy.config.expansion import expand
 from tests.support.config_files import load, model, problems
+from tests.support.laws import law
 
 
 @pytest.mark.parametrize(
@@ -37,17 +38,20 @@ def test_anything_else_is_no_duration(text: object) -> None:
         parse_duration(text)
 
 
+@law(1000)
 @given(st.integers(0, 5000), st.integers(0, 10**5), st.integers(0, 10**5), st.integers(0, 10**6))
 def test_the_parts_of_a_duration_add_up(hours: int, minutes: int, seconds: int, milliseconds: int) -> None:
     written = f"{hours}h{minutes}m{seconds}s{milliseconds}ms"
     assert parse_duration(written) == pytest.approx(hours * 3600 + minutes * 60 + seconds + milliseconds / 1000)
 
 
+@law(1000)
 @given(st.floats(0, 366 * 86400))
 def test_a_duration_reads_back_what_a_number_writes(seconds: float) -> None:
     assert parse_duration(seconds) == parse_duration(repr(seconds)) == seconds
 
 
+@law(1000)
 @given(st.text() | st.floats() | st.integers())
 def test_a_duration_is_a_time_or_a_value_error(value: object) -> None:
     try:
@@ -75,6 +79,7 @@ def test_variables_expand_as_in_a_shell(text: str, expanded: str) -> None:
     assert expand(text, {"A": "one", "EMPTY": "", "B": "${A}"}) == expanded
 
 
+@law(1000)
 @given(st.text())
 @example("$${a}")
 def test_a_text_whose_references_are_escaped_expands_to_itself(text: str) -> None:
@@ -82,6 +87,7 @@ def test_a_text_whose_references_are_escaped_expands_to_itself(text: str) -> Non
     assert expand(text.replace("${", "$${"), {}) == text
 
 
+@law(1000)
 @given(st.text(), st.text(alphabet="xyz "), st.text(alphabet="xyz "))
 def test_what_a_variable_holds_is_not_expanded_again(value: str, before: str, after: str) -> None:
     assert expand(f"{before}${{V}}{after}", {"V": value}) == before + value + after

@@ -132,7 +132,6 @@ def _spent_s(make: Callable[[int], Work], size: int, runs: int) -> float:
     spent_s = []
     for _ in range(runs):
         work = make(size)
-        gc.collect()
         gc.disable()  # its own time is no matter of the work
         begun = time.process_time()
         work()

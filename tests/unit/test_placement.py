@@ -21,6 +21,7 @@ from llama_smart_proxy.backends.pool.placement import (
     decide,
     plan_drains,
 )
+from tests.support.laws import law
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Standing:
     ready_at: float = 0.0
     released_at: float = 0.0
     closed_since: float = math.inf
+    awaited_urgently: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ standings = st.lists(
 )
 
 
+@law(1000)
 @given(standings)
 def test_leased_pinned_or_ending_instances_are_never_victims(running: list[Standing]) -> None:
     victim = choose_victim(running)
@@ -115,6 +118,7 @@ def test_a_model_whose_last_process_still_ends_waits_for_that() -> None:
     assert decide(Cold(ending=True), [BUSY, STOPPING], Limits(4)) == Wait(promised=True)
 
 
+@law(1000)
 @given(standings, st.integers(1, 4), st.integers(0, 2), st.booleans())
 def test_every_decision_keeps_the_limits(running: list[Standing], size: int, promised: int, ending: bool) -> None:
     decision = decide(Cold(ending), running, Limits(size, promised))
@@ -161,6 +165,7 @@ def test_one_that_drains_accepts_requests_again_when_no_model_starves() -> None:
     assert list(plan_drains([], [unloading], 1.0, 9.0).end) == []
 
 
+@law(1000)
 @given(standings, st.lists(st.floats(0, 100), max_size=4), st.floats(0, 10), st.floats(0, 100))
 def test_every_plan_keeps_the_rules(running: list[Standing], starved: list[float], swap: float, now: float) -> None:
     plan = plan_drains(starved, running, swap, now)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from llama_smart_proxy.proxy.dialects.base import ClientCodec
 from llama_smart_proxy.proxy.middleware.slash import MAX_ITEMS, Command, leading_commands
+from tests.support.laws import law
 
 KNOWN = {"rag": frozenset({"top_k", "words"}), "opt": frozenset[str](), "two-words": frozenset[str]()}
 LEADING: list[tuple[str, list[str], str]] = [
@@ -76,6 +77,7 @@ def test_a_text_of_commands_alone_does_not_go_on_for_ever() -> None:
     assert called == [Command("rag", {"top_k": "1"})] and left == "top_k=1 " * (1000 - MAX_ITEMS)
 
 
+@law(1000)
 @given(st.text(max_size=40))
 def test_whatever_is_left_is_the_end_of_what_there_was(text: str) -> None:
     called, rest = leading_commands(text, KNOWN)
@@ -85,6 +87,7 @@ def test_whatever_is_left_is_the_end_of_what_there_was(text: str) -> None:
     assert called[0].name == "rag" and text.endswith(rest)
 
 
+@law(1000)
 @given(st.sampled_from([text for text, _, _ in LEADING]), st.text(min_size=1, max_size=3))
 def test_nothing_may_stand_in_front_of_a_command(text: str, before: str) -> None:
     if not before.startswith("/"):

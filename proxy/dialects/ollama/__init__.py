@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import orjson
 
 from llama_smart_proxy.proxy.chat import ChatRequest, Json, Timing
-from llama_smart_proxy.proxy.dialects.base import ClientCodec, Loading, UpstreamCodec
+from llama_smart_proxy.proxy.dialects.base import ClientCodec, Loading, UpstreamCodec, limited
 from llama_smart_proxy.proxy.dialects.framing import LineSplitter
 from llama_smart_proxy.proxy.dialects.ollama.dialect import OLLAMA
 from llama_smart_proxy.proxy.dialects.ollama.fields import folded, keep_alive_s
@@ -61,6 +61,7 @@ class OllamaChatCodec(ClientCodec):
     dialect = OLLAMA
     same_api = WIRE
     thinking_is_optional = False
+    limit_fields = ("num_predict",)
     _content = frozenset({"messages"})
     """A body with none of these fields only loads the model."""
     _uses = ("completion", "tools", "thinking")
@@ -69,6 +70,11 @@ class OllamaChatCodec(ClientCodec):
 
     def streams(self, body: Json) -> bool:
         return body.get("stream") is not False and self.loading(body) is None
+
+    def limit_tokens(self, body: Json, most: int, *, always: bool) -> None:
+        options = body.get("options") or {}
+        if isinstance(options, dict) and (changed := limited(options, self.limit_fields, most, always=always)):
+            body["options"] = options | changed
 
     def decode(self, body: Json) -> ChatRequest:
         return decode_chat(body)

@@ -26,6 +26,8 @@ class ResponsesCodec(ClientCodec):
 
     dialect = RESPONSES
     messages_field = "input"
+    system_field = "instructions"
+    limit_fields = ("max_output_tokens",)
 
     def decode(self, body: Json) -> ChatRequest:
         return decode(body)
@@ -39,6 +41,9 @@ class ResponsesCodec(ClientCodec):
     def user_text(self, body: Json) -> str:
         given = body.get("input")
         return given if isinstance(given, str) else super().user_text(body)
+
+    def system_text(self, body: Json) -> str:
+        return next((text for role, text in self.beginning(body)[:1] if role in ("system", "developer")), "")
 
     def text_place(self, message: Any) -> TextPlace | None:
         is_message = isinstance(message, dict) and message.get("type") in (None, "message")
