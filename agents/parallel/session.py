@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
-from llama_smart_proxy import ChatRequest, Chunk, Context, UpstreamFailed
+from llama_smart_proxy import ChatRequest, Chunk, Context, ProxyError, UpstreamFailed
 from llama_smart_proxy.agents.parallel.members import Member, Round, Usage, members_of
 from llama_smart_proxy.agents.parallel.merging import best, graded, majority, synthesis
 from llama_smart_proxy.agents.parallel.sections import Sections
+
+DRAFT = 20_000
+"""Number of characters of an answer that a user can look up."""
 
 
 class Session:
@@ -66,15 +69,21 @@ class Session:
         if failures and len(self._round.members) - len(failures) < min(self._config.quorum, len(self._round.members)):
             raise failures[0]
 
-    def _answered(self) -> list[Member]:
-        """The members with an answer. Raises: UpstreamFailed if there is none."""
+    async def _answered(self) -> list[Member]:
+        """The members with an answer; the user can look up each of several. Raises: UpstreamFailed if there is none."""
         answered = [member for member in self._round.members if member.answered]
         if not answered:
             raise UpstreamFailed("no model has answered", code="upstream_error")
+        for member in answered if len(answered) > 1 else ():
+            text = member.text if len(member.text) <= DRAFT else f"{member.text[:DRAFT]}..."
+            # Open WebUI shows the texts of one `source` in `metadata` as one.
+            draft = {"source": {"name": member.label}, "document": [text], "metadata": [{"source": member.label}]}
+            with suppress(ProxyError):  # beyond the limits of agents there is the answer alone
+                await self._ctx.event("source", draft)
         return answered
 
     def _progress(self, text: str) -> list[Chunk]:
-        return [Chunk.of(reasoning=f"{text}\n")] if self._config.progress else []
+        return [Chunk.progress(text)] if self._config.progress else []
 
     def _asking(self) -> list[Chunk]:
         members = self._round.members
@@ -115,7 +124,7 @@ class Session:
     async def _judge(self) -> AsyncGenerator[Chunk, None]:
         async for chunk in self._collect():
             yield chunk
-        answered = self._answered()
+        answered = await self._answered()
         grades = await graded(self._ctx, self._request, answered, self._usage)
         winner = answered[best(grades)]
         shown = [f"{m.label}: {'no grade' if g is None else f'{g:g}'}" for m, g in zip(answered, grades, strict=True)]
@@ -126,7 +135,7 @@ class Session:
     async def _vote(self) -> AsyncGenerator[Chunk, None]:
         async for chunk in self._collect():
             yield chunk
-        answered = self._answered()
+        answered = await self._answered()
         place, votes = majority([member.text for member in answered])
         for chunk in self._progress(f"{votes} of {len(answered)} agree."):
             yield chunk
@@ -135,7 +144,7 @@ class Session:
     async def _synthesize(self) -> AsyncGenerator[Chunk, None]:
         async for chunk in self._collect():
             yield chunk
-        answered = self._answered()
+        answered = await self._answered()
         if len(answered) == 1:
             yield self._chosen(answered[0])
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 from llama_smart_proxy.proxy.chat.extensions import Json
+from llama_smart_proxy.proxy.chat.status import status_line
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """The names that servers have for the reasoning in a delta; some send it under several. vLLM, since 0.11, and
@@ -131,6 +132,12 @@ class Chunk:
         delta = {"content": text} if text else {}
         delta |= {"reasoning_content": reasoning} if reasoning else {}
         return Chunk({"choices": [{"index": index, "delta": delta, "finish_reason": None}]})
+
+    @staticmethod
+    def progress(text: str) -> Chunk:
+        """A new chunk with a line of reasoning about what the user waits for. In front of the answer's own reasoning it
+        is removed from the chat when that is sent again, so that no model gets it."""
+        return Chunk.of(reasoning=status_line(text))
 
     @staticmethod
     def ending(finish_reason: str = "stop", *, index: int = 0) -> Chunk:

@@ -242,6 +242,38 @@ async def test_progress_can_be_off(stage: Stage) -> None:
     assert (said.reasoning, said.text) == ("", "merged")
 
 
+async def test_drafts_are_sources_of_the_answer_in_open_webui(stage: Stage) -> None:
+    async def drafts(call: str, *headers: tuple[str, str], way: Way = STREAM) -> list[Any]:
+        answer = await raw_client.post(stage.proxy.port, CHAT, way.body(f"/parallel {call} Why?"), headers=headers)
+        if way is WHOLE:
+            return [answer.json()["event"]] if "event" in answer.json() else []
+        events = [json.loads(event) for event in events_of(answer.body) if event != DONE]
+        return [event["event"] for event in events if "event" in event]
+
+    open_webui = ("X-OpenWebUI-Chat-Id", "6f5e")
+    texts = (("a #1", "It is A"), ("a #2", "It is A"), ("c", "It is 1,000."))
+    expected = [{"source": {"name": name}, "document": [text], "metadata": [{"source": name}]} for name, text in texts]
+    for strategy in ("synthesize", "judge", "vote"):
+        found = await drafts(f"models=a,a,broken,c strategy={strategy}", open_webui)
+        assert found == [{"type": "source", "data": data} for data in expected], strategy
+    assert await drafts("models=a,c strategy=show", open_webui) == [], "they are the answer"
+    assert await drafts("models=a,broken", open_webui) == [], "it is the answer"
+    assert await drafts("models=a,c") == [] == await drafts("models=a,c", open_webui, way=WHOLE)
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way.path in (CHAT, "/api/chat")], ids=lambda way: way.name)
+async def test_no_model_gets_the_progress_of_an_earlier_turn(stage: Stage, way: Way) -> None:
+    said = await way.ask(stage.proxy, way.body("/parallel Why?"))
+    assert "Asking m #1" in said.reasoning
+    ours = "thinking" if way.path == "/api/chat" else "reasoning_content"
+    answer = {"role": "assistant", "content": said.text, ours: said.reasoning}
+    first, then = ({"role": "user", "content": text} for text in ("/parallel Why?", "And then?"))
+    before = len(sent_to(stage.fakes, "m"))
+    await way.ask(stage.proxy, {**way.body("?"), "messages": [first, answer, then]})
+    (sent,) = sent_to(stage.fakes, "m")[before:]
+    assert sent["messages"] == [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "merged"}, then]
+
+
 async def test_a_client_may_have_all_answers_as_choices(stage: Stage) -> None:
     body = WHOLE.body("/parallel strategy=show Why?", n=2, max_tokens=1)
     answer = (await raw_client.post(stage.proxy.port, CHAT, body)).json()
