@@ -238,7 +238,7 @@ class Scheduler:
             return
         since = now - self.aged_s
         cleared = [place for place in self.places if place.can_be_cleared(since)]
-        for place in sorted(cleared, key=lambda place: place.released_at)[:needed]:
+        for place in sorted(cleared, key=lambda place: (not place.broken, place.released_at))[:needed]:
             for task in place.breakable(since):
                 task.break_off()
 

@@ -315,3 +315,18 @@ async def test_a_task_that_is_broken_off_does_not_count_as_new_for_the_limit_of_
         await until(lambda: who_was_sent(fakes) == ["task", "person"])
         let_go(gate)
         await asyncio.gather(first, task)
+
+
+async def test_a_model_whose_tasks_are_broken_off_already_is_enough_for_a_person(fakes: Fakes, gate: Path) -> None:
+    async with open_pool(fakes.config(size=2, **LONG)) as pool:
+        a, b = served(pool, "a", fakes.model(parallel=2)), served(pool, "b", fakes.model())
+        tasks = [asking(a, request(f"task {number}", last_at=str(gate))) for number in range(2)]
+        await until(lambda: len(who_was_sent(fakes)) == 2)
+        tasks.append(asking(b, request("task b", last_at=str(gate))))
+        await until(lambda: len(who_was_sent(fakes)) == 3)
+        await asking(served(pool, "c", fakes.model()), request("person"))
+        assert len(fakes.events("closed", CHAT)) == 2
+        let_go(gate)
+        assert await tasks.pop()
+        for task in tasks:
+            task.cancel()
