@@ -179,6 +179,11 @@ class Place:
         return self.instance.state is State.READY and not self.draining and not self.unloading
 
     @property
+    def in_use(self) -> bool:
+        """Whether a request holds it, or waits for it and will get it."""
+        return self.leases > 0 or (self.open and self.awaited)
+
+    @property
     def generating(self) -> int:
         """How many slots are in use."""
         return sum([slot.busy for slot in self.slots])

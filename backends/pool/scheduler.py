@@ -114,6 +114,8 @@ class Scheduler:
         waiter.timers.clear()
         if queue.forget(waiter):
             self.schedule()
+            if queue.place is not None:
+                self.check_idle(queue.place)
         self._news.waiting(queue)
 
     def release(self, lease: Lease) -> None:
@@ -342,9 +344,8 @@ class Scheduler:
         return (now if place.leases else place.released_at) + self._keep_alive_s(place)
 
     def check_idle(self, place: Place) -> None:
-        """If no request holds it: stop it if it is to be unloaded, or set the timer that does so after its time to
-        live."""
-        if place.leases or place.state not in (State.READY, State.STARTING):
+        """If it is not in use: stop it if it is to be unloaded, or set the timer that does so after its time to live."""
+        if place.in_use or place.state not in (State.READY, State.STARTING):
             return
         keep_alive_s = self._keep_alive_s(place)
         if place.unloading:
@@ -361,7 +362,7 @@ class Scheduler:
         """Requests do not set the timer anew, as that would cost each of them: so its time may not have come yet."""
         place.idle_timer = None
         idle_s = asyncio.get_running_loop().time() - place.released_at
-        if not place.leases and place.state is State.READY and idle_s >= self._keep_alive_s(place) - 0.001:
+        if not place.in_use and place.state is State.READY and idle_s >= self._keep_alive_s(place) - 0.001:
             place.stop(f"idle for {idle_s:.1f} s")
         else:
             self.check_idle(place)

@@ -317,6 +317,21 @@ async def test_a_task_that_is_broken_off_does_not_count_as_new_for_the_limit_of_
         await asyncio.gather(first, task)
 
 
+async def test_a_title_that_waits_for_its_turn_keeps_its_model_loaded(fakes: Fakes, gate: Path) -> None:
+    async with open_pool(fakes.config(keep_alive=0, **LONG)) as pool:
+        model = served(pool, "a", fakes.model(parallel=1))
+        person = asking(model, request("person", last_at=str(gate)))
+        await until(lambda: who_was_sent(fakes) == ["person"])
+        title = asking(model, request("task", hold_s=600))
+        await queued(pool, 1)
+        let_go(gate)
+        await person
+        assert pool.state("a") == "loaded"
+        title.cancel()
+        await until(lambda: pool.state("a") == "unloaded")
+        assert fakes.spawns == 1
+
+
 async def test_a_model_whose_tasks_are_broken_off_already_is_enough_for_a_person(fakes: Fakes, gate: Path) -> None:
     async with open_pool(fakes.config(size=2, **LONG)) as pool:
         a, b = served(pool, "a", fakes.model(parallel=2)), served(pool, "b", fakes.model())
