@@ -130,7 +130,9 @@ class ModelQueue:
 @dataclass(eq=False, slots=True)
 class Slot:
     """One of the requests that a server processes in parallel, `since` when; `task` is the background prompt that it
-    processes, if it does. `last` is the last request it served: its prompt is what the server's cache may hold."""
+    processes, if it does. `last` is the last request it served: its prompt is what the server's cache may hold.
+
+    `since` is 0 for a request that was granted it and is not served yet."""
 
     busy: bool = False
     since: float = 0.0
@@ -228,7 +230,8 @@ class Place:
         if not request.slot:
             return Lease(self, None)
         index = next(index for index, slot in enumerate(self.slots) if not slot.busy)
-        self.slots[index].busy, self.slots[index].task = True, request.task
+        slot = self.slots[index]
+        slot.busy, slot.task, slot.since = True, request.task, 0.0
         return Lease(self, index)
 
     def release(self, lease: Lease, now: float) -> None:
@@ -236,7 +239,7 @@ class Place:
         if lease.slot is not None:
             slot, known_s = self.slots[lease.slot], self.queue.request_s
             spent_s = now - slot.since
-            if slot.task is None or not slot.task.broken:
+            if slot.since and (slot.task is None or not slot.task.broken):
                 self.queue.request_s = spent_s if known_s is None else known_s + RECENT * (spent_s - known_s)
             slot.busy, slot.task = False, None
         self.released_at = now

@@ -345,3 +345,16 @@ async def test_a_model_whose_tasks_are_broken_off_already_is_enough_for_a_person
         assert await tasks.pop()
         for task in tasks:
             task.cancel()
+
+
+async def test_a_slot_that_was_never_used_says_nothing_about_how_long_requests_take(fakes: Fakes) -> None:
+    async with open_pool(fakes.config(**LONG)) as pool:
+        fake = fakes.model(parallel=1)
+        async with held(pool, "a", fake):
+            person = asking(served(pool, "a", fake), request("person"))
+            await queued(pool, 1)
+        queue = pool._scheduler.queues["a"]
+        before = queue.request_s
+        assert queue.length == 0 and person.cancel()  # it has got its slot, and does not know it yet
+        await asyncio.wait({person})
+        assert entry(pool, "a", "leases") == 0 and queue.request_s == before
