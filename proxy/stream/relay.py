@@ -17,6 +17,7 @@ from aiohttp import web
 
 from llama_smart_proxy.backends.base import Management, Model, UpstreamRequest
 from llama_smart_proxy.backends.http.exchange import UpstreamResponse
+from llama_smart_proxy.backends.tasks import Task
 from llama_smart_proxy.proxy.dialects import Dialect
 from llama_smart_proxy.proxy.dialects.framing import (
     BOM,
@@ -78,7 +79,9 @@ async def relay(
         async for attempt in Attempts(model, request, lambda: response.begun):
             async with attempt as upstream:
                 response.record.sent_s = upstream.sent_s
-                return await _pass_on(upstream, dialect, response, generates, streams, unstreamed, progressed)
+                return await _pass_on(
+                    upstream, dialect, response, generates, streams, unstreamed, progressed, request.task
+                )
     except ProxyError as exc:
         if not response.opened:
             raise
@@ -98,6 +101,7 @@ async def _pass_on(
     streams: bool,
     unstreamed: Unstreamed | None,
     progressed: Progressed | None,
+    task: Task | None,
 ) -> web.StreamResponse:
     answered = succeeded(upstream.status)
     bodiless = upstream.status in (204, 304) or response.http.method == "HEAD"
@@ -119,6 +123,8 @@ async def _pass_on(
     if response.opened:  # the client has the headers of a stream
         raise _in_place_of_stream(upstream.status, body or b"")
     if body is None:
+        if task is not None:
+            task.whole = False  # from now on the client gets it in pieces
         return await _large(upstream, response)
     if upstream.status >= 400 and not bodiless:
         _check_error(upstream.status, body, dialect)

@@ -11,17 +11,24 @@ from pathlib import Path
 import pytest
 
 from llama_smart_proxy.backends.base import Priority, UpstreamRequest
+from llama_smart_proxy.backends.http.exchange import UpstreamResponse
 from llama_smart_proxy.backends.pool.pool import Pool
 from llama_smart_proxy.backends.pool.spawned import SpawnedModel
 from llama_smart_proxy.backends.tasks import MOST_BREAKS, Task
 from llama_smart_proxy.proxy.chat import Json
 from llama_smart_proxy.proxy.errors import Overloaded
+from llama_smart_proxy.proxy.stream.relay import PLAIN_LIMIT
 from llama_smart_proxy.proxy.stream.upstream import Attempts, fetch_json
+from tests.support import raw_client, toxic
+from tests.support.agent_clients import WAYS
 from tests.support.harness import until
+from tests.support.here import served_here
 from tests.support.pools import CHAT, FakeModel, Fakes, open_pool
+from tests.support.toxic import Link, Request, raw_upstream
 
 LONG = {"swap_after_s": 600.0, "queue_timeout_s": 6000.0, "load_timeout_s": 600.0}
 """No timer decides anything."""
+TITLE = "### Task:\nGenerate a concise, 3-5 word title"
 
 
 def request(who: str, *, hold_s: float = 0.0, whole: bool = True, **fake: object) -> UpstreamRequest:
@@ -358,3 +365,30 @@ async def test_a_slot_that_was_never_used_says_nothing_about_how_long_requests_t
         assert queue.length == 0 and person.cancel()  # it has got its slot, and does not know it yet
         await asyncio.wait({person})
         assert entry(pool, "a", "leases") == 0 and queue.request_s == before
+
+
+async def test_a_task_of_which_the_client_has_a_part_is_not_broken_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks: list[Task] = []
+    sends, end = Task.sends, asyncio.Event()
+
+    def remember(task: Task, response: UpstreamResponse) -> None:
+        sends(task, response)
+        tasks.append(task)
+
+    async def script(link: Link, _: Request) -> None:
+        head = toxic.head(200, [("Content-Type", "application/json"), ("Transfer-Encoding", "chunked")])
+        await link.send(head + toxic.chunk(b" " * (PLAIN_LIMIT + 1)))
+        await end.wait()
+        await link.send(toxic.chunk(b"{}") + toxic.LAST_CHUNK)
+
+    monkeypatch.setattr(Task, "sends", remember)
+    way = next(way for way in WAYS if way.path == CHAT and not way.stream)
+    async with raw_upstream(script) as upstream:
+        remote = {"url": f"http://127.0.0.1:{upstream.port}", "models": ["m"]}
+        async with served_here({"remotes": {"up": remote}}) as (_, port), raw_client.connected(port) as client:
+            await client.send(raw_client.request("POST", way.path, way.body(TITLE)))
+            assert (await client.head())[1] == 200
+            assert [task.breakable for task in tasks] == [False]
+            end.set()
+            while await client.chunk():
+                pass
