@@ -203,6 +203,8 @@ async def _stream(
         while response.waiting and (data := await upstream.piece()):
             if not sink.start(data, reports):
                 await sink.drained()
+        if reports is not None and response.waiting and reports.rest:  # without a line end: no report
+            sink.feed(reports.rest)
         await upstream.pipe(sink)
     except UpstreamFailed as exc:
         if not response.begun:

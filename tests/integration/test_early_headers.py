@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from llama_smart_proxy.backends.base import Feature
+from llama_smart_proxy.backends.openai import RemoteModel
 from llama_smart_proxy.proxy.stream import waiting
 from tests.support import raw_client, toxic
 from tests.support.agent_clients import WAYS, Said, Way
@@ -184,3 +186,23 @@ async def test_without_early_headers_a_slow_failure_has_its_status(way: Way) -> 
             await asyncio.sleep(0.2)  # four times what is waited for otherwise
             server.go.set()
             assert (await client.head())[1] == 429
+
+
+async def test_an_error_without_a_line_end_is_passed_on_where_reports_are_taken_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(RemoteModel, "features", frozenset({Feature.PROGRESS}))
+    report = toxic.event({"prompt_progress": {"total": 4, "processed": 1}})
+
+    async def script(link: Link, request: Request) -> None:
+        assert request.json()["return_progress"]
+        await link.send(toxic.EVENT_HEAD + toxic.chunk(report + b"data: " + REFUSAL) + toxic.LAST_CHUNK)
+
+    headers = [("X-OpenWebUI-Chat-Id", "6f5e")]
+    async with proxied(script) as (port, _), raw_client.connected(port) as client:
+        await client.send(raw_client.request("POST", RELAYED.path, RELAYED.body("hi"), headers=headers))
+        assert (await client.head())[1] == 200
+        data = b""
+        while piece := await client.chunk():
+            data += piece
+    assert RELAYED.read_stream(data, True).error == "too many" and b"prompt_progress" not in data
