@@ -52,14 +52,15 @@ class Notices:
         return left + data
 
     def _report(self, line: bytes) -> None:
-        with suppress(ValueError, TypeError, KeyError):
+        with suppress(ValueError, TypeError, KeyError, AttributeError):
             report = orjson.loads(line)
             if report["state"] == "loading":
                 self._on_share(_share(report["payload"]))
 
 
 def _share(payload: dict[str, Any]) -> float:
-    """The share of all stages, such as the model and its projector. Raises: ValueError, TypeError, KeyError."""
+    """The share of all stages, such as the model and its projector. Raises: ValueError, TypeError, KeyError,
+    AttributeError."""
     stages = payload["stages"]
     value: float = (stages.index(payload["current"]) + float(payload["value"])) / len(stages)
     return min(1.0, max(0.0, value))

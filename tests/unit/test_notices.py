@@ -42,7 +42,13 @@ def test_reports_are_taken_out_wherever_the_output_is_cut(cuts: list[int]) -> No
 
 @pytest.mark.parametrize(
     "line",
-    [b"no json", b"[]", b'{"state":"loading"}', b'{"state":"loading","payload":{"stages":[],"current":"x","value":1}}'],
+    [
+        b"no json",
+        b"[]",
+        b'{"state":"loading"}',
+        b'{"state":"loading","payload":{"stages":[],"current":"x","value":1}}',
+        b'{"state":"loading","payload":{"stages":null,"current":"x","value":1}}',
+    ],
 )
 def test_a_report_of_another_form_is_left_out(line: bytes) -> None:
     shares: list[float] = []
