@@ -236,7 +236,8 @@ class Wait:
     def _described(self, waited_s: float) -> str:
         """What the client waits for."""
         known = self._said or self._reading or (self._progress.text if self._progress is not None else "")
-        return " ".join(known.split()) or f"Waiting for {self.model or 'the model'}, {waited_s:.0f} s"
+        text = " ".join(known.split()).encode(errors="replace").decode()  # agents may report half a character
+        return text or f"Waiting for {self.model or 'the model'}, {waited_s:.0f} s"
 
     def _status(self, text: str, *, done: bool) -> bytes:
         assert self._codec is not None

@@ -371,3 +371,18 @@ async def test_parallel_reports_whom_it_asks_in_place_of_silence(fakes: Fakes, g
     first = next(at for at, event in enumerate(events) if isinstance(event, str))
     lines = lines_of(events)
     assert lines == lines_of(events[:first]) and lines[-1][1:] == (True, True)
+
+
+async def test_half_a_character_in_the_status_of_an_agent_costs_no_answer(fakes: Fakes, gate: Gate) -> None:
+    gate.open()
+    until, body = fakes.folder / "until", CHAT.body("/research hi", model="slow")
+    source, data = RESEARCH.replace("Counting", "Half \\ud83d"), b""
+    headers = [*OPEN_WEBUI, ("X-Until", str(until))]
+    async with served(fakes, gate, {"research": source}) as port, asked(port, CHAT, body, headers) as client:
+        await client.head()
+        while b"t1 " not in data:
+            data += await client.chunk()
+        data += await client.chunk() + await client.chunk()  # the notification, and the status
+        until.touch()
+        rest, intact = await rest_of(client)
+    assert intact and ("Half ?", True, True) in lines_of(events_of(data + rest)) and b"t2 " in rest
