@@ -257,7 +257,9 @@ class Chat:
         """Run the agents' request hooks, then the model, and answer through the agents' layers. `open_streams` closes
         what is opened here."""
         source: ModelAnswer | None = None
+        streams = chat.stream
         entered, answering, stream = await run_request_hooks(contexts, chat)
+        chat.stream = streams  # the client decides: it may have the headers of a stream
         rewriting = [ctx for ctx in entered if ctx.active.loaded.rewrites]
         listening = [ctx for ctx in (*entered, answering) if ctx is not None and ctx.active.loaded.listens]
         if answering is not None and stream is not None:

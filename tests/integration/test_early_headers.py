@@ -9,6 +9,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from llama_smart_proxy.backends.base import Feature
 from llama_smart_proxy.backends.openai import RemoteModel
 from llama_smart_proxy.proxy.stream import waiting
 from tests.support import raw_client, toxic
-from tests.support.agent_clients import WAYS, Said, Way
+from tests.support.agent_clients import WAYS, Said, Way, write_agent
 from tests.support.harness import until
 from tests.support.here import served_here
 from tests.support.toxic import DONE, Link, RawUpstream, Request, raw_upstream
@@ -56,10 +57,12 @@ class Slow:
 
 
 @asynccontextmanager
-async def proxied(script: Callable[[Link, Request], Awaitable[None]]) -> AsyncIterator[tuple[int, RawUpstream]]:
+async def proxied(
+    script: Callable[[Link, Request], Awaitable[None]], **settings: Any
+) -> AsyncIterator[tuple[int, RawUpstream]]:
     async with raw_upstream(script) as upstream:
         remote = {"url": f"http://127.0.0.1:{upstream.port}", "models": ["m"]}
-        async with served_here({"remotes": {"up": remote}}) as (_, port):
+        async with served_here({"remotes": {"up": remote}, **settings}) as (_, port):
             yield port, upstream
 
 
@@ -206,3 +209,27 @@ async def test_an_error_without_a_line_end_is_passed_on_where_reports_are_taken_
         while piece := await client.chunk():
             data += piece
     assert RELAYED.read_stream(data, True).error == "too many" and b"prompt_progress" not in data
+
+
+OBSTINATE = """
+class Obstinate(Agent):
+    async def on_request(self, request, ctx):
+        request.stream = False
+
+    async def on_chunk(self, chunk, ctx):
+        return chunk
+"""
+
+
+@both
+async def test_a_client_with_headers_gets_a_stream_whatever_an_agent_sets(way: Way, tmp_path: Path) -> None:
+    write_agent(tmp_path, "obstinate", OBSTINATE)
+    server, settings = Slow(STREAM), {"agents": ["obstinate"], "agents_dirs": [str(tmp_path)]}
+    async with proxied(server, **settings) as (port, _), raw_client.connected(port) as client:
+        await client.send(raw_client.request("POST", way.path, way.body("hi", agents=["obstinate"])))
+        await client.head()
+        data = await client.chunk()
+        server.go.set()
+        while piece := await client.chunk():
+            data += piece
+    assert way.read_stream(data.replace(SIGN, b""), True).text == "Hello"
