@@ -10,9 +10,6 @@ from llama_smart_proxy.backends.pool.instance import Instance, State
 from llama_smart_proxy.backends.pool.load_times import LoadTimes
 from llama_smart_proxy.backends.pool.queue import ModelQueue
 
-MOST_SHARE = 0.95
-"""The largest share that is concluded from the time alone."""
-
 
 class News:
     """Publishes for one pool. `is_fetched` is whether the files of a model are being downloaded."""

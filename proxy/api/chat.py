@@ -342,12 +342,9 @@ async def relay_request(
     if chat_id and model.state.value != "loaded" and pool.autoload:
         await proxy.conversations.load(chat_id, model, request, limit=pool.queue_limit)
     return await relay(
-        *(response, model, request, endpoint.dialect),
-        generates=endpoint.codec is not None,
-        streams=streams,
-        unstreamed=unstreamed,
-        progressed=progressed,
-    )
+        response, model, request, endpoint.dialect,
+        generates=endpoint.codec is not None, streams=streams, unstreamed=unstreamed, progressed=progressed,
+    )  # fmt: skip
 
 
 def upstream_path(http: web.BaseRequest, model: str) -> str:

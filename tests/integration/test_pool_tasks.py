@@ -53,16 +53,6 @@ def entry(pool: Pool, name: str, what: str) -> object:
     return next((status[what] for status in pool.status() if status["model"] == name and what in status), 0)
 
 
-async def until_waiting(pool: Pool, count: int) -> None:
-    """Wait until so many requests wait for the model `a`."""
-    await until(lambda: entry(pool, "a", "queue") == count, what="the queue")
-
-
-async def until_sent(fakes: Fakes, who: str, count: int) -> None:
-    """Wait until a server has got so many requests of `who`."""
-    await until(lambda: who_was_sent(fakes).count(who) == count, what="the request")
-
-
 def who_was_sent(fakes: Fakes) -> list[str]:
     """Whose requests the servers got, in order."""
     return [json.loads(event["body"])["user"] for event in fakes.events("request", CHAT)]
@@ -72,6 +62,15 @@ def who_was_sent(fakes: Fakes) -> list[str]:
 def gate(tmp_path: Path) -> Path:
     """The last token of an answer comes when this file is there."""
     return tmp_path / "gate"
+
+
+async def queued(pool: Pool, count: int) -> None:
+    await until(lambda: entry(pool, "a", "queue") == count)
+
+
+async def runs(fakes: Fakes, times: int) -> None:
+    """The task was sent so many times."""
+    await until(lambda: who_was_sent(fakes).count("task") == times)
 
 
 def let_go(gate: Path) -> None:
@@ -89,7 +88,7 @@ async def test_people_are_served_first_then_tasks_each_in_the_order_they_came(fa
         async with held(pool, "a", fake):
             for number, who in enumerate(("task 1", "person 1", "task 2", "person 2"), 1):
                 waiting.append(asking(model, request(who)))
-                await until_waiting(pool, number)
+                await queued(pool, number)
         await asyncio.gather(*waiting)
     assert who_was_sent(fakes) == ["person 1", "person 2", "task 1", "task 2"]
 
@@ -134,7 +133,7 @@ async def test_a_task_that_was_broken_off_thrice_is_completed(fakes: Fakes, gate
         model = served(pool, "a", fakes.model(parallel=1))
         task = asking(model, request("task", last_at=str(gate)))
         for number in range(MOST_BREAKS):
-            await until_sent(fakes, "task", number + 1)
+            await runs(fakes, number + 1)
             await asking(model, request("person"))
         await until(lambda: who_was_sent(fakes).count("task") == MOST_BREAKS + 1)
         person = asking(model, request("person"))
