@@ -84,7 +84,8 @@ class Chat:
         chain = self.proxy.chain
         if loading is None and chain.may_apply(self.http.headers, body, route.name, self.codec):
             await chain.plugins.refresh()
-            selection = chain.select(self.http.headers, body, route.name, self.codec)
+            background = self.task is not None
+            selection = chain.select(self.http.headers, body, route.name, self.codec, background=background)
             if selection.chain or selection.reply is not None:
                 del reusable
                 return await self._with_agents(route, body, selection)

@@ -48,7 +48,8 @@ class Cards:
 
     def of(self, models: Sequence[Shown]) -> list[Json]:
         """For each of these models, in a list of them, the fields `name` and `info` of its item. The name is the
-        configured one, else that in its file or of its server, with the id if two are called the same."""
+        configured one, else that in its file or of its server; after the id if two are called the same, as pickers cut
+        the end off."""
         last, self._last = self._last, {}
         for model in models:
             known = last.get(model.id)
@@ -57,7 +58,7 @@ class Cards:
         uses = Counter(title.casefold() for _, title, _ in found)
         return [
             {
-                "name": title if title == model.id or uses[title.casefold()] == 1 else f"{title} ({model.id})",
+                "name": title if title == model.id or uses[title.casefold()] == 1 else f"{model.id} ({title})",
                 "info": info,
             }
             for model, title, info in found

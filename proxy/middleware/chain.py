@@ -125,9 +125,12 @@ class Chain:
             message = f"agents do not run at this endpoint, so it cannot run {named[0][:100]}"
             raise BadRequest(message, param=HEADER)
 
-    def select(self, headers: CIMultiDictProxy[str], body: Json, model: str, codec: ClientCodec) -> Selection:
+    def select(
+        self, headers: CIMultiDictProxy[str], body: Json, model: str, codec: ClientCodec, *, background: bool = False
+    ) -> Selection:
         """The agents of the request with the undecoded `body`, whose field `agents` is removed, and whose earlier
-        messages lose what slash commands left there (`read_history`). `model` is the name of the model.
+        messages lose what slash commands left there (`read_history`). `model` is the name of the model. A `background`
+        prompt of the client, about the chat, has no agents that are there to be called in the chat.
 
         Raises: BadRequest for an unknown agent named outside the text, and for an invalid option; AgentError for a
         required agent that could not be loaded.
@@ -153,7 +156,8 @@ class Chain:
             self._add_named(candidates, named)
             if commands is not None and selection.called is not None:
                 self._add_called(candidates, selection.called, commands)
-        selection.chain = [_active(candidate) for candidate in candidates.values() if _usable(candidate)]
+        chain = (_active(candidate) for candidate in candidates.values() if _usable(candidate))
+        selection.chain = [active for active in chain if not background or _runs_behind(active)]
         selection.about = partial(self._about, set(candidates))
         return selection
 
@@ -286,6 +290,11 @@ def _named(header: str, body: object) -> list[str] | None:
         raise BadRequest("agents must be a list of names, or false", param=FIELD)
     names = [name.strip() for name in [*header.split(","), *given] if name.strip()]
     return None if any(name.lower() in _OFF for name in names) else [name.removeprefix("/") for name in names]
+
+
+def _runs_behind(active: ActiveAgent) -> bool:
+    """Whether the agent also runs for a prompt that no person wrote."""
+    return active.plugin.command is None or active.explicit
 
 
 def _usable(candidate: _Candidate) -> bool:

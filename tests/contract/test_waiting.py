@@ -346,7 +346,7 @@ async def test_other_clients_get_the_status_as_reasoning_if_that_is_configured(
         said = read(way, *await rest_of(client))
     if way.path in ("/v1/chat/completions", "/api/chat", "/api/generate"):
         status = read(way, first + way_end(way))
-        assert status.reasoning.startswith(STATUS_MARK + "Waiting for slow, ") and status.text == ""
+        assert status.reasoning.startswith(STATUS_MARK + "Loading slow") and status.text == ""
     else:
         assert is_sign(way, first), "there is no place for it that does not depend on the rest of the answer"
     assert said.text.startswith("t0 t1")

@@ -66,7 +66,6 @@ def cut_streams(draw: st.DrawFn) -> tuple[bytes, bytes, list[int]]:
     return body, wire, cuts
 
 
-@law(1000)
 @given(cut_streams())
 @EXAMPLES
 async def test_stream_arrives_byte_for_byte_however_it_is_cut(
@@ -87,7 +86,6 @@ NO_PAGES = st.binary(max_size=300).filter(lambda body: not body.strip(b"\xef\xbb
 """What opens as a web page is none of the answers that are passed on."""
 
 
-@law(1000)
 @given(NO_PAGES, st.lists(st.integers(0, 400), max_size=6).map(sorted), st.booleans())
 @example(b"", [], False)
 @example(b"", [], True)

@@ -150,8 +150,8 @@ def test_a_model_is_called_as_its_file_or_its_server_says_if_that_is_a_name(info
 
 def test_models_of_the_same_name_are_told_apart_by_their_ids() -> None:
     models = [Shown("q4", called("Qwen3")), Shown("q8", called("qwen3")), Shown("team", of_file(title="team"))]
-    assert names(models) == ["Qwen3 (q4)", "qwen3 (q8)", "team"]
-    assert names([Shown("a", called("b")), Shown("b", ModelInfo("b"))]) == ["b (a)", "b"]
+    assert names(models) == ["q4 (Qwen3)", "q8 (qwen3)", "team"]
+    assert names([Shown("a", called("b")), Shown("b", ModelInfo("b"))]) == ["a (b)", "b"]
 
 
 def test_a_list_composes_only_what_is_another_one_than_in_the_last() -> None:

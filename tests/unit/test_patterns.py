@@ -39,6 +39,7 @@ BOUNDED = {
 """Characters of the longest text for a pattern whose time is not proportional to it."""
 MADE_ELSEWHERE = {
     "agents/shield.py": "patterns of the configuration",
+    "proxy/chat/background.py": "a constant that is joined from its parts",
     "proxy/api/dispatcher.py": "paths of endpoints, for request targets of at most 16 KiB",
     "backends/pool/launcher.py": "names of variables in the configuration",
     "agents/redact/matching.py": "patterns of the configuration, with a time limit for each search",
