@@ -17,7 +17,7 @@ MOST_BREAKS = 3
 class Task:
     """One background prompt, over all attempts to answer it. `UpstreamRequest.task` refers to it.
 
-    `hold_s`: how long it lets others go first where it would take a model's last free slot. `whole`: none of its answer
+    `hold_s`: how long it lets others go first, once its model is loaded. `whole`: none of its answer
     is used before it is complete, so that it can be broken off at any time; otherwise until the first byte. `since` is
     when it first arrived at the pool, on the event loop's clock; `breaks` is how often it was broken off.
     """

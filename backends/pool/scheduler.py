@@ -221,7 +221,7 @@ class Scheduler:
             return False
         task = request.task
         held = task is not None and asyncio.get_running_loop().time() < task.since + task.hold_s - CLOCK_S
-        return not held or place.free > 1
+        return not held  # also with slots to spare: its prompt would delay the one that is to be expected
 
     def _break_off(self, queue: ModelQueue) -> None:
         """Break off as many background prompts as people wait for their slots."""

@@ -175,9 +175,10 @@ async def test_a_streamed_task_is_broken_off_before_its_first_byte(fakes: Fakes)
         task.cancel()
 
 
-async def test_a_title_lets_its_chat_go_first_where_there_is_one_slot(fakes: Fakes) -> None:
+@pytest.mark.parametrize("slots", [1, 2])
+async def test_a_title_lets_its_chat_go_first(fakes: Fakes, slots: int) -> None:
     async with open_pool(fakes.config(**LONG)) as pool:
-        model = served(pool, "a", fakes.model(parallel=1))
+        model = served(pool, "a", fakes.model(parallel=slots))
         await pool.load(model.model)
         title = asking(model, request("task", hold_s=600))
         await until(lambda: entry(pool, "a", "queue") == 1)
@@ -186,12 +187,12 @@ async def test_a_title_lets_its_chat_go_first_where_there_is_one_slot(fakes: Fak
         title.cancel()
 
 
-@pytest.mark.parametrize(("slots", "hold_s"), [(2, 600), (1, 0.05)])
-async def test_a_title_is_not_held_with_slots_to_spare_nor_for_ever(fakes: Fakes, slots: int, hold_s: float) -> None:
+@pytest.mark.parametrize("slots", [1, 2])
+async def test_a_title_is_not_held_for_ever(fakes: Fakes, slots: int) -> None:
     async with open_pool(fakes.config(**LONG)) as pool:
         model = served(pool, "a", fakes.model(parallel=slots))
         await pool.load(model.model)
-        await asking(model, request("task", hold_s=hold_s))
+        await asking(model, request("task", hold_s=0.05))
 
 
 async def test_a_task_that_has_waited_for_long_takes_its_turn(fakes: Fakes, gate: Path) -> None:
