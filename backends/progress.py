@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 class Progress:
@@ -23,6 +24,20 @@ class Progress:
     def waits(self, describe: Callable[[], str] | None) -> None:
         """From now on, `text` is what `describe` returns; None if it waits for nothing any more."""
         self._describe = describe
+
+
+@contextmanager
+def described(progress: Progress | None, begin: Callable[[], Callable[[], str]]) -> Iterator[None]:
+    """Within the context, a request waits for what `begin` returns a description of; it is called if there is a
+    `progress`."""
+    if progress is None:
+        yield
+        return
+    progress.waits(begin())
+    try:
+        yield
+    finally:
+        progress.waits(None)
 
 
 def timed(text: str, spent_s: float, left_s: float | None = None) -> str:

@@ -17,9 +17,9 @@ MOST_BREAKS = 3
 class Task:
     """One background prompt, over all attempts to answer it. `UpstreamRequest.task` refers to it.
 
-    `hold_s`: how long it lets others go first, once its model is loaded. `whole`: none of its answer
-    is used before it is complete, so that it can be broken off at any time; otherwise until the first byte. `since` is
-    when it first arrived at the pool, on the event loop's clock; `breaks` is how often it was broken off.
+    `hold_s`: how long it lets others go first, once its model is loaded. `whole`: none of its answer is used before it
+    is complete, so that it can be broken off at any time; otherwise until the first byte. `since` is when it first
+    arrived at the pool, on the event loop's clock; `breaks` is how often it was broken off.
     """
 
     __slots__ = ("_response", "breaks", "broken", "hold_s", "since", "whole")

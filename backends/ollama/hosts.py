@@ -18,6 +18,7 @@ from llama_smart_proxy.backends.ollama.host import PULL_FAILED, OllamaHost, is_n
 from llama_smart_proxy.backends.ollama.model import KIND, OllamaModel
 from llama_smart_proxy.backends.openai import LISTING_PAUSE_S
 from llama_smart_proxy.backends.pool.load_times import LoadTimes
+from llama_smart_proxy.backends.progress import described
 from llama_smart_proxy.backends.weights.downloads import Download, Downloads, Progress
 from llama_smart_proxy.proxy.config import ModelConfig, OllamaConfig, is_ollama_name
 from llama_smart_proxy.proxy.errors import BadRequest, ModelNotFound, ProxyError, UpstreamFailed, own
@@ -240,13 +241,8 @@ class Hosts:
         if refusal is not None and asyncio.get_running_loop().time() < until:
             raise own(refusal)
         download = self.pull(name, request.headers)
-        if request.progress is not None:
-            request.progress.waits(download.described())
-        try:
+        with described(request.progress, download.described):
             await download.wait()
-        finally:
-            if request.progress is not None:
-                request.progress.waits(None)
 
     def num_ctx(self, name: str, requested: int | None) -> int | None:
         """The context size in tokens to send with a request for the model; None to send none. `requested` is the

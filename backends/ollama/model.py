@@ -19,7 +19,7 @@ from llama_smart_proxy.backends.names import key_of
 from llama_smart_proxy.backends.ollama.context import LOOK_S
 from llama_smart_proxy.backends.ollama.host import JSON_HEADERS, MAX_CONTEXT, PULL_FAILED, seconds_of
 from llama_smart_proxy.backends.pool.load_times import SHORT_S
-from llama_smart_proxy.backends.progress import waiting
+from llama_smart_proxy.backends.progress import described, waiting
 from llama_smart_proxy.proxy.errors import BadRequest, UpstreamFailed, UpstreamRefused
 
 if TYPE_CHECKING:
@@ -145,14 +145,13 @@ class OllamaModel:
         times, now, name = self._hosts.times, asyncio.get_running_loop().time, f"{KIND} {self._key}"
         begun = now()
         times.recall()
-        if request.progress is not None:
-            request.progress.waits(waiting(f"Loading {self.card.title or self.name}", now, times.typical_s(name)))
+
+        def loading() -> Callable[[], str]:
+            return waiting(f"Loading {self.card.title or self.name}", now, times.typical_s(name))
+
         async with AsyncExitStack() as stack:
-            try:
+            with described(request.progress, loading):
                 response = await stack.enter_async_context(answering)
-            finally:
-                if request.progress is not None:
-                    request.progress.waits(None)
             if response.status == 200 and now() - begun >= SHORT_S:
                 times.learn(name, now() - begun)
             yield response

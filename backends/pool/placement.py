@@ -23,8 +23,8 @@ class Target(Protocol):
 
 class Running(Protocol):
     """A process of the pool. `awaited`: requests wait for its model, `awaited_urgently`: not only background prompts.
-    `draining`: it accepts no requests, to make room
-    for another model; `unloading`: neither, as it was requested to stop; `closed_since`: when that began."""
+    `draining`: it accepts no requests, to make room for another model; `unloading`: neither, as it was requested to
+    stop; `closed_since`: when that began."""
 
     @property
     def state(self) -> State: ...

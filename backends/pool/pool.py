@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from llama_smart_proxy.backends.base import UpstreamRequest
+from llama_smart_proxy.backends.pool import status
 from llama_smart_proxy.backends.pool.instance import LOST_S, State
 from llama_smart_proxy.backends.pool.launcher import PoolModel, Source
 from llama_smart_proxy.backends.pool.load_times import LoadTimes
@@ -21,8 +22,8 @@ from llama_smart_proxy.backends.pool.orphans import kill_orphans
 from llama_smart_proxy.backends.pool.queue import Lease, ModelQueue
 from llama_smart_proxy.backends.pool.readiness import read_within
 from llama_smart_proxy.backends.pool.scheduler import Scheduler
-from llama_smart_proxy.backends.pool.status import described
 from llama_smart_proxy.backends.pool.waits import Wait
+from llama_smart_proxy.backends.progress import described
 from llama_smart_proxy.backends.threads import begin_in_thread, log_failure, run_in_thread
 from llama_smart_proxy.backends.weights.downloads import Download, Downloads, Progress
 from llama_smart_proxy.proxy.config import PoolConfig
@@ -106,18 +107,15 @@ class Pool:
     async def _wait(self, queue: ModelQueue, request: UpstreamRequest) -> Lease:
         """Wait in the queue; return with the lease taken."""
         waiter = self._scheduler.enqueue(queue, request)
-        if request.progress is not None:
-            request.progress.waits(Wait(waiter, queue, self._scheduler, self.times))
         try:
-            return await waiter.future
+            with described(request.progress, lambda: Wait(waiter, queue, self._scheduler, self.times)):
+                return await waiter.future
         except asyncio.CancelledError:
             if waiter.granted:  # in the very moment it was cancelled
                 self._scheduler.release(waiter.future.result())
             raise
         finally:
             self._scheduler.leave(queue, waiter)
-            if request.progress is not None:
-                request.progress.waits(None)
 
     def retire(self, lease: Lease, reason: str) -> None:
         """The server of `lease` accepts no connections any more: it gets no further requests, and is replaced once the
@@ -225,7 +223,7 @@ class Pool:
         ]
 
     def _describe(self, queue: ModelQueue, download: Download | None) -> dict[str, object]:
-        entry = described(queue)
+        entry = status.described(queue)
         if (left_s := self._left_s(queue)) is not None:
             entry["expires_in_s"] = round(left_s, 1) if left_s < math.inf else None
         if download is not None:
@@ -248,14 +246,11 @@ class Pool:
             return
         download = self._join(queue, source, counts=False)
         self._fetching[queue.name] += 1
-        if request.progress is not None:
-            request.progress.waits(download.described())
         try:
-            await download.wait()
+            with described(request.progress, download.described):
+                await download.wait()
         finally:
             self._fetching[queue.name] -= 1
-            if request.progress is not None:
-                request.progress.waits(None)
         if self._scheduler.closing:
             raise _shutting_down()
 

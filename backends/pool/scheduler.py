@@ -344,8 +344,7 @@ class Scheduler:
         return (now if place.leases else place.released_at) + self._keep_alive_s(place)
 
     def check_idle(self, place: Place) -> None:
-        """If it is not in use: stop it if it is to be unloaded, or set the timer that does so after its time to
-        live."""
+        """Stop it if it is not in use and to be unloaded, or set the timer that does so after its time to live."""
         if place.in_use or place.state not in (State.READY, State.STARTING):
             return
         keep_alive_s = self._keep_alive_s(place)
