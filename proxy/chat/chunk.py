@@ -29,6 +29,13 @@ def reasoning_of(delta: Json) -> str:
     return "".join(text for text in texts if isinstance(text, str))
 
 
+def has_content(choice: Json) -> bool:
+    """Whether this choice of a chunk has more than who speaks: a part of the answer, or its end."""
+    delta = choice.get("delta")
+    said = isinstance(delta, dict) and any(value for name, value in delta.items() if name != "role")
+    return said or bool(choice.get("finish_reason"))
+
+
 class Chunk:
     """One piece of an answer: OpenAI's `chat.completion.chunk` and, while it is unchanged, the bytes it was received
     as, which are then sent unchanged.

@@ -14,6 +14,7 @@ from typing import Any
 import orjson
 
 from llama_smart_proxy.proxy.chat import EXTENSIONS, ChatRequest, Json, Timing, without_extensions
+from llama_smart_proxy.proxy.chat.chunk import has_content
 from llama_smart_proxy.proxy.dialects.arguments import has_calls, mend_arguments
 from llama_smart_proxy.proxy.dialects.base import ClientCodec, Dialect, UpstreamCodec, counts, has_line, last_objects
 from llama_smart_proxy.proxy.dialects.framing import EventSplitter, event_data
@@ -53,14 +54,10 @@ def _has_finish_reason(frames: bytes) -> bool:
 def _has_only_role(events: bytes) -> bool:
     """Whether no more has come than who speaks, as in the first event of OpenAI's own servers."""
     choices = [choice for event in last_objects(events) for choice in event.get("choices") or (None,)]
-    return bool(choices) and all(isinstance(choice, dict) and _says_nothing(choice) for choice in choices)
-
-
-def _says_nothing(choice: Json) -> bool:
-    delta = choice.get("delta")
-    if choice.get("finish_reason") or not isinstance(delta, dict):
-        return False
-    return not any(value for name, value in delta.items() if name != "role")
+    return bool(choices) and all(
+        isinstance(choice, dict) and isinstance(choice.get("delta"), dict) and not has_content(choice)
+        for choice in choices
+    )
 
 
 def _is_error_body(body: bytes) -> bool:

@@ -21,6 +21,8 @@ from aiohttp import HttpVersion10, HttpVersion11, web
 
 from llama_smart_proxy.backends.http.exchange import BUFFER_LIMIT
 from llama_smart_proxy.proxy.chat import RequestRecord
+from llama_smart_proxy.proxy.dialects.base import Dialect
+from llama_smart_proxy.proxy.errors import ProxyError
 from llama_smart_proxy.proxy.http.headers import RECORD, own_headers
 
 logger = logging.getLogger(__name__)
@@ -106,11 +108,11 @@ class ResponseWriter(web.StreamResponse):
         await while_client_reads(self.http, self.write_eof(), self.stall_s)
         return self
 
-    async def fail(self, event: bytes, *, cut: bool) -> ResponseWriter:
-        """End the body with the error `event` in place of the answer."""
+    async def fail(self, exc: ProxyError, dialect: Dialect) -> ResponseWriter:
+        """End the body, a stream of this dialect, with `exc` in place of the answer."""
         self.begin()
-        self.feed(event)
-        return await self.finish(cut=cut)
+        self.feed(dialect.error_event(exc) + dialect.ending)
+        return await self.finish(cut=dialect.cuts)
 
     async def write_eof(self, data: bytes = b"") -> None:
         transport = self.http.transport

@@ -86,11 +86,11 @@ async def relay(
         if not response.opened:
             raise
         logger.warning("stream aborted: %s", exc)
-        failure = dialect.error_event(exc) + dialect.ending
+        failure = exc
         let_go(exc)
     else:
         raise AssertionError("the last attempt returns or raises")
-    return await response.fail(failure, cut=dialect.cuts)
+    return await response.fail(failure, dialect)
 
 
 async def _pass_on(
@@ -141,21 +141,15 @@ def _in_place_of_stream(status: int, body: bytes) -> ProxyError:
     """The error for a server's answer that is no stream."""
     if not succeeded(status):
         return refused(status, body)
-    with suppress(orjson.JSONDecodeError):
-        parsed = orjson.loads(body)
-        if isinstance(parsed, dict) and (error := error_in(parsed)) is not None:
-            return error
-    return not_a_stream("a web page" if opening(body) == b"<" else "something else")
+    return _error_of(body) or not_a_stream("a web page" if opening(body) == b"<" else "something else")
 
 
 def _check_answer(body: bytes) -> None:
     """Raises: UpstreamRefused or UpstreamFailed if `body`, with the status 200, is an error or a web page."""
     if opening(body) == b"<":
         raise not_a_stream("a web page")
-    with suppress(orjson.JSONDecodeError):
-        parsed = orjson.loads(body)
-        if isinstance(parsed, dict) and (error := error_in(parsed)) is not None:
-            raise error
+    if (error := _error_of(body)) is not None:
+        raise error
 
 
 def _check_error(status: int, body: bytes, dialect: Dialect) -> None:
@@ -228,10 +222,10 @@ async def _large(upstream: UpstreamResponse, response: ResponseWriter) -> web.St
     return await response.finish()
 
 
-def _error_of(rest: bytes) -> ProxyError | None:
-    """The error in a JSON object that follows blank lines in the place of a stream; None if it reports none."""
+def _error_of(body: bytes) -> ProxyError | None:
+    """The error that a JSON object in the place of an answer reports; None if it reports none."""
     with suppress(orjson.JSONDecodeError):
-        parsed = orjson.loads(rest.removeprefix(BOM))
+        parsed = orjson.loads(body.removeprefix(BOM))
         return error_in(parsed) if isinstance(parsed, dict) else None
     return None
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from aiohttp import web
 
 from llama_smart_proxy.proxy.chat import Chunk, Fold
+from llama_smart_proxy.proxy.chat.chunk import has_content
 from llama_smart_proxy.proxy.errors import ProxyError, let_go
 from llama_smart_proxy.proxy.http.response import ResponseWriter
 from llama_smart_proxy.proxy.stream.encoder import StreamEncoder
@@ -109,7 +110,7 @@ class StreamSink:
         data, response = b"".join(map(self._encode, chunks)), self.response
         response.open(200, self._head)
         response.begun = response.begun or any(chunk.seen for chunk in chunks)  # and not only a comment of the server
-        if any(map(_has_content, chunks)):
+        if any(has_content(chunk.choice) for chunk in chunks):
             response.begin()
             response.record.first_byte_s = response.record.first_byte_s or time.monotonic()
         if data and not response.feed(data):
@@ -128,11 +129,6 @@ class StreamSink:
 
     async def drained(self) -> None:
         await self.response.drained()
-
-
-def _has_content(chunk: Chunk) -> bool:
-    """Whether a chunk has more than who speaks."""
-    return bool(any(value for name, value in chunk.delta.items() if name != "role") or chunk.finish_reason)
 
 
 def _reported(exc: BaseException) -> ProxyError:

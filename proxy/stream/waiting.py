@@ -139,8 +139,7 @@ class Wait:
 
     async def fail(self, exc: ProxyError) -> web.StreamResponse:
         """End the stream with `exc` in place of an answer."""
-        dialect = self._dialect
-        return await self.response.fail(dialect.error_event(exc) + dialect.ending, cut=dialect.cuts)
+        return await self.response.fail(exc, self._dialect)
 
     @property
     def shows_events(self) -> bool:
