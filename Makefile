@@ -49,7 +49,7 @@ simulate: .venv/run ## start the proxy on a free port, use it for real, print wh
 	$(bin)/llama-smart-proxy simulate $(config)
 
 install-service: ## install or update the systemd service, with its own program in /opt; as root
-	@$(PYTHON) packaging/install.py install
+	@$(PYTHON) packaging/install.py install --weights '$(weights)'
 
 uninstall-service: ## remove it; its configuration and its models stay
 	@$(PYTHON) packaging/install.py uninstall

