@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -185,7 +186,8 @@ async def test_official_clients_ignore_signs_of_life_and_raise_for_an_error_afte
 
 CHAT = next(way for way in STREAMS if way.path == "/v1/chat/completions")
 RESEARCH = """
-import os
+import asyncio
+from pathlib import Path
 
 class Research(Agent):
     command = "research"
@@ -200,10 +202,10 @@ class Research(Agent):
             if chunk.text == "t1 ":
                 await ctx.event("notification", {"type": "info", "content": "half"})
                 await ctx.status("Counting")
-                while "x-until" in ctx.headers and not os.path.exists(ctx.headers["x-until"]):
-                    await asyncio.sleep(0.01)
+                if "x-until" in ctx.headers:
+                    await asyncio.wait_for(asyncio.to_thread(Path(ctx.headers["x-until"]).read_bytes), 60)
 """
-"""An agent that waits in the middle of an answer until the file is there that the client names."""
+"""An agent that waits in the middle of an answer until something is written into the pipe that the client names."""
 
 
 def events_of(data: bytes) -> list[Any]:
@@ -269,13 +271,14 @@ async def test_what_an_agent_reports_is_shown_beside_the_answer_at_its_place(
 ) -> None:
     gate.open()
     until, body = fakes.folder / "until", CHAT.body("/research hi", model="slow")
+    os.mkfifo(until)
     named = [*headers, ("X-Until", str(until))]
     data = b""
     async with served(fakes, gate, {"research": RESEARCH}) as port, asked(port, CHAT, body, named) as client:
         await client.head()
         while (b"Counting" if headers else SIGNS[0]) not in data.partition(b"t1 ")[2]:
             data += await client.chunk()
-        until.touch()
+        await asyncio.to_thread(until.write_bytes, b"go on")
         rest, _ = await rest_of(client)
     events = events_of(data + rest)
     texts = [event for event in events if isinstance(event, str)]
@@ -376,6 +379,7 @@ async def test_parallel_reports_whom_it_asks_in_place_of_silence(fakes: Fakes, g
 async def test_half_a_character_in_the_status_of_an_agent_costs_no_answer(fakes: Fakes, gate: Gate) -> None:
     gate.open()
     until, body = fakes.folder / "until", CHAT.body("/research hi", model="slow")
+    os.mkfifo(until)
     source, data = RESEARCH.replace("Counting", "Half \\ud83d"), b""
     headers = [*OPEN_WEBUI, ("X-Until", str(until))]
     async with served(fakes, gate, {"research": source}) as port, asked(port, CHAT, body, headers) as client:
@@ -383,6 +387,6 @@ async def test_half_a_character_in_the_status_of_an_agent_costs_no_answer(fakes:
         while b"t1 " not in data:
             data += await client.chunk()
         data += await client.chunk() + await client.chunk()  # the notification, and the status
-        until.touch()
+        await asyncio.to_thread(until.write_bytes, b"go on")
         rest, intact = await rest_of(client)
     assert intact and ("Half ?", True, True) in lines_of(events_of(data + rest)) and b"t2 " in rest

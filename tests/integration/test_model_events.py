@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ from tests.support import raw_client
 from tests.support.harness import ports
 from tests.support.here import served_here
 from tests.support.pools import QUICK, Fakes
-from tests.support.raw_client import RawClient, request
+from tests.support.raw_client import EventReader, request
 
 
 @pytest.fixture(autouse=True)
@@ -23,23 +22,7 @@ def no_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(router_mode, "EVENTS_S", 1e6)
 
 
-class Events:
-    """Reads the events of a stream."""
-
-    def __init__(self, client: RawClient) -> None:
-        self._client = client
-        self._rest = b""
-
-    async def next(self) -> Any:
-        while True:
-            while b"\r\n\r\n" not in self._rest:
-                piece = await self._client.chunk()
-                assert piece, "the events end"
-                self._rest += piece
-            event, _, self._rest = self._rest.partition(b"\r\n\r\n")
-            if event.startswith(b"data: "):
-                return json.loads(event.removeprefix(b"data: "))
-
+class Events(EventReader):
     async def until(self, **data: object) -> list[Any]:
         """All events up to one whose data has these fields."""
         seen = [await self.next()]

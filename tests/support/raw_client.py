@@ -153,6 +153,25 @@ class RawClient:
         self.writer.transport.abort()
 
 
+class EventReader:
+    """Reads the server-sent events of a chunked answer as they come; its lines end as those of aiohttp-sse."""
+
+    def __init__(self, client: RawClient) -> None:
+        self._client = client
+        self._rest = b""
+
+    async def next(self) -> Any:
+        """The data of the next event, parsed."""
+        while True:
+            while b"\r\n\r\n" not in self._rest:
+                piece = await self._client.chunk()
+                assert piece, "the events end"
+                self._rest += piece
+            event, _, self._rest = self._rest.partition(b"\r\n\r\n")
+            if event.startswith(b"data: "):
+                return json.loads(event.removeprefix(b"data: "))
+
+
 @asynccontextmanager
 async def connected(port: int, *, receive_buffer: int | None = None) -> AsyncIterator[RawClient]:
     """A connection to 127.0.0.1:`port`; with `receive_buffer` the kernel takes in about that many bytes unread."""

@@ -16,7 +16,7 @@ from tests.support import raw_client
 from tests.support.e2e_support import Fakes, chat, fakes, streaming
 from tests.support.harness import Proxy, running_proxy, until
 from tests.support.ollamas import running_ollama
-from tests.support.raw_client import RawClient, request
+from tests.support.raw_client import EventReader, RawClient, request
 
 __all__ = ["fakes"]  # a fixture
 FILE = "org/repo/m-Q4_K_M.gguf"
@@ -40,36 +40,22 @@ async def proxy_with(hub: Hub, fakes: Fakes) -> AsyncIterator[Proxy]:
         yield proxy
 
 
-class Watch:
+class Watch(EventReader):
     """Reads the events of `GET /models/sse` as they come."""
-
-    def __init__(self, client: RawClient) -> None:
-        self._client = client
-        self._rest = b""
 
     async def until(self, name: str, **data: object) -> Any:
         """The first event about `name` whose data has these fields."""
-        while (event := await self._next())["model"] != name or not data.items() <= event["data"].items():
+        while (event := await self.next())["model"] != name or not data.items() <= event["data"].items():
             pass
         return event
 
     async def progress(self) -> list[Any]:
         """What the first event says that tells of bytes of a download: how many of how many."""
-        while (event := await self._next())["event"] != "download_progress" or not any(
+        while (event := await self.next())["event"] != "download_progress" or not any(
             part["done"] for part in event["data"].values()
         ):
             pass
         return list(event["data"].values())
-
-    async def _next(self) -> Any:
-        while True:
-            while b"\r\n\r\n" not in self._rest:
-                piece = await self._client.chunk()
-                assert piece, "the events end"
-                self._rest += piece
-            event, _, self._rest = self._rest.partition(b"\r\n\r\n")
-            if event.startswith(b"data: "):
-                return json.loads(event.removeprefix(b"data: "))
 
 
 @asynccontextmanager
