@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 if TYPE_CHECKING:
     from llama_smart_proxy.backends.http.connection import Endpoint
     from llama_smart_proxy.backends.http.exchange import Timeouts, UpstreamResponse
+    from llama_smart_proxy.backends.journal import Journal
     from llama_smart_proxy.backends.pool.pool import Pool
     from llama_smart_proxy.backends.progress import Progress
     from llama_smart_proxy.backends.tasks import Task
@@ -56,8 +57,8 @@ class UpstreamRequest:
     the connection adds. `slot`: the request generates, and occupies one of the server's parallel slots; `/props` or
     `/tokenize` do not. Without `wait`, a request that would have to wait for its model to load or for a free slot fails
     at once (`Overloaded`, code `no_slot_now`). `client` identifies the client, empty if unknown. `prepared` is the
-    result of the model's `prepare` for this request. `progress`, if there is one, is kept up to date while it waits.
-    `task` is set for a background prompt.
+    result of the model's `prepare` for this request. `progress`, if there is one, is kept up to date while it waits,
+    and what it waited for is noted in its `journal`. `task` is set for a background prompt.
     """
 
     method: str
@@ -71,6 +72,7 @@ class UpstreamRequest:
     prepared: object = None
     progress: Progress | None = None
     task: Task | None = None
+    journal: Journal | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -197,6 +197,7 @@ class Chat:
             raise self._unencodable() or exc from exc
         headers = upstream_headers(self.http.headers, has_body=True, forwards=model.forwards)
         request = UpstreamRequest("POST", path, data, headers, prepared=prepared, progress=self.wait.asks())
+        request.journal = self.http[RECORD]
         return mark(request, self.task)
 
     def _unencodable(self) -> AgentError | None:
@@ -338,6 +339,7 @@ async def relay_request(
     if endpoint.path:
         path = "".join((endpoint.path, *path.partition("?")[1:]))
     request = UpstreamRequest(http.method, path, data, headers, endpoint.slot, prepared=prepared, progress=wait.asks())
+    request.journal = http[RECORD]
     mark(request, task, whole=not streams)
     del body, reusable  # the answer may last for minutes
     pool = proxy.config.server_pool

@@ -23,6 +23,7 @@ from llama_smart_proxy.proxy.http.coding import ACCEPTED
 from llama_smart_proxy.proxy.http.headers import EXTRA, PARAMS, RECORD, named_in, own_headers, request_id_of, shown_path
 from llama_smart_proxy.proxy.http.hosts import Hosts
 from llama_smart_proxy.proxy.http.origins import Origins, Pages, is_preflight, origin_of, preflight
+from llama_smart_proxy.proxy.http.scopes import Scope
 from llama_smart_proxy.proxy.http.server import AMBIGUOUS, TOO_LARGE, FrontConnection, check_request
 
 logger = logging.getLogger(__name__)
@@ -33,11 +34,12 @@ _PART = re.compile(r"\{(\w+)(?::([^{}]+(?:\{[\d,]+\}[^{}]*)?))?\}")
 
 @dataclass(slots=True)
 class Resource:
-    """The handlers of one path, and the web pages that may call them, by method. `dialect` is the API in which errors
-    are reported there."""
+    """The handlers of one path, the scopes that they require, and the web pages that may call them, by method.
+    `dialect` is the API in which errors are reported there."""
 
     dialect: Dialect = OPENAI
     handlers: dict[str, Handler] = field(default_factory=dict)
+    scopes: dict[str, Scope] = field(default_factory=dict)
     pages: dict[str, Pages] = field(default_factory=dict)
 
 
@@ -65,10 +67,11 @@ class Dispatcher:
         methods: Iterable[str],
         path: str,
         handler: Handler,
+        scope: Scope,
         dialect: Dialect | None = None,
         pages: Pages = Pages.ALLOWED,
     ) -> None:
-        """Serve `path` with `handler` to these web pages; GET includes HEAD."""
+        """Serve `path` with `handler` to clients with `scope` and to these web pages; GET includes HEAD."""
         plain = path.rstrip("/")
         resource = self._exact.get(path)
         if resource is None:
@@ -78,6 +81,7 @@ class Dispatcher:
                 self._patterns.append((_pattern(plain), resource))
         for method in [*methods, *(["HEAD"] if "GET" in methods else [])]:
             resource.handlers[method] = handler
+            resource.scopes[method] = scope
             resource.pages[method] = pages
 
     def dialect_of(self, path: str) -> Dialect:
@@ -112,6 +116,7 @@ class Dispatcher:
     async def _answer(self, http: web.BaseRequest) -> web.StreamResponse:
         resource = self._find(http.path, http)
         dialect = resource.dialect if resource is not None else dialect_of(http.path)
+        http[RECORD].api = dialect.name
         http[EXTRA] = named_in(http, dialect.id_headers)
         try:
             if "Origin" in http.headers:

@@ -47,6 +47,7 @@ from llama_smart_proxy.proxy.dialects.embeddings import (
 from llama_smart_proxy.proxy.errors import BadRequest, ModelNotFound, let_go
 from llama_smart_proxy.proxy.http.body import Body, Reusable, offload, read_body
 from llama_smart_proxy.proxy.http.headers import PARAMS, RECORD
+from llama_smart_proxy.proxy.http.scopes import Scope
 from llama_smart_proxy.proxy.models.router import Route
 from llama_smart_proxy.proxy.stream.embeddings import embed
 from llama_smart_proxy.proxy.stream.waiting import Wait
@@ -64,7 +65,8 @@ class Endpoint:
 
     `slot`: a call occupies one of the server's slots. `preparation` completes a decoded request, with requests to the
     model's server, and `amending` one that it has refused. `generates`: the endpoint generates text but has no codec,
-    so agents do not run there. `path` is the server's own one, if that differs from the client's.
+    so agents do not run there. `path` is the server's own one, if that differs from the client's. Clients require
+    `scope`.
     """
 
     dialect: Dialect = OPENAI
@@ -78,6 +80,7 @@ class Endpoint:
     count: Callable[[Model, Json], Awaitable[Json]] | None = None
     generates: bool = False
     path: str = ""
+    scope: Scope = Scope.INFERENCE
 
 
 async def _estimated_tokens(model: Model, body: Json) -> Json:
@@ -115,9 +118,10 @@ ENDPOINTS: dict[str, Endpoint] = {
     "/tokenize": NATIVE_UTILITY,
     "/detokenize": NATIVE_UTILITY,
     "/apply-template": NATIVE_UTILITY,
-    "/props": NATIVE_UTILITY,  # GET, and the methods of other paths that are not here: `proxy.api.llama_server`
+    # GET, and the methods of other paths that are not here: `proxy.api.llama_server`
+    "/props": Endpoint(api="native", slot=False, scope=Scope.ADMIN),
     "/slots": Endpoint(api="native", slot=False, methods=_READABLE),
-    "/slots/{id:[0-9]{1,9}}": NATIVE_UTILITY,
+    "/slots/{id:[0-9]{1,9}}": Endpoint(api="native", slot=False, scope=Scope.ADMIN),
     "/lora-adapters": Endpoint(api="native", slot=False, methods=_READABLE),
     "/api/chat": Endpoint(OLLAMA, api="ollama", codec=ollama_dialect.CHAT, amending=amended),
     "/api/generate": Endpoint(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from llama_smart_proxy.backends.journal import Step, StepKind
 from llama_smart_proxy.proxy.chat.extensions import Json
 
 
@@ -25,11 +27,12 @@ class Timing:
 class RequestRecord(Timing):
     """What happened to one request. Times are seconds of `time.monotonic()`, 0 for what did not happen.
 
-    `request_id` is in the header `X-Request-Id`. `model` is the name of the resolved model, `backend` what runs it,
-    `agents` those that took part. `resolved_s`: the model was found; `sent_s`: the request was sent to its server,
-    possibly after a wait for the queue or the load; `first_byte_s` and `last_byte_s`: of the answer. `answered` is the
-    status of a response of which only the end mark is still unsent (many clients disconnect before it), `status` the
-    final status: 499 if the client disconnected before its answer was complete.
+    `request_id` is in the header `X-Request-Id`. `api` is the name of the client's dialect, `client` that of its API
+    key, empty without one. `model` is the name of the resolved model, `backend` what runs it, `agents` those that took
+    part. `resolved_s`: the model was found; `sent_s`: the request was sent to its server, possibly after a wait for the
+    queue or the load; `first_byte_s` and `last_byte_s`: of the answer. `answered` is the status of a response of which
+    only the end mark is still unsent (many clients disconnect before it), `status` the final status: 499 if the client
+    disconnected before its answer was complete.
     """
 
     request_id: str = ""
@@ -50,6 +53,18 @@ class RequestRecord(Timing):
     """Parses the counts from the last frames of a relayed answer; called only when `usage` is read, as parsing costs
     time."""
     counted: Json | None = None
+    steps: list[Step] | None = None
+    """What it waited for; None if it did not wait. Written by `note`."""
+
+    def note(self, kind: StepKind, began_s: float, ended_s: float, **detail: Any) -> None:
+        """Add one step, as `backends.journal.Journal`."""
+        if self.steps is None:
+            self.steps = []
+        self.steps.append(Step(kind, began_s, ended_s, detail))
+
+    def spent_s(self, kind: StepKind) -> float:
+        """Seconds in all steps of one kind."""
+        return sum(step.ended_s - step.began_s for step in self.steps or () if step.kind is kind)
 
     def routed(self, model: str, backend: str) -> None:
         """Record that the model was found, or that another one was chosen."""
