@@ -226,10 +226,12 @@ class Problem:
 @dataclass(slots=True)
 class ProviderStatus:
     """Status for operators, in `/health`: `instances` are the proxy's own processes, `servers` external ones; an entry
-    with the key `error` has failed."""
+    with the key `error` has failed. `totals` has `model`, `starts`, `restarts` (after a crash) and `evictions` for each
+    model that ever had a process."""
 
     instances: list[Json] = field(default_factory=list)
     servers: list[Json] = field(default_factory=list)
+    totals: list[Json] = field(default_factory=list)
 
 
 class Management(Protocol):

@@ -14,6 +14,7 @@ from llama_smart_proxy.proxy.api.endpoints import EndpointHandler
 from llama_smart_proxy.proxy.api.routes import ROUTES
 from llama_smart_proxy.proxy.api.state import Proxy
 from llama_smart_proxy.proxy.config import Config
+from llama_smart_proxy.proxy.metrics import Metrics
 from llama_smart_proxy.proxy.middleware.afterwards import Afterwards
 from llama_smart_proxy.proxy.middleware.chain import Chain
 from llama_smart_proxy.proxy.middleware.plugins import Plugins
@@ -37,13 +38,14 @@ class App:
         downloads = Downloads(feed)
         self.pool = Pool(config.server_pool, downloads, LoadTimes(feed, ProxyMemory(store)))
         self.plugins = Plugins.of(config)
+        self.metrics = Metrics(lambda name: any(model.name == name for model in self.proxy.router.models()))
         services = Services(downloads, self.pool)
         providers = [provider for cls in registry.providers if (provider := cls.create(config, services)) is not None]
         router, chain = Router(providers, config, downloads), Chain(config, self.plugins)
         inspection = Inspection({**router.looks, "agents": self.plugins.problems})
         afterwards, waits = Afterwards(self.plugins), Waits(config.server)
-        self.proxy = Proxy(config, router, chain, store, afterwards, inspection, waits, feed)
-        self.dispatcher = Dispatcher(self.proxy, registry.observers)
+        self.proxy = Proxy(config, router, chain, store, afterwards, inspection, waits, feed, self.metrics)
+        self.dispatcher = Dispatcher(self.proxy, [*registry.observers, self.metrics.observe])
         for method, path, handler, scope, pages in ROUTES:
             self.dispatcher.add([method], path, handler, scope, pages=pages)
         for path, endpoint in registry.endpoints.items():
@@ -53,6 +55,7 @@ class App:
     async def start(self) -> None:
         """Start loading models marked `preload`, and listing the models of servers."""
         self.dispatcher.hosts.learn_own()
+        self.metrics.lag.watch()
         if self.proxy.config.state_dir is not None or "STATE_DIRECTORY" in os.environ:
             await self.proxy.store.open()
         await self.proxy.router.start()
@@ -60,6 +63,7 @@ class App:
 
     async def close(self) -> None:
         """Stop agents, processes and connections."""
+        self.metrics.lag.stop()
         await self.proxy.inspection.close()
         await self.proxy.conversations.close()
         await self.proxy.afterwards.close()

@@ -156,7 +156,7 @@ class LlamaCpp(BaseProvider):
         return self._downloads.join(hub.download_name(*found), hub.work(*found))
 
     def status(self) -> ProviderStatus:
-        return ProviderStatus(instances=self._pool.status())
+        return ProviderStatus(instances=self._pool.status(), totals=self._pool.totals())
 
     async def problems(self) -> Sequence[Problem]:
         await self._look_at_folder()

@@ -222,6 +222,14 @@ class Pool:
             if queue.place is not None or queue.length or queue.error is not None or download is not None
         ]
 
+    def totals(self) -> list[dict[str, object]]:
+        """How often processes were started, started anew after a crash, and evicted, for each model that had one."""
+        return [
+            {"model": queue.name, "starts": queue.starts, "restarts": queue.restarts, "evictions": queue.evictions}
+            for queue in self._scheduler.queues.values()
+            if queue.starts
+        ]
+
     def _describe(self, queue: ModelQueue, download: Download | None) -> dict[str, object]:
         entry = status.described(queue)
         if (left_s := self._left_s(queue)) is not None:

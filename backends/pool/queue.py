@@ -55,7 +55,9 @@ class ModelQueue:
     keep_alive_s: float | None = None  # how long its process stays when idle, if a request set that
     evicted_at: float = -math.inf
     crashed: bool = False
+    starts: int = 0
     restarts: int = 0
+    evictions: int = 0
 
     @property
     def name(self) -> str:

@@ -273,6 +273,7 @@ class Scheduler:
                     promised += len(victims)
                     for victim in victims:
                         victim.queue.evicted_at = now
+                        victim.queue.evictions += 1
                         victim.stop(f"making room for {queue.name}")
                 case Never():
                     queue.fail_all(self._all_pinned)
@@ -287,6 +288,7 @@ class Scheduler:
     def _start(self, queue: ModelQueue) -> None:
         instance = Instance(queue.model, self.config, self._ports, self._changed, self._news.share)
         queue.place = Place(queue, instance)
+        queue.starts += 1
         queue.restarts += queue.crashed
         queue.crashed = False
         self.places.append(queue.place)

@@ -196,6 +196,7 @@ class EndpointHandler:
         except ModelNotFound as exc:
             raise endpoint.dialect.not_found(named, exc) from None
         http[RECORD].routed(route.model.name, route.model.kind)
+        http[RECORD].slot = endpoint.slot
         if "autoload=" in http.raw_path:
             await apply_autoload(http, route.model)
         return route

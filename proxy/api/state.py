@@ -10,6 +10,7 @@ from aiohttp import web
 from llama_smart_proxy.backends.feed import Feed
 from llama_smart_proxy.proxy.api.conversations import Conversations
 from llama_smart_proxy.proxy.config import Config
+from llama_smart_proxy.proxy.metrics import Metrics
 from llama_smart_proxy.proxy.middleware.afterwards import Afterwards
 from llama_smart_proxy.proxy.middleware.chain import Chain
 from llama_smart_proxy.proxy.models.inspection import Inspection
@@ -30,6 +31,7 @@ class Proxy:
     inspection: Inspection
     waits: Waits
     feed: Feed
+    metrics: Metrics
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     conversations: Conversations = field(default_factory=Conversations)
 

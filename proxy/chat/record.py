@@ -29,10 +29,11 @@ class RequestRecord(Timing):
 
     `request_id` is in the header `X-Request-Id`. `api` is the name of the client's dialect, `client` that of its API
     key, empty without one. `model` is the name of the resolved model, `backend` what runs it, `agents` those that took
-    part. `resolved_s`: the model was found; `sent_s`: the request was sent to its server, possibly after a wait for the
-    queue or the load; `first_byte_s` and `last_byte_s`: of the answer. `answered` is the status of a response of which
-    only the end mark is still unsent (many clients disconnect before it), `status` the final status: 499 if the client
-    disconnected before its answer was complete.
+    part. `slot`: its endpoint generates, or embeds. `resolved_s`: the model was found; `sent_s`: the request was sent
+    to its server, possibly after a wait for the queue or the load; `first_byte_s` and `last_byte_s`: of the answer.
+    `answered` is the status of a response of which only the end mark is still unsent (many clients disconnect before
+    it), `status` the final status: 499 if the client disconnected before its answer was complete. `error` is the code
+    of the error that the client got, in place of an answer or at its end.
     """
 
     request_id: str = ""
@@ -42,6 +43,7 @@ class RequestRecord(Timing):
     client: str = ""
     model: str = "-"
     backend: str = ""
+    slot: bool = False
     agents: Sequence[str] = ()
     resolved_s: float = 0.0
     first_byte_s: float = 0.0
@@ -49,6 +51,7 @@ class RequestRecord(Timing):
     ended_s: float = 0.0
     answered: int = 0
     status: int = 0
+    error: str = ""
     count_usage: Callable[[], Json | None] | None = None
     """Parses the counts from the last frames of a relayed answer; called only when `usage` is read, as parsing costs
     time."""

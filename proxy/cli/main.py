@@ -14,7 +14,7 @@ from typing import NoReturn, TextIO
 
 from llama_smart_proxy.proxy import __version__
 from llama_smart_proxy.proxy.errors import ConfigError
-from llama_smart_proxy.proxy.log import LEVELS, open_standard_streams, shown_output
+from llama_smart_proxy.proxy.log import FORMATS, LEVELS, open_standard_streams, shown_output
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +121,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     serve.add_argument("--host", help="address to listen on")
     serve.add_argument("--port", type=int, help="port to listen on; 0 picks a free one")
     serve.add_argument("--log-level", choices=LEVELS, help="least severe messages to log")
+    serve.add_argument("--log-format", choices=FORMATS, help="auto is text on a terminal, and logfmt elsewhere")
     serve.add_argument("--reload", action="store_true", help="reload agents when their files change")
     commands["pull"].add_argument("name", metavar="NAME", help="the name of the model")
     commands["help"].add_argument("topic", metavar="COMMAND", nargs="?", choices=COMMANDS, help="one of the commands")
@@ -148,11 +149,12 @@ def _serve(args: argparse.Namespace, path: Path | None) -> NoReturn:
     from llama_smart_proxy.proxy.config import load_config
 
     flags = {"server.host": args.host, "server.port": args.port, "log_level": args.log_level}
+    flags["log_format"] = args.log_format
     overrides = {name: value for name, value in flags.items() if value is not None}
     config = load_config(path, env=os.environ, overrides=overrides)
     if missing := [problem for problem in machine_problems(config) if problem.fatal]:
         raise ConfigError([f"{path or 'defaults'}: {problem}" for problem in missing])
-    log.configure(config.log_level)
+    log.configure(config.log_level, config.log_format)
     _log_source(path)
     for warning in config.warnings:
         logger.warning("%s", warning)

@@ -119,6 +119,11 @@ class Config(Section):
     log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(shapes.lower)] = Field(
         default="info", description="Least important messages to log."
     )
+    log_format: Annotated[Literal["auto", "text", "logfmt", "json"], BeforeValidator(shapes.lower)] = Field(
+        default="auto",
+        description="The form of the log: text for people, logfmt or json for programs; auto is text on a terminal and "
+        "logfmt elsewhere.",
+    )
 
     _warnings: list[str] = PrivateAttr(default_factory=list)
     _plugins_dir: Path | None = None

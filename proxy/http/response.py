@@ -111,6 +111,7 @@ class ResponseWriter(web.StreamResponse):
     async def fail(self, exc: ProxyError, dialect: Dialect) -> ResponseWriter:
         """End the body, a stream of this dialect, with `exc` in place of the answer."""
         self.begin()
+        self.record.error = exc.code
         self.feed(dialect.error_event(exc) + dialect.ending)
         return await self.finish(cut=dialect.cuts)
 

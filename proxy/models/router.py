@@ -297,6 +297,7 @@ class Router:
         return ProviderStatus(
             [instance for status in statuses for instance in status.instances],
             [server for status in statuses for server in status.servers],
+            [total for status in statuses for total in status.totals],
         )
 
     @property

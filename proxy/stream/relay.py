@@ -334,6 +334,7 @@ class _FrameSink:
         elif not dialect.is_error(self._last):
             failure = failure or _error_of(rest) or incomplete()
             logger.warning("stream aborted: %s", failure)
+            self._response.record.error = failure.code
             closing = dialect.error_event(failure) + closing
         if self._response.waiting:
             self._response.begin()

@@ -98,7 +98,9 @@ class StreamSink:
             if not self.response.opened:
                 raise
             failed = True
-            last = self._encoder.error(_reported(exc))
+            reported = _reported(exc)
+            self.response.record.error = reported.code
+            last = self._encoder.error(reported)
             let_go(exc)
         if self.response.waiting:
             self.response.begin()
