@@ -147,6 +147,7 @@ def _serve(args: argparse.Namespace, path: Path | None) -> NoReturn:
     from llama_smart_proxy.backends.llamacpp.problems import machine_problems
     from llama_smart_proxy.proxy import log, serve
     from llama_smart_proxy.proxy.config import load_config
+    from llama_smart_proxy.proxy.config.secrets import secrets_of
 
     flags = {"server.host": args.host, "server.port": args.port, "log_level": args.log_level}
     flags["log_format"] = args.log_format
@@ -154,6 +155,7 @@ def _serve(args: argparse.Namespace, path: Path | None) -> NoReturn:
     config = load_config(path, env=os.environ, overrides=overrides)
     if missing := [problem for problem in machine_problems(config) if problem.fatal]:
         raise ConfigError([f"{path or 'defaults'}: {problem}" for problem in missing])
+    log.hide(secrets_of(config, os.environ))
     log.configure(config.log_level, config.log_format)
     _log_source(path)
     for warning in config.warnings:

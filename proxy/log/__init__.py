@@ -16,7 +16,15 @@ from typing import Any
 
 from llama_smart_proxy.proxy.log.access import AccessLog
 from llama_smart_proxy.proxy.log.formats import FORMATS, MOST_TRACED, Form, form_for
-from llama_smart_proxy.proxy.log.streams import MOST_CHARACTERS, fd_of, open_standard_streams, shown, shown_output
+from llama_smart_proxy.proxy.log.redaction import hide, redacted
+from llama_smart_proxy.proxy.log.streams import (
+    MOST_CHARACTERS,
+    fd_of,
+    open_standard_streams,
+    shortened,
+    shown,
+    shown_output,
+)
 from llama_smart_proxy.proxy.log.writer import FLUSH_S, MOST_LINES, Writer
 
 __all__ = [
@@ -30,6 +38,7 @@ __all__ = [
     "Writer",
     "access",
     "configure",
+    "hide",
     "open_standard_streams",
     "shown",
     "shown_output",
@@ -38,6 +47,8 @@ __all__ = [
 LEVELS = ("debug", "info", "warning", "error")
 PACKAGE = "llama_smart_proxy."
 """Left out of the names of loggers."""
+MOST_READ = 200_000
+"""Characters of a message or a traceback that are looked through; what is cut out is in the middle, as later again."""
 EXIT_S = 2.0
 """How long the process waits at its end for a stderr that takes nothing."""
 
@@ -97,7 +108,7 @@ class _Formatter(logging.Formatter):
         self._form = form
 
     def format(self, record: logging.LogRecord) -> str:
-        message = record.getMessage()
+        message = redacted(shortened(record.getMessage(), MOST_READ))
         trace = self.formatException(record.exc_info) if record.exc_info else record.stack_info or ""
         name = record.name.removeprefix(PACKAGE)
         return self._form.record(record.created, record.levelno, name, message, _traced(trace))
@@ -105,7 +116,7 @@ class _Formatter(logging.Formatter):
 
 def _traced(trace: str) -> list[str]:
     """The lines of a traceback, those in the middle left out of a long one."""
-    lines = trace.split("\n") if trace else []
+    lines = redacted(shortened(trace, MOST_READ)).split("\n") if trace else []
     if len(lines) > MOST_TRACED:
         left_out = f"[{len(lines) - MOST_TRACED} lines]"
         lines[MOST_TRACED // 2 : -MOST_TRACED // 2] = [left_out]
@@ -120,7 +131,7 @@ def _behind(handler: _Handler, hook: _Hook) -> _Hook:
 
     def called(kind: type[BaseException], exc: BaseException, traceback: TracebackType | None) -> object:
         handler.flush()
-        with shown_output():
+        with shown_output(redacted):
             return hook(kind, exc, traceback)
 
     return called

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import time
-from functools import lru_cache
+from collections.abc import Sequence
 
 from llama_smart_proxy.backends.journal import StepKind
 from llama_smart_proxy.proxy.chat import RequestRecord
-from llama_smart_proxy.proxy.log.formats import Fields, Form, Logfmt
+from llama_smart_proxy.proxy.log.formats import Form, Logfmt
+from llama_smart_proxy.proxy.log.redaction import redacted
 from llama_smart_proxy.proxy.log.streams import shown
 from llama_smart_proxy.proxy.log.writer import Writer
 
 LEFT = "client_left"
 """The outcome of a request whose client did not wait for the end of its answer."""
-_KEPT = 200
-"""Longest path or name whose shown form is kept."""
+MOST_KEPT = 1024
+"""Most beginnings of lines that are kept; the same ones come again and again."""
+_LONGEST_KEPT = 200
+_NAMES = ("method", "path", "status", "model", "backend", "dialect", "key", "agents")
 
 
 class AccessLog:
@@ -24,44 +27,55 @@ class AccessLog:
         self.enabled = False
         self._writer: Writer | None = None
         self._form: Form = Logfmt()
+        self._kept: dict[tuple[object, ...], str] = {}
 
     def connect(self, writer: Writer | None, form: Form) -> None:
         """Write there from now on, in this form, or nowhere."""
         self._writer = writer
         self._form = form
+        self._kept.clear()
         self.enabled = writer is not None
 
     def line(self, record: RequestRecord) -> None:
         """The line of a request that has ended: an observer of requests."""
-        if self._writer is not None:
-            self._writer.hold(self._form.access(time.time(), fields_of(record)))
+        if self._writer is None:
+            return
+        named = (
+            record.method, record.path, record.status, record.model,
+            record.backend, record.api, record.client, *record.agents,
+        )  # fmt: skip
+        begins = self._kept.get(named) or self._beginning(named)
+        self._writer.hold(self._form.access(time.time(), begins, _numbers(record), outcome(record), record.request_id))
+
+    def _beginning(self, named: tuple[object, ...]) -> str:
+        """The part of the line that says what was asked, and of whom."""
+        last = len(_NAMES) - 1
+        texts = [*named[:last], ",".join(map(str, named[last:]))]
+        fields = [
+            (name, value if isinstance(value, int) else shown(redacted(str(value))))
+            for name, value in zip(_NAMES, texts, strict=True)
+            if value not in ("", "-")
+        ]
+        begins = self._form.fields(fields)
+        if len(begins) <= _LONGEST_KEPT:
+            if len(self._kept) >= MOST_KEPT:
+                self._kept.clear()
+            self._kept[named] = begins
+        return begins
 
 
-def fields_of(record: RequestRecord) -> Fields:
-    """What is known of a request; what does not apply is left out."""
-    fields: list[tuple[str, str | int]] = [
-        ("method", record.method),
-        ("path", _shown(record.path)),
-        ("status", record.status),
-    ]
-    if record.model != "-":
-        fields.append(("model", _shown(record.model)))
-    if record.backend:
-        fields.append(("backend", record.backend))
-    fields.append(("dialect", record.api))
-    if record.client:
-        fields.append(("key", record.client))
-    if record.agents:
-        fields.append(("agents", ",".join(record.agents)))
+def _numbers(record: RequestRecord) -> Sequence[tuple[str, int]]:
+    """Times in milliseconds, and tokens; what does not apply is left out."""
+    arrived_s = record.arrived_s
+    numbers = []
     if record.steps is not None:
-        fields += [(f"{kind}_ms", _ms(spent_s)) for kind in _WAITS if (spent_s := record.spent_s(kind))]
+        numbers += [(f"{kind}_ms", int(spent_s * 1000)) for kind in _WAITS if (spent_s := record.spent_s(kind))]
     if record.first_byte_s:
-        fields.append(("ttft_ms", _ms(record.first_byte_s - record.arrived_s)))
-    fields.append(("total_ms", _ms(record.ended_s - record.arrived_s)))
+        numbers.append(("ttft_ms", int((record.first_byte_s - arrived_s) * 1000)))
+    numbers.append(("total_ms", int((record.ended_s - arrived_s) * 1000)))
     if (usage := record.usage) is not None:
-        fields += [(name, count) for name, key in _COUNTS if isinstance(count := usage.get(key), int)]
-    fields += [("outcome", outcome(record)), ("id", record.request_id)]
-    return fields
+        numbers += [(name, count) for name, key in _COUNTS if isinstance(count := usage.get(key), int)]
+    return numbers
 
 
 _WAITS = (StepKind.QUEUE, StepKind.LOAD)
@@ -72,17 +86,6 @@ def outcome(record: RequestRecord) -> str:
     """`ok`, the code of the error that the client got, `client_left`, or `error` for one without a code."""
     if record.status == 499:
         return LEFT
-    return record.error or ("ok" if record.status < 400 else "error")
-
-
-def _ms(seconds: float) -> int:
-    return int(seconds * 1000)
-
-
-def _shown(text: str) -> str:
-    return _short(text) if len(text) <= _KEPT else shown(text)
-
-
-@lru_cache(maxsize=1024)
-def _short(text: str) -> str:
-    return shown(text)
+    if not record.error:
+        return "ok" if record.status < 400 else "error"
+    return record.error if record.error.isidentifier() and record.error.isascii() else "error"  # an agent may raise any

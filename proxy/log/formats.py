@@ -10,7 +10,6 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
 from json.encoder import encode_basestring_ascii
 from typing import Protocol
 
@@ -26,7 +25,8 @@ _PRIORITIES = ((logging.ERROR, "<3>"), (logging.WARNING, "<4>"), (logging.INFO, 
 _COLOURS = {"DEBUG": "2", "INFO": "32", "WARNING": "33", "ERROR": "31", "CRITICAL": "31;1"}
 
 Fields = Sequence[tuple[str, str | int]]
-"""What is known of a request, in the order of the line; texts as they are."""
+"""What is known of a request, in the order of the line; texts are printable, of limited length."""
+Numbers = Sequence[tuple[str, int]]
 
 
 class Form(Protocol):
@@ -35,8 +35,11 @@ class Form(Protocol):
     def record(self, created: float, level: int, logger: str, message: str, traceback: Sequence[str]) -> str:
         """`traceback` has its lines; a `message` is of any length, and not escaped yet."""
 
-    def access(self, now: float, fields: Fields) -> str:
-        """The first field is the line's subject: method, path and status."""
+    def fields(self, fields: Fields) -> str:
+        """These fields as a part of a line."""
+
+    def access(self, now: float, begins: str, numbers: Numbers, outcome: str, request_id: str) -> str:
+        """The line of a request, which `begins` with fields. `outcome` and `request_id` are of safe characters."""
 
 
 class Text:
@@ -58,15 +61,22 @@ class Text:
         front = priority(level) if self._prioritised else ""
         return first + "".join([f"{front}  {shown(line)}\n" for line in traceback])
 
-    def access(self, now: float, fields: Fields) -> str:
+    def fields(self, fields: Fields) -> str:
         words = []
         for name, value in fields:
             if name in _BARE:
                 words.append(self._status(value) if name == "status" else str(value))
-            elif name != "outcome" or value != "ok":
-                words.append(f"{_SHORT.get(name, name)}={_plain(value)}{_UNITS.get(name, '')}")
+            else:
+                words.append(f"{name}={str(value).replace(' ', '_')}")
+        return " ".join(words)
+
+    def access(self, now: float, begins: str, numbers: Numbers, outcome: str, request_id: str) -> str:
+        words = [_SHORT[name] % value for name, value in numbers]
+        if outcome != "ok":
+            words.append(outcome)
         level = f"\x1b[{_COLOURS['INFO']}mINFO   \x1b[0m" if self._coloured else "INFO   "
-        return f"{self._front(now, logging.INFO)}{level} proxy.access: {' '.join(words)}\n"
+        front = self._front(now, logging.INFO)
+        return f"{front}{level} proxy.access: {begins} {' '.join(words)} {request_id}\n"
 
     def _status(self, status: str | int) -> str:
         if not self._coloured:
@@ -78,9 +88,15 @@ class Text:
         return (priority(level) if self._prioritised else "") + (f"{local_time(now)} " if self._timed else "")
 
 
-_BARE = frozenset({"method", "path", "status", "id"})
-_SHORT = {"queue_ms": "queue", "load_ms": "load", "ttft_ms": "first", "total_ms": "total"}
-_UNITS = dict.fromkeys(_SHORT, "ms")
+_BARE = frozenset({"method", "path", "status"})
+_SHORT = {
+    "queue_ms": "queue=%dms",
+    "load_ms": "load=%dms",
+    "ttft_ms": "first=%dms",
+    "total_ms": "total=%dms",
+    "tokens_in": "in=%d",
+    "tokens_out": "out=%d",
+}
 
 
 class Logfmt:
@@ -95,9 +111,14 @@ class Logfmt:
         line = f"{front}level={level_of(level)} logger={in_logfmt(logger)} msg={in_logfmt(shown(message), True)}"
         return f"{line} exc={in_logfmt(joined(traceback), True)}\n" if traceback else f"{line}\n"
 
-    def access(self, now: float, fields: Fields) -> str:
-        pairs = " ".join([f"{name}={_logfmt_value(value)}" for name, value in fields])
-        return f"{self._front(now, logging.INFO)}level=info logger=proxy.access msg=request {pairs}\n"
+    def fields(self, fields: Fields) -> str:
+        return " ".join([f"{name}={in_logfmt(str(value))}" for name, value in fields])
+
+    def access(self, now: float, begins: str, numbers: Numbers, outcome: str, request_id: str) -> str:
+        pairs = "".join([f"{name}={value} " for name, value in numbers])
+        front = self._front(now, logging.INFO)
+        ends = f"outcome={outcome} id={in_logfmt(request_id)}"
+        return f"{front}level=info logger=proxy.access msg=request {begins} {pairs}{ends}\n"
 
     def _front(self, now: float, level: int) -> str:
         return (priority(level) if self._prioritised else "") + (f"ts={utc_time(now)} " if self._timed else "")
@@ -115,10 +136,14 @@ class Json:
         line = f'{self._front(created, level)}"level":"{level_of(level)}","logger":{in_json(logger)},"msg":{text}'
         return f'{line},"exc":{in_json(joined(traceback))}}}\n' if traceback else f"{line}}}\n"
 
-    def access(self, now: float, fields: Fields) -> str:
-        pairs = ",".join([f'"{name}":{_json_value(value)}' for name, value in fields])
+    def fields(self, fields: Fields) -> str:
+        return ",".join([f'"{name}":{_json_value(value)}' for name, value in fields])
+
+    def access(self, now: float, begins: str, numbers: Numbers, outcome: str, request_id: str) -> str:
+        pairs = "".join([f'"{name}":{value},' for name, value in numbers])
         front = self._front(now, logging.INFO)
-        return f'{front}"level":"info","logger":"proxy.access","msg":"request",{pairs}}}\n'
+        ends = f'"outcome":{in_json(outcome)},"id":{in_json(request_id)}'
+        return f'{front}"level":"info","logger":"proxy.access","msg":"request",{begins},{pairs}{ends}}}\n'
 
     def _front(self, now: float, level: int) -> str:
         return (priority(level) if self._prioritised else "") + (f'{{"ts":"{utc_time(now)}",' if self._timed else "{")
@@ -188,21 +213,8 @@ def in_json(text: str) -> str:
     return encode_basestring_ascii(text)
 
 
-@lru_cache(maxsize=512)
-def _logfmt_text(text: str) -> str:
-    return in_logfmt(text)
-
-
-def _logfmt_value(value: str | int) -> str:
-    return str(value) if isinstance(value, int) else _logfmt_text(value) if len(value) < 100 else in_logfmt(value)
-
-
 def _json_value(value: str | int) -> str:
     return str(value) if isinstance(value, int) else in_json(value)
-
-
-def _plain(value: str | int) -> str:
-    return value.replace(" ", "_") if isinstance(value, str) else str(value)
 
 
 _local: tuple[int, str] = (0, "")

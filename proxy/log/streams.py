@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO, cast
 
@@ -62,11 +62,13 @@ def _escaped(character: str) -> str:
 
 
 @contextmanager
-def shown_output() -> Iterator[None]:
-    """Within the context, what is printed to standard output and error is escaped, but for line breaks and tabs, and
-    what a progress bar begins with."""
+def shown_output(redact: Callable[[str], str] = str) -> Iterator[None]:
+    """Within the context, what is printed to standard output and error is changed by `redact`, and escaped, but for
+    line breaks and tabs, and what a progress bar begins with."""
     streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (cast(TextIO, _Shown(stream)) if stream is not None else stream for stream in streams)
+    sys.stdout, sys.stderr = (
+        cast(TextIO, _Shown(stream, redact)) if stream is not None else stream for stream in streams
+    )
     try:
         yield
     finally:
@@ -76,10 +78,12 @@ def shown_output() -> Iterator[None]:
 class _Shown:
     """A text stream whose `write` escapes."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, redact: Callable[[str], str]) -> None:
         self._stream = stream
+        self._redact = redact
 
     def write(self, text: str) -> int:
+        text = self._redact(text)
         if not text.isprintable():
             kept = "\r" if text.startswith("\r") else ""
             text = kept + "".join(c if c in "\n\t" else _escaped(c) for c in text[len(kept) :])
