@@ -47,7 +47,9 @@ from llama_smart_proxy.proxy.dialects.embeddings import (
 from llama_smart_proxy.proxy.errors import BadRequest, ModelNotFound, let_go
 from llama_smart_proxy.proxy.http.body import Body, Reusable, offload, read_body
 from llama_smart_proxy.proxy.http.headers import PARAMS, RECORD
+from llama_smart_proxy.proxy.http.response import WholeResponse
 from llama_smart_proxy.proxy.http.scopes import Scope
+from llama_smart_proxy.proxy.log.content import Exchange
 from llama_smart_proxy.proxy.models.router import Route
 from llama_smart_proxy.proxy.stream.embeddings import embed
 from llama_smart_proxy.proxy.stream.waiting import Wait
@@ -148,7 +150,10 @@ class EndpointHandler:
         """Answer `http`. No reference to its parsed body is kept while an answer is relayed, which may take minutes."""
         wait = Wait(self._proxy.waits, http, self._endpoint.dialect, self._endpoint.codec)
         try:
-            return await self._handle(http, wait)
+            response = await self._handle(http, wait)
+            if (exchange := http[RECORD].exchange) is not None and isinstance(response, WholeResponse | web.Response):
+                exchange.add(response.body if isinstance(response.body, bytes) else None)
+            return response
         except Exception as exc:
             if isinstance(exc, ConnectionError) or not wait.response.opened or wait.response.begun:
                 raise
@@ -158,6 +163,8 @@ class EndpointHandler:
             return await wait.fail(error)
         finally:
             wait.end()
+            if (exchange := http[RECORD].exchange) is not None:
+                exchange.log(http[RECORD].request_id)
 
     async def _handle(self, http: web.BaseRequest, wait: Wait) -> web.StreamResponse:
         endpoint = self._endpoint
@@ -168,6 +175,8 @@ class EndpointHandler:
         try:
             bind = partial(_bound, endpoint.dialect, http.get(PARAMS) or {})
             body = await offload(http, bind, body) if endpoint.dialect.binds_slowly(body) else bind(body)
+            if self._proxy.config.log_content and endpoint.slot:
+                http[RECORD].exchange = Exchange(body)
             if self._streams(body):
                 wait.start(body.get("model"))
             route = await self._route(http, body)

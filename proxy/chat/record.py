@@ -5,10 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llama_smart_proxy.backends.journal import Step, StepKind
 from llama_smart_proxy.proxy.chat.extensions import Json
+
+if TYPE_CHECKING:
+    from llama_smart_proxy.proxy.log.content import Exchange
 
 
 @dataclass(slots=True)
@@ -56,6 +59,8 @@ class RequestRecord(Timing):
     """Parses the counts from the last frames of a relayed answer; called only when `usage` is read, as parsing costs
     time."""
     counted: Json | None = None
+    exchange: Exchange | None = None
+    """What is in the log of it with `log_content`."""
     steps: list[Step] | None = None
     """What it waited for; None if it did not wait. Written by `note`."""
 

@@ -156,7 +156,7 @@ def _serve(args: argparse.Namespace, path: Path | None) -> NoReturn:
     if missing := [problem for problem in machine_problems(config) if problem.fatal]:
         raise ConfigError([f"{path or 'defaults'}: {problem}" for problem in missing])
     log.hide(secrets_of(config, os.environ))
-    log.configure(config.log_level, config.log_format)
+    log.configure(config.log_level, config.log_format, with_content=config.log_content)
     _log_source(path)
     for warning in config.warnings:
         logger.warning("%s", warning)

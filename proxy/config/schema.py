@@ -124,6 +124,11 @@ class Config(Section):
         description="The form of the log: text for people, logfmt or json for programs; auto is text on a terminal and "
         "logfmt elsewhere.",
     )
+    log_content: bool = Field(
+        default=False,
+        description="Whether the log has prompts and answers: one line for each request, and what exceptions of agents "
+        "and errors of servers quote of them.",
+    )
 
     _warnings: list[str] = PrivateAttr(default_factory=list)
     _plugins_dir: Path | None = None

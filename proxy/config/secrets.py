@@ -8,6 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pydantic import SecretStr
+
 from llama_smart_proxy.proxy.config.schema import Config
 
 _NAME = re.compile(
@@ -35,6 +37,8 @@ def _within(value: Any, name: str = "") -> Iterator[str]:
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from _within(item, str(key))
+    elif isinstance(value, SecretStr):
+        yield value.get_secret_value()
     elif isinstance(value, str):
         if _NAME.fullmatch(name):
             yield value

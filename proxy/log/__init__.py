@@ -14,6 +14,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+from llama_smart_proxy.proxy.log import content
 from llama_smart_proxy.proxy.log.access import AccessLog
 from llama_smart_proxy.proxy.log.formats import FORMATS, MOST_TRACED, Form, form_for
 from llama_smart_proxy.proxy.log.redaction import hide, redacted
@@ -56,8 +57,9 @@ access = AccessLog()
 """The one of this process."""
 
 
-def configure(level: str, wanted: str = "auto") -> None:
+def configure(level: str, wanted: str = "auto", *, with_content: bool = True) -> None:
     """Send the program's log to stderr at `level`, one of `LEVELS`, in the format `wanted`, one of `FORMATS`.
+    Without `with_content`, nothing of a chat is in it.
 
     What was logged is written before the process ends, unless that is by a signal that Python does not see: then the
     lines of requests of the last `FLUSH_S` seconds may be missing.
@@ -65,7 +67,7 @@ def configure(level: str, wanted: str = "auto") -> None:
     fd = fd_of(sys.stderr)
     form = form_for(wanted, os.environ, fd)
     encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
-    handler = _Handler(Writer(fd, encoding, lambda lost: _lost(form, lost)), form)
+    handler = _Handler(Writer(fd, encoding, lambda lost: _lost(form, lost)), form, with_content)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.getLogger("asyncio").setLevel("WARNING")
     logging.raiseExceptions = False  # a log that cannot be written must not disturb the stream being served
@@ -80,10 +82,10 @@ def _lost(form: Form, lost: int) -> str:
 class _Handler(logging.Handler):
     """Writes each record of `logging` at once, behind all lines that still wait."""
 
-    def __init__(self, writer: Writer, form: Form) -> None:
+    def __init__(self, writer: Writer, form: Form, with_content: bool) -> None:
         super().__init__()
         self.writer = writer
-        self.setFormatter(_Formatter(form))
+        self.setFormatter(_Formatter(form, with_content))
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -103,14 +105,20 @@ class _Formatter(logging.Formatter):
     """The lines of a record in a form. What a client, a model server or a file has put into them cannot look like
     another record, or steer a terminal."""
 
-    def __init__(self, form: Form) -> None:
+    def __init__(self, form: Form, with_content: bool) -> None:
         super().__init__()
         self._form = form
+        self._with_content = with_content
 
     def format(self, record: logging.LogRecord) -> str:
-        message = redacted(shortened(record.getMessage(), MOST_READ))
-        trace = self.formatException(record.exc_info) if record.exc_info else record.stack_info or ""
-        name = record.name.removeprefix(PACKAGE)
+        name, args, trace = record.name.removeprefix(PACKAGE), record.args, record.stack_info or ""
+        quoting = not self._with_content and content.may_quote(name)
+        if quoting and args:
+            args = content.without_quotes(args)
+        message = str(record.msg) % args if args else str(record.msg)
+        message = redacted(shortened(message, MOST_READ))
+        if record.exc_info:
+            trace = content.frames_of(record.exc_info[1]) if quoting else self.formatException(record.exc_info)
         return self._form.record(record.created, record.levelno, name, message, _traced(trace))
 
 

@@ -83,9 +83,10 @@ _COUNTS = (("tokens_in", "prompt_tokens"), ("tokens_out", "completion_tokens"))
 
 
 def outcome(record: RequestRecord) -> str:
-    """`ok`, the code of the error that the client got, `client_left`, or `error` for one without a code."""
+    """`ok`, `client_left`, or the code of the error that the client got: `upstream_error` for one that was passed on as
+    it was, `error` for one without a code."""
     if record.status == 499:
         return LEFT
     if not record.error:
-        return "ok" if record.status < 400 else "error"
+        return "ok" if record.status < 400 else "upstream_error" if record.sent_s else "error"
     return record.error if record.error.isidentifier() and record.error.isascii() else "error"  # an agent may raise any

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from llama_smart_proxy.backends.journal import StepKind
 from llama_smart_proxy.proxy.chat import RequestRecord
+from llama_smart_proxy.proxy.log.access import outcome
 from llama_smart_proxy.proxy.metrics.histogram import SECONDS, Histogram
 from llama_smart_proxy.proxy.metrics.lag import Lag
 
@@ -63,8 +64,8 @@ class Metrics:
         if key not in requests and len(requests) >= MOST_SERIES:
             key = (UNKNOWN, record.api, record.status, UNKNOWN)
         requests[key] = requests.get(key, 0) + 1
-        if record.error:
-            code = record.error
+        if record.error or record.status >= 400:
+            code = outcome(record)
             self.errors[code if code in self.errors or len(self.errors) < MOST_CODES else UNKNOWN] += 1
         if model is not UNKNOWN and record.sent_s and record.slot:
             self._measure(record, self.models[model])

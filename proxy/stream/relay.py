@@ -336,6 +336,8 @@ class _FrameSink:
             logger.warning("stream aborted: %s", failure)
             self._response.record.error = failure.code
             closing = dialect.error_event(failure) + closing
+        else:
+            self._response.record.error = "upstream_error"
         if self._response.waiting:
             self._response.begin()
         if closing:

@@ -87,7 +87,7 @@ def test_no_client_and_no_server_can_make_series_without_end() -> None:
     metrics = Metrics(is_model=lambda name: True)
     for number in range(3 * MOST_SERIES):
         record = RequestRecord(1.0, 1.0, model=f"m-{number}", api="openai", status=500, slot=True, resolved_s=1.0)
-        record.error, record.client, record.counted = f"code-{number}", f"key-{number}", USAGE
+        record.error, record.client, record.counted = f"code_{number}", f"key-{number}", USAGE
         metrics.observe(record)
     assert len(metrics.models) == MOST_MODELS and len(metrics.errors) <= MOST_CODES + 1
     assert len(metrics.requests) <= MOST_SERIES + 1 and sum(metrics.requests.values()) == 3 * MOST_SERIES
