@@ -23,6 +23,7 @@ from llama_smart_proxy.proxy.models.router import Router
 from llama_smart_proxy.proxy.registry import Registry
 from llama_smart_proxy.proxy.store import ProxyMemory, Store, state_dir
 from llama_smart_proxy.proxy.stream.waiting import Waits
+from llama_smart_proxy.proxy.tracing import tracing_for
 
 
 class App:
@@ -45,7 +46,9 @@ class App:
         inspection = Inspection({**router.looks, "agents": self.plugins.problems})
         afterwards, waits = Afterwards(self.plugins), Waits(config.server)
         self.proxy = Proxy(config, router, chain, store, afterwards, inspection, waits, feed, self.metrics)
-        self.dispatcher = Dispatcher(self.proxy, [*registry.observers, self.metrics.observe])
+        self.tracing = tracing_for(config, os.environ)
+        traced = [self.tracing.observe] if self.tracing is not None else []
+        self.dispatcher = Dispatcher(self.proxy, [*registry.observers, self.metrics.observe, *traced])
         for method, path, handler, scope, pages in ROUTES:
             self.dispatcher.add([method], path, handler, scope, pages=pages)
         for path, endpoint in registry.endpoints.items():
@@ -70,3 +73,5 @@ class App:
         await self.plugins.close()
         self.proxy.store.close()
         await self.proxy.router.close()
+        if self.tracing is not None:
+            await self.tracing.close()

@@ -8,6 +8,7 @@ the request, no model is involved.
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import orjson
 from aiohttp import web
 
 from llama_smart_proxy.backends.base import Feature, Model, Priority, UpstreamRequest
+from llama_smart_proxy.backends.journal import StepKind
 from llama_smart_proxy.backends.tasks import Task
 from llama_smart_proxy.proxy.api.background import mark, priority_of, task_of
 from llama_smart_proxy.proxy.api.state import Proxy
@@ -233,6 +235,7 @@ class Chat:
             self.http.headers, self.http.path.rstrip("/"), self.http[RECORD].request_id, route.model.kind, selection,
             chat, asked_model=asked_model, store=self.proxy.store, wait=self.wait,
         )  # fmt: skip
+        began_s = time.monotonic()
         contexts = [AgentContext(active, facts, scope, calls) for active in selection.chain]
         try:
             async with AsyncExitStack() as open_streams:
@@ -243,7 +246,9 @@ class Chat:
             raise
         finally:
             for ctx in contexts:
-                ctx.active.plugin.spent_s += ctx.timer.spent_s
+                spent_s = ctx.timer.spent_s
+                ctx.active.plugin.spent_s += spent_s
+                self.http[RECORD].note(StepKind.AGENT, began_s, began_s + spent_s, agent=ctx.name)
 
     def _side_calls(self, scope: Scope, depth: int, priority: Priority = Priority.HELPER) -> SideCalls:
         return SideCalls(scope, self.proxy.router, self.proxy.config.agent_limits, depth, priority)

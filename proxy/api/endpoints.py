@@ -206,6 +206,8 @@ class EndpointHandler:
             raise endpoint.dialect.not_found(named, exc) from None
         http[RECORD].routed(route.model.name, route.model.kind)
         http[RECORD].slot = endpoint.slot
+        if "Traceparent" in http.headers:
+            http[RECORD].traceparent = http.headers["Traceparent"]
         if "autoload=" in http.raw_path:
             await apply_autoload(http, route.model)
         return route

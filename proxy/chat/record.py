@@ -59,6 +59,8 @@ class RequestRecord(Timing):
     """Parses the counts from the last frames of a relayed answer; called only when `usage` is read, as parsing costs
     time."""
     counted: Json | None = None
+    traceparent: str = ""
+    """The client's header of that name (W3C Trace Context)."""
     exchange: Exchange | None = None
     """What is in the log of it with `log_content`."""
     steps: list[Step] | None = None

@@ -67,7 +67,7 @@ class Text:
             if name in _BARE:
                 words.append(self._status(value) if name == "status" else str(value))
             else:
-                words.append(f"{name}={str(value).replace(' ', '_')}")
+                words.append(f'{name}="{value}"' if " " in str(value) else f"{name}={value}")
         return " ".join(words)
 
     def access(self, now: float, begins: str, numbers: Numbers, outcome: str, request_id: str) -> str:

@@ -26,7 +26,7 @@ ROOMS: list[set[str]] = [
     {"proxy.config", "proxy.dialects"},
     {"agents"},
     {"backends"},
-    {"proxy.http", "proxy.models", "proxy.metrics"},
+    {"proxy.http", "proxy.models", "proxy.metrics", "proxy.tracing"},
     {"proxy.stream"},
     {"proxy.middleware"},
     {"proxy.api"},
