@@ -50,7 +50,7 @@ def run(config: Config, *, reload: bool = False) -> int:
     _raise_fd_limit()
     supervisor = Supervisor(os.environ)
     app = App(config)
-    app.plugins.reload = reload
+    app.generation.plugins.reload = reload
     runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)  # not closed, which would wait for threads
     runner.get_loop().set_task_factory(make_task)
     return runner.run(_serve(app, config, supervisor))
@@ -121,7 +121,7 @@ async def _serve(app: App, config: Config, supervisor: Supervisor) -> int:
         hosts = [sock.getsockname()[0] for listener in listeners for sock in listener.sockets]
         with supervisor.watched():
             _log_startup(config, hosts)
-            _log_agents(app.plugins)
+            _log_agents(app.generation.plugins)
             for problem in await app.proxy.inspection.problems():
                 logger.warning("%s", problem)
             showing = asyncio.ensure_future(supervisor.show(app.proxy.feed))
@@ -136,7 +136,7 @@ async def _serve(app: App, config: Config, supervisor: Supervisor) -> int:
         return 0
     finally:
         if not await stop.ends_before(app.close(), stop.at_once):
-            await app.proxy.router.close()  # agents may not have closed, but no server is left
+            await app.stop_models()  # agents may not have closed, but no server is left
         await _cancel_remaining_tasks()
         logger.info("stopped")
 
@@ -183,11 +183,11 @@ def _address(server: ServerConfig) -> dict[str, Any]:
 def front_server(app: App, config: Config) -> FrontServer:
     """The server that passes clients' requests to `app`."""
     return FrontServer(
-        app.dispatcher,
+        app,
         head_timeout_s=config.server.head_timeout_s,
         keepalive_timeout_s=config.server.keepalive_timeout_s,
         send_stall_s=config.server.send_stall_s,
-        dialect_of=app.dispatcher.dialect_of,
+        dialect_of=app.dialect_of,
     )
 
 
@@ -226,7 +226,7 @@ async def _drain(
         for listener in listeners:
             listener.close()
     second_signal.cancel()
-    await app.proxy.router.close()
+    await app.stop_models()
     await front.shutdown(ERROR_FRAMES_TIMEOUT_S)
 
 

@@ -22,6 +22,7 @@ from llama_smart_proxy.backends.pool.orphans import kill_orphans
 from llama_smart_proxy.backends.pool.queue import Lease, ModelQueue
 from llama_smart_proxy.backends.pool.readiness import read_within
 from llama_smart_proxy.backends.pool.scheduler import Scheduler
+from llama_smart_proxy.backends.pool.sockets import SocketFolder, remove_stale
 from llama_smart_proxy.backends.pool.waits import Wait
 from llama_smart_proxy.backends.progress import described
 from llama_smart_proxy.backends.threads import begin_in_thread, log_failure, run_in_thread
@@ -53,6 +54,8 @@ class Pool:
         self._looks: dict[str, asyncio.Future[bool]] = {}  # whether they still are there
         self._tasks: set[asyncio.Task[None]] = set()
         self._closer: asyncio.Task[None] | None = None
+        self.sockets = SocketFolder()
+        """For the processes that are reached by unix sockets."""
 
     @property
     def size(self) -> int:
@@ -308,6 +311,7 @@ class Pool:
     async def start(self) -> None:
         """Clear away what an earlier run left behind."""
         await run_in_thread(kill_orphans)
+        await run_in_thread(remove_stale)
 
     async def close(self, *, drain_s: float) -> None:
         """Accept no requests, let those under way finish for up to `drain_s` seconds, then stop every process and wait
@@ -340,6 +344,7 @@ class Pool:
         await asyncio.gather(*(place.instance.wait_stopped(patience_s) for place in places))
         if self._tasks:
             await asyncio.wait(self._tasks)
+        self.sockets.close()
 
     async def _load_quietly(self, model: PoolModel) -> None:
         try:

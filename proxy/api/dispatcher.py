@@ -93,6 +93,7 @@ class Dispatcher:
         request_id = request_id_of(http.headers) or f"{self._run}-{next(self._serial):x}"
         record = RequestRecord(time.monotonic(), request_id=request_id, method=http.method)
         http[RECORD] = record
+        self._proxy.uses.begin()
         if isinstance(http.protocol, FrontConnection):
             http.protocol.head_complete()
         response: web.StreamResponse | None = None
@@ -106,6 +107,7 @@ class Dispatcher:
             record.status = response.status if response is not None else record.answered or 499
             for observe in self._observers:
                 self._notify(observe, record)
+            self._proxy.uses.end(http)
 
     def _notify(self, observe: Observer, record: RequestRecord) -> None:
         try:

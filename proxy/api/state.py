@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from aiohttp import web
@@ -18,9 +19,41 @@ from llama_smart_proxy.proxy.store import Store
 from llama_smart_proxy.proxy.stream.waiting import Waits
 
 
+class Uses:
+    """The requests that use what one configuration has made."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._none = asyncio.Event()
+        self._none.set()
+
+    def begin(self) -> None:
+        """A request begins."""
+        self._count += 1
+        if self._count == 1:
+            self._none.clear()
+
+    def end(self, http: web.BaseRequest) -> None:
+        """A request has ended, or uses nothing any more that the configuration has made, such as a stream of events
+        watched for days; then its handler calls this, and looks for models and agents in `Proxy.latest()`."""
+        if ENDED in http:
+            return
+        http[ENDED] = True
+        self._count -= 1
+        if not self._count:
+            self._none.set()
+
+    async def ended(self) -> None:
+        """Return once no request uses it."""
+        await self._none.wait()
+
+
+ENDED = web.RequestKey("ended", bool)
+
+
 @dataclass(frozen=True, slots=True)
 class Proxy:
-    """The running proxy. `draining` is set as soon as the shutdown begins."""
+    """The running proxy with one configuration. `draining` is set as soon as the shutdown begins."""
 
     config: Config
     router: Router
@@ -30,8 +63,11 @@ class Proxy:
     inspection: Inspection
     waits: Waits
     feed: Feed
-    draining: asyncio.Event = field(default_factory=asyncio.Event)
-    conversations: Conversations = field(default_factory=Conversations)
+    draining: asyncio.Event
+    conversations: Conversations
+    latest: Callable[[], Proxy]
+    """The one of the current configuration, for requests that outlive theirs."""
+    uses: Uses = field(default_factory=Uses)
 
     @property
     def max_body_bytes(self) -> int:

@@ -94,9 +94,9 @@ class _Candidate:
 class Chain:
     """Selects the agents of each request."""
 
-    def __init__(self, config: Config, plugins: Plugins) -> None:
+    def __init__(self, config: Config, plugins: Plugins, chats: Chats) -> None:
         self.plugins = plugins
-        self.chats = Chats()
+        self.chats = chats
         self._slash = config.slash_commands
         models = config.models | config.virtual
         self._barred = {name for name, model in models.items() if model.agents is None}

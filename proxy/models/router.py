@@ -310,8 +310,7 @@ class Router:
             await provider.start()
 
     async def close(self) -> None:
-        """Cancel all downloads and close every provider; may be called repeatedly."""
-        await self.downloads.close()
+        """Close every provider; may be called repeatedly."""
         for provider in self._providers:
             await provider.close()
 
