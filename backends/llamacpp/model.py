@@ -49,6 +49,13 @@ class LlamaCppModel(SpawnedModel):
         self.rescan: Callable[[], Awaitable[bool]] | None = None
         """Makes `file` a recent one. Returns whether its disk answers."""
 
+    def is_to_load(self, before: LlamaCppModel | None) -> bool:
+        """Whether a new configuration, in which the model was `before`, requires it to be loaded."""
+        if before is None or (self.config.preload and not before.config.preload):
+            return self.config.preload
+        stays = self.model.launcher.same(before.model.launcher)
+        return not stays and (self.config.preload or self.config.pinned) and before.state.value in ("loaded", "loading")
+
     async def delete(self, headers: Sequence[tuple[str, str]]) -> None:
         if self._remove is None:
             await super().delete(headers)

@@ -55,6 +55,9 @@ class OllamaHost:
 
     def __init__(self, url: str, config: OllamaConfig) -> None:
         self.connections = connections_to(url, config)
+        self.asked = _asked(url, config)
+        self.holders = 0
+        """How many providers use it that were started and are not closed: more than one while a configuration ends."""
         self.url = str(self.connections.endpoint)
         self.headers = credentials(config)
         self.tags: dict[str, Json] = {}
@@ -265,3 +268,15 @@ class _PullLines:
             return
         if "error" not in self._last and self._last.get("status") != "success":
             self._report(self._last)
+
+
+def hosts_of(config: OllamaConfig, kept: Sequence[OllamaHost]) -> list[OllamaHost]:
+    """The hosts of a configuration; those among `kept` that have not changed, and new ones."""
+    known = {host.asked: host for host in kept}
+    return [known.get(_asked(url, config)) or OllamaHost(url, config) for url in config.urls]
+
+
+def _asked(url: str, config: OllamaConfig) -> tuple[object, ...]:
+    """All that its connections depend on."""
+    limits = config.connect_timeout_s, config.first_byte_timeout_s, config.idle_timeout_s
+    return url, *credentials(config), limits

@@ -14,7 +14,7 @@ from llama_smart_proxy.backends.http.exchange import UpstreamResponse
 from llama_smart_proxy.backends.http.sweep import Sweeper
 from llama_smart_proxy.backends.names import key_of
 from llama_smart_proxy.backends.ollama.context import LOOK_S, Context
-from llama_smart_proxy.backends.ollama.host import PULL_FAILED, OllamaHost, is_name
+from llama_smart_proxy.backends.ollama.host import PULL_FAILED, OllamaHost, hosts_of, is_name
 from llama_smart_proxy.backends.ollama.model import KIND, OllamaModel
 from llama_smart_proxy.backends.openai import LISTING_PAUSE_S
 from llama_smart_proxy.backends.pool.load_times import LoadTimes
@@ -37,7 +37,7 @@ REFUSAL_KEPT_S = 10.0
 
 class Hosts:
     """All Ollama hosts, and the `configured` models of the backend `ollama`, by name. Names are compared as Ollama
-    does: case-insensitively, and `:latest` is optional.
+    does: case-insensitively, and `:latest` is optional. What is known of servers that were there `before` is kept.
 
     Methods that are not coroutines answer from memory, and refresh stale listings in the background.
     """
@@ -48,8 +48,10 @@ class Hosts:
         downloads: Downloads,
         configured: Mapping[str, ModelConfig],
         times: LoadTimes | None = None,
+        before: Hosts | None = None,
     ) -> None:
-        self.hosts = [OllamaHost(url, config) for url in config.urls]
+        self.hosts: list[OllamaHost] = hosts_of(config, before.hosts if before is not None else [])
+        self._started = False
         self._pulls = config.pull == "auto"
         self._downloads = downloads
         self.times = times or LoadTimes(downloads.feed)
@@ -62,6 +64,8 @@ class Hosts:
         self._unloading: dict[str, float] = {}  # since when, on the event loop's clock
         self._contexts: dict[str, Context] = {}
         self._defaults: dict[str, int] = {}
+        if before is not None:
+            self._unloading, self._contexts, self._defaults = before._unloading, before._contexts, before._defaults
         self._refusals: dict[str, tuple[float, ProxyError]] = {}
         self._sweeper = Sweeper(LOADED_STALE_S, self._sweep)
 
@@ -175,6 +179,9 @@ class Hosts:
 
     def start(self) -> None:
         """Start listing the hosts' models."""
+        self._started = True
+        for host in self.hosts:
+            host.holders += 1
         self._refresh()
 
     async def listed(self) -> None:
@@ -191,7 +198,10 @@ class Hosts:
     async def close(self) -> None:
         self._sweeper.stop()
         for host in self.hosts:
-            await host.close()
+            host.holders -= self._started
+            if host.holders <= 0:
+                await host.close()
+        self._started = False
 
     # -- models ----------------------------------------------------------------------------------------------------
 

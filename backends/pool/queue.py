@@ -56,6 +56,7 @@ class ModelQueue:
     evicted_at: float = -math.inf
     crashed: bool = False
     restarts: int = 0
+    removed: bool = False  # from the configuration: it serves those that have come before, and is not kept
 
     @property
     def name(self) -> str:
@@ -165,7 +166,7 @@ class Place:
 
     @property
     def pinned(self) -> bool:
-        return self.instance.model.pinned
+        return self.queue.model.pinned and not self.queue.removed
 
     @property
     def awaited(self) -> bool:
@@ -193,6 +194,8 @@ class Place:
     @property
     def keep_alive_s(self) -> float | None:
         """Seconds it stays when idle, if that is set: by a request, else by its model; pinned is for ever."""
+        if self.queue.removed:
+            return 0.0
         if self.pinned:
             return math.inf
         return self.queue.model.keep_alive_s if self.queue.keep_alive_s is None else self.queue.keep_alive_s

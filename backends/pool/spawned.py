@@ -114,6 +114,10 @@ class SpawnedProvider(BaseProvider):
     def __init__(self, pool: Pool, models: Sequence[SpawnedModel]) -> None:
         super().__init__(models)
         self._pool = pool
+        self._spawned = models
 
     async def fitting(self, models: Sequence[str]) -> list[list[str]]:
         return self._pool.fitting(models)
+
+    def pooled(self) -> Sequence[PoolModel]:
+        return [spawned.model for spawned in self._spawned]

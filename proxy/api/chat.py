@@ -207,7 +207,6 @@ class Chat:
     # -- with agents -------------------------------------------------------------------------------------------------
 
     async def _with_agents(self, route: Route, body: Json, selection: Selection) -> web.StreamResponse:
-        plugins = self.proxy.chain.plugins
         await self._check_capabilities(route.model, body)
         chat = await self._decoded(route, body)
         if selection.reply is not None:
@@ -223,7 +222,7 @@ class Chat:
             return await scope.run(self._chained(scope, selection, route, chat, asked_model, depth))
         finally:
             for active in selection.chain:
-                await plugins.release(active.plugin.name, active.loaded)
+                await active.loaded.release(active.plugin.name)
 
     async def _chained(
         self, scope: Scope, selection: Selection, route: Route, chat: ChatRequest, asked_model: str, depth: int
@@ -243,7 +242,7 @@ class Chat:
             raise
         finally:
             for ctx in contexts:
-                ctx.active.plugin.spent_s += ctx.timer.spent_s
+                ctx.active.plugin.counts.spent_s += ctx.timer.spent_s
 
     def _side_calls(self, scope: Scope, depth: int, priority: Priority = Priority.HELPER) -> SideCalls:
         return SideCalls(scope, self.proxy.router, self.proxy.config.agent_limits, depth, priority)

@@ -82,6 +82,7 @@ async def model_events(http: web.BaseRequest) -> web.StreamResponse:
     if http.method == "HEAD":
         return web.Response(content_type="text/event-stream")
     proxy = http[PROXY]
+    proxy.uses.end(http)  # a page may be open for days, over many configurations
     # sse_response uses only what the request's base class has
     async with sse_response(cast(web.Request, http), headers=dict(own_headers(http))) as response:
         with proxy.feed.subscribe() as subscription:
@@ -99,10 +100,11 @@ async def model_events(http: web.BaseRequest) -> web.StreamResponse:
 
 async def _changes(proxy: Proxy, subscription: Subscription) -> AsyncGenerator[dict[str, Any], None]:
     """How models and downloads are, by what each is about: all at first, and from then on what may have changed."""
-    now, router = asyncio.get_running_loop().time, proxy.router
+    now = asyncio.get_running_loop().time
     look_at = -math.inf
     kinds = {Kind.MODEL, Kind.DOWNLOAD}
     while not proxy.draining.is_set():
+        router = proxy.latest().router
         if now() >= look_at:
             await router.listed(LISTED_S)
             look_at = now() + EVENTS_S

@@ -10,6 +10,7 @@ from aiohttp import web
 
 from llama_smart_proxy.backends.feed import Feed
 from llama_smart_proxy.proxy.api.conversations import Conversations
+from llama_smart_proxy.proxy.api.reloads import Reloads
 from llama_smart_proxy.proxy.config import Config
 from llama_smart_proxy.proxy.middleware.afterwards import Afterwards
 from llama_smart_proxy.proxy.middleware.chain import Chain
@@ -65,6 +66,7 @@ class Proxy:
     feed: Feed
     draining: asyncio.Event
     conversations: Conversations
+    reloads: Reloads
     latest: Callable[[], Proxy]
     """The one of the current configuration, for requests that outlive theirs."""
     uses: Uses = field(default_factory=Uses)

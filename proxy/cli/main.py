@@ -95,7 +95,8 @@ def _command(argv: list[str]) -> int:
 
 
 COMMANDS = {
-    "serve": "Run the proxy until Ctrl-C, SIGTERM or SIGHUP. The default: `llama-smart-proxy --port 8080` serves.",
+    "serve": "Run the proxy until Ctrl-C or SIGTERM; SIGHUP reloads its configuration. The default: "
+    "`llama-smart-proxy --port 8080` serves.",
     "check": "Report all problems of the configuration without starting anything; exit status 2 if there are any.",
     "schema": "Print the JSON schema of the configuration: every field, its default and its description.",
     "init": "Write a configuration file with examples, to be edited; an existing file is kept.",
@@ -121,7 +122,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     serve.add_argument("--host", help="address to listen on")
     serve.add_argument("--port", type=int, help="port to listen on; 0 picks a free one")
     serve.add_argument("--log-level", choices=LEVELS, help="least severe messages to log")
-    serve.add_argument("--reload", action="store_true", help="reload agents when their files change")
+    serve.add_argument("--reload", action="store_true", help="reload configuration and agents when their files change")
     commands["pull"].add_argument("name", metavar="NAME", help="the name of the model")
     commands["help"].add_argument("topic", metavar="COMMAND", nargs="?", choices=COMMANDS, help="one of the commands")
     commands["check"].add_argument("--argv", metavar="MODEL", help="print the command line of the model's llama-server")
@@ -143,21 +144,19 @@ def _present() -> list[Path]:
 
 
 def _serve(args: argparse.Namespace, path: Path | None) -> NoReturn:
-    from llama_smart_proxy.backends.llamacpp.problems import machine_problems
     from llama_smart_proxy.proxy import log, serve
-    from llama_smart_proxy.proxy.config import load_config
+    from llama_smart_proxy.proxy.reload import Source
 
     flags = {"server.host": args.host, "server.port": args.port, "log_level": args.log_level}
     overrides = {name: value for name, value in flags.items() if value is not None}
-    config = load_config(path, env=os.environ, overrides=overrides)
-    if missing := [problem for problem in machine_problems(config) if problem.fatal]:
-        raise ConfigError([f"{path or 'defaults'}: {problem}" for problem in missing])
+    source = Source(path, overrides)
+    config = source.read()
     log.configure(config.log_level)
     _log_source(path)
     for warning in config.warnings:
         logger.warning("%s", warning)
     try:
-        status = serve.run(config, reload=args.reload)
+        status = serve.run(config, source, watch=args.reload)
     except ConfigError as exc:  # agents are checked only when the server starts
         print(ConfigError([f"{path or 'defaults'}: {line}" for line in exc.problems]), file=sys.stderr)
         status = 2
