@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from llama_smart_proxy.backends.base import UpstreamRequest
+from llama_smart_proxy.backends.journal import StepKind, noted
 from llama_smart_proxy.backends.pool import status
 from llama_smart_proxy.backends.pool.instance import LOST_S, State
 from llama_smart_proxy.backends.pool.launcher import PoolModel, Source
@@ -23,6 +24,7 @@ from llama_smart_proxy.backends.pool.queue import Lease, ModelQueue
 from llama_smart_proxy.backends.pool.readiness import read_within
 from llama_smart_proxy.backends.pool.scheduler import Scheduler
 from llama_smart_proxy.backends.pool.sockets import SocketFolder, remove_stale
+from llama_smart_proxy.backends.pool.waited import Arrival
 from llama_smart_proxy.backends.pool.waits import Wait
 from llama_smart_proxy.backends.progress import described
 from llama_smart_proxy.backends.threads import begin_in_thread, log_failure, run_in_thread
@@ -109,6 +111,8 @@ class Pool:
 
     async def _wait(self, queue: ModelQueue, request: UpstreamRequest) -> Lease:
         """Wait in the queue; return with the lease taken."""
+        journal = request.journal
+        arrival = Arrival.of(queue, self._scheduler.places, request) if journal is not None else None
         waiter = self._scheduler.enqueue(queue, request)
         try:
             with described(request.progress, lambda: Wait(waiter, queue, self._scheduler, self.times)):
@@ -118,6 +122,8 @@ class Pool:
                 self._scheduler.release(waiter.future.result())
             raise
         finally:
+            if journal is not None and arrival is not None:
+                arrival.note(journal, queue)
             self._scheduler.leave(queue, waiter)
 
     def retire(self, lease: Lease, reason: str) -> None:
@@ -250,7 +256,7 @@ class Pool:
         download = self._join(queue, source, counts=False)
         self._fetching[queue.name] += 1
         try:
-            with described(request.progress, download.described):
+            with described(request.progress, download.described), noted(request.journal, StepKind.DOWNLOAD, queue.name):
                 await download.wait()
         finally:
             self._fetching[queue.name] -= 1
