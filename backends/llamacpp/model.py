@@ -40,6 +40,7 @@ class LlamaCppModel(SpawnedModel):
     ) -> None:
         super().__init__(pool, model, kind=KIND, aliases=[*config.aliases, *aliases])
         self.config = config
+        self.filters = config.filters
         self.tags = tags_of(config.args)
         self.features = self.features | _optional_features(config)
         self._headers = headers

@@ -12,6 +12,7 @@ from __future__ import annotations
 from llama_smart_proxy.proxy.config.agents import AgentConfig, LimitsConfig
 from llama_smart_proxy.proxy.config.command_line import missing_paths, spelled, without_secret_values
 from llama_smart_proxy.proxy.config.duration import Duration, Seconds, parse_duration
+from llama_smart_proxy.proxy.config.filters import FiltersConfig
 from llama_smart_proxy.proxy.config.loading import Reading, load_config, read_config
 from llama_smart_proxy.proxy.config.providers import (
     BackendName,
@@ -34,6 +35,7 @@ __all__ = [
     "CardConfig",
     "Config",
     "Duration",
+    "FiltersConfig",
     "LimitsConfig",
     "LlamaCppConfig",
     "ModelConfig",

@@ -23,7 +23,7 @@ _REASONS = {
 }
 _OF_PROCESSES = ("args", "env", "parallel", "keep_alive", "preload", "pinned", "resumable_streams")
 """Settings of a model that apply only to a process of the pool."""
-_OF_VIRTUAL = {"model", "agents", "aliases", "title", *CardConfig.model_fields}
+_OF_VIRTUAL = {"model", "agents", "aliases", "title", "filters", *CardConfig.model_fields}
 """Settings that a virtual model can have."""
 OWNED_FLAGS = {flag: reason for flags, reason in _REASONS.items() for flag in flags}
 

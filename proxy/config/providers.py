@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, SecretStr, field_validator, model_v
 from llama_smart_proxy.proxy.config import shapes
 from llama_smart_proxy.proxy.config.agents import AgentConfig
 from llama_smart_proxy.proxy.config.duration import Duration, Seconds
+from llama_smart_proxy.proxy.config.filters import FiltersConfig
 from llama_smart_proxy.proxy.config.section import Section
 
 BackendName = Literal["llama.cpp", "ollama"]
@@ -122,6 +123,9 @@ class ModelConfig(CardConfig):
     model: str | None = Field(
         default=None, description="Another model that answers under this name, in place of weights: a virtual model."
     )
+    filters: FiltersConfig | None = Field(
+        default=None, description="Fields of requests that are removed or set before its server gets them."
+    )
     agents: Annotated[shapes.Entries[AgentConfig] | None, BeforeValidator(shapes.false_is_none)] = Field(
         default_factory=list, description="Agents that take part in all its chats; false: none, not even when called."
     )
@@ -225,6 +229,9 @@ class RemoteConfig(UpstreamConfig, CardConfig):
     url: str = Field(
         description="Its base URL, http or https, as other clients take it: http://h:8000/v1, https://h/api/v3. One "
         "without a path gets /v1."
+    )
+    filters: FiltersConfig | None = Field(
+        default=None, description="Fields of requests that are removed or set before it gets them, of all its models."
     )
     responses: bool = Field(default=False, description="Use its own /v1/responses where no agent reads the request.")
     forward_headers: Annotated[list[shapes.Header], BeforeValidator(shapes.comma_list)] = Field(
