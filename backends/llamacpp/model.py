@@ -25,7 +25,7 @@ class LlamaCppModel(SpawnedModel):
     are further ones than the configured."""
 
     codec: ClassVar[str] = KIND
-    speaks: ClassVar[frozenset[str]] = frozenset({"openai", "anthropic", "native"})
+    speaks = frozenset({"openai", "anthropic", "native"})
     features = frozenset({Feature.LOADING, Feature.TOKENS, Feature.FILES, Feature.PROGRESS})
 
     def __init__(

@@ -37,7 +37,7 @@ class SpawnedModel:
     """
 
     codec: ClassVar[str] = "openai"
-    speaks: ClassVar[frozenset[str]] = frozenset({"openai"})
+    speaks: frozenset[str] = frozenset({"openai"})
     features: frozenset[Feature] = frozenset({Feature.LOADING})
     tags: Sequence[str] = ()
     forwards: ClassVar[tuple[str, ...]] = ()

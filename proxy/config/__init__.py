@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from llama_smart_proxy.proxy.config.agents import AgentConfig, LimitsConfig
 from llama_smart_proxy.proxy.config.command_line import missing_paths, spelled, without_secret_values
+from llama_smart_proxy.proxy.config.commands import fill
 from llama_smart_proxy.proxy.config.duration import Duration, Seconds, parse_duration
 from llama_smart_proxy.proxy.config.filters import FiltersConfig
 from llama_smart_proxy.proxy.config.loading import Reading, load_config, read_config
@@ -48,6 +49,7 @@ __all__ = [
     "ServerConfig",
     "UpstreamConfig",
     "checked_name",
+    "fill",
     "is_ollama_name",
     "load_config",
     "missing_paths",

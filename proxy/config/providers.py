@@ -11,11 +11,13 @@ from pydantic import BeforeValidator, Field, SecretStr, field_validator, model_v
 
 from llama_smart_proxy.proxy.config import shapes
 from llama_smart_proxy.proxy.config.agents import AgentConfig
+from llama_smart_proxy.proxy.config.commands import CommandConfig
 from llama_smart_proxy.proxy.config.duration import Duration, Seconds
 from llama_smart_proxy.proxy.config.filters import FiltersConfig
 from llama_smart_proxy.proxy.config.section import Section
 
 BackendName = Literal["llama.cpp", "ollama"]
+RunnerName = Literal["llama.cpp", "ollama", "command"]
 Port = Annotated[int, Field(ge=1, le=65535)]
 
 
@@ -103,8 +105,9 @@ class CardConfig(Section):
     )
 
 
-class ModelConfig(CardConfig):
-    """One model that the proxy offers by name. Its weights are one of: path, package and file, repo."""
+class ModelConfig(CardConfig, CommandConfig):
+    """One model that the proxy offers by name. Its weights are one of: path, package and file, repo; or `cmd` runs its
+    server."""
 
     path: Path | None = Field(default=None, description="GGUF file on disk.")
     package: str | None = Field(
@@ -143,8 +146,21 @@ class ModelConfig(CardConfig):
         "with; with Ollama the num_ctx of every request, in place of its client's.",
     )
     parallel: int | None = Field(default=None, ge=1, description="Requests answered at the same time (-np).")
+    concurrent: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most requests that its server gets at one time, also if it could answer more; others wait.",
+    )
     keep_alive: Duration | None = Field(
         default=None, description="Seconds it stays loaded when idle, in place of server_pool.keep_alive."
+    )
+    load_timeout_s: Seconds | None = Field(
+        default=None,
+        gt=0,
+        description="Seconds its process may be silent while it starts, in place of server_pool.load_timeout_s.",
+    )
+    stop_timeout_s: Seconds | None = Field(
+        default=None, description="Seconds its process may take to stop, in place of server_pool.stop_timeout_s."
     )
     preload: bool = Field(default=False, description="Load it when the proxy starts.")
     pinned: bool = Field(default=False, description="Never evict it to make room for another model.")
