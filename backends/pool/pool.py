@@ -15,7 +15,8 @@ from pathlib import Path
 from llama_smart_proxy.backends.base import UpstreamRequest
 from llama_smart_proxy.backends.journal import StepKind, noted
 from llama_smart_proxy.backends.pool import status
-from llama_smart_proxy.backends.pool.instance import LOST_S, State
+from llama_smart_proxy.backends.pool.ending import LOST_S
+from llama_smart_proxy.backends.pool.instance import State
 from llama_smart_proxy.backends.pool.launcher import PoolModel, Source
 from llama_smart_proxy.backends.pool.load_times import LoadTimes
 from llama_smart_proxy.backends.pool.news import News
@@ -149,7 +150,7 @@ class Pool:
             lease = queue.place.take(LOAD)  # that is a use, too: its time to live begins anew
         else:
             lease = await self._wait(queue, LOAD)
-        slots = len(lease.place.slots)
+        slots = lease.instance.slots
         self._scheduler.release(lease)
         return slots
 
@@ -346,8 +347,9 @@ class Pool:
         places = list(self._scheduler.places)
         for place in places:
             place.stop("the proxy is shutting down")
-        patience_s = self._scheduler.config.stop_timeout_s + 2 * LOST_S  # by then each is known to have ended or not to
-        await asyncio.gather(*(place.instance.wait_stopped(patience_s) for place in places))
+        limits_s = [place.instance.stop_timeout_s + 2 * LOST_S for place in places]  # then each is known to have ended
+        waits = [place.instance.wait_stopped(limit_s) for place, limit_s in zip(places, limits_s, strict=True)]
+        await asyncio.gather(*waits)
         if self._tasks:
             await asyncio.wait(self._tasks)
         self.sockets.close()

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 from llama_smart_proxy.proxy.config.agents import AgentConfig, LimitsConfig
 from llama_smart_proxy.proxy.config.command_line import missing_paths, spelled, without_secret_values
+from llama_smart_proxy.proxy.config.commands import fill
 from llama_smart_proxy.proxy.config.duration import Duration, Seconds, parse_duration
 from llama_smart_proxy.proxy.config.loading import Reading, load_config, read_address, read_config
+from llama_smart_proxy.proxy.config.filters import FiltersConfig
 from llama_smart_proxy.proxy.config.providers import (
     BackendName,
     CardConfig,
@@ -34,6 +36,7 @@ __all__ = [
     "CardConfig",
     "Config",
     "Duration",
+    "FiltersConfig",
     "LimitsConfig",
     "LlamaCppConfig",
     "ModelConfig",
@@ -46,6 +49,7 @@ __all__ = [
     "ServerConfig",
     "UpstreamConfig",
     "checked_name",
+    "fill",
     "is_ollama_name",
     "load_config",
     "missing_paths",

@@ -258,6 +258,9 @@ def _resolve_paths(config: Config, folder: Path) -> None:
     llama_cpp = config.llama_cpp
     for model in config.models.values():
         model.path = model.path and _absolute(model.path, folder)
+        for command in (model.cmd, model.cmd_stop):
+            if command and (os.sep in command[0] or command[0].startswith("~")):
+                command[0] = str(_absolute(Path(command[0]), folder))
         model.args = absolute_paths(model.args, lambda path: os.path.join(folder, os.path.expanduser(path)))
     llama_cpp.args = absolute_paths(llama_cpp.args, lambda path: os.path.join(folder, os.path.expanduser(path)))
     llama_cpp.models_dir = llama_cpp.models_dir and _absolute(llama_cpp.models_dir, folder)

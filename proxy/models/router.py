@@ -16,6 +16,7 @@ from llama_smart_proxy.backends.weights.downloads import Download, Downloads
 from llama_smart_proxy.proxy.config import Config, ModelConfig
 from llama_smart_proxy.proxy.dialects.cards import Cards
 from llama_smart_proxy.proxy.errors import BadRequest, ModelNotFound
+from llama_smart_proxy.proxy.models.filters import filtered
 from llama_smart_proxy.proxy.models.inspection import Look
 
 CAPABILITIES_FRESH_S = 10.0
@@ -131,7 +132,8 @@ class Router:
 
     async def find(self, name: str, *, pull: bool) -> Model | None:
         """The model of that name, other than a virtual one; None if there is none."""
-        return (await self._locate(checked_length(name), pull=pull) or (None, None))[1]
+        model = (await self._locate(checked_length(name), pull=pull) or (None, None))[1]
+        return filtered(model) if model is not None else None
 
     def known(self, name: str) -> Model | None:
         """Like `find`, but from memory only; never downloads."""
@@ -150,7 +152,8 @@ class Router:
                 if (error := provider.missing(base)) is not None:
                     raise error
             raise self._not_found(base)
-        return located[0], Route(located[1], virtual, name)
+        model = filtered(located[1], self._virtual[virtual].filters if virtual else None)
+        return located[0], Route(model, virtual, name)
 
     def _spelled(self, name: str) -> str:
         """The configured model of that name in another spelling; empty if there is none."""
@@ -184,7 +187,7 @@ class Router:
         only = first.default
         if others or only is None:
             raise BadRequest("model is required", param="model")
-        return first, Route(only)
+        return first, Route(filtered(only))
 
     def _not_found(self, name: str) -> ModelNotFound:
         known = sorted(entry.id for entry in self.catalogue())
