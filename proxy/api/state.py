@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from aiohttp import web
 
 from llama_smart_proxy.backends.feed import Feed
+from llama_smart_proxy.proxy.access.grants import ALL, Grant
 from llama_smart_proxy.proxy.api.conversations import Conversations
 from llama_smart_proxy.proxy.config import Config
 from llama_smart_proxy.proxy.middleware.afterwards import Afterwards
@@ -20,7 +21,7 @@ from llama_smart_proxy.proxy.stream.waiting import Waits
 
 @dataclass(frozen=True, slots=True)
 class Proxy:
-    """The running proxy. `draining` is set as soon as the shutdown begins."""
+    """The running proxy, as the clients with `grant` see it. `draining` is set as soon as the shutdown begins."""
 
     config: Config
     router: Router
@@ -32,6 +33,13 @@ class Proxy:
     feed: Feed
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     conversations: Conversations = field(default_factory=Conversations)
+
+    grant: Grant = ALL
+
+    def seen_by(self, grant: Grant) -> Proxy:
+        """The same proxy for the clients that have this grant: with the models and agents that exist for them."""
+        router, chain = self.router.limited(grant.permit), self.chain.limited(grant.agents)
+        return replace(self, grant=grant, router=router, chain=chain)
 
     @property
     def max_body_bytes(self) -> int:
