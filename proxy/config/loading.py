@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from llama_smart_proxy.proxy.config import environment, legacy, text
-from llama_smart_proxy.proxy.config.checks import cross_checks
+from llama_smart_proxy.proxy.config.checks import cross_checks, key_remarks
 from llama_smart_proxy.proxy.config.command_line import absolute_paths
 from llama_smart_proxy.proxy.config.expansion import expand_all
 from llama_smart_proxy.proxy.config.problems import Loc, Problem, dotted
@@ -56,7 +56,8 @@ def read_config(path: Path | None, *, env: Mapping[str, str], overrides: Mapping
     draft.apply(environment.from_environment(env, draft.data))
     draft.apply(environment.from_flags(overrides or {}))
     config = draft.validate()
-    warnings = [*map(draft.render, draft.remarks), *environment.without_effect(env)]
+    remarks = [*draft.remarks, *(key_remarks(config) if config is not None else ())]
+    warnings = [*map(draft.render, remarks), *environment.without_effect(env)]
     if config is None or draft.problems:
         return Reading(None, list(dict.fromkeys(map(draft.render, draft.problems))), warnings)
     folder = Path.cwd() if path is None else path.absolute().parent
