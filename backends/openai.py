@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import orjson
 
 from llama_smart_proxy.backends.base import (
+    BaseProvider,
     Feature,
     Json,
     ModelInfo,
@@ -27,7 +28,6 @@ from llama_smart_proxy.backends.base import (
 )
 from llama_smart_proxy.backends.http.connection import ConnectionPool, Endpoint
 from llama_smart_proxy.backends.http.exchange import Timeouts, UpstreamResponse
-from llama_smart_proxy.backends.pool.launcher import PoolModel
 from llama_smart_proxy.proxy.config import Config, RemoteConfig, UpstreamConfig
 from llama_smart_proxy.proxy.errors import BadRequest, UpstreamFailed
 
@@ -170,6 +170,7 @@ class Remote:
         self.connections = connections_to(root, config)
         self._base = config.url.removeprefix(root)
         self.speaks = _SPEAKS | {"responses"} if config.responses else _SPEAKS
+        self.filters = config.filters
         self.forwards = tuple(map(str.lower, config.forward_headers))
         self._fixed = config.models is not None
         self._models: tuple[str, ...] = tuple(config.models or ())
@@ -249,6 +250,7 @@ class RemoteModel:
         self.owner = remote.name
         self.speaks = remote.speaks
         self.forwards = remote.forwards
+        self.filters = remote.filters
         self._remote = remote
 
     def open(self, request: UpstreamRequest) -> AbstractAsyncContextManager[UpstreamResponse]:
@@ -288,7 +290,7 @@ class RemoteModel:
         return ()
 
 
-class Remotes:
+class Remotes(BaseProvider):
     """`Provider` of the models of all remotes, in the order of the configuration, by model name and as `remote/model`;
     plain model names take precedence."""
 
@@ -296,6 +298,7 @@ class Remotes:
     Config: ClassVar[Any] = dict[str, RemoteConfig]
 
     def __init__(self, remotes: Sequence[Remote]) -> None:
+        super().__init__()
         self._remotes = remotes
         self._started = False
 
@@ -352,30 +355,6 @@ class Remotes:
         finally:
             for task in asked:
                 task.cancel()
-
-    def missing(self, name: str) -> None:
-        """None: a remote that is down keeps its last list."""
-
-    @property
-    def default(self) -> None:
-        """None: the model must be named."""
-
-    def can_download(self, name: str) -> bool:
-        return False
-
-    async def download(self, name: str, headers: Sequence[tuple[str, str]]) -> None:
-        """None: `can_download` is always False."""
-
-    async def fitting(self, models: Sequence[str]) -> list[list[str]]:
-        """One group: the servers manage their memory themselves."""
-        return [list(models)]
-
-    async def management(self, api: str, model: str | None) -> None:
-        """None: remote servers are not managed."""
-
-    def pooled(self) -> Sequence[PoolModel]:
-        """None."""
-        return ()
 
     def status(self) -> ProviderStatus:
         return ProviderStatus(

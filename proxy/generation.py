@@ -99,7 +99,7 @@ class Generation:
         for method, path, handler, scope, pages in ROUTES:
             self.dispatcher.add([method], path, handler, scope, pages=pages)
         for path, endpoint in parts.registry.endpoints.items():
-            handle = EndpointHandler(endpoint, self.proxy).handle
+            handle = EndpointHandler(endpoint).handle
             self.dispatcher.add(endpoint.methods, path, handle, endpoint.scope, endpoint.dialect)
 
     async def prepare(self) -> None:

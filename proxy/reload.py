@@ -13,6 +13,7 @@ from typing import Any
 
 from llama_smart_proxy.backends.llamacpp.problems import machine_problems
 from llama_smart_proxy.backends.threads import run_in_thread
+from llama_smart_proxy.proxy.access.peers import exposure
 from llama_smart_proxy.proxy.api.reloads import Outcome
 from llama_smart_proxy.proxy.app import App
 from llama_smart_proxy.proxy.config import Config, load_config
@@ -118,7 +119,7 @@ class Reloader:
     async def _reloaded(self) -> Outcome:
         before = self._app.proxy.config
         try:
-            config = await run_in_thread(self._source.read)
+            config = await run_in_thread(self._read)
             generation = await self._app.prepared(config)
         except ConfigError as exc:
             return _refused([self._placed(line) for line in exc.problems])
@@ -135,6 +136,14 @@ class Reloader:
         for problem in await generation.proxy.inspection.problems():
             logger.warning("%s", problem)
         return Outcome(changes=changes)
+
+    def _read(self) -> Config:
+        """Raises: ConfigError, also if the address that is listened on must not be with this configuration."""
+        config = self._source.read()
+        server = config.server.model_copy(update={"host": self._started_with.server.host})
+        if (problem := exposure(server, self._supervisor.sockets)) is not None:
+            raise ConfigError([f"server: {problem}"])
+        return config
 
     def _placed(self, line: str) -> str:
         """A problem with the name of the file, which those of agents and modules do not have."""

@@ -6,7 +6,6 @@ import asyncio
 import atexit
 import errno
 import gc
-import ipaddress
 import logging
 import os
 import resource
@@ -23,10 +22,10 @@ import uvloop
 
 from llama_smart_proxy.backends.llamacpp.command import server_command
 from llama_smart_proxy.proxy import __version__
+from llama_smart_proxy.proxy.access.peers import exposure
 from llama_smart_proxy.proxy.app import App
 from llama_smart_proxy.proxy.config import Config, ServerConfig, shapes
 from llama_smart_proxy.proxy.http.server import FrontServer
-from llama_smart_proxy.proxy.middleware.plugins import Plugins
 from llama_smart_proxy.proxy.middleware.scope import PATIENCE_S, make_task
 from llama_smart_proxy.proxy.reload import Reloader, Source
 from llama_smart_proxy.proxy.systemd import Supervisor
@@ -46,13 +45,16 @@ LEAVE_S = 0.3
 
 def run(config: Config, source: Source, *, watch: bool = False) -> int:
     """Serve `config` until SIGTERM or SIGINT, or until the terminal is closed; SIGHUP otherwise reads it again from its
-    `source`. Returns the process's exit status, for `leave`. With `watch`, it is read again when its file changes, and
-    so are agents.
+    `source`. Returns the process's exit status, for `leave`: `EX_CONFIG` if others could reach the proxy without a key,
+    and the configuration does not permit that. With `watch`, it is read again when its file changes, and so are agents.
 
     Raises: ConfigError for missing agents, for invalid options of agents, and for sockets that are not of TCP.
     """
     _raise_fd_limit()
     supervisor = Supervisor(os.environ)
+    if (problem := exposure(config.server, supervisor.sockets)) is not None:
+        logger.error("%s", problem)
+        return os.EX_CONFIG
     seen = source.stamps(config)
     app = App(config)
     app.generation.plugins.reload = watch
@@ -140,25 +142,17 @@ async def _serve(app: App, reloader: Reloader, supervisor: Supervisor, seen: lis
             logger.error("%s", _cannot_listen(config.server, exc))
             return 1
         supervisor.ready()
-        hosts = [sock.getsockname()[0] for listener in listeners for sock in listener.sockets]
         with supervisor.watched():
-            _log_startup(config, hosts)
-            _log_agents(app.generation.plugins)
-            for problem in await app.proxy.inspection.problems():
-                logger.warning("%s", problem)
+            await _log_startup(app)
             work = [supervisor.show(app.proxy.feed), _reload_when_asked(signals, reloader)]
             if seen is not None:
                 work.append(reloader.watch(seen))
             beside = [asyncio.ensure_future(each) for each in work]
             await signals.stop.wait()
             supervisor.stopping()
-            drain_s = app.proxy.config.server.drain_s
-            logger.info(
-                "%s: draining for up to %g s; a second Ctrl-C or SIGTERM stops at once", signals.reason, drain_s
-            )
             if supervisor.sockets:
                 await _leave_sockets(listeners)
-            await _drain(app, front, listeners, signals, drain_s)
+            await _drain(app, front, listeners, signals)
             for task in beside:
                 task.cancel()
         return 0
@@ -255,10 +249,11 @@ async def _drain(
     front: FrontServer,
     listeners: list[asyncio.Server],
     signals: _Signals,
-    drain_s: float,
 ) -> None:
-    """Let answers in progress finish, for `drain_s` seconds or until a second signal; meanwhile new requests are
+    """Let answers in progress finish, for `server.drain_s` seconds or until a second signal; meanwhile new requests are
     refused, and /health returns 503. Then stop the model servers; streams still open end with an error frame."""
+    drain_s, reason = app.proxy.config.server.drain_s, signals.reason
+    logger.info("%s: draining for up to %g s; a second Ctrl-C or SIGTERM stops at once", reason, drain_s)
     app.proxy.draining.set()
     app.proxy.feed.close()
     loop = asyncio.get_running_loop()
@@ -279,36 +274,22 @@ async def _drain(
     await front.shutdown(ERROR_FRAMES_TIMEOUT_S)
 
 
-def _log_startup(config: Config, hosts: list[str]) -> None:
-    """Log which programs and servers run the models, and warn if the proxy is reachable from other machines."""
+async def _log_startup(app: App) -> None:
+    """Log which programs and servers run the models, which agents there are, and what is missing."""
+    config = app.proxy.config
     if config.models or config.llama_cpp.models_dir:
         logger.info("models run in: %s", shlex.join(server_command(config.llama_cpp.server)))
     if config.uses_ollama:
         logger.info("models of Ollama at: %s", ", ".join(config.ollama.urls))
-    reachable = [host for host in hosts if not _is_loopback(host)]
-    if reachable and not config.server.allow_unauthenticated:
-        logger.warning(
-            "listening on %s without authentication: anyone who can reach this address can use it; "
-            "server.allow_unauthenticated: true silences this warning",
-            ", ".join(reachable),
-        )
-
-
-def _log_agents(plugins: Plugins) -> None:
     agents = [
         f"{plugin.name}{' (always)' if plugin.always else f' (/{plugin.command})' if plugin.command else ''}"
-        for plugin in plugins
+        for plugin in app.generation.plugins
         if plugin.loaded is not None
     ]
     if agents:
         logger.info("agents: %s", ", ".join(agents))
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    for problem in await app.proxy.inspection.problems():
+        logger.warning("%s", problem)
 
 
 def _raise_fd_limit() -> None:

@@ -23,6 +23,7 @@ from llama_smart_proxy.backends.pool.launcher import (
     PoolModel,
     Report,
     Source,
+    settings_of,
 )
 from llama_smart_proxy.backends.pool.readiness import is_up, prove_ours, wait_until
 from llama_smart_proxy.backends.pool.sockets import SocketFolder
@@ -188,7 +189,7 @@ def pool_model(
     if model.repo is not None:
         download = hub.download_name(model.repo, model.variant)
         source = Source(download, partial(locate, name, model), hub.work(model.repo, model.variant))
-    return PoolModel(name, launcher, model.pinned, model.keep_alive, source, model.title or "")
+    return PoolModel(name, launcher, source=source, **settings_of(model))
 
 
 def _size(gguf: Path) -> int:

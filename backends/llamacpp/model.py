@@ -25,7 +25,7 @@ class LlamaCppModel(SpawnedModel):
     are further ones than the configured."""
 
     codec: ClassVar[str] = KIND
-    speaks: ClassVar[frozenset[str]] = frozenset({"openai", "anthropic", "native"})
+    speaks = frozenset({"openai", "anthropic", "native"})
     features = frozenset({Feature.LOADING, Feature.TOKENS, Feature.FILES, Feature.PROGRESS})
 
     def __init__(
@@ -40,6 +40,7 @@ class LlamaCppModel(SpawnedModel):
     ) -> None:
         super().__init__(pool, model, kind=KIND, aliases=[*config.aliases, *aliases])
         self.config = config
+        self.filters = config.filters
         self.tags = tags_of(config.args)
         self.features = self.features | _optional_features(config)
         self._headers = headers
@@ -48,13 +49,6 @@ class LlamaCppModel(SpawnedModel):
         """What the last scan of `models_dir` found, for a model from there."""
         self.rescan: Callable[[], Awaitable[bool]] | None = None
         """Makes `file` a recent one. Returns whether its disk answers."""
-
-    def is_to_load(self, before: LlamaCppModel | None) -> bool:
-        """Whether a new configuration, in which the model was `before`, requires it to be loaded."""
-        if before is None or (self.config.preload and not before.config.preload):
-            return self.config.preload
-        stays = self.model.launcher.same(before.model.launcher)
-        return not stays and (self.config.preload or self.config.pinned) and before.state.value in ("loaded", "loading")
 
     async def delete(self, headers: Sequence[tuple[str, str]]) -> None:
         if self._remove is None:

@@ -13,6 +13,7 @@ from llama_smart_proxy.backends.llamacpp.launcher import pool_model
 from llama_smart_proxy.backends.llamacpp.model import KIND, LlamaCppModel
 from llama_smart_proxy.backends.llamacpp.problems import problems
 from llama_smart_proxy.backends.pool.launcher import PoolModel
+from llama_smart_proxy.backends.pool.spawned import to_load
 from llama_smart_proxy.backends.threads import Looks, run_in_thread
 from llama_smart_proxy.backends.weights import hub
 from llama_smart_proxy.backends.weights.downloads import Download
@@ -66,7 +67,7 @@ class LlamaCpp(BaseProvider):
         for spawned in self._configured:
             for own in (spawned.name, *spawned.aliases):
                 self._by_key[own.lower()] = spawned
-        self._to_load = [spawned for spawned in self._configured if spawned.config.preload]
+        self._to_load = to_load(self._configured)
         if (before := services.before(self.section)) is not None:
             self._take_over(before)
 
@@ -76,22 +77,20 @@ class LlamaCpp(BaseProvider):
         return cls(config, services)
 
     def _take_over(self, before: LlamaCpp) -> None:
-        """Offer the files that were known. To be loaded are the models that are newly marked `preload`, and those of
-        the marked and the pinned ones that were loaded and are started in another way now."""
+        """Offer the files that were known, and load only what has changed."""
         self._headers.take_over(before._headers)
         if self._models_dir is not None and before._models_dir is not None:
             self._offer(self._models_dir.take_over(before._models_dir))
         if self._cache_looks is not None:
             self._offer_cached(before._found)
-        known = {spawned.name: spawned for spawned in before._configured}
-        self._to_load = [spawned for spawned in self._configured if spawned.is_to_load(known.get(spawned.name))]
+        self._to_load = to_load(self._configured, before._configured)
 
     async def start(self) -> None:
         """Begin to load as many of the models marked `preload` as fit, pinned ones first. Returns when it is known what
         is in `models_dir`, unless that does not answer."""
         self._started = True
         await self._look_at_folder()
-        for spawned in sorted(self._to_load, key=lambda spawned: not spawned.config.pinned)[: self._pool.size]:
+        for spawned in self._to_load[: self._pool.size]:
             self._pool.begin_load(spawned.model)
 
     # -- models ----------------------------------------------------------------------------------------------------

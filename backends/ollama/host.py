@@ -109,6 +109,13 @@ class OllamaHost:
         """When `loaded` was requested, on the event loop's clock."""
         return self._ps_listing.updated_at
 
+    @property
+    def status(self) -> Json:
+        """It for operators; with `error` if its last listing failed."""
+        entry = {"name": "ollama", "url": self.url, "version": self.version, "models": len(self.tags)}
+        entry |= {"loaded": [item["name"] for item in self.loaded.values()], "in_flight": self.in_flight}
+        return entry | ({"error": self.error} if self.error else {})
+
     def has_loaded(self, key: str) -> bool:
         """Whether the model is loaded, or has requests: Ollama does not list it while it loads."""
         return key in self.loaded or self.using[key] > 0

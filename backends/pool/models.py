@@ -49,7 +49,7 @@ class Models:
         queue.model, queue.removed = model, False
         if (model.keep_alive_s, model.pinned) != (before.keep_alive_s, before.pinned):
             queue.keep_alive_s = None
-        if not model.launcher.same(before.launcher):  # what made it fail may have been mended
+        if not model.same(before):  # what made it fail may have been mended
             queue.error, queue.backoff = None, Backoff()
             queue.changed(queue)
         return _replaces(queue, model)
@@ -67,7 +67,7 @@ def _replaces(queue: ModelQueue, model: PoolModel) -> bool:
     place = queue.place
     if place is None or place.unloading or place.state not in (State.STARTING, State.READY):
         return False
-    if model.launcher.same(place.instance.model.launcher):
+    if model.same(place.instance.model):
         return False
     if place.state is State.STARTING:
         place.stop("its configuration has changed")

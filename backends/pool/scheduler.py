@@ -20,6 +20,7 @@ from llama_smart_proxy.backends.pool.news import News
 from llama_smart_proxy.backends.pool.placement import Evict, Limits, Never, Start, Wait, decide, plan_drains
 from llama_smart_proxy.backends.pool.ports import Ports
 from llama_smart_proxy.backends.pool.queue import Lease, ModelQueue, Place, Slot, Waiter
+from llama_smart_proxy.backends.pool.waited import note_eviction, note_load_begin, note_load_end
 from llama_smart_proxy.proxy.config import PoolConfig
 from llama_smart_proxy.proxy.errors import Overloaded, StartFailed
 
@@ -157,9 +158,10 @@ class Scheduler:
         place = queue.place
         assert place is not None and place.instance is instance
         now = asyncio.get_running_loop().time()
+        note_load_end(queue)
         if instance.state is State.READY:
             place.ready_at = place.released_at = now
-            place.slots = [Slot() for _ in range(instance.slots)]
+            place.slots = [Slot() for _ in range(instance.model.at_once(instance.slots))]
             queue.error = None
             self._news.started(instance)
         elif instance.state is State.STOPPED:
@@ -178,7 +180,7 @@ class Scheduler:
         if place.ready_at == math.inf:
             if error.code not in NOT_THE_MODELS_FAULT:
                 queue.backoff.failed(now)
-            _refuse(queue, error, error.status, queue.backoff.wait_s(now))
+            queue.refuse(error, error.status, queue.backoff.wait_s(now))
             return
         queue.crashed = True
         if not place.served and (now - place.ready_at < EARLY_S or error.code == STALLED):
@@ -271,7 +273,7 @@ class Scheduler:
             if self._reserved and not queue.urgent:
                 break
             if queue.error is not None and (wait_s := queue.backoff.wait_s(now)) > 0:
-                _refuse(queue, queue.error, 503, wait_s)
+                queue.refuse(queue.error, 503, wait_s)
                 continue
             match decide(queue, self.places, Limits(self.config.size, promised, queue.urgent)):
                 case Start():
@@ -287,6 +289,7 @@ class Scheduler:
                     promised += len(victims)
                     for victim in victims:
                         victim.queue.evicted_at = now
+                        note_eviction(queue, victim, now)
                         victim.stop(f"making room for {queue.name}")
                 case Never():
                     queue.fail_all(self._all_pinned)
@@ -304,6 +307,7 @@ class Scheduler:
         queue.restarts += queue.crashed
         queue.crashed = False
         self.places.append(queue.place)
+        note_load_begin(queue)
         instance.start(f"{queue.length} waiting")
         self._news.starting(queue)
 
@@ -384,15 +388,3 @@ class Scheduler:
     def _keep_alive_s(self, place: Place) -> float:
         own = place.keep_alive_s
         return self.config.keep_alive if own is None else own
-
-
-def _refuse(queue: ModelQueue, error: StartFailed, status: int, wait_s: float) -> None:
-    """Fail all requests that wait with the reason of the last failure; with status 503, they may be repeated later."""
-
-    def again() -> StartFailed:
-        copy = StartFailed(error.message, status=status, code=error.code, log=error.log)
-        if status == 503:
-            copy.retry_after_s = max(1, math.ceil(wait_s))
-        return copy
-
-    queue.fail_all(again)

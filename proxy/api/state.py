@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from aiohttp import web
 
 from llama_smart_proxy.backends.feed import Feed
+from llama_smart_proxy.proxy.access.grants import ALL, Grant
 from llama_smart_proxy.proxy.api.conversations import Conversations
 from llama_smart_proxy.proxy.api.reloads import Reloads
 from llama_smart_proxy.proxy.config import Config
@@ -54,7 +55,8 @@ ENDED = web.RequestKey("ended", bool)
 
 @dataclass(frozen=True, slots=True)
 class Proxy:
-    """The running proxy with one configuration. `draining` is set as soon as the shutdown begins."""
+    """The running proxy with one configuration, as the clients with `grant` see it. `draining` is set as soon as the
+    shutdown begins."""
 
     config: Config
     router: Router
@@ -70,6 +72,13 @@ class Proxy:
     latest: Callable[[], Proxy]
     """The one of the current configuration, for requests that outlive theirs."""
     uses: Uses = field(default_factory=Uses)
+
+    grant: Grant = ALL
+
+    def seen_by(self, grant: Grant) -> Proxy:
+        """The same proxy for the clients that have this grant: with the models and agents that exist for them."""
+        router, chain = self.router.limited(grant.permit), self.chain.limited(grant.agents)
+        return replace(self, grant=grant, router=router, chain=chain)
 
     @property
     def max_body_bytes(self) -> int:
