@@ -112,7 +112,7 @@ class OllamaHost:
     @property
     def status(self) -> Json:
         """It for operators; with `error` if its last listing failed."""
-        entry = {"name": "ollama", "url": self.url, "version": self.version, "models": len(self.tags)}
+        entry: Json = {"name": "ollama", "url": self.url, "version": self.version, "models": len(self.tags)}
         entry |= {"loaded": [item["name"] for item in self.loaded.values()], "in_flight": self.in_flight}
         return entry | ({"error": self.error} if self.error else {})
 
