@@ -41,6 +41,10 @@ class Proxy:
         router, chain = self.router.limited(grant.permit), self.chain.limited(grant.agents)
         return replace(self, grant=grant, router=router, chain=chain)
 
+    def own_chat(self, chat: str) -> str:
+        """The id of a client's resumable stream at the model's server: those of another key are others."""
+        return f"{self.grant.client}:{chat}" if self.grant.client else chat
+
     @property
     def max_body_bytes(self) -> int:
         return self.config.server.max_body_mib * 2**20
