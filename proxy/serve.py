@@ -54,7 +54,7 @@ def run(config: Config, *, reload: bool = False) -> int:
         logger.error("%s", problem)
         return os.EX_CONFIG
     app = App(config)
-    app.plugins.reload = reload
+    app.generation.plugins.reload = reload
     runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)  # not closed, which would wait for threads
     runner.get_loop().set_task_factory(make_task)
     return runner.run(_serve(app, config, supervisor))
@@ -124,7 +124,7 @@ async def _serve(app: App, config: Config, supervisor: Supervisor) -> int:
         supervisor.ready()
         with supervisor.watched():
             _log_startup(config)
-            _log_agents(app.plugins)
+            _log_agents(app.generation.plugins)
             for problem in await app.proxy.inspection.problems():
                 logger.warning("%s", problem)
             showing = asyncio.ensure_future(supervisor.show(app.proxy.feed))
@@ -139,7 +139,7 @@ async def _serve(app: App, config: Config, supervisor: Supervisor) -> int:
         return 0
     finally:
         if not await stop.ends_before(app.close(), stop.at_once):
-            await app.proxy.router.close()  # agents may not have closed, but no server is left
+            await app.stop_models()  # agents may not have closed, but no server is left
         await _cancel_remaining_tasks()
         logger.info("stopped")
 
@@ -186,11 +186,11 @@ def _address(server: ServerConfig) -> dict[str, Any]:
 def front_server(app: App, config: Config) -> FrontServer:
     """The server that passes clients' requests to `app`."""
     return FrontServer(
-        app.dispatcher,
+        app,
         head_timeout_s=config.server.head_timeout_s,
         keepalive_timeout_s=config.server.keepalive_timeout_s,
         send_stall_s=config.server.send_stall_s,
-        dialect_of=app.dispatcher.dialect_of,
+        dialect_of=app.dialect_of,
     )
 
 
@@ -229,7 +229,7 @@ async def _drain(
         for listener in listeners:
             listener.close()
     second_signal.cancel()
-    await app.proxy.router.close()
+    await app.stop_models()
     await front.shutdown(ERROR_FRAMES_TIMEOUT_S)
 
 

@@ -16,7 +16,7 @@ from aiohttp import web
 from llama_smart_proxy.backends.names import LONGEST_NAME
 from llama_smart_proxy.backends.openai import OUR_VIA
 from llama_smart_proxy.proxy.access.limits import Counters, Limits, Visit
-from llama_smart_proxy.proxy.access.policy import CHALLENGE, Access
+from llama_smart_proxy.proxy.access.policy import CHALLENGE
 from llama_smart_proxy.proxy.api.state import PROXY, Proxy
 from llama_smart_proxy.proxy.chat import Observer, RequestRecord
 from llama_smart_proxy.proxy.dialects import OPENAI, Dialect, dialect_of
@@ -65,8 +65,7 @@ class Dispatcher:
         server = proxy.config.server
         self.hosts = Hosts([*server.allow_hosts, server.host])
         self._origins = Origins(server.allow_origins)
-        self._access = Access(server)
-        self._seen_by = {grant: proxy.seen_by(grant) for grant in self._access.grants}
+        self._seen_by = {grant: proxy.seen_by(grant) for grant in proxy.access.grants}
         self._run = secrets.token_hex(4)
         self._serial = count(1)
 
@@ -107,6 +106,7 @@ class Dispatcher:
         request_id = request_id_of(http.headers) or f"{self._run}-{next(self._serial):x}"
         record = RequestRecord(time.monotonic(), request_id=request_id, method=http.method)
         http[RECORD] = record
+        self._proxy.uses.begin()
         if isinstance(http.protocol, FrontConnection):
             http.protocol.head_complete()
         response: web.StreamResponse | None = None
@@ -122,6 +122,7 @@ class Dispatcher:
                 http[VISIT].leave(http, record)
             for observe in self._observers:
                 self._notify(observe, record)
+            self._proxy.uses.end(http)
 
     def _notify(self, observe: Observer, record: RequestRecord) -> None:
         try:
@@ -166,7 +167,7 @@ class Dispatcher:
         handler = resource.handlers.get(http.method)
         if handler is None:
             raise web.HTTPMethodNotAllowed(http.method, resource.handlers)
-        grant = self._access.admit(http, resource.scopes[http.method])
+        grant = self._proxy.access.admit(http, resource.scopes[http.method])
         http[PROXY] = self._seen_by[grant]
         http[RECORD].client = grant.client
         if grant.limits is not None:

@@ -13,8 +13,10 @@ from __future__ import annotations
 from llama_smart_proxy.proxy.config.access import ApiKeyConfig, InferenceKeysConfig, digest_of, hash_of
 from llama_smart_proxy.proxy.config.agents import AgentConfig, LimitsConfig
 from llama_smart_proxy.proxy.config.command_line import missing_paths, spelled, without_secret_values
+from llama_smart_proxy.proxy.config.commands import fill
 from llama_smart_proxy.proxy.config.duration import Duration, Seconds, parse_duration
-from llama_smart_proxy.proxy.config.loading import Reading, load_config, read_config
+from llama_smart_proxy.proxy.config.filters import FiltersConfig
+from llama_smart_proxy.proxy.config.loading import Reading, load_config, read_address, read_config
 from llama_smart_proxy.proxy.config.providers import (
     BackendName,
     CardConfig,
@@ -37,6 +39,7 @@ __all__ = [
     "CardConfig",
     "Config",
     "Duration",
+    "FiltersConfig",
     "InferenceKeysConfig",
     "LimitsConfig",
     "LlamaCppConfig",
@@ -51,11 +54,13 @@ __all__ = [
     "UpstreamConfig",
     "checked_name",
     "digest_of",
+    "fill",
     "hash_of",
     "is_ollama_name",
     "load_config",
     "missing_paths",
     "parse_duration",
+    "read_address",
     "read_config",
     "schema_json",
     "spelled",

@@ -23,6 +23,7 @@ from llama_smart_proxy.proxy.config.providers import (
     OllamaConfig,
     PoolConfig,
     RemoteConfig,
+    RunnerName,
 )
 from llama_smart_proxy.proxy.config.section import Section
 
@@ -195,9 +196,11 @@ class Config(Section):
         """The path of the model in the file: `models.m`, or `llama_cpp.models.m`."""
         return f"llama_cpp.models.{name}" if name in self.llama_cpp.models else f"models.{name}"
 
-    def backend_of(self, name: str) -> BackendName:
+    def backend_of(self, name: str) -> RunnerName:
         """What runs the model `name`. Raises: KeyError if it is not configured."""
         model = self.models[name]
+        if model.cmd:
+            return "command"
         if model.backend is not None:
             return model.backend
         return "llama.cpp" if model.has_source or name in self.llama_cpp.models else self.backend
@@ -208,7 +211,7 @@ def is_verbatim(loc: Loc) -> bool:
     environment of a process, or among the arguments of one."""
     if loc[:2] in (("llama_cpp", "models"), ("llama_cpp", "args")):
         loc = ("models", *loc[2:]) if loc[1] == "models" else ("models", "", *loc[1:])
-    return len(loc) == 4 and loc[0] == "models" and loc[2] in ("args", "env")
+    return len(loc) == 4 and loc[0] == "models" and loc[2] in ("args", "env", "cmd", "cmd_stop")
 
 
 def schema_json() -> str:

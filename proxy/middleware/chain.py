@@ -96,10 +96,10 @@ class Chain:
     """Selects the agents of each request. A chain that is `limited` calls no others than those named there, as if there
     were none; those that run without being called do so."""
 
-    def __init__(self, config: Config, plugins: Plugins) -> None:
+    def __init__(self, config: Config, plugins: Plugins, chats: Chats) -> None:
         self.plugins = plugins
         self._allowed: frozenset[str] | None = None
-        self.chats = Chats()
+        self.chats = chats
         self._slash = config.slash_commands
         models = config.models | config.virtual
         self._barred = {name for name, model in models.items() if model.agents is None}

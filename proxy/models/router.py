@@ -17,6 +17,7 @@ from llama_smart_proxy.backends.weights.downloads import Download, Downloads
 from llama_smart_proxy.proxy.config import Config, ModelConfig
 from llama_smart_proxy.proxy.dialects.cards import Cards
 from llama_smart_proxy.proxy.errors import BadRequest, ModelNotFound, ProxyError
+from llama_smart_proxy.proxy.models.filters import filtered
 from llama_smart_proxy.proxy.models.inspection import Look
 from llama_smart_proxy.proxy.models.permit import Permit
 
@@ -148,7 +149,8 @@ class Router:
 
     async def find(self, name: str, *, pull: bool) -> Model | None:
         """The model of that name, other than a virtual one; None if there is none."""
-        return self._permitted((await self._locate(checked_length(name), pull=pull) or (None, None))[1])
+        model = self._permitted((await self._locate(checked_length(name), pull=pull) or (None, None))[1])
+        return filtered(model) if model is not None else None
 
     def known(self, name: str) -> Model | None:
         """Like `find`, but from memory only; never downloads."""
@@ -193,7 +195,8 @@ class Router:
                 if (error := provider.missing(base)) is not None:
                     raise error
             raise self._not_found(base)
-        return located[0], Route(located[1], virtual, name)
+        model = filtered(located[1], self._virtual[virtual].filters if virtual else None)
+        return located[0], Route(model, virtual, name)
 
     def _spelled(self, name: str) -> str:
         """The configured model of that name in another spelling; empty if there is none."""
@@ -227,7 +230,7 @@ class Router:
         only = first.default
         if others or only is None:
             raise BadRequest("model is required", param="model")
-        return first, Route(only)
+        return first, Route(filtered(only))
 
     def _not_found(self, name: str, more_hint: str = "") -> ModelNotFound:
         known = sorted(entry.id for entry in self.catalogue())
@@ -344,9 +347,10 @@ class Router:
 
     def status(self) -> ProviderStatus:
         """The instances and servers of all providers."""
-        statuses = [provider.status() for provider in self._providers]
+        statuses, permit = [provider.status() for provider in self._providers], self._permit
+        instances = [instance for status in statuses for instance in status.instances]
         return ProviderStatus(
-            [instance for status in statuses for instance in status.instances],
+            [item for item in instances if permit is None or self._permitted(self._known(item["model"])) is not None],
             [server for status in statuses for server in status.servers],
         )
 
@@ -361,8 +365,7 @@ class Router:
             await provider.start()
 
     async def close(self) -> None:
-        """Cancel all downloads and close every provider; may be called repeatedly."""
-        await self.downloads.close()
+        """Close every provider; may be called repeatedly."""
         for provider in self._providers:
             await provider.close()
 

@@ -14,7 +14,7 @@ from aiohttp import web
 from llama_smart_proxy.proxy.api.dispatcher import Dispatcher
 from llama_smart_proxy.proxy.app import App
 from llama_smart_proxy.proxy.config import Config, hash_of
-from llama_smart_proxy.proxy.http.origins import Pages
+from llama_smart_proxy.proxy.http.origins import READING, Pages
 from llama_smart_proxy.proxy.http.scopes import Scope
 from llama_smart_proxy.proxy.http.server import FrontServer
 from tests.support.raw_client import RawClient, connected, request
@@ -25,7 +25,7 @@ KEYS: Keys = [{"name": "user", "key": USER}, {"name": "root", "hash": hash_of(AD
 OPEN = {("GET", "/"), ("GET", "/health"), ("GET", "/v1/health")}
 """What requires no key."""
 OPERATORS = (
-    *("/admin", "/logs", "/upstream", "/events", "/running", "/tools", "/mcp", "/metrics", "/models/load"),
+    *("/admin", "/logs", "/upstream", "/events", "/tools", "/mcp", "/metrics", "/models/load"),
     *("/models/unload", "/api/pull", "/api/push", "/api/create", "/api/copy", "/api/delete", "/api/blobs"),
 )
 """What everything at and below requires scope admin."""
@@ -36,7 +36,7 @@ Table = list[tuple[str, str, Scope, Pages]]
 
 
 def real_table() -> Table:
-    return list(App(Config()).dispatcher.table())
+    return list(App(Config()).generation.dispatcher.table())
 
 
 def concrete(path: str) -> str:
@@ -52,7 +52,7 @@ def concrete(path: str) -> str:
 async def decisions(keys: Keys) -> AsyncIterator[tuple[Table, RawClient]]:
     """The real table, and a connection to a server with these keys that answers 204 to whoever may use a route."""
     app = App(Config.model_validate({"server": {"api_keys": keys}}))
-    table, deciding = list(app.dispatcher.table()), Dispatcher(app.proxy)
+    table, deciding = list(app.generation.dispatcher.table()), Dispatcher(app.proxy)
 
     async def reached(http: web.BaseRequest) -> web.Response:
         return web.Response(status=204)
@@ -140,7 +140,11 @@ def test_nothing_is_public_but_the_root_the_health_and_their_heads() -> None:
 def test_what_changes_or_shows_the_work_of_others_is_for_operators() -> None:
     for method, path, scope, _ in real_table():
         below = any(path == prefix or path.startswith(f"{prefix}/") for prefix in OPERATORS)
-        if below or (method, path) in OF_OPERATORS or (method not in ("GET", "HEAD") and path.startswith("/slots/")):
+        if (
+            below
+            or (method, path) in OF_OPERATORS
+            or (method not in READING and path.startswith(("/slots/", "/running")))
+        ):
             assert scope is Scope.ADMIN, f"{method} {path}"
     assert {(method, path) for method, path, scope, _ in real_table() if scope is Scope.ADMIN} >= OF_OPERATORS
 
@@ -151,5 +155,5 @@ def test_a_route_without_a_scope_cannot_be_added() -> None:
 
     app = App(Config())
     with pytest.raises(TypeError, match="scope"):
-        app.dispatcher.add(["GET"], "/new", handler)  # type: ignore[call-arg]
-    assert all(isinstance(scope, Scope) for _, _, scope, _ in app.dispatcher.table())
+        app.generation.dispatcher.add(["GET"], "/new", handler)  # type: ignore[call-arg]
+    assert all(isinstance(scope, Scope) for _, _, scope, _ in app.generation.dispatcher.table())

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from llama_smart_proxy.proxy import __version__
-from llama_smart_proxy.proxy.cli.main import COMMANDS, CONFIG_FILES, main
+from llama_smart_proxy.proxy.cli.main import main
+from llama_smart_proxy.proxy.cli.parsers import COMMANDS, CONFIG_FILES
 from tests.support import raw_client
 from tests.support.harness import ROOT, environment, free_port, running_proxy
 
