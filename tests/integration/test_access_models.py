@@ -66,7 +66,7 @@ async def test_lists_have_only_the_models_that_exist_for_a_key() -> None:
 
 
 async def test_another_model_is_answered_as_one_that_does_not_exist() -> None:
-    bodies = {
+    bodies: dict[str, dict[str, object]] = {
         CHAT: {"messages": MESSAGES},
         "/v1/completions": {"prompt": "x"},
         "/v1/messages": {"messages": MESSAGES, "max_tokens": 9},
