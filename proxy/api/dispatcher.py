@@ -118,7 +118,7 @@ class Dispatcher:
             record.path = shown_path(http)
             # 499: the client left before its answer was complete
             record.status = response.status if response is not None else record.answered or 499
-            if VISIT in http:
+            if record.client and VISIT in http:
                 http[VISIT].leave(http, record)
             for observe in self._observers:
                 self._notify(observe, record)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from llama_smart_proxy.proxy.models.permit import Permit
 from tests.support.agent_clients import write_agent
-from tests.support.keyed import ADMIN, CHAT, FEW, MESSAGES, USER, keyed
+from tests.support.e2e_support import Fakes, fakes
+from tests.support.here import served_here
+from tests.support.keyed import ADMIN, CHAT, FEW, KEYS, MESSAGES, USER, Keyed, keyed
+from tests.support.raw_client import request
+from tests.support.toxic import RawUpstream
+
+__all__ = ["fakes"]  # a fixture
 
 FORBIDDEN = ["b1", "B1", "b1:latest", "vb", "big", "big:latest", "library/big", "hf.co/org/repo:Q4_K_M"]
 LISTS = {"/v1/models": ("data", "id"), "/models": ("data", "id"), "/api/tags": ("models", "name")}
@@ -55,7 +62,13 @@ def test_a_pattern_matches_a_name_in_every_spelling(patterns: tuple[str, ...] | 
 
 
 async def test_lists_have_only_the_models_that_exist_for_a_key() -> None:
-    async with keyed() as proxy:
+    async with keyed() as proxy, proxy.connected() as client:
+        await client.send(request("GET", "/models/sse", headers=[("x-api-key", FEW)]))
+        assert (await client.head())[1] == 200
+        events = b""
+        while b'"team"' not in events:  # the last of those in the first batch
+            events += await client.chunk()
+        assert b'"a1"' in events and not any(name in events for name in (b'"b1"', b'"vb"', b'"big'))
         for path, (field, name) in LISTS.items():
             everyone = {item[name] for item in (await proxy.ask("GET", path, key=USER)).json()[field]}
             few = {item[name] for item in (await proxy.ask("GET", path, key=FEW)).json()[field]}
@@ -176,3 +189,19 @@ async def test_agents_ask_only_models_that_exist_for_the_key_and_the_one_of_the_
             assert (await proxy.chat(key, model)).status == 200
             trails.append(proxy.sent(CHAT)[-1].json().get("trail"))
         assert trails == [None, " b1: ModelNotFound", None]
+
+
+async def test_a_resumable_stream_is_that_of_its_key(fakes: Fakes) -> None:
+    """The id that a client chooses is not one that another key can guess."""
+    config = fakes.config({"m": fakes.model(fields={"resumable_streams": True})}, keep_alive=-1)
+    async with served_here({**config, "server": {"api_keys": KEYS[:2]}}) as (_, port):
+        proxy = Keyed(port, RawUpstream(b""))
+        for key, own in ((USER, "user:x"), (ADMIN, "root:x")):
+            assert (await proxy.chat(key, "m", more=[("X-Conversation-Id", "x")], stream=True)).status == 200
+            assert fakes.events("request")[-1]["headers"]["x-conversation-id"] == own
+            await proxy.ask("GET", "/v1/stream?conv_id=x&from=7&key=y", key=key)
+            assert fakes.events("request")[-1]["path"] == f"/v1/stream?conv_id={own}&from=7"
+            await proxy.ask("DELETE", "/v1/stream?conv_id=x&model=m", key=key)
+            assert fakes.events("request")[-1]["path"] == f"/v1/stream?conv_id={own}&model=m"
+            await proxy.ask("POST", "/v1/streams/lookup", {"conversation_ids": ["x"]}, key=key)
+            assert json.loads(fakes.events("request")[-1]["body"]) == {"conversation_ids": [own]}

@@ -6,12 +6,14 @@ import asyncio
 import gc
 import json
 import logging
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llama_smart_proxy.proxy.config import hash_of
+from llama_smart_proxy.proxy.access.peers import exposure
+from llama_smart_proxy.proxy.config import ServerConfig, hash_of
 from tests.support.agent_clients import write_agent
 from tests.support.keyed import ADMIN, CHAT, FEW, MESSAGES, USER, keyed
 from tests.support.raw_client import request
@@ -167,3 +169,12 @@ async def test_nothing_in_the_process_keeps_a_configured_key() -> None:
 
 def _texts(mapping: dict[Any, Any]) -> list[str]:
     return [value for value in list(mapping.values()) if type(value) is str]
+
+
+@pytest.mark.parametrize(("host", "refused"), [("0.0.0.0", True), ("127.0.0.1", False)])
+def test_sockets_of_the_service_manager_count_as_the_configured_address_does(host: str, refused: bool) -> None:
+    with socket.create_server((host, 0)) as inherited:
+        for configured in ("127.0.0.1", "0.0.0.0"):
+            found = exposure(ServerConfig(host=configured), [inherited])
+            assert (found is not None) is refused
+        assert exposure(ServerConfig(host=host, allow_unauthenticated=True), [inherited]) is None
