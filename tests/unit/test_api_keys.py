@@ -172,3 +172,16 @@ def test_a_new_key_is_printed_once_with_an_entry_that_admits_it(capsys: pytest.C
 def test_a_new_key_with_an_invalid_name_is_status_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert new_key_command("a b", "inference") == 2
     assert "--name: a key's name is" in capsys.readouterr().err
+
+
+def test_the_threat_model_names_tests_that_exist() -> None:
+    named = re.findall(
+        r"`((?:unit|integration|system)/\w+\.py)(?:::(\w+))?`", (ROOT / "THREAT_MODEL.md").read_text("utf-8")
+    )
+    assert len(named) > 20
+    missing = [
+        f"{file}::{test}"
+        for file, test in named
+        if not (path := ROOT / "tests" / file).is_file() or (test and f"def {test}(" not in path.read_text("utf-8"))
+    ]
+    assert missing == []
