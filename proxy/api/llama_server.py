@@ -217,10 +217,11 @@ async def find_streams(http: web.BaseRequest) -> web.StreamResponse:
     """`POST /v1/streams/lookup`: the streams of the chats in `conversation_ids`."""
     body = await read_json(http, http[PROXY].max_body_bytes)
     ids = body.get("conversation_ids")
-    given = [name for name in ids if isinstance(name, str) and name] if isinstance(ids, list) else []
-    own = {http[PROXY].own_chat(name): name for name in given}
-    found = [item for model in await _resumable(http) for item in await _find(model, *own)] if own else []
-    return web.json_response([{**item, _CHAT: own.get(str(item.get(_CHAT)), "")} for item in found])
+    proxy = http[PROXY]
+    named = [proxy.own_chat(name) for name in ids if isinstance(name, str) and name] if isinstance(ids, list) else []
+    found = [item for model in await _resumable(http) for item in await _find(model, *named)] if named else []
+    prefix = proxy.own_chat("")
+    return web.json_response([{**item, _CHAT: str(item.get(_CHAT)).removeprefix(prefix)} for item in found])
 
 
 def _conversation(http: web.BaseRequest) -> str:
