@@ -11,6 +11,8 @@ from llama_smart_proxy.backends.feed import Feed
 from llama_smart_proxy.backends.pool.launcher import PoolModel
 from llama_smart_proxy.backends.pool.pool import Pool
 from llama_smart_proxy.backends.weights.downloads import Downloads
+from llama_smart_proxy.proxy.access.limits import Counters
+from llama_smart_proxy.proxy.access.policy import Access
 from llama_smart_proxy.proxy.api.conversations import Conversations
 from llama_smart_proxy.proxy.api.dispatcher import Dispatcher
 from llama_smart_proxy.proxy.api.endpoints import EndpointHandler
@@ -44,6 +46,7 @@ class Lasting:
     conversations: Conversations = field(default_factory=Conversations)
     chats: Chats = field(default_factory=Chats)
     reloads: Reloads = field(default_factory=Reloads)
+    counters: Counters = field(default_factory=Counters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +97,9 @@ class Generation:
             lasting.conversations,
             lasting.reloads,
             latest,
+            Access(config.server),
         )
-        self.dispatcher = Dispatcher(self.proxy, parts.registry.observers)
+        self.dispatcher = Dispatcher(self.proxy, parts.registry.observers, lasting.counters)
         for method, path, handler, scope, pages in ROUTES:
             self.dispatcher.add([method], path, handler, scope, pages=pages)
         for path, endpoint in parts.registry.endpoints.items():

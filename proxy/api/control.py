@@ -31,7 +31,11 @@ async def running(http: web.BaseRequest) -> web.Response:
     Source of the shape, and of `ready`, `starting` and `stopping`: `/running` of llama-swap, `internal/server/api.go`
     at 0bdb3720.
     """
-    return web.json_response({"running": await entries(http[PROXY])})
+    proxy = http[PROXY]
+    found = await entries(proxy)
+    if not proxy.grant.is_admin:
+        found = [{name: value for name, value in entry.items() if name not in ADMIN_ONLY} for entry in found]
+    return web.json_response({"running": found})
 
 
 async def entries(proxy: Proxy) -> list[Json]:

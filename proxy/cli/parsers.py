@@ -19,9 +19,9 @@ COMMANDS = {
     "any other name, such as qwen3:0.6b, through the Ollama server of the configuration.",
     "simulate": "Start the proxy on a free port, send a chat, a stream, an embedding and a model swap to the "
     "configured models, and print what passed.",
-    "key": "Make an API key: `key new` prints it once, and what the configuration gets of it.",
     "ps": "List the models of the running proxy that are loaded, loading, waited for, or have failed.",
     "reload": "Let the running proxy read its configuration again. An invalid one changes nothing; exit status 1.",
+    "key": "Make an API key: `key new` prints it once, and what the configuration gets of it.",
     "help": "Describe the program, or one command.",
 }
 REMOTE = ("ps", "reload")
