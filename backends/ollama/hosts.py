@@ -21,7 +21,7 @@ from llama_smart_proxy.backends.openai import LISTING_PAUSE_S
 from llama_smart_proxy.backends.pool.load_times import LoadTimes
 from llama_smart_proxy.backends.progress import described
 from llama_smart_proxy.backends.weights.downloads import Download, Downloads, Progress
-from llama_smart_proxy.proxy.config import ModelConfig, OllamaConfig, is_ollama_name
+from llama_smart_proxy.proxy.config import FiltersConfig, ModelConfig, OllamaConfig, is_ollama_name
 from llama_smart_proxy.proxy.errors import BadRequest, ModelNotFound, ProxyError, UpstreamFailed, own
 
 logger = logging.getLogger(__name__)
@@ -210,6 +210,11 @@ class Hosts:
         item, key = self.item(name), key_of(name)
         info = ModelInfo(name, num_ctx=self._pinned.get(key) or 0, native={KIND: item} if item is not None else {})
         return info.configured(self._cards[key], self._cards[key].title) if key in self._cards else info
+
+    def filters(self, name: str) -> FiltersConfig | None:
+        """Those of the configuration."""
+        configured = self._cards.get(key_of(name))
+        return configured.filters if configured is not None else None
 
     def loaded_item(self, name: str) -> Json | None:
         """Its item of /api/ps, likewise."""

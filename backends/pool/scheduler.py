@@ -147,7 +147,7 @@ class Scheduler:
         note_load_end(queue)
         if instance.state is State.READY:
             place.ready_at = place.released_at = now
-            place.slots = [Slot() for _ in range(instance.slots)]
+            place.slots = [Slot() for _ in range(instance.model.at_once(instance.slots))]
             queue.error = None
             self._news.started(instance)
         elif instance.state is State.STOPPED:

@@ -77,6 +77,10 @@ def _command(argv: list[str]) -> int:
         from llama_smart_proxy.proxy.cli.init import init_command
 
         return init_command(Path(args.config or os.environ.get("LSP_CONFIG") or CONFIG_FILES[0]))
+    if args.command == "key":
+        from llama_smart_proxy.proxy.cli.key import new_key_command
+
+        return new_key_command(args.name, args.scope)
     path = _config_path(args.config)
     if args.command == "check":
         from llama_smart_proxy.proxy.cli.check import check_command

@@ -18,6 +18,7 @@ COMMANDS = {
     "any other name, such as qwen3:0.6b, through the Ollama server of the configuration.",
     "simulate": "Start the proxy on a free port, send a chat, a stream, an embedding and a model swap to the "
     "configured models, and print what passed.",
+    "key": "Make an API key: `key new` prints it once, and what the configuration gets of it.",
     "ps": "List the models of the running proxy that are loaded, loading, waited for, or have failed.",
     "help": "Describe the program, or one command.",
 }
@@ -45,6 +46,9 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     serve.add_argument("--log-level", choices=LEVELS, help="least severe messages to log")
     serve.add_argument("--reload", action="store_true", help="reload agents when their files change")
     commands["pull"].add_argument("name", metavar="NAME", help="the name of the model")
+    commands["key"].add_argument("action", choices=["new"], help="make a key")
+    commands["key"].add_argument("--name", help="its name in logs, metrics and usage")
+    commands["key"].add_argument("--scope", choices=["inference", "admin"], default="inference", help="what it may do")
     commands["help"].add_argument("topic", metavar="COMMAND", nargs="?", choices=COMMANDS, help="one of the commands")
     commands["check"].add_argument("--argv", metavar="MODEL", help="print the command line of the model's llama-server")
     commands["check"].add_argument("--strict", action="store_true", help="exit status 2 for warnings, too")
