@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
-from llama_smart_proxy.backends.base import Feature, Model, ModelState
+from llama_smart_proxy.backends.base import Feature, Model
 from llama_smart_proxy.proxy.api import router_mode
 from llama_smart_proxy.proxy.api.state import PROXY, Proxy
 from llama_smart_proxy.proxy.chat import Json
@@ -44,14 +44,20 @@ async def running(http: web.BaseRequest) -> web.Response:
     Source of the shape, and of `ready`, `starting` and `stopping`: `/running` of llama-swap, `internal/server/api.go`
     at 0bdb3720.
     """
-    return web.json_response({"running": await entries(http[PROXY])})
+    proxy = http[PROXY]
+    found = await entries(proxy)
+    if not proxy.grant.is_admin:
+        found = [{name: value for name, value in entry.items() if name not in ADMIN_ONLY} for entry in found]
+    return web.json_response({"running": found})
 
 
 async def entries(proxy: Proxy) -> list[Json]:
-    """The entries of `running`, by name."""
+    """The entries of `running` for the clients that see this proxy, by name."""
     instances = {str(instance["model"]): instance for instance in proxy.router.status().instances}
     elsewhere = [model for model in proxy.router.models() if model.name not in instances and _is_loaded(model)]
     ours = [(name, proxy.router.known(name)) for name in instances]
+    if not proxy.grant.is_admin:  # for whom other models may not exist
+        ours = [(name, model) for name, model in ours if model is not None]
     described = await asyncio.gather(
         *(_entry(name, model, instances[name]) for name, model in ours),
         *(_entry(model.name, model, {}) for model in elsewhere),
@@ -61,8 +67,10 @@ async def entries(proxy: Proxy) -> list[Json]:
 
 async def load_model(http: web.BaseRequest) -> web.Response:
     """`POST /admin/models/{name}/load`: answers when the model is loaded, with `?wait=0` while it loads."""
-    model = await router_mode.load(http, http[PARAMS]["name"], wait=http.query.get("wait") not in ("0", "false"))
-    return _changed(model.name, model.state)
+    wait = http.query.get("wait") not in ("0", "false")
+    model = await router_mode.load(http, http[PARAMS]["name"], wait=wait)
+    state = model.state.value
+    return _changed(model.name, "loading" if state == "unloaded" and not wait else state)
 
 
 async def unload_model(http: web.BaseRequest) -> web.Response:
@@ -70,11 +78,11 @@ async def unload_model(http: web.BaseRequest) -> web.Response:
     after its answers. Also cancels a download of the model."""
     name = http[PARAMS]["name"]
     model = await router_mode.unload(http, name)
-    return _changed(model.name, model.state) if model is not None else _changed(name, ModelState("unloaded"))
+    return _changed(model.name, model.state.value) if model is not None else _changed(name, "unloaded")
 
 
-def _changed(name: str, state: ModelState) -> web.Response:
-    return web.json_response({"success": True, "model": name, "state": state.value})
+def _changed(name: str, state: str) -> web.Response:
+    return web.json_response({"success": True, "model": name, "state": state})
 
 
 async def logs(http: web.BaseRequest) -> web.StreamResponse:
