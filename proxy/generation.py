@@ -13,6 +13,7 @@ from llama_smart_proxy.backends.weights.downloads import Downloads
 from llama_smart_proxy.proxy.api.conversations import Conversations
 from llama_smart_proxy.proxy.api.dispatcher import Dispatcher
 from llama_smart_proxy.proxy.api.endpoints import EndpointHandler
+from llama_smart_proxy.proxy.api.recent import Recent
 from llama_smart_proxy.proxy.api.routes import ROUTES
 from llama_smart_proxy.proxy.api.state import Proxy
 from llama_smart_proxy.proxy.config import Config
@@ -38,6 +39,7 @@ class Lasting:
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     conversations: Conversations = field(default_factory=Conversations)
     chats: Chats = field(default_factory=Chats)
+    recent: Recent = field(default_factory=Recent)
 
 
 class Generation:
@@ -65,8 +67,9 @@ class Generation:
             lasting.draining,
             lasting.conversations,
             latest,
+            lasting.recent,
         )
-        self.dispatcher = Dispatcher(self.proxy, registry.observers)
+        self.dispatcher = Dispatcher(self.proxy, [*registry.observers, lasting.recent.observe])
         for method, path, handler, scope, pages in ROUTES:
             self.dispatcher.add([method], path, handler, scope, pages=pages)
         for path, endpoint in registry.endpoints.items():

@@ -117,6 +117,7 @@ def _text(lines: Iterable[str]) -> str:
 
 async def _follow(http: web.BaseRequest, follower: Follower, lines: Sequence[str]) -> web.StreamResponse:
     proxy = http[PROXY]
+    proxy.uses.end(http)  # it may be open for days, over many configurations
     response = ResponseWriter(http, proxy.config.server.send_stall_s)
     response.open(200, [("Content-Type", "text/plain; charset=utf-8")])
     response.begin()

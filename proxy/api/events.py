@@ -44,6 +44,7 @@ async def send_events(http: web.BaseRequest, source: Source) -> web.StreamRespon
     if http.method == "HEAD":
         return web.Response(content_type="text/event-stream")
     proxy = http[PROXY]
+    proxy.uses.end(http)  # a page may be open for days, over many configurations
     # sse_response uses only what the request's base class has
     async with sse_response(cast(web.Request, http), headers=dict(own_headers(http))) as response:
         with proxy.feed.subscribe() as subscription:

@@ -95,11 +95,12 @@ async def model_events(http: web.BaseRequest) -> web.StreamResponse:
 
 async def _changes(proxy: Proxy, subscription: Subscription) -> AsyncGenerator[Sequence[ServerEvent], None]:
     """How models and downloads are: all at first, and from then on what has changed."""
-    now, router = asyncio.get_running_loop().time, proxy.router
+    now = asyncio.get_running_loop().time
     look_at = -math.inf
     kinds = {Kind.MODEL, Kind.DOWNLOAD}
     sent: dict[str, Any] = {}
     while not proxy.draining.is_set():
+        router = proxy.latest().seen_by(proxy.grant).router
         if now() >= look_at:
             await router.listed(LISTED_S)
             look_at = now() + EVENTS_S

@@ -10,6 +10,7 @@ from llama_smart_proxy.proxy.api.dispatcher import Handler
 from llama_smart_proxy.proxy.api.events import events
 from llama_smart_proxy.proxy.api.models import list_models, show_model
 from llama_smart_proxy.proxy.api.upstream import METHODS, upstream
+from llama_smart_proxy.proxy.api.why import why
 from llama_smart_proxy.proxy.http.origins import Pages
 from llama_smart_proxy.proxy.http.scopes import Scope
 
@@ -38,6 +39,7 @@ ROUTES = [
     Route("GET", "/events", events, ADMIN),
     Route("POST", "/admin/models/{name:.+}/load", control.load_model, ADMIN),
     Route("POST", "/admin/models/{name:.+}/unload", control.unload_model, ADMIN),
+    Route("GET", "/admin/why/{id:.+}", why, ADMIN),
     Route("GET", "/logs/{name:.+}", control.logs, ADMIN),
     *(Route(method, "/upstream/{path:.+}", upstream, ADMIN, Pages.LOCAL) for method in METHODS),
     # Ollama's API, except for generation and embeddings

@@ -11,6 +11,7 @@ from aiohttp import web
 from llama_smart_proxy.backends.feed import Feed
 from llama_smart_proxy.proxy.access.grants import ALL, Grant
 from llama_smart_proxy.proxy.api.conversations import Conversations
+from llama_smart_proxy.proxy.api.recent import Recent
 from llama_smart_proxy.proxy.config import Config
 from llama_smart_proxy.proxy.middleware.afterwards import Afterwards
 from llama_smart_proxy.proxy.middleware.chain import Chain
@@ -69,6 +70,7 @@ class Proxy:
     conversations: Conversations
     latest: Callable[[], Proxy]
     """The one of the current configuration, for requests that outlive theirs."""
+    recent: Recent
     uses: Uses = field(default_factory=Uses)
 
     grant: Grant = ALL
