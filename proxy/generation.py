@@ -16,6 +16,7 @@ from llama_smart_proxy.proxy.access.policy import Access
 from llama_smart_proxy.proxy.api.conversations import Conversations
 from llama_smart_proxy.proxy.api.dispatcher import Dispatcher
 from llama_smart_proxy.proxy.api.endpoints import EndpointHandler
+from llama_smart_proxy.proxy.api.recent import Recent
 from llama_smart_proxy.proxy.api.reloads import Reloads
 from llama_smart_proxy.proxy.api.routes import ROUTES
 from llama_smart_proxy.proxy.api.state import Proxy
@@ -47,6 +48,7 @@ class Lasting:
     chats: Chats = field(default_factory=Chats)
     reloads: Reloads = field(default_factory=Reloads)
     counters: Counters = field(default_factory=Counters)
+    recent: Recent = field(default_factory=Recent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +100,10 @@ class Generation:
             lasting.reloads,
             latest,
             Access(config.server),
+            lasting.recent,
         )
-        self.dispatcher = Dispatcher(self.proxy, parts.registry.observers, lasting.counters)
+        observers = [*parts.registry.observers, lasting.recent.observe]
+        self.dispatcher = Dispatcher(self.proxy, observers, lasting.counters)
         for method, path, handler, scope, pages in ROUTES:
             self.dispatcher.add([method], path, handler, scope, pages=pages)
         for path, endpoint in parts.registry.endpoints.items():

@@ -12,6 +12,7 @@ from llama_smart_proxy.backends.feed import Feed
 from llama_smart_proxy.proxy.access.grants import ALL, Grant
 from llama_smart_proxy.proxy.access.policy import Access
 from llama_smart_proxy.proxy.api.conversations import Conversations
+from llama_smart_proxy.proxy.api.recent import Recent
 from llama_smart_proxy.proxy.api.reloads import Reloads
 from llama_smart_proxy.proxy.config import Config
 from llama_smart_proxy.proxy.middleware.afterwards import Afterwards
@@ -73,6 +74,7 @@ class Proxy:
     latest: Callable[[], Proxy]
     """The one of the current configuration, for requests that outlive theirs."""
     access: Access
+    recent: Recent
     uses: Uses = field(default_factory=Uses)
     grant: Grant = ALL
 

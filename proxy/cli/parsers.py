@@ -20,11 +20,16 @@ COMMANDS = {
     "simulate": "Start the proxy on a free port, send a chat, a stream, an embedding and a model swap to the "
     "configured models, and print what passed.",
     "ps": "List the models of the running proxy that are loaded, loading, waited for, or have failed.",
+    "load": "Load a model, and wait until it is loaded.",
+    "unload": "Unload a model, once its answers are complete; or cancel its download.",
+    "logs": "Print the last lines that a model's server has printed.",
+    "why": "Explain what a request waited for and how long each part took; its id is in the header X-Request-Id.",
+    "events": "Print what happens to models, queues and downloads, until Ctrl-C.",
     "reload": "Let the running proxy read its configuration again. An invalid one changes nothing; exit status 1.",
     "key": "Make an API key: `key new` prints it once, and what the configuration gets of it.",
     "help": "Describe the program, or one command.",
 }
-REMOTE = ("ps", "reload")
+REMOTE = ("ps", "load", "unload", "logs", "why", "events", "reload")
 """The commands that ask or change the running proxy."""
 STATUSES = (
     "Exit status: 0 done, 1 refused or failed, 2 wrong command line or configuration, 3 no proxy is running there, "
@@ -59,6 +64,12 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         commands[name].add_argument("--config", metavar="FILE", help=f"default: $LSP_CONFIG, else {found}")
     for name in REMOTE:
         _add_remote(commands[name])
+    for name in ("load", "unload", "logs"):
+        commands[name].add_argument("model", metavar="MODEL", help="name of the model")
+    commands["load"].add_argument("--no-wait", action="store_true", help="return while it loads")
+    commands["logs"].add_argument("-f", "--follow", action="store_true", help="go on with what comes, until Ctrl-C")
+    commands["logs"].add_argument("-n", "--lines", metavar="N", type=int, default=200, help="so many lines (200)")
+    commands["why"].add_argument("id", metavar="ID", help="id of the request")
     commands["init"].add_argument("--config", metavar="FILE", help=f"default: $LSP_CONFIG, else {CONFIG_FILES[0]}")
     return parser, commands
 

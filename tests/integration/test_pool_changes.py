@@ -147,7 +147,7 @@ async def test_ports_move_for_the_next_process_and_never_clash(fakes: Fakes) -> 
 
 
 def test_models_are_the_same_if_their_process_is(fakes: Fakes) -> None:
-    def at(**fields: object) -> PoolModel:
+    def at(**fields: Any) -> PoolModel:
         return fakes.model(**fields).at("m")
 
     base = at()
