@@ -202,10 +202,15 @@ async def stop_stream(http: web.BaseRequest) -> web.StreamResponse:
     """`DELETE /v1/stream?conv_id=`: ends the stream of a chat; 204 also if there is none."""
     http[PROXY].conversations.stop(_conversation(http))
     for model in await _resumable(http):
-        async for attempt in Attempts(model, UpstreamRequest("DELETE", upstream_path(http, model.name), slot=False)):
-            async with attempt as upstream:
-                await upstream.read(ANSWER_LIMIT)
+        await end_stream(model, upstream_path(http, model.name))
     return web.Response(status=204)
+
+
+async def end_stream(model: Model, path: str) -> None:
+    """End the stream that `path` names on the model's server. Raises: as `Model.open`."""
+    async for attempt in Attempts(model, UpstreamRequest("DELETE", path, slot=False)):
+        async with attempt as upstream:
+            await upstream.read(ANSWER_LIMIT)
 
 
 async def find_streams(http: web.BaseRequest) -> web.StreamResponse:

@@ -10,6 +10,7 @@ from aiohttp import web
 from llama_smart_proxy.backends.feed import Feed
 from llama_smart_proxy.proxy.api.conversations import Conversations
 from llama_smart_proxy.proxy.config import Config
+from llama_smart_proxy.proxy.http.running import Running
 from llama_smart_proxy.proxy.middleware.afterwards import Afterwards
 from llama_smart_proxy.proxy.middleware.chain import Chain
 from llama_smart_proxy.proxy.models.inspection import Inspection
@@ -32,6 +33,7 @@ class Proxy:
     feed: Feed
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     conversations: Conversations = field(default_factory=Conversations)
+    running: Running = field(default_factory=Running)
 
     @property
     def max_body_bytes(self) -> int:
