@@ -139,7 +139,8 @@ class Model(Protocol):
     `owner` the owner in model lists, `tags` the labels there. `speaks` are the APIs that its server supports: `openai`,
     `responses`, `anthropic`, `ollama`, and `native` for llama-server's own. `codec` is the API used for clients of any
     other API (see `proxy.dialects.UPSTREAM_CODECS`). `forwards` are patterns, in lower case, of the client's headers
-    about its user and with its credentials that the server gets; by default it gets none of them.
+    about its user and with its credentials that the server gets; by default it gets none of them. `filters` are applied
+    to each request before `prepare`; `proxy.models.filters` does that.
     """
 
     @property
@@ -160,6 +161,8 @@ class Model(Protocol):
     def features(self) -> frozenset[Feature]: ...
     @property
     def forwards(self) -> tuple[str, ...]: ...
+    @property
+    def filters(self) -> configuration.FiltersConfig | None: ...
     @property
     def state(self) -> ModelState:
         """From memory, at once."""

@@ -166,6 +166,7 @@ class Remote:
         self.connections = connections_to(root, config)
         self._base = config.url.removeprefix(root)
         self.speaks = _SPEAKS | {"responses"} if config.responses else _SPEAKS
+        self.filters = config.filters
         self.forwards = tuple(map(str.lower, config.forward_headers))
         self._fixed = config.models is not None
         self._models: tuple[str, ...] = tuple(config.models or ())
@@ -246,6 +247,7 @@ class RemoteModel:
         self.owner = remote.name
         self.speaks = remote.speaks
         self.forwards = remote.forwards
+        self.filters = remote.filters
         self._remote = remote
 
     def open(self, request: UpstreamRequest) -> AbstractAsyncContextManager[UpstreamResponse]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 from llama_smart_proxy.backends.base import Provider
+from llama_smart_proxy.backends.commands.provider import Commands
 from llama_smart_proxy.backends.llamacpp.provider import LlamaCpp
 from llama_smart_proxy.backends.ollama.provider import Ollama
 from llama_smart_proxy.backends.openai import Remotes
@@ -27,7 +28,7 @@ class Registry:
     """`providers` in the order in which they are searched for a model; `endpoints` by path; `observers` are called with
     the record of each request when it has ended."""
 
-    providers: list[type[Provider]] = field(default_factory=lambda: [LlamaCpp, Remotes, Ollama])
+    providers: list[type[Provider]] = field(default_factory=lambda: [LlamaCpp, Commands, Remotes, Ollama])
     endpoints: dict[str, Endpoint] = field(default_factory=lambda: dict(ENDPOINTS))
     observers: list[Observer] = field(default_factory=lambda: [access_line])
 

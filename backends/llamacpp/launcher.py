@@ -15,7 +15,15 @@ from llama_smart_proxy.backends.http.connection import ConnectionPool, Endpoint
 from llama_smart_proxy.backends.llamacpp.arguments import required_by, takes_projector
 from llama_smart_proxy.backends.llamacpp.command import build_argv, child_env, server_command
 from llama_smart_proxy.backends.llamacpp.notices import FAREWELL, ROUTER, Notices, reports
-from llama_smart_proxy.backends.pool.launcher import Command, CommandFor, HttpLauncher, PoolModel, Report, Source
+from llama_smart_proxy.backends.pool.launcher import (
+    Command,
+    CommandFor,
+    HttpLauncher,
+    PoolModel,
+    Report,
+    Source,
+    settings_of,
+)
 from llama_smart_proxy.backends.pool.readiness import is_up, prove_ours, wait_until
 from llama_smart_proxy.backends.pool.sockets import SocketFolder
 from llama_smart_proxy.backends.weights import hub, projectors
@@ -169,7 +177,7 @@ def pool_model(
     if model.repo is not None:
         download = hub.download_name(model.repo, model.variant)
         source = Source(download, partial(locate, name, model), hub.work(model.repo, model.variant))
-    return PoolModel(name, launcher, model.pinned, model.keep_alive, source, model.title or "")
+    return PoolModel(name, launcher, source=source, **settings_of(model))
 
 
 def _size(gguf: Path) -> int:

@@ -12,6 +12,7 @@ from functools import partial
 from llama_smart_proxy.backends.base import Json, ModelInfo, UpstreamRequest
 from llama_smart_proxy.backends.http.exchange import UpstreamResponse
 from llama_smart_proxy.backends.http.sweep import Sweeper
+from llama_smart_proxy.backends.journal import StepKind, noted
 from llama_smart_proxy.backends.names import key_of
 from llama_smart_proxy.backends.ollama.context import LOOK_S, Context
 from llama_smart_proxy.backends.ollama.host import PULL_FAILED, OllamaHost, is_name
@@ -20,7 +21,7 @@ from llama_smart_proxy.backends.openai import LISTING_PAUSE_S
 from llama_smart_proxy.backends.pool.load_times import LoadTimes
 from llama_smart_proxy.backends.progress import described
 from llama_smart_proxy.backends.weights.downloads import Download, Downloads, Progress
-from llama_smart_proxy.proxy.config import ModelConfig, OllamaConfig, is_ollama_name
+from llama_smart_proxy.proxy.config import FiltersConfig, ModelConfig, OllamaConfig, is_ollama_name
 from llama_smart_proxy.proxy.errors import BadRequest, ModelNotFound, ProxyError, UpstreamFailed, own
 
 logger = logging.getLogger(__name__)
@@ -210,6 +211,11 @@ class Hosts:
         info = ModelInfo(name, num_ctx=self._pinned.get(key) or 0, native={KIND: item} if item is not None else {})
         return info.configured(self._cards[key], self._cards[key].title) if key in self._cards else info
 
+    def filters(self, name: str) -> FiltersConfig | None:
+        """Those of the configuration."""
+        configured = self._cards.get(key_of(name))
+        return configured.filters if configured is not None else None
+
     def loaded_item(self, name: str) -> Json | None:
         """Its item of /api/ps, likewise."""
         return self._first(name, lambda host: host.loaded)
@@ -241,7 +247,7 @@ class Hosts:
         if refusal is not None and asyncio.get_running_loop().time() < until:
             raise own(refusal)
         download = self.pull(name, request.headers)
-        with described(request.progress, download.described):
+        with described(request.progress, download.described), noted(request.journal, StepKind.DOWNLOAD, name):
             await download.wait()
 
     def num_ctx(self, name: str, requested: int | None) -> int | None:

@@ -46,6 +46,7 @@ class OllamaModel:
 
     def __init__(self, hosts: Hosts, name: str, *, pull: bool, asked: str = "") -> None:
         self.name = name
+        self.filters = hosts.filters(name)
         self._hosts = hosts
         self._key = key_of(name)
         self._pull = pull

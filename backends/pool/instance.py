@@ -6,7 +6,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from llama_smart_proxy.backends.http.connection import ConnectionPool, Endpoint
 from llama_smart_proxy.backends.http.exchange import Timeouts
 from llama_smart_proxy.backends.pool.causes import cause_in
+from llama_smart_proxy.backends.pool.ending import end
 from llama_smart_proxy.backends.pool.family import Vitals, vitals
 from llama_smart_proxy.backends.pool.launcher import Command, CommandFor, PoolModel
 from llama_smart_proxy.backends.pool.logring import LogRing
@@ -34,8 +34,6 @@ QUOTED_LINES = 10
 """How many lines of a server's output the log and `/health` show of a failure."""
 BEFORE_STOP_SHARE = 0.5
 """The part of `stop_timeout_s` that a launcher's `before_stop` may take."""
-LOST_S = 5.0
-"""Seconds after its SIGKILL in which a process must be gone; then the kernel cannot end it, and we continue without."""
 STALLED = "model_stalled"
 """Error code of a server that was killed because it generated nothing any more."""
 
@@ -81,7 +79,7 @@ class Instance:
         self.load_s: float | None = None
         self.share: float | None = None
         self.connections: ConnectionPool
-        self._config = config
+        self._config = model.limits(config)
         self._ports = ports
         self._on_change = on_change
         self._on_share = on_share
@@ -111,7 +109,8 @@ class Instance:
         """Begin to stop: close every connection, then SIGTERM, SIGTERM once more, SIGKILL within `stop_timeout_s`.
 
         The second SIGTERM is for llama-server, which ignores the first one while a stream lives. A process that is
-        still loading has nothing to lose and is killed; the launcher may save something of one that was ready.
+        still loading has nothing to lose and is killed; the launcher may save something of one that was ready. The
+        command that ends a server, if there is one, is run before all signals, in either case.
         """
         if self.state in (State.STARTING, State.READY):
             self._become(State.STOPPING, cause)
@@ -126,6 +125,11 @@ class Instance:
     def loading_s(self) -> float:
         """Seconds since its start, or since its state changed last."""
         return time.monotonic() - self._since
+
+    @property
+    def stop_timeout_s(self) -> float:
+        """Seconds between the request to stop and SIGKILL."""
+        return self._config.stop_timeout_s
 
     @property
     def size_bytes(self) -> int:
@@ -169,24 +173,13 @@ class Instance:
 
     async def _end(self, child: Child, *, gently: bool) -> None:
         """Return once the process is reaped, or will not be."""
+        assert self._command is not None
         begun = time.monotonic()
-        grace_s = self._config.stop_timeout_s if gently else 0.0
+        grace_s = self.stop_timeout_s if gently or self._command.stop is not None else 0.0
         if gently and child.returncode is None:
             await self._before_stop(grace_s * BEFORE_STOP_SHARE)
             grace_s -= time.monotonic() - begun
-        for patience_s in (grace_s / 4, grace_s * 3 / 4):
-            if patience_s > 0:
-                child.terminate()
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(patience_s):
-                        await child.wait()
-                        return
-        child.kill()
-        try:
-            async with asyncio.timeout(LOST_S):
-                await child.wait()
-        except TimeoutError:
-            logger.error("%s: process %d does not end; its place goes to others", self.name, child.pid)
+        await end(self.name, child, self._command, grace_s, self._printed)
 
     async def _before_stop(self, limit_s: float) -> None:
         """Its own connections are closed by now, so that no request is under way: the launcher gets new ones."""

@@ -20,6 +20,7 @@ from llama_smart_proxy.backends.http.exchange import UpstreamResponse
 from llama_smart_proxy.backends.pool.launcher import PoolModel
 from llama_smart_proxy.backends.pool.pool import Pool
 from llama_smart_proxy.backends.tasks import BROKEN_OFF
+from llama_smart_proxy.proxy.config import FiltersConfig
 from llama_smart_proxy.proxy.errors import BadRequest, UpstreamFailed
 
 DYING_S = 0.25
@@ -36,10 +37,11 @@ class SpawnedModel:
     """
 
     codec: ClassVar[str] = "openai"
-    speaks: ClassVar[frozenset[str]] = frozenset({"openai"})
+    speaks: frozenset[str] = frozenset({"openai"})
     features: frozenset[Feature] = frozenset({Feature.LOADING})
     tags: Sequence[str] = ()
     forwards: ClassVar[tuple[str, ...]] = ()
+    filters: FiltersConfig | None = None
 
     def __init__(self, pool: Pool, model: PoolModel, *, kind: str, aliases: Sequence[str] = ()) -> None:
         self.name = model.name

@@ -15,11 +15,6 @@ from llama_smart_proxy.proxy.http.headers import CONVERSATION, PARAMS, RECORD
 from llama_smart_proxy.proxy.http.running import cancel
 
 
-async def running(http: web.BaseRequest) -> web.Response:
-    """`GET /running`: the requests that are being processed."""
-    return web.json_response({"requests": http[PROXY].running.shown()})
-
-
 async def cancel_request(http: web.BaseRequest) -> web.Response:
     """`DELETE /running/{id}`: cancels all requests with this id, and answers how many those are, when they have ended.
 

@@ -25,12 +25,17 @@ class Running:
     def __init__(self) -> None:
         self.requests: dict[asyncio.Task[Any] | None, web.BaseRequest] = {}
 
-    def shown(self) -> list[Json]:
-        """One object for each request, but for the one that asks. `state` is `waiting` before its model is known,
+    def shown(self, client: str | None = None) -> list[Json]:
+        """One object for each request, but for the one that asks; with `client` for those with the API key of that
+        name, none if it is empty. `state` is `waiting` before its model is known,
         `queued` until its server answers, `answering` before the first byte and `streaming` then; `seconds` is how long
         ago it came."""
         now, asking = time.monotonic(), asyncio.current_task()
-        return [_shown(http, now) for task, http in self.requests.items() if task is not asking]
+        return [
+            _shown(http, now)
+            for task, http in self.requests.items()
+            if task is not asking and (client is None or (client and http[RECORD].client == client))
+        ]
 
     def find(self, request_id: str) -> dict[asyncio.Task[Any], web.BaseRequest]:
         """The requests with this id, but for the one that asks."""
