@@ -33,7 +33,10 @@ class Step:
 
 
 class Journal(Protocol):
-    """The journal of one request. A request that waits for nothing writes nothing."""
+    """The journal of one request. A request that waits for nothing writes nothing but `sent_s`: when it was sent to its
+    server, in seconds of `time.monotonic()`."""
+
+    sent_s: float
 
     @property
     def request_id(self) -> str: ...

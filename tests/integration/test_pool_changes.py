@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import AsyncExitStack
+from typing import Any
 
 from llama_smart_proxy.backends.feed import Kind
 from llama_smart_proxy.backends.pool.launcher import PoolModel
