@@ -1,4 +1,4 @@
-"""The command line: `llama-smart-proxy [serve|check|schema|init|pull|simulate|help]`."""
+"""The command line: `llama-smart-proxy [serve|check|schema|init|import|pull|simulate|help]`."""
 
 from __future__ import annotations
 
@@ -78,6 +78,10 @@ def _command(argv: list[str]) -> int:
         from llama_smart_proxy.proxy.cli.init import init_command
 
         return init_command(Path(args.config or os.environ.get("LSP_CONFIG") or CONFIG_FILES[0]))
+    if args.command == "import":
+        from llama_smart_proxy.proxy.cli.importing import import_command
+
+        return import_command(Path(args.file), Path(args.output) if args.output else None)
     path = _config_path(args.config)
     if args.command == "check":
         from llama_smart_proxy.proxy.cli.check import check_command
@@ -99,6 +103,7 @@ COMMANDS = {
     "check": "Report all problems of the configuration without starting anything; exit status 2 if there are any.",
     "schema": "Print the JSON schema of the configuration: every field, its default and its description.",
     "init": "Write a configuration file with examples, to be edited; an existing file is kept.",
+    "import": "Translate the configuration of another program; what has no equivalent is listed on stderr.",
     "pull": "Download a model before its first use: a configured one, hf.co/org/repo[:variant] from Hugging Face, or "
     "any other name, such as qwen3:0.6b, through the Ollama server of the configuration.",
     "simulate": "Start the proxy on a free port, send a chat, a stream, an embedding and a model swap to the "
@@ -123,6 +128,9 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     serve.add_argument("--log-level", choices=LEVELS, help="least severe messages to log")
     serve.add_argument("--reload", action="store_true", help="reload agents when their files change")
     commands["pull"].add_argument("name", metavar="NAME", help="the name of the model")
+    commands["import"].add_argument("format", metavar="llama-swap", choices=["llama-swap"], help="the other program")
+    commands["import"].add_argument("file", metavar="FILE", help="its configuration")
+    commands["import"].add_argument("-o", "--output", metavar="FILE", help="file to write, in place of stdout")
     commands["help"].add_argument("topic", metavar="COMMAND", nargs="?", choices=COMMANDS, help="one of the commands")
     commands["check"].add_argument("--argv", metavar="MODEL", help="print the command line of the model's llama-server")
     commands["check"].add_argument("--strict", action="store_true", help="exit status 2 for warnings, too")
