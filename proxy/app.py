@@ -1,68 +1,66 @@
-"""Assembles the proxy from a configuration."""
+"""The proxy: what lives as long as the process, and the generation of the current configuration."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Awaitable
+from typing import Any
 
-from llama_smart_proxy.backends.base import Services
+from aiohttp import web
+
 from llama_smart_proxy.backends.feed import Feed
 from llama_smart_proxy.backends.pool.load_times import LoadTimes
 from llama_smart_proxy.backends.pool.pool import Pool
 from llama_smart_proxy.backends.weights.downloads import Downloads
-from llama_smart_proxy.proxy.api.dispatcher import Dispatcher
-from llama_smart_proxy.proxy.api.endpoints import EndpointHandler
-from llama_smart_proxy.proxy.api.routes import ROUTES
 from llama_smart_proxy.proxy.api.state import Proxy
 from llama_smart_proxy.proxy.config import Config
-from llama_smart_proxy.proxy.middleware.afterwards import Afterwards
-from llama_smart_proxy.proxy.middleware.chain import Chain
-from llama_smart_proxy.proxy.middleware.plugins import Plugins
-from llama_smart_proxy.proxy.models.inspection import Inspection
-from llama_smart_proxy.proxy.models.router import Router
-from llama_smart_proxy.proxy.registry import Registry
+from llama_smart_proxy.proxy.dialects import Dialect
+from llama_smart_proxy.proxy.generation import Generation, Lasting
 from llama_smart_proxy.proxy.store import ProxyMemory, Store, state_dir
-from llama_smart_proxy.proxy.stream.waiting import Waits
 
 
 class App:
-    """The proxy for one configuration. `dispatcher` answers requests between `start` and `close`.
+    """Answers requests, each by the generation that is current when it begins, between `start` and `close`.
 
-    Raises: ConfigError for missing agents or modules, and for invalid options of agents.
+    Raises: as `Generation`.
     """
 
     def __init__(self, config: Config) -> None:
-        registry = Registry.of(config)
         store = Store(state_dir(config.state_dir, os.environ))
         feed = Feed()
         downloads = Downloads(feed)
-        self.pool = Pool(config.server_pool, downloads, LoadTimes(feed, ProxyMemory(store)))
-        self.plugins = Plugins.of(config)
-        services = Services(downloads, self.pool)
-        providers = [provider for cls in registry.providers if (provider := cls.create(config, services)) is not None]
-        router, chain = Router(providers, config, downloads), Chain(config, self.plugins)
-        inspection = Inspection({**router.looks, "agents": self.plugins.problems})
-        afterwards, waits = Afterwards(self.plugins), Waits(config.server)
-        self.proxy = Proxy(config, router, chain, store, afterwards, inspection, waits, feed)
-        self.dispatcher = Dispatcher(self.proxy, registry.observers)
-        for method, path, handler, scope, pages in ROUTES:
-            self.dispatcher.add([method], path, handler, scope, pages=pages)
-        for path, endpoint in registry.endpoints.items():
-            handle = EndpointHandler(endpoint, self.proxy).handle
-            self.dispatcher.add(endpoint.methods, path, handle, endpoint.scope, endpoint.dialect)
+        pool = Pool(config.server_pool, downloads, LoadTimes(feed, ProxyMemory(store)))
+        self.lasting = Lasting(store, feed, downloads, pool)
+        self.generation = Generation(config, self.lasting, lambda: self.proxy)
+
+    @property
+    def proxy(self) -> Proxy:
+        """What the requests that begin now carry."""
+        return self.generation.proxy
+
+    def __call__(self, http: Any) -> Awaitable[web.StreamResponse]:
+        """Answer a request."""
+        return self.generation.dispatcher(http)
+
+    def dialect_of(self, path: str) -> Dialect:
+        """The API in which errors are reported at `path`."""
+        return self.generation.dispatcher.dialect_of(path)
 
     async def start(self) -> None:
-        """Start loading models marked `preload`, and listing the models of servers."""
-        self.dispatcher.hosts.learn_own()
+        """Open the store, clear away what an earlier run left behind, and start the generation."""
         if self.proxy.config.state_dir is not None or "STATE_DIRECTORY" in os.environ:
-            await self.proxy.store.open()
-        await self.proxy.router.start()
-        await self.plugins.start()
+            await self.lasting.store.open()
+        await self.lasting.pool.start()
+        await self.generation.start()
 
     async def close(self) -> None:
         """Stop agents, processes and connections."""
-        await self.proxy.inspection.close()
-        await self.proxy.conversations.close()
-        await self.proxy.afterwards.close()
-        await self.plugins.close()
-        self.proxy.store.close()
-        await self.proxy.router.close()
+        await self.lasting.conversations.close()
+        await self.generation.close()
+        self.lasting.store.close()
+        await self.stop_models()
+
+    async def stop_models(self) -> None:
+        """Cancel all downloads, stop all processes and close the connections to servers; may be called repeatedly."""
+        await self.lasting.pool.close(drain_s=0)
+        await self.generation.router.close()

@@ -82,6 +82,17 @@ class ModelNotFound(ProxyError):
         self.brief = self.message.removesuffix(f"; {hint}")
 
 
+class AccessDenied(ProxyError):
+    """The client's API key is missing or unknown (401), or is not for this (403). `code` is `invalid_api_key` or
+    `insufficient_scope`."""
+
+    def __init__(self, message: str, *, status: int = 401) -> None:
+        known = status != 401
+        super().__init__(message, code="insufficient_scope" if known else "invalid_api_key")
+        self.status = status
+        self.kind = "permission_error" if known else "authentication_error"
+
+
 class Overloaded(ProxyError):
     """Temporarily unavailable: queue full or timed out, back-off after failed loads, shutting down. Status 429: too
     many of something at one time."""

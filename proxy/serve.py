@@ -6,7 +6,6 @@ import asyncio
 import atexit
 import errno
 import gc
-import ipaddress
 import logging
 import os
 import resource
@@ -23,6 +22,7 @@ import uvloop
 
 from llama_smart_proxy.backends.llamacpp.command import server_command
 from llama_smart_proxy.proxy import __version__
+from llama_smart_proxy.proxy.access.peers import exposure
 from llama_smart_proxy.proxy.app import App
 from llama_smart_proxy.proxy.config import Config, ServerConfig, shapes
 from llama_smart_proxy.proxy.http.server import FrontServer
@@ -42,15 +42,19 @@ LEAVE_S = 0.3
 
 
 def run(config: Config, *, reload: bool = False) -> int:
-    """Serve until SIGTERM, SIGINT or SIGHUP. Returns the process's exit status, for `leave`. With `reload`, agents are
+    """Serve until SIGTERM, SIGINT or SIGHUP. Returns the process's exit status, for `leave`: `EX_CONFIG` if
+    others could reach the proxy without a key, and the configuration does not permit that. With `reload`, agents are
     loaded again when their files change.
 
     Raises: ConfigError for missing agents, for invalid options of agents, and for sockets that are not of TCP.
     """
     _raise_fd_limit()
     supervisor = Supervisor(os.environ)
+    if (problem := exposure(config.server, supervisor.sockets)) is not None:
+        logger.error("%s", problem)
+        return os.EX_CONFIG
     app = App(config)
-    app.plugins.reload = reload
+    app.generation.plugins.reload = reload
     runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)  # not closed, which would wait for threads
     runner.get_loop().set_task_factory(make_task)
     return runner.run(_serve(app, config, supervisor))
@@ -118,10 +122,9 @@ async def _serve(app: App, config: Config, supervisor: Supervisor) -> int:
             logger.error("%s", _cannot_listen(config.server, exc))
             return 1
         supervisor.ready()
-        hosts = [sock.getsockname()[0] for listener in listeners for sock in listener.sockets]
         with supervisor.watched():
-            _log_startup(config, hosts)
-            _log_agents(app.plugins)
+            _log_startup(config)
+            _log_agents(app.generation.plugins)
             for problem in await app.proxy.inspection.problems():
                 logger.warning("%s", problem)
             showing = asyncio.ensure_future(supervisor.show(app.proxy.feed))
@@ -136,7 +139,7 @@ async def _serve(app: App, config: Config, supervisor: Supervisor) -> int:
         return 0
     finally:
         if not await stop.ends_before(app.close(), stop.at_once):
-            await app.proxy.router.close()  # agents may not have closed, but no server is left
+            await app.stop_models()  # agents may not have closed, but no server is left
         await _cancel_remaining_tasks()
         logger.info("stopped")
 
@@ -183,11 +186,11 @@ def _address(server: ServerConfig) -> dict[str, Any]:
 def front_server(app: App, config: Config) -> FrontServer:
     """The server that passes clients' requests to `app`."""
     return FrontServer(
-        app.dispatcher,
+        app,
         head_timeout_s=config.server.head_timeout_s,
         keepalive_timeout_s=config.server.keepalive_timeout_s,
         send_stall_s=config.server.send_stall_s,
-        dialect_of=app.dispatcher.dialect_of,
+        dialect_of=app.dialect_of,
     )
 
 
@@ -226,23 +229,16 @@ async def _drain(
         for listener in listeners:
             listener.close()
     second_signal.cancel()
-    await app.proxy.router.close()
+    await app.stop_models()
     await front.shutdown(ERROR_FRAMES_TIMEOUT_S)
 
 
-def _log_startup(config: Config, hosts: list[str]) -> None:
-    """Log which programs and servers run the models, and warn if the proxy is reachable from other machines."""
+def _log_startup(config: Config) -> None:
+    """Log which programs and servers run the models."""
     if config.models or config.llama_cpp.models_dir:
         logger.info("models run in: %s", shlex.join(server_command(config.llama_cpp.server)))
     if config.uses_ollama:
         logger.info("models of Ollama at: %s", ", ".join(config.ollama.urls))
-    reachable = [host for host in hosts if not _is_loopback(host)]
-    if reachable and not config.server.allow_unauthenticated:
-        logger.warning(
-            "listening on %s without authentication: anyone who can reach this address can use it; "
-            "server.allow_unauthenticated: true silences this warning",
-            ", ".join(reachable),
-        )
 
 
 def _log_agents(plugins: Plugins) -> None:
@@ -253,13 +249,6 @@ def _log_agents(plugins: Plugins) -> None:
     ]
     if agents:
         logger.info("agents: %s", ", ".join(agents))
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _raise_fd_limit() -> None:

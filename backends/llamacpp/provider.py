@@ -12,7 +12,6 @@ from llama_smart_proxy.backends.llamacpp.headers import Headers
 from llama_smart_proxy.backends.llamacpp.launcher import pool_model
 from llama_smart_proxy.backends.llamacpp.model import KIND, LlamaCppModel
 from llama_smart_proxy.backends.llamacpp.problems import problems
-from llama_smart_proxy.backends.pool.sockets import SocketFolder, remove_stale
 from llama_smart_proxy.backends.threads import Looks, run_in_thread
 from llama_smart_proxy.backends.weights import hub
 from llama_smart_proxy.backends.weights.downloads import Download
@@ -30,7 +29,7 @@ LOOK_S = 2.0
 
 class LlamaCpp(BaseProvider):
     """`Provider` of the models in the pool. Names mean configured ones and their aliases first, then files, then what
-    is in the cache. It starts and closes the pool."""
+    is in the cache."""
 
     section: ClassVar[str] = "llama_cpp"
     Config: ClassVar[Any] = LlamaCppConfig
@@ -43,7 +42,7 @@ class LlamaCpp(BaseProvider):
         self._default_args = config.default_args()
         self._headers = Headers(self._default_args)
         self._takes_hub_names = config.backend == KIND
-        self._sockets = SocketFolder() if config.llama_cpp.transport == "unix" else None
+        self._sockets = services.pool.sockets if config.llama_cpp.transport == "unix" else None
         self._models_dir = ModelsDir.of(config)
         self._folder_looks: Looks[Scan] | None = None
         if self._models_dir is not None:
@@ -72,20 +71,13 @@ class LlamaCpp(BaseProvider):
         return cls(config, services)
 
     async def start(self) -> None:
-        """Start the pool, and begin to load as many of the models marked `preload` as fit, pinned ones first. Returns
+        """Begin to load as many of the models marked `preload` as fit, pinned ones first. Returns
         when it is known what is in `models_dir`, unless that does not answer."""
         self._started = True
-        await self._pool.start()
-        await run_in_thread(remove_stale)
         await self._look_at_folder()
         preloaded = [spawned for spawned in self._configured if spawned.config.preload]
         for spawned in sorted(preloaded, key=lambda spawned: not spawned.config.pinned)[: self._pool.size]:
             self._pool.begin_load(spawned.model)
-
-    async def close(self) -> None:
-        await self._pool.close(drain_s=0)
-        if self._sockets is not None:
-            self._sockets.close()
 
     # -- models ----------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from functools import partial
 from llama_smart_proxy.backends.base import Json, ModelInfo, UpstreamRequest
 from llama_smart_proxy.backends.http.exchange import UpstreamResponse
 from llama_smart_proxy.backends.http.sweep import Sweeper
+from llama_smart_proxy.backends.journal import StepKind, noted
 from llama_smart_proxy.backends.names import key_of
 from llama_smart_proxy.backends.ollama.context import LOOK_S, Context
 from llama_smart_proxy.backends.ollama.host import PULL_FAILED, OllamaHost, is_name
@@ -246,7 +247,7 @@ class Hosts:
         if refusal is not None and asyncio.get_running_loop().time() < until:
             raise own(refusal)
         download = self.pull(name, request.headers)
-        with described(request.progress, download.described):
+        with described(request.progress, download.described), noted(request.journal, StepKind.DOWNLOAD, name):
             await download.wait()
 
     def num_ctx(self, name: str, requested: int | None) -> int | None:

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from llama_smart_proxy.backends.base import UpstreamRequest
+from llama_smart_proxy.backends.journal import StepKind, noted
 from llama_smart_proxy.backends.pool import status
 from llama_smart_proxy.backends.pool.ending import LOST_S
 from llama_smart_proxy.backends.pool.instance import State
@@ -23,6 +24,8 @@ from llama_smart_proxy.backends.pool.orphans import kill_orphans
 from llama_smart_proxy.backends.pool.queue import Lease, ModelQueue
 from llama_smart_proxy.backends.pool.readiness import read_within
 from llama_smart_proxy.backends.pool.scheduler import Scheduler
+from llama_smart_proxy.backends.pool.sockets import SocketFolder, remove_stale
+from llama_smart_proxy.backends.pool.waited import Arrival
 from llama_smart_proxy.backends.pool.waits import Wait
 from llama_smart_proxy.backends.progress import described
 from llama_smart_proxy.backends.threads import begin_in_thread, log_failure, run_in_thread
@@ -54,6 +57,8 @@ class Pool:
         self._looks: dict[str, asyncio.Future[bool]] = {}  # whether they still are there
         self._tasks: set[asyncio.Task[None]] = set()
         self._closer: asyncio.Task[None] | None = None
+        self.sockets = SocketFolder()
+        """For the processes that are reached by unix sockets."""
 
     @property
     def size(self) -> int:
@@ -107,6 +112,8 @@ class Pool:
 
     async def _wait(self, queue: ModelQueue, request: UpstreamRequest) -> Lease:
         """Wait in the queue; return with the lease taken."""
+        journal = request.journal
+        arrival = Arrival.of(queue, self._scheduler.places, request) if journal is not None else None
         waiter = self._scheduler.enqueue(queue, request)
         try:
             with described(request.progress, lambda: Wait(waiter, queue, self._scheduler, self.times)):
@@ -116,6 +123,8 @@ class Pool:
                 self._scheduler.release(waiter.future.result())
             raise
         finally:
+            if journal is not None and arrival is not None:
+                arrival.note(journal, queue)
             self._scheduler.leave(queue, waiter)
 
     def retire(self, lease: Lease, reason: str) -> None:
@@ -248,7 +257,7 @@ class Pool:
         download = self._join(queue, source, counts=False)
         self._fetching[queue.name] += 1
         try:
-            with described(request.progress, download.described):
+            with described(request.progress, download.described), noted(request.journal, StepKind.DOWNLOAD, queue.name):
                 await download.wait()
         finally:
             self._fetching[queue.name] -= 1
@@ -309,6 +318,7 @@ class Pool:
     async def start(self) -> None:
         """Clear away what an earlier run left behind."""
         await run_in_thread(kill_orphans)
+        await run_in_thread(remove_stale)
 
     async def close(self, *, drain_s: float) -> None:
         """Accept no requests, let those under way finish for up to `drain_s` seconds, then stop every process and wait
@@ -342,6 +352,7 @@ class Pool:
         await asyncio.gather(*waits)
         if self._tasks:
             await asyncio.wait(self._tasks)
+        self.sockets.close()
 
     async def _load_quietly(self, model: PoolModel) -> None:
         try:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 
 from llama_smart_proxy.backends.base import Priority, UpstreamRequest
 from llama_smart_proxy.backends.pool.backoff import Backoff
@@ -54,6 +55,8 @@ class ModelQueue:
     request_s: float | None = None  # how long its requests occupy a slot; the recent ones count most
     keep_alive_s: float | None = None  # how long its process stays when idle, if a request set that
     evicted_at: float = -math.inf
+    load_began_s: float = -math.inf  # its last start, in seconds of `time.monotonic()`
+    load_ended_s: float = -math.inf  # infinity while it lasts
     crashed: bool = False
     restarts: int = 0
 
@@ -92,6 +95,10 @@ class ModelQueue:
             return self.question_waiters
         return self.slot_waiters if request.priority is Priority.PERSON else self.later_waiters
 
+    def waiting(self) -> Iterator[Waiter]:
+        """All that wait for it."""
+        return chain(self.question_waiters, self.slot_waiters, self.later_waiters)
+
     def forget(self, waiter: Waiter) -> bool:
         """Remove `waiter`; returns whether it was waiting."""
         for waiters in (self.slot_waiters, self.question_waiters, self.later_waiters):
@@ -121,9 +128,9 @@ class ModelQueue:
 
     def fail_all(self, error: Callable[[], ProxyError]) -> None:
         """Fail all requests that wait for it, each with an error object of its own."""
+        for waiter in self.waiting():
+            waiter.fail(error())
         for waiters in (self.question_waiters, self.slot_waiters, self.later_waiters):
-            for waiter in waiters:
-                waiter.fail(error())
             waiters.clear()
 
 

@@ -18,6 +18,7 @@ from llama_smart_proxy.backends.pool.news import News
 from llama_smart_proxy.backends.pool.placement import Evict, Limits, Never, Start, Wait, decide, plan_drains
 from llama_smart_proxy.backends.pool.ports import Ports
 from llama_smart_proxy.backends.pool.queue import Lease, ModelQueue, Place, Slot, Waiter
+from llama_smart_proxy.backends.pool.waited import note_eviction, note_load_begin, note_load_end
 from llama_smart_proxy.proxy.config import PoolConfig
 from llama_smart_proxy.proxy.errors import Overloaded, StartFailed
 
@@ -143,6 +144,7 @@ class Scheduler:
         place = queue.place
         assert place is not None and place.instance is instance
         now = asyncio.get_running_loop().time()
+        note_load_end(queue)
         if instance.state is State.READY:
             place.ready_at = place.released_at = now
             place.slots = [Slot() for _ in range(instance.model.at_once(instance.slots))]
@@ -273,6 +275,7 @@ class Scheduler:
                     promised += len(victims)
                     for victim in victims:
                         victim.queue.evicted_at = now
+                        note_eviction(queue, victim, now)
                         victim.stop(f"making room for {queue.name}")
                 case Never():
                     queue.fail_all(self._all_pinned)
@@ -290,6 +293,7 @@ class Scheduler:
         queue.restarts += queue.crashed
         queue.crashed = False
         self.places.append(queue.place)
+        note_load_begin(queue)
         instance.start(f"{queue.length} waiting")
         self._news.starting(queue)
 

@@ -6,7 +6,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -15,10 +15,11 @@ from aiohttp import web
 
 from llama_smart_proxy.backends.names import LONGEST_NAME
 from llama_smart_proxy.backends.openai import OUR_VIA
+from llama_smart_proxy.proxy.access.policy import CHALLENGE, Access
 from llama_smart_proxy.proxy.api.state import PROXY, Proxy
 from llama_smart_proxy.proxy.chat import Observer, RequestRecord
 from llama_smart_proxy.proxy.dialects import OPENAI, Dialect, dialect_of
-from llama_smart_proxy.proxy.errors import BadRequest, Overloaded, ProxyError, let_go
+from llama_smart_proxy.proxy.errors import AccessDenied, BadRequest, Overloaded, ProxyError, let_go
 from llama_smart_proxy.proxy.http.coding import ACCEPTED
 from llama_smart_proxy.proxy.http.headers import EXTRA, PARAMS, RECORD, named_in, own_headers, request_id_of, shown_path
 from llama_smart_proxy.proxy.http.hosts import Hosts
@@ -59,6 +60,8 @@ class Dispatcher:
         server = proxy.config.server
         self.hosts = Hosts([*server.allow_hosts, server.host])
         self._origins = Origins(server.allow_origins)
+        self._access = Access(server)
+        self._seen_by = {grant: proxy.seen_by(grant) for grant in self._access.grants}
         self._run = secrets.token_hex(4)
         self._serial = count(1)
 
@@ -84,6 +87,12 @@ class Dispatcher:
             resource.scopes[method] = scope
             resource.pages[method] = pages
 
+    def table(self) -> Iterator[tuple[str, str, Scope, Pages]]:
+        """Every route: its method, path, scope and pages."""
+        for path, resource in self._exact.items():
+            if path == "/" or not path.endswith("/"):
+                yield from ((name, path, scope, resource.pages[name]) for name, scope in resource.scopes.items())
+
     def dialect_of(self, path: str) -> Dialect:
         """The API in which errors are reported at `path`."""
         resource = self._find(path)
@@ -93,6 +102,7 @@ class Dispatcher:
         request_id = request_id_of(http.headers) or f"{self._run}-{next(self._serial):x}"
         record = RequestRecord(time.monotonic(), request_id=request_id, method=http.method)
         http[RECORD] = record
+        self._proxy.uses.begin()
         if isinstance(http.protocol, FrontConnection):
             http.protocol.head_complete()
         response: web.StreamResponse | None = None
@@ -106,6 +116,7 @@ class Dispatcher:
             record.status = response.status if response is not None else record.answered or 499
             for observe in self._observers:
                 self._notify(observe, record)
+            self._proxy.uses.end(http)
 
     def _notify(self, observe: Observer, record: RequestRecord) -> None:
         try:
@@ -139,7 +150,8 @@ class Dispatcher:
                 let_go(exc)
 
     def _handler(self, http: web.BaseRequest, resource: Resource | None) -> Handler:
-        """What answers `http`. Raises: Overloaded while shutting down; BadRequest 404; HTTPMethodNotAllowed."""
+        """What answers `http`, whose client may use it. Raises: Overloaded while shutting down; BadRequest 404;
+        HTTPMethodNotAllowed; AccessDenied."""
         if is_preflight(http):
             return preflight
         if self._proxy.draining.is_set() and http.path != "/health":
@@ -149,7 +161,9 @@ class Dispatcher:
         handler = resource.handlers.get(http.method)
         if handler is None:
             raise web.HTTPMethodNotAllowed(http.method, resource.handlers)
-        http[PROXY] = self._proxy
+        grant = self._access.admit(http, resource.scopes[http.method])
+        http[PROXY] = self._seen_by[grant]
+        http[RECORD].client = grant.client
         return handler
 
     def _find(self, path: str, http: web.BaseRequest | None = None) -> Resource | None:
@@ -213,6 +227,8 @@ def _failed(http: web.BaseRequest, exc: BaseException, dialect: Dialect) -> web.
         response.headers["Retry-After"] = str(exc.retry_after_s)
     if allow:
         response.headers["Allow"] = allow
+    if exc.status == 401 and isinstance(exc, AccessDenied):
+        response.headers["WWW-Authenticate"] = CHALLENGE
     if exc.status == 415:
         response.headers["Accept-Encoding"] = ACCEPTED
     if exc.code in (AMBIGUOUS, TOO_LARGE, "shutting_down") or not http.content.is_eof():

@@ -23,7 +23,7 @@ from llama_smart_proxy.proxy.api.generate_context import with_context
 from llama_smart_proxy.proxy.api.input_tokens import count_input_tokens
 from llama_smart_proxy.proxy.api.llama_server import apply_autoload
 from llama_smart_proxy.proxy.api.refusals import amended
-from llama_smart_proxy.proxy.api.state import Proxy
+from llama_smart_proxy.proxy.api.state import PROXY
 from llama_smart_proxy.proxy.chat import Json
 from llama_smart_proxy.proxy.dialects import (
     ANTHROPIC,
@@ -137,16 +137,14 @@ for _path in ("/v1/messages", "/v1/messages/count_tokens", "/v1/responses", "/v1
 
 
 class EndpointHandler:
-    """Serves one endpoint."""
+    """Serves one endpoint, with the proxy as each request's client sees it."""
 
-    def __init__(self, endpoint: Endpoint, proxy: Proxy) -> None:
+    def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
-        self._proxy = proxy
-        self._max_bytes = proxy.max_body_bytes
 
     async def handle(self, http: web.BaseRequest) -> web.StreamResponse:
         """Answer `http`. No reference to its parsed body is kept while an answer is relayed, which may take minutes."""
-        wait = Wait(self._proxy.waits, http, self._endpoint.dialect, self._endpoint.codec)
+        wait = Wait(http[PROXY].waits, http, self._endpoint.dialect, self._endpoint.codec)
         try:
             return await self._handle(http, wait)
         except Exception as exc:
@@ -160,8 +158,8 @@ class EndpointHandler:
             wait.end()
 
     async def _handle(self, http: web.BaseRequest, wait: Wait) -> web.StreamResponse:
-        endpoint = self._endpoint
-        parsed = await read_body(http, self._max_bytes) if http.method == "POST" else Body({}, None)
+        endpoint, proxy = self._endpoint, http[PROXY]
+        parsed = await read_body(http, proxy.max_body_bytes) if http.method == "POST" else Body({}, None)
         reusable = parsed.reusable()
         body = parsed.value
         del parsed
@@ -172,7 +170,7 @@ class EndpointHandler:
                 wait.start(body.get("model"))
             route = await self._route(http, body)
             if endpoint.codec is not None:
-                answering = Chat(wait, self._proxy, endpoint, endpoint.codec).answer(route, body, reusable)
+                answering = Chat(wait, proxy, endpoint, endpoint.codec).answer(route, body, reusable)
             else:
                 answering = self._answer(wait, route, body, reusable)
             del body, reusable
@@ -192,7 +190,7 @@ class EndpointHandler:
         unloads = endpoint.codec is not None and endpoint.codec.loading(body) is Loading.UNLOAD
         named = http.query.get("model") if named in (None, "") else named
         try:
-            route = await self._proxy.router.resolve(named, pull=endpoint.slot and not unloads)
+            route = await http[PROXY].router.resolve(named, pull=endpoint.slot and not unloads)
         except ModelNotFound as exc:
             raise endpoint.dialect.not_found(named, exc) from None
         http[RECORD].routed(route.model.name, route.model.kind)
@@ -204,9 +202,9 @@ class EndpointHandler:
         """Answer a request without a codec; it is relayed if the model's server supports the API."""
         endpoint, model, http = self._endpoint, route.model, wait.response.http
         if endpoint.generates:
-            self._proxy.chain.check_none_required(http.headers, route.name)
+            http[PROXY].chain.check_none_required(http.headers, route.name)
         if endpoint.api in model.speaks and not self._is_limited(route, body):
-            relaying = relay_request(wait, self._proxy, endpoint, route, body, reusable)
+            relaying = relay_request(wait, http[PROXY], endpoint, route, body, reusable)
             del body, reusable
             return await relaying
         if endpoint.count is not None:

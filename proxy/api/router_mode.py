@@ -133,7 +133,7 @@ def _models(router: Router) -> dict[str, Any]:
 def _downloads(router: Router) -> dict[str, Any]:
     """An event with the progress of each download."""
     events: dict[str, Any] = {}
-    for progress in router.downloads.status():
+    for progress in router.downloading():
         bytes_ = {"done": progress.get("completed", 0), "total": progress.get("total", 0)}
         events[f"download {progress['model']}"] = {
             "model": progress["model"],

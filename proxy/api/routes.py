@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from llama_smart_proxy.proxy.api import admin, llama_server, router_mode
+from llama_smart_proxy.proxy.api import admin, control, llama_server, router_mode
 from llama_smart_proxy.proxy.api import ollama as ollama_api
 from llama_smart_proxy.proxy.api.dispatcher import Handler
 from llama_smart_proxy.proxy.api.models import list_models, show_model
@@ -31,6 +31,8 @@ ROUTES = [
     Route("GET", "/plugins", admin.plugins_listed, INFERENCE, Pages.ALL),
     Route("GET", "/v1/models", list_models, INFERENCE, Pages.ALL),
     Route("GET", "/v1/models/{id:.+}", show_model, INFERENCE, Pages.ALL),
+    # what operators look at and change
+    Route("GET", "/running", control.running, INFERENCE),
     # Ollama's API, except for generation and embeddings
     Route("GET", "/", ollama_api.root, PUBLIC, Pages.ALL),
     Route("GET", "/api/version", ollama_api.version, INFERENCE, Pages.ALL),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from llama_smart_proxy.proxy.config.access import SHORTEST_KEY
 from llama_smart_proxy.proxy.config.command_line import spelled
 from llama_smart_proxy.proxy.config.commands import CommandConfig, placeholders
 from llama_smart_proxy.proxy.config.problems import Loc, Problem, dotted
@@ -39,6 +40,7 @@ OWNED_FLAGS = {flag: reason for flags, reason in _REASONS.items() for flag in fl
 
 def cross_checks(config: Config, clean: Clean) -> Iterator[Problem]:
     """Every problem between fields of `config`, except where one of the fields is already invalid."""
+    yield from _key_clashes(config)
     yield from _twice_declared(config)
     yield from _name_clashes(config)
     yield from _virtual_problems(config)
@@ -53,6 +55,27 @@ def cross_checks(config: Config, clean: Clean) -> Iterator[Problem]:
         yield from _port_problems(config)
         if all(clean((*model_loc(config, name), "pinned")) for name in config.models):
             yield from _pin_problems(config)
+
+
+def key_remarks(config: Config) -> Iterator[Problem]:
+    """A warning for each API key that is too short."""
+    for position, key in enumerate(config.server.api_keys):
+        if key.is_short:
+            message = f"has under {SHORTEST_KEY} characters and can be guessed; `llama-smart-proxy key new` makes one"
+            yield Problem(("server", "api_keys", position), message)
+
+
+def _key_clashes(config: Config) -> Iterator[Problem]:
+    """A key has one entry, and a name one key."""
+    names, digests = set[str](), set[bytes]()
+    for position, key in enumerate(config.server.api_keys):
+        loc = ("server", "api_keys", position)
+        if key.digest in digests:
+            yield Problem(loc, "is the same key as an earlier one")
+        elif key.name in names:
+            yield Problem((*loc, "name"), f"is also the name of an earlier key: {key.name}")
+        names.add(key.name)
+        digests.add(key.digest)
 
 
 def model_loc(config: Config, name: str) -> Loc:

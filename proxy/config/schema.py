@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
 from llama_smart_proxy.proxy.config import shapes
+from llama_smart_proxy.proxy.config.access import ApiKeys, InferenceKeysConfig, Unauthenticated
 from llama_smart_proxy.proxy.config.agents import AgentConfig, LimitsConfig
 from llama_smart_proxy.proxy.config.duration import Seconds
 from llama_smart_proxy.proxy.config.problems import Loc
@@ -34,9 +35,16 @@ class ServerConfig(Section):
         default="127.0.0.1", description="Address to listen on; 0.0.0.0 is every IPv4 interface, :: every interface."
     )
     port: int = Field(default=11555, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
-    allow_unauthenticated: bool = Field(
+    api_keys: ApiKeys = Field(
+        default_factory=list,
+        description="The keys of clients, as texts or as mappings; without any, none is required.",
+    )
+    inference_keys: InferenceKeysConfig = Field(
+        default_factory=InferenceKeysConfig, description="What keys of scope inference may do beside inference."
+    )
+    allow_unauthenticated: Unauthenticated = Field(
         default=False,
-        description="Listen beyond loopback without authentication on purpose: there is no warning about it.",
+        description="Listen beyond loopback without keys on purpose: true lets everyone use models, admin do all.",
     )
     allow_origins: shapes.Origins = Field(
         default_factory=list,

@@ -26,11 +26,11 @@ ROOMS: list[set[str]] = [
     {"proxy.config", "proxy.dialects"},
     {"agents"},
     {"backends"},
-    {"proxy.http", "proxy.models"},
+    {"proxy.access", "proxy.http", "proxy.models"},
     {"proxy.stream"},
     {"proxy.middleware"},
     {"proxy.api"},
-    {"proxy.app", "proxy.registry", "proxy.serve", "proxy.systemd"},
+    {"proxy.app", "proxy.generation", "proxy.registry", "proxy.reload", "proxy.serve", "proxy.systemd"},
     {"proxy.cli"},
 ]
 """Low to high. A module imports from its own room, without going round in circles, and from lower ones."""
@@ -69,7 +69,7 @@ TASK_MAKERS = {
 """Who may start a task that is not bound to an `await`: each of them holds it and ends it."""
 PROVIDERS = ("backends.llamacpp.provider", "backends.llamacpp.model", "backends.ollama", "backends.pool")
 """Who runs models, and how, is known where the pieces are put together; to all others models answer for themselves."""
-ASSEMBLY = {"proxy/app.py", "proxy/registry.py"}
+ASSEMBLY = {"proxy/app.py", "proxy/generation.py", "proxy/registry.py"}
 APIS = {"ollama", "openai", "openai-responses", "anthropic", "responses", "native", "llama.cpp", "remote"}
 APIS |= {"OLLAMA", "OPENAI", "ANTHROPIC", "RESPONSES", "NATIVE"}
 """Names of APIs and of those who run models. What depends on them is said by a dialect or a model, and asked nowhere

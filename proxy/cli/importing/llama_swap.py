@@ -106,6 +106,7 @@ class Import:
 
     def _api_keys(self, value: object) -> None:
         self.data.setdefault("server", {})["api_keys"] = list(dict.fromkeys(texts(value)))
+        self._note("apiKeys", "may use models here; for more, write {key: ..., scopes: [admin]}")
 
     def _hooks(self, value: object) -> None:
         preload = mapping(mapping(value).get("on_startup")).get("preload")
@@ -139,18 +140,22 @@ class Import:
         """One that always uses its first target is a virtual model."""
         for name, selector in mapping(value).items():
             where, fields = f"selectors.{name}", mapping(selector)
-            strategy, targets = fields.get("strategy"), texts(fields.get("targets"))
+            strategy, targets = text(fields.get("strategy")), texts(fields.get("targets"))
             target = self._names.known(targets[0]) if targets else None
-            virtual = target is not None and "model" in self.data.get("models", {}).get(target, {})
-            if strategy != "pin" or target is None or virtual:
-                self._note(where, f"no equivalent yet for the strategy {strategy}")
+            if strategy != "pin" or not self._is_served(target):
+                self._note(where, f"no equivalent yet for {strategy} of {', '.join(targets)}")
                 continue
-            own = self._names.add(name, where)
             card = {"title": fields.get("name"), "description": fields.get("description")}
-            entry = {"model": target, **{key: text(value) for key, value in card.items() if value}}
-            self.data.setdefault("models", {})[own] = entry | (
-                {"hidden": True} if fields.get("unlisted") is True else {}
-            )
+            entry: Json = {"model": target, **{key: text(value) for key, value in card.items() if value}}
+            if fields.get("unlisted") is True:
+                entry["hidden"] = True
+            self.data.setdefault("models", {})[self._names.add(name, where)] = entry
+
+    def _is_served(self, name: str | None) -> bool:
+        """Whether a model of that name is among ours, and not a virtual one."""
+        found = self.data.get("models", {}).get(name)
+        remotes = self.data.get("remotes", {}).values()
+        return "model" not in found if found is not None else any(name in remote["models"] for remote in remotes)
 
     # -- peers -----------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 from llama_smart_proxy.proxy.cli.importing.reading import Json
 from llama_smart_proxy.proxy.cli.importing.servers import Server, is_llama_server, joined, llama_server, split
@@ -11,6 +12,7 @@ from llama_smart_proxy.proxy.cli.importing.values import mapping, number, text, 
 from llama_smart_proxy.proxy.config import checked_name
 from llama_smart_proxy.proxy.config.filters import PROTECTED
 
+T = TypeVar("T")
 Noting = Callable[..., None]
 _LOOPBACK = re.compile(r"https?://(?:localhost|127\.0\.0\.1|\[::1\])(?::(?:\$\{PORT\}|\d+))?/?")
 _DEFAULT_PROXY = re.compile(r"http://(?:localhost|127\.0\.0\.1):\$\{PORT\}/?")
@@ -29,6 +31,14 @@ _USED = {
 }
 _LONGEST_TITLE, _LONGEST_DESCRIPTION = 100, 2000
 _OF_LLAMA_SERVER = ["openai", "anthropic", "native"]
+
+
+def _split(command: object) -> list[str]:
+    try:
+        return split(text(command))
+    except ValueError as exc:
+        reason = str(exc).removeprefix(": ")
+        raise ValueError(f": {reason}") from None
 
 
 class Names:
@@ -124,29 +134,23 @@ class ModelImport:
         self._ttl = ttl
         self._noting = note
         self._server: Server | None = None
-        try:
-            self._words = split(text(theirs.get("cmd")))
-            self._stop = split(text(theirs.get("cmdStop")))
-            self._server = self._as_llama_server()
-        except ValueError as exc:
-            raise ValueError(f".{name}.cmd: {exc}") from None
+        self._words = self._get("cmd", _split)
+        self._stop = self._get("cmdStop", _split)
+        self._server = self._as_llama_server()
         self.program = self._server.program if self._server is not None else ""
 
     def entries(self, program: str) -> Iterator[tuple[str, Json]]:
         """The model, and the virtual models over it, each with its name. `program` is the llama-server of all."""
-        try:
-            entry = self._source(program)
-            if entry is None:
-                return
-            variants = self._variants()
-            entry |= self._card() | self._settings() | self._aliases(variants)
-            filters = filters_of(mapping(self._theirs.get("filters")), "filters", self._at, self._note)
-            own = variants.pop(self._name, {})
-            if own:
-                filters["set"] = {**filters.get("set", {}), **own}
-            self._leftovers(own, variants)
-        except ValueError as exc:
-            raise ValueError(f".{self._name}{exc}") from None
+        entry = self._source(program)
+        if entry is None:
+            return
+        variants = self._variants()
+        entry |= self._card() | self._settings() | self._aliases(variants)
+        filters = filters_of(self._get("filters", mapping), "filters", self._at, self._note)
+        own = variants.pop(self._name, {})
+        if own:
+            filters["set"] = {**filters.get("set", {}), **own}
+        self._leftovers(own, variants)
         yield self._own, entry | ({"filters": filters} if filters else {})
         for name, changed in variants.items():
             card = {"hidden": True} if self._theirs.get("unlisted") is True else {}
@@ -154,6 +158,14 @@ class ModelImport:
                 self._names.add(name, f"models.{self._name}"),
                 {"model": self._own, "filters": {"set": changed}, **card},
             )
+
+    def _get(self, field: str, read: Callable[..., T], default: object = None, *args: object) -> T:
+        """The value of a field of theirs, by its type."""
+        value = self._theirs.get(field)
+        try:
+            return read(default if value is None else value, *args)
+        except ValueError as exc:
+            raise ValueError(f".{self._name}.{field}{exc}") from None
 
     def _note(self, where: str, what: str, at: tuple[str, ...] | None = None) -> None:
         self._noting(f"models.{self._name}.{where}", what, self._at)
@@ -163,7 +175,7 @@ class ModelImport:
     def _as_llama_server(self) -> Server | None:
         """Its command line as fields, if the proxy runs llama-server just so by itself."""
         stops = not self._stop or _KILL.fullmatch(" ".join(self._stop)) is not None
-        here = _LOOPBACK.fullmatch(text(self._theirs.get("proxy")) or "http://localhost") is not None
+        here = _LOOPBACK.fullmatch(self._get("proxy", text) or "http://localhost") is not None
         return llama_server(self._words) if stops and here else None
 
     def _source(self, program: str) -> Json | None:
@@ -174,7 +186,7 @@ class ModelImport:
         return self._command()
 
     def _command(self) -> Json | None:
-        proxy, stop = text(self._theirs.get("proxy")), [] if self._is_plain_kill() else self._stop
+        proxy, stop = self._get("proxy", text), [] if self._is_plain_kill() else self._stop
         if not self._words or (not proxy and "${PORT}" not in " ".join(self._words)):
             what = (
                 "is left out: it has neither ${PORT} in cmd nor proxy" if self._words else "is left out: it has no cmd"
@@ -186,7 +198,7 @@ class ModelImport:
             entry["cmd_stop"] = joined(stop)
         if proxy and not _DEFAULT_PROXY.fullmatch(proxy):
             entry["url"] = proxy
-        check = text(self._theirs.get("checkEndpoint")) or "/health"
+        check = self._get("checkEndpoint", text) or "/health"
         if check != "/health":
             entry["check_endpoint"] = check if check == "none" or check.startswith("/") else f"/{check}"
         if self._theirs.get("useModelName"):
@@ -201,7 +213,7 @@ class ModelImport:
     # -- the rest ------------------------------------------------------------------------------------------------------
 
     def _card(self) -> Json:
-        title, description = text(self._theirs.get("name")), text(self._theirs.get("description"))
+        title, description = self._get("name", text), self._get("description", text)
         card: Json = {
             "title": title[:_LONGEST_TITLE],
             "description": description[:_LONGEST_DESCRIPTION],
@@ -212,7 +224,7 @@ class ModelImport:
     def _settings(self) -> Json:
         found: Json = {}
         env = {}
-        for item in texts(self._theirs.get("env")):
+        for item in self._get("env", texts):
             key, equals, value = item.partition("=")
             if equals and key:
                 env[key] = value
@@ -220,25 +232,25 @@ class ModelImport:
                 self._note("env", f"{item!r} is left out: it is not NAME=value")
         if env:
             found["env"] = env | dict(self._server.fields.get("env", {}) if self._server is not None else {})
-        ttl = number(self._theirs.get("ttl", -1), -1)
+        ttl = self._get("ttl", number, -1, -1)
         if ttl not in (-1, self._ttl):
             found["keep_alive"] = ttl or -1
-        if limit := number(self._theirs.get("concurrencyLimit") or 0, 0):
+        if limit := self._get("concurrencyLimit", number, 0, 0):
             found["concurrent"] = limit
             self._note("concurrencyLimit", "requests beyond it wait; llama-swap answers them with 429")
-        if stop := number(self._theirs.get("unloadTimeout") or 0, 0):
+        if stop := self._get("unloadTimeout", number, 0, 0):
             found["stop_timeout_s"] = stop
         return found
 
     def _aliases(self, variants: Json) -> Json:
-        names = [name for name in texts(self._theirs.get("aliases")) if name not in variants]
+        names = [name for name in self._get("aliases", texts) if name not in variants]
         aliases = [self._names.alias(name, self._own, "models." + self._name, self._at) for name in names]
         kept = [alias for alias in aliases if alias is not None]
         return {"aliases": kept} if kept else {}
 
     def _variants(self) -> dict[str, Json]:
         """What is set by the name in a request."""
-        by_name = mapping(mapping(self._theirs.get("filters")).get("setParamsByID"))
+        by_name = mapping(self._get("filters", mapping).get("setParamsByID"))
         where = "filters.setParamsByID"
         return {name: _set_of(value, f"{where}.{name}", self._at, self._note) for name, value in by_name.items()}
 
