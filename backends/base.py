@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from llama_smart_proxy.backends.http.exchange import Timeouts, UpstreamResponse
     from llama_smart_proxy.backends.journal import Journal
     from llama_smart_proxy.backends.pool.launcher import PoolModel
+    from llama_smart_proxy.backends.pool.output import Output
     from llama_smart_proxy.backends.pool.pool import Pool
     from llama_smart_proxy.backends.progress import Progress
     from llama_smart_proxy.backends.tasks import Task
@@ -167,6 +168,10 @@ class Model(Protocol):
     @property
     def state(self) -> ModelState:
         """From memory, at once."""
+
+    @property
+    def output(self) -> Output | None:
+        """What its server prints; None if that is no process of this proxy."""
 
     def open(self, request: UpstreamRequest) -> AbstractAsyncContextManager[UpstreamResponse]:
         """Find or start the server, send `request`, and yield the response once its headers are received. Leaving the

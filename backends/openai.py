@@ -244,6 +244,7 @@ class RemoteModel:
     aliases: ClassVar[Sequence[str]] = ()
     tags: ClassVar[Sequence[str]] = ()
     state: ClassVar[ModelState] = ModelState("loaded")
+    output: ClassVar[None] = None
 
     def __init__(self, remote: Remote, name: str) -> None:
         self.name = name

@@ -11,13 +11,17 @@ from llama_smart_proxy.backends.feed import Feed
 from llama_smart_proxy.backends.pool.launcher import PoolModel
 from llama_smart_proxy.backends.pool.pool import Pool
 from llama_smart_proxy.backends.weights.downloads import Downloads
+from llama_smart_proxy.proxy.access.limits import Counters
+from llama_smart_proxy.proxy.access.policy import Access
 from llama_smart_proxy.proxy.api.conversations import Conversations
 from llama_smart_proxy.proxy.api.dispatcher import Dispatcher
 from llama_smart_proxy.proxy.api.endpoints import EndpointHandler
+from llama_smart_proxy.proxy.api.recent import Recent
 from llama_smart_proxy.proxy.api.reloads import Reloads
 from llama_smart_proxy.proxy.api.routes import ROUTES
 from llama_smart_proxy.proxy.api.state import Proxy
 from llama_smart_proxy.proxy.config import Config
+from llama_smart_proxy.proxy.http.running import Running
 from llama_smart_proxy.proxy.middleware.afterwards import Afterwards
 from llama_smart_proxy.proxy.middleware.chain import Chain
 from llama_smart_proxy.proxy.middleware.chats import Chats
@@ -42,8 +46,11 @@ class Lasting:
     pool: Pool
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     conversations: Conversations = field(default_factory=Conversations)
+    running: Running = field(default_factory=Running)
     chats: Chats = field(default_factory=Chats)
     reloads: Reloads = field(default_factory=Reloads)
+    counters: Counters = field(default_factory=Counters)
+    recent: Recent = field(default_factory=Recent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +100,13 @@ class Generation:
             lasting.draining,
             lasting.conversations,
             lasting.reloads,
+            lasting.running,
             latest,
+            Access(config.server),
+            lasting.recent,
         )
-        self.dispatcher = Dispatcher(self.proxy, parts.registry.observers)
+        observers = [*parts.registry.observers, lasting.recent.observe]
+        self.dispatcher = Dispatcher(self.proxy, observers, lasting.counters)
         for method, path, handler, scope, pages in ROUTES:
             self.dispatcher.add([method], path, handler, scope, pages=pages)
         for path, endpoint in parts.registry.endpoints.items():

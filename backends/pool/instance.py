@@ -85,7 +85,7 @@ class Instance:
         self._on_change = on_change
         self._on_share = on_share
         self._key = new_key()
-        self._log = LogRing()
+        self.log = LogRing(self._blanked)
         self._command: Command | None = None
         self._child: Child | None = None
         self._reader: Callable[[bytes], bytes] | None = None
@@ -144,9 +144,10 @@ class Instance:
 
     def log_tail(self, lines: int = 200) -> list[str]:
         """The last lines the process printed, secrets blanked."""
-        env = self._command.env if self._command is not None else {}
-        text = without_secrets("\n".join(self._log.tail(lines)), env, self._key)
-        return text.split("\n") if text else []
+        return self.log.tail(lines)
+
+    def _blanked(self, text: str) -> str:
+        return without_secrets(text, self._command.env if self._command is not None else {}, self._key)
 
     # -- its life --------------------------------------------------------------------------------------------------
 
@@ -339,7 +340,7 @@ class Instance:
 
     def _printed(self, data: bytes) -> None:
         self._last_output = asyncio.get_running_loop().time()
-        self._log.feed(self._reader(data) if self._reader is not None else data)
+        self.log.feed(self._reader(data) if self._reader is not None else data)
 
     def _set_share(self, share: float | None) -> None:
         """Neither 0 nor 1 shows anything: a server may read its file only when it is used, long after either."""

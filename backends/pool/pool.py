@@ -21,6 +21,7 @@ from llama_smart_proxy.backends.pool.launcher import PoolModel, Source
 from llama_smart_proxy.backends.pool.load_times import LoadTimes
 from llama_smart_proxy.backends.pool.news import News
 from llama_smart_proxy.backends.pool.orphans import kill_orphans
+from llama_smart_proxy.backends.pool.output import Output
 from llama_smart_proxy.backends.pool.queue import Lease, ModelQueue
 from llama_smart_proxy.backends.pool.readiness import read_within
 from llama_smart_proxy.backends.pool.scheduler import Scheduler
@@ -229,6 +230,10 @@ class Pool:
         """Why the last process of `name` could not start or crashed; None when it did not."""
         queue = self._scheduler.queues.get(name)
         return queue.error.message if queue is not None and queue.error is not None else None
+
+    def output(self, model: PoolModel) -> Output:
+        """What the processes of `model` print."""
+        return self._scheduler.queue(model).output
 
     def status(self) -> list[dict[str, object]]:
         """One entry for each model that has a process, is fetched, has waiters, or failed last time. A loaded one has

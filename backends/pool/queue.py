@@ -12,6 +12,7 @@ from llama_smart_proxy.backends.base import Priority, UpstreamRequest
 from llama_smart_proxy.backends.pool.backoff import Backoff
 from llama_smart_proxy.backends.pool.instance import Instance, State
 from llama_smart_proxy.backends.pool.launcher import PoolModel
+from llama_smart_proxy.backends.pool.output import Output
 from llama_smart_proxy.backends.tasks import Task
 from llama_smart_proxy.proxy.errors import ProxyError, StartFailed
 
@@ -51,6 +52,7 @@ class ModelQueue:
     question_waiters: dict[Waiter, None] = field(default_factory=dict)  # these require a ready server only
     later_waiters: dict[Waiter, None] = field(default_factory=dict)  # these require a slot, too
     backoff: Backoff = field(default_factory=Backoff)
+    output: Output = field(default_factory=Output)
     error: StartFailed | None = None
     request_s: float | None = None  # how long its requests occupy a slot; the recent ones count most
     keep_alive_s: float | None = None  # how long its process stays when idle, if a request set that

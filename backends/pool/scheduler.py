@@ -307,6 +307,7 @@ class Scheduler:
         queue.restarts += queue.crashed
         queue.crashed = False
         self.places.append(queue.place)
+        queue.output.renew(instance.log)
         note_load_begin(queue)
         instance.start(f"{queue.length} waiting")
         self._news.starting(queue)

@@ -18,6 +18,7 @@ from llama_smart_proxy.backends.base import (
 from llama_smart_proxy.backends.http.connection import Endpoint
 from llama_smart_proxy.backends.http.exchange import UpstreamResponse
 from llama_smart_proxy.backends.pool.launcher import PoolModel
+from llama_smart_proxy.backends.pool.output import Output
 from llama_smart_proxy.backends.pool.pool import Pool
 from llama_smart_proxy.backends.tasks import BROKEN_OFF
 from llama_smart_proxy.proxy.config import FiltersConfig, ModelConfig
@@ -55,6 +56,10 @@ class SpawnedModel:
     def state(self) -> ModelState:
         value = self.pool.state(self.name)
         return ModelState(value, self.pool.failed(self.name) if value == "unloaded" else None)
+
+    @property
+    def output(self) -> Output:
+        return self.pool.output(self.model)
 
     @asynccontextmanager
     async def open(self, request: UpstreamRequest) -> AsyncIterator[UpstreamResponse]:

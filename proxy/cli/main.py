@@ -77,6 +77,10 @@ def _command(argv: list[str]) -> int:
         from llama_smart_proxy.proxy.cli.init import init_command
 
         return init_command(Path(args.config or os.environ.get("LSP_CONFIG") or CONFIG_FILES[0]))
+    if args.command == "import":
+        from llama_smart_proxy.proxy.cli.importing import import_command
+
+        return import_command(Path(args.file), Path(args.output) if args.output else None)
     if args.command == "key":
         from llama_smart_proxy.proxy.cli.key import new_key_command
 

@@ -99,8 +99,8 @@ class Chain:
 
     def __init__(self, config: Config, plugins: Plugins, chats: Chats) -> None:
         self.plugins = plugins
-        self.chats = chats
         self._allowed: frozenset[str] | None = None
+        self.chats = chats
         self._slash = config.slash_commands
         models = config.models | config.virtual
         self._barred = {name for name, model in models.items() if model.agents is None}
