@@ -8,6 +8,7 @@ the request, no model is involved.
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import orjson
 from aiohttp import web
 
 from llama_smart_proxy.backends.base import Feature, Model, Priority, UpstreamRequest
+from llama_smart_proxy.backends.journal import StepKind
 from llama_smart_proxy.backends.tasks import Task
 from llama_smart_proxy.proxy.api.background import mark, priority_of, task_of
 from llama_smart_proxy.proxy.api.state import Proxy
@@ -207,7 +209,6 @@ class Chat:
     # -- with agents -------------------------------------------------------------------------------------------------
 
     async def _with_agents(self, route: Route, body: Json, selection: Selection) -> web.StreamResponse:
-        plugins = self.proxy.chain.plugins
         await self._check_capabilities(route.model, body)
         chat = await self._decoded(route, body)
         if selection.reply is not None:
@@ -223,7 +224,7 @@ class Chat:
             return await scope.run(self._chained(scope, selection, route, chat, asked_model, depth))
         finally:
             for active in selection.chain:
-                await plugins.release(active.plugin.name, active.loaded)
+                await active.loaded.release(active.plugin.name)
 
     async def _chained(
         self, scope: Scope, selection: Selection, route: Route, chat: ChatRequest, asked_model: str, depth: int
@@ -244,7 +245,9 @@ class Chat:
         finally:
             self.http[RECORD].side_tokens = calls.tokens
             for ctx in contexts:
-                ctx.active.plugin.spent_s += ctx.timer.spent_s
+                ctx.active.plugin.counts.spent_s += ctx.timer.spent_s
+                now = time.monotonic()
+                self.http[RECORD].note(StepKind.AGENT, now - ctx.timer.spent_s, now, agent=ctx.active.plugin.name)
 
     def _side_calls(self, scope: Scope, depth: int, priority: Priority, model: Model) -> SideCalls:
         router = self.proxy.router.including(model)

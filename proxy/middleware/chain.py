@@ -31,7 +31,8 @@ from llama_smart_proxy.proxy.middleware.history import (
     may_hold_commands,
     read_history,
 )
-from llama_smart_proxy.proxy.middleware.plugins import HELP_AGENT, LoadedAgent, Plugin, Plugins
+from llama_smart_proxy.proxy.middleware.loaded import LoadedAgent
+from llama_smart_proxy.proxy.middleware.plugins import HELP_AGENT, Plugin, Plugins
 from llama_smart_proxy.proxy.middleware.slash import MAX_ITEMS
 from llama_smart_proxy.proxy.models.router import names_by_key
 
