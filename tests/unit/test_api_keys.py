@@ -145,14 +145,14 @@ def test_other_addresses_require_keys_or_a_setting_that_permits_it(host: str) ->
 
 def test_secrets_are_compared_in_constant_time_and_in_one_place() -> None:
     """A3: nothing of ours compares a key, a digest or the like by `==` or by a look-up, but those of no secrets."""
-    secret = re.compile(r"(^|_)(api_?key|apikey|digest|secret|password|credential|hash|signature)s?")
+    secret = re.compile(r"(api_?key|digest|secret|password|credential|hash|signature)s?")
     wrong, compared = [], []
     for file in sorted(file for package in ("proxy", "backends", "agents") for file in (ROOT / package).rglob("*.py")):
-        name = file.relative_to(ROOT).as_posix()
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        name, source = file.relative_to(ROOT).as_posix(), file.read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(source)) if secret.search(source) else ():
             if isinstance(node, ast.Compare) and not isinstance(node.ops[0], ast.Is | ast.IsNot):
                 names = [getattr(part, "id", getattr(part, "attr", "")) for part in (node.left, *node.comparators)]
-                if any(map(secret.fullmatch, names)) and name not in NO_SECRETS:
+                if any(map(secret.search, names)) and name not in NO_SECRETS:
                     wrong.append(f"{name}:{node.lineno}: {ast.unparse(node)}")
             if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("compare_digest"):
                 compared.append(name)
