@@ -8,7 +8,7 @@ unloaded, and what is known about it. Callers never check the class of either. B
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from enum import IntEnum, StrEnum
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from llama_smart_proxy.backends.http.connection import Endpoint
     from llama_smart_proxy.backends.http.exchange import Timeouts, UpstreamResponse
     from llama_smart_proxy.backends.journal import Journal
+    from llama_smart_proxy.backends.pool.launcher import PoolModel
+    from llama_smart_proxy.backends.pool.output import Output
     from llama_smart_proxy.backends.pool.pool import Pool
     from llama_smart_proxy.backends.progress import Progress
     from llama_smart_proxy.backends.tasks import Task
@@ -139,7 +141,8 @@ class Model(Protocol):
     `owner` the owner in model lists, `tags` the labels there. `speaks` are the APIs that its server supports: `openai`,
     `responses`, `anthropic`, `ollama`, and `native` for llama-server's own. `codec` is the API used for clients of any
     other API (see `proxy.dialects.UPSTREAM_CODECS`). `forwards` are patterns, in lower case, of the client's headers
-    about its user and with its credentials that the server gets; by default it gets none of them.
+    about its user and with its credentials that the server gets; by default it gets none of them. `filters` are applied
+    to each request before `prepare`; `proxy.models.filters` does that.
     """
 
     @property
@@ -161,8 +164,14 @@ class Model(Protocol):
     @property
     def forwards(self) -> tuple[str, ...]: ...
     @property
+    def filters(self) -> configuration.FiltersConfig | None: ...
+    @property
     def state(self) -> ModelState:
         """From memory, at once."""
+
+    @property
+    def output(self) -> Output | None:
+        """What its server prints; None if that is no process of this proxy."""
 
     def open(self, request: UpstreamRequest) -> AbstractAsyncContextManager[UpstreamResponse]:
         """Find or start the server, send `request`, and yield the response once its headers are received. Leaving the
@@ -226,12 +235,10 @@ class Problem:
 @dataclass(slots=True)
 class ProviderStatus:
     """Status for operators, in `/health`: `instances` are the proxy's own processes, `servers` external ones; an entry
-    with the key `error` has failed. `totals` has `model`, `starts`, `restarts` (after a crash) and `evictions` for each
-    model that ever had a process."""
+    with the key `error` has failed."""
 
     instances: list[Json] = field(default_factory=list)
     servers: list[Json] = field(default_factory=list)
-    totals: list[Json] = field(default_factory=list)
 
 
 class Management(Protocol):
@@ -251,10 +258,15 @@ class Management(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """Shared by all providers: the downloads in progress, and the pool of server processes."""
+    """Shared by all providers: the downloads in progress, and the pool of server processes.
+
+    `before` is the provider with that section of the configuration that this one replaces, if it had one: what did not
+    change may be taken over. It goes on for requests that have begun, and is closed after them.
+    """
 
     downloads: Downloads
     pool: Pool
+    before: Callable[[str], Any] = lambda section: None
 
 
 class Provider(Protocol):
@@ -312,6 +324,9 @@ class Provider(Protocol):
         """The management endpoints for an API; of the server that has `model`, if it is given."""
 
     def status(self) -> ProviderStatus: ...
+
+    def pooled(self) -> Iterable[PoolModel]:
+        """Its models as the pool of server processes knows them, if they run there."""
 
     async def problems(self) -> Sequence[Problem]:
         """What is missing now of the files, programs and servers it is configured with; looked up at each call, outside
@@ -378,6 +393,10 @@ class BaseProvider:
     def status(self) -> ProviderStatus:
         """Nothing to report; processes of the pool are reported by the provider that starts the pool."""
         return ProviderStatus()
+
+    def pooled(self) -> Iterable[PoolModel]:
+        """None."""
+        return []
 
     async def problems(self) -> Sequence[Problem]:
         """None."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
@@ -11,11 +13,13 @@ from typing import Any, Protocol
 class StepKind(StrEnum):
     """What a request went through."""
 
-    QUEUE = "queue"  # a place for its model, or a free slot; `ahead`: how many requests, `behind`: their ids
+    QUEUE = "queue"  # a place for its `model`, or a free slot. `ahead`: how many requests waited before it, `behind`:
+    # ids of those and of the ones that were served, `places`: the models that had the places, if it had none
     LOAD = "load"  # its model's server was starting; `model`
     DOWNLOAD = "download"  # the files of its model were fetched; `model`
     EVICT = "evict"  # a model was stopped for it; `model`, `why`
-    AGENT = "agent"  # the own code of an agent; `agent`
+    RETRY = "retry"  # it was sent to its server once more; `why`
+    AGENT = "agent"  # the own code of an agent, all of it; `agent`
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +33,30 @@ class Step:
 
 
 class Journal(Protocol):
-    """The journal of one request. A request that waits for nothing writes nothing."""
+    """The journal of one request. A request that waits for nothing writes nothing but `sent_s`: when it was sent to its
+    server, in seconds of `time.monotonic()`."""
+
+    sent_s: float
 
     @property
     def request_id(self) -> str: ...
     def note(self, kind: StepKind, began_s: float, ended_s: float, **detail: Any) -> None:
         """Add one step. Times are seconds of `time.monotonic()`."""
+
+
+@contextmanager
+def noted(journal: Journal | None, kind: StepKind, model: str) -> Iterator[None]:
+    """Note in the journal, if there is one, how long the context took, as a wait for `model`."""
+    began_s = time.monotonic()
+    try:
+        yield
+    finally:
+        if journal is not None:
+            journal.note(kind, began_s, time.monotonic(), model=model)
+
+
+def note_now(journal: Journal | None, kind: StepKind, **detail: Any) -> None:
+    """Note in the journal, if there is one, what takes no time."""
+    if journal is not None:
+        now = time.monotonic()
+        journal.note(kind, now, now, **detail)

@@ -82,6 +82,17 @@ class ModelNotFound(ProxyError):
         self.brief = self.message.removesuffix(f"; {hint}")
 
 
+class AccessDenied(ProxyError):
+    """The client's API key is missing or unknown (401), or is not for this (403). `code` is `invalid_api_key` or
+    `insufficient_scope`."""
+
+    def __init__(self, message: str, *, status: int = 401) -> None:
+        known = status != 401
+        super().__init__(message, code="insufficient_scope" if known else "invalid_api_key")
+        self.status = status
+        self.kind = "permission_error" if known else "authentication_error"
+
+
 class Overloaded(ProxyError):
     """Temporarily unavailable: queue full or timed out, back-off after failed loads, shutting down. Status 429: too
     many of something at one time."""
@@ -95,6 +106,18 @@ class Overloaded(ProxyError):
         self.retry_after_s = retry_after_s
         self.status = status
         self.kind = _KINDS[status]
+
+
+class Cancelled(ProxyError):
+    """The request was cancelled by `DELETE /running/{id}`. Its status is one after which no client sends the request
+    again by itself, as the official ones do after 408, 409, 429 and 5xx."""
+
+    status = 410
+    kind = "cancelled"
+    code = "cancelled"
+
+    def __init__(self) -> None:
+        super().__init__("This request was cancelled by an administrator of the proxy.")
 
 
 class StartFailed(ProxyError):

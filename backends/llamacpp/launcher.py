@@ -15,7 +15,16 @@ from llama_smart_proxy.backends.http.connection import ConnectionPool, Endpoint
 from llama_smart_proxy.backends.llamacpp.arguments import required_by, takes_projector
 from llama_smart_proxy.backends.llamacpp.command import build_argv, child_env, server_command
 from llama_smart_proxy.backends.llamacpp.notices import FAREWELL, ROUTER, Notices, reports
-from llama_smart_proxy.backends.pool.launcher import Command, CommandFor, HttpLauncher, PoolModel, Report, Source
+from llama_smart_proxy.backends.pool.launcher import (
+    Command,
+    CommandFor,
+    HttpLauncher,
+    Launcher,
+    PoolModel,
+    Report,
+    Source,
+    settings_of,
+)
 from llama_smart_proxy.backends.pool.readiness import is_up, prove_ours, wait_until
 from llama_smart_proxy.backends.pool.sockets import SocketFolder
 from llama_smart_proxy.backends.weights import hub, projectors
@@ -38,6 +47,9 @@ PROBE = UpstreamRequest(
     slot=False,
 )
 """Generates one token. No part of an answer to a client, so it is none that shows progress."""
+
+PROCESS = ("path", "package", "file", "repo", "variant", "args", "env", "ctx", "parallel")
+"""The fields of a model that its process depends on."""
 
 COUNTED = ("id_task", "is_processing", "n_prompt_tokens", "n_prompt_tokens_processed", "next_token", "n_decoded")
 """What `/slots` reports of the work of a slot; `n_decoded` is in `next_token`, in older versions beside it."""
@@ -77,6 +89,14 @@ class LlamaCppLauncher(HttpLauncher):
         self._sockets = sockets
         self.by_socket = sockets is not None
         self._passthrough = passthrough
+        self._how = (name, server, [*default_args], unauthenticated, self.by_socket, [*passthrough])
+
+    def same(self, other: Launcher) -> bool:
+        """Whether the command, the environment and the weights are the same; all else that the configuration has for a
+        model may differ."""
+        if not isinstance(other, LlamaCppLauncher) or self._how != other._how:
+            return False
+        return all(getattr(self._model, name) == getattr(other._model, name) for name in PROCESS)
 
     def prepare(self) -> CommandFor:
         return self._command_for(resolve(self._name, self._model), self._sockets.path if self._sockets else None)
@@ -169,7 +189,7 @@ def pool_model(
     if model.repo is not None:
         download = hub.download_name(model.repo, model.variant)
         source = Source(download, partial(locate, name, model), hub.work(model.repo, model.variant))
-    return PoolModel(name, launcher, model.pinned, model.keep_alive, source, model.title or "")
+    return PoolModel(name, launcher, source=source, **settings_of(model))
 
 
 def _size(gguf: Path) -> int:

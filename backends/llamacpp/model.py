@@ -25,7 +25,7 @@ class LlamaCppModel(SpawnedModel):
     are further ones than the configured."""
 
     codec: ClassVar[str] = KIND
-    speaks: ClassVar[frozenset[str]] = frozenset({"openai", "anthropic", "native"})
+    speaks = frozenset({"openai", "anthropic", "native"})
     features = frozenset({Feature.LOADING, Feature.TOKENS, Feature.FILES, Feature.PROGRESS})
 
     def __init__(
@@ -40,6 +40,7 @@ class LlamaCppModel(SpawnedModel):
     ) -> None:
         super().__init__(pool, model, kind=KIND, aliases=[*config.aliases, *aliases])
         self.config = config
+        self.filters = config.filters
         self.tags = tags_of(config.args)
         self.features = self.features | _optional_features(config)
         self._headers = headers

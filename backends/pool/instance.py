@@ -6,7 +6,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from llama_smart_proxy.backends.http.connection import ConnectionPool, Endpoint
 from llama_smart_proxy.backends.http.exchange import Timeouts
 from llama_smart_proxy.backends.pool.causes import cause_in
+from llama_smart_proxy.backends.pool.ending import end
 from llama_smart_proxy.backends.pool.family import Vitals, vitals
 from llama_smart_proxy.backends.pool.launcher import Command, CommandFor, PoolModel
 from llama_smart_proxy.backends.pool.logring import LogRing
@@ -34,8 +34,6 @@ QUOTED_LINES = 10
 """How many lines of a server's output the log and `/health` show of a failure."""
 BEFORE_STOP_SHARE = 0.5
 """The part of `stop_timeout_s` that a launcher's `before_stop` may take."""
-LOST_S = 5.0
-"""Seconds after its SIGKILL in which a process must be gone; then the kernel cannot end it, and we continue without."""
 STALLED = "model_stalled"
 """Error code of a server that was killed because it generated nothing any more."""
 
@@ -81,12 +79,13 @@ class Instance:
         self.load_s: float | None = None
         self.share: float | None = None
         self.connections: ConnectionPool
-        self._config = config
+        self._config = model.limits(config)
         self._ports = ports
+        self._host = ports.host
         self._on_change = on_change
         self._on_share = on_share
         self._key = new_key()
-        self._log = LogRing()
+        self.log = LogRing(self._blanked)
         self._command: Command | None = None
         self._child: Child | None = None
         self._reader: Callable[[bytes], bytes] | None = None
@@ -111,7 +110,8 @@ class Instance:
         """Begin to stop: close every connection, then SIGTERM, SIGTERM once more, SIGKILL within `stop_timeout_s`.
 
         The second SIGTERM is for llama-server, which ignores the first one while a stream lives. A process that is
-        still loading has nothing to lose and is killed; the launcher may save something of one that was ready.
+        still loading has nothing to lose and is killed; the launcher may save something of one that was ready. The
+        command that ends a server, if there is one, is run before all signals, in either case.
         """
         if self.state in (State.STARTING, State.READY):
             self._become(State.STOPPING, cause)
@@ -128,6 +128,11 @@ class Instance:
         return time.monotonic() - self._since
 
     @property
+    def stop_timeout_s(self) -> float:
+        """Seconds between the request to stop and SIGKILL."""
+        return self._config.stop_timeout_s
+
+    @property
     def size_bytes(self) -> int:
         """How large the model's files are; 0 if that is unknown."""
         return self._command.size_bytes if self._command is not None else 0
@@ -139,9 +144,10 @@ class Instance:
 
     def log_tail(self, lines: int = 200) -> list[str]:
         """The last lines the process printed, secrets blanked."""
-        env = self._command.env if self._command is not None else {}
-        text = without_secrets("\n".join(self._log.tail(lines)), env, self._key)
-        return text.split("\n") if text else []
+        return self.log.tail(lines)
+
+    def _blanked(self, text: str) -> str:
+        return without_secrets(text, self._command.env if self._command is not None else {}, self._key)
 
     # -- its life --------------------------------------------------------------------------------------------------
 
@@ -169,24 +175,13 @@ class Instance:
 
     async def _end(self, child: Child, *, gently: bool) -> None:
         """Return once the process is reaped, or will not be."""
+        assert self._command is not None
         begun = time.monotonic()
-        grace_s = self._config.stop_timeout_s if gently else 0.0
+        grace_s = self.stop_timeout_s if gently or self._command.stop is not None else 0.0
         if gently and child.returncode is None:
             await self._before_stop(grace_s * BEFORE_STOP_SHARE)
             grace_s -= time.monotonic() - begun
-        for patience_s in (grace_s / 4, grace_s * 3 / 4):
-            if patience_s > 0:
-                child.terminate()
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(patience_s):
-                        await child.wait()
-                        return
-        child.kill()
-        try:
-            async with asyncio.timeout(LOST_S):
-                await child.wait()
-        except TimeoutError:
-            logger.error("%s: process %d does not end; its place goes to others", self.name, child.pid)
+        await end(self.name, child, self._command, grace_s, self._printed)
 
     async def _before_stop(self, limit_s: float) -> None:
         """Its own connections are closed by now, so that no request is under way: the launcher gets new ones."""
@@ -244,6 +239,7 @@ class Instance:
     async def _start(self) -> None:
         command_for = await self._prepared()
         for _ in range(BIND_ATTEMPTS):
+            self._host = self._ports.host
             self.port = 0 if self.model.launcher.by_socket else self._ports.reserve()
             child = self._spawn(command_for)
             try:
@@ -268,7 +264,7 @@ class Instance:
     def _spawn(self, command_for: CommandFor) -> Child:
         loop = asyncio.get_running_loop()
         self._exit = loop.create_future()
-        self._command = command_for(Endpoint(self._ports.host, self.port), self._key)
+        self._command = command_for(Endpoint(self._host, self.port), self._key)
         self._reader = self.model.launcher.reader(self._set_share)
         command = self._command
         self._child = spawn(command.argv, command.env, self._printed, self._exited, command.farewell)
@@ -292,7 +288,7 @@ class Instance:
         verdict = None if proving.cancelled() else proving.exception()
         if child.returncode is not None:
             self.connections.close("it ended")
-            if self.port and not is_free(self._ports.host, self.port):
+            if self.port and not is_free(self._host, self.port):
                 raise NotOurs("another process listens there")
             raise self._exited_error()
         if verdict is not None:
@@ -344,7 +340,7 @@ class Instance:
 
     def _printed(self, data: bytes) -> None:
         self._last_output = asyncio.get_running_loop().time()
-        self._log.feed(self._reader(data) if self._reader is not None else data)
+        self.log.feed(self._reader(data) if self._reader is not None else data)
 
     def _set_share(self, share: float | None) -> None:
         """Neither 0 nor 1 shows anything: a server may read its file only when it is used, long after either."""

@@ -5,15 +5,16 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
+from itertools import count
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from llama_smart_proxy.backends.http.connection import ConnectionPool, Endpoint
 from llama_smart_proxy.backends.pool.readiness import is_up, prove_ours, wait_until
 from llama_smart_proxy.backends.weights.downloads import Work
-from llama_smart_proxy.proxy.config import OWN_VARIABLE
+from llama_smart_proxy.proxy.config import OWN_VARIABLE, ModelConfig, PoolConfig
 
 INHERITED = """
     PATH HOME USER LOGNAME SHELL LANG LANGUAGE LC_* TZ TMPDIR TMP TEMP TERM NO_COLOR XDG_* LD_LIBRARY_PATH DYLD_*
@@ -33,6 +34,7 @@ _SECRET = re.compile(
     r"(^|.*_)(\w*(TOKEN|KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL)S?|AUTH|PASS|PWD)(_.*)?", re.IGNORECASE
 )
 """Variables that no pattern matches."""
+_serial = count(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,8 @@ class Command:
     is this one, and how busy it is. It is False for a command that has its server started elsewhere: in a container, on
     another machine. `size_bytes` is how large the model's files are, 0 if unknown: how long starts take is learned for
     that size. `farewell` is what is written to its standard input, beside the SIGTERM, to have it end; without one, its
-    input is empty.
+    input is empty. `stop` makes the argument list of a command that ends it, given its pid, to be run before any
+    signal.
     """
 
     argv: Sequence[str]
@@ -52,6 +55,7 @@ class Command:
     listens: bool = True
     size_bytes: int = 0
     farewell: bytes = b""
+    stop: Callable[[int], Sequence[str]] | None = None
 
 
 CommandFor = Callable[[Endpoint, str], Command]
@@ -108,6 +112,10 @@ class Launcher(Protocol):
     async def before_stop(self, connections: ConnectionPool) -> None:
         """Runs before a server that was ready is stopped, while it still accepts requests; not after a crash. It may
         take half of `stop_timeout_s`. A failure is logged and ignored."""
+
+    def same(self, other: Launcher) -> bool:
+        """Whether `other`, made from an earlier configuration, starts the same server in the same way. Then the process
+        that it has started goes on; else that is replaced once its answers are complete."""
 
 
 class HttpLauncher:
@@ -168,6 +176,10 @@ class HttpLauncher:
     async def before_stop(self, connections: ConnectionPool) -> None:
         """Does nothing."""
 
+    def same(self, other: Launcher) -> bool:
+        """Whether it is of the same class, with equal attributes."""
+        return type(self) is type(other) and vars(self) == vars(other)
+
 
 @dataclass(frozen=True, slots=True)
 class Source:
@@ -181,6 +193,22 @@ class Source:
     find: Callable[[], Path | None]
     fetch: Work
 
+    def is_of(self, model: PoolModel) -> bool:
+        """Whether `model` has this source, or an equal one."""
+        return model.source is not None and model.source.download == self.download
+
+
+def settings_of(model: ModelConfig) -> dict[str, Any]:
+    """The fields of `PoolModel` that a model's configuration sets."""
+    return {
+        "pinned": model.pinned,
+        "keep_alive_s": model.keep_alive,
+        "title": model.title or "",
+        "concurrent": model.concurrent,
+        "load_timeout_s": model.load_timeout_s,
+        "stop_timeout_s": model.stop_timeout_s,
+    }
+
 
 @dataclass(frozen=True, slots=True)
 class PoolModel:
@@ -188,7 +216,9 @@ class PoolModel:
 
     `keep_alive_s`: seconds that its process stays loaded when idle, None for the pool's default. A pinned model is
     never stopped to make room. A model without `source` requires no download. `title` is its name for people, empty
-    for `name`.
+    for `name`. `concurrent` is the most requests that occupy slots of its server, None for all slots. The time limits
+    are those of its process, None for the pool's. `born` is greater for one that was made later: of two with the same
+    name, that one applies.
     """
 
     name: str
@@ -197,6 +227,29 @@ class PoolModel:
     keep_alive_s: float | None = None
     source: Source | None = None
     title: str = ""
+    concurrent: int | None = None
+    load_timeout_s: float | None = None
+    stop_timeout_s: float | None = None
+    born: int = field(default_factory=lambda: next(_serial), compare=False)
+
+    def same(self, other: PoolModel) -> bool:
+        """Whether a process that was started for `other` serves this one, too."""
+        return self.concurrent == other.concurrent and self.launcher.same(other.launcher)
+
+    def at_once(self, slots: int) -> int:
+        """How many of its server's slots are used."""
+        return slots if self.concurrent is None else min(slots, self.concurrent)
+
+    def limits(self, config: PoolConfig) -> PoolConfig:
+        """`config` with the time limits of its process."""
+        own = {"load_timeout_s": self.load_timeout_s, "stop_timeout_s": self.stop_timeout_s}
+        given = {name: value for name, value in own.items() if value is not None}
+        return config.model_copy(update=given) if given else config
+
+
+def latest_born() -> int:
+    """The number behind those of all models that have been made."""
+    return next(_serial)
 
 
 def inherited(environ: Mapping[str, str], passthrough: Iterable[str] = ()) -> dict[str, str]:

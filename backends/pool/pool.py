@@ -7,21 +7,26 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Iterable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 from llama_smart_proxy.backends.base import UpstreamRequest
+from llama_smart_proxy.backends.journal import StepKind, noted
 from llama_smart_proxy.backends.pool import status
-from llama_smart_proxy.backends.pool.instance import LOST_S, State
+from llama_smart_proxy.backends.pool.ending import LOST_S
+from llama_smart_proxy.backends.pool.instance import State
 from llama_smart_proxy.backends.pool.launcher import PoolModel, Source
 from llama_smart_proxy.backends.pool.load_times import LoadTimes
 from llama_smart_proxy.backends.pool.news import News
 from llama_smart_proxy.backends.pool.orphans import kill_orphans
+from llama_smart_proxy.backends.pool.output import Output
 from llama_smart_proxy.backends.pool.queue import Lease, ModelQueue
 from llama_smart_proxy.backends.pool.readiness import read_within
 from llama_smart_proxy.backends.pool.scheduler import Scheduler
+from llama_smart_proxy.backends.pool.sockets import SocketFolder, remove_stale
+from llama_smart_proxy.backends.pool.waited import Arrival
 from llama_smart_proxy.backends.pool.waits import Wait
 from llama_smart_proxy.backends.progress import described
 from llama_smart_proxy.backends.threads import begin_in_thread, log_failure, run_in_thread
@@ -53,15 +58,25 @@ class Pool:
         self._looks: dict[str, asyncio.Future[bool]] = {}  # whether they still are there
         self._tasks: set[asyncio.Task[None]] = set()
         self._closer: asyncio.Task[None] | None = None
+        self.sockets = SocketFolder()
+        """For the processes that are reached by unix sockets."""
 
     @property
     def size(self) -> int:
         """Most processes that live at one time."""
         return self._scheduler.config.size
 
-    def configure(self, config: PoolConfig) -> None:
-        """Replace the size and all limits for what comes next. See `Scheduler.configure`."""
-        self._scheduler.configure(config)
+    def configure(self, config: PoolConfig, models: Iterable[PoolModel] | None = None) -> list[str]:
+        """Replace the size, the limits and the models. See `Scheduler.configure`."""
+        before = {queue.name: queue.model.source for queue in self._scheduler.queues.values()}
+        replaced = self._scheduler.configure(config, models)
+        for queue in self._scheduler.queues.values():
+            source = before[queue.name]
+            if source is None or source.is_of(queue.model) or not self._fetching[queue.name]:
+                continue
+            if (download := self.downloads.get(source.download)) is not None:
+                download.stop(Overloaded(f"Model '{queue.name}' has another source now.", code="unloaded"))
+        return replaced
 
     # -- for requests ----------------------------------------------------------------------------------------------
 
@@ -106,6 +121,8 @@ class Pool:
 
     async def _wait(self, queue: ModelQueue, request: UpstreamRequest) -> Lease:
         """Wait in the queue; return with the lease taken."""
+        journal = request.journal
+        arrival = Arrival.of(queue, self._scheduler.places, request) if journal is not None else None
         waiter = self._scheduler.enqueue(queue, request)
         try:
             with described(request.progress, lambda: Wait(waiter, queue, self._scheduler, self.times)):
@@ -115,6 +132,8 @@ class Pool:
                 self._scheduler.release(waiter.future.result())
             raise
         finally:
+            if journal is not None and arrival is not None:
+                arrival.note(journal, queue)
             self._scheduler.leave(queue, waiter)
 
     def retire(self, lease: Lease, reason: str) -> None:
@@ -140,7 +159,7 @@ class Pool:
             lease = queue.place.take(LOAD)  # that is a use, too: its time to live begins anew
         else:
             lease = await self._wait(queue, LOAD)
-        slots = len(lease.place.slots)
+        slots = lease.instance.slots
         self._scheduler.release(lease)
         return slots
 
@@ -212,6 +231,10 @@ class Pool:
         queue = self._scheduler.queues.get(name)
         return queue.error.message if queue is not None and queue.error is not None else None
 
+    def output(self, model: PoolModel) -> Output:
+        """What the processes of `model` print."""
+        return self._scheduler.queue(model).output
+
     def status(self) -> list[dict[str, object]]:
         """One entry for each model that has a process, is fetched, has waiters, or failed last time. A loaded one has
         `expires_in_s`, null if it stays."""
@@ -223,12 +246,8 @@ class Pool:
         ]
 
     def totals(self) -> list[dict[str, object]]:
-        """How often processes were started, started anew after a crash, and evicted, for each model that had one."""
-        return [
-            {"model": queue.name, "starts": queue.starts, "restarts": queue.restarts, "evictions": queue.evictions}
-            for queue in self._scheduler.queues.values()
-            if queue.starts
-        ]
+        """As `status.totals`, for all models."""
+        return status.totals(self._scheduler.queues.values())
 
     def _describe(self, queue: ModelQueue, download: Download | None) -> dict[str, object]:
         entry = status.described(queue)
@@ -255,12 +274,17 @@ class Pool:
         download = self._join(queue, source, counts=False)
         self._fetching[queue.name] += 1
         try:
-            with described(request.progress, download.described):
+            with described(request.progress, download.described), noted(request.journal, StepKind.DOWNLOAD, queue.name):
                 await download.wait()
+        except ProxyError:
+            if source.is_of(queue.model):
+                raise
         finally:
             self._fetching[queue.name] -= 1
         if self._scheduler.closing:
             raise _shutting_down()
+        if not source.is_of(queue.model):  # a new configuration names another one
+            await self._fetch(queue, request)
 
     async def _is_here(self, name: str, source: Source) -> bool:
         """Whether it still is where it was found last; one look at the disk, and only when a process is to start. All
@@ -292,7 +316,8 @@ class Pool:
                     await source.fetch(report)
                     path = await run_in_thread(source.find)
             except ProxyError as exc:
-                self._note_failure(queue, exc)
+                if source.is_of(queue.model):
+                    self._note_failure(queue, exc)
                 raise
             if path is not None:
                 self._files[source.download] = path
@@ -316,6 +341,7 @@ class Pool:
     async def start(self) -> None:
         """Clear away what an earlier run left behind."""
         await run_in_thread(kill_orphans)
+        await run_in_thread(remove_stale)
 
     async def close(self, *, drain_s: float) -> None:
         """Accept no requests, let those under way finish for up to `drain_s` seconds, then stop every process and wait
@@ -344,10 +370,12 @@ class Pool:
         places = list(self._scheduler.places)
         for place in places:
             place.stop("the proxy is shutting down")
-        patience_s = self._scheduler.config.stop_timeout_s + 2 * LOST_S  # by then each is known to have ended or not to
-        await asyncio.gather(*(place.instance.wait_stopped(patience_s) for place in places))
+        limits_s = [place.instance.stop_timeout_s + 2 * LOST_S for place in places]  # then each is known to have ended
+        waits = [place.instance.wait_stopped(limit_s) for place, limit_s in zip(places, limits_s, strict=True)]
+        await asyncio.gather(*waits)
         if self._tasks:
             await asyncio.wait(self._tasks)
+        self.sockets.close()
 
     async def _load_quietly(self, model: PoolModel) -> None:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections.abc import Iterable
 
 import psutil
 
@@ -28,16 +29,29 @@ def described(queue: ModelQueue) -> dict[str, object]:
         entry["stalled"] = reason
     elif queue.error is not None and queue.error.code == STALLED:
         entry["stalled"] = queue.error.message
-    idle_s = asyncio.get_running_loop().time() - place.released_at
+    now = asyncio.get_running_loop().time()
+    idle_s = now - place.released_at
     return entry | {
         "state": "unloading" if instance.state is State.READY and not place.open else str(instance.state),
         "pid": instance.pid or None,
         "port": instance.port or None,
         "leases": place.leases,
+        "slots": {"busy": place.generating, "total": len(place.slots)},
+        "loaded_s": round(now - place.ready_at, 1) if math.isfinite(place.ready_at) else None,
+        "idle_s": round(idle_s, 1) if math.isfinite(idle_s) and not place.leases else None,
         "last_used": round(time.time() - idle_s, 3) if math.isfinite(idle_s) else None,
         "rss_bytes": _rss_bytes(instance.pid),
         "ready_s": round(instance.load_s, 3) if instance.load_s is not None else None,
     }
+
+
+def totals(queues: Iterable[ModelQueue]) -> list[dict[str, object]]:
+    """How often processes were started, started anew after a crash, and evicted, for each model that had one."""
+    return [
+        {"model": queue.name, "starts": queue.starts, "restarts": queue.restarts, "evictions": queue.evictions}
+        for queue in queues
+        if queue.starts
+    ]
 
 
 def _rss_bytes(pid: int) -> int | None:

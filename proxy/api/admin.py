@@ -14,6 +14,7 @@ from llama_smart_proxy.proxy.middleware.chain import description
 from llama_smart_proxy.proxy.middleware.plugins import HOOKS, Plugin
 
 STARTED = time.monotonic()
+_OF_OPERATORS = {"source", "error", "calls", "errors", "mean_latency_ms"}
 
 
 async def health(http: web.BaseRequest) -> web.Response:
@@ -21,7 +22,8 @@ async def health(http: web.BaseRequest) -> web.Response:
 
     `instances` has one object for each model that has a process or waiting requests, or whose last start failed. The
     status is `degraded` if something that is configured cannot be served; `problems` has the reasons, as found now.
-    `proxy` and `upstream` are kept for clients of one of the replaced projects.
+    `proxy` and `upstream` are kept for clients of one of the replaced projects. Clients without scope admin get these
+    and the status alone.
     """
     proxy = http[PROXY]
     draining = proxy.draining.is_set()
@@ -30,11 +32,19 @@ async def health(http: web.BaseRequest) -> web.Response:
     for instance in status.instances:
         if "stalled" in instance:
             problems.append(Problem(proxy.config.path_of(instance["model"]), f"stalled: {instance['stalled']}"))
-    body = {
+    stale = proxy.reloads.problems
+    problems += [Problem("configuration", f"not reloaded: {problem}") for problem in stale]
+    code = 503 if draining else 200
+    public = {
         "status": "unhealthy" if draining else "degraded" if problems else "healthy",
-        "problems": [{"where": problem.where, "message": problem.message} for problem in problems],
         "proxy": "stopping" if draining else "Ok",
         "upstream": "error" if any("error" in server for server in status.servers) else "Ok",
+    }
+    if not proxy.grant.is_admin:
+        return web.json_response(public, status=code)
+    body = public | {
+        "problems": [{"where": problem.where, "message": problem.message} for problem in problems],
+        "config_stale": bool(stale),
         "version": __version__,
         "uptime_s": round(time.monotonic() - STARTED, 1),
         "instances": status.instances,
@@ -45,12 +55,28 @@ async def health(http: web.BaseRequest) -> web.Response:
         },
         "downloads": proxy.router.downloads.status(),
     }
-    return web.json_response(body, status=503 if draining else 200)
+    return web.json_response(body, status=code)
+
+
+async def reload_configuration(http: web.BaseRequest) -> web.Response:
+    """`POST /admin/reload`: reads the configuration again, and answers when it applies: with what has changed, or, with
+    status 400, with all problems for which nothing has."""
+    outcome = await http[PROXY].reloads.reload("POST /admin/reload")
+    if not outcome.problems:
+        return web.json_response({"reloaded": True, **outcome.changes})
+    message = f"the configuration was not reloaded: {'; '.join(outcome.problems)}"
+    error = {"message": message, "type": "invalid_request_error", "code": "invalid_configuration", "param": None}
+    return web.json_response({"error": {**error, "problems": list(outcome.problems)}}, status=400)
 
 
 async def plugins_listed(http: web.BaseRequest) -> web.Response:
-    """`GET /plugins`: every enabled agent, with its state and counters."""
-    return web.json_response([_plugin(plugin) for plugin in http[PROXY].chain.plugins])
+    """`GET /plugins`: every enabled agent that the client may call, with its state and counters. Clients without scope
+    admin get neither counters nor errors nor the files."""
+    proxy = http[PROXY]
+    listed = [_plugin(plugin) for plugin in proxy.chain.plugins if proxy.chain.may_call(plugin.name)]
+    if not proxy.grant.is_admin:
+        listed = [{name: value for name, value in entry.items() if name not in _OF_OPERATORS} for entry in listed]
+    return web.json_response(listed)
 
 
 def _plugin(plugin: Plugin) -> dict[str, object]:
@@ -74,5 +100,6 @@ def _plugin(plugin: Plugin) -> dict[str, object]:
             "options_per_call": sorted(cls.per_call),
             "config_schema": cls.Config.model_json_schema(),
         }
-    mean_ms = plugin.spent_s / plugin.calls * 1000 if plugin.calls else 0.0
-    return entry | {"calls": plugin.calls, "errors": plugin.failures, "mean_latency_ms": round(mean_ms, 3)}
+    counts = plugin.counts
+    mean_ms = counts.spent_s / counts.calls * 1000 if counts.calls else 0.0
+    return entry | {"calls": counts.calls, "errors": counts.failures, "mean_latency_ms": round(mean_ms, 3)}

@@ -23,7 +23,7 @@ from llama_smart_proxy.proxy.api.generate_context import with_context
 from llama_smart_proxy.proxy.api.input_tokens import count_input_tokens
 from llama_smart_proxy.proxy.api.llama_server import apply_autoload
 from llama_smart_proxy.proxy.api.refusals import amended
-from llama_smart_proxy.proxy.api.state import Proxy
+from llama_smart_proxy.proxy.api.state import PROXY
 from llama_smart_proxy.proxy.chat import Json
 from llama_smart_proxy.proxy.dialects import (
     ANTHROPIC,
@@ -44,11 +44,12 @@ from llama_smart_proxy.proxy.dialects.embeddings import (
     OPENAI_EMBEDDINGS,
     EmbeddingClient,
 )
-from llama_smart_proxy.proxy.errors import BadRequest, ModelNotFound, let_go
+from llama_smart_proxy.proxy.errors import AccessDenied, BadRequest, Cancelled, ModelNotFound, let_go
 from llama_smart_proxy.proxy.http.body import Body, Reusable, offload, read_body
 from llama_smart_proxy.proxy.http.headers import PARAMS, RECORD
 from llama_smart_proxy.proxy.http.response import WholeResponse
 from llama_smart_proxy.proxy.http.scopes import Scope
+from llama_smart_proxy.proxy.log import access
 from llama_smart_proxy.proxy.log.content import Exchange
 from llama_smart_proxy.proxy.models.router import Route
 from llama_smart_proxy.proxy.stream.embeddings import embed
@@ -139,49 +140,58 @@ for _path in ("/v1/messages", "/v1/messages/count_tokens", "/v1/responses", "/v1
 
 
 class EndpointHandler:
-    """Serves one endpoint."""
+    """Serves one endpoint, with the proxy as each request's client sees it."""
 
-    def __init__(self, endpoint: Endpoint, proxy: Proxy) -> None:
+    def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
-        self._proxy = proxy
-        self._max_bytes = proxy.max_body_bytes
 
     async def handle(self, http: web.BaseRequest) -> web.StreamResponse:
         """Answer `http`. No reference to its parsed body is kept while an answer is relayed, which may take minutes."""
-        wait = Wait(self._proxy.waits, http, self._endpoint.dialect, self._endpoint.codec)
+        wait = Wait(http[PROXY].waits, http, self._endpoint.dialect, self._endpoint.codec)
         try:
             response = await self._handle(http, wait)
             if (exchange := http[RECORD].exchange) is not None and isinstance(response, WholeResponse | web.Response):
                 exchange.add(response.body if isinstance(response.body, bytes) else None)
             return response
         except Exception as exc:
-            if isinstance(exc, ConnectionError) or not wait.response.opened or wait.response.begun:
+            if isinstance(exc, ConnectionError) or not wait.response.opened:
+                raise
+            if wait.response.begun and not isinstance(exc, Cancelled):
                 raise
             error = reported(http, exc)
             logger.warning("stream aborted: %s", error)
             let_go(exc)
             return await wait.fail(error)
+        except asyncio.CancelledError as exc:
+            cancelled = http[RECORD].cancellation(exc)
+            if not wait.response.opened:
+                raise cancelled from None
+            return await wait.fail(cancelled)
         finally:
             wait.end()
             if (exchange := http[RECORD].exchange) is not None:
                 exchange.log(http[RECORD].request_id)
+                http[RECORD].exchange = None
 
     async def _handle(self, http: web.BaseRequest, wait: Wait) -> web.StreamResponse:
-        endpoint = self._endpoint
-        parsed = await read_body(http, self._max_bytes) if http.method == "POST" else Body({}, None)
+        endpoint, proxy = self._endpoint, http[PROXY]
+        parsed = await read_body(http, proxy.max_body_bytes) if http.method == "POST" else Body({}, None)
         reusable = parsed.reusable()
         body = parsed.value
         del parsed
         try:
             bind = partial(_bound, endpoint.dialect, http.get(PARAMS) or {})
             body = await offload(http, bind, body) if endpoint.dialect.binds_slowly(body) else bind(body)
-            if self._proxy.config.log_content and endpoint.slot:
+            if access.with_content and endpoint.slot:
                 http[RECORD].exchange = Exchange(body)
+            unloads = self._unloads(body)
+            if not proxy.grant.keep_alive:
+                _leave_out_keep_alive(body, unloads=unloads)
             if self._streams(body):
                 wait.start(body.get("model"))
-            route = await self._route(http, body)
+            route = await self._route(http, body, pull=endpoint.slot and not unloads)
             if endpoint.codec is not None:
-                answering = Chat(wait, self._proxy, endpoint, endpoint.codec).answer(route, body, reusable)
+                answering = Chat(wait, proxy, endpoint, endpoint.codec).answer(route, body, reusable)
             else:
                 answering = self._answer(wait, route, body, reusable)
             del body, reusable
@@ -195,13 +205,16 @@ class EndpointHandler:
             return endpoint.codec.streams(body)
         return endpoint.generates and body.get("stream") is True
 
-    async def _route(self, http: web.BaseRequest, body: Json) -> Route:
+    def _unloads(self, body: Json) -> bool:
+        codec = self._endpoint.codec
+        return codec is not None and codec.loading(body) is Loading.UNLOAD
+
+    async def _route(self, http: web.BaseRequest, body: Json, *, pull: bool) -> Route:
         endpoint = self._endpoint
         named = body.get("model")
-        unloads = endpoint.codec is not None and endpoint.codec.loading(body) is Loading.UNLOAD
         named = http.query.get("model") if named in (None, "") else named
         try:
-            route = await self._proxy.router.resolve(named, pull=endpoint.slot and not unloads)
+            route = await http[PROXY].router.resolve(named, pull=pull)
         except ModelNotFound as exc:
             raise endpoint.dialect.not_found(named, exc) from None
         http[RECORD].routed(route.model.name, route.model.kind)
@@ -216,9 +229,9 @@ class EndpointHandler:
         """Answer a request without a codec; it is relayed if the model's server supports the API."""
         endpoint, model, http = self._endpoint, route.model, wait.response.http
         if endpoint.generates:
-            self._proxy.chain.check_none_required(http.headers, route.name)
+            http[PROXY].chain.check_none_required(http.headers, route.name)
         if endpoint.api in model.speaks and not self._is_limited(route, body):
-            relaying = relay_request(wait, self._proxy, endpoint, route, body, reusable)
+            relaying = relay_request(wait, http[PROXY], endpoint, route, body, reusable)
             del body, reusable
             return await relaying
         if endpoint.count is not None:
@@ -240,6 +253,15 @@ class EndpointHandler:
             return client is not None
         asked = client.num_ctx(body)
         return asked is not None and route.model.prepare(dict(body)) not in (None, asked)
+
+
+def _leave_out_keep_alive(body: Json, *, unloads: bool) -> None:
+    """For a client that does not decide how long a model stays loaded. Raises: AccessDenied 403 if it asks to unload
+    it; clients such as Open WebUI send a `keep_alive` with every request, which is no reason to refuse them."""
+    if unloads:
+        message = "unloading a model requires the scope admin, or server.inference_keys.may_keep_alive: true"
+        raise AccessDenied(message, status=403)
+    body.pop("keep_alive", None)
 
 
 def _bound(dialect: Dialect, params: Mapping[str, str], body: Json) -> Json:

@@ -20,7 +20,10 @@ async def own_metrics(http: web.BaseRequest) -> web.Response:
 
     proxy = http[PROXY]
     status = proxy.router.status()
-    agents = [export.AgentCounts(item.name, item.calls, item.failures, item.spent_s) for item in proxy.chain.plugins]
-    now = export.Now(status.instances, status.totals, agents)
+    agents = [
+        export.AgentCounts(item.name, item.counts.calls, item.counts.failures, item.counts.spent_s)
+        for item in proxy.chain.plugins
+    ]
+    now = export.Now(status.instances, agents, len(proxy.running.requests))
     body, content_type = export.exported(proxy.metrics, now, http.headers.get("Accept", ""))
     return web.Response(body=body, headers={"Content-Type": content_type})

@@ -12,6 +12,7 @@ import uvloop
 
 from llama_smart_proxy.backends.base import Problem
 from llama_smart_proxy.backends.http.connection import Endpoint
+from llama_smart_proxy.proxy.access.peers import exposure
 from llama_smart_proxy.proxy.app import App
 from llama_smart_proxy.proxy.config import Config, read_config, schema_json, without_secret_values
 from llama_smart_proxy.proxy.errors import ConfigError, ProxyError, StartFailed
@@ -37,6 +38,8 @@ def check_command(
     if reading.config is None:
         return 2
     problems, argv = _looked_at(reading.config, argv_of)
+    if (exposed := exposure(reading.config.server)) is not None:
+        problems.append(Problem("server.host", exposed, fatal=True))
     for problem in problems:
         grave = problem.fatal or strict
         print(f"{path or 'defaults'}: {problem}" if grave else f"warning: {problem}", file=sys.stderr)

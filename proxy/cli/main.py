@@ -1,4 +1,4 @@
-"""The command line: `llama-smart-proxy [serve|check|schema|init|pull|simulate|help]`."""
+"""The command line: `llama-smart-proxy [COMMAND]`; see `parsers.COMMANDS`."""
 
 from __future__ import annotations
 
@@ -12,24 +12,23 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn, TextIO
 
-from llama_smart_proxy.proxy import __version__
+from llama_smart_proxy.proxy.cli.parsers import CONFIG_FILES, REMOTE, parsers
 from llama_smart_proxy.proxy.errors import ConfigError
-from llama_smart_proxy.proxy.log import FORMATS, LEVELS, open_standard_streams, shown_output
+from llama_smart_proxy.proxy.log import open_standard_streams, shown_output
 
 logger = logging.getLogger(__name__)
 
 READER_GONE = 128 + signal.SIGPIPE
 """Exit status when the reader of the output has left (`schema | head`), as shells show it of other programs."""
 INTERRUPTED = 128 + signal.SIGINT
-CONFIG_FILES = ("config.yaml", "config.yml", "config.json")
-"""Names of a configuration in the current folder, the first that exists; the last is that of the earlier projects."""
 _UNWRITABLE = {errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 """What a write of output fails with: its reader has left, the disk is full, the terminal is gone."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns the exit status: 1 if it failed or its output cannot be written, 2 if the configuration
-    or the command line is invalid, `READER_GONE` if the reader of its output has left, or `INTERRUPTED`."""
+    or the command line is invalid, those of `remote` for a command to the running proxy, `READER_GONE` if the reader of
+    its output has left, or `INTERRUPTED`."""
     open_standard_streams()
     logging.getLogger("llama_smart_proxy.backends").addHandler(logging.NullHandler())  # commands print what they find
     try:
@@ -65,19 +64,13 @@ def _discard(stream: TextIO) -> None:
 def _command(argv: list[str]) -> int:
     if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help", "--version")):
         argv = ["serve", *argv]
-    parser, commands = _parsers()
+    parser, commands = parsers()
     args = parser.parse_args(argv)
     if args.command == "help":
         print((commands[args.topic] if args.topic else parser).format_help(), end="")
         return 0
-    if args.command == "schema":
-        from llama_smart_proxy.proxy.cli.check import schema_command
-
-        return schema_command()
-    if args.command == "init":
-        from llama_smart_proxy.proxy.cli.init import init_command
-
-        return init_command(Path(args.config or os.environ.get("LSP_CONFIG") or CONFIG_FILES[0]))
+    if args.command in _WITHOUT_CONFIGURATION:
+        return _without_configuration(args)
     path = _config_path(args.config)
     if args.command == "check":
         from llama_smart_proxy.proxy.cli.check import check_command
@@ -88,50 +81,36 @@ def _command(argv: list[str]) -> int:
             from llama_smart_proxy.proxy.cli.pull import pull_command
 
             return pull_command(path, os.environ, args.name)
+        if args.command in REMOTE:
+            from llama_smart_proxy.proxy.cli.control import control_command
+
+            return control_command(args, path)
         return _simulate(path) if args.command == "simulate" else _serve(args, path)
     except ConfigError as exc:
         print(exc, file=sys.stderr)
         return 2
 
 
-COMMANDS = {
-    "serve": "Run the proxy until Ctrl-C, SIGTERM or SIGHUP. The default: `llama-smart-proxy --port 8080` serves.",
-    "check": "Report all problems of the configuration without starting anything; exit status 2 if there are any.",
-    "schema": "Print the JSON schema of the configuration: every field, its default and its description.",
-    "init": "Write a configuration file with examples, to be edited; an existing file is kept.",
-    "pull": "Download a model before its first use: a configured one, hf.co/org/repo[:variant] from Hugging Face, or "
-    "any other name, such as qwen3:0.6b, through the Ollama server of the configuration.",
-    "simulate": "Start the proxy on a free port, send a chat, a stream, an embedding and a model swap to the "
-    "configured models, and print what passed.",
-    "help": "Describe the program, or one command.",
-}
+_WITHOUT_CONFIGURATION = ("schema", "init", "import", "key")
 
 
-def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    """The parser of the command line, and that of each command."""
-    parser = argparse.ArgumentParser(
-        prog="llama-smart-proxy",
-        description="One process between chat UIs and local models.",
-        epilog="`llama-smart-proxy help COMMAND` describes one command. The documentation is in README.md and docs/.",
-    )
-    parser.add_argument("--version", action="version", version=f"llama-smart-proxy {__version__}")
-    group = parser.add_subparsers(dest="command", metavar="command", required=True)
-    commands = {name: group.add_parser(name, help=text, description=text) for name, text in COMMANDS.items()}
-    serve = commands["serve"]
-    serve.add_argument("--host", help="address to listen on")
-    serve.add_argument("--port", type=int, help="port to listen on; 0 picks a free one")
-    serve.add_argument("--log-level", choices=LEVELS, help="least severe messages to log")
-    serve.add_argument("--log-format", choices=FORMATS, help="auto is text on a terminal, and logfmt elsewhere")
-    serve.add_argument("--reload", action="store_true", help="reload agents when their files change")
-    commands["pull"].add_argument("name", metavar="NAME", help="the name of the model")
-    commands["help"].add_argument("topic", metavar="COMMAND", nargs="?", choices=COMMANDS, help="one of the commands")
-    commands["check"].add_argument("--argv", metavar="MODEL", help="print the command line of the model's llama-server")
-    commands["check"].add_argument("--strict", action="store_true", help="exit status 2 for warnings, too")
-    for name in ("serve", "check", "pull", "simulate"):
-        found = f"{', '.join(CONFIG_FILES[:-1])} or {CONFIG_FILES[-1]} in the current folder"
-        commands[name].add_argument("--config", metavar="FILE", help=f"default: $LSP_CONFIG, else {found}")
-    commands["init"].add_argument("--config", metavar="FILE", help=f"default: $LSP_CONFIG, else {CONFIG_FILES[0]}")
-    return parser, commands
+def _without_configuration(args: argparse.Namespace) -> int:
+    """The commands that read no configuration."""
+    if args.command == "schema":
+        from llama_smart_proxy.proxy.cli.check import schema_command
+
+        return schema_command()
+    if args.command == "init":
+        from llama_smart_proxy.proxy.cli.init import init_command
+
+        return init_command(Path(args.config or os.environ.get("LSP_CONFIG") or CONFIG_FILES[0]))
+    if args.command == "import":
+        from llama_smart_proxy.proxy.cli.importing import import_command
+
+        return import_command(Path(args.file), Path(args.output) if args.output else None)
+    from llama_smart_proxy.proxy.cli.key import new_key_command
+
+    return new_key_command(args.name, args.scope)
 
 
 def _config_path(given: str | None) -> Path | None:
@@ -144,24 +123,20 @@ def _present() -> list[Path]:
 
 
 def _serve(args: argparse.Namespace, path: Path | None) -> NoReturn:
-    from llama_smart_proxy.backends.llamacpp.problems import machine_problems
     from llama_smart_proxy.proxy import log, serve
-    from llama_smart_proxy.proxy.config import load_config
-    from llama_smart_proxy.proxy.config.secrets import secrets_of
+    from llama_smart_proxy.proxy.reload import Source
 
     flags = {"server.host": args.host, "server.port": args.port, "log_level": args.log_level}
     flags["log_format"] = args.log_format
     overrides = {name: value for name, value in flags.items() if value is not None}
-    config = load_config(path, env=os.environ, overrides=overrides)
-    if missing := [problem for problem in machine_problems(config) if problem.fatal]:
-        raise ConfigError([f"{path or 'defaults'}: {problem}" for problem in missing])
-    log.hide(secrets_of(config, os.environ))
+    source = Source(path, overrides)
+    config = source.read()
     log.configure(config.log_level, config.log_format, with_content=config.log_content)
     _log_source(path)
     for warning in config.warnings:
         logger.warning("%s", warning)
     try:
-        status = serve.run(config, reload=args.reload)
+        status = serve.run(config, source, watch=args.reload)
     except ConfigError as exc:  # agents are checked only when the server starts
         print(ConfigError([f"{path or 'defaults'}: {line}" for line in exc.problems]), file=sys.stderr)
         status = 2

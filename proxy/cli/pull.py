@@ -93,15 +93,15 @@ def _problem(config: Config, name: str) -> str | None:
 
 async def _pull_by_server(config: Config, name: str, show: Callable[[Progress], None]) -> None:
     """Have the server pull the model that would pull it for a client. Raises: ProxyError, ConfigError."""
-    router = App(config).proxy.router
+    app = App(config)
     try:
-        download = await router.download(name, ())
+        download = await app.proxy.router.download(name, ())
         if download is not None:
             async with aclosing(download.watch()) as watched:
                 async for progress in watched:
                     show(progress)
     finally:
-        await router.close()
+        await app.stop_models()
 
 
 class _Lines:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from llama_smart_proxy.proxy.config.access import SHORTEST_KEY
 from llama_smart_proxy.proxy.config.command_line import spelled
+from llama_smart_proxy.proxy.config.commands import CommandConfig, placeholders
 from llama_smart_proxy.proxy.config.problems import Loc, Problem, dotted
 from llama_smart_proxy.proxy.config.providers import CardConfig, ModelConfig
 from llama_smart_proxy.proxy.config.schema import Config
@@ -21,21 +23,30 @@ _REASONS = {
     ("-mu", "--model-url"): "use path or repo instead",
     ("-hf", "-hfr", "--hf-repo", "-hff", "--hf-file"): "use repo and variant instead",
 }
-_OF_PROCESSES = ("args", "env", "parallel", "keep_alive", "preload", "pinned", "resumable_streams")
+_OF_LLAMA_SERVER = ("args", "ctx", "parallel", "resumable_streams", "backend")
+"""Settings that a model with `cmd` does not have: its command has them, if its server does."""
+_OF_COMMAND = (*CommandConfig.model_fields,)
+_OF_PROCESSES = (
+    *("args", "env", "parallel", "concurrent", "keep_alive", "load_timeout_s", "stop_timeout_s"),
+    *("preload", "pinned", "resumable_streams", *_OF_COMMAND),
+)
 """Settings of a model that apply only to a process of the pool."""
-_OF_VIRTUAL = {"model", "agents", "aliases", "title", *CardConfig.model_fields}
+_SOURCES = ("backend", "path", "package", "file", "repo", "variant", "cmd", "url", "env")
+"""Settings that decide what runs a model."""
+_OF_VIRTUAL = {"model", "agents", "aliases", "title", "filters", *CardConfig.model_fields}
 """Settings that a virtual model can have."""
 OWNED_FLAGS = {flag: reason for flags, reason in _REASONS.items() for flag in flags}
 
 
 def cross_checks(config: Config, clean: Clean) -> Iterator[Problem]:
     """Every problem between fields of `config`, except where one of the fields is already invalid."""
+    yield from _key_clashes(config)
     yield from _twice_declared(config)
     yield from _name_clashes(config)
     yield from _virtual_problems(config)
     for name, model in config.models.items():
         loc = model_loc(config, name)
-        if all(clean((*loc, field)) for field in ("backend", "path", "package", "file", "repo", "variant")):
+        if all(clean((*loc, field)) for field in _SOURCES):
             yield from (Problem(loc, message) for message in _source_problems(config, name, model))
             yield from _without_effect(config, name, model)
         yield from _owned_flags((*loc, "args"), model.args)
@@ -44,6 +55,27 @@ def cross_checks(config: Config, clean: Clean) -> Iterator[Problem]:
         yield from _port_problems(config)
         if all(clean((*model_loc(config, name), "pinned")) for name in config.models):
             yield from _pin_problems(config)
+
+
+def key_remarks(config: Config) -> Iterator[Problem]:
+    """A warning for each API key that is too short."""
+    for position, key in enumerate(config.server.api_keys):
+        if key.is_short:
+            message = f"has under {SHORTEST_KEY} characters and can be guessed; `llama-smart-proxy key new` makes one"
+            yield Problem(("server", "api_keys", position), message)
+
+
+def _key_clashes(config: Config) -> Iterator[Problem]:
+    """A key has one entry, and a name one key."""
+    names, digests = set[str](), set[bytes]()
+    for position, key in enumerate(config.server.api_keys):
+        loc = ("server", "api_keys", position)
+        if key.digest in digests:
+            yield Problem(loc, "is the same key as an earlier one")
+        elif key.name in names:
+            yield Problem((*loc, "name"), f"is also the name of an earlier key: {key.name}")
+        names.add(key.name)
+        digests.add(key.digest)
 
 
 def model_loc(config: Config, name: str) -> Loc:
@@ -106,7 +138,7 @@ def _may_exist(config: Config, name: str) -> bool:
 
 
 def _source_problems(config: Config, name: str, model: ModelConfig) -> Iterator[str]:
-    given = [field for field in ("path", "package", "repo") if getattr(model, field) is not None]
+    given = [field for field in ("cmd", "path", "package", "repo") if getattr(model, field)]
     if config.backend_of(name) == "ollama":
         if model.has_source:
             yield "a model of backend ollama has no path, package or repo: Ollama finds it by its name"
@@ -121,15 +153,27 @@ def _source_problems(config: Config, name: str, model: ModelConfig) -> Iterator[
         yield "variant requires repo, the Hugging Face repository that contains it"
     if len(given) > 1:
         yield f"has more than one source ({', '.join(given)}); keep one"
-    if not model.has_source:
-        yield "has no source; give one of: path, package and file, repo (and variant)"
+    if not given and not model.has_source:
+        yield "has no source; give one of: path, package and file, repo (and variant), cmd"
+    if model.cmd and name in config.llama_cpp.models:
+        yield "cmd is no setting of llama.cpp's models; move the model to the top-level models"
+    if model.cmd and not model.url and "PORT" not in placeholders(*model.cmd, *model.env.values()):
+        yield "cmd must have its server listen at ${PORT}, or url must say where it listens"
+    if "PID" in placeholders(*model.cmd, model.url, *model.env.values()):
+        yield "${PID} has a value in cmd_stop only"
 
 
 def _without_effect(config: Config, name: str, model: ModelConfig) -> Iterator[Problem]:
     """Settings that have no effect with the model's backend."""
-    for field in _OF_PROCESSES if config.backend_of(name) == "ollama" else ():
+    kind = config.backend_of(name)
+    fields, of = {
+        "ollama": (_OF_PROCESSES, "of backend ollama"),
+        "command": (_OF_LLAMA_SERVER, "with cmd"),
+        "llama.cpp": (_OF_COMMAND, "without cmd"),
+    }[kind]
+    for field in fields:
         if getattr(model, field) != ModelConfig.model_fields[field].get_default(call_default_factory=True):
-            yield Problem((*model_loc(config, name), field), "has no effect on a model of backend ollama; leave it out")
+            yield Problem((*model_loc(config, name), field), f"has no effect on a model {of}; leave it out")
 
 
 def _owned_flags(loc: Loc, args: list[str]) -> Iterator[Problem]:
@@ -150,7 +194,7 @@ def _port_problems(config: Config) -> Iterator[Problem]:
 
 def _pin_problems(config: Config) -> Iterator[Problem]:
     """Pinned models must leave at least one process for the others."""
-    local = [model for name, model in config.models.items() if config.backend_of(name) == "llama.cpp"]
+    local = [model for name, model in config.models.items() if config.backend_of(name) != "ollama"]
     pinned = sum(model.pinned for model in local)
     others = len(local) > pinned or config.llama_cpp.models_dir is not None
     size = config.server_pool.size

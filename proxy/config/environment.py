@@ -18,7 +18,8 @@ from llama_smart_proxy.proxy.config.problems import Loc
 from llama_smart_proxy.proxy.config.schema import Config, is_verbatim
 
 PREFIX = "LSP_"
-NOT_FIELDS = {"LSP_CONFIG", "LSP_OWNER"}  # the file's path, and the mark of child processes
+NOT_FIELDS = {"LSP_CONFIG", "LSP_OWNER", "LSP_URL", "LSP_API_KEY"}
+"""The path of the file, the mark of child processes, and the address and the key for commands."""
 SEED_PREFIX = "OLLAMA_PROXY_"
 SEED_VARIABLES: dict[str, Loc] = {
     "LLM_PROXY_BACKEND": ("backend",),

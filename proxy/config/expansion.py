@@ -7,11 +7,12 @@ in `$CREDENTIALS_DIRECTORY`, or the one with `credentials_` before it, where a w
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from llama_smart_proxy.proxy.config.commands import FILLED, PLACEHOLDERS
 from llama_smart_proxy.proxy.config.problems import Loc, Problem
 
 FOLDER_ID = "credentials"
@@ -19,8 +20,8 @@ FOLDER_ID = "credentials"
 _REFERENCE = re.compile(r"\$\$\{|\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>[^${}]*))?\}|\$\{")
 
 
-def expand(text: str, env: Mapping[str, str]) -> str:
-    """`text` with its references replaced; the values of variables are not expanded again.
+def expand(text: str, env: Mapping[str, str], kept: Collection[str] = ()) -> str:
+    """`text` with its references replaced, but for the names `kept`; the values of variables are not expanded again.
 
     As in a shell, the default also replaces an empty variable. Raises: ValueError, with every variable that is not set
     and has no default, and with every `${` that begins no reference.
@@ -31,6 +32,8 @@ def expand(text: str, env: Mapping[str, str]) -> str:
         if found.group() == "$${":
             return "${"
         name, default = found.group("name", "default")
+        if name in kept and default is None:
+            return found.group()
         value = _value(name, env) if name is not None else None
         if name is None:
             wrong.append("'${' begins no ${VAR} or ${VAR:-default}; write '$${' for a plain '${'")
@@ -57,17 +60,23 @@ def _value(name: str, env: Mapping[str, str]) -> str | None:
     return None
 
 
-def expand_all(data: Any, env: Mapping[str, str], problems: list[Problem], loc: Loc = ()) -> Any:
+def expand_all(
+    data: Any, env: Mapping[str, str], problems: list[Problem], loc: Loc = (), kept: Collection[str] = ()
+) -> Any:
     """`data` with every text value expanded; keys are not. A text that cannot be expanded is unchanged, and its problem
     is added to `problems`."""
     if isinstance(data, dict):
-        return {key: expand_all(value, env, problems, (*loc, key)) for key, value in data.items()}
+        of_command = len(loc) == 2 and loc[0] == "models" and "cmd" in data
+        kept_by = {key: PLACEHOLDERS for key in FILLED} if of_command else {}
+        return {
+            key: expand_all(value, env, problems, (*loc, key), kept_by.get(key, kept)) for key, value in data.items()
+        }
     if isinstance(data, list):
-        return [expand_all(value, env, problems, (*loc, index)) for index, value in enumerate(data)]
+        return [expand_all(value, env, problems, (*loc, index), kept) for index, value in enumerate(data)]
     if not isinstance(data, str):
         return data
     try:
-        return expand(data, env)
+        return expand(data, env, kept)
     except ValueError as error:
         problems.append(Problem(loc, str(error)))
         return data

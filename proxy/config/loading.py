@@ -14,11 +14,11 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from llama_smart_proxy.proxy.config import environment, legacy, text
-from llama_smart_proxy.proxy.config.checks import cross_checks
+from llama_smart_proxy.proxy.config.checks import cross_checks, key_remarks
 from llama_smart_proxy.proxy.config.command_line import absolute_paths
 from llama_smart_proxy.proxy.config.expansion import expand_all
 from llama_smart_proxy.proxy.config.problems import Loc, Problem, dotted
-from llama_smart_proxy.proxy.config.schema import Config, is_verbatim
+from llama_smart_proxy.proxy.config.schema import Config, ServerConfig, is_verbatim
 from llama_smart_proxy.proxy.config.section import Section
 from llama_smart_proxy.proxy.errors import ConfigError
 
@@ -56,7 +56,8 @@ def read_config(path: Path | None, *, env: Mapping[str, str], overrides: Mapping
     draft.apply(environment.from_environment(env, draft.data))
     draft.apply(environment.from_flags(overrides or {}))
     config = draft.validate()
-    warnings = [*map(draft.render, draft.remarks), *environment.without_effect(env)]
+    remarks = [*draft.remarks, *(key_remarks(config) if config is not None else ())]
+    warnings = [*map(draft.render, remarks), *environment.without_effect(env)]
     if config is None or draft.problems:
         return Reading(None, list(dict.fromkeys(map(draft.render, draft.problems))), warnings)
     folder = Path.cwd() if path is None else path.absolute().parent
@@ -64,6 +65,30 @@ def read_config(path: Path | None, *, env: Mapping[str, str], overrides: Mapping
     _find_plugins(config, draft, env, folder, beside_file=path is not None)
     config.warnings.extend(warnings)
     return Reading(config, [], warnings)
+
+
+def read_address(path: Path | None, *, env: Mapping[str, str]) -> tuple[str, int]:
+    """Host and port of `server` in the configuration of `load_config`, also if other parts of it are invalid.
+
+    Raises: ConfigError with the problems of the file as a whole or of these fields.
+    """
+    draft = _Draft(source="defaults" if path is None else str(path))
+    if path is not None:
+        draft.read_file(path, env)
+        if not draft.readable:
+            raise ConfigError(list(map(draft.render, draft.problems)))
+    draft.apply(environment.from_environment(env, draft.data))
+    server = draft.data.get("server")
+    server = {} if server is None else server
+    if not isinstance(server, dict):
+        raise ConfigError([draft.render(Problem(("server",), "should be a mapping of fields to values"))])
+    try:
+        address = ServerConfig.model_validate({k: server[k] for k in ("host", "port") if k in server})
+    except ValidationError as error:
+        details = error.errors(include_url=False, include_input=False)
+        problems = [_explain({**detail, "loc": ("server", *detail["loc"])}) for detail in details]
+        raise ConfigError(list(map(draft.render, problems))) from None
+    return address.host, address.port
 
 
 @dataclass
@@ -234,6 +259,9 @@ def _resolve_paths(config: Config, folder: Path) -> None:
     llama_cpp = config.llama_cpp
     for model in config.models.values():
         model.path = model.path and _absolute(model.path, folder)
+        for command in (model.cmd, model.cmd_stop):
+            if command and (os.sep in command[0] or command[0].startswith("~")):
+                command[0] = str(_absolute(Path(command[0]), folder))
         model.args = absolute_paths(model.args, lambda path: os.path.join(folder, os.path.expanduser(path)))
     llama_cpp.args = absolute_paths(llama_cpp.args, lambda path: os.path.join(folder, os.path.expanduser(path)))
     llama_cpp.models_dir = llama_cpp.models_dir and _absolute(llama_cpp.models_dir, folder)

@@ -11,10 +11,13 @@ from pydantic import BeforeValidator, Field, SecretStr, field_validator, model_v
 
 from llama_smart_proxy.proxy.config import shapes
 from llama_smart_proxy.proxy.config.agents import AgentConfig
+from llama_smart_proxy.proxy.config.commands import CommandConfig
 from llama_smart_proxy.proxy.config.duration import Duration, Seconds
+from llama_smart_proxy.proxy.config.filters import FiltersConfig
 from llama_smart_proxy.proxy.config.section import Section
 
 BackendName = Literal["llama.cpp", "ollama"]
+RunnerName = Literal["llama.cpp", "ollama", "command"]
 Port = Annotated[int, Field(ge=1, le=65535)]
 
 
@@ -102,8 +105,9 @@ class CardConfig(Section):
     )
 
 
-class ModelConfig(CardConfig):
-    """One model that the proxy offers by name. Its weights are one of: path, package and file, repo."""
+class ModelConfig(CardConfig, CommandConfig):
+    """One model that the proxy offers by name. Its weights are one of: path, package and file, repo; or `cmd` runs its
+    server."""
 
     path: Path | None = Field(default=None, description="GGUF file on disk.")
     package: str | None = Field(
@@ -122,6 +126,9 @@ class ModelConfig(CardConfig):
     model: str | None = Field(
         default=None, description="Another model that answers under this name, in place of weights: a virtual model."
     )
+    filters: FiltersConfig | None = Field(
+        default=None, description="Fields of requests that are removed or set before its server gets them."
+    )
     agents: Annotated[shapes.Entries[AgentConfig] | None, BeforeValidator(shapes.false_is_none)] = Field(
         default_factory=list, description="Agents that take part in all its chats; false: none, not even when called."
     )
@@ -139,8 +146,21 @@ class ModelConfig(CardConfig):
         "with; with Ollama the num_ctx of every request, in place of its client's.",
     )
     parallel: int | None = Field(default=None, ge=1, description="Requests answered at the same time (-np).")
+    concurrent: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most requests that its server gets at one time, also if it could answer more; others wait.",
+    )
     keep_alive: Duration | None = Field(
         default=None, description="Seconds it stays loaded when idle, in place of server_pool.keep_alive."
+    )
+    load_timeout_s: Seconds | None = Field(
+        default=None,
+        gt=0,
+        description="Seconds its process may be silent while it starts, in place of server_pool.load_timeout_s.",
+    )
+    stop_timeout_s: Seconds | None = Field(
+        default=None, description="Seconds its process may take to stop, in place of server_pool.stop_timeout_s."
     )
     preload: bool = Field(default=False, description="Load it when the proxy starts.")
     pinned: bool = Field(default=False, description="Never evict it to make room for another model.")
@@ -225,6 +245,9 @@ class RemoteConfig(UpstreamConfig, CardConfig):
     url: str = Field(
         description="Its base URL, http or https, as other clients take it: http://h:8000/v1, https://h/api/v3. One "
         "without a path gets /v1."
+    )
+    filters: FiltersConfig | None = Field(
+        default=None, description="Fields of requests that are removed or set before it gets them, of all its models."
     )
     responses: bool = Field(default=False, description="Use its own /v1/responses where no agent reads the request.")
     forward_headers: Annotated[list[shapes.Header], BeforeValidator(shapes.comma_list)] = Field(

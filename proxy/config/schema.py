@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
 from llama_smart_proxy.proxy.config import shapes
+from llama_smart_proxy.proxy.config.access import ApiKeys, InferenceKeysConfig, Unauthenticated
 from llama_smart_proxy.proxy.config.agents import AgentConfig, LimitsConfig
 from llama_smart_proxy.proxy.config.duration import Seconds
 from llama_smart_proxy.proxy.config.problems import Loc
@@ -22,6 +23,7 @@ from llama_smart_proxy.proxy.config.providers import (
     OllamaConfig,
     PoolConfig,
     RemoteConfig,
+    RunnerName,
 )
 from llama_smart_proxy.proxy.config.section import Section
 
@@ -33,9 +35,16 @@ class ServerConfig(Section):
         default="127.0.0.1", description="Address to listen on; 0.0.0.0 is every IPv4 interface, :: every interface."
     )
     port: int = Field(default=11555, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
-    allow_unauthenticated: bool = Field(
+    api_keys: ApiKeys = Field(
+        default_factory=list,
+        description="The keys of clients, as texts or as mappings; without any, none is required.",
+    )
+    inference_keys: InferenceKeysConfig = Field(
+        default_factory=InferenceKeysConfig, description="What keys of scope inference may do beside inference."
+    )
+    allow_unauthenticated: Unauthenticated = Field(
         default=False,
-        description="Listen beyond loopback without authentication on purpose: there is no warning about it.",
+        description="Listen beyond loopback without keys on purpose: true lets everyone use models, admin do all.",
     )
     allow_origins: shapes.Origins = Field(
         default_factory=list,
@@ -211,9 +220,11 @@ class Config(Section):
         """The path of the model in the file: `models.m`, or `llama_cpp.models.m`."""
         return f"llama_cpp.models.{name}" if name in self.llama_cpp.models else f"models.{name}"
 
-    def backend_of(self, name: str) -> BackendName:
+    def backend_of(self, name: str) -> RunnerName:
         """What runs the model `name`. Raises: KeyError if it is not configured."""
         model = self.models[name]
+        if model.cmd:
+            return "command"
         if model.backend is not None:
             return model.backend
         return "llama.cpp" if model.has_source or name in self.llama_cpp.models else self.backend
@@ -224,7 +235,7 @@ def is_verbatim(loc: Loc) -> bool:
     environment of a process, or among the arguments of one."""
     if loc[:2] in (("llama_cpp", "models"), ("llama_cpp", "args")):
         loc = ("models", *loc[2:]) if loc[1] == "models" else ("models", "", *loc[1:])
-    return len(loc) == 4 and loc[0] == "models" and loc[2] in ("args", "env")
+    return len(loc) == 4 and loc[0] == "models" and loc[2] in ("args", "env", "cmd", "cmd_stop")
 
 
 def schema_json() -> str:

@@ -71,6 +71,7 @@ def configure(level: str, wanted: str = "auto", *, with_content: bool = True) ->
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.getLogger("asyncio").setLevel("WARNING")
     logging.raiseExceptions = False  # a log that cannot be written must not disturb the stream being served
+    access.with_content = with_content
     access.connect(handler.writer if logging.getLogger().isEnabledFor(logging.INFO) else None, form)
     sys.excepthook = _behind(handler, sys.excepthook)
 

@@ -25,6 +25,8 @@ class AccessLog:
 
     def __init__(self) -> None:
         self.enabled = False
+        self.with_content = False
+        """Whether prompts and answers are in the log."""
         self._writer: Writer | None = None
         self._form: Form = Logfmt()
         self._kept: dict[tuple[object, ...], str] = {}

@@ -7,7 +7,7 @@ are counted as `UNKNOWN`, and so is what would be one too many.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 from llama_smart_proxy.backends.journal import StepKind
 from llama_smart_proxy.proxy.chat import RequestRecord
@@ -15,6 +15,7 @@ from llama_smart_proxy.proxy.log.access import outcome
 from llama_smart_proxy.proxy.metrics.histogram import SECONDS, Histogram
 from llama_smart_proxy.proxy.metrics.lag import Lag
 
+Totals = Sequence[Mapping[str, object]]
 UNKNOWN = "-"
 MOST_MODELS = 1000
 """Most models with counts of their own; a server of others may list any number."""
@@ -41,10 +42,11 @@ class ModelCounts:
 class Metrics:
     """Counts for as long as the process lives. `observe` is an observer of requests.
 
-    `is_model` is whether a name is that of a model; it is asked once for each name that has not answered yet.
+    `is_model` is whether a name is that of a model; it is asked for names that have not answered yet. `totals` returns
+    what is counted elsewhere: `model`, `starts`, `restarts` (after a crash) and `evictions` of each model.
     """
 
-    def __init__(self, is_model: Callable[[str], bool]) -> None:
+    def __init__(self, is_model: Callable[[str], bool], totals: Callable[[], Totals] = list) -> None:
         self.requests: dict[tuple[str, str, int, str], int] = {}
         """By model, API, status and name of the key."""
         self.models: dict[str, ModelCounts] = {}
@@ -53,6 +55,7 @@ class Metrics:
         self.errors: Counter[str] = Counter()
         """By code."""
         self.lag = Lag()
+        self.totals = totals
         self._is_model = is_model
 
     def observe(self, record: RequestRecord) -> None:

@@ -36,10 +36,9 @@ class AgentCounts:
 
 @dataclass(frozen=True, slots=True)
 class Now:
-    """What is not counted, but is so at the moment. `instances` are those of `ProviderStatus`, `totals` its totals."""
+    """What is not counted, but is so at the moment. `instances` are those of `ProviderStatus`."""
 
     instances: Iterable[Mapping[str, Any]] = ()
-    totals: Iterable[Mapping[str, Any]] = ()
     agents: Iterable[AgentCounts] = ()
     requests: int = 0
 
@@ -67,6 +66,7 @@ class _Collected(Collector):
         yield from _times(self._metrics)
         yield from _tokens(self._metrics)
         yield from _of_instances(self._now)
+        yield from _of_starts(self._metrics)
         yield from _of_agents(self._now)
         lag = HistogramMetricFamily(
             f"{PREFIX}_event_loop_lag_seconds", "How late a timer of the event loop came, looked at once a second."
@@ -148,10 +148,14 @@ def _of_instances(now: Now) -> Iterator[Metric]:
         if (rss := entry.get("rss_bytes")) is not None:
             memory.add_metric(model, float(rss))
     yield from (state, queue, active, memory)
+
+
+def _of_starts(metrics: Metrics) -> Iterator[Metric]:
+    totals = metrics.totals()
     for name, text in _TOTALS.items():
         family = CounterMetricFamily(f"{PREFIX}_model_{name}", text, None, ["model"])
-        for entry in now.totals:
-            family.add_metric([str(entry["model"])], float(entry[name]))
+        for entry in totals:
+            family.add_metric([str(entry["model"])], float(str(entry[name])))
         yield family
 
 

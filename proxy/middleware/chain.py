@@ -8,6 +8,7 @@ keeps its first position, with the options of both. Required agents cannot be sw
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -30,7 +31,8 @@ from llama_smart_proxy.proxy.middleware.history import (
     may_hold_commands,
     read_history,
 )
-from llama_smart_proxy.proxy.middleware.plugins import HELP_AGENT, LoadedAgent, Plugin, Plugins
+from llama_smart_proxy.proxy.middleware.loaded import LoadedAgent
+from llama_smart_proxy.proxy.middleware.plugins import HELP_AGENT, Plugin, Plugins
 from llama_smart_proxy.proxy.middleware.slash import MAX_ITEMS
 from llama_smart_proxy.proxy.models.router import names_by_key
 
@@ -92,11 +94,13 @@ class _Candidate:
 
 
 class Chain:
-    """Selects the agents of each request."""
+    """Selects the agents of each request. A chain that is `limited` calls no others than those named there, as if there
+    were none; those that run without being called do so."""
 
-    def __init__(self, config: Config, plugins: Plugins) -> None:
+    def __init__(self, config: Config, plugins: Plugins, chats: Chats) -> None:
         self.plugins = plugins
-        self.chats = Chats()
+        self._allowed: frozenset[str] | None = None
+        self.chats = chats
         self._slash = config.slash_commands
         models = config.models | config.virtual
         self._barred = {name for name, model in models.items() if model.agents is None}
@@ -104,6 +108,18 @@ class Chain:
         self._names = {key_of(key): name for key, name in names.items()} | names
         self._of_model = {name: self._entries(model, models) for name, model in models.items()}
         self._models_have_some = any(self._of_model.values())
+
+    def limited(self, agents: frozenset[str] | None) -> Chain:
+        """The same chain for a client that may call these agents; None: all."""
+        if agents is None:
+            return self
+        chain = copy(self)
+        chain._allowed = agents | {HELP_AGENT}
+        return chain
+
+    def may_call(self, name: str) -> bool:
+        """Whether this agent can be called."""
+        return self._allowed is None or name in self._allowed
 
     def may_apply(self, headers: Mapping[str, str], body: Json, model: str, codec: ClientCodec) -> bool:
         """Whether agents may apply to this request, in any API. Cheap; True may be a false positive, False is exact."""
@@ -142,7 +158,7 @@ class Chain:
         if named is None or self._name(model) in self._barred:
             candidates = {name: candidate for name, candidate in candidates.items() if candidate.settings.required}
         else:
-            commands = Commands(self.plugins) if self._slash and may_hold_commands(codec, body) else None
+            commands = Commands(self.plugins, self._allowed) if self._slash and may_hold_commands(codec, body) else None
             history = read_history(codec, body, commands) if commands is not None else History()
             if history.messages is not None:
                 body[codec.messages_field] = history.messages
@@ -200,7 +216,7 @@ class Chain:
 
     def _add_switched(self, candidates: dict[str, _Candidate], switches: Mapping[str, bool]) -> None:
         for name, on in switches.items():
-            if name not in self.plugins.by_name:
+            if name not in self.plugins.by_name or not self.may_call(name):
                 continue
             if on:
                 self._add(candidates, self.plugins.by_name[name])
@@ -216,8 +232,8 @@ class Chain:
     def _add_named(self, candidates: dict[str, _Candidate], names: Iterable[str]) -> None:
         for name in names:
             plugin = self.plugins.by_name.get(name) or self.plugins.commands().get(name.lower())
-            if plugin is None:
-                known = ", ".join(sorted(self.plugins.by_name))
+            if plugin is None or not self.may_call(plugin.name):
+                known = ", ".join(sorted(filter(self.may_call, self.plugins.by_name)))
                 raise BadRequest(f"unknown agent {name[:100]!r}; known agents: {known}", param=FIELD)
             if plugin.loaded is None:
                 raise _unavailable(plugin, "is not available")
@@ -257,7 +273,7 @@ class Chain:
                 plugin.name in running,
             )
             for plugin in sorted(self.plugins, key=lambda plugin: plugin.name)
-            if plugin.loaded is not None
+            if plugin.loaded is not None and self.may_call(plugin.name)
         ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from llama_smart_proxy.proxy.middleware.plugins import HELP_AGENT, Plugin, Plugins
@@ -41,11 +41,14 @@ class Called:
 
 
 class Commands:
-    """The commands of the agents that are enabled at this moment."""
+    """The commands of the agents that are enabled at this moment, if `allowed` names some only of those."""
 
-    def __init__(self, plugins: Plugins) -> None:
+    def __init__(self, plugins: Plugins, allowed: Collection[str] | None = None) -> None:
         self._plugins = plugins
-        self._by_command = plugins.commands()
+        every = plugins.commands()
+        self._by_command = {
+            command: plugin for command, plugin in every.items() if allowed is None or plugin.name in allowed
+        }
         self._known = {name: plugin.per_call for name, plugin in self._by_command.items()} | {LIST: frozenset()}
 
     def called(self, text: str) -> Called | None:

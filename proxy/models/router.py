@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,10 @@ from llama_smart_proxy.backends.names import checked_length, key_of, other_forms
 from llama_smart_proxy.backends.weights.downloads import Download, Downloads
 from llama_smart_proxy.proxy.config import Config, ModelConfig
 from llama_smart_proxy.proxy.dialects.cards import Cards
-from llama_smart_proxy.proxy.errors import BadRequest, ModelNotFound
+from llama_smart_proxy.proxy.errors import BadRequest, ModelNotFound, ProxyError
+from llama_smart_proxy.proxy.models.filters import filtered
 from llama_smart_proxy.proxy.models.inspection import Look
+from llama_smart_proxy.proxy.models.permit import Permit
 
 CAPABILITIES_FRESH_S = 10.0
 """Age in seconds from which the capabilities of a model are read again."""
@@ -24,6 +27,7 @@ AWAITED = 256
 """Most models that a list waits for, as it does once for each."""
 SHOWN_NAMES = 20
 """Most names listed in an error message."""
+PULL_HINT = "; downloading others requires a key of scope admin, or server.inference_keys.may_pull: true"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +110,8 @@ class Entry:
 
 class Router:
     """Finds models in the `providers`, in their order, and in what they have in memory before they query servers.
-    `created` is the time of its construction in seconds since 1970."""
+    `created` is the time of its construction in seconds since 1970. One that is `limited` finds and lists no others
+    than its permit allows, as if there were none."""
 
     def __init__(self, providers: Sequence[Provider], config: Config, downloads: Downloads) -> None:
         self.downloads = downloads
@@ -115,8 +120,21 @@ class Router:
         self._virtual = config.virtual
         self._names = names_by_key(config.models | config.virtual)
         self.cards = Cards()
+        self._permit: Permit | None = None
         self._described: set[tuple[str, str]] = set()
         self._capabilities: dict[tuple[str, str], tuple[float, Sequence[str]]] = {}
+
+    def limited(self, permit: Permit | None) -> Router:
+        """The same router for a client with this permit; None: all models exist for it."""
+        if permit is None:
+            return self
+        router = copy(self)
+        router._permit = permit
+        return router
+
+    def including(self, model: Model) -> Router:
+        """The same router, in which this model exists: for the agents of a request that has been routed to it."""
+        return self.limited(self._permit.including(model.name) if self._permit is not None else None)
 
     # -- names -----------------------------------------------------------------------------------------------------
 
@@ -131,13 +149,41 @@ class Router:
 
     async def find(self, name: str, *, pull: bool) -> Model | None:
         """The model of that name, other than a virtual one; None if there is none."""
-        return (await self._locate(checked_length(name), pull=pull) or (None, None))[1]
+        model = self._permitted((await self._locate(checked_length(name), pull=pull) or (None, None))[1])
+        return filtered(model) if model is not None else None
 
     def known(self, name: str) -> Model | None:
         """Like `find`, but from memory only; never downloads."""
+        return self._permitted(self._known(name))
+
+    def _known(self, name: str) -> Model | None:
         return (self._remembered(checked_length(name), pull=False) or (None, None))[1]
 
+    def _permitted(self, model: Model | None) -> Model | None:
+        permit = self._permit
+        return model if permit is None or model is None or permit.allows((model.name, *model.aliases)) else None
+
     async def _resolve(self, name: object, *, pull: bool) -> tuple[Provider, Route]:
+        if self._permit is None:
+            return await self._resolve_any(name, pull=pull)
+        return await self._resolve_for(self._permit, name, pull=pull)
+
+    async def _resolve_for(self, permit: Permit, name: object, *, pull: bool) -> tuple[Provider, Route]:
+        """The route, if it exists for a client with this permit. What is wrong with another model is not shown."""
+        shown = name if isinstance(name, str) else ""
+        hint = "" if permit.pulls or not pull else PULL_HINT
+        try:
+            provider, route = await self._resolve_any(name, pull=pull and permit.pulls)
+        except ProxyError as exc:
+            if shown and (isinstance(exc, ModelNotFound) or not permit.allows((shown,))):
+                raise self._not_found(shown, hint) from None
+            raise
+        names = (route.model.name, *route.model.aliases)
+        if not permit.allows((route.virtual, *self._virtual[route.virtual].aliases) if route.virtual else names):
+            raise self._not_found(shown, hint) if shown else BadRequest("model is required", param="model")
+        return provider, route
+
+    async def _resolve_any(self, name: object, *, pull: bool) -> tuple[Provider, Route]:
         if not isinstance(name, str) or not name:
             return self._unnamed(name)
         checked_length(name)
@@ -150,7 +196,8 @@ class Router:
                 if (error := provider.missing(base)) is not None:
                     raise error
             raise self._not_found(base)
-        return located[0], Route(located[1], virtual, name)
+        model = filtered(located[1], self._virtual[virtual].filters if virtual else None)
+        return located[0], Route(model, virtual, name)
 
     def _spelled(self, name: str) -> str:
         """The configured model of that name in another spelling; empty if there is none."""
@@ -184,27 +231,30 @@ class Router:
         only = first.default
         if others or only is None:
             raise BadRequest("model is required", param="model")
-        return first, Route(only)
+        return first, Route(filtered(only))
 
-    def _not_found(self, name: str) -> ModelNotFound:
+    def _not_found(self, name: str, more_hint: str = "") -> ModelNotFound:
         known = sorted(entry.id for entry in self.catalogue())
         more = f" and {len(known) - SHOWN_NAMES} more" if len(known) > SHOWN_NAMES else ""
         listing = f"known models: {', '.join(known[:SHOWN_NAMES])}{more}" if known else "no model is configured"
-        return ModelNotFound(f"model {name[:100]!r} not found", hint=listing)
+        return ModelNotFound(f"model {name[:100]!r} not found", hint=listing + more_hint)
 
     # -- all models ------------------------------------------------------------------------------------------------
 
     def models(self) -> list[Model]:
         """Every model other than virtual ones, from memory."""
-        return [model for provider in self._providers for model in provider.models()]
+        return [
+            model for provider in self._providers for model in provider.models() if self._permitted(model) is not None
+        ]
 
     def catalogue(self) -> list[Entry]:
         """An entry for every model, from memory: a server that does not respond must not delay the list."""
         entries = [self.entry(Route(model)) for model in self.models()]
-        entries += [self._virtual_entry(name, self.known(str(model.model))) for name, model in self._virtual.items()]
+        entries += [self._virtual_entry(name, self._known(str(model.model))) for name, model in self._virtual.items()]
         named: dict[str, Entry] = {}
         for entry in entries:
-            named.setdefault(entry.id, entry)  # of two with the same name, `resolve` returns the first
+            if self._permit is None or self._permit.allows((entry.id, *entry.aliases)):
+                named.setdefault(entry.id, entry)  # of two with the same name, `resolve` returns the first
         return list(named.values())
 
     def entry(self, route: Route) -> Entry:
@@ -272,6 +322,11 @@ class Router:
 
     # -- downloads, management, lifetime ---------------------------------------------------------------------------
 
+    def downloading(self) -> list[dict[str, Any]]:
+        """The progress of all downloads."""
+        found, permit = self.downloads.status(), self._permit
+        return found if permit is None else [item for item in found if permit.allows((str(item["model"]),))]
+
     async def download(self, name: str, headers: Sequence[tuple[str, str]]) -> Download | None:
         """Start the download of a model, by the first provider that can; None if it is available already. `headers` are
         those of the client's request. Raises: BadRequest, ModelNotFound."""
@@ -293,11 +348,11 @@ class Router:
 
     def status(self) -> ProviderStatus:
         """The instances and servers of all providers."""
-        statuses = [provider.status() for provider in self._providers]
+        statuses, permit = [provider.status() for provider in self._providers], self._permit
+        instances = [instance for status in statuses for instance in status.instances]
         return ProviderStatus(
-            [instance for status in statuses for instance in status.instances],
+            [item for item in instances if permit is None or self._permitted(self._known(item["model"])) is not None],
             [server for status in statuses for server in status.servers],
-            [total for status in statuses for total in status.totals],
         )
 
     @property
@@ -311,8 +366,7 @@ class Router:
             await provider.start()
 
     async def close(self) -> None:
-        """Cancel all downloads and close every provider; may be called repeatedly."""
-        await self.downloads.close()
+        """Close every provider; may be called repeatedly."""
         for provider in self._providers:
             await provider.close()
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from llama_smart_proxy.proxy import __version__
-from llama_smart_proxy.proxy.cli.main import COMMANDS, CONFIG_FILES, main
+from llama_smart_proxy.proxy.cli.main import main
+from llama_smart_proxy.proxy.cli.parsers import COMMANDS, CONFIG_FILES
 from tests.support import raw_client
 from tests.support.harness import ROOT, environment, free_port, running_proxy
 
@@ -120,6 +121,14 @@ def test_check_reports_every_problem_as_file_path_problem(tmp_path: Path) -> Non
     assert all(line.startswith(f"{file}: ") and line.count(": ") >= 2 for line in lines)
     places = [line.split(": ")[1] for line in lines]
     assert sorted(places) == ["models.m", "models.m.pathh", "models.n", "nonsense", "server.port"]
+
+
+def test_an_imported_file_passes_the_check(tmp_path: Path) -> None:
+    theirs, ours = tmp_path / "theirs.yaml", tmp_path / "config.yaml"
+    theirs.write_text(f"models: {{m: {{cmd: '{sys.executable} -m x --port ${{PORT}}', unlisted: true}}}}")
+    done = run("import", "llama-swap", str(theirs), "-o", str(ours))
+    assert (done.returncode, done.stdout) == (0, "") and f"{theirs}: 1 models" in done.stderr
+    assert run("check", "--config", str(ours)).stdout == f"OK: {ours} (1 model, 0 remotes)\n"
 
 
 def test_serve_refuses_a_wrong_file_with_the_same_lines(tmp_path: Path) -> None:
@@ -253,7 +262,11 @@ async def test_flags_beat_variables_and_variables_beat_the_file() -> None:
         assert proxy.port == file
     async with running_proxy({"server": {"port": file}}, env={"LSP_SERVER__PORT": str(variable)}) as proxy:
         assert proxy.port == variable
-    env = {"LSP_SERVER__PORT": str(variable), "LSP_SERVER__HOST": "0.0.0.0"}
+    env = {
+        "LSP_SERVER__PORT": str(variable),
+        "LSP_SERVER__HOST": "0.0.0.0",
+        "LSP_SERVER__ALLOW_UNAUTHENTICATED": "true",
+    }
     async with running_proxy({"server": {"port": file}}, env=env, args=["--port", str(flag)]) as proxy:
         assert (proxy.host, proxy.port) == ("0.0.0.0", flag)
     async with running_proxy({"log_level": "info"}, args=["--host", "127.0.0.1", "--log-level", "info"]) as proxy:
@@ -268,16 +281,20 @@ async def test_every_interface_is_both_families_and_a_url_in_the_log(host: str) 
         for address in ("127.0.0.1", "[::1]"):
             url = f"http://{address}:{proxy.port}/health"
             assert (await asyncio.to_thread(urllib.request.urlopen, url, timeout=TIMEOUT_S)).status == 200
-    assert "without authentication" not in proxy.log
 
 
-@pytest.mark.parametrize(
-    ("host", "warned"), [("0.0.0.0", True), ("127.0.0.2", False), pytest.param("[::1]", False, marks=needs_ipv6)]
-)
-async def test_only_an_address_that_others_can_reach_is_warned_about(host: str, warned: bool) -> None:
-    async with running_proxy({"server": {"host": host}}) as proxy:
-        pass
-    assert ("server.allow_unauthenticated: true silences this warning" in proxy.log) == warned
+def test_an_address_that_others_can_reach_without_a_key_is_status_78(tmp_path: Path) -> None:
+    done = run("serve", "--host", "0.0.0.0", "--port", str(free_port()), cwd=tmp_path)
+    assert done.returncode == 78 and "listening on" not in done.stderr
+    for setting in ("server.api_keys", "llama-smart-proxy key new", "server.allow_unauthenticated: true"):
+        assert setting in done.stderr
+    checked = run("check", cwd=tmp_path, env={"LSP_SERVER__HOST": "0.0.0.0"})
+    assert checked.returncode == 2 and "server.host: will not listen on 0.0.0.0 without auth" in checked.stderr
+
+
+async def test_every_address_is_listened_on_if_a_key_is_required() -> None:
+    async with running_proxy({"server": {"host": "0.0.0.0", "api_keys": ["0123456789abcdef"]}}) as proxy:
+        assert proxy.host == "0.0.0.0" and (await raw_client.get(proxy.port, "/v1/models")).status == 401
 
 
 def test_a_variable_may_name_the_file(tmp_path: Path) -> None:
@@ -297,7 +314,8 @@ def test_a_port_in_use_is_status_1_and_one_clear_line(tmp_path: Path) -> None:
 
 
 def test_an_address_that_is_not_ours_is_status_1_and_one_clear_line(tmp_path: Path) -> None:
-    done = run("serve", "--host", "192.0.2.1", "--port", str(free_port()), cwd=tmp_path)
+    env = {"LSP_SERVER__ALLOW_UNAUTHENTICATED": "true"}
+    done = run("serve", "--host", "192.0.2.1", "--port", str(free_port()), cwd=tmp_path, env=env)
     assert done.returncode == 1
     assert "cannot listen on 192.0.2.1" in done.stderr and "Traceback" not in done.stderr
     assert "--host, HOST= of make run, or server.host selects another address" in done.stderr

@@ -26,11 +26,11 @@ ROOMS: list[set[str]] = [
     {"proxy.config", "proxy.dialects"},
     {"agents"},
     {"backends"},
-    {"proxy.http", "proxy.models", "proxy.metrics", "proxy.tracing"},
+    {"proxy.access", "proxy.http", "proxy.metrics", "proxy.models", "proxy.tracing"},
     {"proxy.stream"},
     {"proxy.middleware"},
     {"proxy.api"},
-    {"proxy.app", "proxy.registry", "proxy.serve", "proxy.systemd"},
+    {"proxy.app", "proxy.generation", "proxy.registry", "proxy.reload", "proxy.serve", "proxy.systemd"},
     {"proxy.cli"},
 ]
 """Low to high. A module imports from its own room, without going round in circles, and from lower ones."""
@@ -64,12 +64,14 @@ TASK_MAKERS = {
     "proxy/middleware/passage.py",  # a read of an answer, for a task of an agent
     "proxy/middleware/scope.py",  # a request with agents, and whatever they start
     "proxy/models/inspection.py",  # a look at disks and servers, for all who ask
+    "proxy/app.py",  # the end of a configuration, after its last request
+    "proxy/reload.py",  # a reload, for all who ask
     "proxy/serve.py",  # waiting for the first of two events
 }
 """Who may start a task that is not bound to an `await`: each of them holds it and ends it."""
 PROVIDERS = ("backends.llamacpp.provider", "backends.llamacpp.model", "backends.ollama", "backends.pool")
 """Who runs models, and how, is known where the pieces are put together; to all others models answer for themselves."""
-ASSEMBLY = {"proxy/app.py", "proxy/registry.py"}
+ASSEMBLY = {"proxy/app.py", "proxy/generation.py", "proxy/registry.py"}
 APIS = {"ollama", "openai", "openai-responses", "anthropic", "responses", "native", "llama.cpp", "remote"}
 APIS |= {"OLLAMA", "OPENAI", "ANTHROPIC", "RESPONSES", "NATIVE"}
 """Names of APIs and of those who run models. What depends on them is said by a dialect or a model, and asked nowhere

@@ -239,3 +239,57 @@ def test_cards_are_for_every_model_and_for_all_of_a_remote(tmp_path: Path) -> No
     assert load(tmp_path, "models: {m: {path: a}}").models["m"].hidden is None
     [problem] = problems(tmp_path, '{"remotes": {"r": {"url": "http://h", "title": "T"}}}')
     assert problem.startswith("config.yaml: remotes.r.title: unknown field")
+
+
+COMMAND_PROBLEMS = {
+    "cmd: serve": "cmd must have its server listen at ${PORT}, or url must say where it listens",
+    "cmd: 'serve ${PORT} \"'": "cmd: has a quote that is not closed",
+    "cmd: 'serve ${PORT}', path: m.gguf": "has more than one source (cmd, path); keep one",
+    "cmd: 'serve ${PORT} ${PID}'": "${PID} has a value in cmd_stop only",
+    "cmd: 'serve ${PORT} ${ABSENT}'": "cmd: the environment variable ABSENT is not set",
+    "cmd: 'serve ${PORT}', args: [--jinja]": "args: has no effect on a model with cmd; leave it out",
+    "cmd: 'serve ${PORT}', ctx: 4": "ctx: has no effect on a model with cmd; leave it out",
+    "cmd: 'serve ${PORT}', parallel: 4": "parallel: has no effect on a model with cmd; leave it out",
+    "cmd: 'serve ${PORT}', backend: ollama": "backend: has no effect on a model with cmd; leave it out",
+    "cmd: 'serve ${PORT}', url: 'ftp://h'": "url: must be an http:// or https:// URL with a host",
+    "cmd: 'serve ${PORT}', check_endpoint: health": "check_endpoint: must be a path such as /health, or none",
+    "cmd: 'serve ${PORT}', apis: [ollama]": "apis.0: should be 'openai', 'responses', 'anthropic' or 'native'",
+    "cmd: 'serve ${PORT}', concurrent: 0": "concurrent: should be greater than or equal to 1",
+    "cmd: 'serve ${PORT}', load_timeout_s: 0": "load_timeout_s: should be greater than 0",
+    "path: m.gguf, cmd_stop: stop": "cmd_stop: has no effect on a model without cmd; leave it out",
+    "path: m.gguf, url: 'http://h'": "url: has no effect on a model without cmd; leave it out",
+    "backend: ollama, concurrent: 1": "concurrent: has no effect on a model of backend ollama; leave it out",
+    "path: m.gguf, env: {A: '${PORT}'}": "env.A: the environment variable PORT is not set",
+}
+
+
+@pytest.mark.parametrize("fields", COMMAND_PROBLEMS)
+def test_a_model_with_a_command_is_checked_as_a_whole(tmp_path: Path, fields: str) -> None:
+    [problem] = problems(tmp_path, f"models: {{m: {{{fields}}}}}")
+    message = COMMAND_PROBLEMS[fields]
+    at = "" if re.match(r"[a-z_.0-9A]+: ", message) else ": "
+    assert problem.startswith(f"config.yaml: models.m{at or '.'}{message}")
+
+
+def test_a_command_keeps_its_placeholders_and_starts_at_the_file(tmp_path: Path) -> None:
+    text = """
+        models:
+          m:
+            cmd: |
+              ./serve --port ${PORT} --at ${HOST} --name ${MODEL_ID}  # a comment
+                --dir "${DIR}/a b" --pid
+            cmd_stop: [stop, "${PID}", 1.10]
+            url: "http://${HOST}:${PORT}/v"
+            env: {KEY: "${API_KEY}", DIR: "${DIR}"}
+          n: {cmd: serve, url: "http://h:1"}
+    """
+    config = load(tmp_path, text, {"DIR": "/data", "PORT": "1", "HOST": "h", "API_KEY": "k", "PID": "2"})
+    m = config.models["m"]
+    assert m.cmd == [f"{tmp_path}/serve", "--port", "${PORT}", "--at", "${HOST}", "--name", "${MODEL_ID}",
+                     "--dir", "/data/a b", "--pid"]  # fmt: skip
+    assert (m.cmd_stop, m.url, m.env) == (
+        ["stop", "${PID}", "1.10"],
+        "http://${HOST}:${PORT}/v",
+        {"KEY": "${API_KEY}", "DIR": "/data"},
+    )
+    assert [config.backend_of(name) for name in config.models] == ["command", "command"]

@@ -1,0 +1,1 @@
+"""Models whose servers are started by commands of the configuration."""
