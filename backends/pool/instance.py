@@ -81,6 +81,7 @@ class Instance:
         self.connections: ConnectionPool
         self._config = model.limits(config)
         self._ports = ports
+        self._host = ports.host
         self._on_change = on_change
         self._on_share = on_share
         self._key = new_key()
@@ -238,6 +239,7 @@ class Instance:
     async def _start(self) -> None:
         command_for = await self._prepared()
         for _ in range(BIND_ATTEMPTS):
+            self._host = self._ports.host
             self.port = 0 if self.model.launcher.by_socket else self._ports.reserve()
             child = self._spawn(command_for)
             try:
@@ -262,7 +264,7 @@ class Instance:
     def _spawn(self, command_for: CommandFor) -> Child:
         loop = asyncio.get_running_loop()
         self._exit = loop.create_future()
-        self._command = command_for(Endpoint(self._ports.host, self.port), self._key)
+        self._command = command_for(Endpoint(self._host, self.port), self._key)
         self._reader = self.model.launcher.reader(self._set_share)
         command = self._command
         self._child = spawn(command.argv, command.env, self._printed, self._exited, command.farewell)
@@ -286,7 +288,7 @@ class Instance:
         verdict = None if proving.cancelled() else proving.exception()
         if child.returncode is not None:
             self.connections.close("it ended")
-            if self.port and not is_free(self._ports.host, self.port):
+            if self.port and not is_free(self._host, self.port):
                 raise NotOurs("another process listens there")
             raise self._exited_error()
         if verdict is not None:

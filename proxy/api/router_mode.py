@@ -100,7 +100,7 @@ async def _changes(proxy: Proxy, subscription: Subscription) -> AsyncGenerator[S
     kinds = {Kind.MODEL, Kind.DOWNLOAD}
     sent: dict[str, Any] = {}
     while not proxy.draining.is_set():
-        router = proxy.latest().seen_by(proxy.grant).router
+        router = proxy.latest().router
         if now() >= look_at:
             await router.listed(LISTED_S)
             look_at = now() + EVENTS_S

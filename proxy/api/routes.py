@@ -31,6 +31,7 @@ class Route(NamedTuple):
 ROUTES = [
     Route("GET", "/health", admin.health, PUBLIC, Pages.ALL),
     Route("GET", "/v1/health", admin.health, PUBLIC, Pages.ALL),
+    Route("POST", "/admin/reload", admin.reload_configuration, ADMIN),
     Route("GET", "/plugins", admin.plugins_listed, INFERENCE, Pages.ALL),
     Route("GET", "/v1/models", list_models, INFERENCE, Pages.ALL),
     Route("GET", "/v1/models/{id:.+}", show_model, INFERENCE, Pages.ALL),

@@ -53,6 +53,8 @@ class RequestRecord(Timing):
     """Parses the counts from the last frames of a relayed answer; called only when `usage` is read, as parsing costs
     time."""
     counted: Json | None = None
+    side_tokens: int = 0
+    """Tokens that models have generated for its agents."""
     steps: list[Step] | None = None
     """What it waited for; None if it did not wait. Written by `note`."""
 
