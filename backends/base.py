@@ -104,8 +104,8 @@ class ModelInfo:
 
     `digest` has 64 hexadecimal digits; `modified` is in seconds since 1970; `capabilities` have Ollama's names;
     `metadata` has GGUF's names, with long arrays replaced by empty ones; `num_ctx` is the configured number of tokens
-    per request, 0 if not configured; `title`, `description`, `suggestions` and `hidden` are configured, too; `native` is
-    as in `Residence`.
+    per request, 0 if not configured; `title`, `description`, `suggestions` and `hidden` are configured, too. `native`
+    is as in `Residence`.
     """
 
     name: str
