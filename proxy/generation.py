@@ -21,6 +21,7 @@ from llama_smart_proxy.proxy.api.reloads import Reloads
 from llama_smart_proxy.proxy.api.routes import ROUTES
 from llama_smart_proxy.proxy.api.state import Proxy
 from llama_smart_proxy.proxy.config import Config
+from llama_smart_proxy.proxy.http.running import Running
 from llama_smart_proxy.proxy.middleware.afterwards import Afterwards
 from llama_smart_proxy.proxy.middleware.chain import Chain
 from llama_smart_proxy.proxy.middleware.chats import Chats
@@ -45,10 +46,11 @@ class Lasting:
     pool: Pool
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     conversations: Conversations = field(default_factory=Conversations)
+    running: Running = field(default_factory=Running)
     chats: Chats = field(default_factory=Chats)
-    recent: Recent = field(default_factory=Recent)
     reloads: Reloads = field(default_factory=Reloads)
     counters: Counters = field(default_factory=Counters)
+    recent: Recent = field(default_factory=Recent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +100,10 @@ class Generation:
             lasting.draining,
             lasting.conversations,
             lasting.reloads,
+            lasting.running,
             latest,
-            lasting.recent,
             Access(config.server),
+            lasting.recent,
         )
         observers = [*parts.registry.observers, lasting.recent.observe]
         self.dispatcher = Dispatcher(self.proxy, observers, lasting.counters)

@@ -35,7 +35,7 @@ ADMIN_ONLY = ("pid", "port", "proxy", "error", "log", "stalled", "restarts")
 
 async def running(http: web.BaseRequest) -> web.Response:
     """`GET /running`: an object with `running`, one entry for each model that has a process, is fetched, is waited for,
-    has failed, or that another server has loaded.
+    has failed, or that another server has loaded, and `requests`, as of `Running.shown`.
 
     `state` is `ready`, `starting`, `unloading` (completes its answers), `stopping`, `downloading`, `queued` or
     `failed`. `slots` has `busy` and `total`; `queue` is how many requests wait. Times ending in `_s` are seconds,
@@ -45,10 +45,11 @@ async def running(http: web.BaseRequest) -> web.Response:
     at 0bdb3720.
     """
     proxy = http[PROXY]
-    found = await entries(proxy)
-    if not proxy.grant.is_admin:
+    grant, found = proxy.grant, await entries(proxy)
+    if not grant.is_admin:
         found = [{name: value for name, value in entry.items() if name not in ADMIN_ONLY} for entry in found]
-    return web.json_response({"running": found})
+    requests = proxy.running.shown(None if grant.is_admin else grant.client)
+    return web.json_response({"running": found, "requests": requests})
 
 
 async def entries(proxy: Proxy) -> list[Json]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import secrets
@@ -59,6 +60,7 @@ class Dispatcher:
     def __init__(self, proxy: Proxy, observers: Iterable[Observer] = (), counters: Counters | None = None) -> None:
         self._proxy = proxy
         self._counters = counters or Counters()
+        self._running = proxy.running.requests
         self._observers = list(observers)
         self._exact: dict[str, Resource] = {}
         self._patterns: list[tuple[re.Pattern[str], Resource]] = []
@@ -109,11 +111,14 @@ class Dispatcher:
         self._proxy.uses.begin()
         if isinstance(http.protocol, FrontConnection):
             http.protocol.head_complete()
+        running, task = self._running, asyncio.current_task()
+        running[task] = http
         response: web.StreamResponse | None = None
         try:
             response = await self._answer(http)
             return response
         finally:
+            del running[task]
             record.ended_s = time.monotonic()
             record.path = shown_path(http)
             # 499: the client left before its answer was complete
@@ -234,6 +239,8 @@ def reported(http: web.BaseRequest, exc: Exception) -> ProxyError:
 
 def _failed(http: web.BaseRequest, exc: BaseException, dialect: Dialect) -> web.StreamResponse:
     """The error response for `exc`. Raises: `exc` itself if no response can be sent any more."""
+    if isinstance(exc, asyncio.CancelledError):
+        exc = http[RECORD].cancellation(exc)
     if not isinstance(exc, Exception) or isinstance(exc, ConnectionError) or http.writer.output_size > 0:
         raise exc
     allow = exc.headers.get("Allow", "") if isinstance(exc, web.HTTPException) else ""

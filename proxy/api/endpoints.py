@@ -44,7 +44,7 @@ from llama_smart_proxy.proxy.dialects.embeddings import (
     OPENAI_EMBEDDINGS,
     EmbeddingClient,
 )
-from llama_smart_proxy.proxy.errors import AccessDenied, BadRequest, ModelNotFound, let_go
+from llama_smart_proxy.proxy.errors import AccessDenied, BadRequest, Cancelled, ModelNotFound, let_go
 from llama_smart_proxy.proxy.http.body import Body, Reusable, offload, read_body
 from llama_smart_proxy.proxy.http.headers import PARAMS, RECORD
 from llama_smart_proxy.proxy.http.scopes import Scope
@@ -148,12 +148,19 @@ class EndpointHandler:
         try:
             return await self._handle(http, wait)
         except Exception as exc:
-            if isinstance(exc, ConnectionError) or not wait.response.opened or wait.response.begun:
+            if isinstance(exc, ConnectionError) or not wait.response.opened:
+                raise
+            if wait.response.begun and not isinstance(exc, Cancelled):
                 raise
             error = reported(http, exc)
             logger.warning("stream aborted: %s", error)
             let_go(exc)
             return await wait.fail(error)
+        except asyncio.CancelledError as exc:
+            cancelled = http[RECORD].cancellation(exc)
+            if not wait.response.opened:
+                raise cancelled from None
+            return await wait.fail(cancelled)
         finally:
             wait.end()
 

@@ -207,10 +207,15 @@ async def stop_stream(http: web.BaseRequest) -> web.StreamResponse:
     chat = _conversation(http)
     http[PROXY].conversations.stop(chat)
     for model in await _resumable(http):
-        async for attempt in Attempts(model, UpstreamRequest("DELETE", _stream_path(http, model, chat), slot=False)):
-            async with attempt as upstream:
-                await upstream.read(ANSWER_LIMIT)
+        await end_stream(model, _stream_path(http, model, chat))
     return web.Response(status=204)
+
+
+async def end_stream(model: Model, path: str) -> None:
+    """End the stream that `path` names on the model's server. Raises: as `Model.open`."""
+    async for attempt in Attempts(model, UpstreamRequest("DELETE", path, slot=False)):
+        async with attempt as upstream:
+            await upstream.read(ANSWER_LIMIT)
 
 
 async def find_streams(http: web.BaseRequest) -> web.StreamResponse:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from llama_smart_proxy.proxy.api import admin, control, llama_server, router_mode
+from llama_smart_proxy.proxy.api import admin, control, llama_server, requests, router_mode
 from llama_smart_proxy.proxy.api import ollama as ollama_api
 from llama_smart_proxy.proxy.api.dispatcher import Handler
 from llama_smart_proxy.proxy.api.events import events
@@ -43,6 +43,7 @@ ROUTES = [
     Route("GET", "/admin/why/{id:.+}", why, ADMIN),
     Route("GET", "/logs/{name:.+}", control.logs, ADMIN),
     *(Route(method, "/upstream/{path:.+}", upstream, ADMIN, Pages.LOCAL) for method in METHODS),
+    Route("DELETE", "/running/{id:.+}", requests.cancel_request, ADMIN),
     # Ollama's API, except for generation and embeddings
     Route("GET", "/", ollama_api.root, PUBLIC, Pages.ALL),
     Route("GET", "/api/version", ollama_api.version, INFERENCE, Pages.ALL),

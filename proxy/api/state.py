@@ -15,6 +15,7 @@ from llama_smart_proxy.proxy.api.conversations import Conversations
 from llama_smart_proxy.proxy.api.recent import Recent
 from llama_smart_proxy.proxy.api.reloads import Reloads
 from llama_smart_proxy.proxy.config import Config
+from llama_smart_proxy.proxy.http.running import Running
 from llama_smart_proxy.proxy.middleware.afterwards import Afterwards
 from llama_smart_proxy.proxy.middleware.chain import Chain
 from llama_smart_proxy.proxy.models.inspection import Inspection
@@ -71,10 +72,11 @@ class Proxy:
     draining: asyncio.Event
     conversations: Conversations
     reloads: Reloads
+    running: Running
     latest: Callable[[], Proxy]
     """The one of the current configuration, for requests that outlive theirs."""
-    recent: Recent
     access: Access
+    recent: Recent
     uses: Uses = field(default_factory=Uses)
     grant: Grant = ALL
 

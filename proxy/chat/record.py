@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from llama_smart_proxy.backends.journal import Step, StepKind
+from llama_smart_proxy.backends.journal import Journal, Step, StepKind
 from llama_smart_proxy.proxy.chat.extensions import Json
+from llama_smart_proxy.proxy.errors import Cancelled
 
 
 @dataclass(slots=True)
@@ -55,8 +57,12 @@ class RequestRecord(Timing):
     counted: Json | None = None
     side_tokens: int = 0
     """Tokens that models have generated for its agents."""
+    cancelled: bool = False
+    """Whether it was cancelled by `DELETE /running/{id}`."""
     steps: list[Step] | None = None
     """What it waited for; None if it did not wait. Written by `note`."""
+    pending: Callable[[Journal], None] | None = None
+    """As of `backends.journal.Journal`."""
 
     def note(self, kind: StepKind, began_s: float, ended_s: float, **detail: Any) -> None:
         """Add one step, as `backends.journal.Journal`."""
@@ -67,6 +73,17 @@ class RequestRecord(Timing):
     def spent_s(self, kind: StepKind) -> float:
         """Seconds in all steps of one kind."""
         return sum(step.ended_s - step.began_s for step in self.steps or () if step.kind is kind)
+
+    def cancellation(self, exc: asyncio.CancelledError) -> Cancelled:
+        """The error for the client in place of `exc`, the cancellation of the task that processes its request.
+
+        Raises: `exc` unless that is due to `DELETE /running/{id}`: the client has left, or the proxy is stopping.
+        """
+        if not self.cancelled:
+            raise exc
+        if (task := asyncio.current_task()) is not None:
+            task.uncancel()
+        return Cancelled()
 
     def routed(self, model: str, backend: str) -> None:
         """Record that the model was found, or that another one was chosen."""

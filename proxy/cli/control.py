@@ -14,6 +14,8 @@ from llama_smart_proxy.proxy.cli import remote
 from llama_smart_proxy.proxy.cli.remote import Remote, RemoteError, at
 from llama_smart_proxy.proxy.cli.tables import NONE, duration, print_json, print_table, size
 
+MODEL_HEADS = ("NAME", "STATE", "SLOTS", "QUEUE", "MEM", "CONTEXT", "LOADED", "IDLE", "EXPIRES", "BACKEND")
+REQUEST_HEADS = ("REQUEST", "KEY", "MODEL", "STATE", "FOR", "PATH")
 STATE_COLOURS = {
     "ready": "green",
     "failed": "red",
@@ -35,16 +37,23 @@ def _ps(proxy: Remote, args: argparse.Namespace) -> int:
     if args.json:
         print_json(answer)
         return 0
-    models = answer["running"]
+    models, requests = answer["running"], answer["requests"]
     if not models:
         print("no model is loaded")
-        return 0
-    heads = ["NAME", "STATE", "SLOTS", "QUEUE", "MEM", "CONTEXT", "LOADED", "IDLE", "EXPIRES", "BACKEND"]
-    print_table(heads, [*map(_row, models)], colours=STATE_COLOURS, right="SLOTS QUEUE MEM CONTEXT")
+    else:
+        print_table(MODEL_HEADS, [*map(_row, models)], colours=STATE_COLOURS, right="SLOTS QUEUE MEM CONTEXT")
     for model in models:
         if "error" in model:
             print(f"{model['model']}: {model['error']}")
+    if requests:
+        print()
+        print_table(REQUEST_HEADS, [*map(_request_row, requests)], right="FOR")
     return 0
+
+
+def _request_row(request: Json) -> list[str]:
+    names = ("id", "key", "model", "state")
+    return [*(request[name] or NONE for name in names), duration(request["seconds"]), request["path"]]
 
 
 def _row(model: Json) -> list[str]:

@@ -77,28 +77,36 @@ def _command(argv: list[str]) -> int:
         from llama_smart_proxy.proxy.cli.init import init_command
 
         return init_command(Path(args.config or os.environ.get("LSP_CONFIG") or CONFIG_FILES[0]))
+    if args.command == "import":
+        from llama_smart_proxy.proxy.cli.importing import import_command
+
+        return import_command(Path(args.file), Path(args.output) if args.output else None)
     if args.command == "key":
         from llama_smart_proxy.proxy.cli.key import new_key_command
 
         return new_key_command(args.name, args.scope)
-    path = _config_path(args.config)
+    try:
+        return _configured_command(args, _config_path(args.config))
+    except ConfigError as exc:
+        print(exc, file=sys.stderr)
+        return 2
+
+
+def _configured_command(args: argparse.Namespace, path: Path | None) -> int:
+    """Run a command that uses the configuration. Raises: ConfigError."""
     if args.command == "check":
         from llama_smart_proxy.proxy.cli.check import check_command
 
         return check_command(path, os.environ, strict=args.strict, argv_of=args.argv)
-    try:
-        if args.command == "pull":
-            from llama_smart_proxy.proxy.cli.pull import pull_command
+    if args.command == "pull":
+        from llama_smart_proxy.proxy.cli.pull import pull_command
 
-            return pull_command(path, os.environ, args.name)
-        if args.command in REMOTE:
-            from llama_smart_proxy.proxy.cli.control import control_command
+        return pull_command(path, os.environ, args.name)
+    if args.command in REMOTE:
+        from llama_smart_proxy.proxy.cli.control import control_command
 
-            return control_command(args, path)
-        return _simulate(path) if args.command == "simulate" else _serve(args, path)
-    except ConfigError as exc:
-        print(exc, file=sys.stderr)
-        return 2
+        return control_command(args, path)
+    return _simulate(path) if args.command == "simulate" else _serve(args, path)
 
 
 def _config_path(given: str | None) -> Path | None:

@@ -15,11 +15,13 @@ COMMANDS = {
     "check": "Report all problems of the configuration without starting anything; exit status 2 if there are any.",
     "schema": "Print the JSON schema of the configuration: every field, its default and its description.",
     "init": "Write a configuration file with examples, to be edited; an existing file is kept.",
+    "import": "Translate the configuration of another program; what has no equivalent is listed on stderr.",
     "pull": "Download a model before its first use: a configured one, hf.co/org/repo[:variant] from Hugging Face, or "
     "any other name, such as qwen3:0.6b, through the Ollama server of the configuration.",
     "simulate": "Start the proxy on a free port, send a chat, a stream, an embedding and a model swap to the "
     "configured models, and print what passed.",
-    "ps": "List the models of the running proxy that are loaded, loading, waited for, or have failed.",
+    "ps": "List the models of the running proxy that are loaded, loading, waited for, or have failed, and the requests "
+    "under way.",
     "load": "Load a model, and wait until it is loaded.",
     "unload": "Unload a model, once its answers are complete; or cancel its download.",
     "logs": "Print the last lines that a model's server has printed.",
@@ -56,6 +58,9 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     commands["key"].add_argument("action", choices=["new"], help="make a key")
     commands["key"].add_argument("--name", help="its name in logs, metrics and usage")
     commands["key"].add_argument("--scope", choices=["inference", "admin"], default="inference", help="what it may do")
+    commands["import"].add_argument("format", metavar="llama-swap", choices=["llama-swap"], help="the other program")
+    commands["import"].add_argument("file", metavar="FILE", help="its configuration")
+    commands["import"].add_argument("-o", "--output", metavar="FILE", help="file to write, in place of stdout")
     commands["help"].add_argument("topic", metavar="COMMAND", nargs="?", choices=COMMANDS, help="one of the commands")
     commands["check"].add_argument("--argv", metavar="MODEL", help="print the command line of the model's llama-server")
     commands["check"].add_argument("--strict", action="store_true", help="exit status 2 for warnings, too")

@@ -6,6 +6,7 @@ more slowly than the model writes, reading from the upstream socket is paused.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -88,6 +89,10 @@ async def relay(
         logger.warning("stream aborted: %s", exc)
         failure = exc
         let_go(exc)
+    except asyncio.CancelledError as exc:
+        failure = response.record.cancellation(exc)
+        if not response.opened:
+            raise failure from None
     else:
         raise AssertionError("the last attempt returns or raises")
     return await response.fail(failure, dialect)
@@ -236,6 +241,9 @@ async def _large(upstream: UpstreamResponse, response: ResponseWriter) -> web.St
     except UpstreamFailed as exc:
         logger.warning("an answer was truncated: %s", exc)
         response.reset()
+    except asyncio.CancelledError:
+        response.reset()
+        raise
     return await response.finish()
 
 
@@ -329,6 +337,7 @@ class _FrameSink:
             self._earlier, self._last = (self._earlier[1], self._last), whole
             if self._end_mark and self._end_mark in whole and self._dialect.is_end(whole):
                 self._ended()
+                self._response.ended = True
         return self._response.feed(whole)
 
     async def drained(self) -> None:

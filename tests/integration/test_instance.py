@@ -380,7 +380,7 @@ def freezer() -> Iterator[Path]:
 async def test_a_process_that_cannot_be_ended_gives_up_its_place_but_not_its_port(
     fakes: Fakes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("llama_smart_proxy.backends.pool.instance.LOST_S", 0.3)
+    monkeypatch.setattr("llama_smart_proxy.backends.pool.ending.LOST_S", 0.3)
     config = fakes.config(stop_timeout_s=0.2)
     ports = Ports("127.0.0.1", config.server_pool.ports)
     instance = Instance(fakes.model().at("m"), config.server_pool, ports, lambda instance: None)

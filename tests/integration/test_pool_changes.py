@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import AsyncExitStack
+from typing import Any
 
 from llama_smart_proxy.backends.feed import Kind
 from llama_smart_proxy.backends.pool.launcher import PoolModel
@@ -147,7 +148,7 @@ async def test_ports_move_for_the_next_process_and_never_clash(fakes: Fakes) -> 
 
 
 def test_models_are_the_same_if_their_process_is(fakes: Fakes) -> None:
-    def at(**fields: object) -> PoolModel:
+    def at(**fields: Any) -> PoolModel:
         return fakes.model(**fields).at("m")
 
     base = at()

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -125,7 +126,7 @@ def test_what_only_administrators_may_do_is_refused_to_others(run: Commands, wor
 def test_others_see_the_models_that_exist_for_them_without_what_is_for_administrators(run: Commands) -> None:
     run("load", "broken")
     assert "exited with code 3" in run("ps").out
-    assert json.loads(run("ps", "--json", key=USER).out) == {"running": []}
+    assert json.loads(run("ps", "--json", key=USER).out)["running"] == []
     run("load", "a")
     [entry] = json.loads(run("ps", "--json", key=USER).out)["running"]
     assert entry["model"] == "a" and not {"pid", "port", "proxy", "error", "log", "restarts"} & entry.keys()
@@ -174,16 +175,48 @@ async def test_why_explains_a_load_an_eviction_and_the_answer(run: Commands) -> 
     assert answer["times"]["first_token_s"] <= answer["total_s"]
 
 
-async def test_why_names_what_a_request_was_queued_behind(run: Commands) -> None:
+async def test_why_names_what_a_request_is_queued_behind(run: Commands, tmp_path: Path) -> None:
     run("load", "a")
-    slow = asyncio.ensure_future(chat(run.proxy, "slow", fake={"tokens": 60, "token_ms": 10}))
-    await until(lambda: json.loads(run("ps", "--json").out)["running"][0]["slots"]["busy"] == 1)
-    assert (await chat(run.proxy, "behind")).status == (await slow).status == 200
+    gate = tmp_path / "gate"
+    slow = asyncio.ensure_future(chat(run.proxy, "slow", fake={"last_at": str(gate)}))
+
+    async def busy() -> bool:
+        found = await asyncio.to_thread(run, "ps", "--json")
+        return bool(json.loads(found.out)["running"][0]["slots"]["busy"] == 1)
+
+    await until(busy, what="the slow request")
+    waiting = asyncio.ensure_future(chat(run.proxy, "behind"))
+
+    async def queued() -> bool:
+        return "in the queue for a (behind slow)" in (await asyncio.to_thread(run, "why", "behind")).out
+
+    await until(queued, what="the queue")
+    gate.touch()
+    assert (await waiting).status == (await slow).status == 200
     assert "in the queue for a (behind slow)" in run("why", "behind").out
     answer = json.loads(run("why", "behind", "--json").out)
     [step] = answer["steps"]
     assert (step["kind"], step["ahead"], step["behind"]) == ("queue", 0, ["slow"]) and step["seconds"] > 0
     assert answer["times"]["decode_s"] is None, "the answer came as a whole"
+
+
+async def test_a_request_under_way_is_listed_and_explained(run: Commands, tmp_path: Path) -> None:
+    run("load", "a")
+    gate = tmp_path / "gate"
+    asking = asyncio.ensure_future(chat(run.proxy, "going", stream=True, fake={"tokens": 3, "last_at": str(gate)}))
+
+    async def streams() -> bool:
+        found = json.loads((await asyncio.to_thread(run, "why", "going", "--json")).out or "{}")
+        return found.get("outcome") == "under way" and found["times"]["decode_s"] is not None
+
+    await until(streams, what="the stream")
+    heads, row = run("ps").out.splitlines()[-2:]
+    cells = dict(zip(columns(heads), columns(row), strict=True))
+    assert (cells["REQUEST"], cells["KEY"], cells["MODEL"], cells["STATE"]) == ("going", "root", "a", "streaming")
+    sentence = run("why", "going").out.splitlines()[0]
+    assert "POST /v1/chat/completions for a has taken" in sentence and sentence.endswith("It is under way.")
+    gate.touch()
+    assert (await asking).status == 200
 
 
 async def test_of_two_requests_with_one_id_the_newest_is_explained(run: Commands) -> None:
