@@ -170,7 +170,7 @@ def _reload(proxy: Remote, args: argparse.Namespace) -> int:
     changes = {name: names for name, names in answer.items() if isinstance(names, list) and names}
     print(f"reloaded{'' if changes else ': nothing has changed'}")
     for name, names in changes.items():
-        print(f"  {name.replace('_', ' ')}: {', '.join(map(str, names))}")
+        print(f"{name.replace('_', ' ')}: {', '.join(map(str, names))}")
     return 0
 
 

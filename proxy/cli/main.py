@@ -69,6 +69,33 @@ def _command(argv: list[str]) -> int:
     if args.command == "help":
         print((commands[args.topic] if args.topic else parser).format_help(), end="")
         return 0
+    if args.command in _WITHOUT_CONFIGURATION:
+        return _without_configuration(args)
+    path = _config_path(args.config)
+    if args.command == "check":
+        from llama_smart_proxy.proxy.cli.check import check_command
+
+        return check_command(path, os.environ, strict=args.strict, argv_of=args.argv)
+    try:
+        if args.command == "pull":
+            from llama_smart_proxy.proxy.cli.pull import pull_command
+
+            return pull_command(path, os.environ, args.name)
+        if args.command in REMOTE:
+            from llama_smart_proxy.proxy.cli.control import control_command
+
+            return control_command(args, path)
+        return _simulate(path) if args.command == "simulate" else _serve(args, path)
+    except ConfigError as exc:
+        print(exc, file=sys.stderr)
+        return 2
+
+
+_WITHOUT_CONFIGURATION = ("schema", "init", "import", "key")
+
+
+def _without_configuration(args: argparse.Namespace) -> int:
+    """The commands that read no configuration."""
     if args.command == "schema":
         from llama_smart_proxy.proxy.cli.check import schema_command
 
@@ -81,32 +108,9 @@ def _command(argv: list[str]) -> int:
         from llama_smart_proxy.proxy.cli.importing import import_command
 
         return import_command(Path(args.file), Path(args.output) if args.output else None)
-    if args.command == "key":
-        from llama_smart_proxy.proxy.cli.key import new_key_command
+    from llama_smart_proxy.proxy.cli.key import new_key_command
 
-        return new_key_command(args.name, args.scope)
-    try:
-        return _configured_command(args, _config_path(args.config))
-    except ConfigError as exc:
-        print(exc, file=sys.stderr)
-        return 2
-
-
-def _configured_command(args: argparse.Namespace, path: Path | None) -> int:
-    """Run a command that uses the configuration. Raises: ConfigError."""
-    if args.command == "check":
-        from llama_smart_proxy.proxy.cli.check import check_command
-
-        return check_command(path, os.environ, strict=args.strict, argv_of=args.argv)
-    if args.command == "pull":
-        from llama_smart_proxy.proxy.cli.pull import pull_command
-
-        return pull_command(path, os.environ, args.name)
-    if args.command in REMOTE:
-        from llama_smart_proxy.proxy.cli.control import control_command
-
-        return control_command(args, path)
-    return _simulate(path) if args.command == "simulate" else _serve(args, path)
+    return new_key_command(args.name, args.scope)
 
 
 def _config_path(given: str | None) -> Path | None:

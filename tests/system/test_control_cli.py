@@ -117,7 +117,7 @@ def test_a_command_that_fails_has_one_line_of_reason_and_its_status(
     assert (ran.status, ran.out) == (status, "") and text in ran.err and ran.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("words", [["load", "a"], ["unload", "a"], ["logs", "a"], ["events"], ["why", "x"]])
+@pytest.mark.parametrize("words", [["load", "a"], ["unload", "a"], ["logs", "a"], ["events"], ["why", "x"], ["reload"]])
 def test_what_only_administrators_may_do_is_refused_to_others(run: Commands, words: Sequence[str]) -> None:
     ran = run(*words, key=USER)
     assert (ran.status, ran.out) == (4, "") and "scope admin" in ran.err
@@ -152,6 +152,23 @@ def test_what_is_followed_is_printed_at_once_and_ends_quietly_at_ctrl_c(own: Pro
     finally:
         process.kill()
     assert (process.returncode, err) == (130, b"")
+
+
+def test_a_reload_prints_what_has_changed_or_every_problem(run: Commands) -> None:
+    file = Path(re.findall(r"configuration: (\S+config\.yaml)", run.proxy.log)[-1])
+    good = file.read_text()
+    assert run("reload") == (0, "reloaded: nothing has changed\n", "")
+    file.write_text(json.dumps({**json.loads(good), "nonsense": 1, "log_level": "loud"}))
+    ran = run("reload")
+    assert (ran.status, ran.out) == (1, "")
+    assert [line.partition(": ")[0] for line in ran.err.splitlines()] == [str(file)] * 2
+    assert json.loads(run("reload", "--json").out)["problems"] == ran.err.splitlines()
+    changed = json.loads(good)
+    changed["models"]["new"] = changed["models"]["a"]
+    file.write_text(json.dumps(changed))
+    assert run("reload").out == "reloaded\nmodels added: new\n"
+    file.write_text(good)
+    assert json.loads(run("reload", "--json").out)["models_removed"] == ["new"]
 
 
 # -- why ---------------------------------------------------------------------------------------------------------------
