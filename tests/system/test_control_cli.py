@@ -217,6 +217,21 @@ async def test_why_names_what_a_request_is_queued_behind(run: Commands, tmp_path
     assert answer["times"]["decode_s"] is None, "the answer came as a whole"
 
 
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/api/embed", {"input": "x"}),
+        ("/api/chat", {"messages": [{"role": "user", "content": "hi"}]}),
+        ("/tokenize", {"content": "x"}),
+    ],
+)
+async def test_a_load_is_explained_for_every_kind_of_request(run: Commands, path: str, fields: dict[str, Any]) -> None:
+    run("unload", "a")
+    headers = [("Authorization", f"Bearer {ADMIN}"), ("X-Request-Id", f"kind{path}")]
+    assert (await raw_client.post(run.proxy.port, path, {"model": "a", **fields}, headers=headers)).status == 200
+    assert "until a was loaded" in run("why", f"kind{path}").out
+
+
 async def test_a_request_under_way_is_listed_and_explained(run: Commands, tmp_path: Path) -> None:
     run("load", "a")
     gate = tmp_path / "gate"
