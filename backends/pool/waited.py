@@ -18,7 +18,7 @@ from llama_smart_proxy.backends.pool.queue import ModelQueue, Place
 
 MOST_NAMED = 10
 """Most requests that one step names."""
-SHORTEST_S = 0.001
+SHORTEST_S = 0.005
 """What took less was no wait."""
 
 
@@ -48,14 +48,14 @@ class _Wait:
         before and after that."""
         now = time.monotonic()
         begins_s, ends_s = _load(self.queue, self.began_s, now)
-        self._note_queue(journal, self.began_s, begins_s)
+        self._note_queue(journal, self.began_s, begins_s, self.places)
         if ends_s - begins_s >= SHORTEST_S:
             journal.note(StepKind.LOAD, begins_s, ends_s, model=self.queue.name)
-        self._note_queue(journal, ends_s, now)
+        self._note_queue(journal, ends_s, now, [])  # it had a place by then
 
-    def _note_queue(self, journal: Journal, began_s: float, ended_s: float) -> None:
+    def _note_queue(self, journal: Journal, began_s: float, ended_s: float, places: Sequence[str]) -> None:
         if ended_s - began_s >= SHORTEST_S:
-            detail = {"ahead": self.ahead, "behind": self.behind, "places": self.places}
+            detail = {"ahead": self.ahead, "behind": self.behind, "places": places}
             journal.note(StepKind.QUEUE, began_s, ended_s, model=self.queue.name, **detail)
 
 

@@ -169,7 +169,7 @@ def _answer(entry: Json) -> Iterator[str]:
 def _counted(count: object, what: str, cached: object = None) -> str:
     if count is None:
         return ""
-    return f", {count} tokens {what}" + (f", {cached} of them cached" if cached else "")
+    return f", {count} token{'' if count == 1 else 's'} {what}" + (f", {cached} of them cached" if cached else "")
 
 
 def _end(entry: Json) -> str:

@@ -117,8 +117,9 @@ def _events(proxy: Remote, args: argparse.Namespace) -> int:
             if args.json:
                 print(json.dumps({"event": kind, **data}, ensure_ascii=False), flush=True)
             else:
-                details = " ".join(f"{name}={_shown(value)}" for name, value in data.items() if name != "name")
-                print(f"{time.strftime('%H:%M:%S')}  {kind:9}  {data.get('name', '')}  {details}", flush=True)
+                name = data.pop("name", "")
+                details = " ".join(f"{key}={_shown(value)}" for key, value in data.items() if value is not None)
+                print(f"{time.strftime('%H:%M:%S')}  {kind:9}  {name}  {details}", flush=True)
     return 0
 
 
@@ -135,11 +136,12 @@ def _why(proxy: Remote, args: argparse.Namespace) -> int:
     rows = [
         [step["kind"], duration(step["after_s"]), duration(step["seconds"]), *_about(step)] for step in answer["steps"]
     ]
-    rows += [
-        [name, NONE, duration(answer["times"][f"{name}_s"]), ""]
-        for name in ("prefill", "decode")
-        if answer["times"][f"{name}_s"] is not None
-    ]
+    times = answer["times"]
+    first_s, prefill_s, decode_s = times["first_token_s"], times["prefill_s"], times["decode_s"]
+    if prefill_s is not None:
+        rows.append(["prefill", duration(first_s and first_s - prefill_s), duration(prefill_s), ""])
+    if decode_s is not None:
+        rows.append(["decode", duration(first_s), duration(decode_s), ""])
     if rows:
         print()
         print_table(["STEP", "AFTER", "TOOK", "ABOUT"], rows, right="AFTER TOOK")
