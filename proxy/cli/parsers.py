@@ -20,7 +20,8 @@ COMMANDS = {
     "any other name, such as qwen3:0.6b, through the Ollama server of the configuration.",
     "simulate": "Start the proxy on a free port, send a chat, a stream, an embedding and a model swap to the "
     "configured models, and print what passed.",
-    "ps": "List the models of the running proxy that are loaded, loading, waited for, or have failed.",
+    "ps": "List the models of the running proxy that are loaded, loading, waited for, or have failed, and the requests "
+    "under way.",
     "load": "Load a model, and wait until it is loaded.",
     "unload": "Unload a model, once its answers are complete; or cancel its download.",
     "logs": "Print the last lines that a model's server has printed.",
