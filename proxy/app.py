@@ -16,7 +16,7 @@ from llama_smart_proxy.proxy.api.state import Proxy
 from llama_smart_proxy.proxy.config import Config
 from llama_smart_proxy.proxy.dialects import Dialect
 from llama_smart_proxy.proxy.generation import Generation, Lasting
-from llama_smart_proxy.proxy.store import ProxyMemory, Store, state_dir
+from llama_smart_proxy.proxy.store import History, ProxyMemory, Store, state_dir
 
 
 class App:
@@ -26,11 +26,13 @@ class App:
     """
 
     def __init__(self, config: Config) -> None:
-        store = Store(state_dir(config.state_dir, os.environ))
+        url = config.store.get_secret_value() if config.store is not None else ""
+        store = Store(state_dir(config.state_dir, os.environ), url)
+        history = History(store, most=config.history.requests, days=config.history.days)
         feed = Feed()
         downloads = Downloads(feed)
         pool = Pool(config.server_pool, downloads, LoadTimes(feed, ProxyMemory(store)))
-        self.lasting = Lasting(store, feed, downloads, pool)
+        self.lasting = Lasting(store, history, feed, downloads, pool)
         self.generation = Generation(config, self.lasting, lambda: self.proxy)
 
     @property

@@ -24,7 +24,7 @@ from llama_smart_proxy.proxy.middleware.plugins import Plugins
 from llama_smart_proxy.proxy.models.inspection import Inspection
 from llama_smart_proxy.proxy.models.router import Router
 from llama_smart_proxy.proxy.registry import Registry
-from llama_smart_proxy.proxy.store import Store
+from llama_smart_proxy.proxy.store import History, Store
 from llama_smart_proxy.proxy.stream.waiting import Waits
 
 
@@ -33,6 +33,7 @@ class Lasting:
     """What lives as long as the process, and is the same for all its generations."""
 
     store: Store
+    history: History
     feed: Feed
     downloads: Downloads
     pool: Pool
@@ -67,9 +68,11 @@ class Generation:
             lasting.draining,
             lasting.conversations,
             lasting.running,
+            lasting.history,
             latest,
         )
-        self.dispatcher = Dispatcher(self.proxy, registry.observers)
+        lasting.history.configure(most=config.history.requests, days=config.history.days)
+        self.dispatcher = Dispatcher(self.proxy, [*registry.observers, lasting.history.observe])
         for method, path, handler, scope, pages in ROUTES:
             self.dispatcher.add([method], path, handler, scope, pages=pages)
         for path, endpoint in registry.endpoints.items():

@@ -34,6 +34,8 @@ ROUTES = [
     # what operators look at and change
     Route("GET", "/running", control.running, INFERENCE),
     Route("DELETE", "/running/{id:.+}", requests.cancel_request, ADMIN),
+    Route("GET", "/admin/usage", requests.usage, ADMIN),
+    Route("GET", "/admin/requests", requests.recent, ADMIN),
     # Ollama's API, except for generation and embeddings
     Route("GET", "/", ollama_api.root, PUBLIC, Pages.ALL),
     Route("GET", "/api/version", ollama_api.version, INFERENCE, Pages.ALL),

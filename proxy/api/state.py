@@ -17,7 +17,7 @@ from llama_smart_proxy.proxy.middleware.afterwards import Afterwards
 from llama_smart_proxy.proxy.middleware.chain import Chain
 from llama_smart_proxy.proxy.models.inspection import Inspection
 from llama_smart_proxy.proxy.models.router import Router
-from llama_smart_proxy.proxy.store import Store
+from llama_smart_proxy.proxy.store import History, Store
 from llama_smart_proxy.proxy.stream.waiting import Waits
 
 
@@ -69,6 +69,7 @@ class Proxy:
     draining: asyncio.Event
     conversations: Conversations
     running: Running
+    history: History
     latest: Callable[[], Proxy]
     """The one of the current configuration, for requests that outlive theirs."""
     uses: Uses = field(default_factory=Uses)
