@@ -39,7 +39,7 @@ async def cancel_request(http: web.BaseRequest) -> web.Response:
         message = f"no request with the id {request_id[:100]!r} is being processed; GET /running lists them"
         raise BadRequest(message, status=404, code="not_found")
     for request in found.values():
-        proxy.conversations.stop(request.headers.get(CONVERSATION, ""))
+        proxy.conversations.stop(_chat(request))
     await cancel(found)
     for request in found.values():
         await _end_resumable(http, request)
@@ -48,11 +48,17 @@ async def cancel_request(http: web.BaseRequest) -> web.Response:
 
 async def _end_resumable(http: web.BaseRequest, request: web.BaseRequest) -> None:
     """End the stream of `request` on a server that would go on without its client."""
-    chat = request.headers.get(CONVERSATION)
+    chat = _chat(request)
     model = http[PROXY].router.known(request[RECORD].model) if chat else None
     if model is not None and Feature.RESUMABLE in model.features and model.state.value == "loaded":
         with suppress(ProxyError):  # its server has ended
             await end_stream(model, f"/v1/stream?{urlencode({'conv_id': chat})}")
+
+
+def _chat(request: web.BaseRequest) -> str:
+    """The id of its resumable stream at the model's server; empty if it has none."""
+    chat = request.headers.get(CONVERSATION, "")
+    return request[PROXY].own_chat(chat) if chat and PROXY in request else chat
 
 
 async def usage(http: web.BaseRequest) -> web.Response:

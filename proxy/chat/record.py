@@ -55,6 +55,8 @@ class RequestRecord(Timing):
     """Parses the counts from the last frames of a relayed answer; called only when `usage` is read, as parsing costs
     time."""
     counted: Json | None = None
+    side_tokens: int = 0
+    """Tokens that models have generated for its agents."""
     cancelled: bool = False
     """Whether it was cancelled by `DELETE /running/{id}`."""
     steps: list[Step] | None = None

@@ -32,7 +32,7 @@ def expand(text: str, env: Mapping[str, str], kept: Collection[str] = ()) -> str
         if found.group() == "$${":
             return "${"
         name, default = found.group("name", "default")
-        if name in kept:
+        if name in kept and default is None:
             return found.group()
         value = _value(name, env) if name is not None else None
         if name is None:

@@ -9,21 +9,25 @@ from __future__ import annotations
 import logging
 import secrets
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
 
-from llama_smart_proxy.backends.journal import Step
+from llama_smart_proxy.backends.journal import Step, StepKind
 from llama_smart_proxy.proxy.chat import Json, RequestRecord
-from llama_smart_proxy.proxy.store.schema import Row, Sql
+from llama_smart_proxy.proxy.store.schema import Row, Sql, Unavailable
 from llama_smart_proxy.proxy.store.store import Store
 
 logger = logging.getLogger(__name__)
 
 FLUSH_S = 1.0
 """How long a request that has ended waits to be written, which is what `kill -9` loses at most."""
+NEWEST = 1000
+"""Requests that stay in memory, also those that failed before their model was known."""
 FLUSH_REQUESTS = 256
 """So many are written at once."""
 MAX_NEW = 4096
@@ -39,6 +43,9 @@ MAX_TEXT = 200
 COLUMNS = ("day", "key", "model", "api")
 """What usage is counted by."""
 COUNTS = ("requests", "errors", "prompt_tokens", "completion_tokens", "cached_tokens", "seconds")
+_READING = ("GET", "HEAD")
+"""Methods that use no model, but ask about it."""
+_TIMES = ("resolved_s", "sent_s", "first_byte_s", "last_byte_s", "ended_s")
 _NO_COUNTS = (0, 0, 0, 0, 0, 0.0)
 _ADD = (
     f"INSERT INTO usage ({', '.join((*COLUMNS, *COUNTS))}) VALUES ({', '.join('?' * 10)}) "
@@ -69,6 +76,7 @@ class History:
     def __init__(self, store: Store, *, most: int, days: int) -> None:
         self._store = store
         self._new: list[RequestRecord] = []
+        self._newest: deque[RequestRecord] = deque(maxlen=NEWEST)
         self._next = _Batch()
         self._batch = _Batch()  # being written; it stays as it is until that is known to be done
         self._number = 1
@@ -90,8 +98,8 @@ class History:
         return len(self._new) + len(self._next.rows) + len(self._batch.rows)
 
     def observe(self, record: RequestRecord) -> None:
-        """Count a request that has ended, if it names a model. Takes well under a microsecond."""
-        if record.model == "-":
+        """Count a request that has ended, if it used a model or failed. Takes well under a microsecond."""
+        if not record.resolved_s and record.status < 400:
             return
         new = self._new
         if len(new) >= MAX_NEW:
@@ -142,6 +150,16 @@ class History:
         rows = await self._read(lambda sql: sql.execute(query, values))
         return [orjson.loads(entry) for (entry,) in rows]
 
+    async def find(self, request_id: str) -> RequestRecord | None:
+        """The newest request with this id, as clients choose ids; None if there is none, or not any more."""
+        for records in (list(self._new), list(self._newest)):
+            for record in reversed(records):
+                if record.request_id == request_id:
+                    return record
+        with suppress(Unavailable):
+            return next(map(record_of, await self.requests(request_id=request_id, limit=1)), None)
+        return None
+
     async def _read(self, work: Callable[[Sql], list[Row]]) -> list[Row]:
         self._store.submit(self._flush)  # what has ended just now is a part of it
         return await self._store.run(work)
@@ -172,12 +190,15 @@ class History:
         """Move the new requests into the next batch. Their counts are parsed here, if they were not before."""
         count = len(self._new)
         records = self._new[:count]
+        self._newest.extend(records)
         del self._new[:count]
         now, ago_s = time.time(), time.monotonic()
         batch = self._next
         for record in records:
+            usage = _counted(record)  # which gives up the end of the answer, and of a short one all of it
+            if not record.resolved_s or record.method in _READING:
+                continue
             at_s = now - ago_s + record.arrived_s
-            usage = _counted(record)
             line = (time.strftime("%Y-%m-%d", time.localtime(at_s)), record.client, record.model[:MAX_TEXT], record.api)
             added = (1, outcome_of(record) == "error", *usage, record.ended_s - record.arrived_s)
             if line in batch.usage or len(batch.usage) < MAX_WAITING:
@@ -269,15 +290,32 @@ def _entry(record: RequestRecord, at_s: float, usage: tuple[int, int, int]) -> b
         "completion_tokens": usage[1],
         "cached_tokens": usage[2],
     }
-    for name in ("resolved", "sent", "first_byte", "last_byte", "ended"):
-        time_s = getattr(record, f"{name}_s")
-        entry[f"{name}_s"] = round(time_s - record.arrived_s, 6) if time_s else None
+    for name in _TIMES:
+        time_s = getattr(record, name)
+        entry[name] = round(time_s - record.arrived_s, 6) if time_s else None
     steps = list(record.steps or ())
     data = orjson.dumps({**entry, "steps": [_step(step, record) for step in steps]}, default=str)
     while steps and len(data) > MAX_ENTRY:
         steps = steps[: len(steps) // 2]
         data = orjson.dumps({**entry, "steps": [_step(step, record) for step in steps], "cut": True}, default=str)
     return data
+
+
+def record_of(entry: Json) -> RequestRecord:
+    """The record of a recent request, with times of a clock at which it arrived in its first second."""
+    record = RequestRecord(1.0, request_id=entry["id"])
+    record.client = entry["key"]
+    for name in ("method", "path", "api", "model", "backend", "agents", "status"):
+        setattr(record, name, entry[name])
+    for name in _TIMES:
+        setattr(record, name, 1.0 + entry[name] if entry[name] is not None else 0.0)
+    record.cancelled = entry["outcome"] == "cancelled"
+    record.counted = {name: entry[name] for name in ("prompt_tokens", "completion_tokens")}
+    record.counted["prompt_tokens_details"] = {"cached_tokens": entry["cached_tokens"]}
+    for step in entry["steps"]:
+        kind, began_s, ended_s, detail = step.pop("kind"), step.pop("began_s"), step.pop("ended_s"), step
+        record.note(StepKind(kind), 1.0 + began_s, 1.0 + ended_s, **detail)
+    return record
 
 
 def _step(step: Step, record: RequestRecord) -> Json:

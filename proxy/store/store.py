@@ -17,7 +17,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 from llama_smart_proxy.proxy.store.postgres import Postgres
-from llama_smart_proxy.proxy.store.schema import Database, Sql
+from llama_smart_proxy.proxy.store.schema import Database, Sql, Unavailable
 from llama_smart_proxy.proxy.store.sqlite import SQLite
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ class Store:
     any event loop."""
 
     def __init__(self, folder: Path | None, url: str = "") -> None:
+        self.is_remote = bool(url)
         self._database: Database = Postgres(url) if url else SQLite(folder)
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._delayed: list[tuple[float, Callable[[], None]]] = []
@@ -71,6 +72,8 @@ class Store:
                 return
             try:
                 result = self.do(work)
+            except Unavailable:
+                return  # the database has logged why
             except Exception as exc:
                 logger.warning("the state could not be read or written: %s", exc)
                 return

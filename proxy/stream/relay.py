@@ -98,6 +98,23 @@ async def relay(
     return await response.fail(failure, dialect)
 
 
+async def relay_bytes(response: ResponseWriter, model: Model, request: UpstreamRequest) -> web.StreamResponse:
+    """Answer with whatever the server of `model` answers to `request`, in no API: its status, headers and bytes.
+
+    A failure before the headers is raised, after one retry; after a later one the connection is reset.
+    """
+    async for attempt in Attempts(model, request, lambda: response.opened):
+        async with attempt as upstream:
+            response.record.sent_s = upstream.sent_s
+            await upstream.first_piece()
+            response.record.first_byte_s = time.monotonic()
+            try:
+                return await _large(upstream, response)
+            finally:
+                response.record.last_byte_s = time.monotonic()
+    raise AssertionError("the last attempt returns or raises")
+
+
 async def _pass_on(
     upstream: UpstreamResponse,
     dialect: Dialect,
@@ -222,7 +239,7 @@ async def _large(upstream: UpstreamResponse, response: ResponseWriter) -> web.St
     try:
         await upstream.pipe(response)
     except UpstreamFailed as exc:
-        logger.warning("a large answer was truncated: %s", exc)
+        logger.warning("an answer was truncated: %s", exc)
         response.reset()
     except asyncio.CancelledError:
         response.reset()

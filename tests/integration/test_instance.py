@@ -103,7 +103,7 @@ async def test_keys_are_in_no_argument_log_or_message(fakes: Fakes, start: Start
     error = await failed(instance)
     [event] = fakes.events("start")
     assert instance._key not in " ".join(event["argv"])
-    instance._log.feed(f"my key is {instance._key}, and hf_sesame\n".encode())
+    instance.log.feed(f"my key is {instance._key}, and hf_sesame\n".encode())
     assert instance.log_tail(1) == ["my key is ***, and ***"]
     assert instance._key not in error.message
 
@@ -380,7 +380,7 @@ def freezer() -> Iterator[Path]:
 async def test_a_process_that_cannot_be_ended_gives_up_its_place_but_not_its_port(
     fakes: Fakes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("llama_smart_proxy.backends.pool.instance.LOST_S", 0.3)
+    monkeypatch.setattr("llama_smart_proxy.backends.pool.ending.LOST_S", 0.3)
     config = fakes.config(stop_timeout_s=0.2)
     ports = Ports("127.0.0.1", config.server_pool.ports)
     instance = Instance(fakes.model().at("m"), config.server_pool, ports, lambda instance: None)

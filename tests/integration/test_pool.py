@@ -385,3 +385,15 @@ async def test_who_waits_for_a_crashed_server_gets_a_new_one(fakes: Fakes) -> No
         await holder
         [entry] = pool.status()
         assert entry["restarts"] == 1 and entry["leases"] == 0
+
+
+async def test_a_limit_of_the_model_leaves_slots_of_its_server_unused(fakes: Fakes) -> None:
+    async with open_pool(fakes.config()) as pool:
+        model = fakes.model(parallel=4, concurrent=2)
+        assert await pool.load(model.at("a")) == 4, "which bounds `n` of a request"
+        async with leased(pool, "a", model), leased(pool, "a", model):
+            third = asyncio.ensure_future(ask(pool, "a", model))
+            await until(lambda: pool.status()[0]["queue"] == 1, what="the wait")
+            async with leased(pool, "a", model, slot=False):
+                assert not third.done()
+        await third

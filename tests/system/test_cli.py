@@ -123,6 +123,14 @@ def test_check_reports_every_problem_as_file_path_problem(tmp_path: Path) -> Non
     assert sorted(places) == ["models.m", "models.m.pathh", "models.n", "nonsense", "server.port"]
 
 
+def test_an_imported_file_passes_the_check(tmp_path: Path) -> None:
+    theirs, ours = tmp_path / "theirs.yaml", tmp_path / "config.yaml"
+    theirs.write_text(f"models: {{m: {{cmd: '{sys.executable} -m x --port ${{PORT}}', unlisted: true}}}}")
+    done = run("import", "llama-swap", str(theirs), "-o", str(ours))
+    assert (done.returncode, done.stdout) == (0, "") and f"{theirs}: 1 models" in done.stderr
+    assert run("check", "--config", str(ours)).stdout == f"OK: {ours} (1 model, 0 remotes)\n"
+
+
 def test_serve_refuses_a_wrong_file_with_the_same_lines(tmp_path: Path) -> None:
     file = wrong_file(tmp_path)
     served, checked = run("serve", "--config", str(file)), run("check", "--config", str(file))
