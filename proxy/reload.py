@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 LOOK_S = 0.5
 """Interval in seconds in which files are looked at for changes: network and bind mounts report none."""
-FIXED = ("server.host", "server.port", "state_dir", "log_level")
+FIXED = ("server.host", "server.port", "state_dir", "store", "log_level")
 """The settings that apply when the proxy starts, and not when it reads its configuration again."""
 
 

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import orjson
@@ -32,12 +33,14 @@ FLUSH_REQUESTS = 256
 """So many are written at once."""
 MAX_NEW = 4096
 """Requests that may wait for the thread."""
-MAX_WAITING = 2000
+MAX_WAITING = MAX_NEW
 """Recent requests, and lines of usage, that may wait for a database that cannot be used now."""
 MAX_ENTRY = 3072
 """Bytes of one recent request; steps beyond that are left out."""
 RETRY_S = 2.0
 """Seconds between two attempts to write what could not be written."""
+MAX_STEPS = 100
+"""Steps of one recent request."""
 MAX_TEXT = 200
 """Characters of a path or a name."""
 COLUMNS = ("day", "key", "model", "api")
@@ -46,7 +49,6 @@ COUNTS = ("requests", "errors", "prompt_tokens", "completion_tokens", "cached_to
 _READING = ("GET", "HEAD")
 """Methods that use no model, but ask about it."""
 _TIMES = ("resolved_s", "sent_s", "first_byte_s", "last_byte_s", "ended_s")
-_NO_COUNTS = (0, 0, 0, 0, 0, 0.0)
 _ADD = (
     f"INSERT INTO usage ({', '.join((*COLUMNS, *COUNTS))}) VALUES ({', '.join('?' * 10)}) "
     f"ON CONFLICT ({', '.join(COLUMNS)}) DO UPDATE SET "
@@ -59,7 +61,7 @@ _INSERT = "INSERT INTO requests (id, at_s, key, model, status, entry) VALUES (?,
 class _Batch:
     """What is written in one transaction: counts to add, by what they are counted by, and recent requests."""
 
-    usage: dict[tuple[str, str, str, str], tuple[float, ...]] = field(default_factory=dict)
+    usage: dict[tuple[str, str, str, str], list[float]] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
 
     def __bool__(self) -> bool:
@@ -192,21 +194,28 @@ class History:
         records = self._new[:count]
         self._newest.extend(records)
         del self._new[:count]
-        now, ago_s = time.time(), time.monotonic()
+        since_1970 = time.time() - time.monotonic()
         batch = self._next
         for record in records:
             usage = _counted(record)  # which gives up the end of the answer, and of a short one all of it
             if not record.resolved_s or record.method in _READING:
                 continue
-            at_s = now - ago_s + record.arrived_s
-            line = (time.strftime("%Y-%m-%d", time.localtime(at_s)), record.client, record.model[:MAX_TEXT], record.api)
-            added = (1, outcome_of(record) == "error", *usage, record.ended_s - record.arrived_s)
-            if line in batch.usage or len(batch.usage) < MAX_WAITING:
-                sums = batch.usage.get(line, _NO_COUNTS)
-                batch.usage[line] = tuple(old + new for old, new in zip(sums, added, strict=True))
+            at_s = since_1970 + record.arrived_s
+            model, outcome = record.model[:MAX_TEXT], outcome_of(record)
+            line = (_day(int(at_s) // 900), record.client, model, record.api)
+            sums = batch.usage.get(line)
+            if sums is None and len(batch.usage) < MAX_WAITING:
+                sums = batch.usage[line] = [0, 0, 0, 0, 0, 0.0]
+            if sums is not None:
+                sums[0] += 1
+                sums[1] += outcome == "error"
+                sums[2] += usage[0]
+                sums[3] += usage[1]
+                sums[4] += usage[2]
+                sums[5] += record.ended_s - record.arrived_s
             if self._most:
-                entry = _entry(record, at_s, usage)
-                batch.rows.append((record.request_id, at_s, line[1], line[2], record.status, entry))
+                entry = _entry(record, at_s, model, outcome, usage)
+                batch.rows.append((record.request_id, at_s, record.client, model, record.status, entry))
         if (excess := len(batch.rows) - MAX_WAITING) > 0:
             self.dropped += excess
             del batch.rows[:excess]
@@ -272,33 +281,49 @@ def _number(value: Any) -> float | int:
     return int(number) if number.is_integer() else round(number, 3)
 
 
-def _entry(record: RequestRecord, at_s: float, usage: tuple[int, int, int]) -> bytes:
+@lru_cache(maxsize=4)
+def _day(quarter: int) -> str:
+    """The local day of this quarter of an hour since 1970, which begins with one in every time zone."""
+    return time.strftime("%Y-%m-%d", time.localtime(quarter * 900))
+
+
+def _entry(record: RequestRecord, at_s: float, model: str, outcome: str, usage: tuple[int, int, int]) -> bytes:
     """One recent request as JSON: `at` in seconds since 1970, all other times in seconds since then."""
+    began_s = record.arrived_s
     entry: Json = {
         "id": record.request_id,
-        "at": round(at_s, 3),
+        "at": int(at_s * 1e3) / 1e3,
         "method": record.method,
         "path": record.path[:MAX_TEXT],
         "api": record.api,
         "key": record.client,
-        "model": record.model[:MAX_TEXT],
+        "model": model,
         "backend": record.backend,
-        "agents": [name[:MAX_TEXT] for name in record.agents[:20]],
+        "agents": [name[:MAX_TEXT] for name in record.agents[:20]] if record.agents else (),
         "status": record.status,
-        "outcome": outcome_of(record),
+        "outcome": outcome,
         "prompt_tokens": usage[0],
         "completion_tokens": usage[1],
         "cached_tokens": usage[2],
+        "resolved_s": _after(record.resolved_s, began_s),
+        "sent_s": _after(record.sent_s, began_s),
+        "first_byte_s": _after(record.first_byte_s, began_s),
+        "last_byte_s": _after(record.last_byte_s, began_s),
+        "ended_s": _after(record.ended_s, began_s),
+        "steps": (),
     }
-    for name in _TIMES:
-        time_s = getattr(record, name)
-        entry[name] = round(time_s - record.arrived_s, 6) if time_s else None
-    steps = list(record.steps or ())
-    data = orjson.dumps({**entry, "steps": [_step(step, record) for step in steps]}, default=str)
+    if not record.steps:
+        return orjson.dumps(entry)
+    entry["steps"] = steps = [_step(step, record) for step in record.steps[:MAX_STEPS]]
+    data = orjson.dumps(entry, default=str)
     while steps and len(data) > MAX_ENTRY:
-        steps = steps[: len(steps) // 2]
-        data = orjson.dumps({**entry, "steps": [_step(step, record) for step in steps], "cut": True}, default=str)
+        del steps[len(steps) // 2 :]
+        data = orjson.dumps({**entry, "cut": True}, default=str)
     return data
+
+
+def _after(time_s: float, began_s: float) -> float | None:
+    return int((time_s - began_s) * 1e6) / 1e6 if time_s else None  # `round` takes a microsecond
 
 
 def record_of(entry: Json) -> RequestRecord:

@@ -58,7 +58,8 @@ async def test_what_requests_used_is_printed_also_after_a_restart(
         await raw_client.post(proxy.port, CHAT, body_of("n"))
         assert [(line["model"], line["requests"]) for line in await usage(proxy)] == [("m", 2), ("n", 1)]
         (first,) = await recent(proxy, "id=first")
-        assert (first["outcome"], first["path"], first["steps"][-1]["kind"]) == ("ok", CHAT, "load")
+        assert (first["outcome"], first["path"]) == ("ok", CHAT)
+        assert "load" in [step["kind"] for step in first["steps"]]
         assert "until m was loaded" in (await raw_client.get(proxy.port, "/admin/why/first")).json()["sentence"]
         monkeypatch.setenv("LSP_URL", proxy.url)
         assert main(["usage", "--by", "model"]) == 0
