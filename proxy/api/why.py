@@ -12,7 +12,7 @@ from llama_smart_proxy.backends.journal import Step, StepKind
 from llama_smart_proxy.proxy.api.state import PROXY
 from llama_smart_proxy.proxy.chat import Json, RequestRecord
 from llama_smart_proxy.proxy.errors import BadRequest
-from llama_smart_proxy.proxy.http.headers import PARAMS
+from llama_smart_proxy.proxy.http.headers import PARAMS, RECORD
 
 SHORTEST_S = 0.001
 """Seconds below which a part of a request is not mentioned."""
@@ -25,7 +25,9 @@ async def why(http: web.BaseRequest) -> web.Response:
     Raises: BadRequest 404.
     """
     request_id = http[PARAMS]["id"]
-    record = await http[PROXY].history.find(request_id)
+    proxy = http[PROXY]
+    under_way = [request[RECORD] for request in proxy.running.find(request_id).values()]
+    record = under_way[-1] if under_way else await proxy.history.find(request_id)
     if record is None:
         message = f"no request with the id {request_id[:100]!r} is known; the last ones are (history.requests)"
         raise BadRequest(message, status=404, code="not_found")

@@ -153,7 +153,9 @@ def _prepare(sql: _Connection) -> None:
     """Make the tables that are missing. Raises: Unavailable if they are of a newer version."""
     sql.run(f"BEGIN; SELECT pg_advisory_xact_lock({LOCK})")
     try:
-        sql.run("CREATE SCHEMA IF NOT EXISTS llama_smart_proxy; SET search_path TO llama_smart_proxy")
+        if sql.execute("SELECT to_regnamespace('llama_smart_proxy') IS NULL") == [(True,)]:
+            sql.run("CREATE SCHEMA llama_smart_proxy")  # only then: it requires a right, also with IF NOT EXISTS
+        sql.run("SET search_path TO llama_smart_proxy")
         sql.run("CREATE TABLE IF NOT EXISTS version (number BIGINT)")
         found = sql.execute("SELECT number FROM version")
         version = found[0][0] if found else 0

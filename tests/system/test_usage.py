@@ -33,7 +33,7 @@ async def recent(proxy: Proxy, query: str = "") -> list[dict[str, Any]]:
     return list((await raw_client.get(proxy.port, f"/admin/requests?{query}")).json()["requests"])
 
 
-@pytest.fixture(params=["sqlite", "postgres"])
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.full)])
 def where(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, str]:
     """The settings of a store."""
     if request.param == "sqlite":
