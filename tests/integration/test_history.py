@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from llama_smart_proxy.backends.journal import StepKind
 from llama_smart_proxy.proxy.chat import RequestRecord
 from llama_smart_proxy.proxy.store import FILE, MIGRATIONS, History, KeyValues, Store, history
 from llama_smart_proxy.proxy.store.schema import Sql, Unavailable
+from tests.support.disks import small_disk
 from tests.support.harness import until
 from tests.support.postgres import Server, postgres
 
@@ -217,6 +219,31 @@ async def test_while_the_file_is_locked_requests_wait_and_the_log_says_so_once(
         "usage and recent requests cannot be written, and are kept for a while"
     ]
     store.close()
+
+
+async def test_what_cannot_be_written_to_a_full_disk_waits_until_it_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(history, "RETRY_S", 0.02)
+    with small_disk(tmp_path / "disk", 1 << 20):
+        store = Store(tmp_path / "disk")
+        seen = kept(store)
+        seen.observe(ended(0))
+        assert len(await seen.requests()) == 1
+        filler = tmp_path / "disk" / "filler"
+        with suppress(OSError), filler.open("wb", buffering=0) as file:
+            while file.write(b"x" * 4096):
+                pass
+        for number in range(1, 500):
+            seen.observe(ended(number))
+        store.submit(seen._flush)
+        await until(lambda: caplog.records, what="the line in the log")
+        assert seen.waiting == 499
+        filler.unlink()
+        await until(lambda: not seen.waiting, what="the end of the backlog")
+        assert [line["requests"] for line in await seen.usage([])] == [500]
+        assert (len(await seen.requests(limit=1000)), seen.dropped, len(caplog.records)) == (500, 0, 1)
+        store.close()
 
 
 async def test_a_postgres_that_is_away_is_waited_for_and_its_password_is_not_logged(
