@@ -27,7 +27,9 @@ logger = logging.getLogger(__name__)
 
 LOOK_S = 0.5
 """Interval in seconds in which files are looked at for changes: network and bind mounts report none."""
-FIXED = ("server.host", "server.port", "state_dir", "log_level", "log_format", "log_content", "telemetry.otlp")
+FIXED = tuple(
+    ["server.host", "server.port", "state_dir", "store", "log_level", "log_format", "log_content", "telemetry.otlp"]
+)
 """The settings that apply when the proxy starts, and not when it reads its configuration again."""
 
 
