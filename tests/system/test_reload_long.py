@@ -45,7 +45,7 @@ class Clients:
 
 
 @pytest.mark.parametrize(
-    ("clients", "good", "bad"), [(50, 3, 2), pytest.param(1000, 50, len(BAD), marks=pytest.mark.full)]
+    ("clients", "good", "bad"), [(20, 2, 1), pytest.param(1000, 50, len(BAD), marks=pytest.mark.full)]
 )
 async def test_no_request_fails_while_good_and_bad_configurations_come(
     fakes: Fakes, tmp_path: Path, clients: int, good: int, bad: int
