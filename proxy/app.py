@@ -106,6 +106,8 @@ class App:
             follow(config)
         try:
             await generation.start()
+        except Exception:  # of a backend that a module adds
+            logger.exception("not all of the new configuration could be started")
         finally:
             task = asyncio.get_running_loop().create_task(self._end(before), name="end of a configuration")
             self._ending[before] = task
