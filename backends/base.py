@@ -8,7 +8,7 @@ unloaded, and what is known about it. Callers never check the class of either. B
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from enum import IntEnum, StrEnum
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from llama_smart_proxy.backends.http.connection import Endpoint
     from llama_smart_proxy.backends.http.exchange import Timeouts, UpstreamResponse
     from llama_smart_proxy.backends.journal import Journal
+    from llama_smart_proxy.backends.pool.launcher import PoolModel
+    from llama_smart_proxy.backends.pool.output import Output
     from llama_smart_proxy.backends.pool.pool import Pool
     from llama_smart_proxy.backends.progress import Progress
     from llama_smart_proxy.backends.tasks import Task
@@ -167,6 +169,10 @@ class Model(Protocol):
     def state(self) -> ModelState:
         """From memory, at once."""
 
+    @property
+    def output(self) -> Output | None:
+        """What its server prints; None if that is no process of this proxy."""
+
     def open(self, request: UpstreamRequest) -> AbstractAsyncContextManager[UpstreamResponse]:
         """Find or start the server, send `request`, and yield the response once its headers are received. Leaving the
         context releases everything at once.
@@ -252,10 +258,15 @@ class Management(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """Shared by all providers: the downloads in progress, and the pool of server processes."""
+    """Shared by all providers: the downloads in progress, and the pool of server processes.
+
+    `before` is the provider with that section of the configuration that this one replaces, if it had one: what did not
+    change may be taken over. It goes on for requests that have begun, and is closed after them.
+    """
 
     downloads: Downloads
     pool: Pool
+    before: Callable[[str], Any] = lambda section: None
 
 
 class Provider(Protocol):
@@ -313,6 +324,9 @@ class Provider(Protocol):
         """The management endpoints for an API; of the server that has `model`, if it is given."""
 
     def status(self) -> ProviderStatus: ...
+
+    def pooled(self) -> Iterable[PoolModel]:
+        """Its models as the pool of server processes knows them, if they run there."""
 
     async def problems(self) -> Sequence[Problem]:
         """What is missing now of the files, programs and servers it is configured with; looked up at each call, outside
@@ -379,6 +393,10 @@ class BaseProvider:
     def status(self) -> ProviderStatus:
         """Nothing to report; processes of the pool are reported by the provider that starts the pool."""
         return ProviderStatus()
+
+    def pooled(self) -> Iterable[PoolModel]:
+        """None."""
+        return []
 
     async def problems(self) -> Sequence[Problem]:
         """None."""

@@ -18,7 +18,8 @@ class StepKind(StrEnum):
     LOAD = "load"  # its model's server was starting; `model`
     DOWNLOAD = "download"  # the files of its model were fetched; `model`
     EVICT = "evict"  # a model was stopped for it; `model`, `why`
-    AGENT = "agent"  # the own code of an agent; `agent`
+    RETRY = "retry"  # it was sent to its server once more; `why`
+    AGENT = "agent"  # the own code of an agent, all of it; `agent`
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,10 @@ class Step:
 
 
 class Journal(Protocol):
-    """The journal of one request. A request that waits for nothing writes nothing."""
+    """The journal of one request. A request that waits for nothing writes nothing but `sent_s`: when it was sent to its
+    server, in seconds of `time.monotonic()`."""
+
+    sent_s: float
 
     @property
     def request_id(self) -> str: ...
@@ -49,3 +53,10 @@ def noted(journal: Journal | None, kind: StepKind, model: str) -> Iterator[None]
     finally:
         if journal is not None:
             journal.note(kind, began_s, time.monotonic(), model=model)
+
+
+def note_now(journal: Journal | None, kind: StepKind, **detail: Any) -> None:
+    """Note in the journal, if there is one, what takes no time."""
+    if journal is not None:
+        now = time.monotonic()
+        journal.note(kind, now, now, **detail)

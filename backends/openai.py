@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import orjson
 
 from llama_smart_proxy.backends.base import (
+    BaseProvider,
     Feature,
     Json,
     ModelInfo,
@@ -162,6 +163,9 @@ class Remote:
 
     def __init__(self, name: str, config: RemoteConfig) -> None:
         self.name = name
+        self.config = config
+        self.holders = 0
+        """How many providers use it that were started and are not closed: more than one while a configuration ends."""
         root = VERSION.sub("", config.url)
         self.connections = connections_to(root, config)
         self._base = config.url.removeprefix(root)
@@ -171,7 +175,6 @@ class Remote:
         self._fixed = config.models is not None
         self._models: tuple[str, ...] = tuple(config.models or ())
         self._items: dict[str, Json] = {}
-        self._config = config
         self._listing = Listing(
             f"remote {name}",
             self.connections,
@@ -200,7 +203,7 @@ class Remote:
     def card(self, model: str) -> ModelInfo:
         """What is known of one of its models."""
         item = self._items.get(model)
-        return ModelInfo(model, native={"openai": item} if item else {}).configured(self._config)
+        return ModelInfo(model, native={"openai": item} if item else {}).configured(self.config)
 
     def begin_listing(self) -> None:
         """Refresh the list of models in the background if it is stale and not configured."""
@@ -241,6 +244,7 @@ class RemoteModel:
     aliases: ClassVar[Sequence[str]] = ()
     tags: ClassVar[Sequence[str]] = ()
     state: ClassVar[ModelState] = ModelState("loaded")
+    output: ClassVar[None] = None
 
     def __init__(self, remote: Remote, name: str) -> None:
         self.name = name
@@ -287,7 +291,7 @@ class RemoteModel:
         return ()
 
 
-class Remotes:
+class Remotes(BaseProvider):
     """`Provider` of the models of all remotes, in the order of the configuration, by model name and as `remote/model`;
     plain model names take precedence."""
 
@@ -295,19 +299,33 @@ class Remotes:
     Config: ClassVar[Any] = dict[str, RemoteConfig]
 
     def __init__(self, remotes: Sequence[Remote]) -> None:
+        super().__init__()
         self._remotes = remotes
+        self._started = False
 
     @classmethod
     def create(cls, config: Config, services: Services) -> Remotes | None:
-        return cls([Remote(name, remote) for name, remote in config.remotes.items()]) if config.remotes else None
+        """One that has not changed stays, with its list of models."""
+        before: Remotes | None = services.before(cls.section)
+        kept = {remote.name: remote for remote in before._remotes} if before is not None else {}
+        remotes = [
+            kept[name] if name in kept and kept[name].config == remote else Remote(name, remote)
+            for name, remote in config.remotes.items()
+        ]
+        return cls(remotes) if remotes else None
 
     async def start(self) -> None:
+        self._started = True
         for remote in self._remotes:
+            remote.holders += 1
             remote.begin_listing()
 
     async def close(self) -> None:
         for remote in self._remotes:
-            await remote.close()
+            remote.holders -= self._started
+            if remote.holders <= 0:
+                await remote.close()
+        self._started = False
 
     async def listed(self) -> None:
         await asyncio.gather(*(remote.listed() for remote in self._remotes))
@@ -338,26 +356,6 @@ class Remotes:
         finally:
             for task in asked:
                 task.cancel()
-
-    def missing(self, name: str) -> None:
-        """None: a remote that is down keeps its last list."""
-
-    @property
-    def default(self) -> None:
-        """None: the model must be named."""
-
-    def can_download(self, name: str) -> bool:
-        return False
-
-    async def download(self, name: str, headers: Sequence[tuple[str, str]]) -> None:
-        """None: `can_download` is always False."""
-
-    async def fitting(self, models: Sequence[str]) -> list[list[str]]:
-        """One group: the servers manage their memory themselves."""
-        return [list(models)]
-
-    async def management(self, api: str, model: str | None) -> None:
-        """None: remote servers are not managed."""
 
     def status(self) -> ProviderStatus:
         return ProviderStatus(

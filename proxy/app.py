@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import os
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from aiohttp import web
@@ -11,31 +14,42 @@ from aiohttp import web
 from llama_smart_proxy.backends.feed import Feed
 from llama_smart_proxy.backends.pool.load_times import LoadTimes
 from llama_smart_proxy.backends.pool.pool import Pool
+from llama_smart_proxy.backends.threads import log_failure, run_in_thread
 from llama_smart_proxy.backends.weights.downloads import Downloads
 from llama_smart_proxy.proxy.api.state import Proxy
 from llama_smart_proxy.proxy.config import Config
 from llama_smart_proxy.proxy.dialects import Dialect
-from llama_smart_proxy.proxy.generation import Generation, Lasting
+from llama_smart_proxy.proxy.generation import Generation, Lasting, Parts
 from llama_smart_proxy.proxy.store import ProxyMemory, Store, state_dir
+
+logger = logging.getLogger(__name__)
 
 
 class App:
     """Answers requests, each by the generation that is current when it begins, between `start` and `close`.
 
-    Raises: as `Generation`.
+    `followers` are called with each new configuration when it applies.
+
+    Raises: ConfigError for missing agents or modules, and for invalid options of agents.
     """
 
     def __init__(self, config: Config) -> None:
+        parts = Parts.of(config)
         store = Store(state_dir(config.state_dir, os.environ))
         feed = Feed()
         downloads = Downloads(feed)
         pool = Pool(config.server_pool, downloads, LoadTimes(feed, ProxyMemory(store)))
         self.lasting = Lasting(store, feed, downloads, pool)
-        self.generation = Generation(config, self.lasting, lambda: self.proxy)
+        self.generation = Generation(config, parts, self.lasting, self._latest)
+        self.followers: list[Callable[[Config], None]] = []
+        self._ending: dict[Generation, asyncio.Task[None]] = {}
 
     @property
     def proxy(self) -> Proxy:
         """What the requests that begin now carry."""
+        return self.generation.proxy
+
+    def _latest(self) -> Proxy:
         return self.generation.proxy
 
     def __call__(self, http: Any) -> Awaitable[web.StreamResponse]:
@@ -51,16 +65,61 @@ class App:
         if self.proxy.config.state_dir is not None or "STATE_DIRECTORY" in os.environ:
             await self.lasting.store.open()
         await self.lasting.pool.start()
+        self.generation.dispatcher.hosts.learn_own()
         await self.generation.start()
+        await self.generation.plugins.start()
+
+    async def prepared(self, config: Config) -> Generation:
+        """The generation of a new configuration, ready to apply. Until it does, nothing has changed.
+
+        Raises: ConfigError, as for a new `App`.
+        """
+        before = self.generation
+        parts = await run_in_thread(partial(Parts.of, config, before))
+        generation = Generation(config, parts, self.lasting, self._latest, before)
+        try:
+            await generation.prepare()
+        except BaseException:
+            await generation.close()
+            raise
+        return generation
+
+    async def apply(self, generation: Generation) -> list[str]:
+        """Let the requests that begin from now on be answered by `generation`. Returns the names of the models whose
+        processes are replaced. The generation before is closed after its last request."""
+        before, config = self.generation, generation.config
+        replaced = self.lasting.pool.configure(config.server_pool, generation.pooled)
+        self.generation = generation
+        for follow in self.followers:
+            follow(config)
+        try:
+            await generation.start()
+        finally:
+            task = asyncio.get_running_loop().create_task(self._end(before), name="end of a configuration")
+            self._ending[before] = task
+            task.add_done_callback(partial(log_failure, logger))
+        return replaced
+
+    async def _end(self, generation: Generation) -> None:
+        await generation.ended()
+        await generation.close()
+        del self._ending[generation]
 
     async def close(self) -> None:
         """Stop agents, processes and connections."""
         await self.lasting.conversations.close()
-        await self.generation.close()
+        before = dict(self._ending)
+        for task in before.values():
+            task.cancel()
+        if before:
+            await asyncio.wait(before.values())
+        for generation in (*before, self.generation):
+            await generation.close()
         self.lasting.store.close()
         await self.stop_models()
 
     async def stop_models(self) -> None:
         """Cancel all downloads, stop all processes and close the connections to servers; may be called repeatedly."""
         await self.lasting.pool.close(drain_s=0)
-        await self.generation.router.close()
+        for generation in (*self._ending, self.generation):
+            await generation.router.close()

@@ -108,6 +108,18 @@ class Overloaded(ProxyError):
         self.kind = _KINDS[status]
 
 
+class Cancelled(ProxyError):
+    """The request was cancelled by `DELETE /running/{id}`. Its status is one after which no client sends the request
+    again by itself, as the official ones do after 408, 409, 429 and 5xx."""
+
+    status = 410
+    kind = "cancelled"
+    code = "cancelled"
+
+    def __init__(self) -> None:
+        super().__init__("This request was cancelled by an administrator of the proxy.")
+
+
 class StartFailed(ProxyError):
     """A llama-server could not be started; the message contains its exit code and the cause, `log` the end of its log.
 

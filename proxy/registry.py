@@ -31,15 +31,22 @@ class Registry:
     providers: list[type[Provider]] = field(default_factory=lambda: [LlamaCpp, Commands, Remotes, Ollama])
     endpoints: dict[str, Endpoint] = field(default_factory=lambda: dict(ENDPOINTS))
     observers: list[Observer] = field(default_factory=lambda: [access_line])
+    modules: dict[Path, tuple[bytes, ModuleType]] = field(default_factory=dict)
+    """The modules by their files, with the files' contents."""
 
     @classmethod
-    def of(cls, config: Config) -> Registry:
-        """The built-in entries, and those that the modules of `config` add. Raises: ConfigError."""
+    def of(cls, config: Config, before: Registry | None = None) -> Registry:
+        """The built-in entries, and those that the modules of `config` add. A module whose file is as it was `before`
+        is not imported again, so that its classes stay the same. Raises: ConfigError."""
         registry = cls()
         problems = []
         for number, file in enumerate(config.modules):
             try:
-                _loaded(file, number).extend(registry)
+                content = file.read_bytes()
+                known = before.modules.get(file) if before is not None else None
+                module = known[1] if known is not None and known[0] == content else _loaded(file, number)
+                registry.modules[file] = content, module
+                module.extend(registry)
             except Exception as exc:  # importing a module may raise anything
                 problems.append(f"modules.{number}: {file}: {type(exc).__name__}: {exc}")
         if problems:

@@ -26,8 +26,8 @@ from llama_smart_proxy.proxy.access.peers import exposure
 from llama_smart_proxy.proxy.app import App
 from llama_smart_proxy.proxy.config import Config, ServerConfig, shapes
 from llama_smart_proxy.proxy.http.server import FrontServer
-from llama_smart_proxy.proxy.middleware.plugins import Plugins
 from llama_smart_proxy.proxy.middleware.scope import PATIENCE_S, make_task
+from llama_smart_proxy.proxy.reload import Reloader, Source
 from llama_smart_proxy.proxy.systemd import Supervisor
 
 logger = logging.getLogger(__name__)
@@ -37,14 +37,16 @@ ERROR_FRAMES_TIMEOUT_S = 2.0
 BACKLOG = 1024
 ACCEPTED_S = 0.25
 """Time for a connection that was accepted just before the end to send its request."""
+HANG_UP_S = 1.0
+"""Time in which a terminal is gone that is being closed."""
 LEAVE_S = 0.3
 """Time for what the process does at its end, such as writing the rest of its log."""
 
 
-def run(config: Config, *, reload: bool = False) -> int:
-    """Serve until SIGTERM, SIGINT or SIGHUP. Returns the process's exit status, for `leave`: `EX_CONFIG` if
-    others could reach the proxy without a key, and the configuration does not permit that. With `reload`, agents are
-    loaded again when their files change.
+def run(config: Config, source: Source, *, watch: bool = False) -> int:
+    """Serve `config` until SIGTERM or SIGINT, or until the terminal is closed; SIGHUP otherwise reads it again from its
+    `source`. Returns the process's exit status, for `leave`: `EX_CONFIG` if others could reach the proxy without a key,
+    and the configuration does not permit that. With `watch`, it is read again when its file changes, and so are agents.
 
     Raises: ConfigError for missing agents, for invalid options of agents, and for sockets that are not of TCP.
     """
@@ -53,11 +55,12 @@ def run(config: Config, *, reload: bool = False) -> int:
     if (problem := exposure(config.server, supervisor.sockets)) is not None:
         logger.error("%s", problem)
         return os.EX_CONFIG
+    seen = source.stamps(config)
     app = App(config)
-    app.generation.plugins.reload = reload
+    app.generation.plugins.reload = watch
     runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)  # not closed, which would wait for threads
     runner.get_loop().set_task_factory(make_task)
-    return runner.run(_serve(app, config, supervisor))
+    return runner.run(_serve(app, Reloader(app, source, supervisor), supervisor, seen if watch else None))
 
 
 def leave(status: int) -> NoReturn:
@@ -74,26 +77,43 @@ def leave(status: int) -> NoReturn:
     os._exit(status)
 
 
-class _Stop:
-    """What signals ask for: `asked` is set by the first one, `at_once` by the next. A closed terminal sends SIGHUP more
-    than once, so that one is never the second."""
+class _Signals:
+    """What signals ask for: `stop` is set by the first one of a stop, `at_once` by the next, `reload` by SIGHUP.
+
+    A terminal that is closed sends SIGHUP, too, more than once: then it is a stop, and never the second one. So it is
+    if the process had a terminal and has none any more, which may be known only a moment later: a shell that is left
+    sends it first.
+    """
 
     def __init__(self) -> None:
-        self.asked = asyncio.Event()
+        self.stop = asyncio.Event()
         self.at_once = asyncio.Event()
+        self.reload = asyncio.Event()
         self.reason = ""
+        self._had_terminal = _has_terminal()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # ignored: started by nohup
                 loop.add_signal_handler(number, self._receive, number)
 
     def _receive(self, number: signal.Signals) -> None:
-        if not self.asked.is_set():
+        if number == signal.SIGHUP and not self._hung_up():
+            self.reload.set()
+            if self._had_terminal:
+                asyncio.get_running_loop().call_later(HANG_UP_S, self._look_again)
+        elif not self.stop.is_set():
             self.reason = number.name
-            self.asked.set()
+            self.stop.set()
         elif number != signal.SIGHUP and not self.at_once.is_set():
             logger.info("%s: stopping at once", number.name)
             self.at_once.set()
+
+    def _hung_up(self) -> bool:
+        return self._had_terminal and not _has_terminal()
+
+    def _look_again(self) -> None:
+        if self._hung_up():
+            self._receive(signal.SIGHUP)
 
     async def ends_before(self, work: Coroutine[Any, Any, object], event: asyncio.Event) -> bool:
         """Whether `work` has ended before the event came, or is cancelled because of it. Raises: what it raises."""
@@ -109,10 +129,10 @@ class _Stop:
         return ended
 
 
-async def _serve(app: App, config: Config, supervisor: Supervisor) -> int:
-    stop = _Stop()
+async def _serve(app: App, reloader: Reloader, supervisor: Supervisor, seen: list[object] | None) -> int:
+    signals, config = _Signals(), app.proxy.config
     try:
-        if not await stop.ends_before(app.start(), stop.asked):
+        if not await signals.ends_before(app.start(), signals.stop):
             return 0
         front = front_server(app, config)
         _tune_garbage_collector()
@@ -123,25 +143,40 @@ async def _serve(app: App, config: Config, supervisor: Supervisor) -> int:
             return 1
         supervisor.ready()
         with supervisor.watched():
-            _log_startup(config)
-            _log_agents(app.generation.plugins)
-            for problem in await app.proxy.inspection.problems():
-                logger.warning("%s", problem)
-            showing = asyncio.ensure_future(supervisor.show(app.proxy.feed))
-            await stop.asked.wait()
+            await _log_startup(app)
+            work = [supervisor.show(app.proxy.feed), _reload_when_asked(signals, reloader)]
+            if seen is not None:
+                work.append(reloader.watch(seen))
+            beside = [asyncio.ensure_future(each) for each in work]
+            await signals.stop.wait()
             supervisor.stopping()
-            drain_s = config.server.drain_s
-            logger.info("%s: draining for up to %g s; a second Ctrl-C or SIGTERM stops at once", stop.reason, drain_s)
             if supervisor.sockets:
                 await _leave_sockets(listeners)
-            await _drain(app, front, listeners, stop, drain_s)
-            showing.cancel()
+            await _drain(app, front, listeners, signals)
+            for task in beside:
+                task.cancel()
         return 0
     finally:
-        if not await stop.ends_before(app.close(), stop.at_once):
+        await reloader.close()
+        if not await signals.ends_before(app.close(), signals.at_once):
             await app.stop_models()  # agents may not have closed, but no server is left
         await _cancel_remaining_tasks()
         logger.info("stopped")
+
+
+async def _reload_when_asked(signals: _Signals, reloader: Reloader) -> None:
+    while True:
+        await signals.reload.wait()
+        signals.reload.clear()
+        await reloader.reload("SIGHUP")
+
+
+def _has_terminal() -> bool:
+    """Whether the process has a controlling terminal that is not closed."""
+    with suppress(OSError):
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC))
+        return True
+    return False
 
 
 async def _listen(front: FrontServer, server: ServerConfig, inherited: list[socket.socket]) -> list[asyncio.Server]:
@@ -184,14 +219,19 @@ def _address(server: ServerConfig) -> dict[str, Any]:
 
 
 def front_server(app: App, config: Config) -> FrontServer:
-    """The server that passes clients' requests to `app`."""
-    return FrontServer(
-        app,
-        head_timeout_s=config.server.head_timeout_s,
-        keepalive_timeout_s=config.server.keepalive_timeout_s,
-        send_stall_s=config.server.send_stall_s,
-        dialect_of=app.dialect_of,
-    )
+    """The server that passes clients' requests to `app`, with the time limits of its configuration."""
+    front = FrontServer(app, dialect_of=app.dialect_of, **_limits(config))
+    app.followers.append(lambda config: front.limit(**_limits(config)))
+    return front
+
+
+def _limits(config: Config) -> dict[str, float]:
+    server = config.server
+    return {
+        "head_timeout_s": server.head_timeout_s,
+        "keepalive_timeout_s": server.keepalive_timeout_s,
+        "send_stall_s": server.send_stall_s,
+    }
 
 
 async def _cancel_remaining_tasks() -> None:
@@ -208,16 +248,17 @@ async def _drain(
     app: App,
     front: FrontServer,
     listeners: list[asyncio.Server],
-    stop: _Stop,
-    drain_s: float,
+    signals: _Signals,
 ) -> None:
-    """Let answers in progress finish, for `drain_s` seconds or until a second signal; meanwhile new requests are
+    """Let answers in progress finish, for `server.drain_s` seconds or until a second signal; meanwhile new requests are
     refused, and /health returns 503. Then stop the model servers; streams still open end with an error frame."""
+    drain_s, reason = app.proxy.config.server.drain_s, signals.reason
+    logger.info("%s: draining for up to %g s; a second Ctrl-C or SIGTERM stops at once", reason, drain_s)
     app.proxy.draining.set()
     app.proxy.feed.close()
     loop = asyncio.get_running_loop()
     deadline = loop.time() + drain_s
-    second_signal = asyncio.ensure_future(stop.at_once.wait())
+    second_signal = asyncio.ensure_future(signals.at_once.wait())
     for reached in (front.quiet, front.empty):  # first no answer in progress, then no connection
         for client in list(front.clients):
             client.close()
@@ -233,22 +274,22 @@ async def _drain(
     await front.shutdown(ERROR_FRAMES_TIMEOUT_S)
 
 
-def _log_startup(config: Config) -> None:
-    """Log which programs and servers run the models."""
+async def _log_startup(app: App) -> None:
+    """Log which programs and servers run the models, which agents there are, and what is missing."""
+    config = app.proxy.config
     if config.models or config.llama_cpp.models_dir:
         logger.info("models run in: %s", shlex.join(server_command(config.llama_cpp.server)))
     if config.uses_ollama:
         logger.info("models of Ollama at: %s", ", ".join(config.ollama.urls))
-
-
-def _log_agents(plugins: Plugins) -> None:
     agents = [
         f"{plugin.name}{' (always)' if plugin.always else f' (/{plugin.command})' if plugin.command else ''}"
-        for plugin in plugins
+        for plugin in app.generation.plugins
         if plugin.loaded is not None
     ]
     if agents:
         logger.info("agents: %s", ", ".join(agents))
+    for problem in await app.proxy.inspection.problems():
+        logger.warning("%s", problem)
 
 
 def _raise_fd_limit() -> None:

@@ -10,6 +10,7 @@ import faulthandler
 import logging
 import os
 import socket
+import time
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, suppress
 
@@ -36,6 +37,9 @@ class Supervisor:
         self._notifications = _connected(given["NOTIFY_SOCKET"])
         self._watchdog_s = _number(given["WATCHDOG_USEC"]) / 1e6 if _is_own(given["WATCHDOG_PID"] or "0") else 0.0
         self._timer: asyncio.TimerHandle | None = None
+        self._models = ""
+        self._remark = ""
+        self._shown = ""
 
     @property
     def present(self) -> bool:
@@ -46,6 +50,15 @@ class Supervisor:
         """The sockets accept connections."""
         self._notify("READY=1")
 
+    def reloading(self) -> None:
+        """The configuration is being read again; `ready` follows. Its time is for systemd's `Type=notify-reload`."""
+        self._notify(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
+
+    def remark(self, text: str) -> None:
+        """Show `text` before the models in the line of `systemctl status`; nothing if it is empty."""
+        self._remark = text
+        self._show()
+
     def stopping(self) -> None:
         """No more requests are accepted. Signs of life go on, as the answers in progress may take long."""
         self._notify("STOPPING=1")
@@ -53,14 +66,17 @@ class Supervisor:
     async def show(self, feed: Feed) -> None:
         """Keep the line that `systemctl status` shows up to date: the models that are loaded, and those that load."""
         states: dict[str, object] = {}
-        shown = ""
         with feed.subscribe() as subscription:
             while self.present and (events := await subscription.events()):
                 states.update((event.name, event.data.get("state")) for event in events if event.kind is Kind.MODEL)
                 parts = [_listed(state, states) for state in ("loaded", "loading", "unloading")]
-                if (text := "; ".join(filter(None, parts)) or "no model loaded") != shown:
-                    shown = text
-                    self._notify(f"STATUS={text}")
+                self._models = "; ".join(filter(None, parts)) or "no model loaded"
+                self._show()
+
+    def _show(self) -> None:
+        if (text := "; ".join(filter(None, (self._remark, self._models)))) != self._shown:
+            self._shown = text
+            self._notify(f"STATUS={text}")
 
     @contextmanager
     def watched(self) -> Iterator[None]:

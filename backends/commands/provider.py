@@ -9,7 +9,7 @@ from llama_smart_proxy.backends.base import Json, ModelInfo, Problem, Services
 from llama_smart_proxy.backends.commands.launcher import CommandLauncher
 from llama_smart_proxy.backends.pool.launcher import PoolModel, settings_of
 from llama_smart_proxy.backends.pool.pool import Pool
-from llama_smart_proxy.backends.pool.spawned import SpawnedModel, SpawnedProvider
+from llama_smart_proxy.backends.pool.spawned import SpawnedModel, SpawnedProvider, to_load
 from llama_smart_proxy.backends.threads import run_in_thread
 from llama_smart_proxy.proxy.config import Config, ModelConfig
 
@@ -43,21 +43,21 @@ class Commands(SpawnedProvider):
     section: ClassVar[str] = "commands"
     Config: ClassVar[Any] = dict[str, ModelConfig]
 
-    def __init__(self, pool: Pool, models: Sequence[CommandModel]) -> None:
+    def __init__(self, pool: Pool, models: Sequence[CommandModel], before: Commands | None = None) -> None:
         super().__init__(pool, models)
         self._own = models
+        self._to_load = to_load(models, before._own if before is not None else None)
 
     @classmethod
     def create(cls, config: Config, services: Services) -> Commands | None:
         own = {name: model for name, model in config.models.items() if config.backend_of(name) == KIND}
         passthrough = config.passthrough
         models = [CommandModel(services.pool, name, model, passthrough) for name, model in own.items()]
-        return cls(services.pool, models) if models else None
+        return cls(services.pool, models, services.before(cls.section)) if models else None
 
     async def start(self) -> None:
         """Begin to load the models marked `preload`, pinned ones first, at most as many as the pool has places."""
-        preloaded = [model for model in self._own if model.config.preload]
-        for model in sorted(preloaded, key=lambda model: not model.config.pinned)[: self._pool.size]:
+        for model in self._to_load[: self._pool.size]:
             self._pool.begin_load(model.model)
 
     async def problems(self) -> Sequence[Problem]:

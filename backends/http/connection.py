@@ -171,6 +171,8 @@ class ConnectionPool:
         response.generates = request.slot
         try:
             connection.send(response, self._head(request) + request.body)
+            if request.journal is not None:
+                request.journal.sent_s = response.sent_s
             if request.task is not None:
                 request.task.sends(response)
             await response.head()

@@ -59,6 +59,10 @@ class Headers:
         self._batch: list[_Job] = []  # what is asked for in one round of the event loop
         self._readers: dict[object, float] = {}  # since when each of them reads the same file
 
+    def take_over(self, before: Headers) -> None:
+        """Share what is known of files with the headers of an earlier configuration, which are read no more."""
+        self._known = before._known
+
     async def info(
         self, name: str, model: ModelConfig, file: ModelFile | None = None, *, wait: bool = True
     ) -> ModelInfo:

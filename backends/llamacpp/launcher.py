@@ -19,6 +19,7 @@ from llama_smart_proxy.backends.pool.launcher import (
     Command,
     CommandFor,
     HttpLauncher,
+    Launcher,
     PoolModel,
     Report,
     Source,
@@ -46,6 +47,9 @@ PROBE = UpstreamRequest(
     slot=False,
 )
 """Generates one token. No part of an answer to a client, so it is none that shows progress."""
+
+PROCESS = ("path", "package", "file", "repo", "variant", "args", "env", "ctx", "parallel")
+"""The fields of a model that its process depends on."""
 
 COUNTED = ("id_task", "is_processing", "n_prompt_tokens", "n_prompt_tokens_processed", "next_token", "n_decoded")
 """What `/slots` reports of the work of a slot; `n_decoded` is in `next_token`, in older versions beside it."""
@@ -85,6 +89,14 @@ class LlamaCppLauncher(HttpLauncher):
         self._sockets = sockets
         self.by_socket = sockets is not None
         self._passthrough = passthrough
+        self._how = (name, server, [*default_args], unauthenticated, self.by_socket, [*passthrough])
+
+    def same(self, other: Launcher) -> bool:
+        """Whether the command, the environment and the weights are the same; all else that the configuration has for a
+        model may differ."""
+        if not isinstance(other, LlamaCppLauncher) or self._how != other._how:
+            return False
+        return all(getattr(self._model, name) == getattr(other._model, name) for name in PROCESS)
 
     def prepare(self) -> CommandFor:
         return self._command_for(resolve(self._name, self._model), self._sockets.path if self._sockets else None)

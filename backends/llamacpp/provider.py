@@ -12,6 +12,8 @@ from llama_smart_proxy.backends.llamacpp.headers import Headers
 from llama_smart_proxy.backends.llamacpp.launcher import pool_model
 from llama_smart_proxy.backends.llamacpp.model import KIND, LlamaCppModel
 from llama_smart_proxy.backends.llamacpp.problems import problems
+from llama_smart_proxy.backends.pool.launcher import PoolModel
+from llama_smart_proxy.backends.pool.spawned import to_load
 from llama_smart_proxy.backends.threads import Looks, run_in_thread
 from llama_smart_proxy.backends.weights import hub
 from llama_smart_proxy.backends.weights.downloads import Download
@@ -49,6 +51,7 @@ class LlamaCpp(BaseProvider):
             what = f"models_dir {config.llama_cpp.models_dir}"
             self._folder_looks = Looks(what, self._models_dir.look, self._offer, LOOK_S)
         self._scan = Scan()
+        self._found: Mapping[str, ModelConfig] = {}
         self._started = False
         self._files: dict[str, LlamaCppModel] = {}
         self._aliases: dict[str, LlamaCppModel] = {}
@@ -64,19 +67,30 @@ class LlamaCpp(BaseProvider):
         for spawned in self._configured:
             for own in (spawned.name, *spawned.aliases):
                 self._by_key[own.lower()] = spawned
+        self._to_load = to_load(self._configured)
+        if (before := services.before(self.section)) is not None:
+            self._take_over(before)
 
     @classmethod
     def create(cls, config: Config, services: Services) -> LlamaCpp:
         """There always is one: files and the cache come and go."""
         return cls(config, services)
 
+    def _take_over(self, before: LlamaCpp) -> None:
+        """Offer the files that were known, and load only what has changed."""
+        self._headers.take_over(before._headers)
+        if self._models_dir is not None and before._models_dir is not None:
+            self._offer(self._models_dir.take_over(before._models_dir))
+        if self._cache_looks is not None:
+            self._offer_cached(before._found)
+        self._to_load = to_load(self._configured, before._configured)
+
     async def start(self) -> None:
-        """Begin to load as many of the models marked `preload` as fit, pinned ones first. Returns
-        when it is known what is in `models_dir`, unless that does not answer."""
+        """Begin to load as many of the models marked `preload` as fit, pinned ones first. Returns when it is known what
+        is in `models_dir`, unless that does not answer."""
         self._started = True
         await self._look_at_folder()
-        preloaded = [spawned for spawned in self._configured if spawned.config.preload]
-        for spawned in sorted(preloaded, key=lambda spawned: not spawned.config.pinned)[: self._pool.size]:
+        for spawned in self._to_load[: self._pool.size]:
             self._pool.begin_load(spawned.model)
 
     # -- models ----------------------------------------------------------------------------------------------------
@@ -150,6 +164,9 @@ class LlamaCpp(BaseProvider):
     def status(self) -> ProviderStatus:
         return ProviderStatus(instances=self._pool.status())
 
+    def pooled(self) -> Sequence[PoolModel]:
+        return [spawned.model for spawned in self.models()]
+
     async def problems(self) -> Sequence[Problem]:
         await self._look_at_folder()
         return [*await run_in_thread(lambda: problems(self._config)), *self._disk_problems()]
@@ -207,7 +224,7 @@ class LlamaCpp(BaseProvider):
         return known
 
     def _offer_cached(self, found: Mapping[str, ModelConfig]) -> None:
-        self._cached = self._keyed(found)
+        self._found, self._cached = found, self._keyed(found)
 
     def _keyed(self, found: Mapping[str, ModelConfig]) -> dict[str, LlamaCppModel]:
         """The models of the cache under all names they go by: with a quantisation, a file, or, if a repository has

@@ -55,6 +55,9 @@ class OllamaHost:
 
     def __init__(self, url: str, config: OllamaConfig) -> None:
         self.connections = connections_to(url, config)
+        self.asked = _asked(url, config)
+        self.holders = 0
+        """How many providers use it that were started and are not closed: more than one while a configuration ends."""
         self.url = str(self.connections.endpoint)
         self.headers = credentials(config)
         self.tags: dict[str, Json] = {}
@@ -105,6 +108,13 @@ class OllamaHost:
     def loaded_at(self) -> float:
         """When `loaded` was requested, on the event loop's clock."""
         return self._ps_listing.updated_at
+
+    @property
+    def status(self) -> Json:
+        """It for operators; with `error` if its last listing failed."""
+        entry: Json = {"name": "ollama", "url": self.url, "version": self.version, "models": len(self.tags)}
+        entry |= {"loaded": [item["name"] for item in self.loaded.values()], "in_flight": self.in_flight}
+        return entry | ({"error": self.error} if self.error else {})
 
     def has_loaded(self, key: str) -> bool:
         """Whether the model is loaded, or has requests: Ollama does not list it while it loads."""
@@ -265,3 +275,15 @@ class _PullLines:
             return
         if "error" not in self._last and self._last.get("status") != "success":
             self._report(self._last)
+
+
+def hosts_of(config: OllamaConfig, kept: Sequence[OllamaHost]) -> list[OllamaHost]:
+    """The hosts of a configuration; those among `kept` that have not changed, and new ones."""
+    known = {host.asked: host for host in kept}
+    return [known.get(_asked(url, config)) or OllamaHost(url, config) for url in config.urls]
+
+
+def _asked(url: str, config: OllamaConfig) -> tuple[object, ...]:
+    """All that its connections depend on."""
+    limits = config.connect_timeout_s, config.first_byte_timeout_s, config.idle_timeout_s
+    return url, *credentials(config), limits

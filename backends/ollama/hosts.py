@@ -15,7 +15,7 @@ from llama_smart_proxy.backends.http.sweep import Sweeper
 from llama_smart_proxy.backends.journal import StepKind, noted
 from llama_smart_proxy.backends.names import key_of
 from llama_smart_proxy.backends.ollama.context import LOOK_S, Context
-from llama_smart_proxy.backends.ollama.host import PULL_FAILED, OllamaHost, is_name
+from llama_smart_proxy.backends.ollama.host import PULL_FAILED, OllamaHost, hosts_of, is_name
 from llama_smart_proxy.backends.ollama.model import KIND, OllamaModel
 from llama_smart_proxy.backends.openai import LISTING_PAUSE_S
 from llama_smart_proxy.backends.pool.load_times import LoadTimes
@@ -38,7 +38,7 @@ REFUSAL_KEPT_S = 10.0
 
 class Hosts:
     """All Ollama hosts, and the `configured` models of the backend `ollama`, by name. Names are compared as Ollama
-    does: case-insensitively, and `:latest` is optional.
+    does: case-insensitively, and `:latest` is optional. What is known of servers that were there `before` is kept.
 
     Methods that are not coroutines answer from memory, and refresh stale listings in the background.
     """
@@ -49,8 +49,10 @@ class Hosts:
         downloads: Downloads,
         configured: Mapping[str, ModelConfig],
         times: LoadTimes | None = None,
+        before: Hosts | None = None,
     ) -> None:
-        self.hosts = [OllamaHost(url, config) for url in config.urls]
+        self.hosts: list[OllamaHost] = hosts_of(config, before.hosts if before is not None else [])
+        self._started = False
         self._pulls = config.pull == "auto"
         self._downloads = downloads
         self.times = times or LoadTimes(downloads.feed)
@@ -63,6 +65,8 @@ class Hosts:
         self._unloading: dict[str, float] = {}  # since when, on the event loop's clock
         self._contexts: dict[str, Context] = {}
         self._defaults: dict[str, int] = {}
+        if before is not None:
+            self._unloading, self._contexts, self._defaults = before._unloading, before._contexts, before._defaults
         self._refusals: dict[str, tuple[float, ProxyError]] = {}
         self._sweeper = Sweeper(LOADED_STALE_S, self._sweep)
 
@@ -119,18 +123,7 @@ class Hosts:
 
     def status(self) -> list[Json]:
         """The status of each host, for operators; with `error` if its last listing failed."""
-        return [
-            {
-                "name": "ollama",
-                "url": host.url,
-                "version": host.version,
-                "models": len(host.tags),
-                "loaded": [item["name"] for item in host.loaded.values()],
-                "in_flight": host.in_flight,
-            }
-            | ({"error": host.error} if host.error else {})
-            for host in self.hosts
-        ]
+        return [host.status for host in self.hosts]
 
     def known(self, name: str) -> str | None:
         """The model's name in the spelling of the hosts, or of the configuration; None if it is unknown. `name` may be
@@ -176,6 +169,9 @@ class Hosts:
 
     def start(self) -> None:
         """Start listing the hosts' models."""
+        self._started = True
+        for host in self.hosts:
+            host.holders += 1
         self._refresh()
 
     async def listed(self) -> None:
@@ -192,7 +188,10 @@ class Hosts:
     async def close(self) -> None:
         self._sweeper.stop()
         for host in self.hosts:
-            await host.close()
+            host.holders -= self._started
+            if host.holders <= 0:
+                await host.close()
+        self._started = False
 
     # -- models ----------------------------------------------------------------------------------------------------
 

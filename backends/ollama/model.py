@@ -43,6 +43,7 @@ class OllamaModel:
     features: ClassVar[frozenset[Feature]] = frozenset({Feature.LOADING, Feature.ECHO})
     tags: ClassVar[Sequence[str]] = ()
     forwards: ClassVar[tuple[str, ...]] = ()
+    output: ClassVar[None] = None
 
     def __init__(self, hosts: Hosts, name: str, *, pull: bool, asked: str = "") -> None:
         self.name = name

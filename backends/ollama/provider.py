@@ -9,6 +9,7 @@ from llama_smart_proxy.backends.base import Problem, ProviderStatus, Services
 from llama_smart_proxy.backends.ollama.host import OllamaHost
 from llama_smart_proxy.backends.ollama.hosts import Hosts
 from llama_smart_proxy.backends.ollama.model import KIND, OllamaModel
+from llama_smart_proxy.backends.pool.launcher import PoolModel
 from llama_smart_proxy.backends.weights.downloads import Download
 from llama_smart_proxy.proxy.config import Config, OllamaConfig
 from llama_smart_proxy.proxy.errors import UpstreamFailed
@@ -30,7 +31,9 @@ class Ollama:
         if not config.uses_ollama:
             return None
         own = {name: model for name, model in config.models.items() if config.backend_of(name) == KIND}
-        hosts = Hosts(config.ollama, services.downloads, own, services.pool.times)
+        before: Ollama | None = services.before(cls.section)
+        known = before._hosts if before is not None else None
+        hosts = Hosts(config.ollama, services.downloads, own, services.pool.times, known)
         return cls(hosts, {name: config.path_of(name) for name in own})
 
     async def start(self) -> None:
@@ -84,6 +87,10 @@ class Ollama:
 
     def status(self) -> ProviderStatus:
         return ProviderStatus(servers=self._hosts.status())
+
+    def pooled(self) -> Sequence[PoolModel]:
+        """None."""
+        return ()
 
     async def problems(self) -> Sequence[Problem]:
         """That no host answers (while one does, requests go there), or which configured models no host has or pulls."""

@@ -81,10 +81,11 @@ class Instance:
         self.connections: ConnectionPool
         self._config = model.limits(config)
         self._ports = ports
+        self._host = ports.host
         self._on_change = on_change
         self._on_share = on_share
         self._key = new_key()
-        self._log = LogRing()
+        self.log = LogRing(self._blanked)
         self._command: Command | None = None
         self._child: Child | None = None
         self._reader: Callable[[bytes], bytes] | None = None
@@ -143,9 +144,10 @@ class Instance:
 
     def log_tail(self, lines: int = 200) -> list[str]:
         """The last lines the process printed, secrets blanked."""
-        env = self._command.env if self._command is not None else {}
-        text = without_secrets("\n".join(self._log.tail(lines)), env, self._key)
-        return text.split("\n") if text else []
+        return self.log.tail(lines)
+
+    def _blanked(self, text: str) -> str:
+        return without_secrets(text, self._command.env if self._command is not None else {}, self._key)
 
     # -- its life --------------------------------------------------------------------------------------------------
 
@@ -237,6 +239,7 @@ class Instance:
     async def _start(self) -> None:
         command_for = await self._prepared()
         for _ in range(BIND_ATTEMPTS):
+            self._host = self._ports.host
             self.port = 0 if self.model.launcher.by_socket else self._ports.reserve()
             child = self._spawn(command_for)
             try:
@@ -261,7 +264,7 @@ class Instance:
     def _spawn(self, command_for: CommandFor) -> Child:
         loop = asyncio.get_running_loop()
         self._exit = loop.create_future()
-        self._command = command_for(Endpoint(self._ports.host, self.port), self._key)
+        self._command = command_for(Endpoint(self._host, self.port), self._key)
         self._reader = self.model.launcher.reader(self._set_share)
         command = self._command
         self._child = spawn(command.argv, command.env, self._printed, self._exited, command.farewell)
@@ -285,7 +288,7 @@ class Instance:
         verdict = None if proving.cancelled() else proving.exception()
         if child.returncode is not None:
             self.connections.close("it ended")
-            if self.port and not is_free(self._ports.host, self.port):
+            if self.port and not is_free(self._host, self.port):
                 raise NotOurs("another process listens there")
             raise self._exited_error()
         if verdict is not None:
@@ -337,7 +340,7 @@ class Instance:
 
     def _printed(self, data: bytes) -> None:
         self._last_output = asyncio.get_running_loop().time()
-        self._log.feed(self._reader(data) if self._reader is not None else data)
+        self.log.feed(self._reader(data) if self._reader is not None else data)
 
     def _set_share(self, share: float | None) -> None:
         """Neither 0 nor 1 shows anything: a server may read its file only when it is used, long after either."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,6 +34,7 @@ _SECRET = re.compile(
     r"(^|.*_)(\w*(TOKEN|KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL)S?|AUTH|PASS|PWD)(_.*)?", re.IGNORECASE
 )
 """Variables that no pattern matches."""
+_serial = count(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +113,10 @@ class Launcher(Protocol):
         """Runs before a server that was ready is stopped, while it still accepts requests; not after a crash. It may
         take half of `stop_timeout_s`. A failure is logged and ignored."""
 
+    def same(self, other: Launcher) -> bool:
+        """Whether `other`, made from an earlier configuration, starts the same server in the same way. Then the process
+        that it has started goes on; else that is replaced once its answers are complete."""
+
 
 class HttpLauncher:
     """`Launcher` for any program with an HTTP API. A subclass defines `command`, and what differs of the rest:
@@ -170,6 +176,10 @@ class HttpLauncher:
     async def before_stop(self, connections: ConnectionPool) -> None:
         """Does nothing."""
 
+    def same(self, other: Launcher) -> bool:
+        """Whether it is of the same class, with equal attributes."""
+        return type(self) is type(other) and vars(self) == vars(other)
+
 
 @dataclass(frozen=True, slots=True)
 class Source:
@@ -182,6 +192,10 @@ class Source:
     download: str
     find: Callable[[], Path | None]
     fetch: Work
+
+    def is_of(self, model: PoolModel) -> bool:
+        """Whether `model` has this source, or an equal one."""
+        return model.source is not None and model.source.download == self.download
 
 
 def settings_of(model: ModelConfig) -> dict[str, Any]:
@@ -203,7 +217,8 @@ class PoolModel:
     `keep_alive_s`: seconds that its process stays loaded when idle, None for the pool's default. A pinned model is
     never stopped to make room. A model without `source` requires no download. `title` is its name for people, empty
     for `name`. `concurrent` is the most requests that occupy slots of its server, None for all slots. The time limits
-    are those of its process, None for the pool's.
+    are those of its process, None for the pool's. `born` is greater for one that was made later: of two with the same
+    name, that one applies.
     """
 
     name: str
@@ -215,6 +230,11 @@ class PoolModel:
     concurrent: int | None = None
     load_timeout_s: float | None = None
     stop_timeout_s: float | None = None
+    born: int = field(default_factory=lambda: next(_serial), compare=False)
+
+    def same(self, other: PoolModel) -> bool:
+        """Whether a process that was started for `other` serves this one, too."""
+        return self.concurrent == other.concurrent and self.launcher.same(other.launcher)
 
     def at_once(self, slots: int) -> int:
         """How many of its server's slots are used."""
@@ -225,6 +245,11 @@ class PoolModel:
         own = {"load_timeout_s": self.load_timeout_s, "stop_timeout_s": self.stop_timeout_s}
         given = {name: value for name, value in own.items() if value is not None}
         return config.model_copy(update=given) if given else config
+
+
+def latest_born() -> int:
+    """The number behind those of all models that have been made."""
+    return next(_serial)
 
 
 def inherited(environ: Mapping[str, str], passthrough: Iterable[str] = ()) -> dict[str, str]:

@@ -36,7 +36,8 @@ class News:
             data["error"] = queue.error.message
         if queue.place is not None and data["state"] == "loading":
             data["expected_s"] = self._times.typical_s(queue.name)
-        self._feed.publish(Kind.MODEL, queue.name, data)
+        gone = queue.removed and data["state"] == "unloaded"
+        self._feed.publish(Kind.MODEL, queue.name, data, over=gone)
 
     def waiting(self, queue: ModelQueue) -> None:
         """More or fewer requests wait for a model."""

@@ -109,6 +109,13 @@ def choose_victim(running: Iterable[R], *, urgent: bool = False) -> R | None:
     return min(evictable, key=lambda p: (not p.draining, p.state is State.STARTING, p.released_at), default=None)
 
 
+def surplus(running: Iterable[R], size: int) -> list[R]:
+    """Those to stop if there may be only `size`: the least recently used ones, pinned ones last."""
+    live = [process for process in running if _is_live(process) and not process.unloading]
+    ranked = sorted(live, key=lambda p: (p.pinned, p.leases > 0 or p.awaited, p.released_at))
+    return ranked[: max(0, len(live) - size)]
+
+
 @dataclass(frozen=True, slots=True)
 class Drains(Generic[R]):
     """Which processes are to accept no more requests from now on, which are to accept them again, and when to decide

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Iterable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from llama_smart_proxy.backends.pool.launcher import PoolModel, Source
 from llama_smart_proxy.backends.pool.load_times import LoadTimes
 from llama_smart_proxy.backends.pool.news import News
 from llama_smart_proxy.backends.pool.orphans import kill_orphans
+from llama_smart_proxy.backends.pool.output import Output
 from llama_smart_proxy.backends.pool.queue import Lease, ModelQueue
 from llama_smart_proxy.backends.pool.readiness import read_within
 from llama_smart_proxy.backends.pool.scheduler import Scheduler
@@ -65,9 +66,17 @@ class Pool:
         """Most processes that live at one time."""
         return self._scheduler.config.size
 
-    def configure(self, config: PoolConfig) -> None:
-        """Replace the size and all limits for what comes next. See `Scheduler.configure`."""
-        self._scheduler.configure(config)
+    def configure(self, config: PoolConfig, models: Iterable[PoolModel] | None = None) -> list[str]:
+        """Replace the size, the limits and the models. See `Scheduler.configure`."""
+        before = {queue.name: queue.model.source for queue in self._scheduler.queues.values()}
+        replaced = self._scheduler.configure(config, models)
+        for queue in self._scheduler.queues.values():
+            source = before[queue.name]
+            if source is None or source.is_of(queue.model) or not self._fetching[queue.name]:
+                continue
+            if (download := self.downloads.get(source.download)) is not None:
+                download.stop(Overloaded(f"Model '{queue.name}' has another source now.", code="unloaded"))
+        return replaced
 
     # -- for requests ----------------------------------------------------------------------------------------------
 
@@ -222,6 +231,10 @@ class Pool:
         queue = self._scheduler.queues.get(name)
         return queue.error.message if queue is not None and queue.error is not None else None
 
+    def output(self, model: PoolModel) -> Output:
+        """What the processes of `model` print."""
+        return self._scheduler.queue(model).output
+
     def status(self) -> list[dict[str, object]]:
         """One entry for each model that has a process, is fetched, has waiters, or failed last time. A loaded one has
         `expires_in_s`, null if it stays."""
@@ -259,10 +272,15 @@ class Pool:
         try:
             with described(request.progress, download.described), noted(request.journal, StepKind.DOWNLOAD, queue.name):
                 await download.wait()
+        except ProxyError:
+            if source.is_of(queue.model):
+                raise
         finally:
             self._fetching[queue.name] -= 1
         if self._scheduler.closing:
             raise _shutting_down()
+        if not source.is_of(queue.model):  # a new configuration names another one
+            await self._fetch(queue, request)
 
     async def _is_here(self, name: str, source: Source) -> bool:
         """Whether it still is where it was found last; one look at the disk, and only when a process is to start. All
@@ -294,7 +312,8 @@ class Pool:
                     await source.fetch(report)
                     path = await run_in_thread(source.find)
             except ProxyError as exc:
-                self._note_failure(queue, exc)
+                if source.is_of(queue.model):
+                    self._note_failure(queue, exc)
                 raise
             if path is not None:
                 self._files[source.download] = path

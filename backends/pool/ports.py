@@ -24,6 +24,11 @@ class Ports:
         self._taken: set[int] = set()
         self._next = 0
 
+    def move(self, host: str, ports: range) -> None:
+        """Hand out these ports from now on, but none of those that are still taken."""
+        if (host, ports) != (self.host, self._ports):
+            self.host, self._ports, self._next = host, ports, 0
+
     def reserve(self) -> int:
         """A port that is free now. Nothing is bound: the child that gets it may still find it taken.
 

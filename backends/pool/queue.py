@@ -12,6 +12,7 @@ from llama_smart_proxy.backends.base import Priority, UpstreamRequest
 from llama_smart_proxy.backends.pool.backoff import Backoff
 from llama_smart_proxy.backends.pool.instance import Instance, State
 from llama_smart_proxy.backends.pool.launcher import PoolModel
+from llama_smart_proxy.backends.pool.output import Output
 from llama_smart_proxy.backends.tasks import Task
 from llama_smart_proxy.proxy.errors import ProxyError, StartFailed
 
@@ -51,6 +52,7 @@ class ModelQueue:
     question_waiters: dict[Waiter, None] = field(default_factory=dict)  # these require a ready server only
     later_waiters: dict[Waiter, None] = field(default_factory=dict)  # these require a slot, too
     backoff: Backoff = field(default_factory=Backoff)
+    output: Output = field(default_factory=Output)
     error: StartFailed | None = None
     request_s: float | None = None  # how long its requests occupy a slot; the recent ones count most
     keep_alive_s: float | None = None  # how long its process stays when idle, if a request set that
@@ -59,6 +61,7 @@ class ModelQueue:
     load_ended_s: float = -math.inf  # infinity while it lasts
     crashed: bool = False
     restarts: int = 0
+    removed: bool = False  # from the configuration: it serves those that have come before, and is not kept
 
     @property
     def name(self) -> str:
@@ -133,6 +136,17 @@ class ModelQueue:
         for waiters in (self.question_waiters, self.slot_waiters, self.later_waiters):
             waiters.clear()
 
+    def refuse(self, error: StartFailed, status: int, wait_s: float) -> None:
+        """Fail all that wait with the reason of the last failure; with status 503, they may be repeated later."""
+
+        def again() -> StartFailed:
+            copy = StartFailed(error.message, status=status, code=error.code, log=error.log)
+            if status == 503:
+                copy.retry_after_s = max(1, math.ceil(wait_s))
+            return copy
+
+        self.fail_all(again)
+
 
 @dataclass(eq=False, slots=True)
 class Slot:
@@ -172,7 +186,7 @@ class Place:
 
     @property
     def pinned(self) -> bool:
-        return self.instance.model.pinned
+        return self.queue.model.pinned and not self.queue.removed
 
     @property
     def awaited(self) -> bool:
@@ -200,6 +214,8 @@ class Place:
     @property
     def keep_alive_s(self) -> float | None:
         """Seconds it stays when idle, if that is set: by a request, else by its model; pinned is for ever."""
+        if self.queue.removed:
+            return 0.0
         if self.pinned:
             return math.inf
         return self.queue.model.keep_alive_s if self.queue.keep_alive_s is None else self.queue.keep_alive_s

@@ -10,10 +10,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from collections.abc import Iterable
 
 from llama_smart_proxy.backends.base import Priority, UpstreamRequest
 from llama_smart_proxy.backends.pool.instance import STALLED, Instance, State
 from llama_smart_proxy.backends.pool.launcher import PoolModel
+from llama_smart_proxy.backends.pool.models import Models, retire_surplus
 from llama_smart_proxy.backends.pool.news import News
 from llama_smart_proxy.backends.pool.placement import Evict, Limits, Never, Start, Wait, decide, plan_drains
 from llama_smart_proxy.backends.pool.ports import Ports
@@ -52,26 +54,38 @@ class Scheduler:
         self.config = config
         self._news = news
         self._ports = Ports(config.host, config.ports)
+        self._models = Models()
         self._swap_timer: asyncio.TimerHandle | None = None
         self._halted = False
         self._reserved = False  # a person waits for a place
 
-    def configure(self, config: PoolConfig) -> None:
-        """Replace the size and all limits for what comes next. Processes that live keep their ports and time limits;
-        those above the size are stopped when their places are required."""
-        if (config.host, config.ports) != (self.config.host, self.config.ports):
-            self._ports = Ports(config.host, config.ports)
+    def configure(self, config: PoolConfig, models: Iterable[PoolModel] | None = None) -> list[str]:
+        """Replace the size and all limits for what comes next, and with `models` the models that there are. Returns the
+        names of those whose processes are replaced.
+
+        Processes that live keep their ports and time limits. Of those above the size, the least recently used ones
+        accept no more requests, and are stopped when their answers are complete. So is one whose model is started in
+        another way now: the requests that wait get the next one. A model that is not there any more serves those that
+        have come before.
+        """
+        self._ports.move(config.host, config.ports)
         self.config = config
+        replaced = []
+        if models is not None:
+            self._models = Models.of(models)
+            replaced = [queue.name for queue in self.queues.values() if self._models.redefine(queue)]
+        retire_surplus(self.places, config.size)
         self.schedule()
-        for place in self.places:
+        for place in list(self.places):
             self.check_idle(place)
+        return replaced
 
     def queue(self, model: PoolModel) -> ModelQueue:
-        """The queue of a model; `model` applies to its next process."""
+        """The queue of a model; `model` applies to its next process, unless the configuration has replaced it."""
         queue = self.queues.get(model.name)
         if queue is None:
             queue = self.queues[model.name] = ModelQueue(model, self._news.changed)
-        queue.model = model
+        self._models.apply(queue, model)
         return queue
 
     @property
@@ -166,7 +180,7 @@ class Scheduler:
         if place.ready_at == math.inf:
             if error.code not in NOT_THE_MODELS_FAULT:
                 queue.backoff.failed(now)
-            _refuse(queue, error, error.status, queue.backoff.wait_s(now))
+            queue.refuse(error, error.status, queue.backoff.wait_s(now))
             return
         queue.crashed = True
         if not place.served and (now - place.ready_at < EARLY_S or error.code == STALLED):
@@ -259,7 +273,7 @@ class Scheduler:
             if self._reserved and not queue.urgent:
                 break
             if queue.error is not None and (wait_s := queue.backoff.wait_s(now)) > 0:
-                _refuse(queue, queue.error, 503, wait_s)
+                queue.refuse(queue.error, 503, wait_s)
                 continue
             match decide(queue, self.places, Limits(self.config.size, promised, queue.urgent)):
                 case Start():
@@ -293,6 +307,7 @@ class Scheduler:
         queue.restarts += queue.crashed
         queue.crashed = False
         self.places.append(queue.place)
+        queue.output.renew(instance.log)
         note_load_begin(queue)
         instance.start(f"{queue.length} waiting")
         self._news.starting(queue)
@@ -374,15 +389,3 @@ class Scheduler:
     def _keep_alive_s(self, place: Place) -> float:
         own = place.keep_alive_s
         return self.config.keep_alive if own is None else own
-
-
-def _refuse(queue: ModelQueue, error: StartFailed, status: int, wait_s: float) -> None:
-    """Fail all requests that wait with the reason of the last failure; with status 503, they may be repeated later."""
-
-    def again() -> StartFailed:
-        copy = StartFailed(error.message, status=status, code=error.code, log=error.log)
-        if status == 503:
-            copy.retry_after_s = max(1, math.ceil(wait_s))
-        return copy
-
-    queue.fail_all(again)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import ClassVar
+from typing import ClassVar, Protocol, TypeVar
 
 from llama_smart_proxy.backends.base import (
     BaseProvider,
@@ -18,9 +18,10 @@ from llama_smart_proxy.backends.base import (
 from llama_smart_proxy.backends.http.connection import Endpoint
 from llama_smart_proxy.backends.http.exchange import UpstreamResponse
 from llama_smart_proxy.backends.pool.launcher import PoolModel
+from llama_smart_proxy.backends.pool.output import Output
 from llama_smart_proxy.backends.pool.pool import Pool
 from llama_smart_proxy.backends.tasks import BROKEN_OFF
-from llama_smart_proxy.proxy.config import FiltersConfig
+from llama_smart_proxy.proxy.config import FiltersConfig, ModelConfig
 from llama_smart_proxy.proxy.errors import BadRequest, UpstreamFailed
 
 DYING_S = 0.25
@@ -55,6 +56,10 @@ class SpawnedModel:
     def state(self) -> ModelState:
         value = self.pool.state(self.name)
         return ModelState(value, self.pool.failed(self.name) if value == "unloaded" else None)
+
+    @property
+    def output(self) -> Output:
+        return self.pool.output(self.model)
 
     @asynccontextmanager
     async def open(self, request: UpstreamRequest) -> AsyncIterator[UpstreamResponse]:
@@ -116,6 +121,40 @@ class SpawnedProvider(BaseProvider):
     def __init__(self, pool: Pool, models: Sequence[SpawnedModel]) -> None:
         super().__init__(models)
         self._pool = pool
+        self._spawned = models
 
     async def fitting(self, models: Sequence[str]) -> list[list[str]]:
         return self._pool.fitting(models)
+
+    def pooled(self) -> Sequence[PoolModel]:
+        return [spawned.model for spawned in self._spawned]
+
+
+class Configured(Protocol):
+    """A model of the pool that the configuration has."""
+
+    model: PoolModel
+    config: ModelConfig
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def state(self) -> ModelState: ...
+
+
+M = TypeVar("M", bound=Configured)
+
+
+def to_load(models: Sequence[M], before: Sequence[M] | None = None) -> list[M]:
+    """Those marked `preload`, the pinned ones first. Of a configuration that replaces another one, which had the models
+    `before`: those that are newly marked, and of the marked and the pinned ones those whose process is replaced."""
+    known = {model.name: model for model in before} if before is not None else {}
+    found = [model for model in models if _is_to_load(model, known.get(model.name))]
+    return sorted(found, key=lambda model: not model.config.pinned)
+
+
+def _is_to_load(model: M, before: M | None) -> bool:
+    if before is None or (model.config.preload and not before.config.preload):
+        return model.config.preload
+    stays = model.model.same(before.model)
+    return not stays and (model.config.preload or model.config.pinned) and before.state.value in ("loaded", "loading")

@@ -11,7 +11,7 @@ from itertools import chain, islice
 from typing import Self
 
 from llama_smart_proxy.backends.base import UpstreamRequest
-from llama_smart_proxy.backends.journal import Journal, StepKind
+from llama_smart_proxy.backends.journal import Journal, StepKind, note_now
 from llama_smart_proxy.backends.pool.instance import State
 from llama_smart_proxy.backends.pool.queue import ModelQueue, Place
 
@@ -71,10 +71,9 @@ def note_load_end(queue: ModelQueue) -> None:
 
 def note_eviction(queue: ModelQueue, victim: Place, now: float) -> None:
     """Note that `victim` is stopped for the requests of `queue`; `now` is the time of the event loop."""
-    why, at_s = _why(victim, now), time.monotonic()
+    why = _why(victim, now)
     for waiter in queue.waiting():
-        if (journal := waiter.request.journal) is not None:
-            journal.note(StepKind.EVICT, at_s, at_s, model=victim.queue.name, why=why)
+        note_now(waiter.request.journal, StepKind.EVICT, model=victim.queue.name, why=why)
 
 
 def _why(victim: Place, now: float) -> str:

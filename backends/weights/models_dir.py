@@ -93,6 +93,13 @@ class ModelsDir:
         taken = {key(own): model.path for name, model in models.items() for own in (name, *model.aliases)}
         return cls(config.llama_cpp.models_dir, taken)
 
+    def take_over(self, before: ModelsDir) -> Scan:
+        """Go on from what another one has found last, and return that; nothing if it is of another folder, or if other
+        names mean something else there."""
+        if (before._folder, before._taken) == (self._folder, self._taken):
+            self._walk, self._scan, self._stale_s = before._walk, before._scan, before._stale_s
+        return self._scan
+
     def look(self) -> Scan:
         """What is in the folder now. The same object as before if nothing has changed."""
         begun_s = time.monotonic()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llama_smart_proxy.proxy.access.limits import Limits
 from llama_smart_proxy.proxy.config import ApiKeyConfig, InferenceKeysConfig
 from llama_smart_proxy.proxy.http.scopes import Scope
 from llama_smart_proxy.proxy.models.permit import Permit
@@ -20,24 +21,18 @@ class Grant:
     permit: Permit | None = None
     agents: frozenset[str] | None = None
     keep_alive: bool = True
-    requests_per_minute: int | None = None
-    tokens_per_minute: int | None = None
-    concurrent: int | None = None
+    limits: Limits | None = None
 
     @property
     def is_admin(self) -> bool:
         return Scope.ADMIN in self.scopes
-
-    @property
-    def is_limited(self) -> bool:
-        """Whether its requests are counted."""
-        return any((self.requests_per_minute, self.tokens_per_minute, self.concurrent))
 
     @classmethod
     def of(cls, key: ApiKeyConfig, others: InferenceKeysConfig) -> Grant:
         """The rights of a key; `others` are those of all keys without scope admin."""
         scopes = {Scope.PUBLIC, Scope.INFERENCE, *map(Scope, key.scopes)}
         patterns = tuple(key.models) if key.models is not None else None
+        limits = Limits(key.requests_per_minute, key.tokens_per_minute, key.concurrent)
         pulls = key.is_admin or others.may_pull
         return cls(
             key.name,
@@ -45,9 +40,7 @@ class Grant:
             permit=None if pulls and patterns is None else Permit(patterns, pulls),
             agents=frozenset(key.agents) if key.agents is not None else None,
             keep_alive=key.is_admin or others.may_keep_alive,
-            requests_per_minute=key.requests_per_minute,
-            tokens_per_minute=key.tokens_per_minute,
-            concurrent=key.concurrent,
+            limits=limits if limits != Limits() else None,
         )
 
 

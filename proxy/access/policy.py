@@ -29,9 +29,17 @@ class Access:
         """All that `admit` may return."""
         return [ALL, REMOTE, PUBLIC, *(grant for _, grant in self._keys)]
 
+    def successor(self, grant: Grant) -> Grant:
+        """What is left of a grant of an earlier configuration: that of the key with its name now, or no rights."""
+        if not grant.client:
+            return grant if not self._keys else PUBLIC
+        return next((found for _, found in self._keys if found.client == grant.client), PUBLIC)
+
     def admit(self, http: web.BaseRequest, scope: Scope) -> Grant:
         """What the client of `http`, which uses an endpoint of this scope, may do. Raises: AccessDenied."""
         if not self._keys:
+            if scope is Scope.INFERENCE and http.method == "POST":
+                return REMOTE  # it requires no more; where the client is would take as long as all the rest
             grant = self._everyone or (ALL if is_local(http) else REMOTE)
         elif scope is Scope.PUBLIC:
             grant = self._public(http)

@@ -32,6 +32,8 @@ async def health(http: web.BaseRequest) -> web.Response:
     for instance in status.instances:
         if "stalled" in instance:
             problems.append(Problem(proxy.config.path_of(instance["model"]), f"stalled: {instance['stalled']}"))
+    stale = proxy.reloads.problems
+    problems += [Problem("configuration", f"not reloaded: {problem}") for problem in stale]
     code = 503 if draining else 200
     public = {
         "status": "unhealthy" if draining else "degraded" if problems else "healthy",
@@ -42,6 +44,7 @@ async def health(http: web.BaseRequest) -> web.Response:
         return web.json_response(public, status=code)
     body = public | {
         "problems": [{"where": problem.where, "message": problem.message} for problem in problems],
+        "config_stale": bool(stale),
         "version": __version__,
         "uptime_s": round(time.monotonic() - STARTED, 1),
         "instances": status.instances,
@@ -53,6 +56,17 @@ async def health(http: web.BaseRequest) -> web.Response:
         "downloads": proxy.router.downloads.status(),
     }
     return web.json_response(body, status=code)
+
+
+async def reload_configuration(http: web.BaseRequest) -> web.Response:
+    """`POST /admin/reload`: reads the configuration again, and answers when it applies: with what has changed, or, with
+    status 400, with all problems for which nothing has."""
+    outcome = await http[PROXY].reloads.reload("POST /admin/reload")
+    if not outcome.problems:
+        return web.json_response({"reloaded": True, **outcome.changes})
+    message = f"the configuration was not reloaded: {'; '.join(outcome.problems)}"
+    error = {"message": message, "type": "invalid_request_error", "code": "invalid_configuration", "param": None}
+    return web.json_response({"error": {**error, "problems": list(outcome.problems)}}, status=400)
 
 
 async def plugins_listed(http: web.BaseRequest) -> web.Response:
@@ -86,5 +100,6 @@ def _plugin(plugin: Plugin) -> dict[str, object]:
             "options_per_call": sorted(cls.per_call),
             "config_schema": cls.Config.model_json_schema(),
         }
-    mean_ms = plugin.spent_s / plugin.calls * 1000 if plugin.calls else 0.0
-    return entry | {"calls": plugin.calls, "errors": plugin.failures, "mean_latency_ms": round(mean_ms, 3)}
+    counts = plugin.counts
+    mean_ms = counts.spent_s / counts.calls * 1000 if counts.calls else 0.0
+    return entry | {"calls": counts.calls, "errors": counts.failures, "mean_latency_ms": round(mean_ms, 3)}

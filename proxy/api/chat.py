@@ -8,6 +8,7 @@ the request, no model is involved.
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import orjson
 from aiohttp import web
 
 from llama_smart_proxy.backends.base import Feature, Model, Priority, UpstreamRequest
+from llama_smart_proxy.backends.journal import StepKind
 from llama_smart_proxy.backends.tasks import Task
 from llama_smart_proxy.proxy.api.background import mark, priority_of, task_of
 from llama_smart_proxy.proxy.api.state import Proxy
@@ -197,7 +199,7 @@ class Chat:
             raise self._unencodable() or exc from exc
         headers = upstream_headers(self.http.headers, has_body=True, forwards=model.forwards)
         request = UpstreamRequest("POST", path, data, headers, prepared=prepared, progress=self.wait.asks())
-        request.journal = self.http[RECORD]
+        request.journal, request.client = self.http[RECORD], self.proxy.grant.client
         return mark(request, self.task)
 
     def _unencodable(self) -> AgentError | None:
@@ -207,7 +209,6 @@ class Chat:
     # -- with agents -------------------------------------------------------------------------------------------------
 
     async def _with_agents(self, route: Route, body: Json, selection: Selection) -> web.StreamResponse:
-        plugins = self.proxy.chain.plugins
         await self._check_capabilities(route.model, body)
         chat = await self._decoded(route, body)
         if selection.reply is not None:
@@ -223,12 +224,12 @@ class Chat:
             return await scope.run(self._chained(scope, selection, route, chat, asked_model, depth))
         finally:
             for active in selection.chain:
-                await plugins.release(active.plugin.name, active.loaded)
+                await active.loaded.release(active.plugin.name)
 
     async def _chained(
         self, scope: Scope, selection: Selection, route: Route, chat: ChatRequest, asked_model: str, depth: int
     ) -> web.StreamResponse:
-        calls = self._side_calls(scope, depth, priority_of(self.task))
+        calls = self._side_calls(scope, depth, priority_of(self.task), route.model)
         facts = RequestFacts(
             self.http.headers, self.http.path.rstrip("/"), self.http[RECORD].request_id, route.model.kind, selection,
             chat, asked_model=asked_model, store=self.proxy.store, wait=self.wait,
@@ -242,11 +243,15 @@ class Chat:
                 raise self._unencodable() or exc from exc
             raise
         finally:
+            self.http[RECORD].side_tokens = calls.tokens
             for ctx in contexts:
-                ctx.active.plugin.spent_s += ctx.timer.spent_s
+                ctx.active.plugin.counts.spent_s += ctx.timer.spent_s
+                now = time.monotonic()
+                self.http[RECORD].note(StepKind.AGENT, now - ctx.timer.spent_s, now, agent=ctx.active.plugin.name)
 
-    def _side_calls(self, scope: Scope, depth: int, priority: Priority = Priority.HELPER) -> SideCalls:
-        return SideCalls(scope, self.proxy.router, self.proxy.config.agent_limits, depth, priority)
+    def _side_calls(self, scope: Scope, depth: int, priority: Priority, model: Model) -> SideCalls:
+        router = self.proxy.router.including(model)
+        return SideCalls(scope, router, self.proxy.config.agent_limits, depth, priority, self.proxy.grant.client)
 
     async def _through(
         self,
@@ -285,7 +290,7 @@ class Chat:
             return await self._respond(source.chat if source is not None else chat, source, stream)
         finally:
             if heard.chunks:
-                side_calls = partial(self._side_calls, depth=calls.depth)
+                side_calls = partial(self._side_calls, depth=calls.depth, priority=Priority.HELPER, model=route.model)
                 self.proxy.afterwards.start(listening, heard, partial(usage_of, source), side_calls)
 
     async def _rerouted(self, route: Route, chat: ChatRequest) -> Route:
@@ -329,7 +334,7 @@ async def relay_request(
     headers = upstream_headers(http.headers, has_body=has_body, forwards=model.forwards)
     chat_id = http.headers.get(CONVERSATION) if endpoint.slot and Feature.RESUMABLE in model.features else None
     if chat_id:
-        headers.append((CONVERSATION, chat_id))
+        headers.append((CONVERSATION, chat_id := proxy.own_chat(chat_id)))
     path = upstream_path(http, model.name)
     unstreamed = None
     streams = endpoint.codec is not None and endpoint.codec.streams(body)
@@ -339,7 +344,7 @@ async def relay_request(
     if endpoint.path:
         path = "".join((endpoint.path, *path.partition("?")[1:]))
     request = UpstreamRequest(http.method, path, data, headers, endpoint.slot, prepared=prepared, progress=wait.asks())
-    request.journal = http[RECORD]
+    request.journal, request.client = http[RECORD], proxy.grant.client
     mark(request, task, whole=not streams)
     del body, reusable  # the answer may last for minutes
     pool = proxy.config.server_pool

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import secrets
@@ -15,7 +16,8 @@ from aiohttp import web
 
 from llama_smart_proxy.backends.names import LONGEST_NAME
 from llama_smart_proxy.backends.openai import OUR_VIA
-from llama_smart_proxy.proxy.access.policy import CHALLENGE, Access
+from llama_smart_proxy.proxy.access.limits import Counters, Limits, Visit
+from llama_smart_proxy.proxy.access.policy import CHALLENGE
 from llama_smart_proxy.proxy.api.state import PROXY, Proxy
 from llama_smart_proxy.proxy.chat import Observer, RequestRecord
 from llama_smart_proxy.proxy.dialects import OPENAI, Dialect, dialect_of
@@ -23,12 +25,14 @@ from llama_smart_proxy.proxy.errors import AccessDenied, BadRequest, Overloaded,
 from llama_smart_proxy.proxy.http.coding import ACCEPTED
 from llama_smart_proxy.proxy.http.headers import EXTRA, PARAMS, RECORD, named_in, own_headers, request_id_of, shown_path
 from llama_smart_proxy.proxy.http.hosts import Hosts
-from llama_smart_proxy.proxy.http.origins import Origins, Pages, is_preflight, origin_of, preflight
+from llama_smart_proxy.proxy.http.origins import READING, Origins, Pages, is_preflight, origin_of, preflight
 from llama_smart_proxy.proxy.http.scopes import Scope
 from llama_smart_proxy.proxy.http.server import AMBIGUOUS, TOO_LARGE, FrontConnection, check_request
 
 logger = logging.getLogger(__name__)
 
+VISIT = web.RequestKey("visit", Visit)
+"""The visit of a client whose key has limits."""
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 _PART = re.compile(r"\{(\w+)(?::([^{}]+(?:\{[\d,]+\}[^{}]*)?))?\}")
 
@@ -49,19 +53,21 @@ class Dispatcher:
     passes the record to the observers when the request has ended.
 
     Paths match with and without a trailing slash: both were documented, and a redirect would turn a POST into a GET.
-    A path parameter, `{name}` or `{name:pattern}`, is stored in `PARAMS` of the request.
+    `counters` are those of earlier configurations, whose counts go on. A path parameter, `{name}` or `{name:pattern}`,
+    is stored in `PARAMS` of the request.
     """
 
-    def __init__(self, proxy: Proxy, observers: Iterable[Observer] = ()) -> None:
+    def __init__(self, proxy: Proxy, observers: Iterable[Observer] = (), counters: Counters | None = None) -> None:
         self._proxy = proxy
+        self._counters = counters or Counters()
+        self._running = proxy.running.requests
         self._observers = list(observers)
         self._exact: dict[str, Resource] = {}
         self._patterns: list[tuple[re.Pattern[str], Resource]] = []
         server = proxy.config.server
         self.hosts = Hosts([*server.allow_hosts, server.host])
         self._origins = Origins(server.allow_origins)
-        self._access = Access(server)
-        self._seen_by = {grant: proxy.seen_by(grant) for grant in self._access.grants}
+        self._seen_by = {grant: proxy.seen_by(grant) for grant in proxy.access.grants}
         self._run = secrets.token_hex(4)
         self._serial = count(1)
 
@@ -105,15 +111,20 @@ class Dispatcher:
         self._proxy.uses.begin()
         if isinstance(http.protocol, FrontConnection):
             http.protocol.head_complete()
+        running, task = self._running, asyncio.current_task()
+        running[task] = http
         response: web.StreamResponse | None = None
         try:
             response = await self._answer(http)
             return response
         finally:
+            del running[task]
             record.ended_s = time.monotonic()
             record.path = shown_path(http)
             # 499: the client left before its answer was complete
             record.status = response.status if response is not None else record.answered or 499
+            if record.client and VISIT in http:
+                http[VISIT].leave(http, record)
             for observe in self._observers:
                 self._notify(observe, record)
             self._proxy.uses.end(http)
@@ -151,7 +162,7 @@ class Dispatcher:
 
     def _handler(self, http: web.BaseRequest, resource: Resource | None) -> Handler:
         """What answers `http`, whose client may use it. Raises: Overloaded while shutting down; BadRequest 404;
-        HTTPMethodNotAllowed; AccessDenied."""
+        HTTPMethodNotAllowed; AccessDenied; Overloaded 429 for a key at its limit."""
         if is_preflight(http):
             return preflight
         if self._proxy.draining.is_set() and http.path != "/health":
@@ -161,10 +172,21 @@ class Dispatcher:
         handler = resource.handlers.get(http.method)
         if handler is None:
             raise web.HTTPMethodNotAllowed(http.method, resource.handlers)
-        grant = self._access.admit(http, resource.scopes[http.method])
+        grant = self._proxy.access.admit(http, resource.scopes[http.method])
         http[PROXY] = self._seen_by[grant]
         http[RECORD].client = grant.client
+        if grant.limits is not None:
+            self._enter(http, grant.client, grant.limits, resource.dialect)
         return handler
+
+    def _enter(self, http: web.BaseRequest, client: str, limits: Limits, dialect: Dialect) -> None:
+        """Count a request of a key with limits, but not for what only reads. Raises: Overloaded 429."""
+        visit = http[VISIT] = self._counters.visit(client, limits)
+        try:
+            if http.method not in READING:
+                visit.enter()
+        finally:
+            http[EXTRA] += dialect.limit_headers(visit.allowances())
 
     def _find(self, path: str, http: web.BaseRequest | None = None) -> Resource | None:
         """The resource at `path`; its parameters are stored in `http`."""
@@ -217,6 +239,8 @@ def reported(http: web.BaseRequest, exc: Exception) -> ProxyError:
 
 def _failed(http: web.BaseRequest, exc: BaseException, dialect: Dialect) -> web.StreamResponse:
     """The error response for `exc`. Raises: `exc` itself if no response can be sent any more."""
+    if isinstance(exc, asyncio.CancelledError):
+        exc = http[RECORD].cancellation(exc)
     if not isinstance(exc, Exception) or isinstance(exc, ConnectionError) or http.writer.output_size > 0:
         raise exc
     allow = exc.headers.get("Allow", "") if isinstance(exc, web.HTTPException) else ""

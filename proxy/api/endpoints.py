@@ -44,7 +44,7 @@ from llama_smart_proxy.proxy.dialects.embeddings import (
     OPENAI_EMBEDDINGS,
     EmbeddingClient,
 )
-from llama_smart_proxy.proxy.errors import BadRequest, ModelNotFound, let_go
+from llama_smart_proxy.proxy.errors import AccessDenied, BadRequest, Cancelled, ModelNotFound, let_go
 from llama_smart_proxy.proxy.http.body import Body, Reusable, offload, read_body
 from llama_smart_proxy.proxy.http.headers import PARAMS, RECORD
 from llama_smart_proxy.proxy.http.scopes import Scope
@@ -148,12 +148,19 @@ class EndpointHandler:
         try:
             return await self._handle(http, wait)
         except Exception as exc:
-            if isinstance(exc, ConnectionError) or not wait.response.opened or wait.response.begun:
+            if isinstance(exc, ConnectionError) or not wait.response.opened:
+                raise
+            if wait.response.begun and not isinstance(exc, Cancelled):
                 raise
             error = reported(http, exc)
             logger.warning("stream aborted: %s", error)
             let_go(exc)
             return await wait.fail(error)
+        except asyncio.CancelledError as exc:
+            cancelled = http[RECORD].cancellation(exc)
+            if not wait.response.opened:
+                raise cancelled from None
+            return await wait.fail(cancelled)
         finally:
             wait.end()
 
@@ -166,9 +173,12 @@ class EndpointHandler:
         try:
             bind = partial(_bound, endpoint.dialect, http.get(PARAMS) or {})
             body = await offload(http, bind, body) if endpoint.dialect.binds_slowly(body) else bind(body)
+            unloads = self._unloads(body)
+            if not proxy.grant.keep_alive:
+                _leave_out_keep_alive(body, unloads=unloads)
             if self._streams(body):
                 wait.start(body.get("model"))
-            route = await self._route(http, body)
+            route = await self._route(http, body, pull=endpoint.slot and not unloads)
             if endpoint.codec is not None:
                 answering = Chat(wait, proxy, endpoint, endpoint.codec).answer(route, body, reusable)
             else:
@@ -184,13 +194,16 @@ class EndpointHandler:
             return endpoint.codec.streams(body)
         return endpoint.generates and body.get("stream") is True
 
-    async def _route(self, http: web.BaseRequest, body: Json) -> Route:
+    def _unloads(self, body: Json) -> bool:
+        codec = self._endpoint.codec
+        return codec is not None and codec.loading(body) is Loading.UNLOAD
+
+    async def _route(self, http: web.BaseRequest, body: Json, *, pull: bool) -> Route:
         endpoint = self._endpoint
         named = body.get("model")
-        unloads = endpoint.codec is not None and endpoint.codec.loading(body) is Loading.UNLOAD
         named = http.query.get("model") if named in (None, "") else named
         try:
-            route = await http[PROXY].router.resolve(named, pull=endpoint.slot and not unloads)
+            route = await http[PROXY].router.resolve(named, pull=pull)
         except ModelNotFound as exc:
             raise endpoint.dialect.not_found(named, exc) from None
         http[RECORD].routed(route.model.name, route.model.kind)
@@ -226,6 +239,15 @@ class EndpointHandler:
             return client is not None
         asked = client.num_ctx(body)
         return asked is not None and route.model.prepare(dict(body)) not in (None, asked)
+
+
+def _leave_out_keep_alive(body: Json, *, unloads: bool) -> None:
+    """For a client that does not decide how long a model stays loaded. Raises: AccessDenied 403 if it asks to unload
+    it; clients such as Open WebUI send a `keep_alive` with every request, which is no reason to refuse them."""
+    if unloads:
+        message = "unloading a model requires the scope admin, or server.inference_keys.may_keep_alive: true"
+        raise AccessDenied(message, status=403)
+    body.pop("keep_alive", None)
 
 
 def _bound(dialect: Dialect, params: Mapping[str, str], body: Json) -> Json:

@@ -24,7 +24,7 @@ from llama_smart_proxy.proxy.dialects import ANTHROPIC, NATIVE, OPENAI, RESPONSE
 from llama_smart_proxy.proxy.errors import BadRequest, Overloaded, ProxyError
 from llama_smart_proxy.proxy.http.aside import in_thread
 from llama_smart_proxy.proxy.http.body import read_bytes, read_json, serialise
-from llama_smart_proxy.proxy.http.headers import RECORD, upstream_headers
+from llama_smart_proxy.proxy.http.headers import RECORD, upstream_headers, upstream_query
 from llama_smart_proxy.proxy.http.response import ResponseWriter
 from llama_smart_proxy.proxy.models.router import Route
 from llama_smart_proxy.proxy.stream.relay import relay
@@ -34,6 +34,7 @@ BUILD = f"b11434-llama-smart-proxy-{__version__}"
 """`build_info`: the build of llama.cpp whose API is implemented."""
 ANSWER_LIMIT = 4 * 2**20
 """Largest answer to a request of the proxy's own, in bytes; the chat template is in `/props`."""
+_CHAT = "conversation_id"
 LARGEST_LIST = 2**20
 """Largest body of `POST /lora-adapters` in bytes."""
 
@@ -85,12 +86,15 @@ async def _pass_on(
     content_type: str = "application/json",
     dialect: Dialect = OPENAI,
     slot: bool = False,
+    path: str | None = None,
 ) -> web.StreamResponse:
-    """Answer with the answer of the model's server to the same request with the body `data`."""
+    """Answer with the answer of the model's server to the same request with the body `data`, at `path` if that is
+    another."""
     headers = upstream_headers(http.headers, has_body=False, forwards=model.forwards)
     if data:
         headers.append(("Content-Type", content_type))
-    request = UpstreamRequest(http.method, upstream_path(http, model.name), data, headers, slot)
+    request = UpstreamRequest(http.method, path or upstream_path(http, model.name), data, headers, slot)
+    request.client = http[PROXY].grant.client
     response = ResponseWriter(http, http[PROXY].config.server.send_stall_s)
     return await relay(response, model, request, dialect)
 
@@ -192,36 +196,53 @@ async def resume_stream(http: web.BaseRequest) -> web.StreamResponse:
         raise BadRequest("Stream not found or expired", status=404, code="not_found")
     owner = models[0]
     if len(models) > 1:
-        found = [model for model in models if any(item["conversation_id"] == chat for item in await _find(model, chat))]
+        found = [model for model in models if any(item[_CHAT] == chat for item in await _find(model, chat))]
         owner = found[0] if found else owner
     http[RECORD].routed(owner.name, owner.kind)
-    return await _pass_on(http, owner, dialect=REPLAY)
+    return await _pass_on(http, owner, dialect=REPLAY, path=_stream_path(http, owner, chat))
 
 
 async def stop_stream(http: web.BaseRequest) -> web.StreamResponse:
     """`DELETE /v1/stream?conv_id=`: ends the stream of a chat; 204 also if there is none."""
-    http[PROXY].conversations.stop(_conversation(http))
+    chat = _conversation(http)
+    http[PROXY].conversations.stop(chat)
     for model in await _resumable(http):
-        async for attempt in Attempts(model, UpstreamRequest("DELETE", upstream_path(http, model.name), slot=False)):
-            async with attempt as upstream:
-                await upstream.read(ANSWER_LIMIT)
+        await end_stream(model, _stream_path(http, model, chat))
     return web.Response(status=204)
+
+
+async def end_stream(model: Model, path: str) -> None:
+    """End the stream that `path` names on the model's server. Raises: as `Model.open`."""
+    async for attempt in Attempts(model, UpstreamRequest("DELETE", path, slot=False)):
+        async with attempt as upstream:
+            await upstream.read(ANSWER_LIMIT)
 
 
 async def find_streams(http: web.BaseRequest) -> web.StreamResponse:
     """`POST /v1/streams/lookup`: the streams of the chats in `conversation_ids`."""
     body = await read_json(http, http[PROXY].max_body_bytes)
     ids = body.get("conversation_ids")
-    named = [name for name in ids if isinstance(name, str) and name] if isinstance(ids, list) else []
+    proxy = http[PROXY]
+    named = [proxy.own_chat(name) for name in ids if isinstance(name, str) and name] if isinstance(ids, list) else []
     found = [item for model in await _resumable(http) for item in await _find(model, *named)] if named else []
-    return web.json_response(found)
+    prefix = proxy.own_chat("")
+    return web.json_response([{**item, _CHAT: str(item.get(_CHAT)).removeprefix(prefix)} for item in found])
 
 
 def _conversation(http: web.BaseRequest) -> str:
+    """The id of the client's stream at the model's server."""
     chat = http.query.get("conv_id", "")
     if not chat:
         raise BadRequest("Missing conversation id in path", param="conv_id")
-    return chat
+    return http[PROXY].own_chat(chat)
+
+
+def _stream_path(http: web.BaseRequest, model: Model, chat: str) -> str:
+    """The path and the query of the request for the stream `chat` of the model's server."""
+    if http.query["conv_id"] == chat:
+        return upstream_path(http, model.name)
+    query = http.rel_url.update_query({"conv_id": chat} | ({"model": model.name} if "model" in http.query else {}))
+    return f"{http.path.rstrip('/')}?{upstream_query(query.raw_query_string)}"
 
 
 async def _resumable(http: web.BaseRequest) -> Sequence[Model]:

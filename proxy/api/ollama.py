@@ -164,6 +164,8 @@ async def _stream_progress(http: web.BaseRequest, progress: AsyncIterator[Json],
                 await response.drained()
     except ProxyError as exc:
         response.feed(error_line(exc))
+    except asyncio.CancelledError as exc:
+        response.feed(error_line(response.record.cancellation(exc)))
     return await response.finish()
 
 

@@ -9,20 +9,19 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing, suppress
-from typing import Any, cast
+from contextlib import suppress
+from typing import Any
 
-import orjson
 from aiohttp import web
-from aiohttp_sse import sse_response
 
 from llama_smart_proxy.backends.base import Feature, Model
 from llama_smart_proxy.backends.feed import Event, Kind, Subscription
 from llama_smart_proxy.backends.weights import hub
+from llama_smart_proxy.proxy.api.events import ServerEvent, send_events
 from llama_smart_proxy.proxy.api.state import PROXY, Proxy
 from llama_smart_proxy.proxy.errors import BadRequest, ModelNotFound, Overloaded
 from llama_smart_proxy.proxy.http.body import read_json
-from llama_smart_proxy.proxy.http.headers import RECORD, own_headers, upstream_headers
+from llama_smart_proxy.proxy.http.headers import RECORD, upstream_headers
 from llama_smart_proxy.proxy.models.router import Router
 
 EVENTS_S = 0.5
@@ -33,22 +32,34 @@ LISTED_S = 0.5
 
 async def load_model(http: web.BaseRequest) -> web.Response:
     """`POST /models/load`: answers at once while the model loads; for an Ollama model, once it is loaded."""
-    model = await _resolved(http, await _named(http))
-    await model.load(wait=False)
+    await load(http, await _named(http), wait=False)
     return web.json_response({"success": True})
+
+
+async def load(http: web.BaseRequest, name: str, *, wait: bool) -> Model:
+    """Load the model `name`; without `wait`, as `Model.load`. Raises: as `Router.resolve` and `Model.load`; BadRequest
+    for a model whose server loads it itself."""
+    model = await _resolved(http, name)
+    await model.load(wait=wait)
+    return model
 
 
 async def unload_model(http: web.BaseRequest) -> web.Response:
-    """`POST /models/unload`: answers once an idle process has ended; a busy one ends after its answers. Also
-    cancels a download of the model."""
-    name = await _named(http)
+    """`POST /models/unload`: as `unload`."""
+    await unload(http, await _named(http))
+    return web.json_response({"success": True})
+
+
+async def unload(http: web.BaseRequest, name: str) -> Model | None:
+    """Unload the model `name`, or cancel its download, for which None is returned. Returns once an idle process has
+    ended; a busy one ends after its answers. Raises: as `load`."""
     download = http[PROXY].router.downloads.get(_download_name(name))
     if download is not None:
         download.stop(Overloaded(f"The download of '{download.name}' was cancelled.", code="download_cancelled"))
-    else:
-        model = await _resolved(http, name)
-        await model.unload()
-    return web.json_response({"success": True})
+        return None
+    model = await _resolved(http, name)
+    await model.unload()
+    return model
 
 
 async def download_model(http: web.BaseRequest) -> web.Response:
@@ -79,35 +90,26 @@ async def delete_model(http: web.BaseRequest) -> web.Response:
 async def model_events(http: web.BaseRequest) -> web.StreamResponse:
     """`GET /models/sse`: first the status of every model, then an event for each change of status and for the progress
     of downloads. Ends when the proxy shuts down."""
-    if http.method == "HEAD":
-        return web.Response(content_type="text/event-stream")
-    proxy = http[PROXY]
-    # sse_response uses only what the request's base class has
-    async with sse_response(cast(web.Request, http), headers=dict(own_headers(http))) as response:
-        with proxy.feed.subscribe() as subscription:
-            sent: dict[str, Any] = {}
-            async with aclosing(_changes(proxy, subscription)) as changes:
-                async for now in changes:
-                    for key, event in now.items():
-                        if sent.get(key) != event:
-                            await response.send(orjson.dumps(event).decode())
-                    sent |= now
-                    if not response.is_connected():
-                        break
-    return response
+    return await send_events(http, _changes)
 
 
-async def _changes(proxy: Proxy, subscription: Subscription) -> AsyncGenerator[dict[str, Any], None]:
-    """How models and downloads are, by what each is about: all at first, and from then on what may have changed."""
-    now, router = asyncio.get_running_loop().time, proxy.router
+async def _changes(proxy: Proxy, subscription: Subscription) -> AsyncGenerator[Sequence[ServerEvent], None]:
+    """How models and downloads are: all at first, and from then on what has changed."""
+    now = asyncio.get_running_loop().time
     look_at = -math.inf
     kinds = {Kind.MODEL, Kind.DOWNLOAD}
+    sent: dict[str, Any] = {}
     while not proxy.draining.is_set():
+        router = proxy.latest().router
         if now() >= look_at:
             await router.listed(LISTED_S)
             look_at = now() + EVENTS_S
             kinds = {Kind.MODEL, Kind.DOWNLOAD}
-        yield (_models(router) if Kind.MODEL in kinds else {}) | (_downloads(router) if Kind.DOWNLOAD in kinds else {})
+        found = (_models(router) if Kind.MODEL in kinds else {}) | (
+            _downloads(router) if Kind.DOWNLOAD in kinds else {}
+        )
+        yield [ServerEvent("", event) for key, event in found.items() if sent.get(key) != event]
+        sent |= found
         seen: Sequence[Event] = ()
         with suppress(TimeoutError):
             async with asyncio.timeout_at(look_at):

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from llama_smart_proxy.proxy.api import admin, control, llama_server, router_mode
+from llama_smart_proxy.proxy.api import admin, control, llama_server, requests, router_mode
 from llama_smart_proxy.proxy.api import ollama as ollama_api
 from llama_smart_proxy.proxy.api.dispatcher import Handler
+from llama_smart_proxy.proxy.api.events import events
 from llama_smart_proxy.proxy.api.models import list_models, show_model
+from llama_smart_proxy.proxy.api.upstream import METHODS, upstream
+from llama_smart_proxy.proxy.api.why import why
 from llama_smart_proxy.proxy.http.origins import Pages
 from llama_smart_proxy.proxy.http.scopes import Scope
 
@@ -28,11 +31,19 @@ class Route(NamedTuple):
 ROUTES = [
     Route("GET", "/health", admin.health, PUBLIC, Pages.ALL),
     Route("GET", "/v1/health", admin.health, PUBLIC, Pages.ALL),
+    Route("POST", "/admin/reload", admin.reload_configuration, ADMIN),
     Route("GET", "/plugins", admin.plugins_listed, INFERENCE, Pages.ALL),
     Route("GET", "/v1/models", list_models, INFERENCE, Pages.ALL),
     Route("GET", "/v1/models/{id:.+}", show_model, INFERENCE, Pages.ALL),
     # what operators look at and change
     Route("GET", "/running", control.running, INFERENCE),
+    Route("GET", "/events", events, ADMIN),
+    Route("POST", "/admin/models/{name:.+}/load", control.load_model, ADMIN),
+    Route("POST", "/admin/models/{name:.+}/unload", control.unload_model, ADMIN),
+    Route("GET", "/admin/why/{id:.+}", why, ADMIN),
+    Route("GET", "/logs/{name:.+}", control.logs, ADMIN),
+    *(Route(method, "/upstream/{path:.+}", upstream, ADMIN, Pages.LOCAL) for method in METHODS),
+    Route("DELETE", "/running/{id:.+}", requests.cancel_request, ADMIN),
     # Ollama's API, except for generation and embeddings
     Route("GET", "/", ollama_api.root, PUBLIC, Pages.ALL),
     Route("GET", "/api/version", ollama_api.version, INFERENCE, Pages.ALL),

@@ -10,8 +10,12 @@ from aiohttp import web
 
 from llama_smart_proxy.backends.feed import Feed
 from llama_smart_proxy.proxy.access.grants import ALL, Grant
+from llama_smart_proxy.proxy.access.policy import Access
 from llama_smart_proxy.proxy.api.conversations import Conversations
+from llama_smart_proxy.proxy.api.recent import Recent
+from llama_smart_proxy.proxy.api.reloads import Reloads
 from llama_smart_proxy.proxy.config import Config
+from llama_smart_proxy.proxy.http.running import Running
 from llama_smart_proxy.proxy.middleware.afterwards import Afterwards
 from llama_smart_proxy.proxy.middleware.chain import Chain
 from llama_smart_proxy.proxy.models.inspection import Inspection
@@ -67,16 +71,29 @@ class Proxy:
     feed: Feed
     draining: asyncio.Event
     conversations: Conversations
+    reloads: Reloads
+    running: Running
     latest: Callable[[], Proxy]
     """The one of the current configuration, for requests that outlive theirs."""
+    access: Access
+    recent: Recent
     uses: Uses = field(default_factory=Uses)
-
     grant: Grant = ALL
 
     def seen_by(self, grant: Grant) -> Proxy:
-        """The same proxy for the clients that have this grant: with the models and agents that exist for them."""
+        """The same proxy for the clients that have this grant: with the models and agents that exist for them. The
+        `latest` one is seen by what has become of the grant."""
         router, chain = self.router.limited(grant.permit), self.chain.limited(grant.agents)
-        return replace(self, grant=grant, router=router, chain=chain)
+
+        def latest() -> Proxy:
+            now = self.latest()
+            return now.seen_by(now.access.successor(grant))
+
+        return replace(self, grant=grant, router=router, chain=chain, latest=latest)
+
+    def own_chat(self, chat: str) -> str:
+        """The id of a client's resumable stream at the model's server: those of another key are others."""
+        return f"{self.grant.client}:{chat}" if self.grant.client else chat
 
     @property
     def max_body_bytes(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from typing import Any
 
 from llama_smart_proxy.backends.journal import Step, StepKind
 from llama_smart_proxy.proxy.chat.extensions import Json
+from llama_smart_proxy.proxy.errors import Cancelled
 
 
 @dataclass(slots=True)
@@ -53,6 +55,10 @@ class RequestRecord(Timing):
     """Parses the counts from the last frames of a relayed answer; called only when `usage` is read, as parsing costs
     time."""
     counted: Json | None = None
+    side_tokens: int = 0
+    """Tokens that models have generated for its agents."""
+    cancelled: bool = False
+    """Whether it was cancelled by `DELETE /running/{id}`."""
     steps: list[Step] | None = None
     """What it waited for; None if it did not wait. Written by `note`."""
 
@@ -65,6 +71,17 @@ class RequestRecord(Timing):
     def spent_s(self, kind: StepKind) -> float:
         """Seconds in all steps of one kind."""
         return sum(step.ended_s - step.began_s for step in self.steps or () if step.kind is kind)
+
+    def cancellation(self, exc: asyncio.CancelledError) -> Cancelled:
+        """The error for the client in place of `exc`, the cancellation of the task that processes its request.
+
+        Raises: `exc` unless that is due to `DELETE /running/{id}`: the client has left, or the proxy is stopping.
+        """
+        if not self.cancelled:
+            raise exc
+        if (task := asyncio.current_task()) is not None:
+            task.uncancel()
+        return Cancelled()
 
     def routed(self, model: str, backend: str) -> None:
         """Record that the model was found, or that another one was chosen."""

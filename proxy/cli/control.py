@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from llama_smart_proxy.proxy.chat import Json
 from llama_smart_proxy.proxy.cli import remote
-from llama_smart_proxy.proxy.cli.remote import Remote
+from llama_smart_proxy.proxy.cli.remote import Remote, RemoteError, at
 from llama_smart_proxy.proxy.cli.tables import NONE, duration, print_json, print_table, size
 
 STATE_COLOURS = {
@@ -63,4 +66,111 @@ def _row(model: Json) -> list[str]:
     ]
 
 
-ACTIONS: dict[str, Callable[[Remote, argparse.Namespace], int]] = {"ps": _ps}
+def _load(proxy: Remote, args: argparse.Namespace) -> int:
+    path = at("admin", "models", args.model, "load", wait=0 if args.no_wait else None)
+    return _change(proxy, path, args)
+
+
+def _unload(proxy: Remote, args: argparse.Namespace) -> int:
+    return _change(proxy, at("admin", "models", args.model, "unload"), args)
+
+
+def _change(proxy: Remote, path: str, args: argparse.Namespace) -> int:
+    answer = proxy.ask("POST", path, timeout_s=None)
+    if args.json:
+        print_json(answer)
+    else:
+        print(f"{answer['model']}: {answer['state']}")
+    return 0
+
+
+def _logs(proxy: Remote, args: argparse.Namespace) -> int:
+    """As JSON each line is a string: in a list, or when following in a line of its own."""
+    follow = 1 if args.follow else None
+    lines = proxy.lines(at("logs", args.model, lines=max(0, args.lines), follow=follow))
+    if args.json and not args.follow:
+        print_json([*lines])
+        return 0
+    for line in lines:
+        print(json.dumps(line, ensure_ascii=False) if args.json else line, flush=args.follow)
+    return 0
+
+
+def _events(proxy: Remote, args: argparse.Namespace) -> int:
+    """As JSON each event is an object in a line of its own, with its kind as `event`."""
+    kind = ""
+    for line in proxy.lines("/events"):
+        field, _, value = line.partition(": ")
+        if field == "event":
+            kind = value
+        elif field == "data":
+            data = json.loads(value)
+            if args.json:
+                print(json.dumps({"event": kind, **data}, ensure_ascii=False), flush=True)
+            else:
+                details = " ".join(f"{name}={_shown(value)}" for name, value in data.items() if name != "name")
+                print(f"{time.strftime('%H:%M:%S')}  {kind:9}  {data.get('name', '')}  {details}", flush=True)
+    return 0
+
+
+def _shown(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False) if not isinstance(value, str) or " " in value else value
+
+
+def _why(proxy: Remote, args: argparse.Namespace) -> int:
+    answer = proxy.ask("GET", at("admin", "why", args.id))
+    if args.json:
+        print_json(answer)
+        return 0
+    print(answer["sentence"])
+    rows = [
+        [step["kind"], duration(step["after_s"]), duration(step["seconds"]), *_about(step)] for step in answer["steps"]
+    ]
+    rows += [
+        [name, NONE, duration(answer["times"][f"{name}_s"]), ""]
+        for name in ("prefill", "decode")
+        if answer["times"][f"{name}_s"] is not None
+    ]
+    if rows:
+        print()
+        print_table(["STEP", "AFTER", "TOOK", "ABOUT"], rows, right="AFTER TOOK")
+    return 0
+
+
+def _about(step: Json) -> list[str]:
+    names = ("model", "agent", "why", "ahead", "behind", "places")
+    found = [(name, step[name]) for name in names if step.get(name) not in (None, [], "")]
+    return [" ".join(f"{name}={_shown(value)}" if name not in ("model", "agent") else value for name, value in found)]
+
+
+def _reload(proxy: Remote, args: argparse.Namespace) -> int:
+    try:
+        answer = proxy.ask("POST", "/admin/reload", timeout_s=None)
+    except RemoteError as exc:
+        problems = exc.error.get("problems")
+        if not isinstance(problems, list) or not problems:
+            raise
+        if args.json:
+            print_json({"reloaded": False, "problems": problems})
+        else:
+            print(*problems, sep="\n", file=sys.stderr)
+        return exc.status
+    if args.json:
+        print_json(answer)
+        return 0
+    changes = {name: names for name, names in answer.items() if isinstance(names, list) and names}
+    print(f"reloaded{'' if changes else ': nothing has changed'}")
+    for name, names in changes.items():
+        print(f"  {name.replace('_', ' ')}: {', '.join(map(str, names))}")
+    return 0
+
+
+ACTIONS: dict[str, Callable[[Remote, argparse.Namespace], int]] = {
+    "ps": _ps,
+    "load": _load,
+    "unload": _unload,
+    "logs": _logs,
+    "why": _why,
+    "events": _events,
+    "reload": _reload,
+}

@@ -115,21 +115,19 @@ def _present() -> list[Path]:
 
 
 def _serve(args: argparse.Namespace, path: Path | None) -> NoReturn:
-    from llama_smart_proxy.backends.llamacpp.problems import machine_problems
     from llama_smart_proxy.proxy import log, serve
-    from llama_smart_proxy.proxy.config import load_config
+    from llama_smart_proxy.proxy.reload import Source
 
     flags = {"server.host": args.host, "server.port": args.port, "log_level": args.log_level}
     overrides = {name: value for name, value in flags.items() if value is not None}
-    config = load_config(path, env=os.environ, overrides=overrides)
-    if missing := [problem for problem in machine_problems(config) if problem.fatal]:
-        raise ConfigError([f"{path or 'defaults'}: {problem}" for problem in missing])
+    source = Source(path, overrides)
+    config = source.read()
     log.configure(config.log_level)
     _log_source(path)
     for warning in config.warnings:
         logger.warning("%s", warning)
     try:
-        status = serve.run(config, reload=args.reload)
+        status = serve.run(config, source, watch=args.reload)
     except ConfigError as exc:  # agents are checked only when the server starts
         print(ConfigError([f"{path or 'defaults'}: {line}" for line in exc.problems]), file=sys.stderr)
         status = 2

@@ -10,7 +10,8 @@ from llama_smart_proxy.proxy.log import LEVELS
 CONFIG_FILES = ("config.yaml", "config.yml", "config.json")
 """Names of a configuration in the current folder, the first that exists; the last is that of the earlier projects."""
 COMMANDS = {
-    "serve": "Run the proxy until Ctrl-C, SIGTERM or SIGHUP. The default: `llama-smart-proxy --port 8080` serves.",
+    "serve": "Run the proxy until Ctrl-C or SIGTERM; SIGHUP reloads its configuration. The default: "
+    "`llama-smart-proxy --port 8080` serves.",
     "check": "Report all problems of the configuration without starting anything; exit status 2 if there are any.",
     "schema": "Print the JSON schema of the configuration: every field, its default and its description.",
     "init": "Write a configuration file with examples, to be edited; an existing file is kept.",
@@ -19,11 +20,17 @@ COMMANDS = {
     "any other name, such as qwen3:0.6b, through the Ollama server of the configuration.",
     "simulate": "Start the proxy on a free port, send a chat, a stream, an embedding and a model swap to the "
     "configured models, and print what passed.",
-    "key": "Make an API key: `key new` prints it once, and what the configuration gets of it.",
     "ps": "List the models of the running proxy that are loaded, loading, waited for, or have failed.",
+    "load": "Load a model, and wait until it is loaded.",
+    "unload": "Unload a model, once its answers are complete; or cancel its download.",
+    "logs": "Print the last lines that a model's server has printed.",
+    "why": "Explain what a request waited for and how long each part took; its id is in the header X-Request-Id.",
+    "events": "Print what happens to models, queues and downloads, until Ctrl-C.",
+    "reload": "Let the running proxy read its configuration again. An invalid one changes nothing; exit status 1.",
+    "key": "Make an API key: `key new` prints it once, and what the configuration gets of it.",
     "help": "Describe the program, or one command.",
 }
-REMOTE = ("ps",)
+REMOTE = ("ps", "load", "unload", "logs", "why", "events", "reload")
 """The commands that ask or change the running proxy."""
 STATUSES = (
     "Exit status: 0 done, 1 refused or failed, 2 wrong command line or configuration, 3 no proxy is running there, "
@@ -45,7 +52,7 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     serve.add_argument("--host", help="address to listen on")
     serve.add_argument("--port", type=int, help="port to listen on; 0 picks a free one")
     serve.add_argument("--log-level", choices=LEVELS, help="least severe messages to log")
-    serve.add_argument("--reload", action="store_true", help="reload agents when their files change")
+    serve.add_argument("--reload", action="store_true", help="reload configuration and agents when their files change")
     commands["pull"].add_argument("name", metavar="NAME", help="the name of the model")
     commands["key"].add_argument("action", choices=["new"], help="make a key")
     commands["key"].add_argument("--name", help="its name in logs, metrics and usage")
@@ -61,6 +68,12 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         commands[name].add_argument("--config", metavar="FILE", help=f"default: $LSP_CONFIG, else {found}")
     for name in REMOTE:
         _add_remote(commands[name])
+    for name in ("load", "unload", "logs"):
+        commands[name].add_argument("model", metavar="MODEL", help="name of the model")
+    commands["load"].add_argument("--no-wait", action="store_true", help="return while it loads")
+    commands["logs"].add_argument("-f", "--follow", action="store_true", help="go on with what comes, until Ctrl-C")
+    commands["logs"].add_argument("-n", "--lines", metavar="N", type=int, default=200, help="so many lines (200)")
+    commands["why"].add_argument("id", metavar="ID", help="id of the request")
     commands["init"].add_argument("--config", metavar="FILE", help=f"default: $LSP_CONFIG, else {CONFIG_FILES[0]}")
     return parser, commands
 

@@ -29,12 +29,14 @@ _ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
 class RemoteError(Exception):
-    """Why a command failed, as one sentence for people. `status` is its exit status."""
+    """Why a command failed, as one sentence for people. `status` is its exit status, `error` the object in the proxy's
+    answer, if there is one."""
 
-    def __init__(self, message: str, status: int = FAILED) -> None:
+    def __init__(self, message: str, status: int = FAILED, error: Mapping[str, Any] | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.status = status
+        self.error = error or {}
 
 
 class Remote:
@@ -166,30 +168,31 @@ def _parsed(data: bytes, url: str) -> Any:
 
 def _refused(response: http.client.HTTPResponse, url: str, *, has_key: bool) -> RemoteError:
     """The error for an answer that is none of success."""
-    message, status = _message_in(_read(response)), response.status
+    error, status = _error_in(_read(response)), response.status
+    message = str(error.get("message") or "")
     if status == 401:
         given = "is not accepted" if has_key else "is required"
-        return RemoteError(f"an API key {given}: --key or LSP_API_KEY names it{_quoted(message)}", DENIED)
+        return RemoteError(f"an API key {given}: --key or LSP_API_KEY names it{_quoted(message)}", DENIED, error)
     if status == 403:
-        return RemoteError(f"not allowed{_quoted(message)}; --key or LSP_API_KEY names another key", DENIED)
+        return RemoteError(f"not allowed{_quoted(message)}; --key or LSP_API_KEY names another key", DENIED, error)
     if 300 <= status < 400:
         place = response.headers.get("Location", "nowhere")
         return RemoteError(f"{url} redirects to {place}, which is not followed: name the proxy itself with --url")
-    return RemoteError(message or f"{url} has answered with status {status}, and no reason; is it a llama-smart-proxy?")
+    nothing = f"{url} has answered with status {status}, and no reason; is it a llama-smart-proxy?"
+    return RemoteError(message or nothing, FAILED, error)
 
 
 def _quoted(message: str) -> str:
     return f" ({message})" if message else ""
 
 
-def _message_in(body: bytes) -> str:
-    """The message of an error in any dialect; empty if there is none."""
+def _error_in(body: bytes) -> Mapping[str, Any]:
+    """The error in any dialect, with its `message`; empty if there is none."""
     try:
         error = json.loads(body)["error"]
     except (ValueError, LookupError, TypeError):
-        return ""
-    message = error.get("message") if isinstance(error, dict) else error
-    return message if isinstance(message, str) else ""
+        return {}
+    return error if isinstance(error, dict) else {"message": error}
 
 
 def _reason(exc: Exception) -> str:

@@ -24,6 +24,7 @@ from llama_smart_proxy.proxy.chat import (
     without_extensions,
 )
 from llama_smart_proxy.proxy.dialects.framing import Splitter
+from llama_smart_proxy.proxy.dialects.limits import Allowance, openai_headers
 from llama_smart_proxy.proxy.errors import BadRequest, ModelNotFound, ProxyError
 
 
@@ -93,6 +94,8 @@ class Dialect:
     before its first token."""
     sign_of_life: bytes = b""
     """A frame of a stream that adds nothing, for clients that wait; empty if there is none."""
+    limit_headers: Callable[[Sequence[Allowance]], list[tuple[str, str]]] = openai_headers
+    """The headers that report what is left of a client's limits."""
     last_frame_sums: bool = False
     """The last frame summarizes those before it, so it is passed on unchanged only if all of them were."""
 

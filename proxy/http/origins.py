@@ -16,11 +16,12 @@ from functools import lru_cache
 from aiohttp import web
 
 from llama_smart_proxy.backends.http.resolver import is_loopback_name
+from llama_smart_proxy.proxy.dialects import limits
 from llama_smart_proxy.proxy.errors import BadRequest
 from llama_smart_proxy.proxy.http.hosts import HOST
 
 ANY = "*"
-EXPOSED = "X-Request-Id, Request-Id, Retry-After"
+EXPOSED = f"X-Request-Id, Request-Id, Retry-After, {limits.EXPOSED}"
 """The response headers that scripts may read, besides those that the Fetch standard lists."""
 PREFLIGHT_S = 600
 """Seconds that a browser may remember the answer to a preflight."""
@@ -35,7 +36,8 @@ _PREFLIGHT_VARY = "Access-Control-Request-Method, Access-Control-Request-Headers
 _SITE = "Sec-Fetch-Site"
 _OWN_SITES = ("none", "same-origin")
 """The user's own doing, such as an address typed in; and a page of the proxy itself."""
-_READING = frozenset({"GET", "HEAD", "OPTIONS"})
+READING = frozenset({"GET", "HEAD", "OPTIONS"})
+"""Methods that change nothing."""
 
 
 class Pages(Enum):
@@ -67,7 +69,7 @@ class Origins:
 
     def check(self, http: web.BaseRequest, pages: Pages) -> None:
         """Reject a request that comes from a page which may not use an endpoint for `pages`. Raises: BadRequest 403."""
-        if pages is Pages.ALL and http.method in _READING and not is_preflight(http):
+        if pages is Pages.ALL and http.method in READING and not is_preflight(http):
             return
         if "Origin" in http.headers:
             origin = origin_of(http)

@@ -109,9 +109,10 @@ class ResponseWriter(web.StreamResponse):
         return self
 
     async def fail(self, exc: ProxyError, dialect: Dialect) -> ResponseWriter:
-        """End the body, a stream of this dialect, with `exc` in place of the answer."""
-        self.begin()
-        self.feed(dialect.error_event(exc) + dialect.ending)
+        """End the body, a stream of this dialect, with `exc` in place of the rest, unless it has an end."""
+        if not self.ended:
+            self.begin()
+            self.feed(dialect.error_event(exc) + dialect.ending)
         return await self.finish(cut=dialect.cuts)
 
     async def write_eof(self, data: bytes = b"") -> None:

@@ -275,7 +275,6 @@ class FrontServer(web.Server):
         super().__init__(handler, handler_cancellation=True)
         self.dialect_of = dialect_of
         self._options: dict[str, Any] = {
-            "keepalive_timeout": keepalive_timeout_s,
             "max_line_size": MAX_HEADER_LINE,
             "max_field_size": MAX_HEADER_LINE,
             "max_headers": MAX_HEADERS,
@@ -291,10 +290,19 @@ class FrontServer(web.Server):
         """Set while no client is connected."""
         self.empty.set()
         self._busy: set[FrontConnection] = set()
+        self._memory = Memory(allocator_trim())
+        self._sweeper = Sweeper(1.0, self._sweep)
+        self.limit(head_timeout_s, keepalive_timeout_s, send_stall_s)
+
+    def limit(self, head_timeout_s: float, keepalive_timeout_s: float, send_stall_s: float) -> None:
+        """Set the time limits: that of idle connections for new ones."""
+        self._options["keepalive_timeout"] = keepalive_timeout_s
         self._head_timeout_s = head_timeout_s
         self._send_stall_s = send_stall_s
+        self._sweeper.stop()
         self._sweeper = Sweeper(min(1.0, head_timeout_s / 4), self._sweep)
-        self._memory = Memory(allocator_trim())
+        if self.clients:
+            self._sweeper.wake()
 
     def connected(self, client: FrontConnection) -> float:
         """Register a client. Returns the current time of the loop."""

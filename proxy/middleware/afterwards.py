@@ -9,7 +9,6 @@ from llama_smart_proxy.proxy.chat import Chunk, Fold, Json, Reply
 from llama_smart_proxy.proxy.http.aside import in_thread
 from llama_smart_proxy.proxy.middleware.context import AgentContext, agents_worker
 from llama_smart_proxy.proxy.middleware.hooks import failure_of
-from llama_smart_proxy.proxy.middleware.plugins import Plugins
 from llama_smart_proxy.proxy.middleware.scope import Scope
 from llama_smart_proxy.proxy.middleware.side_calls import SideCalls
 
@@ -43,8 +42,7 @@ class Heard:
 class Afterwards:
     """The hooks that run after their requests, each in a scope and with a budget of its own."""
 
-    def __init__(self, plugins: Plugins) -> None:
-        self._plugins = plugins
+    def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def start(
@@ -60,6 +58,11 @@ class Afterwards:
             task = asyncio.get_running_loop().create_task(self._run(ctx, heard, usage, calls))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+
+    async def ended(self) -> None:
+        """Return once none of them runs."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
 
     async def close(self) -> None:
         """Wait for the hooks for a limited time, then cancel them."""
@@ -85,7 +88,7 @@ class Afterwards:
         except Exception as exc:  # logged with the agent's name; the client has its answer
             failure_of(ctx, exc)
         finally:
-            await self._plugins.release(ctx.active.plugin.name, ctx.active.loaded)
+            await ctx.active.loaded.release(ctx.active.plugin.name)
 
 
 async def _hear(ctx: AgentContext, reply: Reply) -> None:
@@ -96,4 +99,4 @@ async def _hear(ctx: AgentContext, reply: Reply) -> None:
         failure_of(ctx, exc)
     finally:
         ctx.timer.end()
-        ctx.active.plugin.spent_s += ctx.timer.spent_s
+        ctx.active.plugin.counts.spent_s += ctx.timer.spent_s

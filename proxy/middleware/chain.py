@@ -31,7 +31,8 @@ from llama_smart_proxy.proxy.middleware.history import (
     may_hold_commands,
     read_history,
 )
-from llama_smart_proxy.proxy.middleware.plugins import HELP_AGENT, LoadedAgent, Plugin, Plugins
+from llama_smart_proxy.proxy.middleware.loaded import LoadedAgent
+from llama_smart_proxy.proxy.middleware.plugins import HELP_AGENT, Plugin, Plugins
 from llama_smart_proxy.proxy.middleware.slash import MAX_ITEMS
 from llama_smart_proxy.proxy.models.router import names_by_key
 
@@ -98,8 +99,8 @@ class Chain:
 
     def __init__(self, config: Config, plugins: Plugins, chats: Chats) -> None:
         self.plugins = plugins
-        self.chats = chats
         self._allowed: frozenset[str] | None = None
+        self.chats = chats
         self._slash = config.slash_commands
         models = config.models | config.virtual
         self._barred = {name for name, model in models.items() if model.agents is None}

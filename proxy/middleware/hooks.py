@@ -28,7 +28,7 @@ async def run_request_hooks(
     for ctx in contexts:
         if ctx.name in left_out and not ctx.active.explicit:
             continue
-        ctx.active.plugin.calls += 1
+        ctx.active.plugin.counts.calls += 1
         answer = await _on_request(ctx, request)
         if answer is not None:
             return entered, ctx, answer
@@ -76,7 +76,7 @@ def failure_of(ctx: AgentContext, exc: BaseException) -> ProxyError:
     if hung:  # replaces any exception that the cancellation caused in the agent
         exc = ctx.timer.hung()
     ctx.failed = True
-    ctx.active.plugin.failures += not isinstance(exc, BadRequest)  # the client's fault
+    ctx.active.plugin.counts.failures += not isinstance(exc, BadRequest)  # the client's fault
     if isinstance(exc, ProxyError):
         logger.warning("agent %s: %s", ctx.name, exc.message)
         return exc

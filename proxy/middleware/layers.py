@@ -226,5 +226,5 @@ async def _close(ctx: AgentContext, output: Any) -> None:
         task = asyncio.current_task()
         if isinstance(exc, asyncio.CancelledError) and task is not None and task.cancelling():
             raise
-        ctx.active.plugin.failures += 1
+        ctx.active.plugin.counts.failures += 1
         logger.error("agent %s did not clean up properly", ctx.name, exc_info=exc)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,13 +11,13 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from llama_smart_proxy.agents.base import Agent
 from llama_smart_proxy.agents.loader import AgentSource, AgentUnusable, discover
 from llama_smart_proxy.backends.base import Problem
 from llama_smart_proxy.backends.threads import run_in_thread
 from llama_smart_proxy.proxy.config import AgentConfig, Config
 from llama_smart_proxy.proxy.errors import ConfigError
-from llama_smart_proxy.proxy.middleware.functions import Function, functions_of
+from llama_smart_proxy.proxy.middleware.functions import functions_of
+from llama_smart_proxy.proxy.middleware.loaded import LoadedAgent, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -26,37 +25,22 @@ HELP_AGENT = "help"
 """The agent that is enabled without being configured. It runs only when it is called."""
 OWN_COMMAND = "agents"
 """The command of the proxy itself."""
-START_S = 60.0
-"""Time limit in seconds for an agent's `start`, and for its `close`."""
 HOOKS = ("on_request", "on_chunk", "on_response", "on_reply", "start", "close")
 
 
-@dataclass(eq=False, slots=True)
-class LoadedAgent:
-    """One agent object, of one import of its module. `users` counts the requests that use it now."""
+@dataclass(slots=True)
+class Counts:
+    """`calls` counts the requests that an agent took part in, `failures` those it failed in, `spent_s` sums the seconds
+    that its own code took."""
 
-    agent: Agent
-    functions: Mapping[str, Function] = field(default_factory=dict)
-    users: int = 0
-    retired: bool = False
-
-    @property
-    def rewrites(self) -> bool:
-        """Whether it overrides a hook for answers."""
-        cls = type(self.agent)
-        changes = cls.on_chunk is not Agent.on_chunk or cls.on_response is not Agent.on_response
-        return changes or bool(self.functions)
-
-    @property
-    def listens(self) -> bool:
-        """Whether it overrides the hook after the answer."""
-        return type(self.agent).on_reply is not Agent.on_reply
+    calls: int = 0
+    failures: int = 0
+    spent_s: float = 0.0
 
 
 @dataclass(eq=False, slots=True)
 class Plugin:
-    """One enabled agent. `loaded` is None while it cannot be used; `error` is the reason. `calls` counts the requests
-    it took part in, `failures` those it failed in, `spent_s` sums the seconds that its own code took.
+    """One enabled agent. `loaded` is None while it cannot be used; `error` is the reason.
 
     An agent that is enabled for some models only (not `everywhere`) uses the options of the first of them when called
     in a chat with another model. `of_models` are the options that each model has for it.
@@ -70,9 +54,7 @@ class Plugin:
     error: str | None = None
     stamp: tuple[tuple[str, int], ...] = ()
     of_models: list[dict[str, Any]] = field(default_factory=list)
-    calls: int = 0
-    failures: int = 0
-    spent_s: float = 0.0
+    counts: Counts = field(default_factory=Counts)
 
     @property
     def always(self) -> bool:
@@ -103,6 +85,19 @@ class Plugin:
             shared: BaseModel = self.loaded.agent.config
             return shared
         return type(self.loaded.agent).Config(**options)
+
+    def load_again(self, before: Plugin) -> None:
+        """As `load`, for one that an earlier configuration has. Unless it has changed, it keeps its object, and with
+        that what it remembers; one that cannot be loaded any more stays as it was."""
+        self.counts = before.counts
+        kept = before.loaded
+        if (before.source, before.settings.options) != (self.source, self.settings.options):
+            kept = None
+        if kept is not None and before.error is None and before.stamp == self.source.stamp():
+            self.stamp, self.loaded = before.stamp, kept
+        else:
+            self.load()
+            self.loaded = self.loaded or kept
 
     def load(self) -> None:
         """Import it and create its object; sets `error` on failure. Raises: ValidationError for invalid options."""
@@ -136,15 +131,21 @@ class Plugins:
     """The built-in agents that are not enabled, by name."""
     folders: list[Path] = field(default_factory=list)
     """The configured folders of agents."""
+    _started: bool = False
     missing: list[str] = field(default_factory=list)
     """Warnings about agents that a configuration of a replaced project names, and that do not exist here."""
 
     @classmethod
-    def of(cls, config: Config) -> Plugins:
-        """The agents that `config` enables. Raises: ConfigError with every unknown name and invalid option."""
+    def of(cls, config: Config, before: Plugins | None = None) -> Plugins:
+        """The agents that `config` enables; those that have not changed since the configuration `before` are the same.
+
+        Raises: ConfigError with every unknown name and invalid option.
+        """
         found = discover(config.agents_dirs, config.plugins_dir)
         sources = {name: source for name, source in found.items() if not source.off}
         plugins, problems = cls(folders=config.agents_dirs), list[str]()
+        known = before.by_name if before is not None else {}
+        plugins.reload = before is not None and before.reload
         for path, entry, everywhere in _all_entries(config, [*config.agents, *_unlisted(config, sources)]):
             source = sources.get(entry.name)
             if source is None:
@@ -153,7 +154,7 @@ class Plugins:
             elif everywhere and entry.name in plugins.by_name:
                 problems.append(f"{path}: the agent {entry.name} is named twice")
             else:
-                problems += plugins._enable(entry, source, path, everywhere)
+                problems += plugins._enable(entry, source, path, everywhere, known.get(entry.name))
         problems += plugins._resolve_commands()
         plugins._update_any_always()
         plugins.idle = {n: source for n, source in sources.items() if source.is_shipped and n not in plugins.by_name}
@@ -164,7 +165,9 @@ class Plugins:
     def __iter__(self) -> Iterator[Plugin]:
         return iter(self.by_name.values())
 
-    def _enable(self, entry: AgentConfig, source: AgentSource, path: str, everywhere: bool) -> list[str]:
+    def _enable(
+        self, entry: AgentConfig, source: AgentSource, path: str, everywhere: bool, before: Plugin | None
+    ) -> list[str]:
         """Load the agent if it is not loaded yet, and check the options of this entry. Returns the problems."""
         if not everywhere and entry.always is not None:
             return [f"{path}.{entry.name}.always: belongs in agents: at the top; here it runs in all chats anyway"]
@@ -173,7 +176,7 @@ class Plugins:
             if plugin is None:
                 settings = entry if everywhere else AgentConfig(name=entry.name, options=entry.options)
                 plugin = self.by_name[entry.name] = Plugin(entry.name, settings, source, everywhere)
-                plugin.load()
+                plugin.load() if before is None else plugin.load_again(before)
             if plugin.loaded is not None and not everywhere:
                 options = plugin.options_with(entry, plugin.settings.options)
                 plugin.config_for(options)
@@ -228,16 +231,26 @@ class Plugins:
         ]
 
     async def start(self) -> None:
+        """Start those that have not been started for an earlier configuration."""
+        self._started = True
         for plugin in self:
+            if plugin.loaded is not None and plugin.loaded.closed:  # its file has changed just now
+                plugin.loaded = None
+                plugin.load()
             if plugin.loaded is not None:
+                plugin.loaded.holders += 1
                 await _start(plugin)
             if plugin.error is not None:
                 logger.error("the agent %s is not available: %s", plugin.name, plugin.error)
 
     async def close(self) -> None:
+        """Close those that no other configuration has."""
         for plugin in self:
             if plugin.loaded is not None:
-                await _close(plugin.name, plugin.loaded)
+                plugin.loaded.holders -= self._started
+                if plugin.loaded.holders <= 0:
+                    await plugin.loaded.close(plugin.name)
+        self._started = False
 
     async def refresh(self) -> None:
         """If `reload` is set, reload agents whose files have changed. An agent that cannot be reloaded stays as it was;
@@ -252,7 +265,7 @@ class Plugins:
         try:
             fresh.load()
         except ValidationError as exc:
-            fresh.error = _first_line(exc)
+            fresh.error = first_line(exc)
         if fresh.loaded is not None:
             await _start(fresh)
         if fresh.loaded is None or fresh.error is not None:
@@ -261,18 +274,11 @@ class Plugins:
             logger.error("the agent %s was changed, but cannot be loaded; %s: %s", plugin.name, state, fresh.error)
             return
         old, plugin.loaded, plugin.error = plugin.loaded, fresh.loaded, None
+        fresh.loaded.holders += 1
         self._update_any_always()
         logger.info("the agent %s was reloaded", plugin.name)
         if old is not None:
-            old.retired = True
-            if not old.users:
-                await _close(plugin.name, old)
-
-    async def release(self, name: str, loaded: LoadedAgent) -> None:
-        """End a request's use of `loaded`."""
-        loaded.users -= 1
-        if loaded.retired and not loaded.users:
-            await _close(name, loaded)
+            await old.retire(plugin.name)
 
 
 def _missing(folders: list[Path]) -> list[Problem]:
@@ -323,31 +329,7 @@ def option_problems(exc: ValidationError, path: str) -> list[str]:
 
 async def _start(plugin: Plugin) -> None:
     assert plugin.loaded is not None
-    try:
-        async with asyncio.timeout(START_S):
-            await plugin.loaded.agent.start()
-    except BaseException as exc:  # agent code may raise anything; the proxy continues
-        _unless_cancelled(exc)
+    if (exc := await plugin.loaded.start()) is not None:
         logger.debug("start of %s", plugin.name, exc_info=exc)
-        plugin.error = f"start: {_first_line(exc)}"
+        plugin.error = f"start: {first_line(exc)}"
         plugin.loaded = None
-
-
-async def _close(name: str, loaded: LoadedAgent) -> None:
-    try:
-        async with asyncio.timeout(START_S):
-            await loaded.agent.close()
-    except BaseException as exc:  # as above
-        _unless_cancelled(exc)
-        logger.error("the agent %s did not close properly: %s", name, _first_line(exc), exc_info=exc)
-
-
-def _unless_cancelled(exc: BaseException) -> None:
-    """Raises: `exc`, if it is the cancellation of the current task, and not raised by the agent itself."""
-    task = asyncio.current_task()
-    if isinstance(exc, asyncio.CancelledError) and task is not None and task.cancelling():
-        raise exc
-
-
-def _first_line(exc: BaseException) -> str:
-    return f"{type(exc).__name__}: {exc}".partition("\n")[0].rstrip(": ")

@@ -38,12 +38,15 @@ MAX_DEPTH = 3
 class SideCalls:
     """All side calls of one request, and its budget.
 
-    `depth` is the client's `X-Agents-Depth`. `priority` is that of the request: who waits for that waits for its side
-    calls. `replying` is set while the request's own answer holds a slot; `waiting` are the calls waiting for one;
-    `semaphore` limits the concurrent calls.
+    `depth` is the client's `X-Agents-Depth`. `priority` is that of the request: who waits for that waits for its
+    side calls. `client` is the name of its key. `replying` is set while the request's own answer holds a slot;
+    `waiting` are the calls waiting for one; `semaphore` limits the concurrent calls.
     """
 
-    def __init__(self, scope: Scope, router: Router, limits: LimitsConfig, depth: int, priority: Priority) -> None:
+    def __init__(
+        self, scope: Scope, router: Router, limits: LimitsConfig, depth: int, priority: Priority, client: str = ""
+    ) -> None:
+        self.client = client
         self.router = router
         self.limits = limits
         self.depth = depth
@@ -104,7 +107,7 @@ class SideCalls:
         headers = [*JSON_HEADERS, *self.headers]
         return UpstreamRequest(
             "POST", path, serialise(body), headers,
-            wait=not self.replying, priority=self.priority, prepared=prepared,
+            wait=not self.replying, priority=self.priority, client=self.client, prepared=prepared,
         )  # fmt: skip
 
     def timed_out(self) -> UpstreamFailed:

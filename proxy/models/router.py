@@ -171,15 +171,16 @@ class Router:
     async def _resolve_for(self, permit: Permit, name: object, *, pull: bool) -> tuple[Provider, Route]:
         """The route, if it exists for a client with this permit. What is wrong with another model is not shown."""
         shown = name if isinstance(name, str) else ""
+        hint = "" if permit.pulls or not pull else PULL_HINT
         try:
             provider, route = await self._resolve_any(name, pull=pull and permit.pulls)
         except ProxyError as exc:
             if shown and (isinstance(exc, ModelNotFound) or not permit.allows((shown,))):
-                raise self._not_found(shown, "" if permit.pulls or not pull else PULL_HINT) from None
+                raise self._not_found(shown, hint) from None
             raise
         names = (route.model.name, *route.model.aliases)
         if not permit.allows((route.virtual, *self._virtual[route.virtual].aliases) if route.virtual else names):
-            raise self._not_found(shown) if shown else BadRequest("model is required", param="model")
+            raise self._not_found(shown, hint) if shown else BadRequest("model is required", param="model")
         return provider, route
 
     async def _resolve_any(self, name: object, *, pull: bool) -> tuple[Provider, Route]:
@@ -347,9 +348,10 @@ class Router:
 
     def status(self) -> ProviderStatus:
         """The instances and servers of all providers."""
-        statuses = [provider.status() for provider in self._providers]
+        statuses, permit = [provider.status() for provider in self._providers], self._permit
+        instances = [instance for status in statuses for instance in status.instances]
         return ProviderStatus(
-            [instance for status in statuses for instance in status.instances],
+            [item for item in instances if permit is None or self._permitted(self._known(item["model"])) is not None],
             [server for status in statuses for server in status.servers],
         )
 

@@ -6,6 +6,7 @@ more slowly than the model writes, reading from the upstream socket is paused.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -88,9 +89,30 @@ async def relay(
         logger.warning("stream aborted: %s", exc)
         failure = exc
         let_go(exc)
+    except asyncio.CancelledError as exc:
+        failure = response.record.cancellation(exc)
+        if not response.opened:
+            raise failure from None
     else:
         raise AssertionError("the last attempt returns or raises")
     return await response.fail(failure, dialect)
+
+
+async def relay_bytes(response: ResponseWriter, model: Model, request: UpstreamRequest) -> web.StreamResponse:
+    """Answer with whatever the server of `model` answers to `request`, in no API: its status, headers and bytes.
+
+    A failure before the headers is raised, after one retry; after a later one the connection is reset.
+    """
+    async for attempt in Attempts(model, request, lambda: response.opened):
+        async with attempt as upstream:
+            response.record.sent_s = upstream.sent_s
+            await upstream.first_piece()
+            response.record.first_byte_s = time.monotonic()
+            try:
+                return await _large(upstream, response)
+            finally:
+                response.record.last_byte_s = time.monotonic()
+    raise AssertionError("the last attempt returns or raises")
 
 
 async def _pass_on(
@@ -217,8 +239,11 @@ async def _large(upstream: UpstreamResponse, response: ResponseWriter) -> web.St
     try:
         await upstream.pipe(response)
     except UpstreamFailed as exc:
-        logger.warning("a large answer was truncated: %s", exc)
+        logger.warning("an answer was truncated: %s", exc)
         response.reset()
+    except asyncio.CancelledError:
+        response.reset()
+        raise
     return await response.finish()
 
 
@@ -312,6 +337,7 @@ class _FrameSink:
             self._earlier, self._last = (self._earlier[1], self._last), whole
             if self._end_mark and self._end_mark in whole and self._dialect.is_end(whole):
                 self._ended()
+                self._response.ended = True
         return self._response.feed(whole)
 
     async def drained(self) -> None:

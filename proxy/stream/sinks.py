@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -100,6 +101,12 @@ class StreamSink:
             failed = True
             last = self._encoder.error(_reported(exc))
             let_go(exc)
+        except asyncio.CancelledError as exc:
+            cancelled = self.response.record.cancellation(exc)
+            if not self.response.opened:
+                raise cancelled from None
+            failed = True
+            last = self._encoder.error(cancelled)
         if self.response.waiting:
             self.response.begin()
         if last:

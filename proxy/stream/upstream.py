@@ -15,6 +15,7 @@ import orjson
 from llama_smart_proxy.backends.base import Management, Model, UpstreamRequest
 from llama_smart_proxy.backends.http.connection import REDIRECTED
 from llama_smart_proxy.backends.http.exchange import UpstreamResponse
+from llama_smart_proxy.backends.journal import StepKind, note_now
 from llama_smart_proxy.backends.tasks import BROKEN_OFF
 from llama_smart_proxy.proxy.chat import Json, Timing
 from llama_smart_proxy.proxy.dialects.upstream_errors import refused
@@ -99,6 +100,7 @@ class Attempts(AbstractAsyncContextManager[UpstreamResponse]):
         when the pool has broken off a background prompt."""
         if isinstance(exc, UpstreamFailed) and exc.code == BROKEN_OFF:  # only while that is possible
             logger.info("%s; it is sent again", exc)
+            note_now(self._request.journal, StepKind.RETRY, why=str(exc))
             return True
         if not self.again or self._begun():
             return False
@@ -106,11 +108,14 @@ class Attempts(AbstractAsyncContextManager[UpstreamResponse]):
             self._amends += 1
             amended = await self._amend(exc) if self._amend is not None and self._amends <= MOST_AMENDS else None
             self._request = amended or self._request
+            if amended is not None:
+                note_now(amended.journal, StepKind.RETRY, why=f"its server refused it: {exc}")
             return amended is not None
         if isinstance(exc, UpstreamFailed) and exc.status == 502 and exc.code not in _FINAL:
             logger.warning("%s before the first byte: %s; retrying", self._request.path.partition("?")[0], exc)
         else:
             return False
+        note_now(self._request.journal, StepKind.RETRY, why=str(exc))
         self.again = False
         return True
 

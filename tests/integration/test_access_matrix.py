@@ -14,7 +14,7 @@ from aiohttp import web
 from llama_smart_proxy.proxy.api.dispatcher import Dispatcher
 from llama_smart_proxy.proxy.app import App
 from llama_smart_proxy.proxy.config import Config, hash_of
-from llama_smart_proxy.proxy.http.origins import Pages
+from llama_smart_proxy.proxy.http.origins import READING, Pages
 from llama_smart_proxy.proxy.http.scopes import Scope
 from llama_smart_proxy.proxy.http.server import FrontServer
 from tests.support.raw_client import RawClient, connected, request
@@ -140,7 +140,8 @@ def test_nothing_is_public_but_the_root_the_health_and_their_heads() -> None:
 def test_what_changes_or_shows_the_work_of_others_is_for_operators() -> None:
     for method, path, scope, _ in real_table():
         below = any(path == prefix or path.startswith(f"{prefix}/") for prefix in OPERATORS)
-        if below or (method, path) in OF_OPERATORS or (method not in ("GET", "HEAD") and path.startswith("/slots/")):
+        acts = method not in READING and path.startswith(("/slots/", "/running"))
+        if below or acts or (method, path) in OF_OPERATORS:
             assert scope is Scope.ADMIN, f"{method} {path}"
     assert {(method, path) for method, path, scope, _ in real_table() if scope is Scope.ADMIN} >= OF_OPERATORS
 

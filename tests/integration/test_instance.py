@@ -103,7 +103,7 @@ async def test_keys_are_in_no_argument_log_or_message(fakes: Fakes, start: Start
     error = await failed(instance)
     [event] = fakes.events("start")
     assert instance._key not in " ".join(event["argv"])
-    instance._log.feed(f"my key is {instance._key}, and hf_sesame\n".encode())
+    instance.log.feed(f"my key is {instance._key}, and hf_sesame\n".encode())
     assert instance.log_tail(1) == ["my key is ***, and ***"]
     assert instance._key not in error.message
 

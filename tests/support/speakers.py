@@ -64,7 +64,11 @@ class Speaker:
         """The outcome of one request on a connection of its own. Fails if its form is not exactly the API's."""
         async with raw_client.connected(port) as client:
             await client.send(raw_client.request("POST", self.path, body))
-            return self.read(await _received(client), stream=body["stream"])
+            return await self.received(client, stream=body["stream"])
+
+    async def received(self, client: raw_client.RawClient, *, stream: bool) -> Outcome:
+        """The outcome of a request that was sent. Fails as `ask`."""
+        return self.read(await _received(client), stream=stream)
 
     def read(self, received: Received, *, stream: bool) -> Outcome:
         if received.status != 200:

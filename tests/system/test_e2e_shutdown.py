@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -39,8 +38,9 @@ from tests.support.e2e_support import (
 from tests.support.gguf_fixture import tiny_models
 from tests.support.harness import ROOT, START_S, Proxy, environment, launch, running_proxy, until
 from tests.support.raw_client import BrokenAnswer
+from tests.support.terminal import Terminal, terminal
 
-__all__ = ["fakes", "gate", "tiny_models"]  # fixtures
+__all__ = ["fakes", "gate", "terminal", "tiny_models"]  # fixtures
 LONG_S = 60.0
 """Nothing here takes so long on any machine; a defect takes for ever."""
 PATIENT = {"server": {"drain_s": 120}}
@@ -60,17 +60,23 @@ async def refuses(proxy: Proxy) -> bool:
 # -- SIGTERM -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGHUP] * 3], ids=["SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("closes", [False, True], ids=["SIGTERM", "terminal"])
 async def test_a_signal_lets_a_stream_run_to_its_end(
-    fakes: Fakes, gate: Gate, numbers: Sequence[signal.Signals]
+    fakes: Fakes, gate: Gate, terminal: Terminal, closes: bool
 ) -> None:
     """A terminal that is closed sends SIGHUP more than once: by its shell, and by the kernel."""
-    async with running_proxy(fakes.config({"m": fakes.model(TOKENS=30)}) | PATIENT) as proxy:
+    config, within = fakes.config({"m": fakes.model(TOKENS=30)}) | PATIENT, terminal.within if closes else ()
+    async with running_proxy(config, within=within) as proxy:
         async with streaming(proxy, "m", fake={"last_at": str(gate)}) as stream:
             await stream.until_text()
-            for number in numbers:
-                proxy.send(number)
-                await until(lambda: refuses(proxy), what="its refusal of new work")
+            if closes:
+                terminal.close()
+            else:
+                proxy.send(signal.SIGTERM)
+            await until(lambda: refuses(proxy), what="its refusal of new work")
+            for _ in range(2 if closes else 0):
+                proxy.send(signal.SIGHUP)
+            assert await refuses(proxy)
             gate.open()
             events = await stream.rest()
         assert events[-1] == DONE and len(text_of(events).split()) == 30
@@ -145,12 +151,18 @@ async def test_who_waits_for_a_model_at_sigterm_is_served_if_there_is_time(fakes
     [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGINT), (signal.SIGHUP, signal.SIGINT)],
 )
 async def test_a_second_signal_ends_it_at_once_as_the_log_says(
-    fakes: Fakes, first: signal.Signals, second: signal.Signals
+    fakes: Fakes, terminal: Terminal, first: signal.Signals, second: signal.Signals
 ) -> None:
-    async with running_proxy(fakes.config({"m": fakes.model(TOKENS=10_000, TOKEN_MS=25)}) | PATIENT) as proxy:
+    """SIGHUP is that of a terminal that is closed."""
+    config = fakes.config({"m": fakes.model(TOKENS=10_000, TOKEN_MS=25)}) | PATIENT
+    closes = first == signal.SIGHUP
+    async with running_proxy(config, within=terminal.within if closes else ()) as proxy:
         async with streaming(proxy, "m") as stream:
             await stream.until_text()
-            proxy.send(first)
+            if closes:
+                terminal.close()
+            else:
+                proxy.send(first)
             await until(lambda: f"{first.name}: draining for up to 120 s; a second Ctrl-C or SIGTERM" in proxy.log)
             assert await stream.event()
             proxy.send(second)

@@ -23,7 +23,8 @@ from llama_smart_proxy.proxy.errors import ProxyError, UpstreamFailed
 from llama_smart_proxy.proxy.middleware.chain import ActiveAgent, Selection
 from llama_smart_proxy.proxy.middleware.context import AgentContext, RequestFacts
 from llama_smart_proxy.proxy.middleware.layers import response_layer
-from llama_smart_proxy.proxy.middleware.plugins import LoadedAgent, Plugin
+from llama_smart_proxy.proxy.middleware.loaded import LoadedAgent
+from llama_smart_proxy.proxy.middleware.plugins import Plugin
 from llama_smart_proxy.proxy.middleware.scope import Scope
 from llama_smart_proxy.proxy.stream.decoder import StreamDecoder
 from llama_smart_proxy.proxy.stream.encoder import StreamEncoder

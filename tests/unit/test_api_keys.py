@@ -5,17 +5,20 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from multidict import CIMultiDict
 from pydantic import ValidationError
 
 from llama_smart_proxy.proxy.access.credentials import key_in
 from llama_smart_proxy.proxy.access.peers import exposure, is_loopback
 from llama_smart_proxy.proxy.access.policy import Access
+from llama_smart_proxy.proxy.cli.key import new_key_command
 from llama_smart_proxy.proxy.config import Config, ServerConfig, hash_of, read_config
 from llama_smart_proxy.proxy.errors import AccessDenied
 
@@ -151,3 +154,34 @@ def test_secrets_are_compared_in_constant_time_and_in_one_place() -> None:
 def test_the_hash_that_is_configured_is_no_key() -> None:
     [entry] = server(api_keys=[KEY]).api_keys
     assert entry.hash == HASH and hash_of(HASH) != HASH
+
+
+@pytest.mark.parametrize("scope", ["inference", "admin"])
+def test_a_new_key_is_printed_once_with_an_entry_that_admits_it(capsys: pytest.CaptureFixture[str], scope: str) -> None:
+    assert new_key_command("alice", scope) == 0
+    out, err = capsys.readouterr()
+    key = out.removesuffix("\n")
+    assert re.fullmatch(r"sk-lsp-[A-Za-z0-9_-]{43}", key) and key not in err
+    entry = yaml.safe_load(err.partition("\n\n")[2])["server"]["api_keys"]
+    [known] = server(api_keys=entry).api_keys
+    assert (known.name, known.scopes, known.hash, known.is_short) == ("alice", [scope], hash_of(key), False)
+    assert new_key_command("alice", scope) == 0
+    assert capsys.readouterr().out != out
+
+
+def test_a_new_key_with_an_invalid_name_is_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert new_key_command("a b", "inference") == 2
+    assert "--name: a key's name is" in capsys.readouterr().err
+
+
+def test_the_threat_model_names_tests_that_exist() -> None:
+    named = re.findall(
+        r"`((?:unit|integration|system)/\w+\.py)(?:::(\w+))?`", (ROOT / "THREAT_MODEL.md").read_text("utf-8")
+    )
+    assert len(named) > 20
+    missing = [
+        f"{file}::{test}"
+        for file, test in named
+        if not (path := ROOT / "tests" / file).is_file() or (test and f"def {test}(" not in path.read_text("utf-8"))
+    ]
+    assert missing == []

@@ -64,6 +64,8 @@ TASK_MAKERS = {
     "proxy/middleware/passage.py",  # a read of an answer, for a task of an agent
     "proxy/middleware/scope.py",  # a request with agents, and whatever they start
     "proxy/models/inspection.py",  # a look at disks and servers, for all who ask
+    "proxy/app.py",  # the end of a configuration, after its last request
+    "proxy/reload.py",  # a reload, for all who ask
     "proxy/serve.py",  # waiting for the first of two events
 }
 """Who may start a task that is not bound to an `await`: each of them holds it and ends it."""

@@ -8,6 +8,7 @@ import orjson
 
 from llama_smart_proxy.proxy.chat import Json
 from llama_smart_proxy.proxy.dialects.base import Dialect, counts, has_line, has_only, last_objects
+from llama_smart_proxy.proxy.dialects.limits import anthropic_headers
 from llama_smart_proxy.proxy.errors import ContextExceeded, ProxyError
 
 _ANTHROPIC_KINDS = {
@@ -60,6 +61,7 @@ ANTHROPIC = Dialect(
     end_mark=b"message_stop",
     stateful_frames=True,
     id_headers=("request-id",),
+    limit_headers=anthropic_headers,
     is_announcement=has_only(b"message_start", b"content_block_start", b"ping"),
     sign_of_life=b'event: ping\ndata: {"type": "ping"}\n\n',
 )
