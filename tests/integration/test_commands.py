@@ -141,6 +141,30 @@ async def test_requests_beyond_the_limit_wait_their_turn(tmp_path: Path) -> None
         assert len(stand.events("post")) == 5
 
 
+async def test_a_changed_command_is_another_server_and_a_changed_name_is_not(tmp_path: Path) -> None:
+    own = {"cmd": SERVE, "env": {"PLAIN_LOG": str(tmp_path / "log")}}
+    changes: list[tuple[dict[str, Any], bool]] = [
+        ({}, True),
+        (
+            {"title": "Another", "keep_alive": 5, "served_name": "x", "filters": {"strip": ["a"]}, "aliases": ["b"]},
+            True,
+        ),
+        ({"cmd": f"{SERVE} --name other"}, False),
+        ({"cmd_stop": "true"}, False),
+        ({"url": "http://127.0.0.1:${PORT}/v"}, False),
+        ({"check_endpoint": "none"}, False),
+        ({"env": {"A": "1"}}, False),
+        ({"concurrent": 3}, False),
+    ]
+    async with standing(tmp_path, m=own) as stand:
+        for change, same in changes:
+            config = Config.model_validate({"models": {"m": own | change}})
+            provider = Commands.create(config, Services(Downloads(), stand.pool))
+            assert provider is not None
+            [model] = provider.pooled()
+            assert model.same(stand.model().model) is same, change
+
+
 # -- the command that stops it -----------------------------------------------------------------------------------------
 
 

@@ -52,7 +52,7 @@ def test_links_lead_to_files_and_sections_that_exist(page: Path) -> None:
             continue
         path, _, anchor = target.partition("#")
         file = (page.parent / path).resolve() if path else page
-        assert file.exists() or file.name in {"SECURITY.md"}, f"{page.name}: {target}"
+        assert file.exists(), f"{page.name}: {target}"
         if anchor and file.suffix == ".md":
             assert anchor in anchors(file), f"{page.name}: {target}"
 
