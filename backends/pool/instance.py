@@ -267,7 +267,9 @@ class Instance:
         self._command = command_for(Endpoint(self._host, self.port), self._key)
         self._reader = self.model.launcher.reader(self._set_share)
         command = self._command
-        self._child = spawn(command.argv, command.env, self._printed, self._exited, command.farewell)
+        self._child = spawn(
+            command.argv, command.env, self._printed, self._exited, command.farewell, confined=command.confined
+        )
         self.pid = self._child.pid
         self._last_output = loop.time()
         return self._child

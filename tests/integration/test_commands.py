@@ -79,6 +79,12 @@ async def standing(
         yield Stand(opened, provider, log)
 
 
+def confined(process: psutil.Process) -> str:
+    """Whether it can gain no privileges: 1 or 0."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return status.partition("NoNewPrivs:\t")[2].partition("\n")[0]
+
+
 def gone(process: psutil.Process) -> bool:
     return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
@@ -96,6 +102,7 @@ async def test_a_server_is_started_used_and_stopped_by_sigterm(tmp_path: Path) -
         assert start["env"]["AT"] == f"127.0.0.1:{port}"
         assert stand.model().state.value == "loaded" and await stand.model().slots() == 10
         process = stand.server
+        assert confined(process) == "1"
         await stand.model().unload()
         assert gone(process) and [event["event"] for event in stand.events("term", "stop")] == ["term"]
         assert await stand.chat() == "m with blanks got org/big"
@@ -174,6 +181,8 @@ async def test_the_stop_command_ends_a_server_in_a_process_of_its_own(tmp_path: 
     async with standing(tmp_path, m=own) as stand:
         await stand.chat()
         outside = psutil.Process(int(file.read_text()))
+        free = confined(psutil.Process())
+        assert confined(outside) == free, "what starts containers may need setuid programs"
         await stand.model().unload()
         assert gone(outside)
         assert [event["event"] for event in stand.events("stop", "term", "ignored", "client ends")] == [
