@@ -49,6 +49,11 @@ class App:
         """What the requests that begin now carry."""
         return self.generation.proxy
 
+    @property
+    def ending(self) -> int:
+        """How many earlier configurations requests still use."""
+        return len(self._ending)
+
     def _latest(self) -> Proxy:
         return self.generation.proxy
 

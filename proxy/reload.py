@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -49,6 +50,12 @@ class Source:
         if missing := [problem for problem in machine_problems(config) if problem.fatal]:
             raise ConfigError([f"{self.name}: {problem}" for problem in missing])
         return config
+
+    def is_empty(self) -> bool:
+        """Whether there is a file with nothing in it. Blocks on the disk."""
+        with suppress(OSError):
+            return self.path is not None and not self.path.read_bytes().strip()
+        return False
 
     def stamps(self, config: Config) -> list[object]:
         """Different after a change of a file that the configuration is made of. Blocks on the disk."""
@@ -138,8 +145,11 @@ class Reloader:
         return Outcome(changes=changes)
 
     def _read(self) -> Config:
-        """Raises: ConfigError, also if the address that is listened on must not be with this configuration."""
+        """Raises: ConfigError, also for an empty file, which is one that is being written, and if the address that is
+        listened on must not be with this configuration."""
         config = self._source.read()
+        if self._source.is_empty():
+            raise ConfigError(["is empty; `{}` has all defaults"])
         server = config.server.model_copy(update={"host": self._started_with.server.host})
         if (problem := exposure(server, self._supervisor.sockets)) is not None:
             raise ConfigError([f"server: {problem}"])

@@ -50,6 +50,8 @@ async def send_events(http: web.BaseRequest, source: Source) -> web.StreamRespon
         with proxy.feed.subscribe() as subscription:
             async with aclosing(source(proxy, subscription)) as batches:
                 async for batch in batches:
+                    if not proxy.goes_on:
+                        break
                     for event in batch:
                         await response.send(orjson.dumps(event.data).decode(), event=event.name or None)
                     if not response.is_connected():

@@ -91,6 +91,12 @@ class Proxy:
 
         return replace(self, grant=grant, router=router, chain=chain, latest=latest)
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether a client that watches something may go on: until the shutdown, or until a configuration without its
+        key or that key's scopes."""
+        return not self.draining.is_set() and self.grant.scopes <= self.latest().grant.scopes
+
     def own_chat(self, chat: str) -> str:
         """The id of a client's resumable stream at the model's server: those of another key are others."""
         return f"{self.grant.client}:{chat}" if self.grant.client else chat

@@ -69,22 +69,8 @@ def _command(argv: list[str]) -> int:
     if args.command == "help":
         print((commands[args.topic] if args.topic else parser).format_help(), end="")
         return 0
-    if args.command == "schema":
-        from llama_smart_proxy.proxy.cli.check import schema_command
-
-        return schema_command()
-    if args.command == "init":
-        from llama_smart_proxy.proxy.cli.init import init_command
-
-        return init_command(Path(args.config or os.environ.get("LSP_CONFIG") or CONFIG_FILES[0]))
-    if args.command == "import":
-        from llama_smart_proxy.proxy.cli.importing import import_command
-
-        return import_command(Path(args.file), Path(args.output) if args.output else None)
-    if args.command == "key":
-        from llama_smart_proxy.proxy.cli.key import new_key_command
-
-        return new_key_command(args.name, args.scope)
+    if args.command in _WITHOUT_CONFIGURATION:
+        return _without_configuration(args)
     path = _config_path(args.config)
     if args.command == "check":
         from llama_smart_proxy.proxy.cli.check import check_command
@@ -103,6 +89,28 @@ def _command(argv: list[str]) -> int:
     except ConfigError as exc:
         print(exc, file=sys.stderr)
         return 2
+
+
+_WITHOUT_CONFIGURATION = ("schema", "init", "import", "key")
+
+
+def _without_configuration(args: argparse.Namespace) -> int:
+    """The commands that read no configuration."""
+    if args.command == "schema":
+        from llama_smart_proxy.proxy.cli.check import schema_command
+
+        return schema_command()
+    if args.command == "init":
+        from llama_smart_proxy.proxy.cli.init import init_command
+
+        return init_command(Path(args.config or os.environ.get("LSP_CONFIG") or CONFIG_FILES[0]))
+    if args.command == "import":
+        from llama_smart_proxy.proxy.cli.importing import import_command
+
+        return import_command(Path(args.file), Path(args.output) if args.output else None)
+    from llama_smart_proxy.proxy.cli.key import new_key_command
+
+    return new_key_command(args.name, args.scope)
 
 
 def _config_path(given: str | None) -> Path | None:

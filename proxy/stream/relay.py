@@ -99,7 +99,7 @@ async def relay(
 
 
 async def relay_bytes(response: ResponseWriter, model: Model, request: UpstreamRequest) -> web.StreamResponse:
-    """Answer with whatever the server of `model` answers to `request`, in no API: its status, headers and bytes.
+    """Answer with what the server of `model` answers to `request`, in no API: its status, headers and bytes.
 
     A failure before the headers is raised, after one retry; after a later one the connection is reset.
     """

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
 from tests.support.keyed import ADMIN, CHAT, MESSAGES, USER, keyed
 from tests.support.raw_client import request
 from tests.support.toxic import plain, raw_upstream
@@ -20,20 +18,17 @@ TRICKS = r"""
 """
 
 
-@pytest.mark.parametrize("path", TRICKS.split())
-async def test_no_form_of_a_path_gets_round_the_scope_of_its_route(path: str) -> None:
+async def test_no_form_of_a_path_gets_round_the_scope_of_its_route() -> None:
+    rewriting = [("x-api-key", USER), ("X-Original-URL", "/health"), ("X-Rewrite-URL", "/")]
     async with keyed() as proxy:
-        for headers in (
-            [],
-            [("x-api-key", USER)],
-            [("x-api-key", USER), ("X-Original-URL", "/health"), ("X-Rewrite-URL", "/")],
-        ):
-            for method in ("POST", "GET", "PUT"):
-                async with proxy.connected() as client:
-                    await client.send(request(method, path, PULL.encode(), headers=headers, close=True))
-                    answer = await client.answer(method=method)
-                assert answer.status in (400, 401, 403, 404, 405) or (method, path) == ("GET", "/health?/api/pull")
-                assert (answer.status == 401) <= (headers == [])
+        for path in TRICKS.split():
+            for headers in ([], [("x-api-key", USER)], rewriting):
+                for method in ("POST", "GET", "PUT"):
+                    async with proxy.connected() as client:
+                        await client.send(request(method, path, PULL.encode(), headers=headers, close=True))
+                        status = (await client.answer(method=method)).status
+                    assert status in (400, 401, 403, 404, 405) or (method, path) == ("GET", "/health?/api/pull"), path
+                    assert headers == [] or status != 401, path
         assert proxy.sent("/api/pull") == []
         await proxy.ask("POST", "/api/pull/", {"model": "qwen3:0.6b", "stream": False}, key=ADMIN)
         assert proxy.sent("/api/pull")

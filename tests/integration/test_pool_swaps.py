@@ -242,14 +242,14 @@ async def test_a_pool_that_grows_starts_what_waits(fakes: Fakes) -> None:
             assert pool.state("a") == "loaded"
 
 
-async def test_a_pool_that_shrinks_stops_nothing_until_its_place_is_required(fakes: Fakes) -> None:
+async def test_a_pool_that_shrinks_stops_those_used_longest_ago(fakes: Fakes) -> None:
     config = fakes.config(size=3)
     async with open_pool(config) as pool:
         model = fakes.model()
         for name in "abc":
             await ask(pool, name, model)
         pool.configure(config.server_pool.model_copy(update={"size": 1}))
-        assert [pool.state(name) for name in "abc"] == ["loaded"] * 3
+        assert [pool.state(name) for name in "abc"] == ["unloaded"] * 2 + ["loaded"]
         await ask(pool, "d", model)
         assert [pool.state(name) for name in "abcd"] == ["unloaded"] * 3 + ["loaded"]
         assert pool.fitting("ad") == [["d"], ["a"]]

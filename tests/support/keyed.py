@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from llama_smart_proxy.proxy.app import App
+from llama_smart_proxy.proxy.config import Config
 from tests.support import toxic
 from tests.support.here import served_here
 from tests.support.raw_client import Answer, RawClient, ask, connected, request
@@ -74,6 +76,14 @@ class Keyed:
 
     port: int
     upstream: RawUpstream
+    app: App | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    async def reload(self, **server: Any) -> None:
+        """Let another configuration apply, with these settings of the server."""
+        assert self.app is not None
+        self.settings = {**self.settings, "server": {**self.settings["server"], **server}}
+        await self.app.apply(await self.app.prepared(Config.model_validate(self.settings)))
 
     async def ask(
         self, method: str, path: str, body: dict[str, Any] | None = None, *, key: str = "", more: Any = ()
@@ -113,5 +123,7 @@ async def keyed(keys: list[Any] | None = None, *, script: Any = answering, **con
             "agents": [],
             **config,
         }
-        async with served_here(settings) as (_, port):
-            yield Keyed(port, upstream)
+        async with served_here(settings) as (front, port):
+            app = front.request_handler
+            assert isinstance(app, App)
+            yield Keyed(port, upstream, app, settings)
