@@ -218,7 +218,7 @@ class Model(Protocol):
 @dataclass(frozen=True, slots=True)
 class Problem:
     """What keeps models from being served. `where` is the path of the setting (`models.m.path`), or the section;
-    `message` is one line. With `fatal`, the proxy refuses to start. A `harmless` one is for `check` and the log only."""
+    `message` is one line. With `fatal`, the proxy refuses to start. `harmless`: for `check` and the log only."""
 
     where: str
     message: str
