@@ -63,7 +63,7 @@ async def _until_signal(work: Coroutine[Any, Any, int]) -> int:
 async def _simulate(config: Config, path: Path | None) -> int:
     port = _free_port()
     command = [sys.executable, "-P", "-m", "llama_smart_proxy", "serve", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--log-level", "warning", *(["--config", str(path)] if path else [])]
+    command += ["--log-level", "warning", "--log-format", "text", *(["--config", str(path)] if path else [])]
     key = secrets.token_urlsafe(32)  # in place of those of its clients, which may be known by their hashes alone
     keys = json.dumps([{"name": "simulate", "key": key, "scopes": ["admin"]}])
     env = os.environ | {"LSP_SERVER_POOL__SIZE": "1", "LSP_SERVER__API_KEYS": keys}
