@@ -21,6 +21,14 @@ from tests.support.raw_client import request
 PAGE, FOREIGN = ("Origin", "http://localhost:5173"), ("Origin", "http://evil.example")
 WRONG = "wrong-canary-0123456789"
 TYPES = {CHAT: "authentication_error", "/v1/responses": "authentication_error", "/completion": "authentication_error"}
+WHO = '''
+class Who(Agent):
+    """Writes down who asks."""
+    command = None
+    async def on_request(self, request: ChatRequest, ctx: Context) -> ChunkStream | None:
+        request.body["who"] = ctx.user
+        return None
+'''
 OBSERVER = """
 def extend(registry):
     registry.observers.append(write)
