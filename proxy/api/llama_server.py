@@ -95,7 +95,7 @@ async def _pass_on(
     if data:
         headers.append(("Content-Type", content_type))
     request = UpstreamRequest(http.method, path or upstream_path(http, model.name), data, headers, slot)
-    request.client = http[PROXY].grant.client
+    request.client, request.journal = http[PROXY].grant.client, http[RECORD]
     response = ResponseWriter(http, http[PROXY].config.server.send_stall_s)
     return await relay(response, model, request, dialect)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from llama_smart_proxy.backends.journal import Step, StepKind
+from llama_smart_proxy.backends.journal import Journal, Step, StepKind
 from llama_smart_proxy.proxy.chat.extensions import Json
 from llama_smart_proxy.proxy.errors import Cancelled
 
@@ -71,6 +71,8 @@ class RequestRecord(Timing):
     """Whether it was cancelled by `DELETE /running/{id}`."""
     steps: list[Step] | None = None
     """What it waited for; None if it did not wait. Written by `note`."""
+    pending: Callable[[Journal], None] | None = None
+    """As of `backends.journal.Journal`."""
 
     def note(self, kind: StepKind, began_s: float, ended_s: float, **detail: Any) -> None:
         """Add one step, as `backends.journal.Journal`."""
@@ -100,8 +102,9 @@ class RequestRecord(Timing):
     @property
     def usage(self) -> Json | None:
         """The token counts of the model's server, in OpenAI's shape; None if it sent none."""
-        if self.counted is None and self.count_usage is not None:
-            self.counted, self.count_usage = self.count_usage(), None
+        count = self.count_usage  # several threads may read this
+        if self.counted is None and count is not None:
+            self.counted, self.count_usage = count(), None
         return self.counted
 
 
