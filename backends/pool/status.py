@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import math
+import shlex
 import time
 
 import psutil
 
 from llama_smart_proxy.backends.pool.instance import STALLED, State
 from llama_smart_proxy.backends.pool.queue import ModelQueue
+from llama_smart_proxy.proxy.config import without_secret_values
 
 
 def described(queue: ModelQueue) -> dict[str, object]:
@@ -34,6 +36,7 @@ def described(queue: ModelQueue) -> dict[str, object]:
         "state": "unloading" if instance.state is State.READY and not place.open else str(instance.state),
         "pid": instance.pid or None,
         "port": instance.port or None,
+        "cmd": shlex.join(without_secret_values(instance.argv)) or None,
         "leases": place.leases,
         "slots": {"busy": place.generating, "total": len(place.slots)},
         "loaded_s": round(now - place.ready_at, 1) if math.isfinite(place.ready_at) else None,
