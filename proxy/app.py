@@ -20,7 +20,9 @@ from llama_smart_proxy.proxy.api.state import Proxy
 from llama_smart_proxy.proxy.config import Config
 from llama_smart_proxy.proxy.dialects import Dialect
 from llama_smart_proxy.proxy.generation import Generation, Lasting, Parts
+from llama_smart_proxy.proxy.metrics import Metrics
 from llama_smart_proxy.proxy.store import ProxyMemory, Store, state_dir
+from llama_smart_proxy.proxy.tracing import tracing_for
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +41,8 @@ class App:
         feed = Feed()
         downloads = Downloads(feed)
         pool = Pool(config.server_pool, downloads, LoadTimes(feed, ProxyMemory(store)))
-        self.lasting = Lasting(store, feed, downloads, pool)
+        metrics = Metrics(lambda name: any(model.name == name for model in self.proxy.router.models()), pool.totals)
+        self.lasting = Lasting(store, feed, downloads, pool, metrics, tracing=tracing_for(config, os.environ))
         self.generation = Generation(config, parts, self.lasting, self._latest)
         self.followers: list[Callable[[Config], None]] = []
         self._ending: dict[Generation, asyncio.Task[None]] = {}
@@ -70,6 +73,7 @@ class App:
         if self.proxy.config.state_dir is not None or "STATE_DIRECTORY" in os.environ:
             await self.lasting.store.open()
         await self.lasting.pool.start()
+        self.lasting.metrics.lag.watch()
         self.generation.dispatcher.hosts.learn_own()
         await self.generation.start()
         await self.generation.plugins.start()
@@ -121,7 +125,10 @@ class App:
         for generation in (*before, self.generation):
             await generation.close()
         self.lasting.store.close()
+        self.lasting.metrics.lag.stop()
         await self.stop_models()
+        if self.lasting.tracing is not None:
+            await self.lasting.tracing.close()
 
     async def stop_models(self) -> None:
         """Cancel all downloads, stop all processes and close the connections to servers; may be called repeatedly."""

@@ -20,8 +20,10 @@ from llama_smart_proxy.proxy.api.recent import Recent
 from llama_smart_proxy.proxy.api.reloads import Reloads
 from llama_smart_proxy.proxy.api.routes import ROUTES
 from llama_smart_proxy.proxy.api.state import Proxy
+from llama_smart_proxy.proxy.chat import Observer
 from llama_smart_proxy.proxy.config import Config
 from llama_smart_proxy.proxy.http.running import Running
+from llama_smart_proxy.proxy.metrics import Metrics
 from llama_smart_proxy.proxy.middleware.afterwards import Afterwards
 from llama_smart_proxy.proxy.middleware.chain import Chain
 from llama_smart_proxy.proxy.middleware.chats import Chats
@@ -31,6 +33,7 @@ from llama_smart_proxy.proxy.models.router import Router
 from llama_smart_proxy.proxy.registry import Registry
 from llama_smart_proxy.proxy.store import Store
 from llama_smart_proxy.proxy.stream.waiting import Waits
+from llama_smart_proxy.proxy.tracing import Tracing
 
 LISTED_S = 3.0
 """Longest wait in seconds for new servers and folders to be listed before a new configuration applies."""
@@ -44,6 +47,7 @@ class Lasting:
     feed: Feed
     downloads: Downloads
     pool: Pool
+    metrics: Metrics
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     conversations: Conversations = field(default_factory=Conversations)
     running: Running = field(default_factory=Running)
@@ -51,6 +55,13 @@ class Lasting:
     reloads: Reloads = field(default_factory=Reloads)
     counters: Counters = field(default_factory=Counters)
     recent: Recent = field(default_factory=Recent)
+    tracing: Tracing | None = None
+
+    @property
+    def observers(self) -> list[Observer]:
+        """Those of all requests."""
+        traced = [self.tracing.observe] if self.tracing is not None else []
+        return [self.recent.observe, self.metrics.observe, *traced]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +115,9 @@ class Generation:
             latest,
             Access(config.server),
             lasting.recent,
+            lasting.metrics,
         )
-        observers = [*parts.registry.observers, lasting.recent.observe]
-        self.dispatcher = Dispatcher(self.proxy, observers, lasting.counters)
+        self.dispatcher = Dispatcher(self.proxy, [*parts.registry.observers, *lasting.observers], lasting.counters)
         for method, path, handler, scope, pages in ROUTES:
             self.dispatcher.add([method], path, handler, scope, pages=pages)
         for path, endpoint in parts.registry.endpoints.items():

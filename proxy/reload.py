@@ -18,14 +18,16 @@ from llama_smart_proxy.proxy.access.peers import exposure
 from llama_smart_proxy.proxy.api.reloads import Outcome
 from llama_smart_proxy.proxy.app import App
 from llama_smart_proxy.proxy.config import Config, load_config
+from llama_smart_proxy.proxy.config.secrets import secrets_of
 from llama_smart_proxy.proxy.errors import ConfigError
+from llama_smart_proxy.proxy.log import hide
 from llama_smart_proxy.proxy.systemd import Supervisor
 
 logger = logging.getLogger(__name__)
 
 LOOK_S = 0.5
 """Interval in seconds in which files are looked at for changes: network and bind mounts report none."""
-FIXED = ("server.host", "server.port", "state_dir", "log_level")
+FIXED = ("server.host", "server.port", "state_dir", "log_level", "log_format", "log_content", "telemetry.otlp")
 """The settings that apply when the proxy starts, and not when it reads its configuration again."""
 
 
@@ -49,6 +51,7 @@ class Source:
         config = load_config(self.path, env=os.environ, overrides=self.overrides)
         if missing := [problem for problem in machine_problems(config) if problem.fatal]:
             raise ConfigError([f"{self.name}: {problem}" for problem in missing])
+        hide(secrets_of(config, os.environ))
         return config
 
     def is_empty(self) -> bool:

@@ -242,6 +242,10 @@ class Pool:
             if queue.place is not None or queue.length or queue.error is not None or download is not None
         ]
 
+    def totals(self) -> list[dict[str, object]]:
+        """As `status.totals`, for all models."""
+        return status.totals(self._scheduler.queues.values())
+
     def _describe(self, queue: ModelQueue, download: Download | None) -> dict[str, object]:
         entry = status.described(queue)
         if (left_s := self._left_s(queue)) is not None:

@@ -245,6 +245,7 @@ def _failed(http: web.BaseRequest, exc: BaseException, dialect: Dialect) -> web.
         raise exc
     allow = exc.headers.get("Allow", "") if isinstance(exc, web.HTTPException) else ""
     exc = reported(http, exc)
+    http[RECORD].error = exc.code
     response = web.Response(status=exc.status, body=dialect.error_body(exc), content_type="application/json")
     response.headers.extend(own_headers(http))
     if exc.retry_after_s is not None:

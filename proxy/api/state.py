@@ -16,6 +16,7 @@ from llama_smart_proxy.proxy.api.recent import Recent
 from llama_smart_proxy.proxy.api.reloads import Reloads
 from llama_smart_proxy.proxy.config import Config
 from llama_smart_proxy.proxy.http.running import Running
+from llama_smart_proxy.proxy.metrics import Metrics
 from llama_smart_proxy.proxy.middleware.afterwards import Afterwards
 from llama_smart_proxy.proxy.middleware.chain import Chain
 from llama_smart_proxy.proxy.models.inspection import Inspection
@@ -77,6 +78,7 @@ class Proxy:
     """The one of the current configuration, for requests that outlive theirs."""
     access: Access
     recent: Recent
+    metrics: Metrics
     uses: Uses = field(default_factory=Uses)
     grant: Grant = ALL
 

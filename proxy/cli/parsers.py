@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from llama_smart_proxy.proxy import __version__
-from llama_smart_proxy.proxy.log import LEVELS
+from llama_smart_proxy.proxy.log import FORMATS, LEVELS
 
 CONFIG_FILES = ("config.yaml", "config.yml", "config.json")
 """Names of a configuration in the current folder, the first that exists; the last is that of the earlier projects."""
@@ -53,6 +53,7 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     serve.add_argument("--host", help="address to listen on")
     serve.add_argument("--port", type=int, help="port to listen on; 0 picks a free one")
     serve.add_argument("--log-level", choices=LEVELS, help="least severe messages to log")
+    serve.add_argument("--log-format", choices=FORMATS, help="auto is text on a terminal, and logfmt elsewhere")
     serve.add_argument("--reload", action="store_true", help="reload configuration and agents when their files change")
     commands["pull"].add_argument("name", metavar="NAME", help="the name of the model")
     commands["key"].add_argument("action", choices=["new"], help="make a key")

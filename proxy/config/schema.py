@@ -84,6 +84,17 @@ class ServerConfig(Section):
     )
 
 
+class TelemetryConfig(Section):
+    """Where traces of requests are sent to."""
+
+    otlp: str | None = Field(
+        default=None,
+        pattern=r"^https?://\S+$",
+        description="URL of an OpenTelemetry collector, such as http://localhost:4318 (OTLP over HTTP); requires "
+        "llama-smart-proxy[otel]. The standard OTEL_ variables have an effect, too.",
+    )
+
+
 class Config(Section):
     """The whole configuration. After loading, `models` also contains those of `llama_cpp.models`."""
 
@@ -127,6 +138,19 @@ class Config(Section):
     )
     log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(shapes.lower)] = Field(
         default="info", description="Least important messages to log."
+    )
+    log_format: Annotated[Literal["auto", "text", "logfmt", "json"], BeforeValidator(shapes.lower)] = Field(
+        default="auto",
+        description="The form of the log: text for people, logfmt or json for programs; auto is text on a terminal and "
+        "logfmt elsewhere.",
+    )
+    log_content: bool = Field(
+        default=False,
+        description="Whether the log has prompts and answers: one line for each request, and what exceptions of agents "
+        "and errors of servers quote of them.",
+    )
+    telemetry: TelemetryConfig = Field(
+        default_factory=TelemetryConfig, description="Traces of requests, by OpenTelemetry."
     )
 
     _warnings: list[str] = PrivateAttr(default_factory=list)
