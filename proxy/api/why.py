@@ -57,6 +57,7 @@ def explained(record: RequestRecord, *, path: str = "") -> Json:
         "sentence": "",
         "outcome": _outcome(record),
         "status": record.status or None,
+        "error": record.error or None,
         "method": record.method,
         "path": record.path or path,
         "api": record.api,
@@ -80,7 +81,7 @@ def _outcome(record: RequestRecord) -> str:
         return "cancelled"
     if record.status == 499:
         return "left"
-    return "failed" if record.status >= 400 else "done"
+    return "failed" if record.status >= 400 or record.error else "done"
 
 
 def _times(record: RequestRecord, now: float) -> dict[str, float | None]:
@@ -179,7 +180,8 @@ def _end(entry: Json) -> str:
         case "cancelled":
             return " It was cancelled."
         case "failed":
-            return f" It failed with status {entry['status']}."
+            how = f"with status {entry['status']}" if entry["status"] >= 400 else "after its answer had begun"
+            return f" It failed {how}" + (f" ({entry['error']})." if entry["error"] else ".")
         case "under way":
             return " It is under way."
     return ""

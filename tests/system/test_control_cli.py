@@ -256,4 +256,4 @@ async def test_of_two_requests_with_one_id_the_newest_is_explained(run: Commands
     assert (await chat(run.proxy, "twice", "none")).status == 404
     answer = json.loads(run("why", "twice", "--json").out)
     assert (answer["outcome"], answer["status"], answer["model"]) == ("failed", 404, None)
-    assert "It failed with status 404." in answer["sentence"]
+    assert "It failed with status 404 (model_not_found)." in answer["sentence"]

@@ -87,6 +87,8 @@ def test_every_kind_of_step_is_tested() -> None:
     [
         ({"status": 499}, "left", "Its client left before the end."),
         ({"status": 503}, "failed", "It failed with status 503."),
+        ({"status": 503, "error": "queue_timeout"}, "failed", "It failed with status 503 (queue_timeout)."),
+        ({"error": "upstream_disconnected"}, "failed", "It failed after its answer had begun (upstream_disconnected)."),
         ({"status": 410, "cancelled": True}, "cancelled", "It was cancelled."),
         ({"ended_s": -AT, "status": 0}, "under way", "It is under way."),
     ],
