@@ -86,7 +86,8 @@ def _outcome(record: RequestRecord) -> str:
 
 def _times(record: RequestRecord, now: float) -> dict[str, float | None]:
     first_s, last_s = record.first_byte_s, record.last_byte_s or (0.0 if record.ended_s else now)
-    sent_s = record.sent_s if record.sent_s else 0.0
+    loaded_s = max((step.ended_s for step in record.steps or () if step.kind is StepKind.LOAD), default=0.0)
+    sent_s = max(record.sent_s, loaded_s) if record.sent_s else 0.0  # a server of others may load after that
     return {
         "queue_s": record.spent_s(StepKind.QUEUE),
         "load_s": record.spent_s(StepKind.LOAD),

@@ -111,6 +111,12 @@ def test_a_whole_answer_has_one_time_at_its_server() -> None:
     assert "500 ms at its server, 1 token of the answer." in answer["sentence"]
 
 
+def test_a_load_at_the_server_is_no_part_of_its_prefill() -> None:
+    one = done()
+    one.note(StepKind.LOAD, AT + 1.0, AT + 1.25, model="m")
+    assert explained(one)["times"]["prefill_s"] == 0.25
+
+
 def test_a_wait_under_way_is_explained_and_not_noted() -> None:
     now = time.monotonic()
     one = RequestRecord(now - 2, request_id="r", method="POST", model="m", resolved_s=now - 2)
