@@ -8,7 +8,7 @@ bin := .venv/bin
 # Without bytecode, every process that a test starts would compile all of its modules again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help run test test-unit test-full lint fix check bench simulate install-service uninstall-service clean FORCE
+.PHONY: help run test test-unit test-full lint fix check bench simulate dist install-service uninstall-service clean FORCE
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -47,6 +47,9 @@ bench: .venv/dev ## measure the relay against a direct connection and nginx; wri
 
 simulate: .venv/run ## start the proxy on a free port, use it for real, print what passed
 	$(bin)/llama-smart-proxy simulate $(config)
+
+dist: .venv/dev ## build the source distribution and the wheel, byte for byte the same each time
+	$(bin)/python packaging/dist.py
 
 install-service: ## install or update the systemd service, with its own program in /opt; as root
 	@$(PYTHON) packaging/install.py install --weights '$(weights)'

@@ -138,8 +138,7 @@ class Model(Protocol):
     `owner` the owner in model lists, `tags` the labels there. `speaks` are the APIs that its server supports: `openai`,
     `responses`, `anthropic`, `ollama`, and `native` for llama-server's own. `codec` is the API used for clients of any
     other API (see `proxy.dialects.UPSTREAM_CODECS`). `forwards` are patterns, in lower case, of the client's headers
-    about its user and with its credentials that the server gets; by default it gets none of them. `filters` are applied
-    to each request before `prepare`; `proxy.models.filters` does that.
+    about its user and with its credentials that the server gets. `filters` are applied to requests before `prepare`.
     """
 
     @property
@@ -210,15 +209,13 @@ class Model(Protocol):
         the model if it must. Raises: as `open`."""
 
     def command_line(self, listen: Endpoint) -> Sequence[str]:
-        """The command that would start its server at this address now; empty if the proxy does not start it. Blocks on
-        the disk. Raises: `StartFailed`."""
+        """The command that would start its server there; empty if the proxy does not. Blocks. Raises: `StartFailed`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What keeps models from being served as configured. `where` is the path of the setting (`models.m.path`), or the
-    section; `message` is one line. With `fatal`, the proxy refuses to start. A `harmless` one keeps no model from being
-    served, and is logged by its provider: `check` prints it, and `/health` does not."""
+    """What keeps models from being served. `where` is the path of the setting (`models.m.path`), or the section;
+    `message` is one line. With `fatal`, the proxy refuses to start. `harmless`: for `check` and the log only."""
 
     where: str
     message: str
@@ -255,11 +252,8 @@ class Management(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """Shared by all providers: the downloads in progress, and the pool of server processes.
-
-    `before` is the provider with that section of the configuration that this one replaces, if it had one: what did not
-    change may be taken over. It goes on for requests that have begun, and is closed after them.
-    """
+    """Shared by all providers: the downloads in progress, and the pool of server processes. `before` is the provider
+    of a section that the new one replaces, if there is one, to take over what has not changed."""
 
     downloads: Downloads
     pool: Pool

@@ -16,7 +16,6 @@ from llama_smart_proxy.proxy.access.policy import Access
 from llama_smart_proxy.proxy.api.conversations import Conversations
 from llama_smart_proxy.proxy.api.dispatcher import Dispatcher
 from llama_smart_proxy.proxy.api.endpoints import EndpointHandler
-from llama_smart_proxy.proxy.api.recent import Recent
 from llama_smart_proxy.proxy.api.reloads import Reloads
 from llama_smart_proxy.proxy.api.routes import ROUTES
 from llama_smart_proxy.proxy.api.state import Proxy
@@ -31,7 +30,7 @@ from llama_smart_proxy.proxy.middleware.plugins import Plugins
 from llama_smart_proxy.proxy.models.inspection import Inspection
 from llama_smart_proxy.proxy.models.router import Router
 from llama_smart_proxy.proxy.registry import Registry
-from llama_smart_proxy.proxy.store import Store
+from llama_smart_proxy.proxy.store import History, Store
 from llama_smart_proxy.proxy.stream.waiting import Waits
 from llama_smart_proxy.proxy.tracing import Tracing
 
@@ -44,6 +43,7 @@ class Lasting:
     """What lives as long as the process, and is the same for all its generations."""
 
     store: Store
+    history: History
     feed: Feed
     downloads: Downloads
     pool: Pool
@@ -54,14 +54,13 @@ class Lasting:
     chats: Chats = field(default_factory=Chats)
     reloads: Reloads = field(default_factory=Reloads)
     counters: Counters = field(default_factory=Counters)
-    recent: Recent = field(default_factory=Recent)
     tracing: Tracing | None = None
 
     @property
     def observers(self) -> list[Observer]:
         """Those of all requests."""
         traced = [self.tracing.observe] if self.tracing is not None else []
-        return [self.recent.observe, self.metrics.observe, *traced]
+        return [self.history.observe, self.metrics.observe, *traced]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +111,9 @@ class Generation:
             lasting.conversations,
             lasting.reloads,
             lasting.running,
+            lasting.history,
             latest,
             Access(config.server),
-            lasting.recent,
             lasting.metrics,
         )
         self.dispatcher = Dispatcher(self.proxy, [*parts.registry.observers, *lasting.observers], lasting.counters)
@@ -137,6 +136,7 @@ class Generation:
 
     async def start(self) -> None:
         """Start loading models that are to be loaded, and listing the models of servers."""
+        self.proxy.history.configure(most=self.config.history.requests, days=self.config.history.days)
         await self.router.start()
 
     async def ended(self) -> None:

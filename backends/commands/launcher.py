@@ -69,6 +69,7 @@ class CommandLauncher(HttpLauncher):
             {name: fill(value, values) for name, value in env.items() if value is not None},
             _endpoint(fill(self.url, values)) if self.url else listen,
             listens=not self.is_elsewhere,
+            confined=not self.is_elsewhere,
             stop=(lambda pid: [fill(word, {**values, "PID": str(pid)}) for word in self.stop]) if self.stop else None,
         )
 

@@ -55,7 +55,8 @@ async def _stop_by_command(
     """Run the command that ends the server, and wait for both to end, at most `limit_s` seconds."""
     assert command.stop is not None
     try:
-        stopper = spawn(command.stop(child.pid), command.env, printed, lambda returncode: None)
+        argv, confined = command.stop(child.pid), command.confined
+        stopper = spawn(argv, command.env, printed, lambda returncode: None, confined=confined)
     except StartFailed as exc:
         logger.warning("%s: the command that stops it was not run: %s", name, exc.message)
         return

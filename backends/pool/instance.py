@@ -271,7 +271,9 @@ class Instance:
         self._reader = self.model.launcher.reader(self._set_share)
         command = self._command
         self._env.update(command.env)
-        self._child = spawn(command.argv, command.env, self._printed, self._exited, command.farewell)
+        self._child = spawn(
+            command.argv, command.env, self._printed, self._exited, command.farewell, confined=command.confined
+        )
         self.pid = self._child.pid
         self._last_output = loop.time()
         return self._child

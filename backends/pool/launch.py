@@ -1,8 +1,9 @@
 """A trampoline between the proxy and a child: it ties the child's life to the proxy's, then becomes it.
 
-Run as `python -I -S launch.py <pid of the proxy> -- <program> <arguments...>`. On Linux the child then gets SIGKILL
-from the kernel when the proxy dies, however it dies; it can gain no privileges, writes no core (one as large as the
-model), and is the first to go when memory runs out. Elsewhere only the core limit is set.
+Run as `python -I -S launch.py <pid of the proxy> -- <program> <arguments...>`; with `++` in place of `--`, the program
+may gain privileges, as the setuid helpers of containers do. On Linux the child then gets SIGKILL from the kernel when
+the proxy dies, however it dies; it can gain no privileges otherwise, writes no core (one as large as the model), and is
+the first to go when memory runs out. Elsewhere only the core limit is set.
 
 It is a program of its own, not a `preexec_fn`, because code between fork and exec in a process with threads may
 deadlock. It imports as little as it can: it costs about 12 ms.
@@ -18,14 +19,18 @@ SIGKILL = 9
 OOM_SCORE = 500
 
 
-def tie_to(parent: int) -> None:
-    """Die with `parent`. The kernel looks at the *thread* that spawned us: `pool.spawn` uses the main one."""
+def tie_to(parent: int, confined: bool) -> None:
+    """Die with `parent`; if `confined`, gain no privileges.
+
+    The kernel looks at the *thread* that spawned us: `pool.spawn` uses the main one.
+    """
     if sys.platform == "linux":
         import ctypes
 
         libc = ctypes.CDLL(None)
         libc.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
-        libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        if confined:
+            libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     if os.getppid() != parent:  # it died before the line above
         sys.exit(1)
 
@@ -45,7 +50,7 @@ def be_modest() -> None:
 
 def main() -> None:
     """Bind this process to the proxy, limit it, and become the command behind `--`; exit status 127 if that fails."""
-    tie_to(int(sys.argv[1]))
+    tie_to(int(sys.argv[1]), sys.argv[2] == "--")
     be_modest()
     for number in (_signal.SIGPIPE, _signal.SIGXFSZ):  # Python ignores them, and exec would pass that on
         _signal.signal(number, _signal.SIG_DFL)

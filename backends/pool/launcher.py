@@ -46,7 +46,7 @@ class Command:
     another machine. `size_bytes` is how large the model's files are, 0 if unknown: how long starts take is learned for
     that size. `farewell` is what is written to its standard input, beside the SIGTERM, to have it end; without one, its
     input is empty. `stop` makes the argument list of a command that ends it, given its pid, to be run before any
-    signal.
+    signal. If it is `confined`, neither it nor what it starts can gain privileges, as by setuid programs.
     """
 
     argv: Sequence[str]
@@ -56,6 +56,7 @@ class Command:
     size_bytes: int = 0
     farewell: bytes = b""
     stop: Callable[[int], Sequence[str]] | None = None
+    confined: bool = True
 
 
 CommandFor = Callable[[Endpoint, str], Command]

@@ -179,10 +179,13 @@ def spawn(
     on_output: Callable[[bytes], None],
     on_exit: Callable[[int], None],
     farewell: bytes = b"",
+    *,
+    confined: bool = True,
 ) -> Child:
     """Start `argv` with exactly the environment `env`, plus the mark by which a later proxy knows its orphans.
 
-    `farewell` is written to its input when it is to end; without one, its input is empty.
+    `farewell` is written to its input when it is to end; without one, its input is empty. If it is `confined`, neither
+    it nor what it starts can gain privileges.
     `on_output` gets what the child prints, piece by piece; `on_exit` its return code, once, after its last output.
     There is no await in here, so a child that was started always has an owner. A program that cannot be executed is a
     child that prints why and exits with 127.
@@ -193,7 +196,7 @@ def spawn(
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError("children must be spawned from the main thread")
     try:
-        child = _spawn(argv, env, on_output, on_exit, farewell)
+        child = _spawn(argv, env, on_output, on_exit, farewell, confined)
         try:
             child._watch()
         except OSError:
@@ -211,6 +214,7 @@ def _spawn(
     on_output: Callable[[bytes], None],
     on_exit: Callable[[int], None],
     farewell: bytes,
+    confined: bool,
 ) -> Child:
     """Raises: `OSError`."""
     # Not `stdout=PIPE`: when file descriptors run out, Popen loses the one it opened for DEVNULL.
@@ -224,14 +228,16 @@ def _spawn(
             ours.callback(os.close, held)
             theirs.callback(os.close, read_end)
             os.set_blocking(held, False)
-        process = _popen(argv, env, read_end, write_end)
+        process = _popen(argv, env, read_end, write_end, confined)
         ours.pop_all()
     return Child(process, output, on_output, on_exit, held, farewell)
 
 
-def _popen(argv: Sequence[str], env: Mapping[str, str], source: int, output: int) -> subprocess.Popen[bytes]:
+def _popen(
+    argv: Sequence[str], env: Mapping[str, str], source: int, output: int, confined: bool
+) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-I", "-S", LAUNCH, str(os.getpid()), "--", *argv],
+        [sys.executable, "-I", "-S", LAUNCH, str(os.getpid()), "--" if confined else "++", *argv],
         env={**env, OWNER: owner_mark()},
         stdin=source,
         stdout=output,

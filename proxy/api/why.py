@@ -10,7 +10,6 @@ from typing import Any
 from aiohttp import web
 
 from llama_smart_proxy.backends.journal import Step, StepKind
-from llama_smart_proxy.proxy.api.recent import KEPT
 from llama_smart_proxy.proxy.api.state import PROXY
 from llama_smart_proxy.proxy.chat import Json, RequestRecord
 from llama_smart_proxy.proxy.errors import BadRequest
@@ -29,9 +28,9 @@ async def why(http: web.BaseRequest) -> web.Response:
     request_id, proxy = http[PARAMS]["id"], http[PROXY]
     if under_way := [*proxy.running.find(request_id).values()]:
         return web.json_response(explained(under_way[-1][RECORD], path=shown_path(under_way[-1])))
-    record = proxy.recent.find(request_id)
+    record = await proxy.history.find(request_id)
     if record is None:
-        message = f"no request with the id {request_id[:100]!r} is known; the last {KEPT} are"
+        message = f"no request with the id {request_id[:100]!r} is known; the last ones are (history.requests)"
         raise BadRequest(message, status=404, code="not_found")
     return web.json_response(explained(record))
 

@@ -102,8 +102,9 @@ class RequestRecord(Timing):
     @property
     def usage(self) -> Json | None:
         """The token counts of the model's server, in OpenAI's shape; None if it sent none."""
-        if self.counted is None and self.count_usage is not None:
-            self.counted, self.count_usage = self.count_usage(), None
+        count = self.count_usage  # several threads may read this
+        if self.counted is None and count is not None:
+            self.counted, self.count_usage = count(), None
         return self.counted
 
 

@@ -13,6 +13,7 @@ from llama_smart_proxy.proxy.chat import Json
 from llama_smart_proxy.proxy.cli import remote
 from llama_smart_proxy.proxy.cli.remote import Remote, RemoteError, at
 from llama_smart_proxy.proxy.cli.tables import NONE, duration, print_json, print_table, size
+from llama_smart_proxy.proxy.cli.usage import usage_command
 
 MODEL_HEADS = ("NAME", "STATE", "SLOTS", "QUEUE", "MEM", "CONTEXT", "LOADED", "IDLE", "EXPIRES", "BACKEND")
 REQUEST_HEADS = ("REQUEST", "KEY", "MODEL", "STATE", "FOR", "PATH")
@@ -177,6 +178,7 @@ def _reload(proxy: Remote, args: argparse.Namespace) -> int:
 
 
 ACTIONS: dict[str, Callable[[Remote, argparse.Namespace], int]] = {
+    "usage": usage_command,
     "ps": _ps,
     "load": _load,
     "unload": _unload,

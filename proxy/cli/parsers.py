@@ -29,9 +29,10 @@ COMMANDS = {
     "events": "Print what happens to models, queues and downloads, until Ctrl-C.",
     "reload": "Let the running proxy read its configuration again. An invalid one changes nothing; exit status 1.",
     "key": "Make an API key: `key new` prints it once, and what the configuration gets of it.",
+    "usage": "Print how many requests, errors and tokens there were, by API key, model and day.",
     "help": "Describe the program, or one command.",
 }
-REMOTE = ("ps", "load", "unload", "logs", "why", "events", "reload")
+REMOTE = ("ps", "load", "unload", "logs", "why", "events", "reload", "usage")
 """The commands that ask or change the running proxy."""
 STATUSES = (
     "Exit status: 0 done, 1 refused or failed, 2 wrong command line or configuration, 3 no proxy is running there, "
@@ -76,6 +77,7 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     commands["logs"].add_argument("-f", "--follow", action="store_true", help="go on with what comes, until Ctrl-C")
     commands["logs"].add_argument("-n", "--lines", metavar="N", type=int, default=200, help="so many lines (200)")
     commands["why"].add_argument("id", metavar="ID", help="id of the request")
+    _add_usage(commands["usage"])
     commands["init"].add_argument("--config", metavar="FILE", help=f"default: $LSP_CONFIG, else {CONFIG_FILES[0]}")
     return parser, commands
 
@@ -86,3 +88,10 @@ def _add_remote(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--key", help="API key; default: $LSP_API_KEY, which other users of this machine cannot see")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.epilog = STATUSES
+
+
+def _add_usage(parser: argparse.ArgumentParser) -> None:
+    by = "what to count by, of key, model, day and api; default: key,model,day"
+    parser.add_argument("--by", default="key,model,day", metavar="COLUMNS", help=by)
+    parser.add_argument("--since", metavar="DAY", help="the first day, such as 2026-01-31")
+    parser.add_argument("--until", metavar="DAY", help="the last day")

@@ -15,6 +15,7 @@ from llama_smart_proxy.proxy.config import shapes
 from llama_smart_proxy.proxy.config.access import ApiKeys, InferenceKeysConfig, Unauthenticated
 from llama_smart_proxy.proxy.config.agents import AgentConfig, LimitsConfig
 from llama_smart_proxy.proxy.config.duration import Seconds
+from llama_smart_proxy.proxy.config.history import HistoryConfig, PostgresUrl
 from llama_smart_proxy.proxy.config.problems import Loc
 from llama_smart_proxy.proxy.config.providers import (
     BackendName,
@@ -135,6 +136,14 @@ class Config(Section):
         default=None,
         description="Folder for what is kept over a restart; by default $STATE_DIRECTORY (of systemd), or "
         "llama-smart-proxy in $XDG_STATE_HOME or ~/.local/state.",
+    )
+    store: PostgresUrl | None = Field(
+        default=None,
+        description="postgresql:// URL of the database for what is kept over a restart, in place of a file in "
+        "state_dir. Requires the extra [postgres].",
+    )
+    history: HistoryConfig = Field(
+        default_factory=HistoryConfig, description="What is kept about requests, none of which is what they said."
     )
     log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(shapes.lower)] = Field(
         default="info", description="Least important messages to log."

@@ -79,6 +79,12 @@ async def standing(
         yield Stand(opened, provider, log)
 
 
+def confined(process: psutil.Process) -> str:
+    """Whether it can gain no privileges: 1 or 0."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return status.partition("NoNewPrivs:\t")[2].partition("\n")[0]
+
+
 def gone(process: psutil.Process) -> bool:
     return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
@@ -96,6 +102,7 @@ async def test_a_server_is_started_used_and_stopped_by_sigterm(tmp_path: Path) -
         assert start["env"]["AT"] == f"127.0.0.1:{port}"
         assert stand.model().state.value == "loaded" and await stand.model().slots() == 10
         process = stand.server
+        assert confined(process) == "1"
         await stand.model().unload()
         assert gone(process) and [event["event"] for event in stand.events("term", "stop")] == ["term"]
         assert await stand.chat() == "m with blanks got org/big"
@@ -141,6 +148,30 @@ async def test_requests_beyond_the_limit_wait_their_turn(tmp_path: Path) -> None
         assert len(stand.events("post")) == 5
 
 
+async def test_a_changed_command_is_another_server_and_a_changed_name_is_not(tmp_path: Path) -> None:
+    own = {"cmd": SERVE, "env": {"PLAIN_LOG": str(tmp_path / "log")}}
+    changes: list[tuple[dict[str, Any], bool]] = [
+        ({}, True),
+        (
+            {"title": "Another", "keep_alive": 5, "served_name": "x", "filters": {"strip": ["a"]}, "aliases": ["b"]},
+            True,
+        ),
+        ({"cmd": f"{SERVE} --name other"}, False),
+        ({"cmd_stop": "true"}, False),
+        ({"url": "http://127.0.0.1:${PORT}/v"}, False),
+        ({"check_endpoint": "none"}, False),
+        ({"env": {"A": "1"}}, False),
+        ({"concurrent": 3}, False),
+    ]
+    async with standing(tmp_path, m=own) as stand:
+        for change, same in changes:
+            config = Config.model_validate({"models": {"m": own | change}})
+            provider = Commands.create(config, Services(Downloads(), stand.pool))
+            assert provider is not None
+            [model] = provider.pooled()
+            assert model.same(stand.model().model) is same, change
+
+
 # -- the command that stops it -----------------------------------------------------------------------------------------
 
 
@@ -150,6 +181,8 @@ async def test_the_stop_command_ends_a_server_in_a_process_of_its_own(tmp_path: 
     async with standing(tmp_path, m=own) as stand:
         await stand.chat()
         outside = psutil.Process(int(file.read_text()))
+        free = confined(psutil.Process())
+        assert confined(outside) == free, "what starts containers may need setuid programs"
         await stand.model().unload()
         assert gone(outside)
         assert [event["event"] for event in stand.events("stop", "term", "ignored", "client ends")] == [

@@ -5,9 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
+import time
+import urllib.request
+import venv
 from collections.abc import Sequence
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
@@ -140,6 +144,22 @@ def recorded(distribution: Distribution) -> set[str]:
     return {path for path, *_ in rows if ".dist-info/" not in path}
 
 
+def check_it_serves(argv: Sequence[str], folder: Path, path: Path | None) -> None:
+    """The program, started in `folder`, answers requests and ends by SIGTERM."""
+    env = environment({"PYTHONPATH": str(path) if path else ""})
+    with subprocess.Popen(argv, cwd=folder, env=env, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        log = iter(process.stderr.readline, "")
+        try:
+            found = next(found for line in log if (found := re.search(r"listening on (http://\S+)", line)))
+            with urllib.request.urlopen(f"{found[1]}/plugins", timeout=60) as answer:
+                assert {plugin["name"] for plugin in json.load(answer)} >= {"help", "redact"}
+        finally:
+            process.terminate()
+            rest = process.stderr.read()
+        assert process.wait(60) == 0, rest
+
+
 def check_it_runs(target: Path, folder: Path) -> None:
     """Our command, and `python -m`, run from what is installed in `target`."""
     (folder / "config.yaml").write_text("agents: [help, example, think, redact, shield, parallel]\n")
@@ -147,6 +167,7 @@ def check_it_runs(target: Path, folder: Path) -> None:
     for argv in ([command], [sys.executable, "-m", OURS]):
         assert run([*argv, "check", "--config", "config.yaml"], folder, target).startswith("OK: config.yaml")
     run([command, "init", "--config", "new.yaml"], folder, target)
+    check_it_serves([command, "serve", "--config", "config.yaml", "--port", "0"], folder, target)
     assert (folder / "new.yaml").read_bytes() == (ROOT / "config.yaml").read_bytes()
     program = f"import {OURS}, {OURS}.agents.base as base; print({OURS}.Agent is base.Agent, base.__file__)"
     assert run([sys.executable, "-c", program], folder, target).split() == [
@@ -195,3 +216,36 @@ def test_it_goes_together_with_packages_that_have_the_names_of_ours(wheel: Path,
         assert (target / package / "__init__.py").read_bytes() != (ROOT / package / "__init__.py").read_bytes()
     assert "proxy" in run([sys.executable, "-c", "import proxy; print(proxy.__name__)"], tmp_path, target)
     check_it_runs(target, tmp_path)
+
+
+@pytest.mark.full
+def test_installed_into_a_new_environment_it_serves_outside_of_the_checkout(wheel: Path, tmp_path: Path) -> None:
+    """The dependencies are those of the tests: what is installed here is the package."""
+    place = tmp_path / "venv"
+    venv.create(place, with_pip=False)
+    python = place / "bin" / "python"
+    [site] = (place / "lib").glob("python*/site-packages")
+    packages = [path for path in sys.path if path.endswith("site-packages")]
+    run([*PIP, "--python", str(python), "install", "--no-deps", "--no-index", str(wheel)], tmp_path)
+    (site / "others.pth").write_text("\n".join(packages))
+    (tmp_path / "config.yaml").write_text("agents: [help, redact]\n")
+    command = str(python.with_name("llama-smart-proxy"))
+    program = f"import {OURS}; print({OURS}.__file__)"
+    assert run([str(python), "-c", program], tmp_path).strip() == str(site / OURS / "__init__.py")
+    check_it_serves([command, "serve", "--config", "config.yaml", "--port", "0"], tmp_path, None)
+
+
+@pytest.mark.full
+def test_both_distributions_are_the_same_bytes_whenever_they_are_built(tmp_path: Path) -> None:
+    built = []
+    for number, umask in enumerate((0o022, 0o077)):
+        target = tmp_path / str(number)
+        argv = [sys.executable, str(ROOT / "packaging" / "dist.py"), str(target)]
+        env = environment({"SOURCE_DATE_EPOCH": "1700000000", "TZ": ("UTC", "Asia/Tokyo")[number]})
+        done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=240, umask=umask)
+        assert done.returncode == 0, done.stderr
+        built.append({file.name: file.read_bytes() for file in target.iterdir()})
+        second = int(time.time())
+        while int(time.time()) == second:  # times in archives are whole seconds
+            time.sleep(0.01)
+    assert len(built[0]) == 2 and built[0] == built[1]

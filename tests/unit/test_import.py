@@ -154,6 +154,20 @@ def test_a_field_of_a_model_is_translated(tmp_path: Path, fields: dict[str, Any]
     assert entry == expected
 
 
+@pytest.mark.parametrize("command", ["serve --port 9001 -x", "serve --listen-port=9001", "serve -x --listen_port 9001"])
+def test_a_fixed_port_is_where_the_server_is(tmp_path: Path, command: str) -> None:
+    assert model(tmp_path, cmd=command)["url"] == "http://127.0.0.1:9001"
+
+
+@pytest.mark.parametrize("fields", [{"cmd": "serve"}, {"cmd": ""}, {"proxy": "http://h:1"}])
+def test_a_model_that_cannot_be_started_or_reached_is_left_out_and_listed(
+    tmp_path: Path, fields: dict[str, str]
+) -> None:
+    found = imported(tmp_path, {"models": {"m": fields, "other": {"cmd": SERVE}}})
+    assert list(found.data["models"]) == ["other"]
+    assert [note.where for note in found.notes if "left out" in note.text] == ["models.m"]
+
+
 def test_variants_by_name_are_virtual_models(tmp_path: Path) -> None:
     by_name = {"m": {"t": 1, "u": 2}, "m:hot": {"t": 2}, "also": {"t": 3}}
     theirs = {"cmd": SERVE, "aliases": ["also", "other"], "unlisted": True, "filters": {"setParamsByID": by_name}}

@@ -186,12 +186,10 @@ class ModelImport:
         return self._command()
 
     def _command(self) -> Json | None:
-        proxy, stop = self._get("proxy", text), [] if self._is_plain_kill() else self._stop
+        proxy, stop = self._proxy(), [] if self._is_plain_kill() else self._stop
         if not self._words or (not proxy and "${PORT}" not in " ".join(self._words)):
-            what = (
-                "is left out: it has neither ${PORT} in cmd nor proxy" if self._words else "is left out: it has no cmd"
-            )
-            self._noting(f"models.{self._name}", what)
+            lacks = "neither ${PORT} in cmd nor proxy" if self._words else "no cmd"
+            self._noting(f"models.{self._name}", f"is left out: it has {lacks}")
             return None
         entry: Json = {"cmd": joined(self._words)}
         if stop:
@@ -206,6 +204,15 @@ class ModelImport:
         if is_llama_server(self._words):
             entry["apis"] = list(_OF_LLAMA_SERVER)
         return entry
+
+    def _proxy(self) -> str:
+        """Where its server is, as far as that is said."""
+        proxy = self._get("proxy", text)
+        fixed = re.search(r"(?:^|\s)--(?:listen[-_])?port[ =](\d+)(?:\s|$)", " ".join(self._words))
+        if not proxy and fixed is not None and "${PORT}" not in " ".join(self._words):
+            proxy = f"http://127.0.0.1:{fixed[1]}"
+            self._note("proxy", f"is not there; url is {proxy}, as in cmd")
+        return proxy
 
     def _is_plain_kill(self) -> bool:
         return _KILL.fullmatch(" ".join(self._stop)) is not None

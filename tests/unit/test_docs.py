@@ -1,0 +1,95 @@
+"""The documentation agrees with the program: its links lead somewhere, and its messages are those of the code."""
+
+from __future__ import annotations
+
+import ast
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from llama_smart_proxy.proxy.cli.parsers import COMMANDS
+from llama_smart_proxy.proxy.config.text import parse
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")])
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def prose(page: Path) -> str:
+    return FENCED.sub("", page.read_text(encoding="utf-8"))
+
+
+def anchors(page: Path) -> set[str]:
+    """The names by which sections of the page can be linked to, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@cache
+def literals() -> str:
+    """All texts in the code, `…` where a value is put in, a line each."""
+    found = []
+    for folder in ("proxy", "backends"):
+        for file in (ROOT / folder).rglob("*.py"):
+            found += [_flat(node) for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
+    return "\n".join(text for text in found if " " in text)
+
+
+def _flat(node: ast.AST) -> str:
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value.replace("\n", " ")
+    if isinstance(node, ast.JoinedStr):
+        return "".join(_flat(value) for value in node.values)
+    return "…" if isinstance(node, ast.FormattedValue) else ""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_sections_that_exist(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{page.name}: {target}"
+        if anchor and file.suffix == ".md":
+            assert anchor in anchors(file), f"{page.name}: {target}"
+
+
+def test_the_messages_in_troubleshooting_are_those_of_the_program() -> None:
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8").partition("## Without a message")[0]
+    rows = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| `")]
+    messages = [message for row in rows for message in re.findall(r"`([^`]+)`", row)]
+    assert len(messages) > 25
+    missing = [message for message in messages if not re.search(_pattern(message), literals())]
+    assert missing == []
+
+
+def _pattern(message: str) -> str:
+    """What matches the message in the code: a value may be any part of it, or a constant of a longer text."""
+    return ".{0,20}".join(re.escape(part) for part in message.split("…"))
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    readme = prose(ROOT / "README.md")
+    assert [page.name for page in (ROOT / "docs").glob("*.md") if f"docs/{page.name}" not in readme] == []
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 950
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_examples_in_yaml_can_be_read(page: Path) -> None:
+    for language, text in FENCED.findall(page.read_text(encoding="utf-8")):
+        if language == "yaml":
+            assert parse(text).problems == [], f"{page.name}:\n{text}"
+
+
+def test_commands_in_the_documentation_exist() -> None:
+    for page in PAGES:
+        for language, text in FENCED.findall(page.read_text(encoding="utf-8")):
+            if language == "sh":
+                for command in re.findall(r"^(?:\S*/)?llama-smart-proxy (\w+)", text, re.MULTILINE):
+                    assert command in COMMANDS, f"{page.name}: {command}"
