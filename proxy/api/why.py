@@ -168,7 +168,7 @@ def _answer(entry: Json) -> Iterator[str]:
 
 
 def _counted(count: object, what: str, cached: object = None) -> str:
-    if count is None:
+    if not count:  # what is not known is 0 in the store
         return ""
     return f", {count} token{'' if count == 1 else 's'} {what}" + (f", {cached} of them cached" if cached else "")
 
