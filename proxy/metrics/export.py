@@ -41,6 +41,7 @@ class Now:
     instances: Iterable[Mapping[str, Any]] = ()
     agents: Iterable[AgentCounts] = ()
     requests: int = 0
+    dropped: int = 0
 
 
 def exported(metrics: Metrics, now: Now, accept: str) -> tuple[bytes, str]:
@@ -88,6 +89,7 @@ def _of_requests(metrics: Metrics, now: Now) -> Iterator[Metric]:
         errors.add_metric([code], count)
     yield errors
     yield GaugeMetricFamily(f"{PREFIX}_requests_in_progress", "Requests whose answer has not ended.", now.requests)
+    yield CounterMetricFamily(f"{PREFIX}_history_dropped", "Requests that the store could not keep.", now.dropped)
 
 
 def _times(metrics: Metrics) -> Iterator[Metric]:
