@@ -88,11 +88,8 @@ class ModelState:
 
 @dataclass(frozen=True, slots=True)
 class Residence:
-    """A loaded model in memory.
-
-    `expires_at`: time of unloading if it is not used, in seconds since 1970, infinity for never. `size_vram`: bytes on
-    GPUs, 0 if unknown. `context_length`: maximum tokens of one request, 0 if unknown.
-    """
+    """A loaded model in memory. `expires_at`: time of unloading if it is not used, in seconds since 1970, infinity for
+    never. `size_vram`: bytes on GPUs, 0 if unknown. `context_length`: maximum tokens of one request, 0 if unknown."""
 
     expires_at: float
     size_vram: int = 0
@@ -107,7 +104,8 @@ class ModelInfo:
 
     `digest` has 64 hexadecimal digits; `modified` is in seconds since 1970; `capabilities` have Ollama's names;
     `metadata` has GGUF's names, with long arrays replaced by empty ones; `num_ctx` is the configured number of tokens
-    per request, 0 if not configured; `title`, `description`, `suggestions` and `hidden` are configured, too.
+    per request, 0 if not configured; `title`, `description`, `suggestions` and `hidden` are configured, too. `native`
+    is as in `Residence`.
     """
 
     name: str
@@ -124,7 +122,6 @@ class ModelInfo:
     suggestions: Sequence[str] = ()
     hidden: bool | None = None
     native: Mapping[str, Json] = field(default_factory=dict)
-    """The item as the server lists it, by the name of the API: passed on as it is to clients of that API."""
 
     def configured(self, card: configuration.CardConfig, title: str | None = None) -> ModelInfo:
         """This with what the configuration has for the model's card."""
@@ -331,10 +328,8 @@ class Provider(Protocol):
 
 
 class BaseProvider:
-    """A `Provider` of `models` that are all known from the start, and of which nothing is to be fetched or managed.
-
-    A subclass adds `section`, `Config` and `create`, and replaces what differs.
-    """
+    """A `Provider` of `models` that are all known from the start, and of which nothing is to be fetched or managed. A
+    subclass adds `section`, `Config` and `create`, and replaces what differs."""
 
     def __init__(self, models: Sequence[Model] = ()) -> None:
         self._models = models

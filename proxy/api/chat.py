@@ -245,9 +245,9 @@ class Chat:
         finally:
             self.http[RECORD].side_tokens = calls.tokens
             for ctx in contexts:
-                ctx.active.plugin.counts.spent_s += ctx.timer.spent_s
-                now = time.monotonic()
-                self.http[RECORD].note(StepKind.AGENT, now - ctx.timer.spent_s, now, agent=ctx.active.plugin.name)
+                spent_s, now = ctx.timer.spent_s, time.monotonic()
+                ctx.active.plugin.counts.spent_s += spent_s
+                self.http[RECORD].note(StepKind.AGENT, now - spent_s, now, agent=ctx.active.plugin.name)
 
     def _side_calls(self, scope: Scope, depth: int, priority: Priority, model: Model) -> SideCalls:
         router = self.proxy.router.including(model)

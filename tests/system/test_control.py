@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support import raw_client
 from tests.support.e2e_support import Fakes
-from tests.support.harness import Proxy, session_proxy, until
+from tests.support.harness import Proxy, running_proxy, session_proxy, until
 from tests.support.raw_client import RawClient, connected, request
 from tests.support.stages import Stage
 
@@ -187,10 +189,38 @@ async def test_any_request_reaches_the_models_own_server_without_the_clients_cre
             assert "mine" not in event["headers"]["authorization"] and "cookie" not in event["headers"]
 
 
-@pytest.mark.parametrize("path", ["a/", "a/slots", "org/b:x/health"])
-async def test_its_answer_comes_as_it_is(own: Proxy, path: str) -> None:
-    answer = await raw_client.get(own.port, f"/upstream/{path}")
-    assert answer.status in (200, 404) and answer.header("x-request-id")
+async def test_an_answer_of_it_comes_in_the_pieces_that_it_sends(own: Proxy, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    fake = {"tokens": 3, "last_at": str(gate)}
+    body = {"model": "a", "messages": [{"role": "user", "content": "hi"}], "stream": True, "fake": fake}
+    async with connected(own.port) as client:
+        await client.send(request("POST", "/upstream/a/v1/chat/completions", body))
+        _, status, headers = await client.head()
+        assert status == 200 and dict(headers)["content-type"].startswith("text/event-stream")
+        first = await read_until(client, b"t1")
+        assert b"t2" not in first
+        gate.touch()
+        assert b"[DONE]" in await read_until(client, b"[DONE]")
+
+
+async def test_head_and_large_bodies_pass(own: Proxy, fakes: Fakes) -> None:
+    head = await raw_client.ask(own.port, request("HEAD", "/upstream/a/own", close=True), method="HEAD")
+    assert head.status == 200 and head.body == b"" and int(head.header("content-length") or 0) > 0
+    large = b"x" * (3 * 2**20)
+    answer = await raw_client.ask(own.port, request("PUT", "/upstream/a/own", large, close=True))
+    assert answer.json()["echo"] == large.decode()
+
+
+async def test_its_errors_come_as_they_are(own: Proxy) -> None:
+    body = {"model": "a", "messages": [], "fake": {"refuse": [418, "no coffee"]}}
+    answer = await raw_client.post(own.port, "/upstream/a/v1/chat/completions", body)
+    assert answer.status == 418 and b"no coffee" in answer.body
+
+
+async def test_an_answer_that_breaks_off_ends_for_the_client_too(own: Proxy) -> None:
+    body = {"model": "a", "messages": [], "stream": True, "fake": {"tokens": 9, "cut_at": [2, 3], "cut_by": "close"}}
+    with pytest.raises((raw_client.BrokenAnswer, ConnectionError)):
+        await raw_client.post(own.port, "/upstream/a/v1/chat/completions", body)
 
 
 @pytest.mark.parametrize(
@@ -227,3 +257,19 @@ async def test_servers_that_are_not_the_proxys_are_named_as_such(stage: Stage, p
 
 async def test_an_unknown_model_has_no_server(own: Proxy) -> None:
     assert (await raw_client.get(own.port, "/upstream/none/x")).status == 404
+
+
+# -- the end -----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_shutdown_waits_for_no_one_who_watches(fakes: Fakes) -> None:
+    config = fakes.config({"a": fakes.model()}) | {"server": {"drain_s": 600}}
+    async with running_proxy(config) as proxy:
+        await post(proxy, "/admin/models/a/load")
+        async with streaming(proxy, "/events") as events, streaming(proxy, "/logs/a?follow=1") as log:
+            await read_until(events, b"loaded")
+            proxy.send(signal.SIGTERM)
+            assert await proxy.ended() == 0
+            for client in (events, log):
+                while await client.chunk():
+                    pass

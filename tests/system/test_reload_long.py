@@ -90,7 +90,9 @@ async def test_what_a_configuration_took_is_given_back(fakes: Fakes, tmp_path: P
         sizes = []
         for number in range(200):
             remotes = {f"r{number}": {"url": f"http://127.0.0.1:{free_port()}", "models": ["x"]}}
-            await running.apply(remotes=remotes, agents=[{"redact": {"patterns": ["email"]}} if number % 2 else "think"])
+            await running.apply(
+                remotes=remotes, agents=[{"redact": {"patterns": ["email"]}} if number % 2 else "think"]
+            )
             if number in (49, 199):
                 sizes.append((running.proxy.rss_bytes(), running.proxy.fds()))
         (early, fds), (late, fds_late) = sizes
