@@ -252,11 +252,8 @@ class Management(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """Shared by all providers: the downloads in progress, and the pool of server processes.
-
-    `before` is the provider with that section of the configuration that this one replaces, if it had one: what did not
-    change may be taken over. It goes on for requests that have begun, and is closed after them.
-    """
+    """Shared by all providers: the downloads in progress, and the pool of server processes. `before` is the provider
+    of a section that the new one replaces, if there is one, to take over what has not changed."""
 
     downloads: Downloads
     pool: Pool

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
@@ -38,6 +38,9 @@ class Journal(Protocol):
 
     sent_s: float
 
+    pending: Callable[[Journal], None] | None
+    """Notes in a journal what the request waits for now; None if it waits for nothing."""
+
     @property
     def request_id(self) -> str: ...
     def note(self, kind: StepKind, began_s: float, ended_s: float, **detail: Any) -> None:
@@ -45,14 +48,23 @@ class Journal(Protocol):
 
 
 @contextmanager
-def noted(journal: Journal | None, kind: StepKind, model: str) -> Iterator[None]:
-    """Note in the journal, if there is one, how long the context took, as a wait for `model`."""
-    began_s = time.monotonic()
+def waiting(journal: Journal | None, note: Callable[[Journal], None]) -> Iterator[None]:
+    """Within the context the request waits: `note` notes in a journal how, as far as it has."""
+    if journal is None:
+        yield
+        return
+    journal.pending = note
     try:
         yield
     finally:
-        if journal is not None:
-            journal.note(kind, began_s, time.monotonic(), model=model)
+        journal.pending = None
+        note(journal)
+
+
+def noted(journal: Journal | None, kind: StepKind, model: str) -> AbstractContextManager[None]:
+    """Note how long the context takes, as a wait for `model`."""
+    began_s = time.monotonic()
+    return waiting(journal, lambda journal: journal.note(kind, began_s, time.monotonic(), model=model))
 
 
 def note_now(journal: Journal | None, kind: StepKind, **detail: Any) -> None:

@@ -246,7 +246,7 @@ def next_steps(config: Any) -> str:
 The service listens on http://{host}:{config.server.port}, also after a reboot. What to do next:
   systemctl status {NAME}            its state
   journalctl -u {NAME} -f            its log
-  sudo nano {SETTINGS}/config.yaml   then: sudo make install-service, or sudo systemctl restart {NAME}
+  sudo nano {SETTINGS}/config.yaml   then: sudo make install-service, or sudo systemctl reload {NAME}
   sudo install -m 600 /dev/stdin {SETTINGS}/credentials/VLLM_API_KEY    a secret, ${{VLLM_API_KEY}} in config.yaml"""
 
 

@@ -20,7 +20,9 @@ from llama_smart_proxy.proxy.api.state import Proxy
 from llama_smart_proxy.proxy.config import Config
 from llama_smart_proxy.proxy.dialects import Dialect
 from llama_smart_proxy.proxy.generation import Generation, Lasting, Parts
-from llama_smart_proxy.proxy.store import ProxyMemory, Store, state_dir
+from llama_smart_proxy.proxy.metrics import Metrics
+from llama_smart_proxy.proxy.store import History, ProxyMemory, Store, state_dir
+from llama_smart_proxy.proxy.tracing import tracing_for
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +37,15 @@ class App:
 
     def __init__(self, config: Config) -> None:
         parts = Parts.of(config)
-        store = Store(state_dir(config.state_dir, os.environ))
+        url = config.store.get_secret_value() if config.store is not None else ""
+        store = Store(state_dir(config.state_dir, os.environ), url)
+        history = History(store, most=config.history.requests, days=config.history.days)
         feed = Feed()
         downloads = Downloads(feed)
         pool = Pool(config.server_pool, downloads, LoadTimes(feed, ProxyMemory(store)))
-        self.lasting = Lasting(store, feed, downloads, pool)
+        metrics = Metrics(lambda name: any(model.name == name for model in self.proxy.router.models()), pool.totals)
+        tracing = tracing_for(config, os.environ)
+        self.lasting = Lasting(store, history, feed, downloads, pool, metrics, tracing=tracing)
         self.generation = Generation(config, parts, self.lasting, self._latest)
         self.followers: list[Callable[[Config], None]] = []
         self._ending: dict[Generation, asyncio.Task[None]] = {}
@@ -67,9 +73,10 @@ class App:
 
     async def start(self) -> None:
         """Open the store, clear away what an earlier run left behind, and start the generation."""
-        if self.proxy.config.state_dir is not None or "STATE_DIRECTORY" in os.environ:
-            await self.lasting.store.open()
+        if self.proxy.config.state_dir is not None or "STATE_DIRECTORY" in os.environ or self.lasting.store.is_remote:
+            self.lasting.store.begin(lambda sql: None)
         await self.lasting.pool.start()
+        self.lasting.metrics.lag.watch()
         self.generation.dispatcher.hosts.learn_own()
         await self.generation.start()
         await self.generation.plugins.start()
@@ -99,6 +106,8 @@ class App:
             follow(config)
         try:
             await generation.start()
+        except Exception:  # of a backend that a module adds
+            logger.exception("not all of the new configuration could be started")
         finally:
             task = asyncio.get_running_loop().create_task(self._end(before), name="end of a configuration")
             self._ending[before] = task
@@ -121,7 +130,10 @@ class App:
         for generation in (*before, self.generation):
             await generation.close()
         self.lasting.store.close()
+        self.lasting.metrics.lag.stop()
         await self.stop_models()
+        if self.lasting.tracing is not None:
+            await self.lasting.tracing.close()
 
     async def stop_models(self) -> None:
         """Cancel all downloads, stop all processes and close the connections to servers; may be called repeatedly."""

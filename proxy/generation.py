@@ -16,12 +16,13 @@ from llama_smart_proxy.proxy.access.policy import Access
 from llama_smart_proxy.proxy.api.conversations import Conversations
 from llama_smart_proxy.proxy.api.dispatcher import Dispatcher
 from llama_smart_proxy.proxy.api.endpoints import EndpointHandler
-from llama_smart_proxy.proxy.api.recent import Recent
 from llama_smart_proxy.proxy.api.reloads import Reloads
 from llama_smart_proxy.proxy.api.routes import ROUTES
 from llama_smart_proxy.proxy.api.state import Proxy
+from llama_smart_proxy.proxy.chat import Observer
 from llama_smart_proxy.proxy.config import Config
 from llama_smart_proxy.proxy.http.running import Running
+from llama_smart_proxy.proxy.metrics import Metrics
 from llama_smart_proxy.proxy.middleware.afterwards import Afterwards
 from llama_smart_proxy.proxy.middleware.chain import Chain
 from llama_smart_proxy.proxy.middleware.chats import Chats
@@ -29,8 +30,9 @@ from llama_smart_proxy.proxy.middleware.plugins import Plugins
 from llama_smart_proxy.proxy.models.inspection import Inspection
 from llama_smart_proxy.proxy.models.router import Router
 from llama_smart_proxy.proxy.registry import Registry
-from llama_smart_proxy.proxy.store import Store
+from llama_smart_proxy.proxy.store import History, Store
 from llama_smart_proxy.proxy.stream.waiting import Waits
+from llama_smart_proxy.proxy.tracing import Tracing
 
 LISTED_S = 3.0
 """Longest wait in seconds for new servers and folders to be listed before a new configuration applies."""
@@ -41,16 +43,24 @@ class Lasting:
     """What lives as long as the process, and is the same for all its generations."""
 
     store: Store
+    history: History
     feed: Feed
     downloads: Downloads
     pool: Pool
+    metrics: Metrics
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     conversations: Conversations = field(default_factory=Conversations)
     running: Running = field(default_factory=Running)
     chats: Chats = field(default_factory=Chats)
     reloads: Reloads = field(default_factory=Reloads)
     counters: Counters = field(default_factory=Counters)
-    recent: Recent = field(default_factory=Recent)
+    tracing: Tracing | None = None
+
+    @property
+    def observers(self) -> list[Observer]:
+        """Those of all requests."""
+        traced = [self.tracing.observe] if self.tracing is not None else []
+        return [self.history.observe, self.metrics.observe, *traced]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +111,12 @@ class Generation:
             lasting.conversations,
             lasting.reloads,
             lasting.running,
+            lasting.history,
             latest,
             Access(config.server),
-            lasting.recent,
+            lasting.metrics,
         )
-        observers = [*parts.registry.observers, lasting.recent.observe]
-        self.dispatcher = Dispatcher(self.proxy, observers, lasting.counters)
+        self.dispatcher = Dispatcher(self.proxy, [*parts.registry.observers, *lasting.observers], lasting.counters)
         for method, path, handler, scope, pages in ROUTES:
             self.dispatcher.add([method], path, handler, scope, pages=pages)
         for path, endpoint in parts.registry.endpoints.items():
@@ -126,6 +136,7 @@ class Generation:
 
     async def start(self) -> None:
         """Start loading models that are to be loaded, and listing the models of servers."""
+        self.proxy.history.configure(most=self.config.history.requests, days=self.config.history.days)
         await self.router.start()
 
     async def ended(self) -> None:

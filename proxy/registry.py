@@ -20,7 +20,7 @@ from llama_smart_proxy.proxy.api.endpoints import ENDPOINTS, Endpoint
 from llama_smart_proxy.proxy.chat import Observer
 from llama_smart_proxy.proxy.config import Config
 from llama_smart_proxy.proxy.errors import ConfigError
-from llama_smart_proxy.proxy.log import access_line
+from llama_smart_proxy.proxy.log import access
 
 
 @dataclass(slots=True)
@@ -30,7 +30,7 @@ class Registry:
 
     providers: list[type[Provider]] = field(default_factory=lambda: [LlamaCpp, Commands, Remotes, Ollama])
     endpoints: dict[str, Endpoint] = field(default_factory=lambda: dict(ENDPOINTS))
-    observers: list[Observer] = field(default_factory=lambda: [access_line])
+    observers: list[Observer] = field(default_factory=lambda: [access.line])
     modules: dict[Path, tuple[bytes, ModuleType]] = field(default_factory=dict)
     """The modules by their files, with the files' contents."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,16 +17,24 @@ from llama_smart_proxy.backends.threads import run_in_thread
 from llama_smart_proxy.proxy.access.peers import exposure
 from llama_smart_proxy.proxy.api.reloads import Outcome
 from llama_smart_proxy.proxy.app import App
-from llama_smart_proxy.proxy.config import Config, load_config
+from llama_smart_proxy.proxy.config import Config, Section, load_config
+from llama_smart_proxy.proxy.config.secrets import secrets_of
 from llama_smart_proxy.proxy.errors import ConfigError
+from llama_smart_proxy.proxy.log import hide
 from llama_smart_proxy.proxy.systemd import Supervisor
 
 logger = logging.getLogger(__name__)
 
 LOOK_S = 0.5
 """Interval in seconds in which files are looked at for changes: network and bind mounts report none."""
-FIXED = ("server.host", "server.port", "state_dir", "log_level")
+FIXED = tuple(
+    ["server.host", "server.port", "state_dir", "store", "log_level", "log_format", "log_content", "telemetry.otlp"]
+)
 """The settings that apply when the proxy starts, and not when it reads its configuration again."""
+
+LISTED = ("models", "remotes", "agents")
+"""The settings whose items are reported one by one."""
+SHUTTING_DOWN = "the proxy is shutting down"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +57,7 @@ class Source:
         config = load_config(self.path, env=os.environ, overrides=self.overrides)
         if missing := [problem for problem in machine_problems(config) if problem.fatal]:
             raise ConfigError([f"{self.name}: {problem}" for problem in missing])
+        hide(secrets_of(config, os.environ))
         return config
 
     def is_empty(self) -> bool:
@@ -111,7 +120,7 @@ class Reloader:
         async with self._lock:
             self._next = None  # what changes from here on may have been read already
             if self._app.proxy.draining.is_set():
-                return Outcome(["the proxy is shutting down"])
+                return Outcome([SHUTTING_DOWN])
             logger.info("reloading the configuration: %s", cause)
             self._supervisor.reloading()
             try:
@@ -128,6 +137,9 @@ class Reloader:
         try:
             config = await run_in_thread(self._read)
             generation = await self._app.prepared(config)
+            if self._app.proxy.draining.is_set():
+                await generation.close()
+                return Outcome([SHUTTING_DOWN])
         except ConfigError as exc:
             return _refused([self._placed(line) for line in exc.problems])
         except Exception as exc:  # of a backend that a module adds, or of the system
@@ -189,7 +201,20 @@ def _changes(before: Config, after: Config) -> dict[str, list[str]]:
         changes[f"{what}_added"] = [name for name in new if name not in old]
         changes[f"{what}_removed"] = [name for name in old if name not in new]
         changes[f"{what}_changed"] = [name for name in new if name in old and old[name] != new[name]]
+    changes["settings_changed"] = list(_settings(before, after))
     return changes
+
+
+def _settings(before: Section, after: Section, path: str = "") -> Iterator[str]:
+    """The paths of all other settings that differ."""
+    for name in type(after).model_fields:
+        old, new = getattr(before, name), getattr(after, name)
+        if name in LISTED or old == new:
+            continue
+        if isinstance(old, Section) and isinstance(new, Section):
+            yield from _settings(old, new, f"{path}{name}.")
+        else:
+            yield f"{path}{name}"
 
 
 def _summary(changes: Mapping[str, list[str]]) -> str:

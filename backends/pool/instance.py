@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -85,7 +85,8 @@ class Instance:
         self._on_change = on_change
         self._on_share = on_share
         self._key = new_key()
-        self.log = LogRing(self._blanked)
+        self._env: dict[str, str] = {}
+        self.log = LogRing(partial(_blanked, self._env, self._key))  # which outlives the instance, and does not keep it
         self._command: Command | None = None
         self._child: Child | None = None
         self._reader: Callable[[bytes], bytes] | None = None
@@ -145,9 +146,6 @@ class Instance:
     def log_tail(self, lines: int = 200) -> list[str]:
         """The last lines the process printed, secrets blanked."""
         return self.log.tail(lines)
-
-    def _blanked(self, text: str) -> str:
-        return without_secrets(text, self._command.env if self._command is not None else {}, self._key)
 
     # -- its life --------------------------------------------------------------------------------------------------
 
@@ -267,6 +265,7 @@ class Instance:
         self._command = command_for(Endpoint(self._host, self.port), self._key)
         self._reader = self.model.launcher.reader(self._set_share)
         command = self._command
+        self._env.update(command.env)
         self._child = spawn(
             command.argv, command.env, self._printed, self._exited, command.farewell, confined=command.confined
         )
@@ -390,3 +389,7 @@ class Instance:
         more = "; /health shows the end of its log" if lines else ", and printed nothing"
         message = f"Model '{self.name}' {what}{f': {cause}' if cause else ''}{more}."
         return StartFailed(message, log=lines[-QUOTED_LINES:], **fields)
+
+
+def _blanked(env: Mapping[str, str], key: str, text: str) -> str:
+    return without_secrets(text, env, key)

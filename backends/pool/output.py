@@ -22,6 +22,8 @@ class Output:
 
     def renew(self, ring: LogRing) -> None:
         """A process starts, whose output `ring` keeps."""
+        if self._ring is not None:
+            self._ring.on_lines = None
         ring.on_lines = self._wake
         self._ring = ring
         self._wake()

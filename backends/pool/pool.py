@@ -26,7 +26,7 @@ from llama_smart_proxy.backends.pool.queue import Lease, ModelQueue
 from llama_smart_proxy.backends.pool.readiness import read_within
 from llama_smart_proxy.backends.pool.scheduler import Scheduler
 from llama_smart_proxy.backends.pool.sockets import SocketFolder, remove_stale
-from llama_smart_proxy.backends.pool.waited import Arrival
+from llama_smart_proxy.backends.pool.waited import journaled
 from llama_smart_proxy.backends.pool.waits import Wait
 from llama_smart_proxy.backends.progress import described
 from llama_smart_proxy.backends.threads import begin_in_thread, log_failure, run_in_thread
@@ -121,20 +121,17 @@ class Pool:
 
     async def _wait(self, queue: ModelQueue, request: UpstreamRequest) -> Lease:
         """Wait in the queue; return with the lease taken."""
-        journal = request.journal
-        arrival = Arrival.of(queue, self._scheduler.places, request) if journal is not None else None
-        waiter = self._scheduler.enqueue(queue, request)
-        try:
-            with described(request.progress, lambda: Wait(waiter, queue, self._scheduler, self.times)):
-                return await waiter.future
-        except asyncio.CancelledError:
-            if waiter.granted:  # in the very moment it was cancelled
-                self._scheduler.release(waiter.future.result())
-            raise
-        finally:
-            if journal is not None and arrival is not None:
-                arrival.note(journal, queue)
-            self._scheduler.leave(queue, waiter)
+        with journaled(queue, self._scheduler.places, request):
+            waiter = self._scheduler.enqueue(queue, request)
+            try:
+                with described(request.progress, lambda: Wait(waiter, queue, self._scheduler, self.times)):
+                    return await waiter.future
+            except asyncio.CancelledError:
+                if waiter.granted:  # in the very moment it was cancelled
+                    self._scheduler.release(waiter.future.result())
+                raise
+            finally:
+                self._scheduler.leave(queue, waiter)
 
     def retire(self, lease: Lease, reason: str) -> None:
         """The server of `lease` accepts no connections any more: it gets no further requests, and is replaced once the
@@ -244,6 +241,10 @@ class Pool:
             for queue, download in entries
             if queue.place is not None or queue.length or queue.error is not None or download is not None
         ]
+
+    def totals(self) -> list[dict[str, object]]:
+        """As `status.totals`, for all models."""
+        return status.totals(self._scheduler.queues.values())
 
     def _describe(self, queue: ModelQueue, download: Download | None) -> dict[str, object]:
         entry = status.described(queue)

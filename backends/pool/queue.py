@@ -60,7 +60,9 @@ class ModelQueue:
     load_began_s: float = -math.inf  # its last start, in seconds of `time.monotonic()`
     load_ended_s: float = -math.inf  # infinity while it lasts
     crashed: bool = False
+    starts: int = 0
     restarts: int = 0
+    evictions: int = 0
     removed: bool = False  # from the configuration: it serves those that have come before, and is not kept
 
     @property

@@ -289,6 +289,7 @@ class Scheduler:
                     promised += len(victims)
                     for victim in victims:
                         victim.queue.evicted_at = now
+                        victim.queue.evictions += 1
                         note_eviction(queue, victim, now)
                         victim.stop(f"making room for {queue.name}")
                 case Never():
@@ -304,6 +305,7 @@ class Scheduler:
     def _start(self, queue: ModelQueue) -> None:
         instance = Instance(queue.model, self.config, self._ports, self._changed, self._news.share)
         queue.place = Place(queue, instance)
+        queue.starts += 1
         queue.restarts += queue.crashed
         queue.crashed = False
         self.places.append(queue.place)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections.abc import Iterable
 
 import psutil
 
@@ -42,6 +43,15 @@ def described(queue: ModelQueue) -> dict[str, object]:
         "rss_bytes": _rss_bytes(instance.pid),
         "ready_s": round(instance.load_s, 3) if instance.load_s is not None else None,
     }
+
+
+def totals(queues: Iterable[ModelQueue]) -> list[dict[str, object]]:
+    """How often processes were started, started anew after a crash, and evicted, for each model that had one."""
+    return [
+        {"model": queue.name, "starts": queue.starts, "restarts": queue.restarts, "evictions": queue.evictions}
+        for queue in queues
+        if queue.starts
+    ]
 
 
 def _rss_bytes(pid: int) -> int | None:

@@ -6,27 +6,28 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Self
 
 from llama_smart_proxy.backends.base import UpstreamRequest
-from llama_smart_proxy.backends.journal import Journal, StepKind, note_now
+from llama_smart_proxy.backends.journal import Journal, StepKind, note_now, waiting
 from llama_smart_proxy.backends.pool.instance import State
 from llama_smart_proxy.backends.pool.queue import ModelQueue, Place
 
 MOST_NAMED = 10
 """Most requests that one step names."""
-SHORTEST_S = 0.001
+SHORTEST_S = 0.005
 """What took less was no wait."""
 
 
 @dataclass(frozen=True, slots=True)
-class Arrival:
+class _Wait:
     """How things were when a request began to wait: how many requests were before it, the ids of the first of them as
     far as they have any, and which models had the places of the pool if its own had none."""
 
-    model: str
+    queue: ModelQueue
     began_s: float
     ahead: int
     behind: Sequence[str]
@@ -34,29 +35,28 @@ class Arrival:
 
     @classmethod
     def of(cls, queue: ModelQueue, places: Sequence[Place], request: UpstreamRequest) -> Self:
-        """To be called before the request is added to `queue`."""
         waiters = queue.waiters(request)
         people = queue.slot_waiters if waiters is queue.later_waiters else {}
         before = (waiter.request for waiter in chain(people, waiters))
         occupied = places if queue.cold else [place for place in places if place.queue is queue]
         ids = filter(None, map(_id_of, chain(_served(occupied), before)))
         others = [place.queue.name for place in places] if queue.cold else []
-        return cls(queue.name, time.monotonic(), len(people) + len(waiters), [*islice(ids, MOST_NAMED)], others)
+        return cls(queue, time.monotonic(), len(people) + len(waiters), [*islice(ids, MOST_NAMED)], others)
 
-    def note(self, journal: Journal, queue: ModelQueue) -> None:
-        """Note the wait, which ends now: the start of the model's server as far as the request waited for it, and the
-        queue before and after that."""
+    def note(self, journal: Journal) -> None:
+        """Note the wait up to now: the start of the model's server as far as the request waited for it, and the queue
+        before and after that."""
         now = time.monotonic()
-        begins_s, ends_s = _load(queue, self.began_s, now)
-        self._note_queue(journal, self.began_s, begins_s)
+        begins_s, ends_s = _load(self.queue, self.began_s, now)
+        self._note_queue(journal, self.began_s, begins_s, self.places)
         if ends_s - begins_s >= SHORTEST_S:
-            journal.note(StepKind.LOAD, begins_s, ends_s, model=self.model)
-        self._note_queue(journal, ends_s, now)
+            journal.note(StepKind.LOAD, begins_s, ends_s, model=self.queue.name)
+        self._note_queue(journal, ends_s, now, [])  # it had a place by then
 
-    def _note_queue(self, journal: Journal, began_s: float, ended_s: float) -> None:
+    def _note_queue(self, journal: Journal, began_s: float, ended_s: float, places: Sequence[str]) -> None:
         if ended_s - began_s >= SHORTEST_S:
-            detail = {"ahead": self.ahead, "behind": self.behind, "places": self.places}
-            journal.note(StepKind.QUEUE, began_s, ended_s, model=self.model, **detail)
+            detail = {"ahead": self.ahead, "behind": self.behind, "places": places}
+            journal.note(StepKind.QUEUE, began_s, ended_s, model=self.queue.name, **detail)
 
 
 def note_load_begin(queue: ModelQueue) -> None:
@@ -67,6 +67,13 @@ def note_load_begin(queue: ModelQueue) -> None:
 def note_load_end(queue: ModelQueue) -> None:
     """That start has ended, if it had not yet."""
     queue.load_ended_s = min(queue.load_ended_s, time.monotonic())
+
+
+def journaled(queue: ModelQueue, places: Sequence[Place], request: UpstreamRequest) -> AbstractContextManager[None]:
+    """Within the context `request` waits in `queue`, to which it is about to be added. Its journal, if it has one, gets
+    what it waited for."""
+    journal = request.journal
+    return waiting(journal, _Wait.of(queue, places, request).note) if journal is not None else nullcontext()
 
 
 def note_eviction(queue: ModelQueue, victim: Place, now: float) -> None:

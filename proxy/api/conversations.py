@@ -98,4 +98,4 @@ class Conversations:
             async with model.open(request):
                 pass
         except ProxyError as exc:
-            logger.info("%s: no stream for a client that has left: %s", model.name, exc.message.partition("\n")[0])
+            logger.info("%s: no stream for a client that has left: %s", model.name, exc)

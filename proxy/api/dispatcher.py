@@ -20,7 +20,7 @@ from llama_smart_proxy.proxy.access.limits import Counters, Limits, Visit
 from llama_smart_proxy.proxy.access.policy import CHALLENGE
 from llama_smart_proxy.proxy.api.state import PROXY, Proxy
 from llama_smart_proxy.proxy.chat import Observer, RequestRecord
-from llama_smart_proxy.proxy.dialects import OPENAI, Dialect, dialect_of
+from llama_smart_proxy.proxy.dialects import OPENAI, Dialect, dialect_of, dialect_of_client
 from llama_smart_proxy.proxy.errors import AccessDenied, BadRequest, Overloaded, ProxyError, let_go
 from llama_smart_proxy.proxy.http.coding import ACCEPTED
 from llama_smart_proxy.proxy.http.headers import EXTRA, PARAMS, RECORD, named_in, own_headers, request_id_of, shown_path
@@ -138,6 +138,7 @@ class Dispatcher:
     async def _answer(self, http: web.BaseRequest) -> web.StreamResponse:
         resource = self._find(http.path, http)
         dialect = resource.dialect if resource is not None else dialect_of(http.path)
+        dialect = dialect_of_client(dialect, http.path, http.headers)
         http[RECORD].api = dialect.name
         http[EXTRA] = named_in(http, dialect.id_headers)
         try:
@@ -150,7 +151,7 @@ class Dispatcher:
                 _check_loop(http)
             if "Origin" in http.headers or "Sec-Fetch-Site" in http.headers:
                 self._origins.check(http, _pages(http, resource))
-            response = await self._handler(http, resource)(http)
+            response = await self._handler(http, resource, dialect)(http)
             if not response.prepared and isinstance(response, web.Response):
                 response.headers.extend(own_headers(http))
             return response
@@ -160,7 +161,7 @@ class Dispatcher:
             finally:
                 let_go(exc)
 
-    def _handler(self, http: web.BaseRequest, resource: Resource | None) -> Handler:
+    def _handler(self, http: web.BaseRequest, resource: Resource | None, dialect: Dialect) -> Handler:
         """What answers `http`, whose client may use it. Raises: Overloaded while shutting down; BadRequest 404;
         HTTPMethodNotAllowed; AccessDenied; Overloaded 429 for a key at its limit."""
         if is_preflight(http):
@@ -176,7 +177,7 @@ class Dispatcher:
         http[PROXY] = self._seen_by[grant]
         http[RECORD].client = grant.client
         if grant.limits is not None:
-            self._enter(http, grant.client, grant.limits, resource.dialect)
+            self._enter(http, grant.client, grant.limits, dialect)
         return handler
 
     def _enter(self, http: web.BaseRequest, client: str, limits: Limits, dialect: Dialect) -> None:
@@ -245,6 +246,7 @@ def _failed(http: web.BaseRequest, exc: BaseException, dialect: Dialect) -> web.
         raise exc
     allow = exc.headers.get("Allow", "") if isinstance(exc, web.HTTPException) else ""
     exc = reported(http, exc)
+    http[RECORD].error = exc.code
     response = web.Response(status=exc.status, body=dialect.error_body(exc), content_type="application/json")
     response.headers.extend(own_headers(http))
     if exc.retry_after_s is not None:

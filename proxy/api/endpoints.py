@@ -47,7 +47,10 @@ from llama_smart_proxy.proxy.dialects.embeddings import (
 from llama_smart_proxy.proxy.errors import AccessDenied, BadRequest, Cancelled, ModelNotFound, let_go
 from llama_smart_proxy.proxy.http.body import Body, Reusable, offload, read_body
 from llama_smart_proxy.proxy.http.headers import PARAMS, RECORD
+from llama_smart_proxy.proxy.http.response import WholeResponse
 from llama_smart_proxy.proxy.http.scopes import Scope
+from llama_smart_proxy.proxy.log import access
+from llama_smart_proxy.proxy.log.content import Exchange
 from llama_smart_proxy.proxy.models.router import Route
 from llama_smart_proxy.proxy.stream.embeddings import embed
 from llama_smart_proxy.proxy.stream.waiting import Wait
@@ -146,7 +149,10 @@ class EndpointHandler:
         """Answer `http`. No reference to its parsed body is kept while an answer is relayed, which may take minutes."""
         wait = Wait(http[PROXY].waits, http, self._endpoint.dialect, self._endpoint.codec)
         try:
-            return await self._handle(http, wait)
+            response = await self._handle(http, wait)
+            if (exchange := http[RECORD].exchange) is not None and isinstance(response, WholeResponse | web.Response):
+                exchange.add(response.body if isinstance(response.body, bytes) else None)
+            return response
         except Exception as exc:
             if isinstance(exc, ConnectionError) or not wait.response.opened:
                 raise
@@ -163,6 +169,9 @@ class EndpointHandler:
             return await wait.fail(cancelled)
         finally:
             wait.end()
+            if (exchange := http[RECORD].exchange) is not None:
+                exchange.log(http[RECORD].request_id)
+                http[RECORD].exchange = None
 
     async def _handle(self, http: web.BaseRequest, wait: Wait) -> web.StreamResponse:
         endpoint, proxy = self._endpoint, http[PROXY]
@@ -173,6 +182,8 @@ class EndpointHandler:
         try:
             bind = partial(_bound, endpoint.dialect, http.get(PARAMS) or {})
             body = await offload(http, bind, body) if endpoint.dialect.binds_slowly(body) else bind(body)
+            if access.with_content and endpoint.slot:
+                http[RECORD].exchange = Exchange(body)
             unloads = self._unloads(body)
             if not proxy.grant.keep_alive:
                 _leave_out_keep_alive(body, unloads=unloads)
@@ -207,6 +218,9 @@ class EndpointHandler:
         except ModelNotFound as exc:
             raise endpoint.dialect.not_found(named, exc) from None
         http[RECORD].routed(route.model.name, route.model.kind)
+        http[RECORD].slot = endpoint.slot
+        if "Traceparent" in http.headers:
+            http[RECORD].traceparent = http.headers["Traceparent"]
         if "autoload=" in http.raw_path:
             await apply_autoload(http, route.model)
         return route

@@ -67,7 +67,7 @@ def _optional(finalizer: Finalizer) -> Finalizer:
         try:
             return await finalizer(answer, server)
         except ProxyError as exc:
-            logger.info("no context can be returned: %s", exc.message)
+            logger.info("no context can be returned: %s", exc)
             return {}
 
     return guarded

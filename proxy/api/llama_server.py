@@ -17,6 +17,7 @@ from aiohttp import web
 from llama_smart_proxy.backends.base import Feature, Model, UpstreamRequest
 from llama_smart_proxy.proxy import __version__
 from llama_smart_proxy.proxy.api.chat import upstream_path
+from llama_smart_proxy.proxy.api.metrics import own_metrics
 from llama_smart_proxy.proxy.api.multipart import Form
 from llama_smart_proxy.proxy.api.state import PROXY
 from llama_smart_proxy.proxy.chat import Json
@@ -94,7 +95,7 @@ async def _pass_on(
     if data:
         headers.append(("Content-Type", content_type))
     request = UpstreamRequest(http.method, path or upstream_path(http, model.name), data, headers, slot)
-    request.client = http[PROXY].grant.client
+    request.client, request.journal = http[PROXY].grant.client, http[RECORD]
     response = ResponseWriter(http, http[PROXY].config.server.send_stall_s)
     return await relay(response, model, request, dialect)
 
@@ -142,7 +143,10 @@ async def _only_props(http: web.BaseRequest) -> Json:
 
 
 async def metrics(http: web.BaseRequest) -> web.StreamResponse:
-    """`GET /metrics?model=`: for Prometheus. Its header is documented in this spelling, which some readers require."""
+    """`GET /metrics`: for Prometheus, of the proxy, or of the server of the model in `?model=`. That one's header is
+    documented in this spelling, which some readers require."""
+    if not http.query.get("model"):
+        return await own_metrics(http)
     model = (await _resolved(http, None)).model
     headers = upstream_headers(http.headers, has_body=False, forwards=model.forwards)
     request = UpstreamRequest("GET", upstream_path(http, model.name), b"", headers, slot=False)

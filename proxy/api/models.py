@@ -8,11 +8,9 @@ from aiohttp import web
 
 from llama_smart_proxy.proxy.api.state import PROXY
 from llama_smart_proxy.proxy.chat import Json
-from llama_smart_proxy.proxy.dialects import ANTHROPIC
 from llama_smart_proxy.proxy.dialects.anthropic import models as anthropic_models
 from llama_smart_proxy.proxy.dialects.cards import Shown
-from llama_smart_proxy.proxy.errors import ProxyError
-from llama_smart_proxy.proxy.http.headers import EXTRA, PARAMS, named_in
+from llama_smart_proxy.proxy.http.headers import PARAMS
 from llama_smart_proxy.proxy.models.router import Entry
 
 LISTING_S = 0.5
@@ -30,26 +28,18 @@ async def list_models(http: web.BaseRequest) -> web.Response:
     await router.described(LISTING_S)
     items = _items(http, router.catalogue())
     if _is_anthropic(http):
-        try:
-            return _for_anthropic(http, anthropic_models.page(list(map(_anthropic_item, items)), http.query))
-        except ProxyError as exc:
-            return _for_anthropic(http, exc)
+        return web.json_response(anthropic_models.page(list(map(_anthropic_item, items)), http.query))
     return web.json_response({"object": "list", "data": items})
 
 
 async def show_model(http: web.BaseRequest) -> web.Response:
     """`GET /v1/models/{id}`; ids may contain slashes."""
     router = http[PROXY].router
-    try:
-        entry = router.entry(await router.resolve(http[PARAMS]["id"], pull=False))
-    except ProxyError as exc:
-        if _is_anthropic(http):
-            return _for_anthropic(http, exc)
-        raise
+    entry = router.entry(await router.resolve(http[PARAMS]["id"], pull=False))
     await router.described(LISTING_S)
     others = [other for other in router.catalogue() if other.id != entry.id]
     item = _items(http, [*others, entry])[-1]  # its name depends on the others
-    return _for_anthropic(http, _anthropic_item(item)) if _is_anthropic(http) else web.json_response(item)
+    return web.json_response(_anthropic_item(item) if _is_anthropic(http) else item)
 
 
 def _items(http: web.BaseRequest, entries: Sequence[Entry]) -> list[Json]:
@@ -69,11 +59,4 @@ def _anthropic_item(item: Json) -> Json:
 
 
 def _is_anthropic(http: web.BaseRequest) -> bool:
-    return anthropic_models.VERSION_HEADER in http.headers and http.path.startswith("/v1/")
-
-
-def _for_anthropic(http: web.BaseRequest, answer: Json | ProxyError) -> web.Response:
-    http[EXTRA] += named_in(http, ANTHROPIC.id_headers)
-    if isinstance(answer, ProxyError):
-        return web.Response(status=answer.status, body=ANTHROPIC.error_body(answer), content_type="application/json")
-    return web.json_response(answer)
+    return anthropic_models.lists_models(http.path, http.headers)

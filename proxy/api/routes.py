@@ -44,6 +44,8 @@ ROUTES = [
     Route("GET", "/logs/{name:.+}", control.logs, ADMIN),
     *(Route(method, "/upstream/{path:.+}", upstream, ADMIN, Pages.LOCAL) for method in METHODS),
     Route("DELETE", "/running/{id:.+}", requests.cancel_request, ADMIN),
+    Route("GET", "/admin/usage", requests.usage, ADMIN),
+    Route("GET", "/admin/requests", requests.recent, ADMIN),
     # Ollama's API, except for generation and embeddings
     Route("GET", "/", ollama_api.root, PUBLIC, Pages.ALL),
     Route("GET", "/api/version", ollama_api.version, INFERENCE, Pages.ALL),

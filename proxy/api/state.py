@@ -12,15 +12,15 @@ from llama_smart_proxy.backends.feed import Feed
 from llama_smart_proxy.proxy.access.grants import ALL, Grant
 from llama_smart_proxy.proxy.access.policy import Access
 from llama_smart_proxy.proxy.api.conversations import Conversations
-from llama_smart_proxy.proxy.api.recent import Recent
 from llama_smart_proxy.proxy.api.reloads import Reloads
 from llama_smart_proxy.proxy.config import Config
 from llama_smart_proxy.proxy.http.running import Running
+from llama_smart_proxy.proxy.metrics import Metrics
 from llama_smart_proxy.proxy.middleware.afterwards import Afterwards
 from llama_smart_proxy.proxy.middleware.chain import Chain
 from llama_smart_proxy.proxy.models.inspection import Inspection
 from llama_smart_proxy.proxy.models.router import Router
-from llama_smart_proxy.proxy.store import Store
+from llama_smart_proxy.proxy.store import History, Store
 from llama_smart_proxy.proxy.stream.waiting import Waits
 
 
@@ -73,10 +73,11 @@ class Proxy:
     conversations: Conversations
     reloads: Reloads
     running: Running
+    history: History
     latest: Callable[[], Proxy]
     """The one of the current configuration, for requests that outlive theirs."""
     access: Access
-    recent: Recent
+    metrics: Metrics
     uses: Uses = field(default_factory=Uses)
     grant: Grant = ALL
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from aiohttp import web
 
 from llama_smart_proxy.backends.journal import Step, StepKind
-from llama_smart_proxy.proxy.api.recent import KEPT
 from llama_smart_proxy.proxy.api.state import PROXY
 from llama_smart_proxy.proxy.chat import Json, RequestRecord
 from llama_smart_proxy.proxy.errors import BadRequest
-from llama_smart_proxy.proxy.http.headers import PARAMS
+from llama_smart_proxy.proxy.http.headers import PARAMS, RECORD, shown_path
 
 SHORTEST_S = 0.001
 """Seconds below which a part of a request is not mentioned."""
@@ -25,23 +25,29 @@ async def why(http: web.BaseRequest) -> web.Response:
 
     Raises: BadRequest 404.
     """
-    request_id = http[PARAMS]["id"]
-    record = http[PROXY].recent.find(request_id)
+    request_id, proxy = http[PARAMS]["id"], http[PROXY]
+    if under_way := [*proxy.running.find(request_id).values()]:
+        return web.json_response(explained(under_way[-1][RECORD], path=shown_path(under_way[-1])))
+    record = await proxy.history.find(request_id)
     if record is None:
-        message = f"no request with the id {request_id[:100]!r} is known; the last {KEPT} are"
+        message = f"no request with the id {request_id[:100]!r} is known; the last ones are (history.requests)"
         raise BadRequest(message, status=404, code="not_found")
     return web.json_response(explained(record))
 
 
-def explained(record: RequestRecord) -> Json:
-    """The answer for one request. Times are seconds; those of what has not happened are null.
+def explained(record: RequestRecord, *, path: str = "") -> Json:
+    """The answer for one request; `path` is that of one under way. Times are seconds, null for what has not happened.
 
-    `sentence` has it all for people. `outcome` is `done`, `failed`, `left` (its client) or `under way`. `times` are the
-    sums of its `steps` (`queue_s`, `load_s`, `download_s`, `agents_s`), `first_token_s` from its arrival, `prefill_s`
-    from when it was sent to the model's server to the first byte of the answer, and `decode_s` from there to the last
-    one. A `prefill_s` without a `decode_s` includes it: the answer came as a whole. Each of `steps` has its `kind`,
-    `after_s` (after the arrival; null for an agent, of which all parts are added up), `seconds`, and its details.
+    `sentence` has it all for people. `outcome` is `done`, `failed`, `left` (its client), `cancelled` or `under way`.
+    `times` are the sums of its `steps` (`queue_s`, `load_s`, `download_s`, `agents_s`), `first_token_s` from its
+    arrival, `prefill_s` from when it was sent to the model's server to the first byte of the answer, and `decode_s`
+    from there to the last one. A `prefill_s` without a `decode_s` includes it: the answer came as a whole. Each of
+    `steps` has its `kind`, `after_s` (after the arrival; null for an agent, of which all parts are added up),
+    `seconds`, and its details.
     """
+    if (note := record.pending) is not None:
+        record = replace(record, steps=[*(record.steps or ())])
+        note(record)
     ended_s = record.ended_s or time.monotonic()
     steps = sorted(record.steps or (), key=lambda step: step.began_s)
     times, tokens = _times(record, ended_s), _tokens(record)
@@ -51,7 +57,7 @@ def explained(record: RequestRecord) -> Json:
         "outcome": _outcome(record),
         "status": record.status or None,
         "method": record.method,
-        "path": record.path,
+        "path": record.path or path,
         "api": record.api,
         "client": record.client,
         "model": record.model if record.resolved_s else None,
@@ -69,6 +75,8 @@ def explained(record: RequestRecord) -> Json:
 def _outcome(record: RequestRecord) -> str:
     if not record.ended_s:
         return "under way"
+    if record.cancelled:
+        return "cancelled"
     if record.status == 499:
         return "left"
     return "failed" if record.status >= 400 else "done"
@@ -111,7 +119,7 @@ def _step(step: Step, arrived_s: float) -> Json:
 def _sentence(entry: Json, steps: list[Step]) -> str:
     model = f" for {entry['model']}" if entry["model"] else ""
     took = "has taken" if entry["outcome"] == "under way" else "took"
-    head = f"{entry['method']} {entry['path'] or '(its path is not known yet)'}{model} {took} {_s(entry['total_s'])}"
+    head = f"{entry['method']} {entry['path']}{model} {took} {_s(entry['total_s'])}"
     parts = [*(text for step in steps if (text := _described(step))), *_answer(entry)]
     whole = f"{head}: {'; '.join(parts)}." if parts else f"{head}, and waited for nothing."
     return whole + _end(entry)
@@ -160,13 +168,15 @@ def _answer(entry: Json) -> Iterator[str]:
 def _counted(count: object, what: str, cached: object = None) -> str:
     if count is None:
         return ""
-    return f", {count} tokens {what}" + (f", {cached} of them cached" if cached else "")
+    return f", {count} token{'' if count == 1 else 's'} {what}" + (f", {cached} of them cached" if cached else "")
 
 
 def _end(entry: Json) -> str:
     match entry["outcome"]:
         case "left":
             return " Its client left before the end."
+        case "cancelled":
+            return " It was cancelled."
         case "failed":
             return f" It failed with status {entry['status']}."
         case "under way":

@@ -6,11 +6,14 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llama_smart_proxy.backends.journal import Step, StepKind
+from llama_smart_proxy.backends.journal import Journal, Step, StepKind
 from llama_smart_proxy.proxy.chat.extensions import Json
 from llama_smart_proxy.proxy.errors import Cancelled
+
+if TYPE_CHECKING:
+    from llama_smart_proxy.proxy.log.content import Exchange
 
 
 @dataclass(slots=True)
@@ -31,10 +34,11 @@ class RequestRecord(Timing):
 
     `request_id` is in the header `X-Request-Id`. `api` is the name of the client's dialect, `client` that of its API
     key, empty without one. `model` is the name of the resolved model, `backend` what runs it, `agents` those that took
-    part. `resolved_s`: the model was found; `sent_s`: the request was sent to its server, possibly after a wait for the
-    queue or the load; `first_byte_s` and `last_byte_s`: of the answer. `answered` is the status of a response of which
-    only the end mark is still unsent (many clients disconnect before it), `status` the final status: 499 if the client
-    disconnected before its answer was complete.
+    part. `slot`: its endpoint generates, or embeds. `resolved_s`: the model was found; `sent_s`: the request was sent
+    to its server, possibly after a wait for the queue or the load; `first_byte_s` and `last_byte_s`: of the answer.
+    `answered` is the status of a response of which only the end mark is still unsent (many clients disconnect before
+    it), `status` the final status: 499 if the client disconnected before its answer was complete. `error` is the code
+    of the error that the client got, in place of an answer or at its end.
     """
 
     request_id: str = ""
@@ -44,6 +48,7 @@ class RequestRecord(Timing):
     client: str = ""
     model: str = "-"
     backend: str = ""
+    slot: bool = False
     agents: Sequence[str] = ()
     resolved_s: float = 0.0
     first_byte_s: float = 0.0
@@ -51,16 +56,23 @@ class RequestRecord(Timing):
     ended_s: float = 0.0
     answered: int = 0
     status: int = 0
+    error: str = ""
     count_usage: Callable[[], Json | None] | None = None
     """Parses the counts from the last frames of a relayed answer; called only when `usage` is read, as parsing costs
     time."""
     counted: Json | None = None
+    traceparent: str = ""
+    """The client's header of that name (W3C Trace Context)."""
+    exchange: Exchange | None = None
+    """What is in the log of it with `log_content`."""
     side_tokens: int = 0
     """Tokens that models have generated for its agents."""
     cancelled: bool = False
     """Whether it was cancelled by `DELETE /running/{id}`."""
     steps: list[Step] | None = None
     """What it waited for; None if it did not wait. Written by `note`."""
+    pending: Callable[[Journal], None] | None = None
+    """As of `backends.journal.Journal`."""
 
     def note(self, kind: StepKind, began_s: float, ended_s: float, **detail: Any) -> None:
         """Add one step, as `backends.journal.Journal`."""
@@ -90,8 +102,9 @@ class RequestRecord(Timing):
     @property
     def usage(self) -> Json | None:
         """The token counts of the model's server, in OpenAI's shape; None if it sent none."""
-        if self.counted is None and self.count_usage is not None:
-            self.counted, self.count_usage = self.count_usage(), None
+        count = self.count_usage  # several threads may read this
+        if self.counted is None and count is not None:
+            self.counted, self.count_usage = count(), None
         return self.counted
 
 

@@ -13,7 +13,10 @@ from llama_smart_proxy.proxy.chat import Json
 from llama_smart_proxy.proxy.cli import remote
 from llama_smart_proxy.proxy.cli.remote import Remote, RemoteError, at
 from llama_smart_proxy.proxy.cli.tables import NONE, duration, print_json, print_table, size
+from llama_smart_proxy.proxy.cli.usage import usage_command
 
+MODEL_HEADS = ("NAME", "STATE", "SLOTS", "QUEUE", "MEM", "CONTEXT", "LOADED", "IDLE", "EXPIRES", "BACKEND")
+REQUEST_HEADS = ("REQUEST", "KEY", "MODEL", "STATE", "FOR", "PATH")
 STATE_COLOURS = {
     "ready": "green",
     "failed": "red",
@@ -35,16 +38,23 @@ def _ps(proxy: Remote, args: argparse.Namespace) -> int:
     if args.json:
         print_json(answer)
         return 0
-    models = answer["running"]
+    models, requests = answer["running"], answer["requests"]
     if not models:
         print("no model is loaded")
-        return 0
-    heads = ["NAME", "STATE", "SLOTS", "QUEUE", "MEM", "CONTEXT", "LOADED", "IDLE", "EXPIRES", "BACKEND"]
-    print_table(heads, [*map(_row, models)], colours=STATE_COLOURS, right="SLOTS QUEUE MEM CONTEXT")
+    else:
+        print_table(MODEL_HEADS, [*map(_row, models)], colours=STATE_COLOURS, right="SLOTS QUEUE MEM CONTEXT")
     for model in models:
         if "error" in model:
             print(f"{model['model']}: {model['error']}")
+    if requests:
+        print()
+        print_table(REQUEST_HEADS, [*map(_request_row, requests)], right="FOR")
     return 0
+
+
+def _request_row(request: Json) -> list[str]:
+    names = ("id", "key", "model", "state")
+    return [*(request[name] or NONE for name in names), duration(request["seconds"]), request["path"]]
 
 
 def _row(model: Json) -> list[str]:
@@ -108,8 +118,9 @@ def _events(proxy: Remote, args: argparse.Namespace) -> int:
             if args.json:
                 print(json.dumps({"event": kind, **data}, ensure_ascii=False), flush=True)
             else:
-                details = " ".join(f"{name}={_shown(value)}" for name, value in data.items() if name != "name")
-                print(f"{time.strftime('%H:%M:%S')}  {kind:9}  {data.get('name', '')}  {details}", flush=True)
+                name = data.pop("name", "")
+                details = " ".join(f"{key}={_shown(value)}" for key, value in data.items() if value is not None)
+                print(f"{time.strftime('%H:%M:%S')}  {kind:9}  {name}  {details}", flush=True)
     return 0
 
 
@@ -126,11 +137,12 @@ def _why(proxy: Remote, args: argparse.Namespace) -> int:
     rows = [
         [step["kind"], duration(step["after_s"]), duration(step["seconds"]), *_about(step)] for step in answer["steps"]
     ]
-    rows += [
-        [name, NONE, duration(answer["times"][f"{name}_s"]), ""]
-        for name in ("prefill", "decode")
-        if answer["times"][f"{name}_s"] is not None
-    ]
+    times = answer["times"]
+    first_s, prefill_s, decode_s = times["first_token_s"], times["prefill_s"], times["decode_s"]
+    if prefill_s is not None:
+        rows.append(["prefill", duration(first_s and first_s - prefill_s), duration(prefill_s), ""])
+    if decode_s is not None:
+        rows.append(["decode", duration(first_s), duration(decode_s), ""])
     if rows:
         print()
         print_table(["STEP", "AFTER", "TOOK", "ABOUT"], rows, right="AFTER TOOK")
@@ -161,11 +173,12 @@ def _reload(proxy: Remote, args: argparse.Namespace) -> int:
     changes = {name: names for name, names in answer.items() if isinstance(names, list) and names}
     print(f"reloaded{'' if changes else ': nothing has changed'}")
     for name, names in changes.items():
-        print(f"  {name.replace('_', ' ')}: {', '.join(map(str, names))}")
+        print(f"{name.replace('_', ' ')}: {', '.join(map(str, names))}")
     return 0
 
 
 ACTIONS: dict[str, Callable[[Remote, argparse.Namespace], int]] = {
+    "usage": usage_command,
     "ps": _ps,
     "load": _load,
     "unload": _unload,

@@ -127,10 +127,11 @@ def _serve(args: argparse.Namespace, path: Path | None) -> NoReturn:
     from llama_smart_proxy.proxy.reload import Source
 
     flags = {"server.host": args.host, "server.port": args.port, "log_level": args.log_level}
+    flags["log_format"] = args.log_format
     overrides = {name: value for name, value in flags.items() if value is not None}
     source = Source(path, overrides)
     config = source.read()
-    log.configure(config.log_level)
+    log.configure(config.log_level, config.log_format, with_content=config.log_content)
     _log_source(path)
     for warning in config.warnings:
         logger.warning("%s", warning)

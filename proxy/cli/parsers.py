@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from llama_smart_proxy.proxy import __version__
-from llama_smart_proxy.proxy.log import LEVELS
+from llama_smart_proxy.proxy.log import FORMATS, LEVELS
 
 CONFIG_FILES = ("config.yaml", "config.yml", "config.json")
 """Names of a configuration in the current folder, the first that exists; the last is that of the earlier projects."""
@@ -20,7 +20,8 @@ COMMANDS = {
     "any other name, such as qwen3:0.6b, through the Ollama server of the configuration.",
     "simulate": "Start the proxy on a free port, send a chat, a stream, an embedding and a model swap to the "
     "configured models, and print what passed.",
-    "ps": "List the models of the running proxy that are loaded, loading, waited for, or have failed.",
+    "ps": "List the models of the running proxy that are loaded, loading, waited for, or have failed, and the requests "
+    "under way.",
     "load": "Load a model, and wait until it is loaded.",
     "unload": "Unload a model, once its answers are complete; or cancel its download.",
     "logs": "Print the last lines that a model's server has printed.",
@@ -28,9 +29,10 @@ COMMANDS = {
     "events": "Print what happens to models, queues and downloads, until Ctrl-C.",
     "reload": "Let the running proxy read its configuration again. An invalid one changes nothing; exit status 1.",
     "key": "Make an API key: `key new` prints it once, and what the configuration gets of it.",
+    "usage": "Print how many requests, errors and tokens there were, by API key, model and day.",
     "help": "Describe the program, or one command.",
 }
-REMOTE = ("ps", "load", "unload", "logs", "why", "events", "reload")
+REMOTE = ("ps", "load", "unload", "logs", "why", "events", "reload", "usage")
 """The commands that ask or change the running proxy."""
 STATUSES = (
     "Exit status: 0 done, 1 refused or failed, 2 wrong command line or configuration, 3 no proxy is running there, "
@@ -52,6 +54,7 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     serve.add_argument("--host", help="address to listen on")
     serve.add_argument("--port", type=int, help="port to listen on; 0 picks a free one")
     serve.add_argument("--log-level", choices=LEVELS, help="least severe messages to log")
+    serve.add_argument("--log-format", choices=FORMATS, help="auto is text on a terminal, and logfmt elsewhere")
     serve.add_argument("--reload", action="store_true", help="reload configuration and agents when their files change")
     commands["pull"].add_argument("name", metavar="NAME", help="the name of the model")
     commands["key"].add_argument("action", choices=["new"], help="make a key")
@@ -74,6 +77,7 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     commands["logs"].add_argument("-f", "--follow", action="store_true", help="go on with what comes, until Ctrl-C")
     commands["logs"].add_argument("-n", "--lines", metavar="N", type=int, default=200, help="so many lines (200)")
     commands["why"].add_argument("id", metavar="ID", help="id of the request")
+    _add_usage(commands["usage"])
     commands["init"].add_argument("--config", metavar="FILE", help=f"default: $LSP_CONFIG, else {CONFIG_FILES[0]}")
     return parser, commands
 
@@ -84,3 +88,10 @@ def _add_remote(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--key", help="API key; default: $LSP_API_KEY, which other users of this machine cannot see")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.epilog = STATUSES
+
+
+def _add_usage(parser: argparse.ArgumentParser) -> None:
+    by = "what to count by, of key, model, day and api; default: key,model,day"
+    parser.add_argument("--by", default="key,model,day", metavar="COLUMNS", help=by)
+    parser.add_argument("--since", metavar="DAY", help="the first day, such as 2026-01-31")
+    parser.add_argument("--until", metavar="DAY", help="the last day")

@@ -61,7 +61,7 @@ async def _until_signal(work: Coroutine[Any, Any, int]) -> int:
 async def _simulate(config: Config, path: Path | None) -> int:
     port = _free_port()
     command = [sys.executable, "-P", "-m", "llama_smart_proxy", "serve", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--log-level", "warning", *(["--config", str(path)] if path else [])]
+    command += ["--log-level", "warning", "--log-format", "text", *(["--config", str(path)] if path else [])]
     env = os.environ | {"LSP_SERVER_POOL__SIZE": "1"}
     process = await asyncio.create_subprocess_exec(*command, env=env)
     try:

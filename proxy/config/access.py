@@ -24,7 +24,7 @@ _NAME = re.compile(r"[A-Za-z0-9._@-]{1,64}")
 def digest_of(key: str) -> bytes:
     """The SHA-256 of a key. It needs no salt and no slow function, which protect passwords that can be guessed: keys
     are long and random."""
-    return hashlib.sha256(key.encode()).digest()
+    return hashlib.sha256(key.encode(errors="surrogatepass")).digest()  # a header may have any bytes
 
 
 def hash_of(key: str) -> str:

@@ -15,6 +15,7 @@ from llama_smart_proxy.proxy.config import shapes
 from llama_smart_proxy.proxy.config.access import ApiKeys, InferenceKeysConfig, Unauthenticated
 from llama_smart_proxy.proxy.config.agents import AgentConfig, LimitsConfig
 from llama_smart_proxy.proxy.config.duration import Seconds
+from llama_smart_proxy.proxy.config.history import HistoryConfig, PostgresUrl
 from llama_smart_proxy.proxy.config.problems import Loc
 from llama_smart_proxy.proxy.config.providers import (
     BackendName,
@@ -84,6 +85,17 @@ class ServerConfig(Section):
     )
 
 
+class TelemetryConfig(Section):
+    """Where traces of requests are sent to."""
+
+    otlp: str | None = Field(
+        default=None,
+        pattern=r"^https?://\S+$",
+        description="URL of an OpenTelemetry collector, such as http://localhost:4318 (OTLP over HTTP); requires "
+        "llama-smart-proxy[otel]. The standard OTEL_ variables have an effect, too.",
+    )
+
+
 class Config(Section):
     """The whole configuration. After loading, `models` also contains those of `llama_cpp.models`."""
 
@@ -125,8 +137,29 @@ class Config(Section):
         description="Folder for what is kept over a restart; by default $STATE_DIRECTORY (of systemd), or "
         "llama-smart-proxy in $XDG_STATE_HOME or ~/.local/state.",
     )
+    store: PostgresUrl | None = Field(
+        default=None,
+        description="postgresql:// URL of the database for what is kept over a restart, in place of a file in "
+        "state_dir. Requires the extra [postgres].",
+    )
+    history: HistoryConfig = Field(
+        default_factory=HistoryConfig, description="What is kept about requests, none of which is what they said."
+    )
     log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(shapes.lower)] = Field(
         default="info", description="Least important messages to log."
+    )
+    log_format: Annotated[Literal["auto", "text", "logfmt", "json"], BeforeValidator(shapes.lower)] = Field(
+        default="auto",
+        description="The form of the log: text for people, logfmt or json for programs; auto is text on a terminal and "
+        "logfmt elsewhere.",
+    )
+    log_content: bool = Field(
+        default=False,
+        description="Whether the log has prompts and answers: one line for each request, and what exceptions of agents "
+        "and errors of servers quote of them.",
+    )
+    telemetry: TelemetryConfig = Field(
+        default_factory=TelemetryConfig, description="Traces of requests, by OpenTelemetry."
     )
 
     _warnings: list[str] = PrivateAttr(default_factory=list)

@@ -115,11 +115,18 @@ _EVENT_NAME = re.compile(rb"^event: ?([^\r\n]*)", re.MULTILINE)
 
 def last_objects(frames: bytes) -> Iterator[Json]:
     """The JSON objects of events, of lines, or of a whole body, last one first; anything unparsable is skipped."""
-    for line in (*reversed(frames.strip().replace(b"\r", b"\n").split(b"\n")), frames):
+    rest = frames.replace(b"\r", b"\n") if b"\r" in frames else frames
+    while rest:  # line by line from the end, as the last one is nearly always it
+        rest, _, line = rest.rpartition(b"\n")
         data = line.removeprefix(b"data:").strip()
         if data.startswith(b"{"):
-            with suppress(orjson.JSONDecodeError):
+            try:
                 yield orjson.loads(data)
+            except orjson.JSONDecodeError:
+                continue
+    if b"\n" in frames:
+        with suppress(orjson.JSONDecodeError):
+            yield orjson.loads(frames)  # a whole body in several lines
 
 
 def counts(prompt: object, completion: object, cached: object = None) -> Json | None:

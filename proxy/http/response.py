@@ -68,7 +68,8 @@ class ResponseWriter(web.StreamResponse):
         transport = self.http.transport
         if transport is None:
             raise ConnectionResetError("the client has left")
-        self._write = transport.write
+        exchange = self.record.exchange
+        self._write = transport.write if exchange is None else exchange.heard(transport.write)
         self._unsent = transport.get_write_buffer_size
         self.set_status(status)
         self.headers.extend(headers)
@@ -112,6 +113,7 @@ class ResponseWriter(web.StreamResponse):
         """End the body, a stream of this dialect, with `exc` in place of the rest, unless it has an end."""
         if not self.ended:
             self.begin()
+            self.record.error = exc.code
             self.feed(dialect.error_event(exc) + dialect.ending)
         return await self.finish(cut=dialect.cuts)
 
@@ -141,7 +143,7 @@ class WholeResponse(web.StreamResponse):
         super().__init__(status=status)
         self._http = http
         self._own = headers
-        self._bytes = body
+        self.body = body
         self._stall_s = stall_s
 
     @property
@@ -155,7 +157,7 @@ class WholeResponse(web.StreamResponse):
         transport = self._http.transport
         if transport is None:
             raise ConnectionResetError("the client has left")
-        data = self._head() + self._bytes
+        data = self._head() + self.body
         if self.keep_alive and len(data) + transport.get_write_buffer_size() <= BUFFER_LIMIT:
             # in the next iteration of the loop, so that answers received together are sent together
             asyncio.get_running_loop().call_soon(_write, transport, data)

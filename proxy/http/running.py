@@ -67,14 +67,16 @@ def _shown(http: web.BaseRequest, now: float) -> Json:
         "model": record.model if record.model != "-" else None,
         "backend": record.backend or None,
         "agents": list(record.agents),
-        "state": _state(record),
+        "state": _state(http, record),
         "seconds": round(now - record.arrived_s, 3),
     }
 
 
-def _state(record: RequestRecord) -> str:
+def _state(http: web.BaseRequest, record: RequestRecord) -> str:
     if record.first_byte_s:
         return "streaming"
     if record.sent_s:
         return "answering"
-    return "queued" if record.resolved_s else "waiting"
+    if record.resolved_s:
+        return "queued"
+    return "streaming" if http.writer.output_size > 0 else "waiting"  # events, or the progress of a pull

@@ -78,7 +78,7 @@ def failure_of(ctx: AgentContext, exc: BaseException) -> ProxyError:
     ctx.failed = True
     ctx.active.plugin.counts.failures += not isinstance(exc, BadRequest)  # the client's fault
     if isinstance(exc, ProxyError):
-        logger.warning("agent %s: %s", ctx.name, exc.message)
+        logger.warning("agent %s: %s", ctx.name, exc)
         return exc
     logger.error("agent %s failed", ctx.name, exc_info=exc)
     return AgentError(ctx.name, f"failed: {type(exc).__name__}")

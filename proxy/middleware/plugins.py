@@ -250,6 +250,7 @@ class Plugins:
                 plugin.loaded.holders -= self._started
                 if plugin.loaded.holders <= 0:
                     await plugin.loaded.close(plugin.name)
+        self.by_name.clear()  # their objects may be large, and the configuration itself is let go later
         self._started = False
 
     async def refresh(self) -> None:

@@ -360,7 +360,10 @@ class _FrameSink:
         elif not dialect.is_error(self._last):
             failure = failure or _error_of(rest) or incomplete()
             logger.warning("stream aborted: %s", failure)
+            self._response.record.error = failure.code
             closing = dialect.error_event(failure) + closing
+        else:
+            self._response.record.error = "upstream_error"
         if self._response.waiting:
             self._response.begin()
         if closing:

@@ -99,7 +99,9 @@ class StreamSink:
             if not self.response.opened:
                 raise
             failed = True
-            last = self._encoder.error(_reported(exc))
+            reported = _reported(exc)
+            self.response.record.error = reported.code
+            last = self._encoder.error(reported)
             let_go(exc)
         except asyncio.CancelledError as exc:
             cancelled = self.response.record.cancellation(exc)

@@ -17,7 +17,7 @@ from llama_smart_proxy.backends.http.connection import REDIRECTED
 from llama_smart_proxy.backends.http.exchange import UpstreamResponse
 from llama_smart_proxy.backends.journal import StepKind, note_now
 from llama_smart_proxy.backends.tasks import BROKEN_OFF
-from llama_smart_proxy.proxy.chat import Json, Timing
+from llama_smart_proxy.proxy.chat import Json, RequestRecord, Timing
 from llama_smart_proxy.proxy.dialects.upstream_errors import refused
 from llama_smart_proxy.proxy.errors import ProxyError, UpstreamFailed, UpstreamRefused
 from llama_smart_proxy.proxy.http.body import serialise
@@ -121,12 +121,14 @@ class Attempts(AbstractAsyncContextManager[UpstreamResponse]):
 
 
 async def post_json(model: Model, path: str, body: Json, *, slot: bool = False, timing: Timing | None = None) -> Json:
-    """POST a small request to the model's server; returns its JSON answer. Sets `sent_s` of `timing` if it is 0.
+    """POST a small request to the model's server; returns its JSON answer. Sets `sent_s` of `timing` if it is 0; a
+    record gets what the request waited for.
 
     Raises: UpstreamRefused with the server's own message, UpstreamFailed.
     """
     prepared = model.prepare(body)
     request = UpstreamRequest("POST", path, serialise(body), JSON_HEADERS, slot, prepared=prepared)
+    request.journal = timing if isinstance(timing, RequestRecord) else None
     return await fetch_json(model, request, timing=timing)
 
 

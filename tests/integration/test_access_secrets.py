@@ -66,6 +66,19 @@ async def test_a_missing_scope_is_403_and_named(method: str, path: str) -> None:
         assert (await proxy.ask(method, path, {"model": "a1"}, more=[("Forwarded", "for=192.0.2.1")])).status != 403
 
 
+@pytest.mark.parametrize("name", [b"Authorization: Bearer ", b"x-api-key: "])
+@pytest.mark.parametrize("value", [b"\xff\xfe", "schlüssel".encode(), b"\xed\xa0\x80", b"k" * 15_000, b"a b", b"\x7f"])
+async def test_any_bytes_in_place_of_a_key_are_401_or_400(
+    name: bytes, value: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with keyed() as proxy, proxy.connected() as client:
+        await client.send(
+            request("GET", "/v1/models", close=True).replace(b"Host: test", b"Host: test\r\n" + name + value)
+        )
+        assert (await client.answer(method="GET")).status in (400, 401)
+        assert "Traceback" not in caplog.text and "unhandled" not in caplog.text
+
+
 async def test_refusals_are_readable_for_listed_pages_alone_and_preflights_require_no_key() -> None:
     limits = [{"name": "user", "key": USER, "requests_per_minute": 1}]
     async with keyed(limits, server={"allow_origins": ["https://chat.example"]}) as proxy:

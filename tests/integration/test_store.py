@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from llama_smart_proxy.proxy import store as module
-from llama_smart_proxy.proxy.store import FILE, MAX_KEY, MAX_VALUE, MIGRATIONS, KeyValues, Store, state_dir
+from llama_smart_proxy.proxy.store import FILE, MIGRATIONS, KeyValues, Store, state_dir
+from llama_smart_proxy.proxy.store import values as module
+from llama_smart_proxy.proxy.store.schema import Sql
+from llama_smart_proxy.proxy.store.values import MAX_KEY, MAX_VALUE
 
 
 def files(folder: Path) -> list[Path]:
@@ -120,7 +122,7 @@ async def test_it_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 async def test_a_failure_of_the_work_is_raised_and_changes_nothing(tmp_path: Path) -> None:
     store = Store(tmp_path)
 
-    def work(sql: sqlite3.Connection) -> None:
+    def work(sql: Sql) -> None:
         sql.execute("INSERT INTO kept VALUES ('a', 'k', '1', 0)")
         raise RuntimeError("mine")
 

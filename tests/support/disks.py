@@ -62,3 +62,15 @@ def stopping_disk(folder: Path) -> Iterator[Disk]:
         yield disk
     finally:
         disk.resume()
+
+
+@contextmanager
+def small_disk(folder: Path, size: int) -> Iterator[None]:
+    """`folder` on a disk of `size` bytes. Skips the test where mounting is not allowed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if libc.mount(b"small", os.fsencode(folder), b"tmpfs", 0, f"size={size}".encode()) != 0:
+        pytest.skip("needs the right to mount")
+    try:
+        yield
+    finally:
+        libc.umount2(os.fsencode(folder), MNT_DETACH)

@@ -90,10 +90,11 @@ async def until(
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """This process's environment without anything that would configure a proxy, with an empty Hugging Face cache and a
-    folder for state, plus `extra`."""
+    folder for state, and with a log in text, plus `extra`."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(_OURS) and not k.lower().endswith("_proxy")}
     path = os.pathsep.join(filter(None, (str(ROOT), kept.get("PYTHONPATH"))))
-    return kept | {"PYTHONPATH": path, "HF_HOME": _EMPTY_CACHE.name, "XDG_STATE_HOME": _STATE.name} | dict(extra or {})
+    own = {"PYTHONPATH": path, "HF_HOME": _EMPTY_CACHE.name, "XDG_STATE_HOME": _STATE.name, "LSP_LOG_FORMAT": "text"}
+    return kept | own | dict(extra or {})
 
 
 async def stopped(pid: int) -> None:

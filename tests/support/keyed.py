@@ -36,6 +36,20 @@ STREAM = toxic.stream(
     toxic.event({**COMPLETION, "object": "chat.completion.chunk", "choices": []}),
     toxic.DONE,
 )
+MESSAGE = {
+    "id": "m",
+    "type": "message",
+    "role": "assistant",
+    "model": "a1",
+    "content": [{"type": "text", "text": "Hi"}],
+    "stop_reason": "end_turn",
+    "stop_sequence": None,
+    "usage": {"input_tokens": 30, "output_tokens": 10},
+}
+MESSAGE_STREAM = toxic.stream(
+    b"event: message_delta\n" + toxic.event({"type": "message_delta", "delta": {}, "usage": MESSAGE["usage"]}),
+    b"event: message_stop\n" + toxic.event({"type": "message_stop"}),
+)
 DETAILS = {
     "format": "gguf",
     "family": "llama",
@@ -66,8 +80,9 @@ async def answering(link: Link, asked: Request) -> None:
     if path in OF_OLLAMA:
         await link.send(toxic.plain(json.dumps(OF_OLLAMA[path]).encode()))
     else:
+        whole, stream = (MESSAGE, MESSAGE_STREAM) if path == "/v1/messages" else (COMPLETION, STREAM)
         streamed = asked.body and asked.json().get("stream") is True
-        await link.send(STREAM if streamed else toxic.plain(json.dumps(COMPLETION).encode()))
+        await link.send(stream if streamed else toxic.plain(json.dumps(whole).encode()))
 
 
 @dataclass

@@ -23,9 +23,12 @@ class Reloadable:
     config: Mapping[str, Any]
 
     def write(self, **sections: Any) -> None:
-        """Write the file as it was at the start, with these sections in place of its own; None leaves one out."""
+        """Replace the file, at once, by what it was at the start, with these sections in place of its own; None leaves
+        one out."""
         whole = {**self.config, **sections}
-        self.file.write_text(json.dumps({name: value for name, value in whole.items() if value is not None}))
+        new = self.file.with_suffix(".new")
+        new.write_text(json.dumps({name: value for name, value in whole.items() if value is not None}))
+        new.rename(self.file)
 
     async def reload(self) -> dict[str, Any]:
         """The answer of `POST /admin/reload`, which is what has changed."""

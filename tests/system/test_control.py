@@ -96,9 +96,12 @@ async def test_a_load_that_fails_says_why(own: Proxy, path: str, status: int) ->
     assert answer.status == status and answer.error["message"]
 
 
-async def test_what_runs_is_listed_with_its_slots_and_its_queue_and_a_failure_with_its_reason(own: Proxy) -> None:
+async def test_what_runs_is_listed_with_its_slots_and_its_queue_and_a_failure_with_its_reason(
+    own: Proxy, tmp_path: Path
+) -> None:
     await post(own, "/admin/models/broken/load")
-    asking = [asyncio.ensure_future(chat(own, "a", tokens=400, token_ms=5)) for _ in range(3)]
+    gate = tmp_path / "gate"
+    asking = [asyncio.ensure_future(chat(own, "a", last_at=str(gate))) for _ in range(3)]
 
     async def queued() -> bool:
         entry = (await running(own)).get("a", {})
@@ -108,6 +111,7 @@ async def test_what_runs_is_listed_with_its_slots_and_its_queue_and_a_failure_wi
     listed = await running(own)
     assert listed["a"]["name"] == "The A" and listed["a"]["backend"] == "llama.cpp" and listed["a"]["idle_s"] is None
     assert listed["broken"]["state"] == "failed" and "exited with code 3" in listed["broken"]["error"]
+    gate.touch()
     assert [(await task).status for task in asking] == [200] * 3
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -116,7 +117,7 @@ def test_a_command_that_fails_has_one_line_of_reason_and_its_status(
     assert (ran.status, ran.out) == (status, "") and text in ran.err and ran.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("words", [["load", "a"], ["unload", "a"], ["logs", "a"], ["events"], ["why", "x"]])
+@pytest.mark.parametrize("words", [["load", "a"], ["unload", "a"], ["logs", "a"], ["events"], ["why", "x"], ["reload"]])
 def test_what_only_administrators_may_do_is_refused_to_others(run: Commands, words: Sequence[str]) -> None:
     ran = run(*words, key=USER)
     assert (ran.status, ran.out) == (4, "") and "scope admin" in ran.err
@@ -153,6 +154,23 @@ def test_what_is_followed_is_printed_at_once_and_ends_quietly_at_ctrl_c(own: Pro
     assert (process.returncode, err) == (130, b"")
 
 
+def test_a_reload_prints_what_has_changed_or_every_problem(run: Commands) -> None:
+    file = Path(re.findall(r"configuration: (\S+config\.yaml)", run.proxy.log)[-1])
+    good = file.read_text()
+    assert run("reload") == (0, "reloaded: nothing has changed\n", "")
+    file.write_text(json.dumps({**json.loads(good), "nonsense": 1, "log_level": "loud"}))
+    ran = run("reload")
+    assert (ran.status, ran.out) == (1, "")
+    assert [line.partition(": ")[0] for line in ran.err.splitlines()] == [str(file)] * 2
+    assert json.loads(run("reload", "--json").out)["problems"] == ran.err.splitlines()
+    changed = json.loads(good)
+    changed["models"]["new"] = changed["models"]["a"]
+    file.write_text(json.dumps(changed))
+    assert run("reload").out == "reloaded\nmodels added: new\n"
+    file.write_text(good)
+    assert json.loads(run("reload", "--json").out)["models_removed"] == ["new"]
+
+
 # -- why ---------------------------------------------------------------------------------------------------------------
 
 
@@ -174,16 +192,63 @@ async def test_why_explains_a_load_an_eviction_and_the_answer(run: Commands) -> 
     assert answer["times"]["first_token_s"] <= answer["total_s"]
 
 
-async def test_why_names_what_a_request_was_queued_behind(run: Commands) -> None:
+async def test_why_names_what_a_request_is_queued_behind(run: Commands, tmp_path: Path) -> None:
     run("load", "a")
-    slow = asyncio.ensure_future(chat(run.proxy, "slow", fake={"tokens": 60, "token_ms": 10}))
-    await until(lambda: json.loads(run("ps", "--json").out)["running"][0]["slots"]["busy"] == 1)
-    assert (await chat(run.proxy, "behind")).status == (await slow).status == 200
+    gate = tmp_path / "gate"
+    slow = asyncio.ensure_future(chat(run.proxy, "slow", fake={"last_at": str(gate)}))
+
+    async def busy() -> bool:
+        found = await asyncio.to_thread(run, "ps", "--json")
+        return bool(json.loads(found.out)["running"][0]["slots"]["busy"] == 1)
+
+    await until(busy, what="the slow request")
+    waiting = asyncio.ensure_future(chat(run.proxy, "behind"))
+
+    async def queued() -> bool:
+        return "in the queue for a (behind slow)" in (await asyncio.to_thread(run, "why", "behind")).out
+
+    await until(queued, what="the queue")
+    gate.touch()
+    assert (await waiting).status == (await slow).status == 200
     assert "in the queue for a (behind slow)" in run("why", "behind").out
     answer = json.loads(run("why", "behind", "--json").out)
     [step] = answer["steps"]
     assert (step["kind"], step["ahead"], step["behind"]) == ("queue", 0, ["slow"]) and step["seconds"] > 0
     assert answer["times"]["decode_s"] is None, "the answer came as a whole"
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/api/embed", {"input": "x"}),
+        ("/api/chat", {"messages": [{"role": "user", "content": "hi"}]}),
+        ("/tokenize", {"content": "x"}),
+    ],
+)
+async def test_a_load_is_explained_for_every_kind_of_request(run: Commands, path: str, fields: dict[str, Any]) -> None:
+    run("unload", "a")
+    headers = [("Authorization", f"Bearer {ADMIN}"), ("X-Request-Id", f"kind{path}")]
+    assert (await raw_client.post(run.proxy.port, path, {"model": "a", **fields}, headers=headers)).status == 200
+    assert "until a was loaded" in run("why", f"kind{path}").out
+
+
+async def test_a_request_under_way_is_listed_and_explained(run: Commands, tmp_path: Path) -> None:
+    run("load", "a")
+    gate = tmp_path / "gate"
+    asking = asyncio.ensure_future(chat(run.proxy, "going", stream=True, fake={"tokens": 3, "last_at": str(gate)}))
+
+    async def streams() -> bool:
+        found = json.loads((await asyncio.to_thread(run, "why", "going", "--json")).out or "{}")
+        return found.get("outcome") == "under way" and found["times"]["decode_s"] is not None
+
+    await until(streams, what="the stream")
+    heads, row = run("ps").out.splitlines()[-2:]
+    cells = dict(zip(columns(heads), columns(row), strict=True))
+    assert (cells["REQUEST"], cells["KEY"], cells["MODEL"], cells["STATE"]) == ("going", "root", "a", "streaming")
+    sentence = run("why", "going").out.splitlines()[0]
+    assert "POST /v1/chat/completions for a has taken" in sentence and sentence.endswith("It is under way.")
+    gate.touch()
+    assert (await asking).status == 200
 
 
 async def test_of_two_requests_with_one_id_the_newest_is_explained(run: Commands) -> None:

@@ -358,7 +358,7 @@ async def test_the_clients_own_id_is_kept_if_it_is_a_sane_one(proxy: Proxy, give
     again = await ask(proxy.port, asking, method="GET")
     named = answer.header("x-request-id")
     assert named and (named == given) == kept == (named == again.header("x-request-id"))
-    await until(lambda: f" ms {named}\n" in proxy.log, what="the access line")
+    await until(lambda: f"ms {named}\n" in proxy.log, what="the access line")
 
 
 async def test_the_way_a_request_came_is_told_on_so_that_circles_are_noticed() -> None:

@@ -12,7 +12,7 @@ from urllib.parse import quote
 import orjson
 import pytest
 
-from llama_smart_proxy.proxy.log import EXIT_S, MOST_CHARACTERS, MOST_LINES, MOST_TRACED, _Writer, shown
+from llama_smart_proxy.proxy.log import EXIT_S, MOST_CHARACTERS, MOST_LINES, MOST_TRACED, Writer, shown
 from tests.support import raw_client, toxic
 from tests.support.e2e_support import Fakes, fakes
 from tests.support.harness import ROOT, environment, running_proxy, until
@@ -23,11 +23,18 @@ LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (DEBUG|INFO|WARNING|ERR
 PROGRAM = """
 import logging, sys
 from llama_smart_proxy.proxy import log
-log.configure("info")
+from llama_smart_proxy.proxy.chat import RequestRecord
+log.configure("info", "text")
 logger = logging.getLogger("llama_smart_proxy.proxy.serve")
 def answered(number):
-    log.access.line("POST", "/v1/chat/completions", 200, "m", 0.0125, f"r-{number}")
+    record = RequestRecord(1.0, 1.001, {}, f"r-{number}", "POST", "/v1/chat/completions", "openai")
+    record.model, record.backend, record.status = "m", "llama.cpp", 200
+    record.first_byte_s, record.ended_s = 1.01, 1.0125
+    log.access.line(record)
 """
+
+
+ACCESS = "POST /v1/chat/completions 200 model=m backend=llama.cpp dialect=openai first=10ms total=12ms"
 
 
 def started(program: str) -> subprocess.Popen[str]:
@@ -52,7 +59,7 @@ def texts(lines: list[str]) -> list[tuple[str, str, str]]:
 
 
 def access(number: int) -> tuple[str, str, str]:
-    return "INFO", "proxy.access", f"POST /v1/chat/completions 200 model=m 12 ms r-{number}"
+    return "INFO", "proxy.access", f"{ACCESS} r-{number}"
 
 
 def test_lines_of_requests_and_other_records_are_in_one_order_under_short_names() -> None:
@@ -115,7 +122,7 @@ def test_lines_of_requests_are_written_also_while_the_process_is_kept_busy() -> 
 
 
 def test_at_warning_there_are_no_lines_of_requests() -> None:
-    status, lines = ran('log.configure("warning")\nanswered(1)\nlogger.info("x")\nlogger.warning("y")')
+    status, lines = ran('log.configure("warning", "text")\nanswered(1)\nlogger.info("x")\nlogger.warning("y")')
     assert (status, texts(lines)) == (0, [("WARNING", "proxy.serve", "y")])
 
 
@@ -132,7 +139,7 @@ logger.info("%s", Odd())
 
 def test_a_reader_that_stops_holds_up_nobody_and_is_told_what_is_missing() -> None:
     reading, writing = os.pipe()
-    writer = _Writer(writing, "utf-8")
+    writer = Writer(writing, "utf-8", lambda lost: f"WARNING proxy.log: {lost} lines could not be written\n")
     for number in range(2 * MOST_LINES):
         writer.hold(f"{number} {'x' * 100}\n")
         if number % 1000 == 0:

@@ -46,9 +46,7 @@ async def test_a_changed_file_is_read_with_reload_also_a_module(tmp_path: Path) 
         proxy = running.proxy
         running.write(remotes=remotes("b"))
         await until(lambda: has(proxy, "b"))
-        replacement = running.file.with_suffix(".new")
-        replacement.write_text(json.dumps({**running.config, "remotes": remotes("c")}))
-        replacement.rename(running.file)
+        running.file.write_text(json.dumps({**running.config, "remotes": remotes("c")}))  # in place
         await until(lambda: has(proxy, "c"))
         running.file.write_text("{")
         await until(lambda: "was not reloaded" in proxy.log)

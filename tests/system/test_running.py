@@ -164,8 +164,8 @@ async def _is(count: int, listing: Any) -> bool:
 async def test_pulls_and_embeddings_are_cancelled_too(stage: Stage) -> None:
     await stage.distant.set(registry=None, pull_step_s=600, hang=["/api/embed"])
     async with asked(stage.proxy, "pull", {"model": "new:1b"}, "/api/pull") as client:
-        await comes_to(stage.proxy, "pull", "waiting")
         await client.head()
+        await comes_to(stage.proxy, "pull", "streaming")
         await cancel(stage.proxy, "pull")
         lines = b""
         while piece := await client.chunk():
@@ -186,3 +186,19 @@ async def test_a_resumable_stream_ends_on_its_server_too(narrow: Proxy, fakes: F
         await cancel(narrow, "kept")
     sent = [(event["method"], event["path"]) for event in fakes.events("request")]
     assert ("DELETE", "/v1/stream?conv_id=chat+1") in sent
+
+
+async def test_a_stream_of_events_is_closed(narrow: Proxy) -> None:
+    async with raw_client.connected(narrow.port) as client:
+        await client.send(raw_client.request("GET", "/models/sse", headers=[("X-Request-Id", "watches")]))
+        await comes_to(narrow, "watches", "streaming")
+        assert (await cancel(narrow, "watches")).status == 200
+        await client.closed_by_peer()
+    narrow.check_log()
+
+
+async def test_why_explains_a_request_that_is_under_way(narrow: Proxy) -> None:
+    async with asked(narrow, "slow", body_of("m", stream=True, fake={"stall_after": 2})):
+        await comes_to(narrow, "slow", "streaming")
+        explained = (await raw_client.get(narrow.port, "/admin/why/slow")).json()
+        assert (explained["outcome"], explained["model"]) == ("under way", "m")

@@ -26,7 +26,7 @@ ROOMS: list[set[str]] = [
     {"proxy.config", "proxy.dialects"},
     {"agents"},
     {"backends"},
-    {"proxy.access", "proxy.http", "proxy.models"},
+    {"proxy.access", "proxy.http", "proxy.metrics", "proxy.models", "proxy.tracing"},
     {"proxy.stream"},
     {"proxy.middleware"},
     {"proxy.api"},

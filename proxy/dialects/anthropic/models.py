@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from datetime import UTC, datetime
 
 from llama_smart_proxy.proxy.chat import Json
@@ -10,6 +10,7 @@ from llama_smart_proxy.proxy.errors import BadRequest
 
 VERSION_HEADER = "anthropic-version"
 """Each request of Anthropic's clients has it, and no other."""
+_PATH = "/v1/models"
 
 
 def item(model_id: str, created: int) -> Json:
@@ -34,3 +35,9 @@ def page(items: Sequence[Json], query: Mapping[str, str]) -> Json:
     shown = list(items[first:last])
     ends = {"first_id": shown[0]["id"], "last_id": shown[-1]["id"]} if shown else {"first_id": None, "last_id": None}
     return {"data": shown, "has_more": more, **ends}
+
+
+def lists_models(path: str, headers: Container[str]) -> bool:
+    """Whether a request is one of this API for a list of models, or for one of them, which OpenAI's has at the same
+    path."""
+    return path.startswith(_PATH) and VERSION_HEADER in headers
