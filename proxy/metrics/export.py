@@ -105,8 +105,8 @@ _TIMES = {
     "queue": "Time that a request waited for a place or a slot.",
     "load": "Time that a request waited for its model to be fetched and loaded.",
     "prefill": "From sending a request to its server to the first byte of the answer.",
-    "first": "From the arrival of a request to the first byte of its answer.",
-    "total": "From the arrival of a request to the end of its answer.",
+    "first_token": "From the arrival of a request to the first byte of its answer.",
+    "request": "From the arrival of a request to the end of its answer.",
 }
 
 
