@@ -88,8 +88,10 @@ class History:
         self._writer = secrets.token_hex(8)
         self._since_trim: int | None = None
         self._trimmed_day = ""
-        self._failing = self._retrying = False
+        self._retrying = False
         self.dropped = 0
+        self.problem = ""
+        """Why nothing can be written now."""
         self.configure(most=most, days=days)
         store.on_close = self._flush
 
@@ -101,6 +103,11 @@ class History:
     def waiting(self) -> int:
         """Recent requests that are still to be written."""
         return len(self._new) + len(self._next.rows) + len(self._batch.rows)
+
+    def status(self) -> Json:
+        """How many requests wait and were lost, and why nothing can be written now, for operators."""
+        problem = {"problem": self.problem} if self.problem else {}
+        return {"waiting": self.waiting, "dropped": self.dropped, **problem}
 
     def observe(self, record: RequestRecord) -> None:
         """Count a request that has ended, if it used a model or failed. Takes well under a microsecond."""
@@ -186,16 +193,16 @@ class History:
             except Exception as exc:
                 logger.error("%d recent requests, and their usage, cannot be stored", len(batch.rows), exc_info=exc)
                 self.dropped += len(batch.rows)
-            self._failing = False
+            self.problem = ""
             self._number += 1
             self._batch = _Batch()
         if self._new:
             self._wake(FLUSH_S)
 
     def _retry_later(self, exc: Unavailable) -> None:
-        if not self._failing:
-            self._failing = True
+        if not self.problem:
             logger.warning("usage and recent requests cannot be written, and are kept for a while: %s", exc)
+        self.problem = str(exc)
         if not self._retrying:
             self._retrying = True
             self._store.submit(self._retry, RETRY_S)

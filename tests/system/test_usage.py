@@ -129,7 +129,9 @@ async def test_a_postgres_that_is_not_there_does_not_keep_the_proxy_from_serving
         assert (await raw_client.post(proxy.port, CHAT, body_of("m"))).status == 200
         answer = await raw_client.get(proxy.port, "/admin/usage")
         assert (answer.status, answer.error["code"]) == (503, "store_unavailable")
-        assert "secret-of-tests" not in proxy.log + answer.body.decode()
+        history = (await proxy.health())["history"]
+        assert "127.0.0.1/none cannot be used now" in history["problem"] and history["waiting"] >= 1
+        assert "secret-of-tests" not in proxy.log + answer.body.decode() + str(history)
         assert proxy.log.count("the Postgres at 127.0.0.1/none cannot be used now (setting store)") == 1
 
 
