@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -53,6 +54,8 @@ MOST_READ = 200_000
 EXIT_S = 2.0
 """How long the process waits at its end for a stderr that takes nothing."""
 
+beside = logging.getLogger(f"{__name__}.beside")
+"""For what happens beside all that catches it; it may quote a chat."""
 access = AccessLog()
 """The one of this process."""
 
@@ -74,6 +77,9 @@ def configure(level: str, wanted: str = "auto", *, with_content: bool = True) ->
     access.with_content = with_content
     access.connect(handler.writer if logging.getLogger().isEnabledFor(logging.INFO) else None, form)
     sys.excepthook = _behind(handler, sys.excepthook)
+    threading.excepthook = _thread_failed
+    sys.unraisablehook = _ignored
+    logging.captureWarnings(True)
 
 
 def _lost(form: Form, lost: int) -> str:
@@ -130,6 +136,18 @@ def _traced(trace: str) -> list[str]:
         left_out = f"[{len(lines) - MOST_TRACED} lines]"
         lines[MOST_TRACED // 2 : -MOST_TRACED // 2] = [left_out]
     return [shown(line) for line in lines]
+
+
+def _thread_failed(args: threading.ExceptHookArgs) -> None:
+    """What a thread does not catch is a record like all others."""
+    if args.exc_type is not SystemExit and args.exc_value is not None:
+        name = args.thread.name if args.thread is not None else "?"
+        beside.error("the thread %s failed", name, exc_info=args.exc_value)
+
+
+def _ignored(args: Any) -> None:
+    """And so is what a destructor does not catch."""
+    beside.error("an exception was ignored: %s", args.err_msg or args.object, exc_info=args.exc_value)
 
 
 _Hook = Callable[[type[BaseException], BaseException, TracebackType | None], Any]
