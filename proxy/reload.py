@@ -14,6 +14,7 @@ from typing import Any
 
 from llama_smart_proxy.backends.llamacpp.problems import machine_problems
 from llama_smart_proxy.backends.threads import run_in_thread
+from llama_smart_proxy.proxy import log
 from llama_smart_proxy.proxy.access.peers import exposure
 from llama_smart_proxy.proxy.api.reloads import Outcome
 from llama_smart_proxy.proxy.app import App
@@ -27,9 +28,7 @@ logger = logging.getLogger(__name__)
 
 LOOK_S = 0.5
 """Interval in seconds in which files are looked at for changes: network and bind mounts report none."""
-FIXED = tuple(
-    ["server.host", "server.port", "state_dir", "store", "log_level", "log_format", "log_content", "telemetry.otlp"]
-)
+FIXED = ("server.host", "server.port", "state_dir", "store", "log_format", "log_content", "telemetry.otlp")
 """The settings that apply when the proxy starts, and not when it reads its configuration again."""
 
 LISTED = ("models", "remotes", "agents")
@@ -146,6 +145,7 @@ class Reloader:
             logger.error("the configuration was not reloaded", exc_info=exc)
             return _refused([f"{self._source.name}: {type(exc).__name__}: {exc}"])
         replaced = await self._app.apply(generation)
+        log.set_level(config.log_level)
         for warning in config.warnings:
             logger.warning("%s", warning)
         if fixed := _fixed(self._started_with, config):

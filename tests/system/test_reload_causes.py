@@ -86,6 +86,16 @@ async def test_what_requires_a_restart_is_named_and_the_rest_applies(tmp_path: P
         assert (await running.apply())["requires_restart"] == []
 
 
+async def test_the_level_of_the_log_applies_at_once(tmp_path: Path) -> None:
+    async with reloadable(EMPTY, tmp_path / "own") as running:
+        await running.apply(log_level="warning")
+        assert await has(running.proxy)
+        await running.apply()
+        assert (await raw_client.get(running.proxy.port, "/health")).status == 200
+        await until(lambda: "GET /health" in running.proxy.log)
+        assert "GET /v1/models" not in running.proxy.log
+
+
 async def test_a_key_that_is_removed_is_unknown_at_once_and_origins_follow(tmp_path: Path) -> None:
     keys = [{"name": name, "key": name * 32, "scopes": ["admin"]} for name in "ab"]
     async with reloadable({**EMPTY, "server": {"api_keys": keys}}, tmp_path / "own") as running:
