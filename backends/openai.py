@@ -28,6 +28,7 @@ from llama_smart_proxy.backends.base import (
 )
 from llama_smart_proxy.backends.http.connection import ConnectionPool, Endpoint
 from llama_smart_proxy.backends.http.exchange import Timeouts, UpstreamResponse
+from llama_smart_proxy.backends.turns import Turns
 from llama_smart_proxy.proxy.config import Config, RemoteConfig, UpstreamConfig
 from llama_smart_proxy.proxy.errors import BadRequest, UpstreamFailed
 
@@ -171,6 +172,8 @@ class Remote:
         self._base = config.url.removeprefix(root)
         self.speaks = _SPEAKS | {"responses"} if config.responses else _SPEAKS
         self.filters = config.filters
+        most = config.concurrent
+        self.turns = Turns(name, most, config.first_byte_timeout_s) if most is not None else None
         self.forwards = tuple(map(str.lower, config.forward_headers))
         self._fixed = config.models is not None
         self._models: tuple[str, ...] = tuple(config.models or ())
@@ -256,7 +259,9 @@ class RemoteModel:
 
     def open(self, request: UpstreamRequest) -> AbstractAsyncContextManager[UpstreamResponse]:
         path = self._remote.path_of(request.path)
-        return self._remote.connections.request(request if path == request.path else replace(request, path=path))
+        sent = request if path == request.path else replace(request, path=path)
+        opening, turns = self._remote.connections.request(sent), self._remote.turns
+        return opening if turns is None or not request.slot else turns.take(request, opening)
 
     def prepare(self, body: Json) -> None:
         """No effect."""

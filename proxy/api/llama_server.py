@@ -181,7 +181,10 @@ async def transcribe(http: web.BaseRequest) -> web.StreamResponse:
     del raw
     route = await _resolved(http, form.text("model"), api="openai")
     http[PROXY].chain.check_none_required(http.headers, route.name)
-    data = form.with_text("model", route.model.name)
+    http[RECORD].slot = True
+    named: Json = {"model": route.model.name}
+    route.model.prepare(named)  # it may have another name on its server
+    data = form.with_text("model", str(named["model"]))
     del form
     content_type = http.headers["Content-Type"]
     return await _pass_on(http, route.model, data, content_type=content_type, dialect=TRANSCRIPT, slot=True)

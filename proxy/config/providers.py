@@ -249,6 +249,9 @@ class RemoteConfig(UpstreamConfig, CardConfig):
     filters: FiltersConfig | None = Field(
         default=None, description="Fields of requests that are removed or set before it gets them, of all its models."
     )
+    concurrent: int | None = Field(
+        default=None, ge=1, description="Most requests that it gets at one time; others wait. By default any number."
+    )
     responses: bool = Field(default=False, description="Use its own /v1/responses where no agent reads the request.")
     forward_headers: Annotated[list[shapes.Header], BeforeValidator(shapes.comma_list)] = Field(
         default_factory=list,

@@ -31,7 +31,9 @@ class Handler(BaseHTTPRequestHandler):
         self._send(200 if self.path == self.args.health and ready else 404 if ready else 503, {})
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        data = self.rfile.read(int(self.headers["Content-Length"]))
+        form = self.headers["Content-Type"].startswith("multipart/")
+        body = {"form": data.decode()} if form else json.loads(data)
         note("post", path=self.path, body=body, key=self.headers["Authorization"])
         if self.args.gate is not None:
             until(Path(self.args.gate).exists)

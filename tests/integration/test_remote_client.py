@@ -46,7 +46,12 @@ def at(server: RawUpstream) -> str:
         (answer("400 Bad Request", b'{"error": "of Ollama"}'), 1, "of Ollama"),
         (answer("500 X", b"<html>"), 1, "is it a llama-smart-proxy?"),
         (answer("401 X", b'{"error": {"message": "no key"}}'), 4, "an API key is required: --key or LSP_API_KEY"),
-        (answer("403 X", b'{"error": {"message": "admin only"}}'), 4, "not allowed (admin only); --key or LSP_API_KEY"),
+        (
+            answer("403 X", b'{"error": {"message": "admin only", "code": "insufficient_scope"}}'),
+            4,
+            "(admin only); --key",
+        ),
+        (answer("403 X", b'{"error": {"message": "this host is not allowed"}}'), 1, "this host is not allowed"),
         (answer("302 X", b"", "Location: http://127.0.0.1:1/"), 1, "redirects to http://127.0.0.1:1/, which is not"),
         (answer("200 OK", b"nonsense"), 1, "is no JSON"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{}", 3, "is incomplete"),
@@ -61,6 +66,18 @@ async def test_every_answer_is_an_exit_status_and_one_sentence(
         assert await ran(url=at(server)) == status
     out, err = capsys.readouterr()
     assert out == "" and text in err and err.count("\n") == (1 if status else 0)
+
+
+async def test_a_proxy_that_does_not_answer_is_waited_for_no_longer_than_it_may_take(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def ask(proxy: Remote) -> int:
+        proxy.ask("GET", "/running", timeout_s=0.05)
+        return 0
+
+    async with raw_upstream() as silent:
+        assert await ran(ask, url=at(silent)) == 3
+    assert "has not answered within 0.05 s" in capsys.readouterr().err
 
 
 async def test_where_no_proxy_runs_the_command_says_how_to_start_one(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.fakes import plain_server
 from tests.support.harness import PATIENCE_S, logged, ports, running_proxy, until
-from tests.support.raw_client import get, post
+from tests.support.raw_client import ask, get, post, request
 from tests.support.speakers import SPEAKERS
 
 SERVE = f"{shlex.join([sys.executable, '-S', plain_server.__file__])} serve --port ${{PORT}}"
@@ -44,6 +44,11 @@ async def test_a_model_with_a_command_is_used_like_any_other(tmp_path: Path) -> 
             ("plain", "command"),
             ("cold", "llama-smart-proxy"),
         ]
+        form = b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\nplain\r\n--b--\r\n'
+        asked = request("POST", "/v1/audio/transcriptions", form, close=True)
+        kind = b"multipart/form-data; boundary=b"
+        assert (await ask(proxy.port, asked.replace(b"application/json", kind, 1))).status == 200
+        assert "\r\n\r\norg/big\r\n" in [event for event in logged(log) if event["event"] == "post"][-1]["body"]["form"]
         for path in ("/tokenize", "/infill"):
             assert (await post(proxy.port, path, {"model": "plain", "content": "a"})).status == 501
         assert (await post(proxy.port, "/models/unload", {"model": "plain"})).status == 200

@@ -6,12 +6,14 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
 import time
 import urllib.request
 import venv
+import zipfile
 from collections.abc import Sequence
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
@@ -19,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.harness import ROOT, environment
+from tests.support.image import instructions
 
 OURS = "llama_smart_proxy"
 TREES = ("agents", "backends", "proxy")
@@ -249,3 +252,27 @@ def test_both_distributions_are_the_same_bytes_whenever_they_are_built(tmp_path:
         while int(time.time()) == second:  # times in archives are whole seconds
             time.sleep(0.01)
     assert len(built[0]) == 2 and built[0] == built[1]
+
+
+@pytest.mark.full
+def test_what_the_dockerfile_copies_is_all_that_the_package_is_built_of(wheel: Path, tmp_path: Path) -> None:
+    context, out = tmp_path / "src", tmp_path / "out"
+    for word, rest in instructions():
+        words = rest.split()
+        if word == "COPY" and not words[0].startswith("--") and not words[-1].startswith("/"):
+            for name in words[:-1]:
+                source, target = ROOT / name, context / (words[-1] if len(words) == 2 else name)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if source.is_dir():
+                    shutil.copytree(
+                        source, target, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
+                    )
+                else:
+                    shutil.copy(source, target)
+    run(
+        [*PIP, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(out), str(context)],
+        tmp_path,
+    )
+    [built] = out.iterdir()
+    names = [zipfile.ZipFile(file).namelist() for file in (wheel, built)]
+    assert set(names[0]) == set(names[1])

@@ -65,6 +65,7 @@ def test_its_command_line_is_one_of_ours_and_its_configuration_requires_a_key() 
         load_config(ROOT / source, env={})
 
 
+@pytest.mark.full
 def test_the_compose_file_is_valid() -> None:
     pytest.importorskip("check_jsonschema")
     jsonschema = pytest.importorskip("jsonschema")
