@@ -6,15 +6,17 @@ import asyncio
 import json
 import signal
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 from tests.support import raw_client
 from tests.support.e2e_support import DONE, Fakes, Gate, fakes, gate, streaming
 from tests.support.harness import Proxy, free_port, until
 from tests.support.reloads import reloadable
+from tests.support.terminal import Terminal, terminal
 from tests.system.test_systemd import Manager
 
-__all__ = ["fakes", "gate"]  # fixtures
+__all__ = ["fakes", "gate", "terminal"]  # fixtures
 EMPTY = {"llama_cpp": {"hf_cache": False}}
 
 
@@ -36,6 +38,17 @@ async def test_sighup_reloads(tmp_path: Path) -> None:
         running.proxy.process.send_signal(signal.SIGHUP)
         await until(lambda: "was not reloaded" in running.proxy.log)
         assert await has(running.proxy, "a")
+
+
+async def test_sighup_reloads_also_in_a_terminal_until_that_is_closed(tmp_path: Path, terminal: Terminal) -> None:
+    async with reloadable(EMPTY, tmp_path / "own", within=terminal.within) as running:
+        for name in ("a", "b"):
+            running.write(remotes=remotes(name))
+            running.proxy.send(signal.SIGHUP)
+            await until(partial(has, running.proxy, name))
+        terminal.close()
+        assert await running.proxy.ended() == 0
+        assert running.proxy.log.count("was reloaded") == 2 and "SIGHUP: draining" in running.proxy.log
 
 
 async def test_a_changed_file_is_read_with_reload_also_a_module(tmp_path: Path) -> None:
