@@ -42,6 +42,7 @@ __all__ = [
     "configure",
     "hide",
     "open_standard_streams",
+    "set_level",
     "shown",
     "shown_output",
 ]
@@ -71,15 +72,24 @@ def configure(level: str, wanted: str = "auto", *, with_content: bool = True) ->
     form = form_for(wanted, os.environ, fd)
     encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
     handler = _Handler(Writer(fd, encoding, lambda lost: _lost(form, lost)), form, with_content)
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.basicConfig(handlers=[handler], force=True)
     logging.getLogger("asyncio").setLevel("WARNING")
     logging.raiseExceptions = False  # a log that cannot be written must not disturb the stream being served
     access.with_content = with_content
-    access.connect(handler.writer if logging.getLogger().isEnabledFor(logging.INFO) else None, form)
+    set_level(level)
     sys.excepthook = _behind(handler, sys.excepthook)
     threading.excepthook = _thread_failed
     sys.unraisablehook = _ignored
     logging.captureWarnings(True)
+
+
+def set_level(level: str) -> None:
+    """Let another level apply from now on, to the lines of requests, too."""
+    root = logging.getLogger()
+    root.setLevel(level.upper())
+    for handler in root.handlers:
+        if isinstance(handler, _Handler):
+            access.connect(handler.writer if root.isEnabledFor(logging.INFO) else None, handler.form)
 
 
 def _lost(form: Form, lost: int) -> str:
@@ -92,6 +102,7 @@ class _Handler(logging.Handler):
     def __init__(self, writer: Writer, form: Form, with_content: bool) -> None:
         super().__init__()
         self.writer = writer
+        self.form = form
         self.setFormatter(_Formatter(form, with_content))
 
     def emit(self, record: logging.LogRecord) -> None:
