@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
@@ -15,6 +16,7 @@ import orjson
 from llama_smart_proxy.backends.base import Feature, Json, ModelInfo, ModelState, Residence, UpstreamRequest
 from llama_smart_proxy.backends.http.connection import UNREACHABLE, Endpoint
 from llama_smart_proxy.backends.http.exchange import UpstreamResponse
+from llama_smart_proxy.backends.journal import StepKind
 from llama_smart_proxy.backends.names import key_of
 from llama_smart_proxy.backends.ollama.context import LOOK_S
 from llama_smart_proxy.backends.ollama.host import JSON_HEADERS, MAX_CONTEXT, PULL_FAILED, seconds_of
@@ -145,7 +147,7 @@ class OllamaModel:
         self, answering: AbstractAsyncContextManager[UpstreamResponse], request: UpstreamRequest
     ) -> AsyncIterator[UpstreamResponse]:
         times, now, name = self._hosts.times, asyncio.get_running_loop().time, f"{KIND} {self._key}"
-        begun = now()
+        begun, began_s = now(), time.monotonic()
         times.recall()
 
         def loading() -> Callable[[], str]:
@@ -156,6 +158,8 @@ class OllamaModel:
                 response = await stack.enter_async_context(answering)
             if response.status == 200 and now() - begun >= SHORT_S:
                 times.learn(name, now() - begun)
+                if request.journal is not None:
+                    request.journal.note(StepKind.LOAD, began_s, time.monotonic(), model=self.name)
             yield response
 
     # -- loading and deleting --------------------------------------------------------------------------------------

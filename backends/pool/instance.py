@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -137,6 +137,11 @@ class Instance:
     def size_bytes(self) -> int:
         """How large the model's files are; 0 if that is unknown."""
         return self._command.size_bytes if self._command is not None else 0
+
+    @property
+    def argv(self) -> Sequence[str]:
+        """Its command line; empty before there is one."""
+        return self._command.argv if self._command is not None else ()
 
     @property
     def suspicion(self) -> str | None:

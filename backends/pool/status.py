@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import shlex
 import time
 from collections.abc import Iterable
 
@@ -11,6 +12,7 @@ import psutil
 
 from llama_smart_proxy.backends.pool.instance import STALLED, State
 from llama_smart_proxy.backends.pool.queue import ModelQueue
+from llama_smart_proxy.proxy.config import without_secret_values
 
 
 def described(queue: ModelQueue) -> dict[str, object]:
@@ -35,6 +37,7 @@ def described(queue: ModelQueue) -> dict[str, object]:
         "state": "unloading" if instance.state is State.READY and not place.open else str(instance.state),
         "pid": instance.pid or None,
         "port": instance.port or None,
+        "cmd": shlex.join(without_secret_values(instance.argv)) or None,
         "leases": place.leases,
         "slots": {"busy": place.generating, "total": len(place.slots)},
         "loaded_s": round(now - place.ready_at, 1) if math.isfinite(place.ready_at) else None,

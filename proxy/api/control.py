@@ -29,7 +29,7 @@ STATES = {"loaded": "ready", "loading": "starting"}
 """The states of models of other servers, as llama-swap names them; the rest have the same names."""
 DRAINING_S = 0.5
 """Interval in seconds in which one that follows a log looks whether the proxy is shutting down."""
-ADMIN_ONLY = ("pid", "port", "proxy", "error", "log", "stalled", "restarts")
+ADMIN_ONLY = ("pid", "port", "proxy", "cmd", "error", "log", "stalled", "restarts")
 """What an entry of `/running` has for administrators only: it shows the machine, and what others caused."""
 
 

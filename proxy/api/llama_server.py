@@ -181,6 +181,7 @@ async def transcribe(http: web.BaseRequest) -> web.StreamResponse:
     del raw
     route = await _resolved(http, form.text("model"), api="openai")
     http[PROXY].chain.check_none_required(http.headers, route.name)
+    http[RECORD].slot = True
     named: Json = {"model": route.model.name}
     route.model.prepare(named)  # it may have another name on its server
     data = form.with_text("model", str(named["model"]))

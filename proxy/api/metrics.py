@@ -24,6 +24,6 @@ async def own_metrics(http: web.BaseRequest) -> web.Response:
         export.AgentCounts(item.name, item.counts.calls, item.counts.failures, item.counts.spent_s)
         for item in proxy.chain.plugins
     ]
-    now = export.Now(status.instances, agents, len(proxy.running.requests))
+    now = export.Now(status.instances, agents, len(proxy.running.requests), proxy.history.dropped)
     body, content_type = export.exported(proxy.metrics, now, http.headers.get("Accept", ""))
     return web.Response(body=body, headers={"Content-Type": content_type})

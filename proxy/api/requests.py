@@ -75,11 +75,11 @@ async def usage(http: web.BaseRequest) -> web.Response:
 
 
 async def recent(http: web.BaseRequest) -> web.Response:
-    """`GET /admin/requests?model=&key=&id=&status=&limit=`: `requests` has the most recent requests that used a model
-    and have ended, newest first, with their timeline; `status` is one such as 404, or 4xx.
+    """`GET /admin/requests?model=&key=&id=&status=&limit=`: `requests` has the most recent requests that generated or
+    embedded, and have ended, newest first, with their timeline; `status` is one such as 404, or 4xx.
 
     `at` is in seconds since 1970, and the other times are seconds since then, null for what did not happen. `outcome`
-    is `ok`, `error`, `cancelled`, or `left` if the client left. Raises: as `usage`.
+    is `ok`, `client_left`, or the code of the error that the client got. Raises: as `usage`.
     """
     status = _query(http, "status", _STATUS, "a status such as 404 or 4xx")
     limit = int(_query(http, "limit", re.compile(r"\d{1,9}"), "a number") or 100)

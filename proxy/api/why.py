@@ -56,6 +56,7 @@ def explained(record: RequestRecord, *, path: str = "") -> Json:
         "sentence": "",
         "outcome": _outcome(record),
         "status": record.status or None,
+        "error": record.error or None,
         "method": record.method,
         "path": record.path or path,
         "api": record.api,
@@ -79,12 +80,13 @@ def _outcome(record: RequestRecord) -> str:
         return "cancelled"
     if record.status == 499:
         return "left"
-    return "failed" if record.status >= 400 else "done"
+    return "failed" if record.status >= 400 or record.error else "done"
 
 
 def _times(record: RequestRecord, now: float) -> dict[str, float | None]:
     first_s, last_s = record.first_byte_s, record.last_byte_s or (0.0 if record.ended_s else now)
-    sent_s = record.sent_s if record.sent_s else 0.0
+    loaded_s = max((step.ended_s for step in record.steps or () if step.kind is StepKind.LOAD), default=0.0)
+    sent_s = max(record.sent_s, loaded_s) if record.sent_s else 0.0  # a server of others may load after that
     return {
         "queue_s": record.spent_s(StepKind.QUEUE),
         "load_s": record.spent_s(StepKind.LOAD),
@@ -166,7 +168,7 @@ def _answer(entry: Json) -> Iterator[str]:
 
 
 def _counted(count: object, what: str, cached: object = None) -> str:
-    if count is None:
+    if not count:  # what is not known is 0 in the store
         return ""
     return f", {count} token{'' if count == 1 else 's'} {what}" + (f", {cached} of them cached" if cached else "")
 
@@ -178,7 +180,8 @@ def _end(entry: Json) -> str:
         case "cancelled":
             return " It was cancelled."
         case "failed":
-            return f" It failed with status {entry['status']}."
+            how = f"with status {entry['status']}" if entry["status"] >= 400 else "after its answer had begun"
+            return f" It failed {how}" + (f" ({entry['error']})." if entry["error"] else ".")
         case "under way":
             return " It is under way."
     return ""

@@ -93,6 +93,7 @@ class RequestRecord(Timing):
             raise exc
         if (task := asyncio.current_task()) is not None:
             task.uncancel()
+        self.error = Cancelled.code
         return Cancelled()
 
     def routed(self, model: str, backend: str) -> None:

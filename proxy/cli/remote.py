@@ -22,6 +22,8 @@ from llama_smart_proxy.proxy import __version__
 FAILED, NOT_RUNNING, DENIED = 1, 3, 4
 """Exit statuses of commands, as `parsers.STATUSES` describes them: the proxy refused it, it cannot be reached, it does
 not accept the key."""
+CONNECT_S = 10.0
+"""Seconds in which a connection must be made."""
 ANSWER_S = 60.0
 """Seconds in which an answer must begin, where a command does not wait for more."""
 _ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}
@@ -87,11 +89,14 @@ class Remote:
     def _open(self, method: str, path: str, body: Any, timeout_s: float | None) -> Iterator[http.client.HTTPResponse]:
         """Raises: RemoteError, also for an answer that is none of success."""
         kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
-        connection = kind(self._host, self._port, timeout=timeout_s)
+        connection = kind(self._host, self._port, timeout=CONNECT_S)
         data, headers = None, dict(self._headers)
         if body is not None:
             data, headers["Content-Type"] = json.dumps(body).encode(), "application/json"
         try:
+            with _explained(self.url, CONNECT_S):
+                connection.connect()
+            connection.sock.settimeout(timeout_s)
             with _explained(self.url, timeout_s):
                 connection.request(method, self._folder + path, data, headers)
                 response = connection.getresponse()

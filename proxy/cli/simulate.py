@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -62,11 +64,14 @@ async def _simulate(config: Config, path: Path | None) -> int:
     port = _free_port()
     command = [sys.executable, "-P", "-m", "llama_smart_proxy", "serve", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--log-level", "warning", "--log-format", "text", *(["--config", str(path)] if path else [])]
-    env = os.environ | {"LSP_SERVER_POOL__SIZE": "1"}
+    key = secrets.token_urlsafe(32)  # in place of those of its clients, which may be known by their hashes alone
+    keys = json.dumps([{"name": "simulate", "key": key, "scopes": ["admin"]}])
+    env = os.environ | {"LSP_SERVER_POOL__SIZE": "1", "LSP_SERVER__API_KEYS": keys}
     process = await asyncio.create_subprocess_exec(*command, env=env)
     try:
         timeout = aiohttp.ClientTimeout(total=ANSWER_S)
-        async with aiohttp.ClientSession(f"http://127.0.0.1:{port}", timeout=timeout) as session:
+        url, headers = f"http://127.0.0.1:{port}", {"Authorization": f"Bearer {key}"}
+        async with aiohttp.ClientSession(url, timeout=timeout, headers=headers) as session:
             return await _steps(session, config, process)
     finally:
         if process.returncode is None:

@@ -85,7 +85,7 @@ class ApiKeyConfig(Section):
     @model_validator(mode="after")
     def _hashed(self) -> Self:
         if (self.key is None) == (self.hash is None):
-            raise ValueError("requires either key or hash" if self.key is None else "has both a key and a hash")
+            raise ValueError("requires a key, or a hash of one" if self.key is None else "has both a key and a hash")
         given, self.key = self.key or "", None
         if HASH.fullmatch(given):
             self.hash = given.lower()

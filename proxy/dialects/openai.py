@@ -68,8 +68,25 @@ def _is_error_body(body: bytes) -> bool:
     return False
 
 
+def _counts_alone(frames: bytes) -> Json | None:
+    """llama-server's `timings` at the end of the last event before `[DONE]`, without parsing the rest of it: every
+    answer is counted. None if they are not there, or if the server has sent `usage`."""
+    end = frames.rfind(b"}}")
+    begin = frames.rfind(b'"timings":{"cache_n":', 0, end)  # generated text cannot match, as JSON escapes its quotes
+    if begin < 0 or b"}" in frames[begin:end] or b'"usage":{' in frames:
+        return None
+    try:
+        timings = orjson.loads(frames[begin + 10 : end + 1])
+    except orjson.JSONDecodeError:
+        return None
+    return counts(timings["cache_n"] + timings.get("prompt_n", 0), timings.get("predicted_n"), timings["cache_n"])
+
+
 def _usage(frames: bytes) -> Json | None:
     """llama-server sends `timings` with every answer, and `usage` with a stream only if the client requested it."""
+    found = _counts_alone(frames)
+    if found is not None:
+        return found
     for event in last_objects(frames):
         if isinstance(usage := event.get("usage"), dict):
             return usage

@@ -30,13 +30,13 @@ RATES = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 50.0, 75.0, 100.0, 150.0, 200.0, 300.0
 class ModelCounts:
     """What is counted by model. Requests that did not wait are in `immediate` alone, and not in `queue` and `load`."""
 
-    __slots__ = ("cached", "decode", "first", "immediate", "load", "prefill", "prompt", "queue", "rate", "total")
+    __slots__ = ("cached", "first_token", "immediate", "load", "prefill", "prompt", "queue", "rate", "request")
 
     def __init__(self) -> None:
         self.queue, self.load = Histogram(SECONDS), Histogram(SECONDS)
-        self.prefill, self.first, self.total = Histogram(SECONDS), Histogram(SECONDS), Histogram(SECONDS)
+        self.prefill, self.first_token, self.request = Histogram(SECONDS), Histogram(SECONDS), Histogram(SECONDS)
         self.rate = Histogram(RATES)
-        self.prompt = self.cached = self.decode = self.immediate = 0
+        self.prompt = self.cached = self.immediate = 0
 
 
 class Metrics:
@@ -91,8 +91,8 @@ class Metrics:
             counts.load.add(record.spent_s(StepKind.LOAD) + record.spent_s(StepKind.DOWNLOAD))
         if first_s:
             counts.prefill.add(first_s - sent_s)
-            counts.first.add(first_s - arrived_s)
-        counts.total.add(record.ended_s - arrived_s)
+            counts.first_token.add(first_s - arrived_s)
+        counts.request.add(record.ended_s - arrived_s)
         usage = record.usage
         if usage is None:
             return

@@ -41,6 +41,7 @@ class Now:
     instances: Iterable[Mapping[str, Any]] = ()
     agents: Iterable[AgentCounts] = ()
     requests: int = 0
+    dropped: int = 0
 
 
 def exported(metrics: Metrics, now: Now, accept: str) -> tuple[bytes, str]:
@@ -88,6 +89,7 @@ def _of_requests(metrics: Metrics, now: Now) -> Iterator[Metric]:
         errors.add_metric([code], count)
     yield errors
     yield GaugeMetricFamily(f"{PREFIX}_requests_in_progress", "Requests whose answer has not ended.", now.requests)
+    yield CounterMetricFamily(f"{PREFIX}_history_dropped", "Requests that the store could not keep.", now.dropped)
 
 
 def _times(metrics: Metrics) -> Iterator[Metric]:
@@ -103,8 +105,8 @@ _TIMES = {
     "queue": "Time that a request waited for a place or a slot.",
     "load": "Time that a request waited for its model to be fetched and loaded.",
     "prefill": "From sending a request to its server to the first byte of the answer.",
-    "first": "From the arrival of a request to the first byte of its answer.",
-    "total": "From the arrival of a request to the end of its answer.",
+    "first_token": "From the arrival of a request to the first byte of its answer.",
+    "request": "From the arrival of a request to the end of its answer.",
 }
 
 

@@ -62,7 +62,8 @@ class RequestFacts:
     def user(self) -> str:
         key = self._all_headers.get("Authorization") or self._all_headers.get("X-Api-Key")
         if key:
-            return f"key-{hashlib.blake2b(key.removeprefix('Bearer ').encode(), digest_size=8).hexdigest()}"
+            given_bytes = key.removeprefix("Bearer ").encode(errors="surrogatepass")  # a header may have any bytes
+            return f"key-{hashlib.blake2b(given_bytes, digest_size=8).hexdigest()}"
         named, metadata = self._users
         given = named, metadata.get("user_id") if isinstance(metadata, dict) else None
         found = (*given, self._all_headers.get("X-OpenWebUI-User-Id"))

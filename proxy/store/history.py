@@ -20,6 +20,8 @@ import orjson
 
 from llama_smart_proxy.backends.journal import Step, StepKind
 from llama_smart_proxy.proxy.chat import Json, RequestRecord
+from llama_smart_proxy.proxy.errors import Cancelled
+from llama_smart_proxy.proxy.log.access import LEFT, outcome
 from llama_smart_proxy.proxy.store.schema import Row, Sql, Unavailable
 from llama_smart_proxy.proxy.store.store import Store
 
@@ -46,8 +48,9 @@ MAX_TEXT = 200
 COLUMNS = ("day", "key", "model", "api")
 """What usage is counted by."""
 COUNTS = ("requests", "errors", "prompt_tokens", "completion_tokens", "cached_tokens", "seconds")
-_READING = ("GET", "HEAD")
-"""Methods that use no model, but ask about it."""
+OK = "ok"
+NO_ERRORS = (OK, LEFT, Cancelled.code)
+"""The outcomes of requests that are not counted as errors."""
 _TIMES = ("resolved_s", "sent_s", "first_byte_s", "last_byte_s", "ended_s")
 _ADD = (
     f"INSERT INTO usage ({', '.join((*COLUMNS, *COUNTS))}) VALUES ({', '.join('?' * 10)}) "
@@ -198,23 +201,23 @@ class History:
         batch = self._next
         for record in records:
             usage = _counted(record)  # which gives up the end of the answer, and of a short one all of it
-            if not record.resolved_s or record.method in _READING:
+            if not record.slot:
                 continue
             at_s = since_1970 + record.arrived_s
-            model, outcome = record.model[:MAX_TEXT], outcome_of(record)
+            model, how = record.model[:MAX_TEXT], outcome(record)
             line = (_day(int(at_s) // 900), record.client, model, record.api)
             sums = batch.usage.get(line)
             if sums is None and len(batch.usage) < MAX_WAITING:
                 sums = batch.usage[line] = [0, 0, 0, 0, 0, 0.0]
             if sums is not None:
                 sums[0] += 1
-                sums[1] += outcome == "error"
+                sums[1] += how not in NO_ERRORS
                 sums[2] += usage[0]
                 sums[3] += usage[1]
                 sums[4] += usage[2]
                 sums[5] += record.ended_s - record.arrived_s
             if self._most:
-                entry = _entry(record, at_s, model, outcome, usage)
+                entry = _entry(record, at_s, model, how, usage)
                 batch.rows.append((record.request_id, at_s, record.client, model, record.status, entry))
         if (excess := len(batch.rows) - MAX_WAITING) > 0:
             self.dropped += excess
@@ -249,15 +252,6 @@ class History:
             sql.execute("DELETE FROM batches WHERE at_s < ?", (now - 7 * 86400,))
 
 
-def outcome_of(record: RequestRecord) -> str:
-    """How a request has ended: `ok`, `error`, `cancelled` by an administrator, `left` by its client."""
-    if record.cancelled:
-        return "cancelled"
-    if record.status == 499:
-        return "left"
-    return "error" if record.status >= 400 else "ok"
-
-
 def _counted(record: RequestRecord) -> tuple[int, int, int]:
     """Tokens of the prompt, of the answer, and those of the prompt that were cached; 0 where they are not known."""
     try:
@@ -287,7 +281,7 @@ def _day(quarter: int) -> str:
     return time.strftime("%Y-%m-%d", time.localtime(quarter * 900))
 
 
-def _entry(record: RequestRecord, at_s: float, model: str, outcome: str, usage: tuple[int, int, int]) -> bytes:
+def _entry(record: RequestRecord, at_s: float, model: str, how: str, usage: tuple[int, int, int]) -> bytes:
     """One recent request as JSON: `at` in seconds since 1970, all other times in seconds since then."""
     began_s = record.arrived_s
     entry: Json = {
@@ -301,7 +295,7 @@ def _entry(record: RequestRecord, at_s: float, model: str, outcome: str, usage: 
         "backend": record.backend,
         "agents": [name[:MAX_TEXT] for name in record.agents[:20]] if record.agents else (),
         "status": record.status,
-        "outcome": outcome,
+        "outcome": how[:MAX_TEXT],
         "prompt_tokens": usage[0],
         "completion_tokens": usage[1],
         "cached_tokens": usage[2],
@@ -334,7 +328,8 @@ def record_of(entry: Json) -> RequestRecord:
         setattr(record, name, entry[name])
     for name in _TIMES:
         setattr(record, name, 1.0 + entry[name] if entry[name] is not None else 0.0)
-    record.cancelled = entry["outcome"] == "cancelled"
+    record.error = "" if entry["outcome"] in (OK, LEFT) else entry["outcome"]
+    record.cancelled = record.error == Cancelled.code
     record.counted = {name: entry[name] for name in ("prompt_tokens", "completion_tokens")}
     record.counted["prompt_tokens_details"] = {"cached_tokens": entry["cached_tokens"]}
     for step in entry["steps"]:

@@ -21,6 +21,14 @@ from tests.support.raw_client import request
 PAGE, FOREIGN = ("Origin", "http://localhost:5173"), ("Origin", "http://evil.example")
 WRONG = "wrong-canary-0123456789"
 TYPES = {CHAT: "authentication_error", "/v1/responses": "authentication_error", "/completion": "authentication_error"}
+WHO = '''
+class Who(Agent):
+    """Writes down who asks."""
+    command = None
+    async def on_request(self, request: ChatRequest, ctx: Context) -> ChunkStream | None:
+        request.body["who"] = ctx.user
+        return None
+'''
 OBSERVER = """
 def extend(registry):
     registry.observers.append(write)
@@ -77,6 +85,28 @@ async def test_any_bytes_in_place_of_a_key_are_401_or_400(
         )
         assert (await client.answer(method="GET")).status in (400, 401)
         assert "Traceback" not in caplog.text and "unhandled" not in caplog.text
+
+
+async def test_any_bytes_in_place_of_a_key_are_a_user_for_agents_where_none_is_required(tmp_path: Path) -> None:
+    write_agent(tmp_path, "who", WHO)
+    async with keyed([], agents_dirs=[str(tmp_path)], agents=["who"]) as proxy, proxy.connected() as client:
+        asked = request("POST", CHAT, {"model": "a1", "messages": MESSAGES}, close=True)
+        await client.send(asked.replace(b"Host: test", b"Host: test\r\nAuthorization: Bearer \xff\xfe"))
+        assert (await client.answer()).status == 200
+        assert proxy.sent(CHAT)[0].json()["who"].startswith("key-")
+
+
+async def test_a_wrong_key_for_a_list_of_models_is_401_in_the_api_of_the_client() -> None:
+    async with keyed([{"name": "user", "key": USER, "requests_per_minute": 9}]) as proxy:
+        version = ("anthropic-version", "2023-06-01")
+        for path in ("/v1/models", "/v1/models/a1"):
+            refused = await proxy.ask("GET", path, key=WRONG, more=[version])
+            assert refused.status == 401 and refused.json()["error"]["type"] == "authentication_error"
+            assert (refused.json()["type"], refused.header("request-id")) == ("error", refused.header("x-request-id"))
+            listed = await proxy.ask("GET", path, key=USER, more=[version])
+            assert (listed.status, listed.header("anthropic-ratelimit-requests-remaining")) == (200, "9")
+            assert len([name for name, _ in listed.headers if name == "request-id"]) == 1
+            assert "type" not in (await proxy.ask("GET", path, key=WRONG)).json()
 
 
 async def test_refusals_are_readable_for_listed_pages_alone_and_preflights_require_no_key() -> None:

@@ -48,6 +48,7 @@ def ended(number: int = 1, *, model: str = "m", **fields: Any) -> RequestRecord:
     arrived = time.monotonic() - 1
     record = RequestRecord(arrived, request_id=f"r{number}", method="POST", path="/v1/chat/completions", api="openai")
     record.model, record.status, record.resolved_s, record.ended_s = model, 200, arrived, arrived + 1
+    record.slot = True
     record.counted = {"prompt_tokens": 10, "completion_tokens": 5, "prompt_tokens_details": {"cached_tokens": 4}}
     for name, value in fields.items():
         setattr(record, name, value)
@@ -60,8 +61,8 @@ async def test_usage_is_summed_up_by_key_model_and_day_over_a_restart(opened: Op
     first.observe(ended(client="a"))
     first.observe(ended(client="a", status=500, counted=None))
     first.observe(ended(client="b", model="n", status=499, counted={"prompt_tokens": "x", "completion_tokens": -1}))
-    first.observe(ended(model="-", resolved_s=0.0))
-    first.observe(ended(method="GET"))
+    first.observe(ended(model="-", resolved_s=0.0, slot=False))
+    first.observe(ended(slot=False))
     store.close()
     again = kept(store := opened())
     again.observe(ended(client="a"))
@@ -83,9 +84,9 @@ async def test_recent_requests_have_their_timeline_newest_first(opened: Opened) 
     record.sent_s = record.arrived_s + 0.5
     record.note(StepKind.LOAD, record.arrived_s + 0.1, record.arrived_s + 0.4, model="m")
     seen.observe(record)
-    seen.observe(ended(2, status=404, model="n", path="/" + "x" * 9000))
-    seen.observe(ended(3, cancelled=True, status=410))
-    seen.observe(failed := ended(4, status=401, resolved_s=0.0))
+    seen.observe(ended(2, status=404, error="not_found", model="n", path="/" + "x" * 9000))
+    seen.observe(ended(3, cancelled=True, error="cancelled", status=410))
+    seen.observe(failed := ended(4, status=401, resolved_s=0.0, slot=False))
     assert await seen.find("r4") is failed and await seen.find("r1") is record, "the newest ones are in memory"
     third, second, first = await seen.requests()
     again = await kept(store).find("r1")
@@ -95,7 +96,7 @@ async def test_recent_requests_have_their_timeline_newest_first(opened: Opened) 
     assert first["steps"] == [{"kind": "load", "began_s": 0.1, "ended_s": 0.4, "model": "m"}]
     assert (first["agents"], first["sent_s"], first["first_byte_s"], first["ended_s"]) == (["think"], 0.5, None, 1)
     assert (first["prompt_tokens"], first["cached_tokens"], first["outcome"]) == (10, 4, "ok")
-    assert (second["outcome"], third["outcome"], len(second["path"])) == ("error", "cancelled", 200)
+    assert (second["outcome"], third["outcome"], len(second["path"])) == ("not_found", "cancelled", 200)
     for wanted, found in (
         ({"request_id": "r2"}, ["r2"]),
         ({"model": "m"}, ["r3", "r1"]),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from typing import Any
 
 from llama_smart_proxy.backends.feed import Kind
-from llama_smart_proxy.backends.pool.launcher import PoolModel
+from llama_smart_proxy.backends.pool.launcher import PoolModel, Source
 from llama_smart_proxy.backends.pool.pool import Pool
+from llama_smart_proxy.backends.weights.downloads import Progress
 from llama_smart_proxy.proxy.config import Config
 from tests.support.harness import ports, until
 from tests.support.pools import FakeModel, Fakes, ask, children, leased, open_pool
@@ -95,8 +98,7 @@ async def test_a_removed_model_serves_those_who_have_come_and_is_not_kept(fakes:
             apply(pool, config)
             assert pool.state("a") == "loaded"
         assert await waiting == instance.pid
-        await until(lambda: pool.state("a") == "unloaded" and not children())
-        assert pool.status() == []
+        await until(lambda: pool.status() == [] and not children())
         assert not [event for event in pool.downloads.feed.latest if event.kind is Kind.MODEL]
         await pool.load(before)  # for a request that found the model when it was there
         await until(lambda: pool.state("a") == "unloaded" and not children())
@@ -155,3 +157,21 @@ def test_models_are_the_same_if_their_process_is(fakes: Fakes) -> None:
     assert all(at(**kept).same(base) for kept in ({}, {"title": "x"}, {"keep_alive": 1}, {"agents": ["help"]}))
     changed = ({"args": ["-t", "1"]}, {"ctx": 1}, {"parallel": 1}, {"fake": {"LOAD_S": 1}}, {"concurrent": 1})
     assert not any(at(**fields).same(base) for fields in changed)
+
+
+async def test_who_waits_for_a_download_gets_the_model_of_the_new_source(fakes: Fakes) -> None:
+    config, begun = fakes.config(), asyncio.Event()
+
+    async def for_ever(report: Callable[[Progress], None]) -> None:
+        begun.set()
+        await asyncio.Event().wait()
+
+    absent = replace(fakes.model().at("a"), source=Source("absent", lambda: None, for_ever))
+    present = replace(fakes.model(args=["--new"]).at("a"), source=Source("present", lambda: fakes.gguf, for_ever))
+    async with open_pool(config) as pool:
+        waiting = [asyncio.ensure_future(pool.load(absent)) for _ in range(3)]
+        await begun.wait()
+        pool.configure(config.server_pool, [present])
+        await asyncio.gather(*waiting)
+        assert fakes.spawns == spawned(fakes, "--new") == 1
+        assert pool.failed("a") is None and pool.downloads.get("absent") is None

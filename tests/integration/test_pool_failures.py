@@ -156,6 +156,8 @@ async def test_a_crash_after_work_is_followed_by_a_fresh_start(fakes: Fakes) -> 
         for count in range(4):
             await ask(pool, "a", model)
             assert pool.status()[0]["restarts"] == count
+            (total,) = pool.totals()
+            assert (total["restarts"], total["starts"], total["evictions"]) == (count, count + 1, 0)
             async with leased(pool, "a", model) as instance:
                 os.kill(instance.pid, signal.SIGKILL)
                 assert await instance.wait_stopped(PATIENCE_S)

@@ -20,6 +20,8 @@ from llama_smart_proxy.backends.weights.downloads import Progress
 from llama_smart_proxy.proxy.chat import RequestRecord
 from llama_smart_proxy.proxy.errors import StartFailed
 from tests.support.harness import until
+from tests.support.ollamas import ask as ask_ollama
+from tests.support.ollamas import chat, opened, running_ollama
 from tests.support.pools import CHAT, Fakes, ask, open_pool
 
 
@@ -159,3 +161,14 @@ async def test_a_download_is_noted(fakes: Fakes, tmp_path: Path) -> None:
         steps = await Asked(pool, replace(fakes.model().at("a"), source=source), "x").done()
     assert steps[0].kind is StepKind.DOWNLOAD and steps[0].detail == {"model": "a"}
     assert steps[0].ended_s <= only(steps, StepKind.LOAD)[0].began_s
+
+
+async def test_what_an_ollama_does_for_a_request_is_noted_as_far_as_it_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llama_smart_proxy.backends.ollama.model.SHORT_S", 0.0)
+    record = RequestRecord(time.monotonic(), request_id="x")
+    async with running_ollama() as fake, opened(fake.port) as upstream:
+        request = replace(chat("m"), journal=record)
+        assert (await ask_ollama(upstream.model("m"), request))[0] == 200
+    download, load = record.steps or []
+    assert (download.kind, load.kind) == (StepKind.DOWNLOAD, StepKind.LOAD)
+    assert download.detail == load.detail == {"model": "m"} and follow_each_other([download, load])

@@ -46,6 +46,8 @@ async def test_the_least_recently_used_model_makes_room(fakes: Fakes) -> None:
         assert [pool.state(name) for name in "abc"] == ["loaded", "unloaded", "loaded"]
         await ask(pool, "b", model)
         assert [pool.state(name) for name in "abc"] == ["unloaded", "loaded", "loaded"]
+        totals = {entry["model"]: (entry["starts"], entry["restarts"], entry["evictions"]) for entry in pool.totals()}
+        assert totals == {"a": (1, 0, 1), "b": (2, 0, 1), "c": (1, 0, 0)}
 
 
 async def test_a_loaded_model_is_asked_before_it_makes_room_for_another_of_the_same_moment(fakes: Fakes) -> None:

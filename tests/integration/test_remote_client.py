@@ -63,6 +63,18 @@ async def test_every_answer_is_an_exit_status_and_one_sentence(
     assert out == "" and text in err and err.count("\n") == (1 if status else 0)
 
 
+async def test_a_proxy_that_does_not_answer_is_waited_for_no_longer_than_it_may_take(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def ask(proxy: Remote) -> int:
+        proxy.ask("GET", "/running", timeout_s=0.05)
+        return 0
+
+    async with raw_upstream() as silent:
+        assert await ran(ask, url=at(silent)) == 3
+    assert "has not answered within 0.05 s" in capsys.readouterr().err
+
+
 async def test_where_no_proxy_runs_the_command_says_how_to_start_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert await ran(url=f"http://127.0.0.1:{free_port()}") == 3
     assert "`llama-smart-proxy serve` starts it; --url or LSP_URL" in capsys.readouterr().err

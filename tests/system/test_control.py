@@ -29,7 +29,7 @@ def own(fakes: Fakes) -> Iterator[Proxy]:
     """A proxy with `a`, `org/b:x` and `broken`, of which two have a place."""
     models = {
         "a": fakes.model(fields={"parallel": 2, "title": "The A"}),
-        "org/b:x": fakes.model(),
+        "org/b:x": fakes.model(fields={"args": ["--temp", "0", "--hf-token", "sesame"]}),
         "broken": fakes.model(EXIT=3),
     }
     with session_proxy(fakes.config(models, size=2, keep_alive=600)) as proxy:
@@ -79,6 +79,7 @@ async def test_a_model_is_loaded_and_unloaded_by_any_spelling_of_its_path(own: P
     assert (answer.status, answer.json()) == (200, {"success": True, "model": "org/b:x", "state": "loaded"})
     entry = (await running(own))["org/b:x"]
     assert entry["state"] == "ready" and entry["slots"]["busy"] == 0 and entry["pid"] and entry["rss_bytes"]
+    assert "--temp 0 --hf-token '***'" in entry["cmd"] and entry["proxy"].endswith(f":{entry['port']}")
     assert 0 < entry["expires_in_s"] <= 600 and entry["ttl"] in range(1, 601)
     answer = await post(own, f"/admin/models/{path}/unload")
     assert (answer.status, answer.json()["state"]) == (200, "unloaded")

@@ -129,7 +129,7 @@ def test_others_see_the_models_that_exist_for_them_without_what_is_for_administr
     assert json.loads(run("ps", "--json", key=USER).out)["running"] == []
     run("load", "a")
     [entry] = json.loads(run("ps", "--json", key=USER).out)["running"]
-    assert entry["model"] == "a" and not {"pid", "port", "proxy", "error", "log", "restarts"} & entry.keys()
+    assert entry["model"] == "a" and not {"pid", "port", "proxy", "cmd", "error", "log", "restarts"} & entry.keys()
 
 
 def test_a_log_is_printed_as_far_as_it_is_asked_for(run: Commands) -> None:
@@ -256,4 +256,4 @@ async def test_of_two_requests_with_one_id_the_newest_is_explained(run: Commands
     assert (await chat(run.proxy, "twice", "none")).status == 404
     answer = json.loads(run("why", "twice", "--json").out)
     assert (answer["outcome"], answer["status"], answer["model"]) == ("failed", 404, None)
-    assert "It failed with status 404." in answer["sentence"]
+    assert "It failed with status 404 (model_not_found)." in answer["sentence"]

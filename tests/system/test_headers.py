@@ -307,6 +307,7 @@ ANSWERS: list[tuple[str, str, dict[str, Any] | bytes | None, int]] = [
     ("POST", "/api/show", {"model": "distant"}, 200),
     ("POST", "/api/show", {"model": "local"}, 200),
     *(("POST", path, {**ASKED, "model": "none"}, 404) for path in (CHAT, "/v1/messages", "/api/chat", "/nothing")),
+    *(("POST", "/v1/responses", {**EMBEDDED, "model": "local", "stream": stream}, 200) for stream in (False, True)),
     *(("POST", path, b"{", 400) for path in (CHAT, "/v1/messages", "/api/chat", "/models/load")),
     *(("GET", path, None, 405) for path in (CHAT, "/v1/messages", "/api/chat")),
 ]  # fmt: skip

@@ -16,6 +16,7 @@ from llama_smart_proxy.proxy.metrics.counts import MOST_CODES, MOST_MODELS, MOST
 from llama_smart_proxy.proxy.metrics.export import Now, exported
 from tests.support import raw_client, toxic
 from tests.support.harness import Proxy
+from tests.support.stages import Stage
 from tests.support.toxic import RawUpstream
 
 CHAT = "/v1/chat/completions"
@@ -56,7 +57,7 @@ async def test_a_request_is_counted_once_with_its_times_and_tokens(
     before = await scraped(proxy)
     await raw_client.post(proxy.port, CHAT, {"model": "m", "messages": [], "stream": streamed})
     found = grown(before, await scraped(proxy))
-    assert {name for name in found if name.endswith("_sum")} >= {"prefill_seconds_sum", "total_seconds_sum"}
+    assert {name for name in found if name.endswith("_sum")} >= {"prefill_seconds_sum", "request_seconds_sum"}
     counts = {name: value for name, value in found.items() if not name.endswith("_sum")}
     assert counts.pop("decode_tokens_per_second_count", streamed) == streamed
     assert counts == {
@@ -64,13 +65,30 @@ async def test_a_request_is_counted_once_with_its_times_and_tokens(
         "queue_seconds_count": 1,
         "load_seconds_count": 1,
         "prefill_seconds_count": 1,
-        "first_seconds_count": 1,
-        "total_seconds_count": 1,
+        "first_token_seconds_count": 1,
+        "request_seconds_count": 1,
         "prompt_tokens_total": 11,
         "completion_tokens_total": 3,
         "kv_cache_looked_up_tokens_total": 11,
         "kv_cache_hit_tokens_total": 4,
     }
+
+
+async def test_a_model_of_the_pool_has_its_state_its_memory_and_its_starts(stage: Stage) -> None:
+    await raw_client.post(
+        stage.proxy.port, "/api/chat", {"model": "local", "messages": [{"role": "user", "content": "x"}]}
+    )
+    found = await scraped(stage.proxy)
+    of_local = {key: value for key, value in found.items() if "('model', 'local')" in key}
+
+    def value(name: str, **labels: str) -> float:
+        return of_local[f"llama_smart_proxy_{name}{sorted({'model': 'local', **labels}.items())}"]
+
+    assert [value("model_state", state=state) for state in ("loaded", "loading", "unloaded")] == [1, 0, 0]
+    assert value("instance_resident_memory_bytes") > 0 and value("model_starts_total") >= 1
+    assert value("queue_depth") == value("model_restarts_total") == value("model_evictions_total") == 0
+    assert value("load_seconds_sum") > 0 or value("load_seconds_count") >= 1
+    assert found["llama_smart_proxy_requests_in_progress[]"] == 1  # the scrape
 
 
 def test_names_of_models_that_do_not_exist_make_no_series() -> None:

@@ -28,6 +28,9 @@ class Raises(Agent):
         raise ValueError(request.last_user_text) from RuntimeError(repr(request.body))
 """
 PATHS = ("/v1/chat/completions", "/v1/messages", "/api/chat", "/v1/responses", "/v1/embeddings", "/nothing")
+KEY = f"{C}-key-of-a-client"
+PAGES = ("/metrics", "/health", "/plugins", "/api/ps", "/v1/models", "/props", "/models", "/running", "/logs/local")
+Headers = list[tuple[str, str]]
 HEADERS = [
     [("Authorization", f"Bearer {C}-bearer-1")],
     [("Authorization", f"Basic {C}LWJhc2lj")],
@@ -46,7 +49,7 @@ MALFORMED = [
 ]
 
 
-async def provoke(proxy: Proxy, upstream: RawUpstream) -> list[bytes]:
+async def provoke(proxy: Proxy, upstream: RawUpstream, key: Headers) -> list[bytes]:
     """Send secrets in every place, make everything fail, and return what clients got."""
     got = []
     quoting = {"error": {"message": f"cannot parse {PROMPT}", "type": "invalid_request_error"}}
@@ -57,7 +60,7 @@ async def provoke(proxy: Proxy, upstream: RawUpstream) -> list[bytes]:
             for model, text in (("m", PROMPT), ("m", f"/raises {PROMPT}"), ("local", f"/raises {PROMPT}")):
                 body = {"model": model, "messages": [{"role": "user", "content": text}], "input": text, "stream": True}
                 with suppress(raw_client.BrokenAnswer):  # as Ollama's clients are told
-                    answer = await raw_client.post(proxy.port, path, {**body, "max_tokens": 9})
+                    answer = await raw_client.post(proxy.port, path, {**body, "max_tokens": 9}, headers=key)
                     got.append(answer.body.replace(f"cannot parse {PROMPT}".encode(), b""))  # the server's own words
     for headers in HEADERS:
         for path in ("/v1/models", "/nothing", "/metrics", f"/v1/models?api_key={C}-query&key={C}&token={C}"):
@@ -81,22 +84,26 @@ def configuration(fakes: Fakes, upstream: RawUpstream) -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize("level", ["info", "debug"])
+@pytest.mark.parametrize(("level", "keyed"), [("info", False), ("debug", True)])
 async def test_no_secret_and_no_prompt_is_in_the_log_in_errors_on_status_pages_or_in_children(
-    fakes: Fakes, level: str
+    fakes: Fakes, level: str, keyed: bool
 ) -> None:
+    key: Headers = [("Authorization", f"Bearer {KEY}")] if keyed else []
+    keys = [{"name": "ops", "key": KEY, "scopes": ["admin"]}] if keyed else []
     async with toxic.raw_upstream() as upstream:
-        config = configuration(fakes, upstream) | {"log_level": level}
+        config = configuration(fakes, upstream) | {"log_level": level, "server": {"api_keys": keys}}
         env = {"HF_TOKEN": f"hf_{C}hubtoken", "OPENAI_API_KEY": f"{C}-of-the-process", "LSP_LOG_FORMAT": "logfmt"}
         async with running_proxy(config, env=env, clean_log=False) as proxy:
-            await raw_client.post(
-                proxy.port, PATHS[0], {"model": "local", "messages": [{"role": "user", "content": "hi"}]}
-            )
-            got = await provoke(proxy, upstream)
-            for path in ("/metrics", "/health", "/plugins", "/api/ps", "/v1/models", "/props", "/models"):
-                got.append((await raw_client.get(proxy.port, path)).body)
+            body = {"model": "local", "messages": [{"role": "user", "content": "hi"}]}
+            assert (await raw_client.post(proxy.port, PATHS[0], body, headers=key)).status == 200
+            got = await provoke(proxy, upstream, key)
+            for path in PAGES:
+                page = await raw_client.ask(proxy.port, raw_client.request("GET", path, headers=key), method="GET")
+                assert page.status == 200, path
+                got.append(page.body)
             children = [f"{child.cmdline()} {child.environ()}" for child in proxy.children()]
             assert children and not [child for child in children if C in child]
+            assert not keyed or 'key="ops"' in got[-len(PAGES)].decode()  # its name is what metrics and logs have
         assert not [body for body in got if C.encode() in body]
         assert "agent raises failed" in proxy.log and "RuntimeError" in proxy.log and "on_request" in proxy.log
         assert [line for line in proxy.log.splitlines() if C in line] == []

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
+from llama_smart_proxy.proxy.config import hash_of
 from tests.support.e2e_support import Fakes, Gate, embedded, fakes, gate, needs_llama_cpp, tiny
 from tests.support.gguf_fixture import tiny_models
 from tests.support.harness import ORPHAN_S, ROOT, START_S, STOP_S, environment, living, until
@@ -56,7 +57,8 @@ def test_the_shipped_configuration_passes_every_step(tmp_path: Path) -> None:
 @needs_llama_cpp
 def test_two_chat_models_are_swapped_where_nothing_embeds(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
     models = {name: tiny(tiny_models[name]) for name in ("tiny-a", "tiny-b")}
-    status, verdicts, said = simulate(embedded(models), tmp_path)
+    server = {"host": "0.0.0.0", "api_keys": [hash_of("a key that only its client knows")]}
+    status, verdicts, said = simulate({**embedded(models), "server": server}, tmp_path)
     assert status == 0, said
     assert verdicts["model swap"] == "pass" and verdicts["embedding"] == "skip"
 

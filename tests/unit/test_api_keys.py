@@ -90,11 +90,11 @@ def test_a_key_itself_is_not_kept_and_its_hash_is_not_shown() -> None:
 @pytest.mark.parametrize(
     ("entry", "problem"),
     [
-        ("[{name: a}]", "server.api_keys.0: requires either key or hash"),
+        ("[{name: a}]", "server.api_keys.0: requires a key, or a hash of one"),
         (f"[{{key: {KEY}, hash: '{HASH}'}}]", "server.api_keys.0: has both a key and a hash"),
         ("[{hash: 'sha256:00'}]", "server.api_keys.0.hash: must be sha256: and 64 hexadecimal digits"),
-        ("[{key: ''}]", "server.api_keys.0: requires either key or hash"),
-        ("['']", "server.api_keys.0: requires either key or hash"),
+        ("[{key: ''}]", "server.api_keys.0: requires a key, or a hash of one"),
+        ("['']", "server.api_keys.0: requires a key, or a hash of one"),
         (f"['{KEY} ü']", "server.api_keys.0: a key is 1 to 512 visible ASCII characters"),
         (f"[{{key: {KEY}, name: 'a b'}}]", "server.api_keys.0.name: a key's name is"),
         (f"[{{key: {KEY}, scopes: [root]}}]", "server.api_keys.0.scopes.0: should be 'inference' or 'admin'"),

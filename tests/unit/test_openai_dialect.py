@@ -289,3 +289,37 @@ def test_counts_that_are_none_are_not_taken_for_some(odd: Any) -> None:
     message = "request (932 tokens) exceeds the available context size (64 tokens)"
     error = upstream_errors.refused(400, json.dumps({"error": {"message": message, **details}}).encode())
     assert isinstance(error, ContextExceeded) and (error.tokens, error.limit) == (932, 64)
+
+
+TIMED = {"cache_n": 4, "prompt_n": 7, "prompt_ms": 1.5, "predicted_n": 3, "predicted_ms": 2.5}
+COUNTED = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
+BY_TIMINGS = {
+    "prompt_tokens": 11, "completion_tokens": 3, "total_tokens": 14, "prompt_tokens_details": {"cached_tokens": 4},
+}  # fmt: skip
+UNCACHED = {
+    "prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10, "prompt_tokens_details": {"cached_tokens": 0},
+}  # fmt: skip
+QUOTED = {"choices": [{"delta": {"content": '"timings":{"cache_n":9,"prompt_n":9,"predicted_n":9}}'}}]}
+
+
+@pytest.mark.parametrize(
+    ("events", "usage"),
+    [
+        ([{"choices": [], "timings": TIMED}], BY_TIMINGS),
+        ([{"choices": [], "timings": TIMED, "object": "behind"}], BY_TIMINGS),
+        ([{"choices": [], "timings": {"prompt_n": 7, "predicted_n": 3}}], UNCACHED),
+        ([{"choices": [], "usage": COUNTED, "timings": TIMED}], COUNTED),
+        ([{"choices": [], "timings": TIMED}, {"choices": [], "usage": COUNTED}], COUNTED),
+        ([{"choices": [], "timings": TIMED}, QUOTED], BY_TIMINGS),
+        ([QUOTED], None),
+        ([{"choices": [{"delta": {"content": "x"}}]}], None),
+        ([{"choices": [], "timings": {**TIMED, "more": {"deep": {}}}}], BY_TIMINGS),
+        ([{"choices": [], "timings": {**TIMED, "predicted_n": None}}], None),
+    ],
+)  # fmt: skip
+def test_the_counts_of_a_stream_are_those_of_its_last_event_that_has_any(
+    events: list[Json], usage: Json | None
+) -> None:
+    frames = b"".join(b"data: " + orjson.dumps(event) + b"\n\n" for event in events) + b"data: [DONE]\n\n"
+    assert openai.OPENAI.usage(frames) == usage
+    assert openai.OPENAI.usage(b"\n".join(map(orjson.dumps, events))) == usage

@@ -87,6 +87,8 @@ def test_every_kind_of_step_is_tested() -> None:
     [
         ({"status": 499}, "left", "Its client left before the end."),
         ({"status": 503}, "failed", "It failed with status 503."),
+        ({"status": 503, "error": "queue_timeout"}, "failed", "It failed with status 503 (queue_timeout)."),
+        ({"error": "upstream_disconnected"}, "failed", "It failed after its answer had begun (upstream_disconnected)."),
         ({"status": 410, "cancelled": True}, "cancelled", "It was cancelled."),
         ({"ended_s": -AT, "status": 0}, "under way", "It is under way."),
     ],
@@ -107,6 +109,12 @@ def test_a_whole_answer_has_one_time_at_its_server() -> None:
     answer = explained(done(last_byte_s=1.5, counted={"completion_tokens": 1}))
     assert answer["times"]["decode_s"] is None and answer["tokens"]["per_second"] is None
     assert "500 ms at its server, 1 token of the answer." in answer["sentence"]
+
+
+def test_a_load_at_the_server_is_no_part_of_its_prefill() -> None:
+    one = done()
+    one.note(StepKind.LOAD, AT + 1.0, AT + 1.25, model="m")
+    assert explained(one)["times"]["prefill_s"] == 0.25
 
 
 def test_a_wait_under_way_is_explained_and_not_noted() -> None:
