@@ -178,7 +178,7 @@ def _refused(response: http.client.HTTPResponse, url: str, *, has_key: bool) -> 
     if status == 401:
         given = "is not accepted" if has_key else "is required"
         return RemoteError(f"an API key {given}: --key or LSP_API_KEY names it{_quoted(message)}", DENIED, error)
-    if status == 403:
+    if status == 403 and error.get("code") == "insufficient_scope":
         return RemoteError(f"not allowed{_quoted(message)}; --key or LSP_API_KEY names another key", DENIED, error)
     if 300 <= status < 400:
         place = response.headers.get("Location", "nowhere")

@@ -46,7 +46,12 @@ def at(server: RawUpstream) -> str:
         (answer("400 Bad Request", b'{"error": "of Ollama"}'), 1, "of Ollama"),
         (answer("500 X", b"<html>"), 1, "is it a llama-smart-proxy?"),
         (answer("401 X", b'{"error": {"message": "no key"}}'), 4, "an API key is required: --key or LSP_API_KEY"),
-        (answer("403 X", b'{"error": {"message": "admin only"}}'), 4, "not allowed (admin only); --key or LSP_API_KEY"),
+        (
+            answer("403 X", b'{"error": {"message": "admin only", "code": "insufficient_scope"}}'),
+            4,
+            "(admin only); --key",
+        ),
+        (answer("403 X", b'{"error": {"message": "this host is not allowed"}}'), 1, "this host is not allowed"),
         (answer("302 X", b"", "Location: http://127.0.0.1:1/"), 1, "redirects to http://127.0.0.1:1/, which is not"),
         (answer("200 OK", b"nonsense"), 1, "is no JSON"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{}", 3, "is incomplete"),

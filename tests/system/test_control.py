@@ -91,6 +91,22 @@ async def test_a_load_is_not_waited_for_on_request(own: Proxy) -> None:
     assert (await post(own, "/admin/models/a/load")).json()["state"] == "loaded"
 
 
+async def test_a_busy_model_completes_its_answers_before_it_is_unloaded(own: Proxy, tmp_path: Path) -> None:
+    await post(own, "/admin/models/a/load")
+    gate = tmp_path / "gate"
+    asking = asyncio.ensure_future(chat(own, "a", last_at=str(gate)))
+
+    async def busy() -> bool:
+        return bool((await running(own))["a"]["slots"]["busy"] == 1)
+
+    await until(busy, what="the chat")
+    assert (await post(own, "/admin/models/a/unload")).json()["state"] == "unloading"
+    assert (await running(own))["a"]["state"] == "unloading"
+    gate.touch()
+    assert (await asking).status == 200
+    await until(lambda: gone(own, "a"), what="the unloaded model")
+
+
 @pytest.mark.parametrize(("path", "status"), [("none", 404), ("broken", 503), (f"{'x' * 600}", 404)])
 async def test_a_load_that_fails_says_why(own: Proxy, path: str, status: int) -> None:
     answer = await post(own, f"/admin/models/{path}/load")
@@ -168,6 +184,21 @@ async def test_a_followed_log_goes_on_with_the_next_process(own: Proxy) -> None:
         await post(own, "/admin/models/a/unload")
         await post(own, "/admin/models/a/load")
         assert await read_until(client, b"--- the next process of this model ---\n")
+
+
+@pytest.mark.parametrize("path", ["/logs/a?follow=1", "/events"])
+async def test_one_who_has_left_is_served_no_longer(own: Proxy, path: str) -> None:
+    async def watching() -> int:
+        requests = (await raw_client.get(own.port, "/running")).json()["requests"]
+        return sum(request["path"] == path.partition("?")[0] for request in requests)
+
+    async def left() -> bool:
+        return await watching() == 0
+
+    async with streaming(own, path) as client:
+        assert await watching() == 1
+        client.leave()
+        await until(left, what="the end of the request")
 
 
 @pytest.mark.parametrize(("path", "status"), [("/logs/none", 404), ("/logs/a?lines=x", 400), ("/logs/a?lines=-1", 400)])
