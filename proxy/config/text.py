@@ -81,7 +81,7 @@ def _build(node: yaml.Node, loc: Loc, problems: list[Problem], verbatim: Verbati
     if isinstance(node, yaml.SequenceNode):
         return [_build(item, (*loc, index), problems, verbatim) for index, item in enumerate(node.value)]
     assert isinstance(node, yaml.ScalarNode)
-    if node.style == ">" and loc[-1:] in (("args",), ("cmd",), ("cmd_stop",)) and _HIDDEN_FLAG.search(node.value):
+    if node.style == ">" and verbatim((*loc, 0)) and _HIDDEN_FLAG.search(node.value):
         problems.append(Problem(loc, "a comment in a folded text hides all flags behind it; write | in place of >"))
     value = _scalar(node.value) if node.style is None and node.tag in _PLAIN_TAGS else node.value
     return value if value is None or not verbatim(loc) else node.value

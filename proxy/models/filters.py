@@ -27,5 +27,7 @@ class _Filtered:
 
 def filtered(model: Model, of_virtual: FiltersConfig | None = None) -> Model:
     """`model` with its own filters, and then those of the virtual model that was asked for; itself without any."""
+    if model.filters is None and of_virtual is None:  # the usual case
+        return model
     filters = [found for found in (model.filters, of_virtual) if found is not None]
-    return cast(Model, _Filtered(model, filters)) if filters else model
+    return cast(Model, _Filtered(model, filters))

@@ -191,7 +191,7 @@ def test_examples_in_the_shipped_config_are_valid_too(tmp_path: Path) -> None:
     lines = SHIPPED.read_text(encoding="utf-8").splitlines()
     start = lines.index("server:")
     uncommented = [re.sub(r"^(\s*)# ", r"\1", line) for line in lines[start:]]
-    config = load(tmp_path, "\n".join(uncommented), {"VLLM_API_KEY": "k", "MY_KEY": "k"})
+    config = load(tmp_path, "\n".join(uncommented), {"VLLM_API_KEY": "k", "MY_KEY": "k", "PG_PASSWORD": "p"})
     assert {"qwen3", "mine"} < set(config.models)
     assert (config.server_pool.keep_alive, config.models["qwen3"].keep_alive) == (300, 3600)
     assert (config.models["smollm2"].pinned, set(config.remotes)) == (True, {"vllm"})

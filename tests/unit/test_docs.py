@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from llama_smart_proxy.proxy.cli.parsers import COMMANDS
+from llama_smart_proxy.proxy.config import Config, read_config
 from llama_smart_proxy.proxy.config.text import parse
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,10 +66,20 @@ def test_the_readme_is_short() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_examples_in_yaml_can_be_read(page: Path) -> None:
+def test_examples_in_yaml_are_configurations(page: Path, tmp_path: Path) -> None:
     for language, text in FENCED.findall(page.read_text(encoding="utf-8")):
-        if language == "yaml":
-            assert parse(text).problems == [], f"{page.name}:\n{text}"
+        if language != "yaml":
+            continue
+        parsed = parse(text)
+        assert parsed.problems == [], f"{page.name}:\n{text}"
+        if not isinstance(parsed.data, dict) or not set(parsed.data) <= set(Config.model_fields) or "..." in text:
+            continue  # another program's, or with something left out
+        file = tmp_path / "config.yaml"
+        file.write_text(text)
+        variables = {name: f"{name}-{'x' * 32}" for name in re.findall(r"\$\{(\w+)", text)}
+        problems = read_config(file, env=variables).problems
+        wrong = [problem for problem in problems if not problem.endswith("names a model that does not exist")]
+        assert wrong == [], f"{page.name}:\n{text}"
 
 
 def test_commands_in_the_documentation_exist() -> None:

@@ -88,6 +88,13 @@ def test_llama_server_elsewhere_or_stopped_otherwise_is_a_command(tmp_path: Path
     assert "cmd" in entry and entry.get("url") == fields.get("proxy")
 
 
+def test_a_folded_command_with_a_comment_means_what_it_means_there(tmp_path: Path) -> None:
+    """Where it is no comment: folding makes it part of the one line."""
+    text = "models:\n  m:\n    cmd: >\n      serve --port ${PORT}\n      # x\n      --temp 1\n"
+    entry = imported(tmp_path, text).data["models"]["m"]
+    assert split_command(entry["cmd"]) == ["serve", "--port", "${PORT}", "#", "x", "--temp", "1"]
+
+
 @pytest.mark.parametrize("stop", ["kill ${PID}", "kill -TERM ${PID}", "/bin/kill -s SIGTERM ${PID}", "kill -15 ${PID}"])
 def test_a_stop_command_that_is_the_default_here_is_left_out(tmp_path: Path, stop: str) -> None:
     assert model(tmp_path, cmd="llama-server -m a.gguf --port ${PORT}", cmdStop=stop) == {"path": "a.gguf"}

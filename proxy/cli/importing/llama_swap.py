@@ -133,8 +133,10 @@ class Import:
         for found in imports:
             for own, entry in found.entries(program):
                 models[own] = entry
-        if any("cmd" not in model and "model" not in model for model in models.values()):
+        if any(not str(model.get("path", "/")).startswith(("/", "~", "${")) for model in models.values()):
             self._note("models", "relative paths start at the folder of this file, not where llama-swap was started")
+        if models:
+            self._note("models", "their servers inherit a part of the environment; env_passthrough adds names to it")
 
     def _selectors(self, value: object) -> None:
         """One that always uses its first target is a virtual model."""
