@@ -10,6 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
+from llama_smart_proxy.backends.journal import StepKind
 from llama_smart_proxy.proxy.chat import RequestRecord
 from llama_smart_proxy.proxy.metrics import Metrics
 from llama_smart_proxy.proxy.metrics.counts import MOST_CODES, MOST_MODELS, MOST_SERIES
@@ -116,6 +117,15 @@ def test_the_model_of_a_request_that_fails_has_its_name() -> None:
     metrics = Metrics(is_model=lambda name: name == "m")
     metrics.observe(RequestRecord(1.0, model="m", api="openai", status=503, resolved_s=1.0))
     assert metrics.requests == {("m", "openai", 503, ""): 1}
+
+
+def test_a_wait_in_vain_is_counted_too() -> None:
+    metrics = Metrics(is_model=lambda name: True)
+    record = RequestRecord(1.0, model="m", api="openai", status=503, resolved_s=1.0, slot=True)
+    record.note(StepKind.QUEUE, 1.0, 61.0)
+    metrics.observe(record)
+    counts = metrics.models["m"]
+    assert counts.queue.total == 60 and sum(counts.queue.counts) == 1 and not sum(counts.request.counts)
 
 
 def test_names_are_in_the_form_that_prometheus_recommends() -> None:
