@@ -14,7 +14,7 @@ from llama_smart_proxy.backends.journal import StepKind
 from llama_smart_proxy.proxy.chat import RequestRecord
 from llama_smart_proxy.proxy.metrics import Metrics
 from llama_smart_proxy.proxy.metrics.counts import MOST_CODES, MOST_MODELS, MOST_SERIES
-from llama_smart_proxy.proxy.metrics.export import Now, exported
+from llama_smart_proxy.proxy.metrics.export import Now, collected, encoded
 from tests.support import raw_client, toxic
 from tests.support.harness import Proxy
 from tests.support.stages import Stage
@@ -129,7 +129,7 @@ def test_a_wait_in_vain_is_counted_too() -> None:
 
 
 def test_names_are_in_the_form_that_prometheus_recommends() -> None:
-    body, kind = exported(Metrics(is_model=lambda name: True), Now(), "")
+    body, kind = encoded(collected(Metrics(is_model=lambda name: True), Now()), "")
     assert kind.startswith("text/plain")
     for family in text_string_to_metric_families(body.decode()):
         if not family.name.startswith("process_"):
