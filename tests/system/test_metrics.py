@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import orjson
 import pytest
@@ -17,6 +18,7 @@ from llama_smart_proxy.proxy.metrics.counts import MOST_CODES, MOST_MODELS, MOST
 from llama_smart_proxy.proxy.metrics.export import Now, collected, encoded
 from tests.support import raw_client, toxic
 from tests.support.harness import Proxy
+from tests.support.reloads import reloadable
 from tests.support.stages import Stage
 from tests.support.toxic import RawUpstream
 
@@ -90,6 +92,20 @@ async def test_a_model_of_the_pool_has_its_state_its_memory_and_its_starts(stage
     assert value("queue_depth") == value("model_restarts_total") == value("model_evictions_total") == 0
     assert value("load_seconds_sum") > 0 or value("load_seconds_count") >= 1
     assert found["llama_smart_proxy_requests_in_progress[]"] == 1  # the scrape
+
+
+async def test_a_reload_resets_no_counter_and_new_models_are_counted(tmp_path: Path) -> None:
+    async with toxic.raw_upstream(toxic.plain(b"{}")) as upstream:
+        remote = {"url": f"http://127.0.0.1:{upstream.port}", "models": ["m"]}
+        async with reloadable({"remotes": {"up": remote}}, tmp_path) as running:
+            await raw_client.post(running.proxy.port, CHAT, {"model": "m", "messages": []})
+            await running.apply(remotes={"up": {**remote, "models": ["m", "n"]}})
+            for model in ("m", "n"):
+                await raw_client.post(running.proxy.port, CHAT, {"model": model, "messages": []})
+            found = await scraped(running.proxy)
+    labels = {"dialect": "openai", "status": "200", "key": ""}
+    counts = [found[f"llama_smart_proxy_requests_total{sorted({'model': m, **labels}.items())}"] for m in ("m", "n")]
+    assert counts == [2, 1]
 
 
 def test_names_of_models_that_do_not_exist_make_no_series() -> None:
