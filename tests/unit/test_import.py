@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from llama_smart_proxy.proxy.cli.importing import import_command
-from llama_smart_proxy.proxy.cli.importing.groups import processes
+from llama_smart_proxy.proxy.cli.importing.groups import largest_set, processes
 from llama_smart_proxy.proxy.cli.importing.llama_swap import Import
 from llama_smart_proxy.proxy.cli.importing.reading import Unreadable, read
 from llama_smart_proxy.proxy.cli.importing.servers import joined, split
@@ -270,6 +270,36 @@ def test_a_field_of_the_file_is_translated(
 )
 def test_the_pool_has_as_many_places_as_models_ran_at_one_time(groups: dict[str, Any], count: int) -> None:
     assert processes(["a", "b", "c"], groups) == count
+
+
+@pytest.mark.parametrize(
+    ("expressions", "count"),
+    [
+        ([], 1),
+        (["a"], 1),
+        (["a & b", "c"], 2),
+        (["a|b|c"], 1),
+        (["(a | b & c) & d & e"], 4),
+        (["(a | b) & (c | d)"], 2),
+        (["a & b & c", "+s0 & d | e"], 4),
+        (["+s0 & a", "+s2", "+s1"], 2),
+        (["org/x.y:z & b", "&& |", "((("], 2),
+        ([""], 1),
+    ],
+)
+def test_a_matrix_is_as_large_as_its_largest_set(expressions: list[str], count: int) -> None:
+    sets = {f"s{number}": expression for number, expression in enumerate(expressions)}
+    assert largest_set({"sets": sets}) == count
+
+
+def test_the_matrix_in_use_decides_about_the_places(tmp_path: Path) -> None:
+    models = {name: {"cmd": SERVE} for name in "abc"}
+    matrix = {"sets": {"all": "a & b & c"}}
+    router = {"use": "matrix", "settings": {"matrix": matrix, "groups": {"g": {"members": ["a"]}}}}
+    for theirs in ({"matrix": matrix}, {"routing": {"router": router}}):
+        assert imported(tmp_path, {"models": models, **theirs}).data["server_pool"]["size"] == 3
+    router["use"] = "group"
+    assert imported(tmp_path, {"models": models, "routing": {"router": router}}).data["server_pool"]["size"] == 1
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
