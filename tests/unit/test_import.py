@@ -272,6 +272,18 @@ def test_the_pool_has_as_many_places_as_models_ran_at_one_time(groups: dict[str,
     assert processes(["a", "b", "c"], groups) == count
 
 
+def test_members_of_a_persistent_group_are_pinned(tmp_path: Path) -> None:
+    groups = {
+        "forever": {"persistent": True, "swap": False, "exclusive": False, "members": ["a", "b", "gone"]},
+        "swapped": {"persistent": True, "members": ["c"]},
+    }
+    theirs = tmp_path / "groups.yaml"
+    theirs.write_text(json.dumps({"models": {name: {"cmd": SERVE} for name in "abcd"}, "groups": groups}))
+    config = loaded(tmp_path, theirs)
+    assert {name: model.pinned for name, model in config.models.items()} == dict(a=True, b=True, c=False, d=False)
+    assert config.server_pool.size == 4
+
+
 @pytest.mark.parametrize(
     ("expressions", "count"),
     [

@@ -32,6 +32,14 @@ def processes(models: Sequence[str], groups: Mapping[str, Any]) -> int:
     return max(1, staying + shared + alone)
 
 
+def staying(groups: Mapping[str, Any]) -> list[str]:
+    """The models that no other one unloads: those of persistent groups whose members run together."""
+    lasting = [
+        group for group in map(mapping, groups.values()) if group.get("persistent") and not group.get("swap", True)
+    ]
+    return [member for group in lasting for member in texts(group.get("members"))]
+
+
 def largest_set(matrix: Mapping[str, Any]) -> int:
     """The most models in one of the sets of a matrix: `&` runs them together, `|` one of them, `+name` is another set.
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from llama_smart_proxy.proxy.cli.importing.groups import largest_set, processes
+from llama_smart_proxy.proxy.cli.importing.groups import largest_set, processes, staying
 from llama_smart_proxy.proxy.cli.importing.models import ModelImport, Names, filters_of
 from llama_smart_proxy.proxy.cli.importing.reading import Json, Unreadable
 from llama_smart_proxy.proxy.cli.importing.values import mapping, number, text, texts
@@ -211,6 +211,9 @@ class Import:
         groups: Mapping[str, Any] = mapping(self._theirs.get("groups")) or mapping(settings.get("groups"))
         size = largest_set(mapping(by_matrix)) if by_matrix else processes(list(models), groups)
         self._pool("size", size)
+        for name in staying(groups) if not by_matrix else ():
+            if (entry := self.data["models"].get(self._names.known(name))) is not None:
+                entry["pinned"] = True
         why = f"llama-swap would run {size} of these models at one time"
         more = "; which ones is not configured here: the least recently used one makes room"
         where = "matrix" if by_matrix else "groups" if groups else "models"
