@@ -14,12 +14,13 @@ from typing import Any
 
 from llama_smart_proxy.backends.llamacpp.problems import machine_problems
 from llama_smart_proxy.backends.threads import run_in_thread
+from llama_smart_proxy.proxy import log
 from llama_smart_proxy.proxy.access.peers import exposure
 from llama_smart_proxy.proxy.api.reloads import Outcome
 from llama_smart_proxy.proxy.app import App
 from llama_smart_proxy.proxy.config import Config, Section, load_config
 from llama_smart_proxy.proxy.config.secrets import secrets_of
-from llama_smart_proxy.proxy.errors import ConfigError
+from llama_smart_proxy.proxy.errors import ConfigError, StartFailed
 from llama_smart_proxy.proxy.log import hide
 from llama_smart_proxy.proxy.systemd import Supervisor
 
@@ -27,12 +28,10 @@ logger = logging.getLogger(__name__)
 
 LOOK_S = 0.5
 """Interval in seconds in which files are looked at for changes: network and bind mounts report none."""
-FIXED = tuple(
-    ["server.host", "server.port", "state_dir", "store", "log_level", "log_format", "log_content", "telemetry.otlp"]
-)
+FIXED = ("server.host", "server.port", "state_dir", "store", "log_format", "log_content", "telemetry.otlp")
 """The settings that apply when the proxy starts, and not when it reads its configuration again."""
 
-LISTED = ("models", "remotes", "agents")
+LISTED = ("models", "llama_cpp.models", "remotes", "agents")
 """The settings whose items are reported one by one."""
 SHUTTING_DOWN = "the proxy is shutting down"
 
@@ -69,7 +68,9 @@ class Source:
     def stamps(self, config: Config) -> list[object]:
         """Different after a change of a file that the configuration is made of. Blocks on the disk."""
         folder = os.environ.get("CREDENTIALS_DIRECTORY")
-        credentials = sorted(Path(folder).iterdir()) if folder and Path(folder).is_dir() else []
+        credentials: list[Path] = []
+        with suppress(OSError):
+            credentials = sorted(Path(folder).iterdir()) if folder else []
         return [_stamp(path) for path in (self.path, *config.modules, *credentials) if path is not None]
 
 
@@ -100,7 +101,10 @@ class Reloader:
         before = applied
         while True:
             await asyncio.sleep(LOOK_S)
-            now = await self._stamps()
+            try:
+                now = await run_in_thread(partial(self._source.stamps, self._app.proxy.config))
+            except StartFailed:  # no thread, for a while
+                continue
             if now == before and now != applied:
                 applied = now
                 await self.reload("a file has changed")
@@ -113,9 +117,6 @@ class Reloader:
         if self._running:
             await asyncio.wait(self._running)
 
-    async def _stamps(self) -> list[object]:
-        return await run_in_thread(partial(self._source.stamps, self._app.proxy.config))
-
     async def _in_turn(self, cause: str) -> Outcome:
         async with self._lock:
             self._next = None  # what changes from here on may have been read already
@@ -125,6 +126,9 @@ class Reloader:
             self._supervisor.reloading()
             try:
                 outcome = await self._reloaded()
+            except Exception as exc:  # of a backend that a module adds, or of the system
+                logger.error("the configuration was not reloaded", exc_info=exc)
+                outcome = _refused([f"{self._source.name}: {type(exc).__name__}: {exc}"])
             finally:
                 self._supervisor.ready()
             self._app.lasting.reloads.problems = outcome.problems
@@ -142,10 +146,8 @@ class Reloader:
                 return Outcome([SHUTTING_DOWN])
         except ConfigError as exc:
             return _refused([self._placed(line) for line in exc.problems])
-        except Exception as exc:  # of a backend that a module adds, or of the system
-            logger.error("the configuration was not reloaded", exc_info=exc)
-            return _refused([f"{self._source.name}: {type(exc).__name__}: {exc}"])
         replaced = await self._app.apply(generation)
+        log.set_level(config.log_level)
         for warning in config.warnings:
             logger.warning("%s", warning)
         if fixed := _fixed(self._started_with, config):
@@ -209,7 +211,7 @@ def _settings(before: Section, after: Section, path: str = "") -> Iterator[str]:
     """The paths of all other settings that differ."""
     for name in type(after).model_fields:
         old, new = getattr(before, name), getattr(after, name)
-        if name in LISTED or old == new:
+        if f"{path}{name}" in LISTED or old == new:
             continue
         if isinstance(old, Section) and isinstance(new, Section):
             yield from _settings(old, new, f"{path}{name}.")

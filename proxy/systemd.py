@@ -37,6 +37,7 @@ class Supervisor:
         self._notifications = _connected(given["NOTIFY_SOCKET"])
         self._watchdog_s = _number(given["WATCHDOG_USEC"]) / 1e6 if _is_own(given["WATCHDOG_PID"] or "0") else 0.0
         self._timer: asyncio.TimerHandle | None = None
+        self._stopping = False
         self._models = ""
         self._remark = ""
         self._shown = ""
@@ -47,12 +48,14 @@ class Supervisor:
         return self._notifications is not None
 
     def ready(self) -> None:
-        """The sockets accept connections."""
-        self._notify("READY=1")
+        """The sockets accept connections, with the configuration as it is now."""
+        if not self._stopping:
+            self._notify("READY=1")
 
     def reloading(self) -> None:
         """The configuration is being read again; `ready` follows. Its time is for systemd's `Type=notify-reload`."""
-        self._notify(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
+        if not self._stopping:
+            self._notify(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
 
     def remark(self, text: str) -> None:
         """Show `text` before the models in the line of `systemctl status`; nothing if it is empty."""
@@ -61,6 +64,7 @@ class Supervisor:
 
     def stopping(self) -> None:
         """No more requests are accepted. Signs of life go on, as the answers in progress may take long."""
+        self._stopping = True
         self._notify("STOPPING=1")
 
     async def show(self, feed: Feed) -> None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-
-from aiohttp import web
 
 from llama_smart_proxy.proxy.chat import RequestRecord
 from llama_smart_proxy.proxy.dialects.limits import Allowance
@@ -14,7 +13,10 @@ from llama_smart_proxy.proxy.errors import Overloaded
 
 MINUTE_S = 60.0
 BYTES_PER_TOKEN = 4
-"""Of a request whose tokens were not counted, as its client left before its end: roughly those of its prompt."""
+"""Of a prompt whose tokens were not counted, as its client left before the end of the answer: an estimate."""
+TOKENS_PER_S = 20.0
+"""Speed of a model that has not completed an answer yet, for the same estimate."""
+_MOST_MODELS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,17 +62,46 @@ class Counters:
 
     def __init__(self) -> None:
         self._by_client: dict[str, _Used] = {}
+        self._speeds: dict[str, float] = {}
 
     def visit(self, client: str, limits: Limits) -> Visit:
         """One request of this client."""
-        return Visit(client, limits, self._by_client.setdefault(client, _Used()))
+        return Visit(client, limits, self._by_client.setdefault(client, _Used()), self.tokens_of)
+
+    def tokens_of(self, record: RequestRecord, size: int) -> int:
+        """The tokens of a request of `size` bytes that has ended, and of all answers to it, as the servers counted
+        them. Without a count, which comes at the end of an answer, they are estimated: by the time that the model
+        generated, and its speed in its last answer."""
+        usage = record.usage
+        prompt, completion = (
+            (usage.get(name) for name in ("prompt_tokens", "completion_tokens")) if usage else (None, None)
+        )
+        end_s = record.last_byte_s or record.ended_s
+        began_s = record.first_byte_s if 0 < record.first_byte_s < end_s else record.sent_s
+        seconds = max(0.0, end_s - began_s) if record.sent_s else 0.0
+        if isinstance(completion, int) and completion > 0:
+            if seconds > 0:
+                self._learn(record.model, completion / seconds)
+        elif usage is None:
+            completion = int(seconds * self._speeds.get(record.model, TOKENS_PER_S))
+            prompt = size // BYTES_PER_TOKEN if record.sent_s else 0
+        counted = (prompt, completion, record.side_tokens)
+        return sum(max(0, count) for count in counted if isinstance(count, int))
+
+    def _learn(self, model: str, speed: float) -> None:
+        if len(self._speeds) >= _MOST_MODELS:
+            self._speeds.clear()
+        self._speeds[model] = speed
 
 
 class Visit:
     """One request of a key with limits, from `enter` to `leave`."""
 
-    def __init__(self, client: str, limits: Limits, used: _Used) -> None:
+    def __init__(
+        self, client: str, limits: Limits, used: _Used, tokens_of: Callable[[RequestRecord, int], int]
+    ) -> None:
         self._client = client
+        self._tokens_of = tokens_of
         self._limits = limits
         self._used = used
         self._entered = False
@@ -94,13 +125,13 @@ class Visit:
         message = f"the API key {self._client} has reached its limit of {limit}; try again in {seconds} s"
         return Overloaded(message, code="rate_limit_exceeded", retry_after_s=seconds, status=429)
 
-    def leave(self, http: web.BaseRequest, record: RequestRecord) -> None:
-        """The request has ended, in any way: it takes no place any more, and its tokens are known."""
+    def leave(self, record: RequestRecord, size: int) -> None:
+        """The request, of `size` bytes, has ended, in any way: it takes no place any more, and its tokens are known."""
         if self._entered:
             self._entered = False
             self._used.running -= 1
             if self._limits.tokens_per_minute is not None:
-                self._used.tokens.take(_tokens(http, record))
+                self._used.tokens.take(self._tokens_of(record, size))
 
     def allowances(self) -> list[Allowance]:
         """What is left now."""
@@ -111,12 +142,3 @@ class Visit:
                 level = bucket.level(limit, now)
                 found.append(Allowance(kind, limit, max(0, math.floor(level)), (limit - level) * MINUTE_S / limit))
         return found
-
-
-def _tokens(http: web.BaseRequest, record: RequestRecord) -> int:
-    """The tokens of the prompt and of all answers, as the servers counted them."""
-    usage = record.usage
-    if usage is None:
-        return record.side_tokens + ((http.content_length or 0) // BYTES_PER_TOKEN if record.sent_s else 0)
-    counted = (usage.get("prompt_tokens"), usage.get("completion_tokens"))
-    return record.side_tokens + sum(max(0, count) for count in counted if isinstance(count, int))

@@ -54,7 +54,7 @@ async def health(http: web.BaseRequest) -> web.Response:
             "failed": proxy.chain.plugins.broken,
         },
         "downloads": proxy.router.downloads.status(),
-        "history": {"waiting": proxy.history.waiting, "dropped": proxy.history.dropped},
+        "history": proxy.history.status(),
     }
     return web.json_response(body, status=code)
 

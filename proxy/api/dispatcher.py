@@ -124,7 +124,7 @@ class Dispatcher:
             # 499: the client left before its answer was complete
             record.status = response.status if response is not None else record.answered or 499
             if record.client and VISIT in http:
-                http[VISIT].leave(http, record)
+                http[VISIT].leave(record, http.content_length or 0)
             for observe in self._observers:
                 self._notify(observe, record)
             self._proxy.uses.end(http)

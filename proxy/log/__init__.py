@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -41,6 +42,7 @@ __all__ = [
     "configure",
     "hide",
     "open_standard_streams",
+    "set_level",
     "shown",
     "shown_output",
 ]
@@ -53,6 +55,8 @@ MOST_READ = 200_000
 EXIT_S = 2.0
 """How long the process waits at its end for a stderr that takes nothing."""
 
+beside = logging.getLogger(f"{__name__}.beside")
+"""For what happens beside all that catches it; it may quote a chat."""
 access = AccessLog()
 """The one of this process."""
 
@@ -68,12 +72,24 @@ def configure(level: str, wanted: str = "auto", *, with_content: bool = True) ->
     form = form_for(wanted, os.environ, fd)
     encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
     handler = _Handler(Writer(fd, encoding, lambda lost: _lost(form, lost)), form, with_content)
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.basicConfig(handlers=[handler], force=True)
     logging.getLogger("asyncio").setLevel("WARNING")
     logging.raiseExceptions = False  # a log that cannot be written must not disturb the stream being served
     access.with_content = with_content
-    access.connect(handler.writer if logging.getLogger().isEnabledFor(logging.INFO) else None, form)
+    set_level(level)
     sys.excepthook = _behind(handler, sys.excepthook)
+    threading.excepthook = _thread_failed
+    sys.unraisablehook = _ignored
+    logging.captureWarnings(True)
+
+
+def set_level(level: str) -> None:
+    """Let another level apply from now on, to the lines of requests, too."""
+    root = logging.getLogger()
+    root.setLevel(level.upper())
+    for handler in root.handlers:
+        if isinstance(handler, _Handler):
+            access.connect(handler.writer if root.isEnabledFor(logging.INFO) else None, handler.form)
 
 
 def _lost(form: Form, lost: int) -> str:
@@ -86,6 +102,7 @@ class _Handler(logging.Handler):
     def __init__(self, writer: Writer, form: Form, with_content: bool) -> None:
         super().__init__()
         self.writer = writer
+        self.form = form
         self.setFormatter(_Formatter(form, with_content))
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -130,6 +147,18 @@ def _traced(trace: str) -> list[str]:
         left_out = f"[{len(lines) - MOST_TRACED} lines]"
         lines[MOST_TRACED // 2 : -MOST_TRACED // 2] = [left_out]
     return [shown(line) for line in lines]
+
+
+def _thread_failed(args: threading.ExceptHookArgs) -> None:
+    """What a thread does not catch is a record like all others."""
+    if args.exc_type is not SystemExit and args.exc_value is not None:
+        name = args.thread.name if args.thread is not None else "?"
+        beside.error("the thread %s failed", name, exc_info=args.exc_value)
+
+
+def _ignored(args: Any) -> None:
+    """And so is what a destructor does not catch."""
+    beside.error("an exception was ignored: %s", args.err_msg or args.object, exc_info=args.exc_value)
 
 
 _Hook = Callable[[type[BaseException], BaseException, TracebackType | None], Any]

@@ -12,6 +12,8 @@ from urllib.parse import quote
 SECRET = "***"
 SHORTEST = 6
 """Shorter values are no secrets: blanking them would blank words."""
+SHORTEST_WORD = 8
+"""The same for values of letters alone, such as `ollama`, which servers get that check no key."""
 MOST_KNOWN = 1000
 """Most values that are known at one time; the newest ones."""
 
@@ -42,7 +44,7 @@ def hide(secrets: Iterable[str]) -> None:
     """Blank these values in all that is logged from now on, as they are and as they are in a URL."""
     for secret in secrets:
         for form in (secret.strip(), quote(secret.strip(), safe="")):
-            if len(form) >= SHORTEST:
+            if len(form) >= (SHORTEST_WORD if form.isalpha() else SHORTEST):
                 _known.pop(form, None)
                 _known[form] = None
     for oldest in list(_known)[:-MOST_KNOWN]:

@@ -88,8 +88,10 @@ class History:
         self._writer = secrets.token_hex(8)
         self._since_trim: int | None = None
         self._trimmed_day = ""
-        self._failing = False
+        self._retrying = False
         self.dropped = 0
+        self.problem = ""
+        """Why nothing can be written now."""
         self.configure(most=most, days=days)
         store.on_close = self._flush
 
@@ -101,6 +103,11 @@ class History:
     def waiting(self) -> int:
         """Recent requests that are still to be written."""
         return len(self._new) + len(self._next.rows) + len(self._batch.rows)
+
+    def status(self) -> Json:
+        """How many requests wait and were lost, and why nothing can be written now, for operators."""
+        problem = {"problem": self.problem} if self.problem else {}
+        return {"waiting": self.waiting, "dropped": self.dropped, **problem}
 
     def observe(self, record: RequestRecord) -> None:
         """Count a request that has ended, if it used a model or failed. Takes well under a microsecond."""
@@ -177,19 +184,32 @@ class History:
         while self._batch or self._next:
             if not self._batch:
                 self._batch, self._next = self._next, _Batch()
+            batch = self._batch
             try:
                 self._store.do(self._write, essential=False)
-            except Exception as exc:
-                if not self._failing:
-                    self._failing = True
-                    logger.warning("usage and recent requests cannot be written, and are kept for a while: %s", exc)
-                self._wake(RETRY_S)
+            except Unavailable as exc:
+                self._retry_later(exc)
                 return
-            self._failing = False
+            except Exception as exc:
+                logger.error("%d recent requests, and their usage, cannot be stored", len(batch.rows), exc_info=exc)
+                self.dropped += len(batch.rows)
+            self.problem = ""
             self._number += 1
             self._batch = _Batch()
         if self._new:
             self._wake(FLUSH_S)
+
+    def _retry_later(self, exc: Unavailable) -> None:
+        if not self.problem:
+            logger.warning("usage and recent requests cannot be written, and are kept for a while: %s", exc)
+        self.problem = str(exc)
+        if not self._retrying:
+            self._retrying = True
+            self._store.submit(self._retry, RETRY_S)
+
+    def _retry(self) -> None:
+        self._retrying = False
+        self._flush()
 
     def _take(self) -> None:
         """Move the new requests into the next batch. Their counts are parsed here, if they were not before."""
@@ -201,27 +221,32 @@ class History:
         batch = self._next
         for record in records:
             usage = _counted(record)  # which gives up the end of the answer, and of a short one all of it
-            if not record.slot:
-                continue
-            at_s = since_1970 + record.arrived_s
-            model, how = record.model[:MAX_TEXT], outcome(record)
-            line = (_day(int(at_s) // 900), record.client, model, record.api)
-            sums = batch.usage.get(line)
-            if sums is None and len(batch.usage) < MAX_WAITING:
-                sums = batch.usage[line] = [0, 0, 0, 0, 0, 0.0]
-            if sums is not None:
-                sums[0] += 1
-                sums[1] += how not in NO_ERRORS
-                sums[2] += usage[0]
-                sums[3] += usage[1]
-                sums[4] += usage[2]
-                sums[5] += record.ended_s - record.arrived_s
-            if self._most:
-                entry = _entry(record, at_s, model, how, usage)
-                batch.rows.append((record.request_id, at_s, record.client, model, record.status, entry))
+            if record.slot:
+                try:
+                    self._add(record, since_1970 + record.arrived_s, usage)
+                except Exception as exc:
+                    logger.error("the request %s cannot be stored", record.request_id, exc_info=exc)
+                    self.dropped += 1
         if (excess := len(batch.rows) - MAX_WAITING) > 0:
             self.dropped += excess
             del batch.rows[:excess]
+
+    def _add(self, record: RequestRecord, at_s: float, usage: tuple[int, int, int]) -> None:
+        batch, model, how = self._next, record.model[:MAX_TEXT], outcome(record)
+        if self._most:
+            entry = _entry(record, at_s, model, how, usage)
+            batch.rows.append((record.request_id, at_s, record.client, model, record.status, entry))
+        line = (_day(int(at_s) // 900), record.client, model, record.api)
+        sums = batch.usage.get(line)
+        if sums is None and len(batch.usage) < MAX_WAITING:
+            sums = batch.usage[line] = [0, 0, 0, 0, 0, 0.0]
+        if sums is not None:
+            sums[0] += 1
+            sums[1] += how not in NO_ERRORS
+            sums[2] += usage[0]
+            sums[3] += usage[1]
+            sums[4] += usage[2]
+            sums[5] += record.ended_s - record.arrived_s
 
     def _write(self, sql: Sql) -> None:
         batch = self._batch
@@ -288,7 +313,7 @@ def _entry(record: RequestRecord, at_s: float, model: str, how: str, usage: tupl
         "id": record.request_id,
         "at": int(at_s * 1e3) / 1e3,
         "method": record.method,
-        "path": record.path[:MAX_TEXT],
+        "path": record.path[:MAX_TEXT].encode("ascii", "replace").decode(),
         "api": record.api,
         "key": record.client,
         "model": model,

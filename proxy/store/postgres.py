@@ -51,6 +51,7 @@ class Postgres:
         self._connection: asyncpg.Connection | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._failed_at: float | None = None
+        self._problem = ""
         self._down = False
 
     def transaction(self, work: Callable[[Sql], T], *, essential: bool) -> T:
@@ -91,7 +92,7 @@ class Postgres:
             assert self._loop is not None
             return _Connection(self._connection, self._loop)
         if self._failed_at is not None and time.monotonic() - self._failed_at < RETRY_S:
-            raise Unavailable(f"the Postgres at {self.place} cannot be used now")
+            raise Unavailable(self._problem)
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
         try:
@@ -119,7 +120,8 @@ class Postgres:
         if not self._down:
             self._down = True
             logger.warning("the Postgres at %s cannot be used now (setting store): %s", self.place, reason)
-        return Unavailable(f"the Postgres at {self.place} cannot be used now: {reason}")
+        self._problem = f"the Postgres at {self.place} cannot be used now: {reason}"
+        return Unavailable(self._problem)
 
 
 class _Connection:

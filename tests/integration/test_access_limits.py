@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import pytest
 
+from tests.support import toxic
 from tests.support.harness import until
 from tests.support.keyed import CHAT, MESSAGES, USER, Keyed, answering, keyed
 from tests.support.raw_client import request
@@ -84,6 +87,30 @@ async def test_tokens_of_prompt_and_answer_are_taken_when_they_are_known(path: s
         assert statuses == [200, 200, 429]
         left = await proxy.ask("GET", "/v1/models", key=USER)
         assert left.header("x-ratelimit-remaining-tokens") == "0"
+
+
+async def test_a_stream_that_its_client_leaves_is_not_free() -> None:
+    async def endless(link: Link, asked: Request) -> None:
+        if not asked.body:
+            return await answering(link, asked)
+        await link.send(toxic.EVENT_HEAD + toxic.chunk(toxic.token("Hi")))
+        await link.gone()
+
+    async with keyed(limited(tokens_per_minute=50), script=endless) as proxy:
+
+        async def left() -> int:
+            return int((await proxy.ask("GET", "/v1/models", key=USER)).header("x-ratelimit-remaining-tokens") or -1)
+
+        while (before := await left()) > 0:
+            async with proxy.connected() as client:
+                await client.send(request("POST", CHAT, BODY | {"stream": True}, headers=[("x-api-key", USER)]))
+                assert (await client.head())[1] == 200 and await client.chunk()
+            await until(partial(_is_less, left, before))
+        assert (await proxy.chat(USER)).status == 429
+
+
+async def _is_less(left: Callable[[], Awaitable[int]], before: int) -> bool:
+    return await left() < before
 
 
 async def test_requests_beyond_those_at_one_time_are_refused_until_one_has_ended() -> None:

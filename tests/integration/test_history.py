@@ -84,7 +84,7 @@ async def test_recent_requests_have_their_timeline_newest_first(opened: Opened) 
     record.sent_s = record.arrived_s + 0.5
     record.note(StepKind.LOAD, record.arrived_s + 0.1, record.arrived_s + 0.4, model="m")
     seen.observe(record)
-    seen.observe(ended(2, status=404, error="not_found", model="n", path="/" + "x" * 9000))
+    seen.observe(ended(2, status=404, error="not_found", model="n", path="/\udcff" + "x" * 9000))
     seen.observe(ended(3, cancelled=True, error="cancelled", status=410))
     seen.observe(failed := ended(4, status=401, resolved_s=0.0, slot=False))
     assert await seen.find("r4") is failed and await seen.find("r1") is record, "the newest ones are in memory"
@@ -141,7 +141,7 @@ async def test_a_commit_whose_answer_was_lost_is_not_counted_twice(opened: Opene
             result = super().do(work, essential=essential)
             if not essential and not self.lost:
                 self.lost = True
-                raise ConnectionError("the answer to COMMIT is lost")
+                raise Unavailable("the answer to COMMIT is lost")
             return result
 
     plain = opened()
@@ -154,6 +154,20 @@ async def test_a_commit_whose_answer_was_lost_is_not_counted_twice(opened: Opene
     seen.observe(ended(2))
     assert [line["requests"] for line in await seen.usage([])] == [2]
     assert [entry["id"] for entry in await seen.requests()] == ["r2", "r1"]
+    store.close()
+
+
+async def test_what_cannot_be_stored_does_not_keep_the_rest_from_being_stored(
+    opened: Opened, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen = kept(store := opened())
+    seen.observe(ended(1, client="\udcff"))  # no text in any database
+    assert await seen.requests() == [] and seen.dropped == 1
+    seen.observe(ended(2, client="a\0b"))  # none in Postgres
+    assert len(await seen.requests()) + seen.dropped == 2
+    seen.observe(ended(3))
+    assert (await seen.requests())[0]["id"] == "r3"
+    assert [record.levelname for record in caplog.records] == ["ERROR"] * seen.dropped
     store.close()
 
 
@@ -203,7 +217,7 @@ async def test_while_the_file_is_locked_requests_wait_and_the_log_says_so_once(
     monkeypatch.setattr(history, "MAX_WAITING", 10)
     store = Store(tmp_path)
     seen = kept(store)
-    await store.open()
+    await store.run(lambda sql: None)
     with sqlite3.connect(tmp_path / FILE, isolation_level=None) as other:
         other.execute("BEGIN IMMEDIATE")
         for number in range(50):

@@ -52,10 +52,15 @@ class Reloadable:
 
 @asynccontextmanager
 async def reloadable(
-    config: Mapping[str, Any], folder: Path, *, env: Mapping[str, str] | None = None, args: Sequence[str] = ()
+    config: Mapping[str, Any],
+    folder: Path,
+    *,
+    env: Mapping[str, str] | None = None,
+    args: Sequence[str] = (),
+    within: Sequence[str] = (),
 ) -> AsyncIterator[Reloadable]:
     """A proxy with this configuration, in a file in `folder`; see `running_proxy`."""
     await asyncio.to_thread(folder.mkdir, exist_ok=True)
-    async with running_proxy(config, beside=folder, env=env, args=args) as proxy:
+    async with running_proxy(config, beside=folder, env=env, args=args, within=within) as proxy:
         file = folder / "config.yaml"
         yield Reloadable(proxy, file, json.loads(await asyncio.to_thread(file.read_text)))

@@ -161,6 +161,25 @@ def test_a_process_whose_log_nobody_reads_ends_all_the_same() -> None:
         assert process.wait(EXIT_S + TIMEOUT_S) == 0
 
 
+def test_what_no_one_catches_is_a_record_too() -> None:
+    _, lines = ran("""
+import threading, warnings
+class Odd:
+    def __del__(self):
+        raise ValueError("sk-c4nary-5f2d")
+thread = threading.Thread(target=lambda: 1 / 0, name="mine")
+thread.start()
+thread.join()
+Odd()
+warnings.warn("odd")
+""")
+    found = texts([line for line in lines if not line.startswith("  ")])
+    assert found[0] == ("ERROR", "proxy.log.beside", "the thread mine failed")
+    assert found[1][:2] == ("ERROR", "proxy.log.beside") and found[1][2].startswith("an exception was ignored: ")
+    assert found[2][:2] == ("WARNING", "py.warnings") and "UserWarning: odd" in found[2][2]
+    assert "  ZeroDivisionError: division by zero" in lines and "  ValueError: ***" in lines
+
+
 # -- what others have written ------------------------------------------------------------------------------------------
 
 FORGED = "2026-01-01 00:00:00,000 INFO    proxy.serve: forged"

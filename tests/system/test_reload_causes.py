@@ -6,15 +6,17 @@ import asyncio
 import json
 import signal
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 from tests.support import raw_client
 from tests.support.e2e_support import DONE, Fakes, Gate, fakes, gate, streaming
 from tests.support.harness import Proxy, free_port, until
 from tests.support.reloads import reloadable
+from tests.support.terminal import Terminal, terminal
 from tests.system.test_systemd import Manager
 
-__all__ = ["fakes", "gate"]  # fixtures
+__all__ = ["fakes", "gate", "terminal"]  # fixtures
 EMPTY = {"llama_cpp": {"hf_cache": False}}
 
 
@@ -36,6 +38,17 @@ async def test_sighup_reloads(tmp_path: Path) -> None:
         running.proxy.process.send_signal(signal.SIGHUP)
         await until(lambda: "was not reloaded" in running.proxy.log)
         assert await has(running.proxy, "a")
+
+
+async def test_sighup_reloads_also_in_a_terminal_until_that_is_closed(tmp_path: Path, terminal: Terminal) -> None:
+    async with reloadable(EMPTY, tmp_path / "own", within=terminal.within) as running:
+        for name in ("a", "b"):
+            running.write(remotes=remotes(name))
+            running.proxy.send(signal.SIGHUP)
+            await until(partial(has, running.proxy, name))
+        terminal.close()
+        assert await running.proxy.ended() == 0
+        assert running.proxy.log.count("was reloaded") == 2 and "SIGHUP: draining" in running.proxy.log
 
 
 async def test_a_changed_file_is_read_with_reload_also_a_module(tmp_path: Path) -> None:
@@ -84,6 +97,16 @@ async def test_what_requires_a_restart_is_named_and_the_rest_applies(tmp_path: P
             assert found["requires_restart"] == ["server.port", "state_dir"] and await has(running.proxy, "a")
         await until(lambda: running.proxy.log.count("requires a restart: server.port, state_dir") == 2)
         assert (await running.apply())["requires_restart"] == []
+
+
+async def test_the_level_of_the_log_applies_at_once(tmp_path: Path) -> None:
+    async with reloadable(EMPTY, tmp_path / "own") as running:
+        await running.apply(log_level="warning")
+        assert await has(running.proxy)
+        await running.apply()
+        assert (await raw_client.get(running.proxy.port, "/health")).status == 200
+        await until(lambda: "GET /health" in running.proxy.log)
+        assert "GET /v1/models" not in running.proxy.log
 
 
 async def test_a_key_that_is_removed_is_unknown_at_once_and_origins_follow(tmp_path: Path) -> None:

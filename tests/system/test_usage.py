@@ -22,7 +22,7 @@ from tests.support.harness import Proxy, running_proxy, until
 from tests.support.postgres import Server, postgres
 
 __all__ = ["fakes", "postgres"]
-COUNTED = {"requests": 2, "errors": 0, "prompt_tokens": 22, "completion_tokens": 16, "cached_tokens": 0}
+SCOPES = {"root": ["admin"], "ann": ["inference"], "bob": ["inference"]}
 
 
 async def usage(proxy: Proxy, query: str = "by=model") -> list[dict[str, Any]]:
@@ -129,5 +129,34 @@ async def test_a_postgres_that_is_not_there_does_not_keep_the_proxy_from_serving
         assert (await raw_client.post(proxy.port, CHAT, body_of("m"))).status == 200
         answer = await raw_client.get(proxy.port, "/admin/usage")
         assert (answer.status, answer.error["code"]) == (503, "store_unavailable")
-        assert "secret-of-tests" not in proxy.log + answer.body.decode()
+        history = (await proxy.health())["history"]
+        assert "127.0.0.1/none cannot be used now" in history["problem"] and history["waiting"] >= 1
+        assert "secret-of-tests" not in proxy.log + answer.body.decode() + str(history)
         assert proxy.log.count("the Postgres at 127.0.0.1/none cannot be used now (setting store)") == 1
+
+
+async def test_usage_is_counted_by_key_and_a_key_sees_its_own_requests_alone(fakes: Fakes) -> None:
+    keys = [{"name": name, "key": f"key-of-{name}-1234567890123", "scopes": scopes} for name, scopes in SCOPES.items()]
+    config = fakes.config({"m": fakes.model()}) | {"server": {"api_keys": keys}, "state_dir": str(fakes.folder / "s")}
+
+    def by(name: str, request_id: str = "") -> list[tuple[str, str]]:
+        ids = [("X-Request-Id", request_id)] if request_id else []
+        return [("Authorization", f"Bearer key-of-{name}-1234567890123"), *ids]
+
+    async def get(proxy: Proxy, path: str, name: str) -> raw_client.Answer:
+        return await raw_client.ask(proxy.port, raw_client.request("GET", path, headers=by(name)), method="GET")
+
+    async with running_proxy(config) as proxy, raw_client.connected(proxy.port) as client:
+        await raw_client.post(proxy.port, CHAT, body_of("m"), headers=by("ann"))
+        stalled = body_of("m", stream=True, fake={"stall_after": 2})
+        await client.send(raw_client.request("POST", CHAT, stalled, headers=by("ann", "hers")))
+        await client.head()
+        seen = {name: (await get(proxy, "/running", name)).json()["requests"] for name in SCOPES}
+        assert [(entry["id"], entry["key"]) for entry in seen["root"]] == [("hers", "ann")]
+        assert [entry["id"] for entry in seen["ann"]] == ["hers"] and seen["bob"] == []
+        lines = (await get(proxy, "/admin/usage?by=key", "root")).json()["usage"]
+        assert [(line["key"], line["requests"]) for line in lines] == [("ann", 1)]
+        for path in ("/admin/usage", "/admin/requests"):
+            assert (await get(proxy, path, "ann")).status == 403
+        cancelling = raw_client.request("DELETE", "/running/hers", headers=by("ann"))
+        assert (await raw_client.ask(proxy.port, cancelling)).status == 403

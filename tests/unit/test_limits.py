@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_smart_proxy.proxy.access.limits import Bucket, Counters, Limits
+from llama_smart_proxy.proxy.chat import RequestRecord
 from llama_smart_proxy.proxy.dialects.limits import Allowance, anthropic_headers, duration, openai_headers
 from llama_smart_proxy.proxy.errors import Overloaded
 from tests.support.laws import law
@@ -90,3 +91,29 @@ def test_each_api_has_its_own_headers() -> None:
     assert re.fullmatch(
         r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", dict(anthropic_headers(left))["anthropic-ratelimit-tokens-reset"]
     )
+
+
+def record(**fields: object) -> RequestRecord:
+    """Of a request that was sent at the second 10 and has ended at the second 20."""
+    times = {"sent_s": 10.0, "first_byte_s": 12.0, "ended_s": 20.0, "model": "m"}
+    return RequestRecord(9.0, **{**times, **fields})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("fields", "tokens"),
+    [
+        ({"counted": {"prompt_tokens": 30, "completion_tokens": 10}, "last_byte_s": 17.0}, 40),
+        ({"counted": {"prompt_tokens": 30, "completion_tokens": 10}, "side_tokens": 7}, 47),
+        ({"counted": {"prompt_tokens": 3}}, 3),
+        ({"counted": {"prompt_tokens": "3", "completion_tokens": None}}, 0),
+        ({}, 8 * 50 + 100),  # a stream that its client has left after 8 seconds
+        ({"first_byte_s": 0.0}, 10 * 50 + 100),  # a whole answer
+        ({"model": "other"}, 8 * 20 + 100),
+        ({"sent_s": 0.0, "first_byte_s": 0.0}, 0),  # refused, or left before it was sent
+    ],
+)
+def test_tokens_are_those_that_were_counted_or_else_estimated(fields: dict[str, object], tokens: int) -> None:
+    counters = Counters()
+    learned = record(counted={"prompt_tokens": 1, "completion_tokens": 250}, last_byte_s=17.0)
+    assert counters.tokens_of(learned, 400) == 251
+    assert counters.tokens_of(record(**fields), 400) == tokens

@@ -6,6 +6,7 @@ import gc
 import json
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from llama_smart_proxy.proxy.dialects import anthropic, ollama, openai, response
 from llama_smart_proxy.proxy.dialects.embeddings import OLLAMA_EMBED, Embedded
 from llama_smart_proxy.proxy.errors import BadRequest
 from llama_smart_proxy.proxy.http.body import parse_body
+from llama_smart_proxy.proxy.log.redaction import redacted
 from llama_smart_proxy.proxy.stream import embeddings
 from llama_smart_proxy.proxy.stream.decoder import StreamDecoder
 from llama_smart_proxy.proxy.stream.tool_calls import CallSequence
@@ -93,6 +95,9 @@ REQUESTS: dict[str, tuple[int, Callable[[int], Work]]] = {
     "Responses: texts behind calls": (100_000, lambda n: _response(input=[_CALL, *[_TEXT] * n])),
     "Responses: many thoughts": (50_000, lambda n: _response(input=[_THOUGHT] * n)),
     "Responses: many tools to choose from": (10_000, _tools),
+    "Log: the beginning of names": (100_000, lambda n: partial(redacted, "a-x_" * n)),
+    "Log: the beginning of values": (100_000, lambda n: partial(redacted, "bearer " * n)),
+    "Log: the beginning of addresses": (100_000, lambda n: partial(redacted, "://a" * n)),
 }
 """How large the larger input is, and what makes the work of an input of a size."""
 
