@@ -148,7 +148,8 @@ async def test_an_answer_of_any_form_is_sent_on_and_ends_its_request(path: str, 
         await link.send(toxic.plain(answer))
 
     async with keyed(limited(concurrent=1, tokens_per_minute=1000), script=odd) as proxy:
-        assert (app := proxy.app) is not None
+        app = proxy.app
+        assert app is not None
         assert [(await proxy.ask("POST", path, BODY, key=USER)).status != 500 for _ in range(2)] == [True, True]
         await proxy.reload()
         await until(lambda: not app.ending, what="the end of the earlier configuration")
