@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 import time
 from collections.abc import Callable
@@ -284,4 +285,14 @@ async def test_a_postgres_that_is_away_is_waited_for_and_its_password_is_not_log
     assert [line["requests"] for line in await seen.usage([])] == [3]
     warned = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert len(warned) == 2 and "secret-of-tests" not in caplog.text
+    store.close()
+
+
+async def test_a_connection_that_was_cut_while_idle_is_replaced_at_once(postgres: Server, database: str) -> None:
+    seen = kept(store := Store(None, database))
+    assert await seen.usage([]) == []
+    await asyncio.to_thread(postgres.stop)
+    await asyncio.to_thread(postgres.start)
+    seen.observe(ended())
+    assert ([line["requests"] for line in await seen.usage([])], seen.problem) == ([1], "")
     store.close()
