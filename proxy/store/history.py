@@ -253,7 +253,8 @@ class History:
         done = sql.execute("SELECT number FROM batches WHERE writer = ?", (self._writer,))
         if done and done[0][0] >= self._number:
             return  # it was committed, although the connection was lost before that was known
-        sql.many(_ADD, [(*line, *counts) for line, counts in batch.usage.items()])
+        # sorted: of two proxies that lock the same lines in different orders, Postgres fails one
+        sql.many(_ADD, [(*line, *counts) for line, counts in sorted(batch.usage.items())])
         sql.many(_INSERT, batch.rows)
         sql.execute(
             "INSERT INTO batches (writer, number, at_s) VALUES (?, ?, ?) "
