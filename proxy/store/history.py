@@ -10,7 +10,7 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -253,7 +253,8 @@ class History:
         done = sql.execute("SELECT number FROM batches WHERE writer = ?", (self._writer,))
         if done and done[0][0] >= self._number:
             return  # it was committed, although the connection was lost before that was known
-        sql.many(_ADD, [(*line, *counts) for line, counts in batch.usage.items()])
+        # sorted: of two proxies that lock the same lines in different orders, Postgres fails one
+        sql.many(_ADD, [(*line, *counts) for line, counts in sorted(batch.usage.items())])
         sql.many(_INSERT, batch.rows)
         sql.execute(
             "INSERT INTO batches (writer, number, at_s) VALUES (?, ?, ?) "
@@ -279,11 +280,7 @@ class History:
 
 def _counted(record: RequestRecord) -> tuple[int, int, int]:
     """Tokens of the prompt, of the answer, and those of the prompt that were cached; 0 where they are not known."""
-    try:
-        usage: Mapping[str, Any] = record.usage or {}
-    except Exception as exc:  # the server's answer may have any form
-        logger.debug("the counts of %s", record.request_id, exc_info=exc)
-        usage = {}
+    usage = record.usage or {}
     details = usage.get("prompt_tokens_details")
     cached = details.get("cached_tokens") if isinstance(details, dict) else 0
     prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
