@@ -109,6 +109,15 @@ async def test_a_stream_that_its_client_leaves_is_not_free() -> None:
         assert (await proxy.chat(USER)).status == 429
 
 
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize("path", ["/props?model=a1", "/slots?model=a1", "/lora-adapters?model=a1"])
+async def test_what_only_reads_counts_if_it_can_load_a_model(path: str, method: str) -> None:
+    async with keyed(limited(requests_per_minute=2)) as proxy:
+        statuses = [(await proxy.ask(method, path, key=USER)).status for _ in range(3)]
+        assert 429 not in statuses[:2] and statuses[2] == 429
+        assert (await proxy.ask(method, "/v1/models", key=USER)).status == 200
+
+
 async def _is_less(left: Callable[[], Awaitable[int]], before: int) -> bool:
     return await left() < before
 
