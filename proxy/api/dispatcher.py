@@ -130,7 +130,7 @@ class Dispatcher:
             # 499: the client left before its answer was complete
             record.status = response.status if response is not None else record.answered or 499
             if record.client and VISIT in http:
-                http[VISIT].leave(record, http.content_length or 0)
+                http[VISIT].leave(record, http.content.total_bytes)
             for observe in self._observers:
                 self._notify(observe, record)
             self._proxy.uses.end(http)
