@@ -30,7 +30,8 @@ async def why(http: web.BaseRequest) -> web.Response:
         return web.json_response(explained(under_way[-1][RECORD], path=shown_path(under_way[-1])))
     record = await proxy.history.find(request_id)
     if record is None:
-        message = f"no request with the id {request_id[:100]!r} is known; the last ones are (history.requests)"
+        kept = f"the {proxy.config.history.requests} most recent ones are (history.requests)"
+        message = f"no request with the id {request_id[:100]!r} is known; {kept}"
         raise BadRequest(message, status=404, code="not_found")
     return web.json_response(explained(record))
 
@@ -60,7 +61,7 @@ def explained(record: RequestRecord, *, path: str = "") -> Json:
         "method": record.method,
         "path": record.path or path,
         "api": record.api,
-        "client": record.client,
+        "key": record.client,
         "model": record.model if record.resolved_s else None,
         "backend": record.backend or None,
         "agents": [*record.agents],
@@ -84,7 +85,7 @@ def _outcome(record: RequestRecord) -> str:
 
 
 def _times(record: RequestRecord, now: float) -> dict[str, float | None]:
-    first_s, last_s = record.first_byte_s, record.last_byte_s or (0.0 if record.ended_s else now)
+    first_s, last_s = record.first_byte_s, record.last_byte_s or now
     loaded_s = max((step.ended_s for step in record.steps or () if step.kind is StepKind.LOAD), default=0.0)
     sent_s = max(record.sent_s, loaded_s) if record.sent_s else 0.0  # a server of others may load after that
     return {
@@ -100,12 +101,11 @@ def _times(record: RequestRecord, now: float) -> dict[str, float | None]:
 
 def _tokens(record: RequestRecord) -> Json:
     """Of the server's own counts. `per_second` is that of the decoding."""
-    usage = record.usage or {}
+    usage, first_s = record.usage or {}, record.first_byte_s
     cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
-    completion, decode_s = usage.get("completion_tokens"), record.last_byte_s - record.first_byte_s
-    rate = None
-    if isinstance(completion, int) and completion > 1 and decode_s > 0:
-        rate = round((completion - 1) / decode_s, 2)
+    completion, rate = usage.get("completion_tokens"), None
+    if isinstance(completion, int) and completion > 1 and record.last_byte_s > first_s > 0:
+        rate = round((completion - 1) / (record.last_byte_s - first_s), 2)
     return {"prompt": usage.get("prompt_tokens"), "cached": cached, "completion": completion, "per_second": rate}
 
 

@@ -140,7 +140,8 @@ def _why(proxy: Remote, args: argparse.Namespace) -> int:
     times = answer["times"]
     first_s, prefill_s, decode_s = times["first_token_s"], times["prefill_s"], times["decode_s"]
     if prefill_s is not None:
-        rows.append(["prefill", duration(first_s and first_s - prefill_s), duration(prefill_s), ""])
+        kind = "server" if decode_s is None else "prefill"  # which is not known of an answer that came as a whole
+        rows.append([kind, duration(first_s and first_s - prefill_s), duration(prefill_s), ""])
     if decode_s is not None:
         rows.append(["decode", duration(first_s), duration(decode_s), ""])
     if rows:

@@ -186,7 +186,7 @@ async def test_why_explains_a_load_an_eviction_and_the_answer(run: Commands) -> 
     assert columns(heads) == ["STEP", "AFTER", "TOOK", "ABOUT"]
     assert {"evict", "load", "prefill", "decode"} <= {columns(row)[0] for row in rows}
     answer = json.loads(run("why", "first", "--json").out)
-    assert answer["outcome"] == "done" and answer["client"] == "root" and answer["retries"] == 0
+    assert answer["outcome"] == "done" and answer["key"] == "root" and answer["retries"] == 0
     assert answer["times"]["load_s"] > 0 and answer["times"]["decode_s"] > 0
     assert answer["tokens"]["completion"] == 5 and answer["tokens"]["per_second"] > 0
     assert answer["times"]["first_token_s"] <= answer["total_s"]

@@ -109,6 +109,13 @@ def test_a_whole_answer_has_one_time_at_its_server() -> None:
     answer = explained(done(last_byte_s=1.5, counted={"completion_tokens": 1}))
     assert answer["times"]["decode_s"] is None and answer["tokens"]["per_second"] is None
     assert "500 ms at its server, 1 token of the answer." in answer["sentence"]
+    unseen = explained(done(first_byte_s=-AT, counted={"completion_tokens": 9}))  # 0: an agent saw it first
+    assert unseen["tokens"]["per_second"] is None
+
+
+def test_the_part_of_an_answer_that_was_sent_until_it_was_broken_off_has_its_time() -> None:
+    answer = explained(done(last_byte_s=-AT, ended_s=4.5, cancelled=True))
+    assert answer["times"]["decode_s"] == 3.0 and "3.00 s for the answer. It was cancelled." in answer["sentence"]
 
 
 def test_a_load_at_the_server_is_no_part_of_its_prefill() -> None:
