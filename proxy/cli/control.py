@@ -97,7 +97,7 @@ def _change(proxy: Remote, path: str, args: argparse.Namespace) -> int:
 def _logs(proxy: Remote, args: argparse.Namespace) -> int:
     """As JSON each line is a string: in a list, or when following in a line of its own."""
     follow = 1 if args.follow else None
-    lines = proxy.lines(at("logs", args.model, lines=max(0, args.lines), follow=follow))
+    lines = proxy.lines(at("logs", args.model, lines=args.lines, follow=follow))
     if args.json and not args.follow:
         print_json([*lines])
         return 0

@@ -105,9 +105,10 @@ def test_models_are_loaded_listed_and_unloaded(run: Commands) -> None:
         (["load", "broken"], 1, "exited with code 3"),
         (["unload", "none"], 1, "not found"),
         (["logs", "none"], 1, "not found"),
-        (["why", "no-such-request"], 1, "no request with the id 'no-such-request' is known"),
+        (["logs", "a", "-n", "-1"], 1, "lines must be a number, of at least 0"),
+        (["why", "no-such-request"], 1, "'no-such-request' is known; the 10000 most recent ones are"),
         (["ps", "--url", "127.0.0.1:1"], 3, "no proxy is running at"),
-        (["ps", "--key", "wrong"], 4, "is not accepted"),
+        (["ps", "--key", "wrong"], 4, "the API key of --key or LSP_API_KEY is not accepted"),
     ],
 )
 def test_a_command_that_fails_has_one_line_of_reason_and_its_status(
