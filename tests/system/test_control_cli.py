@@ -141,7 +141,10 @@ def test_a_log_is_printed_as_far_as_it_is_asked_for(run: Commands) -> None:
 
 
 @pytest.mark.parametrize("words", [["logs", "-f", "a"], ["events"]])
-def test_what_is_followed_is_printed_at_once_and_ends_quietly_at_ctrl_c(own: Proxy, words: Sequence[str]) -> None:
+def test_what_is_followed_is_printed_at_once_and_ends_quietly_at_ctrl_c(
+    own: Proxy, run: Commands, words: Sequence[str]
+) -> None:
+    run("load", "a")  # which there is something to print about
     env = environment({"LSP_URL": own.url, "LSP_API_KEY": ADMIN})
     argv = [sys.executable, "-m", "llama_smart_proxy", *words]
     process = subprocess.Popen(argv, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
