@@ -12,9 +12,11 @@ from aiohttp import web
 from llama_smart_proxy.backends.journal import Step, StepKind
 from llama_smart_proxy.proxy.api.state import PROXY
 from llama_smart_proxy.proxy.chat import Json, RequestRecord
-from llama_smart_proxy.proxy.errors import BadRequest
+from llama_smart_proxy.proxy.errors import BadRequest, Cancelled
 from llama_smart_proxy.proxy.http.headers import PARAMS, RECORD, shown_path
+from llama_smart_proxy.proxy.log.access import LEFT, OK, outcome
 
+UNDER_WAY = "under way"
 SHORTEST_S = 0.001
 """Seconds below which a part of a request is not mentioned."""
 
@@ -39,7 +41,7 @@ async def why(http: web.BaseRequest) -> web.Response:
 def explained(record: RequestRecord, *, path: str = "") -> Json:
     """The answer for one request; `path` is that of one under way. Times are seconds, null for what has not happened.
 
-    `sentence` has it all for people. `outcome` is `done`, `failed`, `left` (its client), `cancelled` or `under way`.
+    `sentence` has it all for people. `outcome` is that in the log (`log.access.outcome`), or `under way`.
     `times` are the sums of its `steps` (`queue_s`, `load_s`, `download_s`, `agents_s`), `first_token_s` from its
     arrival, `prefill_s` from when it was sent to the model's server to the first byte of the answer, and `decode_s`
     from there to the last one. A `prefill_s` without a `decode_s` includes it: the answer came as a whole. Each of
@@ -76,12 +78,8 @@ def explained(record: RequestRecord, *, path: str = "") -> Json:
 
 def _outcome(record: RequestRecord) -> str:
     if not record.ended_s:
-        return "under way"
-    if record.cancelled:
-        return "cancelled"
-    if record.status == 499:
-        return "left"
-    return "failed" if record.status >= 400 or record.error else "done"
+        return UNDER_WAY
+    return Cancelled.code if record.cancelled else outcome(record)
 
 
 def _times(record: RequestRecord, now: float) -> dict[str, float | None]:
@@ -120,7 +118,7 @@ def _step(step: Step, arrived_s: float) -> Json:
 
 def _sentence(entry: Json, steps: list[Step]) -> str:
     model = f" for {entry['model']}" if entry["model"] else ""
-    took = "has taken" if entry["outcome"] == "under way" else "took"
+    took = "has taken" if entry["outcome"] == UNDER_WAY else "took"
     head = f"{entry['method']} {entry['path']}{model} {took} {_s(entry['total_s'])}"
     parts = [*(text for step in steps if (text := _described(step))), *_answer(entry)]
     whole = f"{head}: {'; '.join(parts)}." if parts else f"{head}, and waited for nothing."
@@ -174,17 +172,16 @@ def _counted(count: object, what: str, cached: object = None) -> str:
 
 
 def _end(entry: Json) -> str:
-    match entry["outcome"]:
-        case "left":
-            return " Its client left before the end."
-        case "cancelled":
-            return " It was cancelled."
-        case "failed":
-            how = f"with status {entry['status']}" if entry["status"] >= 400 else "after its answer had begun"
-            return f" It failed {how}" + (f" ({entry['error']})." if entry["error"] else ".")
-        case "under way":
-            return " It is under way."
-    return ""
+    known = {
+        OK: "",
+        LEFT: " Its client left before the end.",
+        Cancelled.code: " It was cancelled.",
+        UNDER_WAY: " It is under way.",
+    }
+    if (text := known.get(entry["outcome"])) is not None:
+        return text
+    how = f"with status {entry['status']}" if entry["status"] >= 400 else "after its answer had begun"
+    return f" It failed {how}" + (f" ({entry['error']})." if entry["error"] else ".")
 
 
 def _s(seconds: float) -> str:

@@ -190,7 +190,7 @@ async def test_why_explains_a_load_an_eviction_and_the_answer(run: Commands) -> 
     assert columns(heads) == ["STEP", "AFTER", "TOOK", "ABOUT"]
     assert {"evict", "load", "prefill", "decode"} <= {columns(row)[0] for row in rows}
     answer = json.loads(run("why", "first", "--json").out)
-    assert answer["outcome"] == "done" and answer["key"] == "root" and answer["retries"] == 0
+    assert answer["outcome"] == "ok" and answer["key"] == "root" and answer["retries"] == 0
     assert answer["times"]["load_s"] > 0 and answer["times"]["decode_s"] > 0
     assert answer["tokens"]["completion"] == 5 and answer["tokens"]["per_second"] > 0
     assert answer["times"]["first_token_s"] <= answer["total_s"]
@@ -259,5 +259,5 @@ async def test_of_two_requests_with_one_id_the_newest_is_explained(run: Commands
     assert (await chat(run.proxy, "twice")).status == 200
     assert (await chat(run.proxy, "twice", "none")).status == 404
     answer = json.loads(run("why", "twice", "--json").out)
-    assert (answer["outcome"], answer["status"], answer["model"]) == ("failed", 404, None)
+    assert (answer["outcome"], answer["status"], answer["model"]) == ("model_not_found", 404, None)
     assert "It failed with status 404 (model_not_found)." in answer["sentence"]
