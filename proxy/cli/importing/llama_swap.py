@@ -20,6 +20,7 @@ NEVER_S = -1
 SHORTEST_HEALTH_S = 15
 _NOT_NEEDED = {
     "logTimeFormat": "not needed: lines of the log have a time, under systemd that of the journal",
+    "logRequests": "not needed: each request has a line in the log",
     "logToStdout": "not needed: lines of model servers are in the log when they fail, and in /health",
     "includeAliasesInList": "not needed: aliases are in the field `aliases` of each item of /v1/models",
     "metricsMaxInMemory": "no equivalent",
@@ -75,7 +76,7 @@ class Import:
                 elif key in _NOT_NEEDED:
                     self._note(key, _NOT_NEEDED[key])
                 else:
-                    self._note(key, "is no setting of llama-swap, and left out")
+                    self._note(key, "is not known as a setting of llama-swap, and left out")
             except ValueError as exc:
                 self._problems.append(f"{key}{exc}")
         self._size()
