@@ -76,6 +76,8 @@ def _do(loop: asyncio.AbstractEventLoop, result: asyncio.Future[R], work: Callab
         made = None, exc
     with suppress(RuntimeError):  # the loop is closed
         loop.call_soon_threadsafe(_settle, result, *made)
+    # or a failure would refer to itself by the frame of this call, which cannot be cleared while it is running
+    del result, made
 
 
 def _settle(result: asyncio.Future[Any], value: object, error: BaseException | None) -> None:

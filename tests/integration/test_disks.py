@@ -122,8 +122,8 @@ async def test_the_last_known_list_of_a_folder_is_served_while_its_disk_does_not
         disk.resume()
         write(disk.folder / "new.gguf")
         await until(lambda: "answers again" in caplog.text, what="the end of the look")
-        await models.listed()
-        assert names(models) == {"known", "new"}
+        while names(models) != {"known", "new"}:
+            await models.listed()
     assert caplog.text.count("does not answer") == 1
 
 
