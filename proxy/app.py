@@ -116,6 +116,7 @@ class App:
 
     async def _end(self, generation: Generation) -> None:
         await generation.ended()
+        await self.lasting.downloads.ended()  # one may come by its connections
         await generation.close()
         del self._ending[generation]
 

@@ -21,7 +21,7 @@ import orjson
 from llama_smart_proxy.backends.journal import Step, StepKind
 from llama_smart_proxy.proxy.chat import Json, RequestRecord
 from llama_smart_proxy.proxy.errors import Cancelled
-from llama_smart_proxy.proxy.log.access import LEFT, outcome
+from llama_smart_proxy.proxy.log.access import LEFT, OK, outcome
 from llama_smart_proxy.proxy.store.schema import Row, Sql, Unavailable
 from llama_smart_proxy.proxy.store.store import Store
 
@@ -48,7 +48,6 @@ MAX_TEXT = 200
 COLUMNS = ("day", "key", "model", "api")
 """What usage is counted by."""
 COUNTS = ("requests", "errors", "prompt_tokens", "completion_tokens", "cached_tokens", "seconds")
-OK = "ok"
 NO_ERRORS = (OK, LEFT, Cancelled.code)
 """The outcomes of requests that are not counted as errors."""
 _TIMES = ("resolved_s", "sent_s", "first_byte_s", "last_byte_s", "ended_s")

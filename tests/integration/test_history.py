@@ -218,7 +218,7 @@ async def test_while_the_file_is_locked_requests_wait_and_the_log_says_so_once(
     monkeypatch.setattr(history, "MAX_WAITING", 10)
     store = Store(tmp_path)
     seen = kept(store)
-    await store.open()
+    await store.run(lambda sql: None)
     with sqlite3.connect(tmp_path / FILE, isolation_level=None) as other:
         other.execute("BEGIN IMMEDIATE")
         for number in range(50):
