@@ -128,6 +128,21 @@ async def test_a_rejected_configuration_leaves_nothing_behind(tmp_path: Any) -> 
         assert (await get(port, "/plugins")).json()[0]["name"] == "think"
 
 
+async def test_a_backend_that_cannot_be_closed_does_not_keep_its_configuration(tmp_path: Any) -> None:
+    module = tmp_path / "module.py"
+    module.write_text(FAILS.replace("return 1 / 0", "return cls()") + CLOSES)
+    app = App(config(modules=[str(module)]))
+    async with running_here(app):
+        await app.apply(await app.prepared(config()))
+        await until(lambda: not app.ending, what="the end of the earlier configuration")
+
+
+CLOSES = """
+async def _close(self):
+    raise ZeroDivisionError
+
+Fails.close = _close
+"""
 FAILS = """
 from llama_smart_proxy.backends.base import BaseProvider
 
