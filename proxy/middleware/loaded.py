@@ -64,7 +64,7 @@ class LoadedAgent:
     async def release(self, name: str) -> None:
         """End a request's use of it."""
         self.users -= 1
-        if self.retired and not self.users:
+        if self.retired and self.holders <= 0 and not self.users:
             await self.close(name)
 
     async def close(self, name: str) -> None:

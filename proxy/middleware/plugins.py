@@ -232,13 +232,16 @@ class Plugins:
 
     async def start(self) -> None:
         """Start those that have not been started for an earlier configuration."""
-        self._started = True
         for plugin in self:
             if plugin.loaded is not None and plugin.loaded.closed:  # its file has changed just now
                 plugin.loaded = None
                 plugin.load()
+        self._started = True
+        for plugin in self:  # before any is awaited: `close` gives back all of them
             if plugin.loaded is not None:
                 plugin.loaded.holders += 1
+        for plugin in self:
+            if plugin.loaded is not None:
                 await _start(plugin)
             if plugin.error is not None:
                 logger.error("the agent %s is not available: %s", plugin.name, plugin.error)

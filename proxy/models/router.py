@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,8 @@ from llama_smart_proxy.proxy.errors import BadRequest, ModelNotFound, ProxyError
 from llama_smart_proxy.proxy.models.filters import filtered
 from llama_smart_proxy.proxy.models.inspection import Look
 from llama_smart_proxy.proxy.models.permit import Permit
+
+logger = logging.getLogger(__name__)
 
 CAPABILITIES_FRESH_S = 10.0
 """Age in seconds from which the capabilities of a model are read again."""
@@ -368,7 +371,10 @@ class Router:
     async def close(self) -> None:
         """Close every provider; may be called repeatedly."""
         for provider in self._providers:
-            await provider.close()
+            try:
+                await provider.close()
+            except Exception as exc:  # of one that a module adds
+                logger.error("%s did not close properly", provider.section, exc_info=exc)
 
 
 def _in_other_form(provider: Provider, name: str, *, pull: bool) -> Model | None:

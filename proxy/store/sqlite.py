@@ -62,7 +62,9 @@ class SQLite:
 
     def exists(self) -> bool:
         """As `Database.exists`."""
-        return self._connection is not None or (self._folder is not None and (self._folder / FILE).exists())
+        with suppress(OSError):  # it cannot be known, as in a folder of others
+            return self._connection is not None or (self._folder is not None and (self._folder / FILE).exists())
+        return True
 
     def close(self) -> None:
         """As `Database.close`."""

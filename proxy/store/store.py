@@ -41,6 +41,7 @@ class Store:
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._delayed: list[tuple[float, Callable[[], None]]] = []
         self._thread: threading.Thread | None = None
+        self._starting = threading.Lock()
         self.on_close: Callable[[], None] | None = None
         """Called in the thread before the database is closed."""
 
@@ -89,17 +90,22 @@ class Store:
             logger.warning("the state could not be read or written: %s", exc)
 
     def submit(self, job: Callable[[], None], delay_s: float = 0.0) -> None:
-        """Do `job`, which raises nothing, in the thread, after so many seconds. Raises: RuntimeError if the system has
-        no more threads now."""
+        """Do `job` in the thread, after so many seconds; what it raises is logged. Raises: RuntimeError if the system
+        has no more threads now."""
         if self._thread is None:
-            thread = threading.Thread(target=self._work_off, name="store", daemon=True)
-            thread.start()  # kept only then: the system may have no more threads now
-            self._thread = thread
+            self._start_thread()
         if delay_s:
             due = time.monotonic() + delay_s
             self._jobs.put(lambda: self._delayed.append((due, job)))
         else:
             self._jobs.put(job)
+
+    def _start_thread(self) -> None:
+        with self._starting:  # agents may have event loops in other threads
+            if self._thread is None:
+                thread = threading.Thread(target=self._work_off, name="store", daemon=True)
+                thread.start()  # kept only then: the system may have no more threads now
+                self._thread = thread
 
     def close(self) -> None:
         """Write what is still to be written, for a limited time, and close the database."""
@@ -122,15 +128,15 @@ class Store:
                 job = _nothing
             if job is None:
                 break
-            job()
+            _do(job)
             if self._delayed:
                 now = time.monotonic()
                 due = [job for due, job in self._delayed if due <= now]
                 self._delayed = [pair for pair in self._delayed if pair[0] > now]
                 for job in due:
-                    job()
+                    _do(job)
         if self.on_close is not None:
-            self.on_close()
+            _do(self.on_close)
         self._database.close()
 
     def _pause_s(self) -> float | None:
@@ -140,6 +146,13 @@ class Store:
 
 
 def _nothing() -> None: ...
+
+
+def _do(job: Callable[[], None]) -> None:
+    try:
+        job()
+    except Exception as exc:  # without its thread, the store would answer nothing any more
+        logger.error("the state could not be read or written", exc_info=exc)
 
 
 def _settle(future: asyncio.Future[Any], result: object, error: BaseException | None) -> None:

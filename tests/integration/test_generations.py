@@ -9,12 +9,15 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+from llama_smart_proxy import Agent
 from llama_smart_proxy.backends.base import Services
 from llama_smart_proxy.backends.ollama.provider import Ollama
 from llama_smart_proxy.backends.pool.pool import Pool
 from llama_smart_proxy.backends.weights.downloads import Downloads
 from llama_smart_proxy.proxy.app import App
 from llama_smart_proxy.proxy.config import Config
+from llama_smart_proxy.proxy.middleware.loaded import LoadedAgent
+from tests.support.agent_clients import write_agent
 from tests.support.harness import until
 from tests.support.here import running_here
 from tests.support.ollamas import running_ollama
@@ -125,6 +128,21 @@ async def test_a_rejected_configuration_leaves_nothing_behind(tmp_path: Any) -> 
         assert (await get(port, "/plugins")).json()[0]["name"] == "think"
 
 
+async def test_a_backend_that_cannot_be_closed_does_not_keep_its_configuration(tmp_path: Any) -> None:
+    module = tmp_path / "module.py"
+    module.write_text(FAILS.replace("return 1 / 0", "return cls()") + CLOSES)
+    app = App(config(modules=[str(module)]))
+    async with running_here(app):
+        await app.apply(await app.prepared(config()))
+        await until(lambda: not app.ending, what="the end of the earlier configuration")
+
+
+CLOSES = """
+async def _close(self):
+    raise ZeroDivisionError
+
+Fails.close = _close
+"""
 FAILS = """
 from llama_smart_proxy.backends.base import BaseProvider
 
@@ -163,3 +181,41 @@ async def test_an_unchanged_ollama_knows_its_models_at_once_and_is_closed_by_its
         assert other.models() == []
         for provider in (second, other):
             await provider.close()
+
+
+class Held(Agent):
+    """Counts its ends."""
+
+    closed = 0
+
+    async def close(self) -> None:
+        self.closed += 1
+
+
+async def test_a_configuration_that_is_given_up_while_its_agents_start_closes_none_of_the_current_one(
+    tmp_path: Any,
+) -> None:
+    flag = tmp_path / "begun"
+    write_agent(tmp_path, "kept", "class Kept(Agent):\n    command = 'kept'\n")
+    slow = "class Slow(Agent):\n    command = 'slow'\n    async def start(self) -> None:\n"
+    file = write_agent(tmp_path, "slow", f"{slow}        pass\n")
+    app = App(config(agents_dirs=[str(tmp_path)], agents=["slow", "kept"]))
+    async with running_here(app):
+        begins = f"        open({str(flag)!r}, 'w').close()\n        await asyncio.Event().wait()\n"
+        file.write_text(file.read_text().replace("        pass\n", begins))
+        preparing = asyncio.ensure_future(app.prepared(config(agents_dirs=[str(tmp_path)], agents=["slow", "kept"])))
+        await until(flag.exists)
+        preparing.cancel()
+        await asyncio.wait([preparing])
+        loaded = [plugin.loaded for plugin in app.generation.plugins]
+        assert [(agent.holders, agent.closed) for agent in loaded if agent is not None] == [(1, False)] * 3
+
+
+async def test_an_agent_that_another_configuration_has_taken_is_not_closed_by_its_last_user() -> None:
+    loaded = LoadedAgent(agent := Held(None), users=1, holders=1)
+    await loaded.retire("held")  # its file has changed
+    loaded.holders += 1  # of a configuration that was made just before
+    await loaded.release("held")
+    assert agent.closed == 0
+    await loaded.retire("held")
+    assert agent.closed == 1
