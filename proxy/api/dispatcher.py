@@ -187,7 +187,7 @@ class Dispatcher:
         return handler
 
     def _enter(self, http: web.BaseRequest, client: str, limits: Limits, dialect: Dialect, *, counts: bool) -> None:
-        """The visit of a key with limits, which counts or is only told what is left. Raises: Overloaded 429."""
+        """The visit of a key with limits, of which nothing is used unless it counts. Raises: Overloaded 429."""
         visit = http[VISIT] = self._counters.visit(client, limits)
         try:
             if counts:
