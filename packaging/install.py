@@ -47,7 +47,7 @@ def main() -> int:
         python = install_program(args.root, args.weights)
         return subprocess.run([python, __file__, "configure", "--root", args.root], check=False).returncode
     else:
-        configure(args.root)
+        return configure(args.root)
     return 0
 
 
@@ -78,8 +78,9 @@ def install_program(root: Path, weights: str | None) -> Path:
 # -- the service -------------------------------------------------------------------------------------------------------
 
 
-def configure(root: Path) -> None:
-    """Write the units with the drop-ins that the configuration requires, and start the service with them."""
+def configure(root: Path) -> int:
+    """Write the units with the drop-ins that the configuration requires, and start the service with them. Returns the
+    exit status: that of systemctl if the service does not start."""
     settings = below(root, SETTINGS)
     settings.mkdir(parents=True, exist_ok=True)
     (settings / "credentials").mkdir(mode=0o700, exist_ok=True)
@@ -104,9 +105,11 @@ def configure(root: Path) -> None:
         gpu.write_text(f"[Service]\nSupplementaryGroups={' '.join(groups)}\n")
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    if root == Path("/"):
-        start(moved)
+    if root == Path("/") and (status := start(moved)) != 0:
+        print(f"the service does not start; its log says why: journalctl -u {NAME} -n 20", file=sys.stderr)
+        return status
     print(next_steps(config))
+    return 0
 
 
 def loaded(file: Path, settings: Path) -> Any:
@@ -225,19 +228,21 @@ def gpu_groups() -> list[str]:
 # -- running it --------------------------------------------------------------------------------------------------------
 
 
-def systemctl(*words: str, check: bool = True) -> None:
-    subprocess.run(["systemctl", *words], check=check)
+def systemctl(*words: str, check: bool = True) -> int:
+    return subprocess.run(["systemctl", *words], check=check).returncode
 
 
-def start(moved: bool) -> None:
+def start(moved: bool) -> int:
     """Start the service with what has been written, in place of the one that may be running. Its socket stays open
-    unless its address is another one (`moved`)."""
+    unless its address is another one (`moved`). Returns the exit status of the last command."""
     systemctl("daemon-reload")
     systemctl("enable", f"{NAME}.socket", f"{NAME}.service")
     if moved:
         systemctl("stop", f"{NAME}.service", f"{NAME}.socket", check=False)
-    systemctl("start", f"{NAME}.socket")
-    systemctl("restart", f"{NAME}.service")
+    if status := systemctl("start", f"{NAME}.socket", check=False):  # its address is in use
+        return status
+    systemctl("reset-failed", f"{NAME}.service", check=False)  # starts that failed before do not count
+    return systemctl("restart", f"{NAME}.service", check=False)
 
 
 def next_steps(config: Any) -> str:

@@ -181,7 +181,6 @@ class Dispatcher:
             raise web.HTTPMethodNotAllowed(http.method, resource.handlers)
         grant = self._proxy.access.admit(http, resource.scopes[http.method])
         http[PROXY] = self._seen_by[grant]
-        http[RECORD].client = grant.client
         if grant.limits is not None:
             self._enter(http, grant.client, grant.limits, dialect, counts=http.method in resource.counted)
         return handler

@@ -166,6 +166,21 @@ async def test_a_client_that_leaves_takes_no_place_any_more(path: str, stream: b
             proxy.upstream.requests.clear()
 
 
+@pytest.mark.parametrize(
+    ("path", "answer"), [(CHAT, b"[]\n"), ("/v1/responses", b'{"response": null}'), ("/v1/messages", b"5\n")]
+)
+async def test_an_answer_of_any_form_is_sent_on_and_ends_its_request(path: str, answer: bytes) -> None:
+    async def odd(link: Link, asked: Request) -> None:
+        await link.send(toxic.plain(answer))
+
+    async with keyed(limited(concurrent=1, tokens_per_minute=1000), script=odd) as proxy:
+        app = proxy.app
+        assert app is not None
+        assert [(await proxy.ask("POST", path, BODY, key=USER)).status != 500 for _ in range(2)] == [True, True]
+        await proxy.reload()
+        await until(lambda: not app.ending, what="the end of the earlier configuration")
+
+
 async def until_free(proxy: Keyed) -> None:
     """Wait until the key's only place is free; an invalid request takes it only for a moment."""
 
