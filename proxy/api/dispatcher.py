@@ -186,7 +186,7 @@ class Dispatcher:
         return handler
 
     def _enter(self, http: web.BaseRequest, client: str, limits: Limits, dialect: Dialect, *, counts: bool) -> None:
-        """The visit of a key with limits, of which nothing is used unless it counts. Raises: Overloaded 429."""
+        """A visit of a key with limits: one that counts, or only gets what is left. Raises: Overloaded 429."""
         visit = http[VISIT] = self._counters.visit(client, limits)
         try:
             if counts:
