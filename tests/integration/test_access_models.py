@@ -159,6 +159,14 @@ async def test_a_name_that_is_too_long_is_refused_and_not_kept() -> None:
             assert refused.status == 400 and "at most 512 characters" in refused.error["message"]
 
 
+async def test_a_key_loads_no_model_where_operators_load_them(fakes: Fakes) -> None:
+    config = fakes.config({"a": fakes.model()}, autoload=False)
+    async with served_here({**config, "server": {"api_keys": KEYS}}) as (_, port):
+        proxy, body = Keyed(port, RawUpstream(b"")), {"model": "a", "messages": MESSAGES}
+        statuses = [(await proxy.ask("POST", f"{CHAT}?autoload=true", body, key=key)).status for key in (USER, ADMIN)]
+        assert statuses == [403, 200]
+
+
 async def test_a_wait_names_no_model_that_does_not_exist_for_the_key(fakes: Fakes, gate: Gate) -> None:
     config = fakes.config({"a": fakes.model(), "hidden": fakes.model()}, size=1)
     shows_events = [("User-Agent", "Open WebUI")]
