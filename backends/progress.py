@@ -9,12 +9,14 @@ from contextlib import contextmanager
 
 class Progress:
     """Of one request, from its arrival to the first piece of its answer. Its backend writes it, and the side of the
-    client reads it, at most once a second: a description is computed when it is read, not when something changes."""
+    client reads it, at most once a second: a description is computed when it is read, not when something changes.
+    `shows` is whether a model of that name may be named to the client."""
 
-    __slots__ = ("_describe",)
+    __slots__ = ("_describe", "shows")
 
-    def __init__(self) -> None:
+    def __init__(self, shows: Callable[[str], bool] = lambda name: True) -> None:
         self._describe: Callable[[], str] | None = None
+        self.shows = shows
 
     @property
     def text(self) -> str:

@@ -6,6 +6,8 @@ import re
 import signal
 from collections.abc import Mapping
 
+from llama_smart_proxy.proxy.log.redaction import redacted
+
 SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASS|CREDENTIAL|AUTH", re.IGNORECASE)
 """Also matches names that are hardly those of secrets, such as `TOKENIZERS_PARALLELISM`: a value that is blanked in a
 log does no harm. Which variables a server inherits is decided more exactly, by `launcher.is_kept_back`."""
@@ -21,11 +23,12 @@ def describe_exit(returncode: int) -> str:
 
 
 def without_secrets(text: str, env: Mapping[str, str], *secrets: str) -> str:
-    """`text` with `secrets`, and every value of `env` whose name looks like that of one, replaced by `***`."""
+    """`text` with `secrets`, every value of `env` whose name looks like that of one, and what the log does not show,
+    replaced by `***`: clients get what a server printed before it ended, which may be its arguments."""
     named = [value for name, value in env.items() if SECRET_NAME.search(name) and len(value) >= 4]
     for secret in (*secrets, *named):
         text = text.replace(secret, "***")
-    return text
+    return redacted(text)
 
 
 def _signal_name(number: int) -> str:

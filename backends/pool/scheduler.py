@@ -336,8 +336,8 @@ class Scheduler:
             self._swap_timer = asyncio.get_running_loop().call_at(due, self.schedule)
 
     def _all_pinned(self) -> Overloaded:
-        names = ", ".join(place.queue.name for place in self.places)
-        return Overloaded(f"All {self.config.size} places are held by pinned models: {names}.", retry_after_s=60)
+        places = f"all {self.config.size} places (server_pool.size)"
+        return Overloaded(f"No model can be stopped: {places} are held by pinned models.", retry_after_s=60)
 
     # -- idle instances --------------------------------------------------------------------------------------------
 

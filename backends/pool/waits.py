@@ -45,15 +45,15 @@ class Wait:
         load_s = self.times.typical_s(self.queue.name)
         if place is not None:  # it makes room for another one
             first = [queue for queue in self.standing.queues.values() if queue.length and queue.cold]
-            if rivals := [queue.shown for queue in first if queue is not self.queue]:
-                return timed(f"Waiting for a place: {_named(rivals, 'comes', 'come')} first", spent_s)
+            if rivals := [queue for queue in first if queue is not self.queue]:
+                return timed(f"Waiting for a place: {self._named(rivals, 'comes', 'come')} first", spent_s)
         elif not any(map(_makes_room, self.standing.places)):
             busy = [place for place in self.standing.places if not place.pinned]
             left = [self._end_s(place, now) for place in busy]
             left_s = min((seconds for seconds in left if seconds is not None), default=None)
-            names = [place.queue.shown for place in busy]
+            queues = [place.queue for place in busy]
             known_s = left_s + load_s if left_s is not None and load_s is not None else None
-            return timed(f"Waiting for a place: {_named(names, 'is', 'are')} busy", spent_s, known_s)
+            return timed(f"Waiting for a place: {self._named(queues, 'is', 'are')} busy", spent_s, known_s)
         return timed(f"Loading {self.queue.shown}", spent_s, load_s)
 
     def _loading(self, place: Place) -> str:
@@ -62,6 +62,13 @@ class Wait:
         load_s = self.times.typical_s(self.queue.name, instance.size_bytes)
         share = f": {100 * instance.share:.0f} %" if instance.share is not None else ""
         return timed(f"Loading {name}{share}", spent_s, load_s - spent_s if load_s is not None else None)
+
+    def _named(self, queues: Sequence[ModelQueue], one: str, several: str) -> str:
+        """The models with their verb; their names only if all of them may be named to the client."""
+        progress = self.waiter.request.progress
+        if len(queues) > NAMED or (progress is not None and not all(progress.shows(queue.name) for queue in queues)):
+            return f"{len(queues)} models {several}" if len(queues) > 1 else f"another model {one}"
+        return f"{' and '.join(queue.shown for queue in queues)} {one if len(queues) == 1 else several}"
 
     def _end_s(self, place: Place, now: float) -> float | None:
         """Seconds until a process in use is idle and can make room; None if that is unknown."""
@@ -85,10 +92,3 @@ def _turn_s(place: Place, before: int, now: float) -> float | None:
 
 def _makes_room(place: Place) -> bool:
     return place.state is State.STOPPING or not (place.pinned or place.leases or place.awaited)
-
-
-def _named(names: Sequence[str], one: str, several: str) -> str:
-    """The models with their verb."""
-    if len(names) > NAMED:
-        return f"{len(names)} models {several}"
-    return f"{' and '.join(names)} {one if len(names) == 1 else several}"

@@ -147,7 +147,8 @@ class EndpointHandler:
 
     async def handle(self, http: web.BaseRequest) -> web.StreamResponse:
         """Answer `http`. No reference to its parsed body is kept while an answer is relayed, which may take minutes."""
-        wait = Wait(http[PROXY].waits, http, self._endpoint.dialect, self._endpoint.codec)
+        proxy = http[PROXY]
+        wait = Wait(proxy.waits, http, self._endpoint.dialect, self._endpoint.codec, proxy.router.shows)
         try:
             response = await self._handle(http, wait)
             if (exchange := http[RECORD].exchange) is not None and isinstance(response, WholeResponse | web.Response):

@@ -22,7 +22,7 @@ from llama_smart_proxy.proxy.api.multipart import Form
 from llama_smart_proxy.proxy.api.state import PROXY
 from llama_smart_proxy.proxy.chat import Json
 from llama_smart_proxy.proxy.dialects import ANTHROPIC, NATIVE, OPENAI, RESPONSES, Dialect
-from llama_smart_proxy.proxy.errors import BadRequest, Overloaded, ProxyError
+from llama_smart_proxy.proxy.errors import AccessDenied, BadRequest, Overloaded, ProxyError
 from llama_smart_proxy.proxy.http.aside import in_thread
 from llama_smart_proxy.proxy.http.body import read_bytes, read_json, serialise
 from llama_smart_proxy.proxy.http.headers import RECORD, upstream_headers, upstream_query
@@ -56,7 +56,7 @@ TOOL_STREAM = replace(OPENAI, is_end=lambda events: b'"done":true' in events or 
 async def apply_autoload(http: web.BaseRequest, model: Model) -> None:
     """`?autoload=true|false` decides for this request whether a model that is not loaded gets loaded.
 
-    Raises: BadRequest if it is not to be; as `Model.load`.
+    Raises: BadRequest if it is not to be; AccessDenied if only operators load models; as `Model.load`.
     """
     choice = http.query.get("autoload", "")
     if not choice or Feature.LOADING not in model.features or model.state.value != "unloaded":
@@ -64,6 +64,10 @@ async def apply_autoload(http: web.BaseRequest, model: Model) -> None:
     if choice not in ("true", "1"):
         raise BadRequest(f"model {model.name[:100]!r} is not loaded", code="model_not_loaded", param="model")
     if not http[PROXY].config.server_pool.autoload:
+        grant = http[PROXY].grant
+        if grant.client and not grant.is_admin:
+            message = "loading a model requires the scope admin, as server_pool.autoload is false"
+            raise AccessDenied(message, status=403)
         await model.load()
 
 

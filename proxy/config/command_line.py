@@ -108,6 +108,10 @@ _PATH_FLAGS: dict[str, _PathFlag] = {
 }
 _SECRET = re.compile(r"-(?:[\w-]*-)?(?:key|token|secret|password|hft)|--mcp-servers-json", re.IGNORECASE)
 _USER = re.compile(r"(://)[^/@\s]+@")
+_NAMED = re.compile(
+    r"([\w-]{0,60}(?:key|token|secret|passw(?:or)?d|cookie|auth(?:orization)?) ?[:=] ?).+", re.IGNORECASE
+)
+"""A header (`-H "Authorization: Bearer abc"`), or a variable for a container (`-e HF_TOKEN=abc`)."""
 SECRET = "***"
 
 
@@ -154,8 +158,14 @@ def missing_paths(args: Sequence[str]) -> list[str]:
 
 
 def without_secret_values(args: Sequence[str]) -> list[str]:
-    """`args` with `***` for the values of flags for keys, tokens and the like, and for what URLs have before `@`."""
+    """`args` with `***` for the values of flags, headers and variables for keys, tokens and the like, and for what URLs
+    have before `@`."""
     return [
-        prefix + (SECRET if _SECRET.fullmatch(flag) and value else _USER.sub(rf"\1{SECRET}@", value))
+        prefix + (SECRET if _SECRET.fullmatch(flag) and value else _without_secrets(value))
         for flag, prefix, value in _with_flags(args)
     ]
+
+
+def _without_secrets(value: str) -> str:
+    found = _NAMED.fullmatch(value)
+    return found[1] + SECRET if found is not None else _USER.sub(rf"\1{SECRET}@", value)

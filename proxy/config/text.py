@@ -25,6 +25,8 @@ _HIDDEN_FLAG = re.compile(r"(?:^|\s)#.*\s--?[A-Za-z]")
 _PLAIN_TAGS = {"tag:yaml.org,2002:" + kind for kind in ("null", "bool", "int", "float", "timestamp", "merge", "value")}
 _JSON_TOKEN = re.compile(r'("(?:\\.|[^"\\\n])*")|//[^\n]*|/\*.*?\*/|,(?=(?:\s|//[^\n]*|/\*.*?\*/)*+[}\]])', re.DOTALL)
 
+MOST_VALUES = 200_000
+"""Most values of a YAML file, of which each alias repeats some: a few lines can stand for any number of them."""
 
 Verbatim = Callable[[Loc], bool]
 
@@ -58,7 +60,10 @@ def _parse_yaml(text: str, at: Loc, verbatim: Verbatim) -> Parsed:
     parsed = Parsed()
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        parsed.data = None if node is None else _build(node, at, parsed.problems, verbatim)
+        if node is not None and _values_of(node, {}) > MOST_VALUES:
+            parsed.problems.append(Problem((), f"has more than {MOST_VALUES} values, as aliases repeat them"))
+        elif node is not None:
+            parsed.data = _build(node, at, parsed.problems, verbatim)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
@@ -71,6 +76,16 @@ def _parse_yaml(text: str, at: Loc, verbatim: Verbatim) -> Parsed:
     except RecursionError:
         parsed.problems.append(Problem((), "is nested too deeply"))
     return parsed
+
+
+def _values_of(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values there are below `node`, those behind aliases each time; `known` are those of nodes, by id."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) not in known:
+        items = node.value if isinstance(node, yaml.SequenceNode) else [value for _, value in node.value]
+        known[id(node)] = 1 + sum(_values_of(item, known) for item in items)
+    return known[id(node)]
 
 
 def _build(node: yaml.Node, loc: Loc, problems: list[Problem], verbatim: Verbatim) -> Any:

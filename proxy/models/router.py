@@ -159,6 +159,10 @@ class Router:
         """Like `find`, but from memory only; never downloads."""
         return self._permitted(self._known(name))
 
+    def shows(self, name: str) -> bool:
+        """Whether the client may learn that there is a model of this name."""
+        return self._permit is None or self.known(name) is not None
+
     def _known(self, name: str) -> Model | None:
         return (self._remembered(checked_length(name), pull=False) or (None, None))[1]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 from aiohttp import web
@@ -106,6 +107,7 @@ class Wait:
     of the answer, and again when an agent reports by `status` what it waits for.
 
     `codec` is that of its endpoint, if that has one. A request for a whole answer has a `Wait` that is never started.
+    `shows` is whether a model of that name may be named to the client.
     """
 
     due_s = 0.0
@@ -119,11 +121,19 @@ class Wait:
     _text = ""  # that, without the time
     _since_s = _sent_s = _thought_s = 0.0
 
-    def __init__(self, waits: Waits, http: web.BaseRequest, dialect: Dialect, codec: ClientCodec | None) -> None:
+    def __init__(
+        self,
+        waits: Waits,
+        http: web.BaseRequest,
+        dialect: Dialect,
+        codec: ClientCodec | None,
+        shows: Callable[[str], bool],
+    ) -> None:
         self.response = ResponseWriter(http, waits.stall_s)
         self._waits = waits
         self._dialect = dialect
         self._codec = codec
+        self._shows = shows
         self._held: list[bytes] = []  # events of agents before the headers
 
     def start(self, model: object) -> None:
@@ -154,7 +164,7 @@ class Wait:
         if self.response.on_begin is None:
             return None
         self._said = self._reading = ""
-        self._progress = Progress()
+        self._progress = Progress(self._shows)
         return self._progress
 
     def asks_for_reports(self, model: Model, body: Json) -> Progressed | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 
@@ -9,13 +10,14 @@ import pytest
 
 from llama_smart_proxy.proxy.models.permit import Permit
 from tests.support.agent_clients import write_agent
-from tests.support.e2e_support import Fakes, fakes
+from tests.support.e2e_support import Fakes, Gate, fakes, gate, steered
+from tests.support.harness import until
 from tests.support.here import served_here
 from tests.support.keyed import ADMIN, CHAT, FEW, KEYS, MESSAGES, USER, Keyed, keyed
 from tests.support.raw_client import request
 from tests.support.toxic import RawUpstream
 
-__all__ = ["fakes"]  # a fixture
+__all__ = ["fakes", "gate"]  # fixtures
 
 FORBIDDEN = ["b1", "B1", "b1:latest", "vb", "big", "big:latest", "library/big", "hf.co/org/repo:Q4_K_M"]
 LISTS = {"/v1/models": ("data", "id"), "/models": ("data", "id"), "/api/tags": ("models", "name")}
@@ -155,6 +157,32 @@ async def test_a_name_that_is_too_long_is_refused_and_not_kept() -> None:
         for key in (FEW, USER):
             refused = await proxy.chat(key, "x" * 100_000)
             assert refused.status == 400 and "at most 512 characters" in refused.error["message"]
+
+
+async def test_a_key_loads_no_model_where_operators_load_them(fakes: Fakes) -> None:
+    config = fakes.config({"a": fakes.model()}, autoload=False)
+    async with served_here({**config, "server": {"api_keys": KEYS}}) as (_, port):
+        proxy, body = Keyed(port, RawUpstream(b"")), {"model": "a", "messages": MESSAGES}
+        statuses = [(await proxy.ask("POST", f"{CHAT}?autoload=true", body, key=key)).status for key in (USER, ADMIN)]
+        assert statuses == [403, 200]
+
+
+async def test_a_wait_names_no_model_that_does_not_exist_for_the_key(fakes: Fakes, gate: Gate) -> None:
+    config = fakes.config({"a": fakes.model(), "hidden": fakes.model()}, size=1)
+    shows_events = [("User-Agent", "Open WebUI")]
+    async with served_here({**config, "server": {"api_keys": KEYS}}) as (_, port):
+        proxy = Keyed(port, RawUpstream(b""))
+        busy = asyncio.ensure_future(proxy.chat(USER, "hidden", text=steered(last_at=str(gate))))
+        await until(fakes.generated)
+        body, read = {"model": "a", "messages": MESSAGES, "stream": True}, b""
+        async with proxy.connected() as client:
+            await client.send(request("POST", CHAT, body, headers=[("x-api-key", FEW), *shows_events]))
+            await client.head()
+            while b"busy" not in read:
+                read += await client.chunk()
+        gate.open()
+        assert (await busy).status == 200
+        assert b"another model is busy" in read and b"hidden" not in read
 
 
 async def test_a_key_without_that_right_cannot_unload_a_model() -> None:

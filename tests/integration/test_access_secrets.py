@@ -6,7 +6,9 @@ import asyncio
 import gc
 import json
 import logging
+import shlex
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,11 @@ import pytest
 from llama_smart_proxy.proxy.access.peers import exposure
 from llama_smart_proxy.proxy.config import ServerConfig, hash_of
 from tests.support.agent_clients import write_agent
-from tests.support.keyed import ADMIN, CHAT, FEW, MESSAGES, USER, keyed
+from tests.support.harness import ports
+from tests.support.here import served_here
+from tests.support.keyed import ADMIN, CHAT, FEW, KEYS, MESSAGES, USER, Keyed, keyed
 from tests.support.raw_client import request
+from tests.support.toxic import RawUpstream
 
 PAGE, FOREIGN = ("Origin", "http://localhost:5173"), ("Origin", "http://evil.example")
 WRONG = "wrong-canary-0123456789"
@@ -194,6 +199,22 @@ async def test_no_key_is_in_an_answer_in_the_log_or_at_a_server(caplog: pytest.L
                     shown.encode() not in seen and shown not in logged and shown.encode() not in proxy.upstream.received
                 )
         assert "key-" not in logged
+
+
+async def test_what_a_server_prints_shows_no_secret_to_anyone() -> None:
+    printed = (
+        "error: cannot load OPENAI_API_KEY=canary-0123456789 hf_canarytoken0123 Authorization: Bearer canary-abcdef"
+    )
+    command = [sys.executable, "-S", "-c", f"print({printed!r})"]
+    models = {"m": {"cmd": f"{shlex.join(command)} --port ${{PORT}}"}}
+    async with served_here({"models": models, "server_pool": ports(), "server": {"api_keys": KEYS}}) as (_, port):
+        proxy = Keyed(port, RawUpstream(b""))
+        answers = [await proxy.chat(USER, "m")]
+        for path in ("/logs/m", "/running", "/health"):
+            answers.append(await proxy.ask("GET", path, key=ADMIN))
+        for answer in answers:
+            assert b"cannot load OPENAI_API_KEY=" in answer.body
+            assert b"canary" not in answer.body
 
 
 async def test_nothing_in_the_process_keeps_a_configured_key() -> None:

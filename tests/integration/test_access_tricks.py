@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.support.keyed import ADMIN, CHAT, MESSAGES, USER, keyed
+from tests.support.keyed import ADMIN, CHAT, FEW, MESSAGES, USER, keyed
 from tests.support.raw_client import request
 from tests.support.toxic import plain, raw_upstream
 
@@ -32,6 +32,15 @@ async def test_no_form_of_a_path_gets_round_the_scope_of_its_route() -> None:
         assert proxy.sent("/api/pull") == []
         await proxy.ask("POST", "/api/pull/", {"model": "qwen3:0.6b", "stream": False}, key=ADMIN)
         assert proxy.sent("/api/pull")
+
+
+async def test_a_query_names_no_other_model_to_a_server() -> None:
+    async with keyed() as proxy:
+        for query in ("?model=a1&model=b1", "?model=b1", "?%6dodel=b1", "?model=b1&model=a1&model=b1"):
+            assert (
+                await proxy.ask("POST", f"{CHAT}{query}", {"model": "a1", "messages": MESSAGES}, key=FEW)
+            ).status == 200
+            assert "b1" not in proxy.sent(CHAT)[-1].line
 
 
 async def test_a_body_chooses_no_server() -> None:

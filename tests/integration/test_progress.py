@@ -131,6 +131,19 @@ async def test_a_queue_tells_the_place_and_how_long_it_takes(fakes: Fakes) -> No
         await others[1].leaves()
 
 
+async def test_a_wait_for_a_place_names_no_model_that_does_not_exist_for_the_client(fakes: Fakes) -> None:
+    models = {name: fakes.model(parallel=1).at(name) for name in ("a", "b", "m", "n")}
+    for size, several in ((1, r"another model is busy"), (2, r"2 models are busy")):
+        async with open_pool(fakes.config(size=size, swap_after_s=LONG_S)) as pool:
+            busy = [Person(pool, models[name]) for name in ("a", "b")[:size]]
+            for other in busy:
+                await other.is_served()
+            person = Person(pool, models["m"], Progress(lambda name: name in ("m", "b")))
+            await person.reads(rf"Waiting for a place: {several}.*")
+            for one in (person, *busy):
+                await one.leaves()
+
+
 async def test_a_wait_for_a_place_names_who_is_busy(fakes: Fakes) -> None:
     names = ["a", "b", "c"]
     models = {name: fakes.model(parallel=1).at(name) for name in (*names, "m")}

@@ -62,6 +62,7 @@ BAD_JSON: dict[str, bytes] = {
     "duplicate key deep inside": with_model(b'"a":[{"b":{"c":1,"c":2}}]'),
     "keys that differ in case": b'{"model":"m","MODEL":"other"}',
     "keys that differ in case by escape": b'{"model":"m","\\u004dodel":"other"}',
+    "keys that differ in case for Unicode": b'{"model":"m","stop":"x","\xc5\xbftop":"y"}',
     "list": b'[{"model":"m"}]',
     "string": b'"m"',
     "number": b"1",

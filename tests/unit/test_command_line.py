@@ -157,8 +157,23 @@ def test_the_files_of_arguments_are_looked_for_but_not_those_that_the_server_mak
         ("--image-max-tokens 5 -ctk q8_0 --ssl-key-file k", "--image-max-tokens 5 -ctk q8_0 --ssl-key-file k"),
     ],
 )
-def test_secrets_are_not_shown(args: str, shown: str) -> None:
+def test_secrets_of_flags_are_not_shown(args: str, shown: str) -> None:
     assert without_secret_values(args.split()) == shown.split()
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("Authorization: Bearer abc d", "Authorization: ***"),
+        ("X-Api-Key:abc", "X-Api-Key:***"),
+        ("HF_TOKEN=abc", "HF_TOKEN=***"),
+        ("PGPASSWORD=a=b", "PGPASSWORD=***"),
+        ("tokens=5", "tokens=5"),
+        ("what is a key: it opens", "what is a key: it opens"),
+    ],
+)
+def test_secrets_in_headers_and_variables_of_a_command_are_not_shown(value: str, shown: str) -> None:
+    assert without_secret_values(["run", "-e", value, "--x"]) == ["run", "-e", shown, "--x"]
 
 
 # -- check --argv ------------------------------------------------------------------------------------------------------

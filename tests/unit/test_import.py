@@ -310,7 +310,12 @@ def test_it_is_printed_without_an_output_and_a_file_is_never_overwritten(
     assert "cannot be written: No such file" in capsys.readouterr().err
 
 
+TENFOLD = {f"m{number + 1}": f"${{m{number}}}" * 10 for number in range(9)}
+ALIASES = "".join(f"a{number + 1}: &a{number + 1} [{', '.join([f'*a{number}'] * 10)}]\n" for number in range(9))
 BAD = {
+    f"a0: &a0 [x]\n{ALIASES}models: {{m: {{cmd: a, env: *a9}}}}": "has more than 200000 values",
+    json.dumps({"macros": {"m0": "x", **TENFOLD}, "models": {"m": {"cmd": "a ${m9}"}}}): "macros refer to more than",
+    json.dumps({"macros": {"m0": "x" * 99_999, **TENFOLD}, "models": {"m": {"cmd": "${m3}"}}}): "1000000 characters",
     "": "is no configuration of llama-swap",
     "[1]": "is no configuration of llama-swap",
     "server: {port: 1}": "is no configuration of llama-swap",

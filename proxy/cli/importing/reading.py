@@ -22,6 +22,10 @@ _REFERENCE = re.compile(r"\$\{(?:env\.(?P<env>[A-Za-z_][A-Za-z0-9_]*)|(?P<macro>
 _RUNTIME = frozenset({"PORT", "PID"})
 _DEEPEST = 20
 """Macros within macros."""
+MOST_REFERENCES = 100_000
+"""Most references of a file that are replaced, with those within macros."""
+LONGEST = 1_000_000
+"""Characters of a text with its macros."""
 
 
 class Unreadable(Exception):
@@ -62,6 +66,7 @@ class _Expansion:
     def __init__(self, data: Json) -> None:
         self._data = data
         self._problems: list[str] = []
+        self._references = 0
 
     def expanded(self) -> Json:
         own = self._macros(self._data.get("macros"), "macros")
@@ -112,9 +117,15 @@ class _Expansion:
         whole = _REFERENCE.fullmatch(text)
         if whole is not None and whole["macro"] in macros and not isinstance(macros[whole["macro"]], str):
             return macros[whole["macro"]]
-        return _REFERENCE.sub(lambda found: self._replaced(found, macros, where, depth), text)
+        text = _REFERENCE.sub(lambda found: self._replaced(found, macros, where, depth), text)
+        if len(text) > LONGEST:
+            raise Unreadable([f"{where}: has more than {LONGEST} characters with its macros"])
+        return text
 
     def _replaced(self, found: re.Match[str], macros: Mapping[str, Any], where: str, depth: int) -> str:
+        self._references += 1
+        if self._references > MOST_REFERENCES:
+            raise Unreadable([f"{where}: macros refer to more than {MOST_REFERENCES} others"])
         env, name = found.group("env", "macro")
         if env is not None:
             return f"${{{env}:-}}" if env in PLACEHOLDERS else f"${{{env}}}"
