@@ -186,7 +186,8 @@ class Dispatcher:
         return handler
 
     def _enter(self, http: web.BaseRequest, client: str, limits: Limits, dialect: Dialect, *, counts: bool) -> None:
-        """The visit of a key with limits, which counts or is only told what is left. Raises: Overloaded 429."""
+        """Begin the visit of a key with limits, and report what is left; `counts` is whether it uses them. Raises:
+        Overloaded 429."""
         visit = http[VISIT] = self._counters.visit(client, limits)
         try:
             if counts:
