@@ -186,8 +186,7 @@ class Dispatcher:
         return handler
 
     def _enter(self, http: web.BaseRequest, client: str, limits: Limits, dialect: Dialect, *, counts: bool) -> None:
-        """Begin the visit of a key with limits, and report what is left; `counts` is whether it uses them. Raises:
-        Overloaded 429."""
+        """A visit of a key with limits: one that counts, or only gets what is left. Raises: Overloaded 429."""
         visit = http[VISIT] = self._counters.visit(client, limits)
         try:
             if counts:
