@@ -116,11 +116,22 @@ class App:
 
     async def _end(self, generation: Generation) -> None:
         await generation.ended()
+        await self.lasting.downloads.ended()  # one may come by its connections
         await generation.close()
         del self._ending[generation]
 
     async def close(self) -> None:
-        """Stop agents, processes and connections."""
+        """Stop agents, processes and connections. If it is cancelled, what is to be stored is."""
+        try:
+            await self._close_generations()
+        finally:
+            self.lasting.store.close()
+        self.lasting.metrics.lag.stop()
+        await self.stop_models()
+        if self.lasting.tracing is not None:
+            await self.lasting.tracing.close()
+
+    async def _close_generations(self) -> None:
         await self.lasting.conversations.close()
         before = dict(self._ending)
         for task in before.values():
@@ -129,11 +140,6 @@ class App:
             await asyncio.wait(before.values())
         for generation in (*before, self.generation):
             await generation.close()
-        self.lasting.store.close()
-        self.lasting.metrics.lag.stop()
-        await self.stop_models()
-        if self.lasting.tracing is not None:
-            await self.lasting.tracing.close()
 
     async def stop_models(self) -> None:
         """Cancel all downloads, stop all processes and close the connections to servers; may be called repeatedly."""

@@ -117,11 +117,11 @@ class Generation:
             lasting.metrics,
         )
         self.dispatcher = Dispatcher(self.proxy, [*parts.registry.observers, *lasting.observers], lasting.counters)
-        for method, path, handler, scope, pages in ROUTES:
-            self.dispatcher.add([method], path, handler, scope, pages=pages)
+        for method, path, handler, scope, pages, loads in ROUTES:
+            self.dispatcher.add([method], path, handler, scope, pages=pages, loads=loads)
         for path, endpoint in parts.registry.endpoints.items():
             handle = EndpointHandler(endpoint).handle
-            self.dispatcher.add(endpoint.methods, path, handle, endpoint.scope, endpoint.dialect)
+            self.dispatcher.add(endpoint.methods, path, handle, endpoint.scope, endpoint.dialect, loads=True)
 
     async def prepare(self) -> None:
         """Start its agents and list its models, before it applies, as no request may miss them."""

@@ -157,7 +157,7 @@ async def _serve(app: App, reloader: Reloader, supervisor: Supervisor, seen: lis
                 task.cancel()
         return 0
     finally:
-        await reloader.close()
+        await signals.ends_before(reloader.close(), signals.at_once)  # agents that it has started are closed
         if not await signals.ends_before(app.close(), signals.at_once):
             await app.stop_models()  # agents may not have closed, but no server is left
         await _cancel_remaining_tasks()

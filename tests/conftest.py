@@ -29,7 +29,10 @@ settings.register_profile("search", patient)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, also by the proxies that tests start
+    # what a shell lets its background jobs ignore would be ignored by the programs that tests start, too
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     profile = config.getoption("--hypothesis-profile") or "quick"
     settings.load_profile(profile)
     if profile != "search":  # which modules a worker has imported, and so their constants, is left to chance

@@ -183,6 +183,11 @@ class Downloads:
         """The downloads in progress, for operators."""
         return [{"model": name, **download.progress} for name, download in self._running.items()]
 
+    async def ended(self) -> None:
+        """Return once all that run now have ended."""
+        if self._running:
+            await asyncio.wait([download._task for download in self._running.values()])
+
     async def close(self) -> None:
         """Cancel all downloads and accept no more; returns when they have ended."""
         self._closed = True

@@ -11,6 +11,7 @@ from llama_smart_proxy.proxy.access.grants import ALL, PUBLIC, REMOTE, Grant
 from llama_smart_proxy.proxy.access.peers import is_local
 from llama_smart_proxy.proxy.config import ServerConfig, digest_of
 from llama_smart_proxy.proxy.errors import AccessDenied
+from llama_smart_proxy.proxy.http.headers import RECORD
 from llama_smart_proxy.proxy.http.scopes import Scope
 
 CHALLENGE = 'Bearer realm="llama-smart-proxy"'
@@ -36,7 +37,8 @@ class Access:
         return next((found for _, found in self._keys if found.client == grant.client), PUBLIC)
 
     def admit(self, http: web.BaseRequest, scope: Scope) -> Grant:
-        """What the client of `http`, which uses an endpoint of this scope, may do. Raises: AccessDenied."""
+        """What the client of `http`, which uses an endpoint of this scope, may do. Its record gets the key's name, also
+        if that lacks the scope. Raises: AccessDenied."""
         if not self._keys:
             if scope is Scope.INFERENCE and http.method == "POST":
                 return REMOTE  # it requires no more; where the client is would take as long as all the rest
@@ -45,6 +47,7 @@ class Access:
             grant = self._public(http)
         else:
             grant = self._of_key(http)
+        http[RECORD].client = grant.client
         if scope not in grant.scopes:
             raise AccessDenied(self._missing(grant, scope), status=403)
         return grant

@@ -360,7 +360,7 @@ def upstream_path(http: web.BaseRequest, model: str) -> str:
     """The matched path, without the trailing slash that some clients add, and the query, without credentials. A model
     named there gets the server's name for it."""
     path, mark, query = http.raw_path.partition("?")
-    if mark and http.query.get("model", model) != model:
+    if mark and any(name != model for name in http.query.getall("model", ())):
         query = http.rel_url.update_query(model=model).raw_query_string
     if mark:
         query = upstream_query(query)

@@ -122,6 +122,7 @@ async def _follow(http: web.BaseRequest, follower: Follower, lines: Sequence[str
     response = ResponseWriter(http, proxy.config.server.send_stall_s)
     response.open(200, [("Content-Type", "text/plain; charset=utf-8")])
     response.begin()
+    response.record.first_byte_s = time.monotonic()  # it streams from now on
     while proxy.goes_on:
         if lines and not response.feed(_text(lines).encode()):
             await response.drained()

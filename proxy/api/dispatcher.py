@@ -40,12 +40,13 @@ _PART = re.compile(r"\{(\w+)(?::([^{}]+(?:\{[\d,]+\}[^{}]*)?))?\}")
 @dataclass(slots=True)
 class Resource:
     """The handlers of one path, the scopes that they require, and the web pages that may call them, by method.
-    `dialect` is the API in which errors are reported there."""
+    `dialect` is the API in which errors are reported there; requests of `counted` methods count for limits."""
 
     dialect: Dialect = OPENAI
     handlers: dict[str, Handler] = field(default_factory=dict)
     scopes: dict[str, Scope] = field(default_factory=dict)
     pages: dict[str, Pages] = field(default_factory=dict)
+    counted: set[str] = field(default_factory=set)
 
 
 class Dispatcher:
@@ -79,8 +80,11 @@ class Dispatcher:
         scope: Scope,
         dialect: Dialect | None = None,
         pages: Pages = Pages.ALLOWED,
+        *,
+        loads: bool = False,
     ) -> None:
-        """Serve `path` with `handler` to clients with `scope` and to these web pages; GET includes HEAD."""
+        """Serve `path` with `handler` to clients with `scope` and to these web pages; GET includes HEAD. `loads`: also
+        what only reads there can load a model, and so counts for the limits of keys."""
         plain = path.rstrip("/")
         resource = self._exact.get(path)
         if resource is None:
@@ -92,6 +96,8 @@ class Dispatcher:
             resource.handlers[method] = handler
             resource.scopes[method] = scope
             resource.pages[method] = pages
+            if loads or method not in READING:
+                resource.counted.add(method)
 
     def table(self) -> Iterator[tuple[str, str, Scope, Pages]]:
         """Every route: its method, path, scope and pages."""
@@ -124,7 +130,7 @@ class Dispatcher:
             # 499: the client left before its answer was complete
             record.status = response.status if response is not None else record.answered or 499
             if record.client and VISIT in http:
-                http[VISIT].leave(record, http.content_length or 0)
+                http[VISIT].leave(record, http.content.total_bytes)
             for observe in self._observers:
                 self._notify(observe, record)
             self._proxy.uses.end(http)
@@ -175,16 +181,15 @@ class Dispatcher:
             raise web.HTTPMethodNotAllowed(http.method, resource.handlers)
         grant = self._proxy.access.admit(http, resource.scopes[http.method])
         http[PROXY] = self._seen_by[grant]
-        http[RECORD].client = grant.client
         if grant.limits is not None:
-            self._enter(http, grant.client, grant.limits, dialect)
+            self._enter(http, grant.client, grant.limits, dialect, counts=http.method in resource.counted)
         return handler
 
-    def _enter(self, http: web.BaseRequest, client: str, limits: Limits, dialect: Dialect) -> None:
-        """Count a request of a key with limits, but not for what only reads. Raises: Overloaded 429."""
+    def _enter(self, http: web.BaseRequest, client: str, limits: Limits, dialect: Dialect, *, counts: bool) -> None:
+        """The visit of a key with limits, which counts or is only told what is left. Raises: Overloaded 429."""
         visit = http[VISIT] = self._counters.visit(client, limits)
         try:
-            if http.method not in READING:
+            if counts:
                 visit.enter()
         finally:
             http[EXTRA] += dialect.limit_headers(visit.allowances())

@@ -10,6 +10,7 @@ from aiohttp import web
 
 from llama_smart_proxy.backends.threads import run_in_thread
 from llama_smart_proxy.proxy.api.state import PROXY
+from llama_smart_proxy.proxy.http.aside import in_thread
 
 
 async def own_metrics(http: web.BaseRequest) -> web.Response:
@@ -25,5 +26,6 @@ async def own_metrics(http: web.BaseRequest) -> web.Response:
         for item in proxy.chain.plugins
     ]
     now = export.Now(status.instances, agents, len(proxy.running.requests), proxy.history.dropped)
-    body, content_type = export.exported(proxy.metrics, now, http.headers.get("Accept", ""))
+    families, accept = export.collected(proxy.metrics, now), http.headers.get("Accept", "")
+    body, content_type = await in_thread(partial(export.encoded, accept=accept), families, urgent=False)
     return web.Response(body=body, headers={"Content-Type": content_type})

@@ -19,13 +19,15 @@ _BLOB = "/api/blobs/{digest:sha256:[0-9a-f]{64}}"
 
 
 class Route(NamedTuple):
-    """A handler at a path, the scope that it requires, and the web pages that may use it."""
+    """A handler at a path, the scope that it requires, and the web pages that may use it. `loads`: it can load a model,
+    although it only reads."""
 
     method: str
     path: str
     handler: Handler
     scope: Scope
     pages: Pages = Pages.ALLOWED
+    loads: bool = False
 
 
 ROUTES = [
@@ -69,7 +71,7 @@ ROUTES = [
     Route("POST", "/models/load", router_mode.load_model, ADMIN),
     Route("POST", "/models/unload", router_mode.unload_model, ADMIN),
     # llama-server's other endpoints that are not simply relayed
-    Route("GET", "/props", llama_server.props, INFERENCE),
+    Route("GET", "/props", llama_server.props, INFERENCE, loads=True),
     Route("GET", "/metrics", llama_server.metrics, ADMIN),
     Route("POST", "/lora-adapters", llama_server.set_lora_adapters, ADMIN),
     Route("POST", "/v1/audio/transcriptions", llama_server.transcribe, INFERENCE),

@@ -12,9 +12,11 @@ from aiohttp import web
 from llama_smart_proxy.backends.journal import Step, StepKind
 from llama_smart_proxy.proxy.api.state import PROXY
 from llama_smart_proxy.proxy.chat import Json, RequestRecord
-from llama_smart_proxy.proxy.errors import BadRequest
+from llama_smart_proxy.proxy.errors import BadRequest, Cancelled
 from llama_smart_proxy.proxy.http.headers import PARAMS, RECORD, shown_path
+from llama_smart_proxy.proxy.log.access import LEFT, OK, outcome
 
+UNDER_WAY = "under way"
 SHORTEST_S = 0.001
 """Seconds below which a part of a request is not mentioned."""
 
@@ -30,7 +32,8 @@ async def why(http: web.BaseRequest) -> web.Response:
         return web.json_response(explained(under_way[-1][RECORD], path=shown_path(under_way[-1])))
     record = await proxy.history.find(request_id)
     if record is None:
-        message = f"no request with the id {request_id[:100]!r} is known; the last ones are (history.requests)"
+        kept = f"the {proxy.config.history.requests} most recent ones are (history.requests)"
+        message = f"no request with the id {request_id[:100]!r} is known; {kept}"
         raise BadRequest(message, status=404, code="not_found")
     return web.json_response(explained(record))
 
@@ -38,7 +41,7 @@ async def why(http: web.BaseRequest) -> web.Response:
 def explained(record: RequestRecord, *, path: str = "") -> Json:
     """The answer for one request; `path` is that of one under way. Times are seconds, null for what has not happened.
 
-    `sentence` has it all for people. `outcome` is `done`, `failed`, `left` (its client), `cancelled` or `under way`.
+    `sentence` has it all for people. `outcome` is that in the log (`log.access.outcome`), or `under way`.
     `times` are the sums of its `steps` (`queue_s`, `load_s`, `download_s`, `agents_s`), `first_token_s` from its
     arrival, `prefill_s` from when it was sent to the model's server to the first byte of the answer, and `decode_s`
     from there to the last one. A `prefill_s` without a `decode_s` includes it: the answer came as a whole. Each of
@@ -60,7 +63,7 @@ def explained(record: RequestRecord, *, path: str = "") -> Json:
         "method": record.method,
         "path": record.path or path,
         "api": record.api,
-        "client": record.client,
+        "key": record.client,
         "model": record.model if record.resolved_s else None,
         "backend": record.backend or None,
         "agents": [*record.agents],
@@ -75,16 +78,12 @@ def explained(record: RequestRecord, *, path: str = "") -> Json:
 
 def _outcome(record: RequestRecord) -> str:
     if not record.ended_s:
-        return "under way"
-    if record.cancelled:
-        return "cancelled"
-    if record.status == 499:
-        return "left"
-    return "failed" if record.status >= 400 or record.error else "done"
+        return UNDER_WAY
+    return Cancelled.code if record.cancelled else outcome(record)
 
 
 def _times(record: RequestRecord, now: float) -> dict[str, float | None]:
-    first_s, last_s = record.first_byte_s, record.last_byte_s or (0.0 if record.ended_s else now)
+    first_s, last_s = record.first_byte_s, record.last_byte_s or now
     loaded_s = max((step.ended_s for step in record.steps or () if step.kind is StepKind.LOAD), default=0.0)
     sent_s = max(record.sent_s, loaded_s) if record.sent_s else 0.0  # a server of others may load after that
     return {
@@ -100,12 +99,11 @@ def _times(record: RequestRecord, now: float) -> dict[str, float | None]:
 
 def _tokens(record: RequestRecord) -> Json:
     """Of the server's own counts. `per_second` is that of the decoding."""
-    usage = record.usage or {}
+    usage, first_s = record.usage or {}, record.first_byte_s
     cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
-    completion, decode_s = usage.get("completion_tokens"), record.last_byte_s - record.first_byte_s
-    rate = None
-    if isinstance(completion, int) and completion > 1 and decode_s > 0:
-        rate = round((completion - 1) / decode_s, 2)
+    completion, rate = usage.get("completion_tokens"), None
+    if isinstance(completion, int) and completion > 1 and record.last_byte_s > first_s > 0:
+        rate = round((completion - 1) / (record.last_byte_s - first_s), 2)
     return {"prompt": usage.get("prompt_tokens"), "cached": cached, "completion": completion, "per_second": rate}
 
 
@@ -120,7 +118,7 @@ def _step(step: Step, arrived_s: float) -> Json:
 
 def _sentence(entry: Json, steps: list[Step]) -> str:
     model = f" for {entry['model']}" if entry["model"] else ""
-    took = "has taken" if entry["outcome"] == "under way" else "took"
+    took = "has taken" if entry["outcome"] == UNDER_WAY else "took"
     head = f"{entry['method']} {entry['path']}{model} {took} {_s(entry['total_s'])}"
     parts = [*(text for step in steps if (text := _described(step))), *_answer(entry)]
     whole = f"{head}: {'; '.join(parts)}." if parts else f"{head}, and waited for nothing."
@@ -174,17 +172,16 @@ def _counted(count: object, what: str, cached: object = None) -> str:
 
 
 def _end(entry: Json) -> str:
-    match entry["outcome"]:
-        case "left":
-            return " Its client left before the end."
-        case "cancelled":
-            return " It was cancelled."
-        case "failed":
-            how = f"with status {entry['status']}" if entry["status"] >= 400 else "after its answer had begun"
-            return f" It failed {how}" + (f" ({entry['error']})." if entry["error"] else ".")
-        case "under way":
-            return " It is under way."
-    return ""
+    known = {
+        OK: "",
+        LEFT: " Its client left before the end.",
+        Cancelled.code: " It was cancelled.",
+        UNDER_WAY: " It is under way.",
+    }
+    if (text := known.get(entry["outcome"])) is not None:
+        return text
+    how = f"with status {entry['status']}" if entry["status"] >= 400 else "after its answer had begun"
+    return f" It failed {how}" + (f" ({entry['error']})." if entry["error"] else ".")
 
 
 def _s(seconds: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from llama_smart_proxy.proxy.errors import Cancelled
 
 if TYPE_CHECKING:
     from llama_smart_proxy.proxy.log.content import Exchange
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -102,10 +105,14 @@ class RequestRecord(Timing):
 
     @property
     def usage(self) -> Json | None:
-        """The token counts of the model's server, in OpenAI's shape; None if it sent none."""
+        """The token counts of the model's server, in OpenAI's shape; None if it sent none that can be read."""
         count = self.count_usage  # several threads may read this
         if self.counted is None and count is not None:
-            self.counted, self.count_usage = count(), None
+            try:
+                self.counted = count()
+            except Exception as exc:  # the server's answer may have any form
+                logger.debug("the counts of %s", self.request_id, exc_info=exc)
+            self.count_usage = None
         return self.counted
 
 

@@ -97,7 +97,7 @@ def _change(proxy: Remote, path: str, args: argparse.Namespace) -> int:
 def _logs(proxy: Remote, args: argparse.Namespace) -> int:
     """As JSON each line is a string: in a list, or when following in a line of its own."""
     follow = 1 if args.follow else None
-    lines = proxy.lines(at("logs", args.model, lines=max(0, args.lines), follow=follow))
+    lines = proxy.lines(at("logs", args.model, lines=args.lines, follow=follow))
     if args.json and not args.follow:
         print_json([*lines])
         return 0
@@ -140,7 +140,8 @@ def _why(proxy: Remote, args: argparse.Namespace) -> int:
     times = answer["times"]
     first_s, prefill_s, decode_s = times["first_token_s"], times["prefill_s"], times["decode_s"]
     if prefill_s is not None:
-        rows.append(["prefill", duration(first_s and first_s - prefill_s), duration(prefill_s), ""])
+        kind = "server" if decode_s is None else "prefill"  # which is not known of an answer that came as a whole
+        rows.append([kind, duration(first_s and first_s - prefill_s), duration(prefill_s), ""])
     if decode_s is not None:
         rows.append(["decode", duration(first_s), duration(decode_s), ""])
     if rows:

@@ -57,7 +57,7 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     serve.add_argument("--log-format", choices=FORMATS, help="auto is text on a terminal, and logfmt elsewhere")
     serve.add_argument("--reload", action="store_true", help="reload configuration and agents when their files change")
     commands["pull"].add_argument("name", metavar="NAME", help="the name of the model")
-    commands["key"].add_argument("action", choices=["new"], help="make a key")
+    commands["key"].add_argument("action", metavar="new", choices=["new"], help="make a key")
     commands["key"].add_argument("--name", help="its name in logs, metrics and usage")
     commands["key"].add_argument("--scope", choices=["inference", "admin"], default="inference", help="what it may do")
     commands["import"].add_argument("format", metavar="llama-swap", choices=["llama-swap"], help="the other program")

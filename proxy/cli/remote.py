@@ -176,19 +176,15 @@ def _refused(response: http.client.HTTPResponse, url: str, *, has_key: bool) -> 
     error, status = _error_in(_read(response)), response.status
     message = str(error.get("message") or "")
     if status == 401:
-        given = "is not accepted" if has_key else "is required"
-        return RemoteError(f"an API key {given}: --key or LSP_API_KEY names it{_quoted(message)}", DENIED, error)
+        wrong = "the API key of --key or LSP_API_KEY is not accepted" if has_key else None
+        return RemoteError(wrong or "an API key is required: set LSP_API_KEY, or --key", DENIED, error)
     if status == 403 and error.get("code") == "insufficient_scope":
-        return RemoteError(f"not allowed{_quoted(message)}; --key or LSP_API_KEY names another key", DENIED, error)
+        return RemoteError(f"{message}; --key or LSP_API_KEY names another key", DENIED, error)
     if 300 <= status < 400:
         place = response.headers.get("Location", "nowhere")
         return RemoteError(f"{url} redirects to {place}, which is not followed: name the proxy itself with --url")
     nothing = f"{url} has answered with status {status}, and no reason; is it a llama-smart-proxy?"
     return RemoteError(message or nothing, FAILED, error)
-
-
-def _quoted(message: str) -> str:
-    return f" ({message})" if message else ""
 
 
 def _error_in(body: bytes) -> Mapping[str, Any]:

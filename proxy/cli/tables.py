@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llama_smart_proxy.proxy.log import shown
+from llama_smart_proxy.proxy.log import is_coloured, shown
 
 NONE = "-"
 """What stands for a value that there is not."""
@@ -34,7 +34,7 @@ def print_table(
     cells = [[shown(cell) for cell in row] for row in (heads, *rows)]
     widths = [max(map(width, column)) for column in zip(*cells, strict=True)]
     is_right = [head in right.split() for head in heads]
-    painted = coloured()
+    painted = is_coloured(os.environ, sys.stdout.isatty())
     for number, row in enumerate(cells):
         line = []
         for cell, columns, at_right in zip(row, widths, is_right, strict=True):
@@ -49,14 +49,6 @@ def print_table(
 def paint(text: str, colour: str) -> str:
     """`text` in one of `COLOURS`."""
     return f"\x1b[{COLOURS[colour]}m{text}\x1b[0m"
-
-
-def coloured() -> bool:
-    """Whether the output may have colours: it is a terminal that has some, and NO_COLOR is not set.
-
-    Source: https://no-color.org.
-    """
-    return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb" and sys.stdout.isatty()
 
 
 def width(text: str) -> int:

@@ -13,7 +13,7 @@ from pydantic import SecretStr
 from llama_smart_proxy.proxy.config.schema import Config
 
 _NAME = re.compile(
-    r"(?:.*[-_])?(?:api[-_]?key|key|token|secret|password|passwd|credentials?|auth|authorization|hft)", re.IGNORECASE
+    r"(?<![^-_])(?:apikey|key|token|secret|password|passwd|credentials?|auth|authorization|hft)\Z", re.IGNORECASE
 )
 """Names of fields, flags and variables whose value is a secret."""
 _USER = re.compile(r"://([^\s/@]{1,400})@")
@@ -40,7 +40,7 @@ def _within(value: Any, name: str = "") -> Iterator[str]:
     elif isinstance(value, SecretStr):
         yield value.get_secret_value()
     elif isinstance(value, str):
-        if _NAME.fullmatch(name):
+        if _NAME.search(name):
             yield value
         for found in _USER.finditer(value):
             yield found[1]
@@ -49,7 +49,7 @@ def _within(value: Any, name: str = "") -> Iterator[str]:
         before = ""
         for item in value:
             flag, mark, given = str(item).partition("=")
-            if mark and _NAME.fullmatch(flag.lstrip("-")):
+            if mark and _NAME.search(flag.lstrip("-")):
                 yield given
             yield from _within(item, before or name)
             before = flag.lstrip("-") if flag.startswith("-") and not mark else ""

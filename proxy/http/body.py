@@ -169,7 +169,7 @@ def _parse_compact(raw: bytes) -> dict[str, Any] | None:
 
 
 def _has_twins(value: dict[str, Any]) -> bool:
-    return len({key.lower() for key in value}) != len(value)
+    return len({key.casefold() for key in value}) != len(value)  # for Go, as for Unicode, a long s is an s
 
 
 def parse_strictly(raw: bytes) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from llama_smart_proxy.proxy.log import content
 from llama_smart_proxy.proxy.log.access import AccessLog
-from llama_smart_proxy.proxy.log.formats import FORMATS, MOST_TRACED, Form, form_for
+from llama_smart_proxy.proxy.log.formats import FORMATS, MOST_TRACED, Form, form_for, is_coloured
 from llama_smart_proxy.proxy.log.redaction import hide, redacted
 from llama_smart_proxy.proxy.log.streams import (
     MOST_CHARACTERS,
@@ -41,6 +41,7 @@ __all__ = [
     "access",
     "configure",
     "hide",
+    "is_coloured",
     "open_standard_streams",
     "set_level",
     "shown",

@@ -12,6 +12,7 @@ from llama_smart_proxy.proxy.log.redaction import redacted
 from llama_smart_proxy.proxy.log.streams import shown
 from llama_smart_proxy.proxy.log.writer import Writer
 
+OK = "ok"
 LEFT = "client_left"
 """The outcome of a request whose client did not wait for the end of its answer."""
 MOST_KEPT = 1024
@@ -90,5 +91,5 @@ def outcome(record: RequestRecord) -> str:
     if record.status == 499:
         return LEFT
     if not record.error:
-        return "ok" if record.status < 400 else "upstream_error" if record.sent_s else "error"
+        return OK if record.status < 400 else "upstream_error" if record.sent_s else "error"
     return record.error if record.error.isidentifier() and record.error.isascii() else "error"  # an agent may raise any

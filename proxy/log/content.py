@@ -23,11 +23,8 @@ MOST_TEXT = 1900
 """Characters of a prompt, and of an answer: both are in one line."""
 MOST_BYTES = 64 * 1024
 """Bytes of an answer's beginning that are kept for that."""
-_QUOTING = (
-    "asyncio",
-    "proxy.log.beside",
-    *(f"proxy.{room}" for room in ("api", "dialects", "http", "middleware", "stream")),
-)
+_ROOMS = ("api", "dialects", "http", "middleware", "stream", "log.beside")
+_QUOTING = ("agents", "aiohttp", "asyncio", *(f"proxy.{room}" for room in _ROOMS))
 """Loggers of the code that handles requests."""
 _OWN_WORDS = (AgentError, Overloaded, StartFailed, UpstreamFailed)
 """Errors whose messages are the proxy's own, or are of a process that has no request yet."""

@@ -17,14 +17,13 @@ SHORTEST_WORD = 8
 MOST_KNOWN = 1000
 """Most values that are known at one time; the newest ones."""
 
-_NAMES = (
-    r"(?:proxy-)?authorization|cookie2?|set-cookie2?|(?:[\w-]{0,40}[-_])?(?:api[-_]?key|secret|password|passwd)"
-    r"|[\w-]{0,40}[-_](?:token|auth|assertion)"
-)
+_NAMES = r"(?:[\w-]{0,40}[-_])?(?:api[-_]?key|secret|password|passwd)|[\w-]{0,40}[-_](?:token|auth|assertion)"
 _SHAPES = re.compile(
-    # a header, a field of JSON, a setting: its name, and what separates it from its value
-    rf"""(?P<name>(?<![\w-])(?:{_NAMES})["']?\x20{{0,4}}[:=]\x20{{0,4}}["']?)(?:(?:bearer|basic)[\s\0]{{1,8}})?"""
-    r"""(?:(?<=ookie:)[^\r\n"']+|(?<=ookie:\x20)[^\r\n"']+|[^\s"',;&})\]]+)"""
+    # a header: all that follows, or all in the same quotes
+    r"""(?P<line>(?<![\w-])(?:(?:proxy-)?authorization|(?:set-)?cookie2?)["']?\x20{0,4}[:=]\x20{0,4}(?P<mark>["'])?)"""
+    r"""(?(mark)(?:(?!(?P=mark))[^\r\n])+|[^\r\n]+)"""
+    # a field or a setting: its name, and what separates it from its value
+    rf"""|(?P<name>(?<![\w-])(?:{_NAMES})["']?\x20{{0,4}}[:=]\x20{{0,4}}["']?)[^\s"',;&}})\]]+"""
     # a parameter in a URL
     r"|(?P<parameter>[?&](?:key|keys|token|sig|signature|auth|jwt|pass|credential)=)[^\s&\"'#]+"
     # a value behind its scheme

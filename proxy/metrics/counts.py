@@ -38,6 +38,11 @@ class ModelCounts:
         self.rate = Histogram(RATES)
         self.prompt = self.cached = self.immediate = 0
 
+    def add_waits(self, record: RequestRecord) -> None:
+        """Count what a request has waited for."""
+        self.queue.add(record.spent_s(StepKind.QUEUE))
+        self.load.add(record.spent_s(StepKind.LOAD) + record.spent_s(StepKind.DOWNLOAD))
+
 
 class Metrics:
     """Counts for as long as the process lives. `observe` is an observer of requests.
@@ -70,8 +75,11 @@ class Metrics:
         if record.error or record.status >= 400:
             code = outcome(record)
             self.errors[code if code in self.errors or len(self.errors) < MOST_CODES else UNKNOWN] += 1
-        if model is not UNKNOWN and record.sent_s and record.slot:
-            self._measure(record, self.models[model])
+        if model is not UNKNOWN and record.slot:
+            if record.sent_s:
+                self._measure(record, self.models[model])
+            elif record.steps is not None:  # it may have waited in vain
+                self.models[model].add_waits(record)
 
     def _label(self, record: RequestRecord) -> str:
         """The model of a request, if it is one; it has counts from now on."""
@@ -87,8 +95,7 @@ class Metrics:
         if record.steps is None:
             counts.immediate += 1
         else:
-            counts.queue.add(record.spent_s(StepKind.QUEUE))
-            counts.load.add(record.spent_s(StepKind.LOAD) + record.spent_s(StepKind.DOWNLOAD))
+            counts.add_waits(record)
         if first_s:
             counts.prefill.add(first_s - sent_s)
             counts.first_token.add(first_s - arrived_s)

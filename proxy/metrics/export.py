@@ -44,36 +44,43 @@ class Now:
     dropped: int = 0
 
 
-def exported(metrics: Metrics, now: Now, accept: str) -> tuple[bytes, str]:
-    """The counts in the format that `accept`, a header, asks for, and its content type."""
+def collected(metrics: Metrics, now: Now) -> list[Metric]:
+    """All families, also those without a sample, as they are at this moment."""
+    build = GaugeMetricFamily(f"{PREFIX}_build_info", "The version that runs; always 1.", labels=["version"])
+    build.add_metric([__version__], 1)
+    lag = HistogramMetricFamily(
+        f"{PREFIX}_event_loop_lag_seconds", "How late a timer of the event loop came, looked at once a second."
+    )
+    _add(lag, [], metrics.lag.seconds)
+    return [
+        build,
+        *_of_requests(metrics, now),
+        *_times(metrics),
+        *_tokens(metrics),
+        *_of_instances(now),
+        *_of_starts(metrics),
+        *_of_agents(now),
+        lag,
+    ]
+
+
+def encoded(families: list[Metric], accept: str) -> tuple[bytes, str]:
+    """The families, and those of the process, in the format that `accept`, a header, asks for, and its content type. It
+    takes most of the time of a scrape, and may be done in a thread."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Collected(metrics, now))
+    registry.register(_Collected(families))
     ProcessCollector(registry=registry)
     encode, content_type = choose_encoder(accept)
     return encode(registry), content_type
 
 
 class _Collected(Collector):
-    def __init__(self, metrics: Metrics, now: Now) -> None:
-        self._metrics = metrics
-        self._now = now
+    def __init__(self, families: list[Metric]) -> None:
+        self._families = families
 
-    def collect(self) -> Iterator[Metric]:
-        """All families, also those without a sample."""
-        build = GaugeMetricFamily(f"{PREFIX}_build_info", "The version that runs; always 1.", labels=["version"])
-        build.add_metric([__version__], 1)
-        yield build
-        yield from _of_requests(self._metrics, self._now)
-        yield from _times(self._metrics)
-        yield from _tokens(self._metrics)
-        yield from _of_instances(self._now)
-        yield from _of_starts(self._metrics)
-        yield from _of_agents(self._now)
-        lag = HistogramMetricFamily(
-            f"{PREFIX}_event_loop_lag_seconds", "How late a timer of the event loop came, looked at once a second."
-        )
-        _add(lag, [], self._metrics.lag.seconds)
-        yield lag
+    def collect(self) -> list[Metric]:
+        """As they are."""
+        return self._families
 
 
 def _of_requests(metrics: Metrics, now: Now) -> Iterator[Metric]:

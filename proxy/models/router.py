@@ -170,7 +170,7 @@ class Router:
 
     async def _resolve_for(self, permit: Permit, name: object, *, pull: bool) -> tuple[Provider, Route]:
         """The route, if it exists for a client with this permit. What is wrong with another model is not shown."""
-        shown = name if isinstance(name, str) else ""
+        shown = checked_length(name) if isinstance(name, str) else ""
         hint = "" if permit.pulls or not pull else PULL_HINT
         try:
             provider, route = await self._resolve_any(name, pull=pull and permit.pulls)

@@ -10,7 +10,7 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -21,7 +21,7 @@ import orjson
 from llama_smart_proxy.backends.journal import Step, StepKind
 from llama_smart_proxy.proxy.chat import Json, RequestRecord
 from llama_smart_proxy.proxy.errors import Cancelled
-from llama_smart_proxy.proxy.log.access import LEFT, outcome
+from llama_smart_proxy.proxy.log.access import LEFT, OK, outcome
 from llama_smart_proxy.proxy.store.schema import Row, Sql, Unavailable
 from llama_smart_proxy.proxy.store.store import Store
 
@@ -48,7 +48,6 @@ MAX_TEXT = 200
 COLUMNS = ("day", "key", "model", "api")
 """What usage is counted by."""
 COUNTS = ("requests", "errors", "prompt_tokens", "completion_tokens", "cached_tokens", "seconds")
-OK = "ok"
 NO_ERRORS = (OK, LEFT, Cancelled.code)
 """The outcomes of requests that are not counted as errors."""
 _TIMES = ("resolved_s", "sent_s", "first_byte_s", "last_byte_s", "ended_s")
@@ -253,7 +252,8 @@ class History:
         done = sql.execute("SELECT number FROM batches WHERE writer = ?", (self._writer,))
         if done and done[0][0] >= self._number:
             return  # it was committed, although the connection was lost before that was known
-        sql.many(_ADD, [(*line, *counts) for line, counts in batch.usage.items()])
+        # sorted: of two proxies that lock the same lines in different orders, Postgres fails one
+        sql.many(_ADD, [(*line, *counts) for line, counts in sorted(batch.usage.items())])
         sql.many(_INSERT, batch.rows)
         sql.execute(
             "INSERT INTO batches (writer, number, at_s) VALUES (?, ?, ?) "
@@ -279,11 +279,7 @@ class History:
 
 def _counted(record: RequestRecord) -> tuple[int, int, int]:
     """Tokens of the prompt, of the answer, and those of the prompt that were cached; 0 where they are not known."""
-    try:
-        usage: Mapping[str, Any] = record.usage or {}
-    except Exception as exc:  # the server's answer may have any form
-        logger.debug("the counts of %s", record.request_id, exc_info=exc)
-        usage = {}
+    usage = record.usage or {}
     details = usage.get("prompt_tokens_details")
     cached = details.get("cached_tokens") if isinstance(details, dict) else 0
     prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")

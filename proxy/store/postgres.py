@@ -56,9 +56,8 @@ class Postgres:
 
     def transaction(self, work: Callable[[Sql], T], *, essential: bool) -> T:
         """As `Database.transaction`: nothing is kept in memory instead."""
-        sql = self._opened()
         try:
-            sql.run("BEGIN")
+            sql = self._begun()
             try:
                 result = work(sql)
                 sql.run("COMMIT")
@@ -66,6 +65,8 @@ class Postgres:
                 with suppress(Exception):
                     sql.run("ROLLBACK")
                 raise
+        except Unavailable:
+            raise
         except Exception as exc:
             if self._is_lost(exc):
                 raise self._unavailable(exc) from exc
@@ -85,6 +86,19 @@ class Postgres:
         if self._loop is not None:
             self._loop.close()
             self._loop = None
+
+    def _begun(self) -> _Connection:
+        """A connection in a new transaction. One that was cut while it was idle, as by a restart of the server, is
+        replaced at once. Raises: as `_opened`; the errors of the database."""
+        known, sql = self._connection, self._opened()
+        try:
+            sql.run("BEGIN")
+        except Exception:
+            if sql.connection is not known or not known.is_closed():
+                raise
+            sql = self._opened()
+            sql.run("BEGIN")
+        return sql
 
     def _opened(self) -> _Connection:
         """Raises: Unavailable."""

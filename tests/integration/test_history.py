@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 import time
 from collections.abc import Callable
@@ -217,7 +218,7 @@ async def test_while_the_file_is_locked_requests_wait_and_the_log_says_so_once(
     monkeypatch.setattr(history, "MAX_WAITING", 10)
     store = Store(tmp_path)
     seen = kept(store)
-    await store.open()
+    await store.run(lambda sql: None)
     with sqlite3.connect(tmp_path / FILE, isolation_level=None) as other:
         other.execute("BEGIN IMMEDIATE")
         for number in range(50):
@@ -285,3 +286,26 @@ async def test_a_postgres_that_is_away_is_waited_for_and_its_password_is_not_log
     warned = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert len(warned) == 2 and "secret-of-tests" not in caplog.text
     store.close()
+
+
+async def test_a_connection_that_was_cut_while_idle_is_replaced_at_once(postgres: Server, database: str) -> None:
+    seen = kept(store := Store(None, database))
+    assert await seen.usage([]) == []
+    await asyncio.to_thread(postgres.stop)
+    await asyncio.to_thread(postgres.start)
+    seen.observe(ended())
+    assert ([line["requests"] for line in await seen.usage([])], seen.problem) == ([1], "")
+    store.close()
+
+
+async def test_two_proxies_that_write_the_same_lines_lose_none(database: str, caplog: pytest.LogCaptureFixture) -> None:
+    stores = [Store(None, database) for _ in range(2)]
+    both = [kept(store) for store in stores]
+    for _ in range(5):
+        for seen, order in zip(both, (1, -1), strict=True):
+            for number in range(200)[::order]:
+                seen.observe(ended(number, model=f"m{number}"))
+        await asyncio.gather(*(seen.usage([]) for seen in both))
+    assert [line["requests"] for line in await both[0].usage([])] == [2000] and not caplog.records
+    for store in stores:
+        store.close()

@@ -8,11 +8,12 @@ from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import Any
 
+from llama_smart_proxy.backends.commands.launcher import CommandLauncher
 from llama_smart_proxy.backends.feed import Kind
 from llama_smart_proxy.backends.pool.launcher import PoolModel, Source
 from llama_smart_proxy.backends.pool.pool import Pool
 from llama_smart_proxy.backends.weights.downloads import Progress
-from llama_smart_proxy.proxy.config import Config
+from llama_smart_proxy.proxy.config import Config, ModelConfig
 from tests.support.harness import ports, until
 from tests.support.pools import FakeModel, Fakes, ask, children, leased, open_pool
 
@@ -175,3 +176,18 @@ async def test_who_waits_for_a_download_gets_the_model_of_the_new_source(fakes: 
         await asyncio.gather(*waiting)
         assert fakes.spawns == spawned(fakes, "--new") == 1
         assert pool.failed("a") is None and pool.downloads.get("absent") is None
+
+
+def test_a_command_is_the_same_if_all_of_it_is(fakes: Fakes) -> None:
+    def of(**fields: Any) -> CommandLauncher:
+        return CommandLauncher.of("m", ModelConfig.model_validate({"cmd": "server --port ${PORT}", **fields}))
+
+    assert of().same(of()) and of(title="x").same(of(keep_alive=5))
+    changed = (
+        {"cmd": "other --port ${PORT}"},
+        {"env": {"A": "1"}},
+        {"check_endpoint": "/v1/models"},
+        {"concurrent": 2},
+    )
+    assert not any(of(**fields).same(of()) for fields in changed)
+    assert not of().same(fakes.model().at("m").launcher) and not fakes.model().at("m").launcher.same(of())

@@ -45,11 +45,11 @@ def at(server: RawUpstream) -> str:
         (answer("404 Not Found", b'{"error": {"message": "no such model"}}'), 1, "no such model"),
         (answer("400 Bad Request", b'{"error": "of Ollama"}'), 1, "of Ollama"),
         (answer("500 X", b"<html>"), 1, "is it a llama-smart-proxy?"),
-        (answer("401 X", b'{"error": {"message": "no key"}}'), 4, "an API key is required: --key or LSP_API_KEY"),
+        (answer("401 X", b'{"error": {"message": "no key"}}'), 4, "an API key is required: set LSP_API_KEY, or --key"),
         (
             answer("403 X", b'{"error": {"message": "admin only", "code": "insufficient_scope"}}'),
             4,
-            "(admin only); --key",
+            "admin only; --key or LSP_API_KEY names another key",
         ),
         (answer("403 X", b'{"error": {"message": "this host is not allowed"}}'), 1, "this host is not allowed"),
         (answer("302 X", b"", "Location: http://127.0.0.1:1/"), 1, "redirects to http://127.0.0.1:1/, which is not"),

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import stat
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from llama_smart_proxy.proxy.store import FILE, MIGRATIONS, KeyValues, Store, state_dir
+from llama_smart_proxy.proxy.store import FILE, MIGRATIONS, KeyValues, ProxyMemory, Store, state_dir
 from llama_smart_proxy.proxy.store import values as module
 from llama_smart_proxy.proxy.store.schema import Sql
 from llama_smart_proxy.proxy.store.values import MAX_KEY, MAX_VALUE
+from tests.support.harness import PATIENCE_S
 
 
 def files(folder: Path) -> list[Path]:
@@ -97,6 +100,43 @@ async def test_without_a_usable_folder_all_is_kept_in_memory_and_the_log_says_so
     store.close()
     (record,) = caplog.records
     assert "only in memory (setting state_dir)" in record.message
+
+
+async def test_a_folder_that_cannot_be_looked_at_is_reported_and_all_is_kept_in_memory(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    store = Store(Path("/", 300 * "x"))
+    ProxyMemory(store).recall("k", lambda value: None)
+    async with asyncio.timeout(PATIENCE_S):
+        await KeyValues(store, "mine").set("k", 1)
+    assert await KeyValues(store, "mine").get("k") == 1
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    store.close()
+
+
+async def test_work_that_fails_does_not_end_the_thread(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = Store(tmp_path)
+    store.submit(lambda: [][0])
+    async with asyncio.timeout(PATIENCE_S):
+        await KeyValues(store, "mine").set("k", 1)
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    store.close()
+
+
+def test_the_first_uses_may_come_from_several_threads_at_one_time(tmp_path: Path) -> None:
+    stores, before = [Store(tmp_path / str(number)) for number in range(20)], threading.active_count()
+    together = threading.Barrier(4)
+
+    def use(number: int) -> None:
+        for store in stores:
+            together.wait(PATIENCE_S)
+            asyncio.run(KeyValues(store, "mine").set(f"k{number}", number))
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(use, range(4)))
+    assert threading.active_count() == before + len(stores)
+    for store in stores:
+        store.close()
 
 
 async def test_it_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -188,15 +188,15 @@ async def test_a_followed_log_goes_on_with_the_next_process(own: Proxy) -> None:
 
 @pytest.mark.parametrize("path", ["/logs/a?follow=1", "/events"])
 async def test_one_who_has_left_is_served_no_longer(own: Proxy, path: str) -> None:
-    async def watching() -> int:
+    async def watching() -> list[str]:
         requests = (await raw_client.get(own.port, "/running")).json()["requests"]
-        return sum(request["path"] == path.partition("?")[0] for request in requests)
+        return [request["state"] for request in requests if request["path"] == path.partition("?")[0]]
 
     async def left() -> bool:
-        return await watching() == 0
+        return not await watching()
 
     async with streaming(own, path) as client:
-        assert await watching() == 1
+        assert await watching() == ["streaming"]
         client.leave()
         await until(left, what="the end of the request")
 

@@ -105,9 +105,10 @@ def test_models_are_loaded_listed_and_unloaded(run: Commands) -> None:
         (["load", "broken"], 1, "exited with code 3"),
         (["unload", "none"], 1, "not found"),
         (["logs", "none"], 1, "not found"),
-        (["why", "no-such-request"], 1, "no request with the id 'no-such-request' is known"),
+        (["logs", "a", "-n", "-1"], 1, "lines must be a number, of at least 0"),
+        (["why", "no-such-request"], 1, "'no-such-request' is known; the 10000 most recent ones are"),
         (["ps", "--url", "127.0.0.1:1"], 3, "no proxy is running at"),
-        (["ps", "--key", "wrong"], 4, "is not accepted"),
+        (["ps", "--key", "wrong"], 4, "the API key of --key or LSP_API_KEY is not accepted"),
     ],
 )
 def test_a_command_that_fails_has_one_line_of_reason_and_its_status(
@@ -140,7 +141,10 @@ def test_a_log_is_printed_as_far_as_it_is_asked_for(run: Commands) -> None:
 
 
 @pytest.mark.parametrize("words", [["logs", "-f", "a"], ["events"]])
-def test_what_is_followed_is_printed_at_once_and_ends_quietly_at_ctrl_c(own: Proxy, words: Sequence[str]) -> None:
+def test_what_is_followed_is_printed_at_once_and_ends_quietly_at_ctrl_c(
+    own: Proxy, run: Commands, words: Sequence[str]
+) -> None:
+    run("load", "a")  # which there is something to print about
     env = environment({"LSP_URL": own.url, "LSP_API_KEY": ADMIN})
     argv = [sys.executable, "-m", "llama_smart_proxy", *words]
     process = subprocess.Popen(argv, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -186,7 +190,7 @@ async def test_why_explains_a_load_an_eviction_and_the_answer(run: Commands) -> 
     assert columns(heads) == ["STEP", "AFTER", "TOOK", "ABOUT"]
     assert {"evict", "load", "prefill", "decode"} <= {columns(row)[0] for row in rows}
     answer = json.loads(run("why", "first", "--json").out)
-    assert answer["outcome"] == "done" and answer["client"] == "root" and answer["retries"] == 0
+    assert answer["outcome"] == "ok" and answer["key"] == "root" and answer["retries"] == 0
     assert answer["times"]["load_s"] > 0 and answer["times"]["decode_s"] > 0
     assert answer["tokens"]["completion"] == 5 and answer["tokens"]["per_second"] > 0
     assert answer["times"]["first_token_s"] <= answer["total_s"]
@@ -255,5 +259,5 @@ async def test_of_two_requests_with_one_id_the_newest_is_explained(run: Commands
     assert (await chat(run.proxy, "twice")).status == 200
     assert (await chat(run.proxy, "twice", "none")).status == 404
     answer = json.loads(run("why", "twice", "--json").out)
-    assert (answer["outcome"], answer["status"], answer["model"]) == ("failed", 404, None)
+    assert (answer["outcome"], answer["status"], answer["model"]) == ("model_not_found", 404, None)
     assert "It failed with status 404 (model_not_found)." in answer["sentence"]

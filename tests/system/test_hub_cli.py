@@ -126,9 +126,7 @@ def test_a_terminal_gets_a_progress_bar(bench: Bench) -> None:
 async def test_an_interrupted_pull_goes_on_where_it_was(bench: Bench) -> None:
     bench.hub.add("interrupted/repo/m-Q4_K_M.gguf", gguf(1_000_000))
     bench.hub.behave("interrupted/repo/m-Q4_K_M.gguf", hold=0.5)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it, and so would
-    process = started(bench, "hf.co/interrupted/repo")  # a program that we start
-    signal.signal(signal.SIGINT, before)
+    process = started(bench, "hf.co/interrupted/repo")
     blobs = bench.folder("interrupted/repo") / "blobs"
     await until(lambda: any(file.stat().st_size >= 490_000 for file in blobs.glob("*")), TIMEOUT_S)
     process.send_signal(signal.SIGINT)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import orjson
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
+from llama_smart_proxy.backends.journal import StepKind
 from llama_smart_proxy.proxy.chat import RequestRecord
 from llama_smart_proxy.proxy.metrics import Metrics
 from llama_smart_proxy.proxy.metrics.counts import MOST_CODES, MOST_MODELS, MOST_SERIES
-from llama_smart_proxy.proxy.metrics.export import Now, exported
+from llama_smart_proxy.proxy.metrics.export import Now, collected, encoded
 from tests.support import raw_client, toxic
 from tests.support.harness import Proxy
+from tests.support.reloads import reloadable
 from tests.support.stages import Stage
 from tests.support.toxic import RawUpstream
 
@@ -91,6 +94,20 @@ async def test_a_model_of_the_pool_has_its_state_its_memory_and_its_starts(stage
     assert found["llama_smart_proxy_requests_in_progress[]"] == 1  # the scrape
 
 
+async def test_a_reload_resets_no_counter_and_new_models_are_counted(tmp_path: Path) -> None:
+    async with toxic.raw_upstream(toxic.plain(b"{}")) as upstream:
+        remote = {"url": f"http://127.0.0.1:{upstream.port}", "models": ["m"]}
+        async with reloadable({"remotes": {"up": remote}}, tmp_path) as running:
+            await raw_client.post(running.proxy.port, CHAT, {"model": "m", "messages": []})
+            await running.apply(remotes={"up": {**remote, "models": ["m", "n"]}})
+            for model in ("m", "n"):
+                await raw_client.post(running.proxy.port, CHAT, {"model": model, "messages": []})
+            found = await scraped(running.proxy)
+    labels = {"dialect": "openai", "status": "200", "key": ""}
+    counts = [found[f"llama_smart_proxy_requests_total{sorted({'model': m, **labels}.items())}"] for m in ("m", "n")]
+    assert counts == [2, 1]
+
+
 def test_names_of_models_that_do_not_exist_make_no_series() -> None:
     metrics = Metrics(is_model=lambda name: False)
     for number in range(10_000):
@@ -118,8 +135,17 @@ def test_the_model_of_a_request_that_fails_has_its_name() -> None:
     assert metrics.requests == {("m", "openai", 503, ""): 1}
 
 
+def test_a_wait_in_vain_is_counted_too() -> None:
+    metrics = Metrics(is_model=lambda name: True)
+    record = RequestRecord(1.0, model="m", api="openai", status=503, resolved_s=1.0, slot=True)
+    record.note(StepKind.QUEUE, 1.0, 61.0)
+    metrics.observe(record)
+    counts = metrics.models["m"]
+    assert counts.queue.total == 60 and sum(counts.queue.counts) == 1 and not sum(counts.request.counts)
+
+
 def test_names_are_in_the_form_that_prometheus_recommends() -> None:
-    body, kind = exported(Metrics(is_model=lambda name: True), Now(), "")
+    body, kind = encoded(collected(Metrics(is_model=lambda name: True), Now()), "")
     assert kind.startswith("text/plain")
     for family in text_string_to_metric_families(body.decode()):
         if not family.name.startswith("process_"):

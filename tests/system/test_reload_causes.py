@@ -5,18 +5,36 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import sqlite3
 from collections.abc import Iterable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
+from llama_smart_proxy.proxy.store import FILE
 from tests.support import raw_client
-from tests.support.e2e_support import DONE, Fakes, Gate, fakes, gate, streaming
+from tests.support.agent_clients import write_agent
+from tests.support.e2e_support import CHAT, DONE, Fakes, Gate, body_of, fakes, gate, streaming
 from tests.support.harness import Proxy, free_port, until
 from tests.support.reloads import reloadable
 from tests.support.terminal import Terminal, terminal
 from tests.system.test_systemd import Manager
 
 __all__ = ["fakes", "gate", "terminal"]  # fixtures
+SLOW = '''
+from pathlib import Path
+STARTS = False
+
+class Slow(Agent):
+    """Hangs when it starts, once it has been changed, and when it is closed."""
+    async def start(self) -> None:
+        if STARTS:
+            Path(__file__).with_suffix(".hangs").touch()
+            await asyncio.Event().wait()
+
+    async def close(self) -> None:
+        await asyncio.Event().wait()
+'''
 EMPTY = {"llama_cpp": {"hf_cache": False}}
 
 
@@ -143,6 +161,24 @@ async def test_a_proxy_that_drains_reads_nothing_again(fakes: Fakes, gate: Gate,
             assert (await stream.rest())[-1] == DONE
         assert await proxy.ended() == 0
         assert "was reloaded" not in proxy.log
+
+
+async def test_a_second_signal_stops_a_reload_whose_agents_hang_and_usage_is_kept(fakes: Fakes, tmp_path: Path) -> None:
+    file = write_agent(tmp_path / "agents", "slow", SLOW)
+    agents = {"agents_dirs": [str(file.parent)], "agents": ["slow"], "state_dir": str(tmp_path / "state")}
+    async with reloadable(fakes.config({"m": fakes.model()}) | agents, tmp_path / "own") as running:
+        proxy = running.proxy
+        await raw_client.get(proxy.port, "/admin/usage")  # the store is open
+        file.write_text(file.read_text().replace("STARTS = False", "STARTS = True"))
+        proxy.process.send_signal(signal.SIGHUP)
+        await until(file.with_suffix(".hangs").exists)
+        assert (await raw_client.post(proxy.port, CHAT, body_of("m"))).status == 200
+        proxy.send(signal.SIGTERM)
+        await until(lambda: "draining" in proxy.log)
+        proxy.send(signal.SIGTERM)
+        assert await proxy.ended() == 0
+    with closing(sqlite3.connect(tmp_path / "state" / FILE)) as sql:
+        assert sql.execute("SELECT requests FROM usage").fetchall() == [(1,)]
 
 
 async def test_a_model_that_is_newly_marked_preload_begins_to_load(fakes: Fakes, tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from llama_smart_proxy.proxy.cli.importing import import_command
-from llama_smart_proxy.proxy.cli.importing.groups import processes
 from llama_smart_proxy.proxy.cli.importing.llama_swap import Import
 from llama_smart_proxy.proxy.cli.importing.reading import Unreadable, read
 from llama_smart_proxy.proxy.cli.importing.servers import joined, split
@@ -255,21 +254,6 @@ def test_a_field_of_the_file_is_translated(
     assert {key: value for key, value in found.items() if value} == {
         key: value for key, value in expected.items() if key != "server_pool"
     }
-
-
-@pytest.mark.parametrize(
-    ("groups", "count"),
-    [
-        ({}, 1),
-        ({"g": {"members": ["a", "b", "c"]}}, 1),
-        ({"g": {"members": ["a", "b"], "swap": False}}, 2),
-        ({"g": {"members": ["a", "b"], "swap": False, "exclusive": False}}, 3),
-        ({"g": {"members": ["a"], "persistent": True}, "h": {"members": ["b", "c"], "swap": False}}, 3),
-        ({"g": {"members": ["x"], "persistent": True}}, 1),
-    ],
-)
-def test_the_pool_has_as_many_places_as_models_ran_at_one_time(groups: dict[str, Any], count: int) -> None:
-    assert processes(["a", "b", "c"], groups) == count
 
 
 # -- the command -------------------------------------------------------------------------------------------------------

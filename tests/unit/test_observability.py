@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from llama_smart_proxy.backends.journal import StepKind
 from llama_smart_proxy.proxy.chat import RequestRecord
 from llama_smart_proxy.proxy.metrics import Metrics
-from llama_smart_proxy.proxy.metrics.export import AgentCounts, Now, exported
+from llama_smart_proxy.proxy.metrics.export import AgentCounts, Now, collected, encoded
 from tests.support.harness import ROOT
 
 DASHBOARD = ROOT / "packaging" / "grafana-dashboard.json"
@@ -32,7 +32,7 @@ def export() -> dict[str, tuple[str, set[str]]]:
     record.note(StepKind.QUEUE, 1.0, 1.1)
     metrics.observe(record)
     instance = {"model": "m", "state": "ready", "pid": 1, "queue": 0, "leases": 1, "rss_bytes": 1}
-    body, _ = exported(metrics, Now([instance], [AgentCounts("a", 1, 1, 1.0)]), "")
+    body, _ = encoded(collected(metrics, Now([instance], [AgentCounts("a", 1, 1, 1.0)])), "")
     found: dict[str, tuple[str, set[str]]] = {}
     for family in text_string_to_metric_families(body.decode()):
         assert family.samples, family.name

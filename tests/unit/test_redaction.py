@@ -29,6 +29,9 @@ def nothing_known() -> Iterator[None]:
         f"authorization: bearer  {S}",
         f"Authorization: Bearer\0{S}",
         f"Authorization: {S}",
+        f"Authorization: Token {S}",
+        f'Authorization: Digest username="x", response="{S}"',
+        f"{{'Authorization': 'ApiKey {S}', 'Accept': '*/*'}}",
         f"Proxy-Authorization: Basic {S}=",
         f"[(b'authorization', b'Bearer {S}')]",
         f"x-api-key: {S}",
@@ -76,6 +79,11 @@ def test_what_looks_like_a_secret_is_blanked(text: str) -> None:
 )
 def test_other_texts_stay_as_they_are(text: str) -> None:
     assert redacted(text) == text
+
+
+def test_what_stands_behind_a_quoted_header_stays() -> None:
+    text = "{'Authorization': 'ApiKey c4nary', 'Accept': 'text/html'}"
+    assert redacted(text) == f"{{'Authorization': '{SECRET}', 'Accept': 'text/html'}}"
 
 
 def test_a_known_secret_is_blanked_wherever_it_is_also_as_it_is_in_a_url() -> None:

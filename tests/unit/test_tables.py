@@ -50,14 +50,14 @@ def test_a_cell_cannot_command_the_terminal() -> None:
 
 @pytest.mark.parametrize(
     ("variables", "coloured"),
-    [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False), ({"NO_COLOR": ""}, True)],
+    [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False), ({"TERM": "dumb", "FORCE_COLOR": "1"}, True)],
 )
 def test_colours_are_for_terminals_that_may_have_them(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], coloured: bool
 ) -> None:
-    for name in ("NO_COLOR", "TERM"):
+    for name in ("NO_COLOR", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
+    for name, value in {"TERM": "xterm", **variables}.items():
         monkeypatch.setenv(name, value)
     out = Terminal()
     monkeypatch.setattr(sys, "stdout", out)

@@ -31,7 +31,7 @@ USAGE = {"prompt_tokens": 100, "completion_tokens": 21, "prompt_tokens_details":
 
 def test_times_and_tokens_are_those_of_the_record() -> None:
     answer = explained(done(counted=USAGE))
-    assert answer["total_s"] == 4.0 and answer["outcome"] == "done" and answer["retries"] == 0
+    assert answer["total_s"] == 4.0 and answer["outcome"] == "ok" and answer["retries"] == 0
     assert answer["times"] == {
         "queue_s": 0,
         "load_s": 0,
@@ -85,10 +85,14 @@ def test_every_kind_of_step_is_tested() -> None:
 @pytest.mark.parametrize(
     ("fields", "outcome", "end"),
     [
-        ({"status": 499}, "left", "Its client left before the end."),
-        ({"status": 503}, "failed", "It failed with status 503."),
-        ({"status": 503, "error": "queue_timeout"}, "failed", "It failed with status 503 (queue_timeout)."),
-        ({"error": "upstream_disconnected"}, "failed", "It failed after its answer had begun (upstream_disconnected)."),
+        ({"status": 499}, "client_left", "Its client left before the end."),
+        ({"status": 503}, "upstream_error", "It failed with status 503."),
+        ({"status": 503, "error": "queue_timeout"}, "queue_timeout", "It failed with status 503 (queue_timeout)."),
+        (
+            {"error": "upstream_disconnected"},
+            "upstream_disconnected",
+            "It failed after its answer had begun (upstream_disconnected).",
+        ),
         ({"status": 410, "cancelled": True}, "cancelled", "It was cancelled."),
         ({"ended_s": -AT, "status": 0}, "under way", "It is under way."),
     ],
@@ -109,6 +113,13 @@ def test_a_whole_answer_has_one_time_at_its_server() -> None:
     answer = explained(done(last_byte_s=1.5, counted={"completion_tokens": 1}))
     assert answer["times"]["decode_s"] is None and answer["tokens"]["per_second"] is None
     assert "500 ms at its server, 1 token of the answer." in answer["sentence"]
+    unseen = explained(done(first_byte_s=-AT, counted={"completion_tokens": 9}))  # 0: an agent saw it first
+    assert unseen["tokens"]["per_second"] is None
+
+
+def test_the_part_of_an_answer_that_was_sent_until_it_was_broken_off_has_its_time() -> None:
+    answer = explained(done(last_byte_s=-AT, ended_s=4.5, cancelled=True))
+    assert answer["times"]["decode_s"] == 3.0 and "3.00 s for the answer. It was cancelled." in answer["sentence"]
 
 
 def test_a_load_at_the_server_is_no_part_of_its_prefill() -> None:

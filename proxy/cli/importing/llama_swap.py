@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from llama_smart_proxy.proxy.cli.importing.groups import processes
+from llama_smart_proxy.proxy.cli.importing.groups import largest_set, processes, staying
 from llama_smart_proxy.proxy.cli.importing.models import ModelImport, Names, filters_of
 from llama_smart_proxy.proxy.cli.importing.reading import Json, Unreadable
 from llama_smart_proxy.proxy.cli.importing.values import mapping, number, text, texts
@@ -20,6 +20,7 @@ NEVER_S = -1
 SHORTEST_HEALTH_S = 15
 _NOT_NEEDED = {
     "logTimeFormat": "not needed: lines of the log have a time, under systemd that of the journal",
+    "logRequests": "not needed: each request has a line in the log",
     "logToStdout": "not needed: lines of model servers are in the log when they fail, and in /health",
     "includeAliasesInList": "not needed: aliases are in the field `aliases` of each item of /v1/models",
     "metricsMaxInMemory": "no equivalent",
@@ -75,7 +76,7 @@ class Import:
                 elif key in _NOT_NEEDED:
                     self._note(key, _NOT_NEEDED[key])
                 else:
-                    self._note(key, "is no setting of llama-swap, and left out")
+                    self._note(key, "is not known as a setting of llama-swap, and left out")
             except ValueError as exc:
                 self._problems.append(f"{key}{exc}")
         self._size()
@@ -201,14 +202,20 @@ class Import:
 
     def _size(self) -> None:
         """As many processes as llama-swap would run at one time."""
-        models: Iterable[str] = mapping(self._theirs.get("models"))
-        router = mapping(mapping(mapping(self._theirs.get("routing")).get("router")).get("settings"))
-        groups: Mapping[str, Any] = mapping(self._theirs.get("groups")) or mapping(router.get("groups"))
         if not self.data.get("models"):
             self.data.pop("server_pool", None)
             return
-        size = processes(list(models), groups)
+        models: Iterable[str] = mapping(self._theirs.get("models"))
+        router = mapping(mapping(self._theirs.get("routing")).get("router"))
+        settings = mapping(router.get("settings"))
+        by_matrix = settings.get("matrix") if router.get("use") == "matrix" else self._theirs.get("matrix")
+        groups: Mapping[str, Any] = mapping(self._theirs.get("groups")) or mapping(settings.get("groups"))
+        size = largest_set(mapping(by_matrix)) if by_matrix else processes(list(models), groups)
         self._pool("size", size)
+        for name in staying(groups) if not by_matrix else ():
+            if (entry := self.data["models"].get(self._names.known(name))) is not None:
+                entry["pinned"] = True
         why = f"llama-swap would run {size} of these models at one time"
-        more = "; which ones is not configured here: the least recently used one makes room" if groups else ""
-        self._note("groups" if groups else "models", f"server_pool.size: {why}{more}")
+        more = "; which ones is not configured here: the least recently used one makes room"
+        where = "matrix" if by_matrix else "groups" if groups else "models"
+        self._note(where, f"server_pool.size: {why}{more if by_matrix or groups else ''}")
