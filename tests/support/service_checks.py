@@ -246,7 +246,7 @@ def kills() -> object:
 
 
 def hangs() -> object:
-    drop_in("WatchdogSec=8\n")
+    drop_in("WatchdogSec=8\nTimeoutStopSec=5\n")
     systemctl("restart", NAME)
     chat()
     pid, before = current(), children()
