@@ -133,10 +133,7 @@ def at(*parts: str, **query: str | int | None) -> str:
 
 def run(args: argparse.Namespace, config: Path | None, command: Callable[[Remote], int]) -> int:
     """Call `command` with the proxy that the command line, the environment or else the file `config` names. Returns its
-    exit status, or that of its failure, with the reason on stderr.
-
-    Raises: ConfigError if the address has to be read from the configuration and cannot be.
-    """
+    exit status, or that of its failure, with the reason on stderr."""
     try:
         url = args.url or os.environ.get("LSP_URL") or configured_url(config, os.environ)
         return command(Remote(url, args.key or os.environ.get("LSP_API_KEY", "")))
@@ -146,10 +143,15 @@ def run(args: argparse.Namespace, config: Path | None, command: Callable[[Remote
 
 
 def configured_url(path: Path | None, env: Mapping[str, str]) -> str:
-    """Where a proxy with the configuration `path` listens. Raises: ConfigError, RemoteError if it picks a free port."""
+    """Where a proxy with the configuration `path` listens. Raises: RemoteError if that cannot be read, or if it picks a
+    free port."""
     from llama_smart_proxy.proxy.config import read_address
+    from llama_smart_proxy.proxy.errors import ConfigError
 
-    host, port = read_address(path, env=env)
+    try:
+        host, port = read_address(path, env=env)
+    except ConfigError as exc:
+        raise RemoteError(f"{exc}\n--url or LSP_URL names the proxy without its configuration", 2) from None
     if port == 0:
         named = "server.port is 0, so that the proxy picks its port: name its address with --url or LSP_URL"
         raise RemoteError(f"{path or 'defaults'}: {named}", 2)

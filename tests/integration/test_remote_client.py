@@ -14,7 +14,6 @@ import pytest
 
 from llama_smart_proxy.proxy.cli import remote
 from llama_smart_proxy.proxy.cli.remote import Remote
-from llama_smart_proxy.proxy.errors import ConfigError
 from tests.support.harness import free_port
 from tests.support.toxic import Link, RawUpstream, Request, cut_short, raw_upstream
 
@@ -143,7 +142,7 @@ def test_the_proxy_is_where_serve_listens(tmp_path: Path, config: str | None, en
 def test_an_address_that_the_configuration_does_not_have_is_its_problem(tmp_path: Path, config: str) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(config)
-    with pytest.raises(ConfigError, match=str(file)):
+    with pytest.raises(remote.RemoteError, match=rf"{file}: .*\n--url or LSP_URL"):
         remote.configured_url(file, {})
 
 
