@@ -254,7 +254,7 @@ async def test_what_cannot_be_written_to_a_full_disk_waits_until_it_can(
             seen.observe(ended(number))
         store.submit(seen._flush)
         await until(lambda: caplog.records, what="the line in the log")
-        assert seen.waiting == 499
+        assert seen.waiting > 0  # a few that the thread has taken first may fit into what the file has already
         filler.unlink()
         await until(lambda: not seen.waiting, what="the end of the backlog")
         assert [line["requests"] for line in await seen.usage([])] == [500]
