@@ -124,11 +124,10 @@ class _Request:
 
     def _of_answer(self) -> dict[str, Any]:
         record, usage = self._record, self._record.usage or {}
-        details = usage.get("prompt_tokens_details")
         found = {
             "gen_ai.usage.input_tokens": usage.get("prompt_tokens"),
             "gen_ai.usage.output_tokens": usage.get("completion_tokens"),
-            "gen_ai.usage.cache_read.input_tokens": details.get("cached_tokens") if isinstance(details, dict) else None,
+            "gen_ai.usage.cache_read.input_tokens": record.cached_tokens,
         }
         if record.first_byte_s:
             found["gen_ai.response.time_to_first_chunk"] = record.first_byte_s - record.sent_s

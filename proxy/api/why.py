@@ -100,11 +100,15 @@ def _times(record: RequestRecord, now: float) -> dict[str, float | None]:
 def _tokens(record: RequestRecord) -> Json:
     """Of the server's own counts. `per_second` is that of the decoding."""
     usage, first_s = record.usage or {}, record.first_byte_s
-    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
     completion, rate = usage.get("completion_tokens"), None
     if isinstance(completion, int) and completion > 1 and record.last_byte_s > first_s > 0:
         rate = round((completion - 1) / (record.last_byte_s - first_s), 2)
-    return {"prompt": usage.get("prompt_tokens"), "cached": cached, "completion": completion, "per_second": rate}
+    return {
+        "prompt": usage.get("prompt_tokens"),
+        "cached": record.cached_tokens,
+        "completion": completion,
+        "per_second": rate,
+    }
 
 
 def _step(step: Step, arrived_s: float) -> Json:

@@ -115,6 +115,12 @@ class RequestRecord(Timing):
             self.count_usage = None
         return self.counted
 
+    @property
+    def cached_tokens(self) -> Any:
+        """How many tokens of the prompt the server had cached, as it sent it; None if it sent nothing of the kind."""
+        details = (self.usage or {}).get("prompt_tokens_details")
+        return details.get("cached_tokens") if isinstance(details, dict) else None
+
 
 Observer = Callable[[RequestRecord], None]
 """Called when a request has ended; must not block; exceptions it raises are logged."""

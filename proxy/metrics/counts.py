@@ -109,8 +109,7 @@ class Metrics:
             tokens = self.tokens[record.model, record.client] = [0, 0]
         if isinstance(prompt, int):
             tokens[0] += prompt
-            details = usage.get("prompt_tokens_details")
-            cached = details.get("cached_tokens") if isinstance(details, dict) else None
+            cached = record.cached_tokens
             if isinstance(cached, int):  # unknown counts neither as a hit nor as none
                 counts.prompt += prompt
                 counts.cached += cached

@@ -280,10 +280,8 @@ class History:
 def _counted(record: RequestRecord) -> tuple[int, int, int]:
     """Tokens of the prompt, of the answer, and those of the prompt that were cached; 0 where they are not known."""
     usage = record.usage or {}
-    details = usage.get("prompt_tokens_details")
-    cached = details.get("cached_tokens") if isinstance(details, dict) else 0
     prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
-    return _tokens(prompt), _tokens(completion), _tokens(cached)
+    return _tokens(prompt), _tokens(completion), _tokens(record.cached_tokens)
 
 
 def _tokens(count: object) -> int:
