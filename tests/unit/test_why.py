@@ -135,3 +135,9 @@ def test_a_wait_under_way_is_explained_and_not_noted() -> None:
     for _ in range(2):
         assert "2.00 s until m was loaded" in explained(one, path="/v1/y")["sentence"]
     assert one.steps is None
+
+
+@pytest.mark.parametrize("details", [[1], "many", 7])
+def test_details_of_tokens_may_have_any_form(details: object) -> None:
+    tokens = explained(done(counted={**USAGE, "prompt_tokens_details": details}))["tokens"]
+    assert (tokens["prompt"], tokens["cached"]) == (100, None)
