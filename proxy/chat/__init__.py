@@ -25,6 +25,7 @@ from llama_smart_proxy.proxy.chat.extensions import (
     without_extensions,
 )
 from llama_smart_proxy.proxy.chat.fold import Fold, Reply, fold, replay
+from llama_smart_proxy.proxy.chat.passage import Found, Passage
 from llama_smart_proxy.proxy.chat.record import Observer, RequestRecord, Timing
 from llama_smart_proxy.proxy.chat.request import ChatRequest, first_text_part, last_user_message, text_of
 
@@ -37,8 +38,10 @@ __all__ = [
     "ChunkStream",
     "Extensions",
     "Fold",
+    "Found",
     "Json",
     "Observer",
+    "Passage",
     "Reply",
     "RequestRecord",
     "Timing",

@@ -16,6 +16,7 @@ from llama_smart_proxy.proxy.config.access import ApiKeys, InferenceKeysConfig, 
 from llama_smart_proxy.proxy.config.agents import AgentConfig, LimitsConfig
 from llama_smart_proxy.proxy.config.duration import Seconds
 from llama_smart_proxy.proxy.config.history import HistoryConfig, PostgresUrl
+from llama_smart_proxy.proxy.config.knowledge import KnowledgeConfig
 from llama_smart_proxy.proxy.config.problems import Loc
 from llama_smart_proxy.proxy.config.providers import (
     BackendName,
@@ -116,6 +117,9 @@ class Config(Section):
     )
     agent_limits: LimitsConfig = Field(
         default_factory=LimitsConfig, description="The limits of agents for one request."
+    )
+    knowledge: KnowledgeConfig = Field(
+        default_factory=KnowledgeConfig, description="Documents that questions are answered from."
     )
     slash_commands: bool = Field(
         default=True, description="Whether users can call agents by commands such as /rag in their messages."

@@ -22,7 +22,7 @@ OURS = "llama_smart_proxy."
 MAX_FILE, MAX_FUNCTION = 400, 40
 
 ROOMS: list[set[str]] = [
-    {"proxy", "proxy.errors", "proxy.chat", "proxy.log", "proxy.store", "backends.journal"},
+    {"proxy", "proxy.errors", "proxy.chat", "proxy.log", "proxy.store", "proxy.knowledge", "backends.journal"},
     {"proxy.config", "proxy.dialects"},
     {"agents"},
     {"backends"},

@@ -1,0 +1,1 @@
+"""Collections of documents that questions are answered from: read, split, embedded, indexed, and searched."""
