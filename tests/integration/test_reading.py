@@ -32,10 +32,12 @@ async def test_a_document_becomes_pieces_that_begin_with_their_headings(reader: 
 
 async def test_a_page_is_read_from_memory(reader: DocumentReader) -> None:
     pieces = await reader.page(MANUAL.encode(), "https://example.org/manual", "text/markdown")
-    assert [piece.heading for piece in pieces] == ["Manual", SETUP] or pieces[0].heading == "Manual"
+    assert [piece.heading for piece in pieces] == ["Manual", SETUP]
 
 
-async def test_what_cannot_be_read_gives_the_reason_and_the_next_is_read(reader: DocumentReader, tmp_path: Path) -> None:
+async def test_what_cannot_be_read_gives_the_reason_and_the_next_is_read(
+    reader: DocumentReader, tmp_path: Path
+) -> None:
     with pytest.raises(Unreadable, match="cannot be opened: No such file"):
         await reader.read(tmp_path / "missing", "missing.md")
     assert await reader.page(b"Text.", "a.txt") == [Piece("a.txt\n\nText.", "a.txt")]
