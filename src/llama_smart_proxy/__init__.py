@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         UpstreamFailed,
         UpstreamRefused,
     )
+    from llama_smart_proxy.proxy.fetching import Fetcher, FetchError, TimedCache
 
 __all__ = [
     "About",
@@ -51,6 +52,8 @@ __all__ = [
     "Chunk",
     "ChunkStream",
     "Context",
+    "FetchError",
+    "Fetcher",
     "Found",
     "Json",
     "ModelNotFound",
@@ -60,6 +63,7 @@ __all__ = [
     "ProxyError",
     "Reply",
     "StartFailed",
+    "TimedCache",
     "UpstreamFailed",
     "UpstreamRefused",
     "background_kind",
@@ -72,7 +76,7 @@ __all__ = [
     "text_of",
 ]
 
-_MODULES = ("agents.base", "proxy.chat", "proxy.errors", "agents.substitution")
+_MODULES = ("agents.base", "proxy.chat", "proxy.errors", "agents.substitution", "proxy.fetching")
 
 
 def __getattr__(name: str) -> Any:
