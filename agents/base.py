@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, ChunkStream, Found, Json, Reply
+from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, ChunkStream, Found, Json, Passage, Reply
 
 T = TypeVar("T")
 
@@ -252,6 +252,11 @@ class Context(Protocol):
         """How many tokens are left for the answer to `request` in the context of its model, negative if its prompt is
         too long; None if that is unknown. Counted by the model's server where an estimate is not clear. Raises: any
         `ProxyError`."""
+
+    async def page(self, url: str) -> list[Passage]:
+        """The page of the web at `url`, which may come from anywhere: only public addresses are connected to, within
+        limits of time and size, and its robots.txt is respected. Its text is not to be trusted. Raises: FetchError.
+        """
 
     async def aside(self, steps: Generator[Any, None, T]) -> T:
         """Do long work beside the answers of others: runs the generator `steps` in a thread, a few milliseconds at a

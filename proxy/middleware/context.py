@@ -10,8 +10,9 @@ from functools import cached_property
 from typing import Any, TypeVar, cast
 
 from llama_smart_proxy.agents.base import About
-from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, ChunkStream, Json, Reply, fold
+from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, ChunkStream, Json, Passage, Reply, fold
 from llama_smart_proxy.proxy.errors import AgentError
+from llama_smart_proxy.proxy.fetching import FetchError, Pages
 from llama_smart_proxy.proxy.http.aside import Worker, in_thread
 from llama_smart_proxy.proxy.http.headers import is_credential
 from llama_smart_proxy.proxy.knowledge.library import Library
@@ -47,6 +48,7 @@ class RequestFacts:
         store: Store | None = None,
         wait: Wait | None = None,
         library: Library | None = None,
+        pages: Pages | None = None,
     ) -> None:
         self._all_headers = headers
         self.request = request or ChatRequest({})
@@ -54,6 +56,7 @@ class RequestFacts:
         self.store = store or Store(None)
         self.wait = wait
         self.library = library
+        self.pages = pages
         self._users = self.request.body.get("user"), self.request.body.get("metadata")
         self.api = api
         self.request_id = request_id
@@ -179,6 +182,12 @@ class AgentContext:
     async def room(self, request: ChatRequest) -> int | None:
         with self.timer.awaiting_model():
             return await room_for((await self._calls.router.resolve(request.model)).model, request)
+
+    async def page(self, url: str) -> list[Passage]:
+        if self._facts.pages is None:
+            raise FetchError("this proxy reads no pages", refused=True)
+        with self.timer.awaiting_model():  # it ends, and it is not the agent's fault how long a server takes
+            return await self._facts.pages.passages(url)
 
     async def aside(self, steps: Generator[Any, None, T]) -> T:
         with self.timer.awaiting_model():  # it ends: each step does, and it is not the agent's fault how long it waits

@@ -65,7 +65,9 @@ class SQLite:
     def exists(self) -> bool:
         """As `Database.exists`."""
         with suppress(OSError):  # it cannot be known, as in a folder of others
-            return self._connection is not None or (self._folder is not None and (self._folder / self._schema.file).exists())
+            return self._connection is not None or (
+                self._folder is not None and (self._folder / self._schema.file).exists()
+            )
         return True
 
     def close(self) -> None:

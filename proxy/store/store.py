@@ -32,8 +32,8 @@ MAX_JOBS = 1000
 
 
 class Store:
-    """The tables of `schema`: in the Postgres at `url`, or else the file in `folder`, or the memory if that is None too.
-    `run` may be called from any event loop."""
+    """The tables of `schema`: in the Postgres at `url`, or else the file in `folder`, or the memory if that is None
+    too. `run` may be called from any event loop."""
 
     def __init__(self, folder: Path | None, url: str = "", schema: Schema = STATE) -> None:
         self.is_remote = bool(url)

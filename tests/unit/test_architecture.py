@@ -22,7 +22,16 @@ OURS = "llama_smart_proxy."
 MAX_FILE, MAX_FUNCTION = 400, 40
 
 ROOMS: list[set[str]] = [
-    {"proxy", "proxy.errors", "proxy.chat", "proxy.log", "proxy.store", "proxy.knowledge", "backends.journal"},
+    {
+        "proxy",
+        "proxy.errors",
+        "proxy.chat",
+        "proxy.log",
+        "proxy.store",
+        "proxy.fetching",
+        "proxy.knowledge",
+        "backends.journal",
+    },
     {"proxy.config", "proxy.dialects"},
     {"agents"},
     {"backends"},

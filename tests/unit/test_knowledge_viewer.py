@@ -10,7 +10,7 @@ from llama_smart_proxy.proxy.access.policy import Access
 from llama_smart_proxy.proxy.config import ServerConfig
 from llama_smart_proxy.proxy.knowledge.base import Viewer
 
-KEYS = [
+KEYS: list[dict[str, object]] = [
     {"name": "root", "key": "key-of-the-admin-1234567890", "scopes": ["admin"]},
     {"name": "ann", "key": "key-of-ann-12345678901234567"},
     {"name": "bob", "key": "key-of-bob-12345678901234567", "collections": "manuals,hr-?"},
