@@ -22,6 +22,8 @@ from llama_smart_proxy.proxy.api.state import Proxy
 from llama_smart_proxy.proxy.chat import Observer
 from llama_smart_proxy.proxy.config import Config
 from llama_smart_proxy.proxy.http.running import Running
+from llama_smart_proxy.proxy.knowledge.base import Viewer
+from llama_smart_proxy.proxy.knowledge.knowledge import Knowledge
 from llama_smart_proxy.proxy.metrics import Metrics
 from llama_smart_proxy.proxy.middleware.afterwards import Afterwards
 from llama_smart_proxy.proxy.middleware.chain import Chain
@@ -48,6 +50,7 @@ class Lasting:
     downloads: Downloads
     pool: Pool
     metrics: Metrics
+    knowledge: Knowledge
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     conversations: Conversations = field(default_factory=Conversations)
     running: Running = field(default_factory=Running)
@@ -115,6 +118,7 @@ class Generation:
             latest,
             Access(config.server),
             lasting.metrics,
+            library=lasting.knowledge.seen_by(Viewer()),
         )
         self.dispatcher = Dispatcher(self.proxy, [*parts.registry.observers, *lasting.observers], lasting.counters)
         for method, path, handler, scope, pages, loads in ROUTES:
