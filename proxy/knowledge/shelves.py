@@ -51,6 +51,7 @@ class Shelves:
 
     def __init__(self, make: Callable[[], Index], database: Database) -> None:
         self._make = make
+        self._making = asyncio.Lock()
         self._index: Index | None = None
         self._database = database
         self._shelves: dict[str, _Shelf] = {}
@@ -75,8 +76,8 @@ class Shelves:
         return await self._index.search(name, query, vector, limit, files)
 
     async def _ready(self, kept: Kept, identity: str, dimensions: int) -> None:
-        if self._index is None:
-            self._index = await run_in_thread(self._make)
+        async with self._making:
+            self._index = self._index or await run_in_thread(self._make)
         name = kept.collection.id
         shelf = self._shelves.setdefault(name, _Shelf())
         async with shelf.lock:
