@@ -1,0 +1,71 @@
+"""The sentences of a passage: what one of the decisions about its relevance is about."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+FENCE = re.compile(r"[ \t]*(```+|~~~+)")
+ITEM = re.compile(r"[ \t]*(?:[-*+•]|\d{1,3}[.)])[ \t]")
+ALONE = re.compile(r"[ \t]*(?:#{1,6}[ \t]|\||>)")
+"""Starts of lines that go on in no other line: headings, rows of tables, quotations."""
+END = re.compile(r"(?<=[.!?…])[\"'”’)\]]*\s+(?=[\"'“‘(\[]*[^\W_a-z])|(?<=[。！？])")
+ABBREVIATION = re.compile(
+    r"(?:^|[\s(])(?:[A-Za-z]|e\.g|i\.e|etc|vs|cf|ca|approx|resp|incl|fig|figs|eq|sec|ch|no|nos|vol|pp|ed|eds|al|"
+    r"mr|mrs|ms|dr|prof|st|jr|sr|inc|ltd|co|corp|dept|est|jan|feb|mar|apr|jun|jul|aug|sep|sept|oct|nov|dec)\.$",
+    re.IGNORECASE,
+)
+SHORT = 20
+"""A sentence of less characters ("Yes.", "See below.") says nothing alone; it stays with its neighbour."""
+
+
+def strips(text: str) -> list[str]:
+    """The sentences, list items, rows of tables, lines of headings and whole code blocks of `text`, in order, each on
+    lines as they were; without blank ones. Takes time in proportion to its length."""
+    found: list[str] = []
+    for block in _blocks(text):
+        found += [block] if FENCE.match(block) or ALONE.match(block) else _sentences(block)
+    return found
+
+
+def _blocks(text: str) -> Iterator[str]:
+    """Paragraphs, list items, single lines, and code blocks."""
+    held: list[str] = []
+    fence = ""
+    for line in text.split("\n"):
+        mark = FENCE.match(line)
+        if fence:
+            held.append(line)
+            if mark and mark[1].startswith(fence):
+                fence = ""
+                yield "\n".join(held)
+                held = []
+            continue
+        alone = ALONE.match(line)
+        if held and (mark or alone or not line.strip() or ITEM.match(line)):
+            yield "\n".join(held)
+            held = []
+        if alone:
+            yield line.strip()
+        elif line.strip():
+            held.append(line)
+            fence = mark[1] if mark else ""
+    if held:
+        yield "\n".join(held)
+
+
+def _sentences(block: str) -> list[str]:
+    found: list[str] = []
+    start = 0
+    for end in END.finditer(block):
+        sentence = block[start : end.end()].strip()
+        if len(sentence) < SHORT or ABBREVIATION.search(sentence[-12:]):
+            continue
+        found.append(sentence)
+        start = end.end()
+    if rest := block[start:].strip():
+        if found and len(rest) < SHORT and not ITEM.match(rest):
+            found[-1] += block[len(block[:start].rstrip()) : start] + rest
+        else:
+            found.append(rest)
+    return found
