@@ -9,14 +9,16 @@ FENCE = re.compile(r"[ \t]*(```+|~~~+)")
 ITEM = re.compile(r"[ \t]*(?:[-*+•]|\d{1,3}[.)])[ \t]")
 ALONE = re.compile(r"[ \t]*(?:#{1,6}[ \t]|\||>)")
 """Starts of lines that go on in no other line: headings, rows of tables, quotations."""
-END = re.compile(r"(?<=[.!?…])[\"'”’)\]]*\s+(?=[\"'“‘(\[]*[^\W_a-z])|(?<=[。！？])")
+END = re.compile(
+    r"(?<=[.!?\u2026])[\"'\u201d\u2019)\]]*\s+(?=[\"'\u201c\u2018(\[]*[^\W_a-z])|(?<=[\u3002\uff01\uff1f])"
+)
 ABBREVIATION = re.compile(
     r"(?:^|[\s(])(?:[A-Za-z]|e\.g|i\.e|etc|vs|cf|ca|approx|resp|incl|fig|figs|eq|sec|ch|no|nos|vol|pp|ed|eds|al|"
     r"mr|mrs|ms|dr|prof|st|jr|sr|inc|ltd|co|corp|dept|est|jan|feb|mar|apr|jun|jul|aug|sep|sept|oct|nov|dec)\.$",
     re.IGNORECASE,
 )
-SHORT = 20
-"""A sentence of less characters ("Yes.", "See below.") says nothing alone; it stays with its neighbour."""
+SHORT = 12
+"""A sentence of less bytes of UTF-8 ("Yes.", "See below.") says nothing alone; it stays with its neighbour."""
 
 
 def strips(text: str) -> list[str]:
@@ -58,14 +60,21 @@ def _sentences(block: str) -> list[str]:
     found: list[str] = []
     start = 0
     for end in END.finditer(block):
-        sentence = block[start : end.end()].strip()
-        if len(sentence) < SHORT or ABBREVIATION.search(sentence[-12:]):
+        if _is_short(block[start : min(end.start(), start + 2 * SHORT)]) or _is_abbreviated(block, end.start()):
             continue
-        found.append(sentence)
+        found.append(block[start : end.end()].strip())
         start = end.end()
-    if rest := block[start:].strip():
-        if found and len(rest) < SHORT and not ITEM.match(rest):
-            found[-1] += block[len(block[:start].rstrip()) : start] + rest
-        else:
-            found.append(rest)
+    rest = block[start:].strip()
+    if found and _is_short(rest):
+        found[-1] += f" {rest}" if rest else ""
+    elif rest:
+        found.append(rest)
     return found
+
+
+def _is_short(text: str) -> bool:
+    return len(text.strip().encode("utf-8", "surrogatepass")) < SHORT
+
+
+def _is_abbreviated(block: str, end: int) -> bool:
+    return bool(ABBREVIATION.search(block[max(0, end - 12) : end]))
