@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 DEPTH = 100
 """How many pieces of each of the two searches are compared, at least."""
-SLICE = 256
+SLICE = 512
 """Pieces that are added in one step: a search may be answered, and the event loop runs, between two."""
 DEAD = 0.25
 """The share of removed pieces above which their memory is released."""
@@ -76,12 +76,16 @@ class LocalIndex:
         """What the pieces take in memory."""
         return sum(known.bytes for known in self._collections.values())
 
+    def state(self, collection: str) -> State:
+        """What a search of a collection would use now."""
+        return self._collections[collection].state
+
     async def close(self) -> None:
         """As `Index.close`."""
         self._collections.clear()
 
 
-class _State(NamedTuple):
+class State(NamedTuple):
     """A collection at one time, for a search: row by row its vector, its text, its piece, its file's number, and
     whether it is there still."""
 
@@ -106,7 +110,7 @@ class _Collection:
         self._pieces = Growing(np.int64)
         self._file_of = Growing(np.int32)
         self._alive = Growing(np.bool_)
-        self._state = self._published()
+        self.state = self._published()
 
     @property
     def bytes(self) -> int:
@@ -125,7 +129,7 @@ class _Collection:
                 self._pieces.add([row.piece for row in some])
                 self._file_of.add([self._files.setdefault(row.file, len(self._files)) for row in some])
                 self._alive.add([True] * len(some))
-                self._state = self._published()
+                self.state = self._published()
 
     def remove(self, pieces: Sequence[int]) -> None:
         with self._writing:
@@ -141,23 +145,22 @@ class _Collection:
             self._matrix, self._postings = self._matrix.rows(kept), self._postings.rows(kept)
             for part in (self._pieces, self._file_of, self._alive):
                 part.keep(kept)
-            self._state = self._published()
+            self.state = self._published()
 
     def search(self, query: str, vector: Vector, limit: int, files: frozenset[str] | None) -> list[Hit]:
-        state = self._state
+        state = self.state
         allowed = state.alive.copy()
         if files is not None:
             allowed &= np.isin(state.files, [self._files[file] for file in files if file in self._files])
         depth = max(DEPTH, 2 * limit)
-        lexical = state.postings.scores(query)
-        lexical[~allowed] = 0
-        by_text = top(lexical, depth)
-        rows, _ = state.matrix.nearest(vector, depth, allowed)
-        rows = np.union1d(rows, by_text[lexical[by_text] > 0])
-        return _hits(state.pieces[rows], state.matrix.cosines(vector, rows), lexical[rows], limit)
+        nearest, _ = state.matrix.nearest(vector, depth, allowed)
+        entries = state.postings.entries(query)
+        rows = np.union1d(nearest, state.postings.best(entries, depth, allowed))
+        dense, lexical = state.matrix.cosines(vector, rows), state.postings.scores(entries, rows)
+        return _hits(state.pieces[rows], dense, lexical, limit)
 
-    def _published(self) -> _State:
-        return _State(
+    def _published(self) -> State:
+        return State(
             self._matrix.snapshot(),
             self._postings.snapshot(),
             self._pieces.values,
