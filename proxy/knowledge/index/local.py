@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 
 from llama_smart_proxy.proxy.knowledge.base import Hit, Row
 from llama_smart_proxy.proxy.knowledge.index import matrix, postings
-from llama_smart_proxy.proxy.knowledge.index.fusion import fuse
+from llama_smart_proxy.proxy.knowledge.index.fusion import hits
 from llama_smart_proxy.proxy.knowledge.index.growing import Growing
-from llama_smart_proxy.proxy.knowledge.index.matrix import top
 
 if TYPE_CHECKING:
     from llama_smart_proxy.proxy.knowledge.base import Vector
@@ -121,6 +120,7 @@ class _Collection:
     def add(self, rows: Sequence[Row]) -> None:
         last = list({row.piece: row for row in rows}.values())
         with self._writing:
+            self.stamp = None
             for at in range(0, len(last), SLICE):
                 some = last[at : at + SLICE]
                 self._postings.add([row.text for row in some])
@@ -133,6 +133,7 @@ class _Collection:
 
     def remove(self, pieces: Sequence[int]) -> None:
         with self._writing:
+            self.stamp = None
             self._bury(pieces)
 
     def compact(self) -> None:
@@ -157,7 +158,8 @@ class _Collection:
         entries = state.postings.entries(query)
         rows = np.union1d(nearest, state.postings.best(entries, depth, allowed))
         dense, lexical = state.matrix.cosines(vector, rows), state.postings.scores(entries, rows)
-        return _hits(state.pieces[rows], dense, lexical, limit)
+        found = zip(state.pieces[rows].tolist(), dense.tolist(), lexical.tolist(), strict=True)
+        return hits(list(found), limit)
 
     def _published(self) -> State:
         return State(
@@ -173,11 +175,3 @@ class _Collection:
         known = self._pieces.values
         if len(known) and pieces and min(pieces) <= known.max():  # those of the catalogue only grow
             self._alive.values[np.isin(known, pieces)] = False
-
-
-def _hits(pieces: NDArray[np.int64], dense: NDArray[np.float32], lexical: NDArray[np.float32], limit: int) -> list[Hit]:
-    scores = fuse(dense, lexical)
-    return [
-        Hit(int(pieces[at]), float(scores[at]), float(dense[at]), float(lexical[at]) if lexical[at] > 0 else None)
-        for at in top(scores, limit)
-    ]

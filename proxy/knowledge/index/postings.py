@@ -113,8 +113,9 @@ class Snapshot(NamedTuple):
         """What a word adds to the scores of rows that have it so many times."""
         times = counts.astype(np.float32)
         norm = self.lengths[rows].astype(np.float32) * np.float32(K1 * B / self.mean_length)
-        weights: NDArray[np.float32] = times * np.float32(rarity * (K1 + 1)) / (times + norm + np.float32(K1 * (1 - B)))
-        return weights
+        norm += np.float32(K1 * (1 - B))
+        times *= np.float32(rarity * (K1 + 1)) / (times + norm)
+        return times
 
 
 class Postings:

@@ -27,7 +27,7 @@ def terms(text: str) -> list[int]:
     if lower.isascii():
         words = lower.encode().translate(_LETTERS).split()
     else:
-        words = [part.encode() for word in _WORD.findall(lower) for part in _parts(word)]
+        words = [part.encode(errors="replace") for word in _WORD.findall(lower) for part in _parts(word)]
     if len(_known) > KEPT:
         _known.clear()
     return list(map(_known.__getitem__, words))
