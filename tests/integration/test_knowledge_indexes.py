@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import os
+from collections.abc import AsyncIterator, Callable, Iterator
 from itertools import count
 from typing import Any
 
@@ -14,6 +15,8 @@ from numpy.typing import NDArray
 from llama_smart_proxy.proxy.errors import UpstreamFailed
 from llama_smart_proxy.proxy.knowledge.base import Hit, Index, Row
 from llama_smart_proxy.proxy.knowledge.index import make_index, postgres
+from llama_smart_proxy.proxy.knowledge.index import qdrant as qdrant_index
+from tests.fakes import qdrant as qdrants
 from tests.support.harness import free_port
 from tests.support.postgres import Server, pgvector
 from tests.support.toxic import raw_upstream
@@ -65,14 +68,31 @@ class Place:
         return numbers(await self.index.search(self.name, query, vector(number), limit, **options))
 
 
-@pytest.fixture(params=["local", "postgres"])
+@pytest.fixture(scope="module")
+def qdrant() -> Iterator[qdrants.Server]:
+    server = qdrants.Server(free_port())
+    server.start()
+    yield server
+    server.stop()
+
+
+def real_qdrant() -> str:
+    if (url := os.environ.get("QDRANT_URL")) is None:
+        pytest.skip("needs a Qdrant server: QDRANT_URL=qdrant://KEY@host:6333")
+    return url
+
+
+@pytest.fixture(params=["local", "postgres", "qdrant", "qdrant-real"])
 async def place(request: pytest.FixtureRequest) -> AsyncIterator[Place]:
     makers: dict[str, Callable[[], str]] = {
         "local": lambda: "",
         "postgres": lambda: request.getfixturevalue("pgvector").url("postgres"),
+        "qdrant": lambda: request.getfixturevalue("qdrant").url,
+        "qdrant-real": real_qdrant,
     }
     found = Place(makers[request.param]())
     yield found
+    await found.index.drop(found.name)
     await found.index.close()
 
 
@@ -207,7 +227,7 @@ async def test_searches_see_whole_pieces_while_others_come_and_go(place: Place) 
 # -- servers -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", ["postgresql"])
+@pytest.mark.parametrize("scheme", ["postgresql", "qdrant"])
 async def test_a_server_that_is_away_is_named_with_the_setting(scheme: str) -> None:
     index = make_index(f"{scheme}://user:very-secret@127.0.0.1:{free_port()}/db")
     with pytest.raises(UpstreamFailed, match=r"127\.0\.0\.1.*knowledge\.index") as failure:
@@ -216,7 +236,7 @@ async def test_a_server_that_is_away_is_named_with_the_setting(scheme: str) -> N
     await index.close()
 
 
-@pytest.mark.parametrize(("scheme", "module"), [("postgresql", postgres)])
+@pytest.mark.parametrize(("scheme", "module"), [("postgresql", postgres), ("qdrant", qdrant_index)])
 async def test_a_server_that_does_not_answer_is_waited_for_until_a_limit(
     monkeypatch: pytest.MonkeyPatch, scheme: str, module: Any
 ) -> None:
@@ -238,6 +258,26 @@ async def test_a_postgres_that_was_restarted_is_used_again(pgvector: Server) -> 
         await place.found(1)
     pgvector.start()
     assert (await place.found(1))[0] == 1
+    await index.close()
+
+
+async def test_a_qdrant_that_was_restarted_is_used_again(qdrant: qdrants.Server) -> None:
+    place = Place(qdrant.url)
+    await place.filled(rows(1, 2, 3))
+    qdrant.stop()
+    with pytest.raises(UpstreamFailed):
+        await place.found(1)
+    qdrant.start()
+    assert await place.found(1) == []
+    await place.filled(rows(1, 2, 3))
+    assert (await place.found(1))[0] == 1
+    await place.index.close()
+
+
+async def test_a_refused_key_is_reported_with_the_words_of_the_server(qdrant: qdrants.Server) -> None:
+    index = make_index(qdrant.url.replace(qdrants.KEY, "another"))
+    with pytest.raises(UpstreamFailed, match="status 403: Must provide an API key"):
+        await index.open("c", 3, "")
     await index.close()
 
 

@@ -32,4 +32,16 @@ def _postgres(url: str) -> Index:
     return PostgresIndex(url)
 
 
-_MAKERS: Mapping[str, Callable[[str], Index]] = {"": _local, "postgres": _postgres, "postgresql": _postgres}
+def _qdrant(url: str) -> Index:
+    from llama_smart_proxy.proxy.knowledge.index.qdrant import QdrantIndex
+
+    return QdrantIndex(url)
+
+
+_MAKERS: Mapping[str, Callable[[str], Index]] = {
+    "": _local,
+    "postgres": _postgres,
+    "postgresql": _postgres,
+    "qdrant": _qdrant,
+    "qdrants": _qdrant,
+}
