@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -60,8 +61,14 @@ class Reader(Protocol):
         """The pieces of `file`, which is called `name` and whose type follows from that, from `media_type` and from its
         first bytes. Raises: Unreadable."""
 
+    async def page(
+        self, content: bytes, name: str, media_type: str = "", chunking: Chunking = Chunking()
+    ) -> list[Piece]:
+        """The pieces of a document that has been fetched, such as a web page, while a person waits: as `read`, and not
+        behind the documents of that. Raises: Unreadable."""
+
     async def close(self) -> None:
-        """End its process."""
+        """End its processes."""
 
 
 class Embedder(Protocol):
@@ -182,13 +189,27 @@ class Member:
     pieces: int = 0
     attributes: Mapping[str, Any] = field(default_factory=dict)
     chunking: Chunking = Chunking()
+    batch: str = ""
+    """The id that `attach` was called with, for files that were added together."""
 
 
 @dataclass(frozen=True, slots=True)
 class Viewer:
-    """Who uses the knowledge base: the name of the API key; whether it may see all; and the names of collections of
-    others that it may search (None: all that the operator made). It always has those that it made itself."""
+    """Who uses the knowledge base: `client` owns what it makes there, and is empty for the operator; `is_admin` may see
+    and change all; `collections` are names or patterns (* and ?) of those of the operator that it may search (None: all
+    of them). Those of other clients do not exist for it."""
 
     client: str = ""
     is_admin: bool = True
-    collections: frozenset[str] | None = None
+    collections: tuple[str, ...] | None = None
+
+    def may_change(self, owner: str) -> bool:
+        """Whether it may change what `owner` has made."""
+        return self.is_admin or owner == self.client
+
+    def may_search(self, owner: str, name: str) -> bool:
+        """Whether the collection `name` of `owner` exists for it."""
+        if self.may_change(owner):
+            return True
+        allowed = self.collections is None or any(fnmatchcase(name, pattern) for pattern in self.collections)
+        return not owner and allowed
