@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llama_smart_proxy.agents.base import About, Agent, Context, Options
+    from llama_smart_proxy.agents.base import About, Agent, Context, Knowledge, Options
     from llama_smart_proxy.agents.substitution import substitute
     from llama_smart_proxy.proxy.chat import (
         BackgroundKind,
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         UpstreamFailed,
         UpstreamRefused,
     )
+    from llama_smart_proxy.proxy.fetching import Fetcher, FetchError, TimedCache
 
 __all__ = [
     "About",
@@ -51,8 +52,11 @@ __all__ = [
     "Chunk",
     "ChunkStream",
     "Context",
+    "FetchError",
+    "Fetcher",
     "Found",
     "Json",
+    "Knowledge",
     "ModelNotFound",
     "Options",
     "Overloaded",
@@ -60,6 +64,7 @@ __all__ = [
     "ProxyError",
     "Reply",
     "StartFailed",
+    "TimedCache",
     "UpstreamFailed",
     "UpstreamRefused",
     "background_kind",
@@ -72,7 +77,7 @@ __all__ = [
     "text_of",
 ]
 
-_MODULES = ("agents.base", "proxy.chat", "proxy.errors", "agents.substitution")
+_MODULES = ("agents.base", "proxy.chat", "proxy.errors", "agents.substitution", "proxy.fetching")
 
 
 def __getattr__(name: str) -> Any:
