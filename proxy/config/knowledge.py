@@ -22,6 +22,10 @@ def _index_url(secret: SecretStr) -> SecretStr:
     return secret
 
 
+MINILM = "minilm"
+"""The name of the embedding model that is there without configuration."""
+
+
 class WatchedFolder(Section):
     """A folder whose documents are in a collection."""
 
@@ -45,3 +49,8 @@ class KnowledgeConfig(Section):
         "TLS) that is searched, in place of this process.",
     )
     max_file_mib: int = Field(default=100, ge=1, description="Largest document, in MiB.")
+
+    @property
+    def embedder(self) -> str:
+        """The name of the model that makes vectors."""
+        return self.embedding_model or MINILM
