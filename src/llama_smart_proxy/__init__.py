@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llama_smart_proxy.agents.base import About, Agent, Context, Options
+    from llama_smart_proxy.agents.base import About, Agent, Context, Knowledge, Options
     from llama_smart_proxy.agents.substitution import substitute
     from llama_smart_proxy.proxy.chat import (
         BackgroundKind,
@@ -56,6 +56,7 @@ __all__ = [
     "Fetcher",
     "Found",
     "Json",
+    "Knowledge",
     "ModelNotFound",
     "Options",
     "Overloaded",

@@ -29,6 +29,8 @@ MAX_QUERY = 500
 CACHE_BYTES = 4 * 2**20
 ENGINE_SHARE = 0.5
 """Of the time for a search, what its engines may take; the rest is for the pages."""
+GRADING_S = 3.0
+"""Seconds at least for grading what was found."""
 NONE_CONFIGURED = "no web search is configured: set searxng_host, or web: ddgs, in the options of the agent"
 _ENGINES: dict[str, Callable[[WebOptions], Engine]] = {"searxng": SearXNG, "ddgs": Ddgs}
 
@@ -55,13 +57,14 @@ class Web:
 
     async def search(self, query: str, ctx: Context) -> list[Passage]:
         """The best passages for `query`, of the pages that were found, or of their snippets where a page cannot be read
-        in time. Takes `web_timeout_s` at most. Raises: WebUnavailable."""
+        in time. Takes `web_timeout_s` at most, and a moment to grade them. Raises: WebUnavailable."""
         options, query = self.options, " ".join(query.split())[:MAX_QUERY]
         ends_s = time.monotonic() + options.web_timeout_s
         results = self._permitted(await self._results(query))
         pages = await self._pages([result.url for result in results[: options.web_pages]], ends_s, ctx)
         passages = [passage for result in results for passage in _passages(result, pages.get(result.url))]
-        return (await graded(query, passages, ctx))[: options.web_passages]
+        left_s = max(ends_s - time.monotonic(), GRADING_S)
+        return (await graded(query, passages, ctx, left_s))[: options.web_passages]
 
     async def close(self) -> None:
         """Close the connections of all engines."""
