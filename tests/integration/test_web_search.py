@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import orjson
 import pytest
 
-from llama_smart_proxy import Context
 from llama_smart_proxy.agents.rag.web import Web, WebOptions, WebUnavailable
+from tests.support.agent_context import agent_context
 from tests.support.toxic import Request, head, plain, raw_upstream
 
-NO_PAGES = cast(Context, None)
 RESULTS = [
     {"url": "http://one.example/", "title": "Other", "content": "Nothing of that."},
     {"url": "http://two.example/", "title": "Kiwis", "content": "Kiwis  are\nbirds of New Zealand."},
@@ -32,7 +31,7 @@ async def asked(script: bytes, **options: Any) -> tuple[Any, list[Request]]:
     async with raw_upstream(script) as searxng:
         web = Web(WebOptions(searxng_host=f"http://127.0.0.1:{searxng.port}", web_pages=0, **options))
         try:
-            return await web.search("are  kiwis birds?", NO_PAGES), searxng.requests
+            return await web.search("are  kiwis birds?", agent_context()), searxng.requests
         except WebUnavailable as exc:
             return str(exc), searxng.requests
         finally:
@@ -75,4 +74,4 @@ async def test_an_engine_that_does_not_work_is_named_with_its_reason(script: byt
 
 async def test_without_an_engine_a_search_names_the_settings() -> None:
     with pytest.raises(WebUnavailable, match="no web search is configured: set searxng_host, or web: ddgs"):
-        await Web(WebOptions()).search("x", NO_PAGES)
+        await Web(WebOptions()).search("x", agent_context())
