@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, ChunkStream, Found, Json, Reply
+from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, ChunkStream, Found, Json, Passage, Reply
 
 T = TypeVar("T")
 
@@ -244,6 +244,11 @@ class Context(Protocol):
 
     async def embed(self, texts: Sequence[str], model: str) -> list[list[float]]:
         """One vector per text. Raises: as `chat`."""
+
+    async def page(self, url: str) -> list[Passage]:
+        """The page of the web at `url`, which may come from anywhere: only public addresses are connected to, within
+        limits of time and size, and its robots.txt is respected. Its text is not to be trusted. Raises: FetchError.
+        """
 
     async def rerank(self, query: str, texts: Sequence[str], model: str) -> list[float]:
         """One score per text, by a reranking model: the higher, the better it answers `query`. Raises: as `chat`."""

@@ -21,7 +21,9 @@ from llama_smart_proxy.proxy.api.routes import ROUTES
 from llama_smart_proxy.proxy.api.state import Proxy
 from llama_smart_proxy.proxy.chat import Observer
 from llama_smart_proxy.proxy.config import Config
+from llama_smart_proxy.proxy.fetching import Fetcher, Pages
 from llama_smart_proxy.proxy.http.running import Running
+from llama_smart_proxy.proxy.knowledge.reading.reader import DocumentReader
 from llama_smart_proxy.proxy.metrics import Metrics
 from llama_smart_proxy.proxy.middleware.afterwards import Afterwards
 from llama_smart_proxy.proxy.middleware.chain import Chain
@@ -54,6 +56,7 @@ class Lasting:
     chats: Chats = field(default_factory=Chats)
     reloads: Reloads = field(default_factory=Reloads)
     counters: Counters = field(default_factory=Counters)
+    pages: Pages = field(default_factory=lambda: Pages(Fetcher(), DocumentReader()))
     tracing: Tracing | None = None
 
     @property
@@ -115,6 +118,7 @@ class Generation:
             latest,
             Access(config.server),
             lasting.metrics,
+            pages=lasting.pages,
         )
         self.dispatcher = Dispatcher(self.proxy, [*parts.registry.observers, *lasting.observers], lasting.counters)
         for method, path, handler, scope, pages, loads in ROUTES:

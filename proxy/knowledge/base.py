@@ -60,8 +60,14 @@ class Reader(Protocol):
         """The pieces of `file`, which is called `name` and whose type follows from that, from `media_type` and from its
         first bytes. Raises: Unreadable."""
 
+    async def page(
+        self, content: bytes, name: str, media_type: str = "", chunking: Chunking = Chunking()
+    ) -> list[Piece]:
+        """The pieces of a document that has been fetched, such as a web page, while a person waits: as `read`, and not
+        behind the documents of that. Raises: Unreadable."""
+
     async def close(self) -> None:
-        """End its process."""
+        """End its processes."""
 
 
 class Embedder(Protocol):

@@ -10,8 +10,9 @@ from functools import cached_property
 from typing import Any, TypeVar, cast
 
 from llama_smart_proxy.agents.base import About
-from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, ChunkStream, Json, Reply, fold
+from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, ChunkStream, Json, Passage, Reply, fold
 from llama_smart_proxy.proxy.errors import AgentError
+from llama_smart_proxy.proxy.fetching import FetchError, Pages
 from llama_smart_proxy.proxy.http.aside import Worker, in_thread
 from llama_smart_proxy.proxy.http.headers import is_credential
 from llama_smart_proxy.proxy.knowledge.library import Library
@@ -46,6 +47,7 @@ class RequestFacts:
         asked_model: str = "",
         store: Store | None = None,
         wait: Wait | None = None,
+        pages: Pages | None = None,
         library: Library | None = None,
     ) -> None:
         self._all_headers = headers
@@ -53,6 +55,7 @@ class RequestFacts:
         self.asked_model = asked_model
         self.store = store or Store(None)
         self.wait = wait
+        self.pages = pages
         self.library = library
         self._users = self.request.body.get("user"), self.request.body.get("metadata")
         self.api = api
@@ -171,6 +174,12 @@ class AgentContext:
     async def embed(self, texts: Sequence[str], model: str) -> list[list[float]]:
         with self.timer.awaiting_model():
             return await self._calls.embed(self.name, texts, model)
+
+    async def page(self, url: str) -> list[Passage]:
+        if self._facts.pages is None:
+            raise FetchError("this proxy reads no pages", refused=True)
+        with self.timer.awaiting_model():  # it ends, and it is not the agent's fault how long a server takes
+            return await self._facts.pages.passages(url)
 
     async def rerank(self, query: str, texts: Sequence[str], model: str) -> list[float]:
         with self.timer.awaiting_model():

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         UpstreamFailed,
         UpstreamRefused,
     )
+    from llama_smart_proxy.proxy.fetching import Fetcher, FetchError, TimedCache
 
 __all__ = [
     "About",
@@ -51,6 +52,8 @@ __all__ = [
     "Chunk",
     "ChunkStream",
     "Context",
+    "FetchError",
+    "Fetcher",
     "Found",
     "Json",
     "Knowledge",
@@ -61,6 +64,7 @@ __all__ = [
     "ProxyError",
     "Reply",
     "StartFailed",
+    "TimedCache",
     "UpstreamFailed",
     "UpstreamRefused",
     "background_kind",
@@ -73,7 +77,7 @@ __all__ = [
     "text_of",
 ]
 
-_MODULES = ("agents.base", "proxy.chat", "proxy.errors", "agents.substitution")
+_MODULES = ("agents.base", "proxy.chat", "proxy.errors", "agents.substitution", "proxy.fetching")
 
 
 def __getattr__(name: str) -> Any:

@@ -22,7 +22,16 @@ OURS = "llama_smart_proxy."
 MAX_FILE, MAX_FUNCTION = 400, 40
 
 ROOMS: list[set[str]] = [
-    {"proxy", "proxy.errors", "proxy.chat", "proxy.log", "proxy.store", "proxy.knowledge", "backends.journal"},
+    {
+        "proxy",
+        "proxy.errors",
+        "proxy.chat",
+        "proxy.log",
+        "proxy.store",
+        "proxy.fetching",
+        "proxy.knowledge",
+        "backends.journal",
+    },
     {"proxy.config", "proxy.dialects"},
     {"agents"},
     {"backends"},
@@ -77,7 +86,7 @@ APIS |= {"OLLAMA", "OPENAI", "ANTHROPIC", "RESPONSES", "NATIVE"}
 """Names of APIs and of those who run models. What depends on them is said by a dialect or a model, and asked nowhere
 else; the configuration reads them."""
 MAY_COMPARE = ("proxy/dialects/", "proxy/config/", "backends/")
-PROCESS_MAKERS = {"backends/pool/spawn.py", "proxy/cli/simulate.py"}
+PROCESS_MAKERS = {"backends/pool/spawn.py", "proxy/cli/simulate.py", "proxy/knowledge/reading/process.py"}
 
 
 @dataclass(frozen=True)
