@@ -16,7 +16,8 @@ from llama_smart_proxy import (
 )
 from llama_smart_proxy.agents.rag import citing, prompt
 from llama_smart_proxy.agents.rag.options import RagOptions
-from llama_smart_proxy.agents.rag.session import Outcome, Session, Web
+from llama_smart_proxy.agents.rag.session import Outcome, Session
+from llama_smart_proxy.agents.rag.web import Web
 
 ANSWER_TOKENS = 512
 """Tokens of the model's context that are left for the answer, if the request does not limit it."""
@@ -39,7 +40,10 @@ class Rag(Agent):
         """The options of `rag` in the configuration."""
 
     async def start(self) -> None:
-        self.web: Web | None = None
+        self.web = Web(self.config)
+
+    async def close(self) -> None:
+        await self.web.close()
 
     async def on_request(self, request: ChatRequest, ctx: Context) -> ChunkStream | None:
         if not _applies(request):
@@ -146,5 +150,5 @@ def _with_sources(chunk: Chunk, text: str, sources: Sequence[prompt.Source], out
     data["x_rag"] = {"verdict": str(outcome.verdict), "rounds": outcome.rounds, "reasons": outcome.reasons}
     if found:
         choice = data["choices"][0]
-        choice["delta"] = {**(choice.get("delta") or {}), "annotations": citing.annotations(found)}
+        choice["delta"] = {**(choice.get("delta") or {}), "annotations": citing.url_citations(found)}
     return chunk

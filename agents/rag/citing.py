@@ -52,7 +52,7 @@ def described(source: Source, cited: bool) -> Json:
     return present | {"relevance": round(source.relevance, 4), "cited": cited}
 
 
-def annotations(found: Sequence[tuple[int, int, Source]]) -> list[Json]:
+def url_citations(found: Sequence[tuple[int, int, Source]]) -> list[Json]:
     """OpenAI's annotations of a message. Source: the OpenAI API reference, `url_citation`."""
     return [
         {

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from llama_smart_proxy import Options
+from llama_smart_proxy.agents.rag.web import WebOptions
 
 
 def _names(value: Any) -> Any:
@@ -14,13 +14,12 @@ def _names(value: Any) -> Any:
     return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
 
 
-class RagOptions(Options):
+class RagOptions(WebOptions):
     """What is searched, how it is graded, and how it is shown."""
 
     collection: Annotated[list[str], BeforeValidator(_names)] = Field(
         default=[], description="Collections to search, separated by commas; by default all."
     )
-    web: bool = Field(default=True, description="Whether the web may be searched, if a search engine is configured.")
     grader: Literal["scores", "rerank", "llm"] = Field(
         default="scores",
         description="How passages are graded: by the calibrated scores of the search, a reranking model, or a model "

@@ -6,12 +6,13 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
-from llama_smart_proxy import ChatRequest, Context, Found, Json, Passage, ProxyError
-from llama_smart_proxy.agents.rag import grading, queries, strips
+from llama_smart_proxy import ChatRequest, Context, Found, Json, Passage, ProxyError, strips
+from llama_smart_proxy.agents.rag import grading, queries, refining
 from llama_smart_proxy.agents.rag.loop import Do, Situation, Verdict, begins_round, next_step, verdict_of
 from llama_smart_proxy.agents.rag.options import RagOptions
+from llama_smart_proxy.agents.rag.web import Web, WebUnavailable
 
 KEPT_SHARE = 0.5
 """Passages below this share of `lower` are not used, even beside better ones."""
@@ -19,17 +20,6 @@ WORTH_REWRITING = 0.5
 """Below this share of `lower` the collections are about something else, and another query would not help."""
 CANDIDATES = 2
 """Passages that are graded, for each that may be used."""
-
-
-class Web(Protocol):
-    """A search of the web."""
-
-    async def search(self, query: str, ctx: Context) -> list[Passage]:
-        """Pages that may answer `query`. Raises: WebUnavailable."""
-
-
-class WebUnavailable(Exception):
-    """The web cannot be searched; the message is the reason, for users."""
 
 
 @dataclass(slots=True)
@@ -48,7 +38,7 @@ class Outcome:
 class Session:
     """The retrieval for the last question of `request`."""
 
-    def __init__(self, request: ChatRequest, ctx: Context, web: Web | None) -> None:
+    def __init__(self, request: ChatRequest, ctx: Context, web: Web) -> None:
         self._request = request
         self._ctx = ctx
         self._config: RagOptions = ctx.config
@@ -93,10 +83,10 @@ class Session:
             self._failed(f"the collections cannot be listed: {exc.message}", exc)
         if not self._collections:
             self.outcome.reasons.append("there is no collection with documents")
-        web = self._web is not None and self._config.web
+        web = self._web.available and not self._config.web_is_off
         if not web:
-            why = "no search engine is configured" if self._config.web else "the web is switched off"
-            self.outcome.reasons.append(why)
+            off = self._config.web_is_off
+            self.outcome.reasons.append("the web is switched off" if off else "no web search is configured")
         self._now = replace(self._now, has_own=bool(self._collections), has_web=web)
 
     async def _search(self) -> None:
@@ -121,7 +111,6 @@ class Session:
         )  # fmt: skip
 
     async def _search_web(self) -> None:
-        assert self._web is not None
         await self._ctx.status("Searching the web")
         began = time.perf_counter()
         try:
@@ -198,14 +187,14 @@ class Session:
 
     async def _refined(self, passage: Passage) -> Passage:
         grade = None
-        if self._config.refine == "grade" and len(passage.text) > strips.SHORT:
-            texts = strips.decomposed(passage.text)
+        if self._config.refine == "grade" and len(passage.text) > refining.SHORT:
+            texts = strips(passage.text)
             try:
                 grades = dict(zip(texts, await self._ctx.knowledge.grade(self._query, texts), strict=True))
                 grade = lambda strip: float(grades[strip] >= self._config.lower)  # noqa: E731
             except ProxyError as exc:
                 self.outcome.reasons.append(f"passages could not be refined: {exc.message}")
-        return replace(passage, text=strips.refined(self._query, passage.heading, passage.text, grade))
+        return replace(passage, text=refining.refined(self._query, passage.heading, passage.text, grade))
 
     # -- grades ------------------------------------------------------------------------------------------------------
 

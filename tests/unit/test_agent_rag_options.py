@@ -56,7 +56,7 @@ def test_what_is_set_by_its_new_name_takes_precedence() -> None:
     [({}, 0.3, 0.7), ({"upper": 0.2}, 0.2, 0.2), ({"lower": 0.9}, 0.9, 0.9), ({"lower": 0, "upper": 1}, 0, 1)],
 )
 def test_one_threshold_moves_the_other(options: dict[str, float], lower: float, upper: float) -> None:
-    config = Rag.Config(**options)
+    config = Rag.Config.model_validate(options)
     assert (config.lower, config.upper) == (lower, upper)
 
 
@@ -71,10 +71,10 @@ def test_one_threshold_moves_the_other(options: dict[str, float], lower: float, 
 )
 def test_what_cannot_be_meant_is_refused(options: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValidationError, match=problem):
-        Rag.Config(**options)
+        Rag.Config.model_validate(options)
 
 
 def test_a_command_names_collections_and_switches_the_web() -> None:
-    config = Rag.Config(collection="manuals, faq", web="off")
+    config = Rag.Config.model_validate({"collection": "manuals, faq", "web": "off"})
     assert config.collection == ["manuals", "faq"] and config.web_is_off
-    assert not Rag.Config(web="on").web_is_off
+    assert not Rag.Config.model_validate({"web": "on"}).web_is_off

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from llama_smart_proxy import Passage
-from llama_smart_proxy.agents.rag.citing import annotations, citations, described, event_of, listed
+from llama_smart_proxy.agents.rag.citing import citations, described, event_of, listed, url_citations
 from llama_smart_proxy.agents.rag.prompt import Source, context_of, grounded, neutral, numbered, without
-from llama_smart_proxy.agents.rag.strips import coverage, decomposed, refined
+from llama_smart_proxy.agents.rag.refining import coverage, refined
 from llama_smart_proxy.proxy.chat.sources import SOURCES_MARK, sources_list, without_sources
 
 PORT = Passage("The port is 11555.", "manual.md", "Ports", 4, "docs", "file-b", relevance=0.4)
@@ -78,21 +78,13 @@ def test_ordinary_text_is_not_changed_by_that() -> None:
 
 # -- strips ------------------------------------------------------------------------------------------------------------
 
-CODE = "```sh\nmake install\n\nmake run\n```"
-
-
-def test_a_passage_is_taken_apart_into_sentences_and_whole_code_blocks() -> None:
-    long = "First sentence here. " * 12
-    assert decomposed(f"A heading\n\n{CODE}\n{long}")[:2] == ["A heading", CODE]
-    assert decomposed(long) == ["First sentence here."] * 11 + ["First sentence here. "]
-
 
 def test_strips_about_the_question_stay_with_their_neighbours() -> None:
     dull = ["Trees grow slowly in the north.", "Rivers flow to the sea.", "Birds sing in spring."] * 5
     text = " ".join([*dull, "The default port is 11555.", *dull])
     kept = refined("Which port is the default?", "", text)
     assert "The default port is 11555." in kept and "Birds sing in spring." in kept and len(kept) < len(text) / 4
-    assert refined("What about zebras?", "", text) == "\n".join(decomposed(text)), "found by its meaning"
+    assert refined("What about zebras?", "", text) == text, "found by its meaning"
     assert refined("Which port?", "", "Short.") == "Short."
 
 
@@ -139,7 +131,7 @@ def test_citations_are_found(text: str, numbers: list[int]) -> None:
 def test_annotations_say_where_a_source_is_cited() -> None:
     sources = numbered([PORT, PAGE])
     text = "It is 11555 [1], really [2]."
-    port, page = annotations(citations(text, sources))
+    port, page = url_citations(citations(text, sources))
     assert port["url_citation"]["url"] == "/v1/files/file-b/content" and port["type"] == "url_citation"
     assert page["url_citation"]["url"] == "https://example.com/a"
     assert text[page["url_citation"]["start_index"] : page["url_citation"]["end_index"]] == "[2]"

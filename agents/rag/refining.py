@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
+from llama_smart_proxy import strips
+
 SHORT = 400
 """Characters of a passage that is not worth taking apart."""
 STEM = 6
@@ -17,8 +19,6 @@ STEM = 6
 GAP = "[...]"
 """What stands for strips that were left out."""
 _WORD = re.compile(r"\w+")
-_BLOCK = re.compile(r"```.*?(?:```|\Z)|[^\n]+(?:\n(?!\s*\n|```)[^\n]+)*", re.DOTALL)
-_SENTENCE = re.compile(r"(?<=[.!?\u3002\uff01\uff1f])\s+(?=\S)")
 _FILLERS = frozenset(
     [
         *("a", "an", "and", "are", "as", "at", "be", "by", "can", "could", "did", "do", "does", "for", "from", "get"),
@@ -50,37 +50,24 @@ def coverage(query: str, text: str) -> float:
     return len(wanted & {word[:STEM].lower() for word in _WORD.findall(text)}) / len(wanted)
 
 
-def decomposed(text: str) -> list[str]:
-    """`text` as strips: code blocks and paragraphs, of which long ones are taken apart into sentences."""
-    strips: list[str] = []
-    for block in _BLOCK.findall(text):
-        if block.startswith("```") or len(block) <= SHORT // 2:
-            strips.append(block)
-        else:
-            strips += _SENTENCE.split(block)
-    return [strip for strip in strips if strip.strip()]
-
-
-def recomposed(heading: str, strips: Sequence[str], kept: Sequence[bool]) -> str:
+def recomposed(heading: str, parts: Sequence[str], kept: Sequence[bool]) -> str:
     """The text of the strips that are kept, and of those beside them, as a sentence is often understood with its
-    neighbours only; behind the heading, if that would be lost. All of them if none is kept."""
-    if not any(kept):
-        kept = [True] * len(strips)
-    near = [any(kept[max(0, at - 1) : at + 2]) for at in range(len(strips))]
-    parts: list[str] = []
-    for strip, stays in zip(strips, near, strict=True):
-        if stays:
-            parts.append(strip)
-        elif not parts or parts[-1] != GAP:
-            parts.append(GAP)
-    text = "\n".join(parts)
-    return text if not heading or heading in text else f"{heading}\n{text}"
+    neighbours only; behind the heading, if that would be lost."""
+    written: list[str] = []
+    for at, part in enumerate(parts):
+        if any(kept[max(0, at - 1) : at + 2]):
+            written.append(part)
+        elif not written or written[-1] != GAP:
+            written.append(GAP)
+    text = "\n".join(written)
+    return text if not heading or text.startswith(heading) else f"{heading}\n{text}"
 
 
 def refined(query: str, heading: str, text: str, grade: Callable[[str], float] | None = None) -> str:
     """The parts of a passage that concern the query; `grade` of a strip is 0 if it does not."""
     if len(text) <= SHORT:
         return text
-    strips = decomposed(text)
-    graded = grade or (lambda strip: coverage(query, strip))
-    return recomposed(heading, strips, [graded(strip) > 0 for strip in strips])
+    parts = strips(text)
+    graded = grade or (lambda part: coverage(query, part))
+    kept = [graded(part) > 0 for part in parts]
+    return text if all(kept) or not any(kept) else recomposed(heading, parts, kept)
