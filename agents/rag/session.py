@@ -84,9 +84,6 @@ class Session:
         if not self._collections:
             self.outcome.reasons.append("there is no collection with documents")
         web = self._web.available and not self._config.web_is_off
-        if not web:
-            off = self._config.web_is_off
-            self.outcome.reasons.append("the web is switched off" if off else "no web search is configured")
         self._now = replace(self._now, has_own=bool(self._collections), has_web=web)
 
     async def _search(self) -> None:
@@ -254,6 +251,12 @@ class Session:
         verdicts = [verdict for verdict in (self._now.own, self._now.pages) if verdict is not None]
         order = (Verdict.CORRECT, Verdict.AMBIGUOUS, Verdict.INCORRECT)
         outcome.verdict = min(verdicts, key=order.index, default=Verdict.INCORRECT)
+        if outcome.verdict is not Verdict.CORRECT and self._config.web_is_off:
+            outcome.reasons.append("the web is switched off")
+        elif outcome.verdict is not Verdict.CORRECT and not self._web.available:
+            outcome.reasons.append("no web search is configured")
+        if not outcome.passages and verdicts:
+            outcome.reasons.insert(0, "nothing relevant was found")
 
 
 def _took(began: float) -> Json:
