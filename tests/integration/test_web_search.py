@@ -115,11 +115,15 @@ def ddgs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 async def test_engines_are_tried_in_the_order_of_the_configuration(ddgs: Any) -> None:
-    async with searching(answer({"results": RESULTS}), web=["ddgs", "searxng"], searxng_safesearch=2) as (web, searxng):
+    options = {"web": ["ddgs", "searxng"], "searxng_safesearch": 2, "cache_ttl": 0}
+    async with searching(answer({"results": RESULTS}), **options) as (web, searxng):
         assert [found.url for found in await web.search("kiwis", agent_context())] == ["http://found.example/"]
         assert searxng.requests == [] and ddgs.calls[0][1:] == ("kiwis", {"safesearch": "on", "max_results": 20})
-        found = await web.search("nothing", agent_context())
-        assert {passage.url for passage in found} == {"http://one.example/", "http://two.example/"}
+        for query in ("nothing", "broken"):
+            found = await web.search(query, agent_context())
+            assert {passage.url for passage in found} == {"http://one.example/", "http://two.example/"}
+        searxng.script = answer({"results": []})
+        assert await web.search("broken ", agent_context()) == [], "one of them works, and there is nothing"
 
 
 async def test_a_thread_that_nothing_waits_for_takes_its_place_until_it_ends(ddgs: Any) -> None:
@@ -133,6 +137,13 @@ async def test_a_thread_that_nothing_waits_for_takes_its_place_until_it_ends(ddg
         engine = cast(Ddgs, web._engines["ddgs"])
         await until(lambda: engine.running == 0)
         assert len(ddgs.calls) == 4
+
+
+async def test_a_failure_of_ddgs_does_not_repeat_the_query(ddgs: Any) -> None:
+    async with searching(web="ddgs") as (web, _):
+        assert await web.search("nothing", agent_context()) == []
+        with pytest.raises(WebUnavailable, match=r"ddgs has failed \(TimeoutError\)$"):
+            await web.search("broken", agent_context())
 
 
 async def test_without_the_package_ddgs_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,8 +122,8 @@ class Ddgs:
                 found = await self._in_thread(work)
         except TimeoutError:
             raise EngineFailed(f"ddgs found nothing within {timeout_s:g} seconds") from None
-        if isinstance(found, Exception):
-            raise EngineFailed(f"ddgs: {found}") from None
+        if isinstance(found, EngineFailed):
+            raise found
         return _results(found, "href", "body")
 
     def _in_thread(self, work: Callable[[], Any]) -> asyncio.Future[Any]:
@@ -160,7 +160,9 @@ def _ddgs(query: str, safe: str, timeout_s: int) -> Any:
     try:
         return DDGS(timeout=timeout_s).text(query, safesearch=safe, max_results=MOST_RESULTS)
     except Exception as exc:  # a library that asks many servers: anything can be raised
-        return exc
+        if str(exc) == "No results found.":
+            return []
+        return EngineFailed(f"ddgs has failed ({type(exc).__name__})")  # what it says may contain the query
 
 
 def _results(items: Any, url_field: str, text_field: str) -> list[Result]:

@@ -36,7 +36,7 @@ async def graded(query: str, passages: Sequence[Passage], ctx: Context, timeout_
             most = ranked[:MOST_GRADED]
             return _ranked(most, await ctx.knowledge.grade(query, [passage.text for passage in most]))
     except (ProxyError, TimeoutError) as exc:
-        logger.info("passages of the web are ranked by words: %s", exc or "grading them took too long")
+        logger.info("passages of the web are ranked by words: %s", str(exc) or "grading them took too long")
         return ranked
 
 

@@ -74,7 +74,7 @@ class Web:
     # -- engines -------------------------------------------------------------------------------------------------------
 
     async def _results(self, query: str) -> list[Result]:
-        """What the first engine that works has found. Raises: WebUnavailable."""
+        """What the first engine that finds anything has found. Raises: WebUnavailable, if none works."""
         if not self._engines:
             raise WebUnavailable(NONE_CONFIGURED)
         known = self._searches.get(query.casefold())
@@ -87,12 +87,15 @@ class Web:
                 found = await self._asked(name, engine, query, timeout_s)
             except EngineFailed as exc:
                 problems.append(str(exc))
-                logger.warning("web search: %s", exc)
-            else:
+                logger.warning("web search: %s", str(exc))  # it contains nothing of the query
+                continue
+            if found:
                 size = sum(len(result.url) + len(result.title) + len(result.snippet) + 500 for result in found)
                 self._searches.put(query.casefold(), found, 4 * size)
                 return found
-        raise WebUnavailable(f"the web could not be searched: {'; '.join(problems)}")
+        if len(problems) == len(self._engines):
+            raise WebUnavailable(f"the web could not be searched: {'; '.join(problems)}")
+        return []
 
     async def _asked(self, name: str, engine: Engine, query: str, timeout_s: float) -> list[Result]:
         breaker = self.breakers[name]
@@ -128,7 +131,7 @@ class Web:
                 async with asyncio.timeout(self.options.web_page_timeout_s):
                     read[url] = await ctx.page(url)
             except (FetchError, TimeoutError) as exc:
-                logger.info("a page that was found is not read: %s", exc or "it took too long")
+                logger.info("a page that was found is not read: %s", str(exc) or "it took too long")
 
         try:
             async with asyncio.timeout(ends_s - time.monotonic()):

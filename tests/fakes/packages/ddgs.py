@@ -24,4 +24,6 @@ class DDGS:
             gate.wait(60)
         if query == "nothing":
             raise RuntimeError("No results found.")
+        if query == "broken":
+            raise TimeoutError(f"https://search.example/?q={query}")
         return [{"href": "http://found.example/", "title": f"About {query}", "body": "A page that was found."}]
