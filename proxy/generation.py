@@ -119,11 +119,15 @@ class Generation:
             Access(config.server),
             lasting.metrics,
             pages=lasting.pages,
+            fetcher=Fetcher(allow_private=config.knowledge.allow_private),
         )
         self.dispatcher = Dispatcher(self.proxy, [*parts.registry.observers, *lasting.observers], lasting.counters)
+        self._add_routes(parts.registry)
+
+    def _add_routes(self, registry: Registry) -> None:
         for method, path, handler, scope, pages, loads in ROUTES:
             self.dispatcher.add([method], path, handler, scope, pages=pages, loads=loads)
-        for path, endpoint in parts.registry.endpoints.items():
+        for path, endpoint in registry.endpoints.items():
             handle = EndpointHandler(endpoint).handle
             self.dispatcher.add(endpoint.methods, path, handle, endpoint.scope, endpoint.dialect, loads=True)
 
@@ -153,6 +157,7 @@ class Generation:
         await self.proxy.inspection.close()
         await self.proxy.afterwards.close()
         await self.plugins.close()
+        await self.proxy.fetcher.close()
         await self.router.close()
 
 

@@ -115,7 +115,7 @@ def ddgs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 async def test_engines_are_tried_in_the_order_of_the_configuration(ddgs: Any) -> None:
-    options = {"web": ["ddgs", "searxng"], "searxng_safesearch": 2, "cache_ttl": 0}
+    options: dict[str, Any] = {"web": ["ddgs", "searxng"], "searxng_safesearch": 2, "cache_ttl": 0}
     async with searching(answer({"results": RESULTS}), **options) as (web, searxng):
         assert [found.url for found in await web.search("kiwis", agent_context())] == ["http://found.example/"]
         assert searxng.requests == [] and ddgs.calls[0][1:] == ("kiwis", {"safesearch": "on", "max_results": 20})

@@ -7,7 +7,9 @@ import ipaddress
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
+from llama_smart_proxy.proxy.config.knowledge import KnowledgeConfig
 from llama_smart_proxy.proxy.fetching.cache import TimedCache
 from llama_smart_proxy.proxy.fetching.guard import DENIED, Guard, Private, Refused, is_public, parsed
 from tests.support.laws import law
@@ -120,6 +122,31 @@ def test_exceptions_are_hosts_and_networks() -> None:
     guard = Guard(private.networks)
     assert guard.permits("10.1.2.3") and guard.permits("fd12::1") and guard.permits("1.1.1.1")
     assert not guard.permits("10.2.0.1") and not guard.permits("192.168.7.1") and not guard.permits("::1")
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        *(
+            "",
+            "*",
+            "*.lan",
+            "http://docs.lan",
+            "docs.lan:3000",
+            "docs.lan/",
+            "a b",
+            "127.1",
+            "10.1.2.3/16",
+            "10.0.0.0/33",
+        ),
+        *("a?b", "a#b", "a@b", "a\\b", "[::1]", "::1%lo", "::g", "x" * 254),
+    ],
+)
+def test_what_is_neither_a_host_nor_a_network_is_no_exception(entry: str) -> None:
+    with pytest.raises(ValueError):
+        Private([entry])
+    with pytest.raises(ValidationError, match=r"must be a host such as docs\.lan, or a network such as 10\.1\.0\.0/16"):
+        KnowledgeConfig(allow_private=[entry])
 
 
 @law(4000)
