@@ -245,11 +245,6 @@ class Context(Protocol):
     async def embed(self, texts: Sequence[str], model: str) -> list[list[float]]:
         """One vector per text. Raises: as `chat`."""
 
-    async def page(self, url: str) -> list[Passage]:
-        """The page of the web at `url`, which may come from anywhere: only public addresses are connected to, within
-        limits of time and size, and its robots.txt is respected. Its text is not to be trusted. Raises: FetchError.
-        """
-
     async def rerank(self, query: str, texts: Sequence[str], model: str) -> list[float]:
         """One score per text, by a reranking model: the higher, the better it answers `query`. Raises: as `chat`."""
 
@@ -257,6 +252,11 @@ class Context(Protocol):
         """How many tokens are left for the answer to `request` in the context of its model, negative if its prompt is
         too long; None if that is unknown. Counted by the model's server where an estimate is not clear. Raises: any
         `ProxyError`."""
+
+    async def page(self, url: str) -> list[Passage]:
+        """The page of the web at `url`, which may come from anywhere: only public addresses are connected to, within
+        limits of time and size, and its robots.txt is respected. Its text is not to be trusted. Raises: FetchError.
+        """
 
     async def aside(self, steps: Generator[Any, None, T]) -> T:
         """Do long work beside the answers of others: runs the generator `steps` in a thread, a few milliseconds at a

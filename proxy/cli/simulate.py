@@ -112,7 +112,7 @@ def _models(config: Config) -> tuple[list[str], str | None]:
     """The chat models, and the embedding model if one is configured."""
     chats, embedder = [], None
     for name, model in config.models.items():
-        if any(flag in ("--embedding", "--embeddings") for flag in model.args):
+        if model.embeds:
             embedder = embedder or name
         else:
             chats.append(name)

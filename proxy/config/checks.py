@@ -149,8 +149,8 @@ def _source_problems(config: Config, name: str, model: ModelConfig) -> Iterator[
         yield "file requires package, the installed package that contains it"
     if model.package is not None and model.file is None:
         yield "package requires file, the name of the GGUF in it"
-    if model.variant is not None and model.repo is None:
-        yield "variant requires repo, the Hugging Face repository that contains it"
+    if model.variant is not None and model.repo is None and not model.is_converted:
+        yield "variant requires repo, the Hugging Face repository that contains it, or a file of safetensors"
     if len(given) > 1:
         yield f"has more than one source ({', '.join(given)}); keep one"
     if not given and not model.has_source:

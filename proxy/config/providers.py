@@ -18,6 +18,7 @@ from llama_smart_proxy.proxy.config.section import Section
 
 BackendName = Literal["llama.cpp", "ollama"]
 RunnerName = Literal["llama.cpp", "ollama", "command"]
+EMBEDDING_FLAGS = {"--embedding", "--embeddings"}
 Port = Annotated[int, Field(ge=1, le=65535)]
 
 
@@ -111,12 +112,18 @@ class ModelConfig(CardConfig, CommandConfig):
 
     path: Path | None = Field(default=None, description="GGUF file on disk.")
     package: str | None = Field(
-        default=None, description="Installed Python package that contains the GGUF named by `file`."
+        default=None, description="Installed Python package that contains the weights named by `file`."
     )
-    file: str | None = Field(default=None, description="File name of the GGUF inside `package`.")
+    file: str | None = Field(
+        default=None,
+        description="File inside `package`: a GGUF, or the .safetensors of a BERT embedding model, of which a GGUF is "
+        "made once.",
+    )
     repo: str | None = Field(default=None, description="Hugging Face repository, such as org/name-GGUF.")
     variant: str | None = Field(
-        default=None, description="Which file of `repo`: a quantisation such as Q4_K_M, a file name, or a pattern."
+        default=None,
+        description="Which file of `repo`: a quantisation such as Q4_K_M, a file name, or a pattern. What to make of "
+        "safetensors: Q8_0 or F16.",
     )
     title: str | None = Field(
         default=None,
@@ -177,6 +184,16 @@ class ModelConfig(CardConfig, CommandConfig):
     def has_source(self) -> bool:
         """Whether any field that names weights is set."""
         return any((self.path, self.package, self.file, self.repo, self.variant))
+
+    @property
+    def is_converted(self) -> bool:
+        """Whether its GGUF file is made of safetensors, and so is an embedding model's."""
+        return self.package is not None and (self.file or "").endswith(".safetensors")
+
+    @property
+    def embeds(self) -> bool:
+        """Whether its source or its flags show that it makes vectors in place of texts."""
+        return self.is_converted or not EMBEDDING_FLAGS.isdisjoint(self.args)
 
 
 class LlamaCppConfig(Section):

@@ -14,6 +14,11 @@ class Library(Protocol):
     """All operations raise `NotFound` (a ProxyError) for what does not exist for the viewer, `BadRequest` for invalid
     values. Collections are given by id or by name. Lists are sorted by time of creation, the newest first."""
 
+    @property
+    def incoming(self) -> Path:
+        """The folder for files that are being received, to be passed to `upload` or `add_source`. It is on the same
+        disk as the documents, and emptied at start."""
+
     async def create(
         self, name: str, *, metadata: Mapping[str, Any] | None = None, days: int | None = None
     ) -> Collection:
@@ -60,15 +65,20 @@ class Library(Protocol):
         *,
         attributes: Mapping[str, Any] | None = None,
         chunking: Chunking | None = None,
+        batch: str = "",
     ) -> Member:
-        """Add a document to a collection; it is read, embedded and indexed later, without the caller."""
+        """Add a document to a collection; it is read, embedded and indexed later, without the caller. `batch` is any
+        id, by which `members` and `cancel` find it."""
 
     async def add_source(self, collection: str, source: str, file: Path, media_type: str = "") -> Member | None:
         """Add or replace what came from the path or URL `source`, whose content `file` has; None if its content is
         the same as before."""
 
-    async def members(self, collection: str, status: Status | None = None) -> list[Member]:
-        """The files of a collection."""
+    async def members(self, collection: str, status: Status | None = None, batch: str = "") -> list[Member]:
+        """The files of a collection, or of a batch in it."""
+
+    async def cancel(self, collection: str, batch: str) -> None:
+        """Stop adding those of a batch that are in progress; they are `CANCELLED` then."""
 
     async def member(self, collection: str, document: str) -> Member:
         """One of them."""

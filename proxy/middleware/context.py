@@ -47,16 +47,16 @@ class RequestFacts:
         asked_model: str = "",
         store: Store | None = None,
         wait: Wait | None = None,
-        pages: Pages | None = None,
         library: Library | None = None,
+        pages: Pages | None = None,
     ) -> None:
         self._all_headers = headers
         self.request = request or ChatRequest({})
         self.asked_model = asked_model
         self.store = store or Store(None)
         self.wait = wait
-        self.pages = pages
         self.library = library
+        self.pages = pages
         self._users = self.request.body.get("user"), self.request.body.get("metadata")
         self.api = api
         self.request_id = request_id
@@ -175,12 +175,6 @@ class AgentContext:
         with self.timer.awaiting_model():
             return await self._calls.embed(self.name, texts, model)
 
-    async def page(self, url: str) -> list[Passage]:
-        if self._facts.pages is None:
-            raise FetchError("this proxy reads no pages", refused=True)
-        with self.timer.awaiting_model():  # it ends, and it is not the agent's fault how long a server takes
-            return await self._facts.pages.passages(url)
-
     async def rerank(self, query: str, texts: Sequence[str], model: str) -> list[float]:
         with self.timer.awaiting_model():
             return await self._calls.rerank(self.name, query, texts, model)
@@ -188,6 +182,12 @@ class AgentContext:
     async def room(self, request: ChatRequest) -> int | None:
         with self.timer.awaiting_model():
             return await room_for((await self._calls.router.resolve(request.model)).model, request)
+
+    async def page(self, url: str) -> list[Passage]:
+        if self._facts.pages is None:
+            raise FetchError("this proxy reads no pages", refused=True)
+        with self.timer.awaiting_model():  # it ends, and it is not the agent's fault how long a server takes
+            return await self._facts.pages.passages(url)
 
     async def aside(self, steps: Generator[Any, None, T]) -> T:
         with self.timer.awaiting_model():  # it ends: each step does, and it is not the agent's fault how long it waits

@@ -51,7 +51,7 @@ def test_the_shipped_configuration_passes_every_step(tmp_path: Path) -> None:
         *("proxy starts", "model list", "chat", "chat, streamed", "embedding", "model swap", "health")
     ]
     assert set(verdicts.values()) == {"pass"}
-    assert "smollm2 -> smollm2-embed -> smollm2" in said
+    assert "smollm2 -> minilm -> smollm2" in said
 
 
 @needs_llama_cpp
