@@ -8,9 +8,9 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llama_smart_proxy.backends.threads import run_in_thread
-from llama_smart_proxy.proxy.config.knowledge import KnowledgeConfig
 from llama_smart_proxy.proxy.errors import ConfigError, Overloaded
 from llama_smart_proxy.proxy.knowledge import catalogue
 from llama_smart_proxy.proxy.knowledge.base import Index, Ranker, Reader, Viewer
@@ -24,6 +24,9 @@ from llama_smart_proxy.proxy.knowledge.shelves import Shelves
 from llama_smart_proxy.proxy.knowledge.tables import SCHEMA, Kept, KeptMember
 from llama_smart_proxy.proxy.knowledge.watch import Watcher
 from llama_smart_proxy.proxy.store import Sql
+
+if TYPE_CHECKING:
+    from llama_smart_proxy.proxy.config.knowledge import KnowledgeConfig
 
 
 class Knowledge:
@@ -179,6 +182,6 @@ class Opened:
 
 def _index_at(url: str) -> Index:
     try:
-        return make_index()
+        return make_index(url)
     except ConfigError as exc:
         raise Overloaded("; ".join(exc.problems), code="no_knowledge") from exc

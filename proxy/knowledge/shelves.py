@@ -77,14 +77,14 @@ class Shelves:
 
     async def _ready(self, kept: Kept, identity: str, dimensions: int) -> None:
         async with self._making:
-            self._index = self._index or await run_in_thread(self._make)
+            index = self._index = self._index or await run_in_thread(self._make)
         name = kept.collection.id
         shelf = self._shelves.setdefault(name, _Shelf())
         async with shelf.lock:
             if shelf.identity != identity:
-                await self._fill(self._index, name, shelf, identity, dimensions)
+                await self._fill(index, name, shelf, identity, dimensions)
             elif not shelf.is_settled:
-                await self._index.settle(name, _stamp(shelf))
+                await index.settle(name, _stamp(shelf))
             shelf.is_settled = True
 
     async def _fill(self, index: Index, name: str, shelf: _Shelf, identity: str, dimensions: int) -> None:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama_smart_proxy.backends.threads import run_in_thread
-from llama_smart_proxy.proxy.config.knowledge import WatchedFolder
 from llama_smart_proxy.proxy.errors import ProxyError
 from llama_smart_proxy.proxy.knowledge import catalogue
 from llama_smart_proxy.proxy.knowledge.sources import add_source, fail_source, remove_sources
@@ -27,6 +26,7 @@ from llama_smart_proxy.proxy.knowledge.tables import Kept
 from llama_smart_proxy.proxy.store import Sql
 
 if TYPE_CHECKING:
+    from llama_smart_proxy.proxy.config.knowledge import WatchedFolder
     from llama_smart_proxy.proxy.knowledge.knowledge import Knowledge, Opened
 
 logger = logging.getLogger(__name__)

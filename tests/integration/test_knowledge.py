@@ -137,6 +137,7 @@ async def test_a_file_that_is_replaced_is_found_in_its_old_version_until_the_new
     await until(lambda: stage.server.waiting)
     (kept,) = await opened.database.run(partial(catalogue.named, name="m"))
     assert kept.collection.counts.in_progress == 1
+    assert member is not None
     assert await library.pieces("m", member.document.id) == ["Z\n\nThe old zebra."]
     stage.server.gate.set()
     await done(library, "m")
