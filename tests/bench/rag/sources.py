@@ -24,7 +24,9 @@ HTML = (
     "usr/share/debian-reference/*.en.html",
     "usr/share/doc/debian-reference*/docs/*.en.html",
 )
-LISTS = re.compile(r"/(?:contents|genindex[^/]*|search|bookindex|py-modindex|faq/[^/]*)\.html$|/perlfaq\d?\.pod$|/RelNotes/")
+LISTS = re.compile(
+    r"/(?:contents|genindex[^/]*|search|bookindex|py-modindex|faq/[^/]*)\.html$|/perlfaq\d?\.pod$|/RelNotes/"
+)
 """What lists the questions, or is no text."""
 
 
