@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from llama_smart_proxy import ChatRequest, Context, Found, Json, Passage, ProxyError, strips
+from llama_smart_proxy import BadRequest, ChatRequest, Context, Found, Json, Passage, ProxyError, strips
 from llama_smart_proxy.agents.rag import grading, queries, refining
 from llama_smart_proxy.agents.rag.loop import Do, Situation, Verdict, begins_round, next_step, verdict_of
 from llama_smart_proxy.agents.rag.options import RagOptions
@@ -94,6 +93,9 @@ class Session:
             found = await self._ctx.knowledge.search(self._query, self._collections, limit=most)
             found, grader = await self._graded(found)
         except ProxyError as exc:
+            if exc.code == "not_found" and self._config.collection:
+                known = ", ".join(await self._ctx.knowledge.collections()) or "none"
+                raise BadRequest(f"{exc.message}; collections with documents: {known}", param="collection") from None
             self._failed(f"the documents cannot be searched: {exc.message}", exc)
             self._now = replace(self._now, has_own=False)
             return
@@ -116,7 +118,8 @@ class Session:
             self._failed(f"the web cannot be searched: {exc}", exc)
             self._now = replace(self._now, has_web=False)
             return
-        found = await self._graded_pages(pages)
+        best = max((page.relevance for page in pages), default=0.0)
+        found, _ = await self._graded(Found(pages[: self._config.max_documents * CANDIDATES], best))
         verdict = self._verdict(found)
         self._pages = self._usable(found) if verdict is not Verdict.INCORRECT else []
         self._now = replace(self._now, pages=verdict)
@@ -205,16 +208,6 @@ class Session:
         if grader != self._config.grader and found.passages:
             self.outcome.reasons.append("passages are graded by their scores, as the model's grades cannot be read")
         return result, grader
-
-    async def _graded_pages(self, pages: Sequence[Passage]) -> Found:
-        """The embedding model grades pages as it does documents; without one, the share of the query's words counts."""
-        most = pages[: self._config.max_documents * CANDIDATES]
-        try:
-            grades = await self._ctx.knowledge.grade(self._query, [page.text for page in most]) if most else []
-        except ProxyError:
-            grades = [page.relevance for page in most]
-        found = grading.regraded(most, grades)
-        return (await self._graded(found))[0] if self._config.grader != "scores" else found
 
     def _verdict(self, found: Found) -> Verdict:
         if not found.passages:
