@@ -1,4 +1,4 @@
-"""The agent rag and a hostile web, in a running proxy: what a page says is data; clients that leave leave nothing open."""
+"""The agent rag and a hostile web, in a running proxy: what a page says is data, and clients leave nothing open."""
 
 from __future__ import annotations
 
