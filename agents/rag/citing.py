@@ -73,11 +73,12 @@ def listed(sources: Sequence[Source]) -> list[str]:
 
 
 def event_of(source: Source) -> Json:
-    """The source for Open WebUI, which numbers what has different names in the order of arrival."""
-    name = f"{source.number}. {source.name}"
-    url: Json = {"url": source.passage.url} if source.passage.url else {}
+    """The source for Open WebUI, which takes `[1]` for the first one with an id of its own (`metadata.source`). Source:
+    Open WebUI 0.12.4, Citations.svelte."""
+    url = source.passage.url
+    shown: Json = {"source": url or f"{source.number}: {source.name}", "name": source.name}
     return {
-        "source": {"name": name, **url},
+        "source": {"name": source.name, **({"url": url} if url else {})},
         "document": ["\n\n".join(source.texts)],
-        "metadata": [{"source": source.passage.url or name, "name": name}],
+        "metadata": [shown | ({"external": True} if url else {})],
     }

@@ -22,6 +22,10 @@ def _index_url(secret: SecretStr) -> SecretStr:
     return secret
 
 
+MINILM = "minilm"
+"""The name of the embedding model that is there without configuration."""
+
+
 def _private(entries: list[str]) -> list[str]:
     from llama_smart_proxy.proxy.fetching.guard import Private  # with what it imports, only for who requires it
 
@@ -61,3 +65,8 @@ class KnowledgeConfig(Section):
         "addresses are not public. Pages of web searches never come from there.",
     )
     max_file_mib: int = Field(default=100, ge=1, description="Largest document, in MiB.")
+
+    @property
+    def embedder(self) -> str:
+        """The name of the model that makes vectors."""
+        return self.embedding_model or MINILM

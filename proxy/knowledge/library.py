@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from llama_smart_proxy.proxy.chat.passage import Found
-from llama_smart_proxy.proxy.knowledge.base import Chunking, Collection, Document, Member, Status
+from llama_smart_proxy.proxy.knowledge.base import Chunking, Collection, Document, Member, Status, Viewer
 
 
 class Library(Protocol):
     """All operations raise `NotFound` (a ProxyError) for what does not exist for the viewer, `BadRequest` for invalid
     values. Collections are given by id or by name. Lists are sorted by time of creation, the newest first."""
+
+    def seen_by(self, viewer: Viewer) -> Library:
+        """The same for another client."""
 
     @property
     def incoming(self) -> Path:

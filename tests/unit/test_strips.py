@@ -16,7 +16,7 @@ CODE = "```sh\nmake. Install\n\n- no item. No sentence\n```"
     ("text", "expected"),
     [
         ("Restart the daemon now. Then wait for it.", ["Restart the daemon now.", "Then wait for it."]),
-        ("Is it ready to be used? It says so!", ["Is it ready to be used?", "It says so!"]),
+        ("Is it ready to be used? It says that it is!", ["Is it ready to be used?", "It says that it is!"]),
         ("A sentence that is\nwrapped. Another that is not.", ["A sentence that is\nwrapped.", "Another that is not."]),
         ("Ask e.g. Doctor Smith. Or Dr. Miller, by phone.", ["Ask e.g. Doctor Smith.", "Or Dr. Miller, by phone."]),
         ("Version 3.5 of the program is out. Ok.", ["Version 3.5 of the program is out. Ok."]),

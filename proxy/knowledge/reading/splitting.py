@@ -27,8 +27,9 @@ TOKENS = 480
 """Tokens of a piece at most; embedding models such as MiniLM read 512 with their marks."""
 SINGLE = re.compile(r"[^\w\s]|[^\x00-\u024f\u1e00-\u1eff\s]|_")
 """Characters that are a token each: punctuation, and letters that are not Latin."""
-TRIPLE = re.compile(r"[\uac00-\ud7a3]")
-"""Syllables of Hangul are split in up to three letters, with a token each."""
+HANGUL = re.compile(r"[\uac00-\ud7a3]")
+"""Syllables that are split in two or three letters, with a token each."""
+DENSE = re.compile(r"\d|[bcdfghjklmnpqrstvwxz]{4}", re.IGNORECASE)
 ANY_WORD = re.compile(r"[^\W_]")
 NOT_WORDS = re.compile(r"[\W_]+")
 WORD = re.compile(r"[0-9A-Za-z\u00c0-\u024f\u1e00-\u1eff]+")
@@ -73,8 +74,16 @@ def _shortened(text: str, room: int) -> str:
 
 def tokens(text: str) -> int:
     """An upper estimate of the tokens that an embedding model with a vocabulary of English makes of `text`."""
-    words = sum(1 + (len(word) - 1) // 3 for word in WORD.findall(text))
-    return words + len(SINGLE.findall(text)) + 2 * len(TRIPLE.findall(text))
+    words = sum(map(_word_tokens, WORD.findall(text)))
+    return words + len(SINGLE.findall(text)) + 3 * len(HANGUL.findall(text)) // 2
+
+
+def _word_tokens(word: str) -> int:
+    if DENSE.search(word):  # it is no word, and has a token for one or two characters
+        if len(word) < 8 and not word.isdigit():
+            return len(word)
+        return (3 * len(word) + 3) // 4 - (1 < len(word) < 4)
+    return 1 + (len(word) - 1) // (4 if word.isascii() else 2)
 
 
 def _joined(sections: Iterable[Section], tiny: int, limit: int) -> Iterator[Section]:
