@@ -119,7 +119,6 @@ class Generation:
             Access(config.server),
             lasting.metrics,
             pages=lasting.pages,
-            fetcher=Fetcher(allow_private=config.knowledge.allow_private),
         )
         self.dispatcher = Dispatcher(self.proxy, [*parts.registry.observers, *lasting.observers], lasting.counters)
         self._add_routes(parts.registry)
@@ -157,7 +156,6 @@ class Generation:
         await self.proxy.inspection.close()
         await self.proxy.afterwards.close()
         await self.plugins.close()
-        await self.proxy.fetcher.close()
         await self.router.close()
 
 
