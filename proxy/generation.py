@@ -21,7 +21,7 @@ from llama_smart_proxy.proxy.api.routes import ROUTES
 from llama_smart_proxy.proxy.api.state import Proxy
 from llama_smart_proxy.proxy.chat import Observer
 from llama_smart_proxy.proxy.config import Config
-from llama_smart_proxy.proxy.fetching import Fetcher, Pages
+from llama_smart_proxy.proxy.fetching import Pages
 from llama_smart_proxy.proxy.http.running import Running
 from llama_smart_proxy.proxy.knowledge.base import Viewer
 from llama_smart_proxy.proxy.knowledge.knowledge import Knowledge
@@ -121,7 +121,6 @@ class Generation:
             Access(config.server),
             lasting.metrics,
             pages=lasting.pages,
-            fetcher=Fetcher(allow_private=config.knowledge.allow_private),
             library=lasting.knowledge.seen_by(Viewer()),
         )
         self.dispatcher = Dispatcher(self.proxy, [*parts.registry.observers, *lasting.observers], lasting.counters)
@@ -160,7 +159,6 @@ class Generation:
         await self.proxy.inspection.close()
         await self.proxy.afterwards.close()
         await self.plugins.close()
-        await self.proxy.fetcher.close()
         await self.router.close()
 
 
