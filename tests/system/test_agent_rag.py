@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
 from tests.support import raw_client
 from tests.support.agent_clients import RESPONSES, WAYS, Way
-from tests.support.documents import MANUAL, knowing
+from tests.support.documents import add_documents, with_documents
 from tests.support.e2e_support import CHAT, PIXEL, WEATHER, Fakes
-from tests.support.harness import Proxy, session_proxy, until
+from tests.support.harness import Proxy, session_proxy
 
 WHOLE = Way(CHAT, stream=False)
 PORT = "Which port does the zebra proxy listen on?"
@@ -28,6 +28,7 @@ class Stage:
 
     proxy: Proxy
     fakes: Fakes
+    filled: list[bool] = field(default_factory=list)
 
     def sent(self) -> dict[str, Any]:
         """The last body that a model got to answer."""
@@ -42,31 +43,29 @@ class Stage:
         return dict(answer.json())
 
 
-@pytest.fixture(scope="session")
-def knowing_stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+@pytest.fixture(scope="module")
+def knowing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     fakes = Fakes(tmp_path_factory.mktemp("rag"))
-    rules = json.dumps([["doc_1", '{"doc_1": 0.95, "doc_2": 0.01}'], ["search query", "zebra proxy port"]])
+    judged = json.dumps([["doc_1", '{"doc_1": 0.95, "doc_2": 0.01}'], ["search query", "zebra proxy port"]])
     models = {
         "m": fakes.model(fields={"parallel": 4}, ANSWER=ANSWER),
-        "judge": fakes.model(IF=rules, ANSWER="I cannot say."),
+        "judge": fakes.model(IF=judged, ANSWER="I cannot say."),
         "manuals": {"model": "m", "agents": [{"rag": {"collection": ["manual"], "sources": "field"}}]},
+        "needs": {"model": "m", "agents": [{"rag": {"required": True, "time_s": 0.2}}]},
     }
     agents = ["parallel", {"redact": {"patterns": ["email"]}}, {"rag": {"grader_model": "judge"}}]
-    config = knowing(fakes, {"manual": MANUAL, "other": {"kiwi.md": "Kiwis are birds."}}, models=models, agents=agents)
-    with session_proxy(config) as proxy:
+    with session_proxy(with_documents(fakes, models, agents=agents)) as proxy:
         yield Stage(proxy, fakes)
 
 
 @pytest.fixture
-async def rag(knowing_stage: Stage) -> Stage:
-    """The stage, once its documents have been read."""
-
-    async def found() -> bool:
-        answer = await knowing_stage.asked(f"/rag {PORT}")
-        return [source["document"] for source in answer["x_sources"]][-1:] == ["server.md"]
-
-    await until(found, what="the documents have been read")
-    return knowing_stage
+async def rag(knowing: Stage) -> Stage:
+    """The stage, with its documents."""
+    if not knowing.filled:
+        await add_documents(knowing.proxy, "manual")
+        await add_documents(knowing.proxy, "other", {"kiwi.md": "# Kiwis\n\nKiwis are birds of New Zealand.\n"})
+        knowing.filled.append(True)
+    return knowing
 
 
 async def test_the_model_gets_the_sources_and_every_client_a_list_of_those_cited(rag: Stage) -> None:
