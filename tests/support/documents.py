@@ -14,14 +14,10 @@ from tests.support.e2e_support import Fakes
 from tests.support.harness import Proxy, until
 
 MANUAL = {
-    "server.md": (
-        "# Server\n\n## Ports\n\nThe zebra proxy listens on port 11555. The setting zebra_port sets another one.\n\n"
-        "## Logs\n\nThe giraffe log is written to the folder giraffe_logs, and is rotated each night.\n"
-    ),
-    "install.md": (
-        "# Install\n\n## Linux\n\nInstall the walrus package with the command walrus-get on Linux.\n\n"
-        "## Windows\n\nInstall the walrus package with the walrus wizard on Windows.\n"
-    ),
+    "ports.md": "# Ports\n\nThe zebra proxy listens on port 11555. The setting zebra_port sets another one.\n",
+    "logs.md": "# Logs\n\nThe giraffe log is written to the folder giraffe_logs, and is rotated each night.\n",
+    "linux.md": "# Linux\n\nInstall the walrus package with the command walrus-get on Linux.\n",
+    "windows.md": "# Windows\n\nInstall the walrus package with the walrus wizard on Windows.\n",
 }
 """Documents with words that no others have."""
 

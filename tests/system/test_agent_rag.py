@@ -18,7 +18,7 @@ from tests.support.harness import Proxy, session_proxy
 WHOLE = Way(CHAT, stream=False)
 PORT = "Which port does the zebra proxy listen on?"
 ANSWER = "It is 11555 [1]."
-LIST = "\n\n\U0001f4da Sources:\n- [1] server.md > Server > Ports"
+LIST = "\n\n\U0001f4da Sources:\n- [1] ports.md > Ports"
 TITLE = "### Task:\nGenerate a concise, 3-5 word title with an emoji summarizing the chat history.\nWhich zebra port?"
 
 
@@ -50,10 +50,13 @@ def knowing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     models = {
         "m": fakes.model(fields={"parallel": 4}, ANSWER=ANSWER),
         "judge": fakes.model(IF=judged, ANSWER="I cannot say."),
-        "manuals": {"model": "m", "agents": [{"rag": {"collection": ["manual"], "sources": "field"}}]},
+        "manuals": {
+            "model": "m",
+            "agents": [{"rag": {"collection": ["manual"], "sources": "field", "max_documents": 1}}],
+        },
         "needs": {"model": "m", "agents": [{"rag": {"required": True, "time_s": 0.2}}]},
     }
-    agents = ["parallel", {"redact": {"patterns": ["email"]}}, {"rag": {"grader_model": "judge"}}]
+    agents = ["parallel", {"redact": {"patterns": ["email"]}}, {"rag": {"grader_model": "judge", "max_documents": 1}}]
     with session_proxy(with_documents(fakes, models, agents=agents)) as proxy:
         yield Stage(proxy, fakes)
 
@@ -85,7 +88,7 @@ async def test_the_last_frame_of_every_api_has_the_sources(rag: Stage, path: str
     (last,) = [frame for frame in frames if "x_sources" in json.dumps(frame)][-1:]
     for holder in (last.get("response", last) if path == RESPONSES else last, whole):
         (source, *_) = [source for source in holder["x_sources"] if source["cited"]]
-        assert (source["title"], source["document"]) == ("server.md > Server > Ports", "server.md")
+        assert (source["title"], source["document"]) == ("ports.md > Ports", "ports.md")
         assert source["collection"] == "manual" and source["id"] == 1 and source["relevance"] > 0
         assert holder["x_rag"]["verdict"] in ("correct", "ambiguous")
     if path == CHAT:
@@ -94,8 +97,8 @@ async def test_the_last_frame_of_every_api_has_the_sources(rag: Stage, path: str
 
 
 async def test_an_unrelated_question_gets_no_context_and_says_so(rag: Stage) -> None:
-    answer = await rag.asked("/rag trace=on Who won the chess championship?")
-    assert rag.sent()["messages"] == [{"role": "user", "content": "Who won the chess championship?"}]
+    answer = await rag.asked("/rag trace=on Xylophones everywhere")
+    assert rag.sent()["messages"] == [{"role": "user", "content": "Xylophones everywhere"}]
     assert answer["x_sources"] == [] and "nothing relevant was found" in answer["x_rag"]["reasons"]
     message = answer["choices"][0]["message"]
     assert (
