@@ -31,7 +31,7 @@ def citations(text: str, sources: Sequence[Source]) -> list[tuple[int, int, Sour
 
 
 def web_url(source: Source) -> str:
-    """The URL of a source on the web; empty for a document, which may have come from a path of the operator's machine."""
+    """The URL of a source on the web; empty for a document, which may have come from a path of this machine."""
     url = source.passage.url
     return url if url.startswith(("http://", "https://")) else ""
 

@@ -12,8 +12,8 @@ import pytest
 from tests.support import raw_client
 from tests.support.agent_clients import RESPONSES, WAYS, Way
 from tests.support.documents import add_documents, with_documents
-from tests.support.e2e_support import CHAT, PIXEL, WEATHER, Fakes
-from tests.support.harness import Proxy, session_proxy
+from tests.support.e2e_support import CHAT, PIXEL, WEATHER, Fakes, instance
+from tests.support.harness import Proxy, session_proxy, until
 
 WHOLE = Way(CHAT, stream=False)
 PORT = "Which port does the zebra proxy listen on?"
@@ -54,6 +54,7 @@ def knowing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
             "model": "m",
             "agents": [{"rag": {"collection": ["manual"], "sources": "field", "max_documents": 1}}],
         },
+        "hasty": {"model": "m", "agents": [{"rag": {"time_s": 0.2}}]},
         "needs": {"model": "m", "agents": [{"rag": {"required": True, "time_s": 0.2}}]},
     }
     agents = ["parallel", {"redact": {"patterns": ["email"]}}, {"rag": {"grader_model": "judge", "max_documents": 1}}]
@@ -191,3 +192,38 @@ async def test_the_operator_sees_every_decision_and_no_text(rag: Stage) -> None:
     assert [note["step"] for note in step["notes"]] == ["retrieve", "inject"]
     assert step["notes"][0]["confidence"] > 0.3 and step["notes"][1]["sources"] >= 1
     assert "zebra" not in json.dumps(why)
+
+
+async def test_an_embedding_model_that_does_not_answer_leaves_an_answer_without_context(rag: Stage) -> None:
+    gate = rag.fakes.folder / "gate"
+    gate.touch()
+    try:
+        answer = await rag.asked(PORT, model="hasty")
+        assert rag.sent()["messages"] == [{"role": "user", "content": PORT}] and answer["x_sources"] == []
+        assert any("over 0.2 s" in reason for reason in answer["x_rag"]["reasons"])
+        said = await WHOLE.ask(rag.proxy, WHOLE.body(PORT, model="needs"))
+        assert said.status == 503 and "over 0.2 s (time_s)" in (said.error or "")
+    finally:
+        gate.unlink()
+
+
+@pytest.mark.parametrize("way", [Way(CHAT, stream=True), WHOLE], ids=["stream", "whole"])
+async def test_a_search_ends_with_its_client(rag: Stage, way: Way) -> None:
+    async def searching() -> bool:
+        requests = (await raw_client.get(rag.proxy.port, "/running")).json()["requests"]
+        return bool(requests)
+
+    async def over() -> bool:
+        return not await searching() and (await instance(rag.proxy, "words")).get("busy", 0) == 0
+
+    gate, before = rag.fakes.folder / "gate", len(rag.fakes.events("request"))
+    gate.touch()
+    try:
+        async with raw_client.connected(rag.proxy.port) as client:
+            await client.send(raw_client.request("POST", CHAT, way.body(f"/rag {PORT}")))
+            await until(searching, what="the request is under way")
+            client.leave()
+        await until(over, what="nothing of it is left, though the embedding model has not answered")
+        assert len(rag.fakes.events("request")) == before, "the model was not asked"
+    finally:
+        gate.unlink()
