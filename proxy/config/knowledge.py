@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, SecretStr
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 
+from llama_smart_proxy.proxy.config import shapes
 from llama_smart_proxy.proxy.config.section import Section
 
 
@@ -20,6 +22,21 @@ def _index_url(secret: SecretStr) -> SecretStr:
     if not usable:
         raise ValueError("must be a URL such as postgresql://user@host/database or qdrant://host:6333")
     return secret
+
+
+def _host(text: str) -> str:
+    try:
+        if "/" in text:
+            ip_network(text)
+        elif not text or (any(sign in text for sign in ":@?# ") and not _is_address(text)):
+            raise ValueError
+    except ValueError:
+        raise ValueError("must be the name of a host, an address, or a network such as 10.1.0.0/16") from None
+    return text
+
+
+def _is_address(text: str) -> bool:
+    return bool(ip_address(text))
 
 
 class WatchedFolder(Section):
@@ -43,5 +60,10 @@ class KnowledgeConfig(Section):
         default=None,
         description="URL of a Postgres with pgvector (postgresql://) or a Qdrant server (qdrant://, qdrants:// with "
         "TLS) that is searched, in place of this process.",
+    )
+    allow_private: Annotated[list[Annotated[str, AfterValidator(_host)]], BeforeValidator(shapes.comma_list)] = Field(
+        default_factory=list,
+        description="Names, addresses and networks of hosts that are not public and whose pages an administrator may "
+        "add.",
     )
     max_file_mib: int = Field(default=100, ge=1, description="Largest document, in MiB.")
