@@ -127,6 +127,7 @@ class App:
         finally:
             self.lasting.store.close()
         self.lasting.metrics.lag.stop()
+        await self.lasting.pages.close()
         await self.stop_models()
         if self.lasting.tracing is not None:
             await self.lasting.tracing.close()

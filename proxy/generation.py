@@ -21,7 +21,9 @@ from llama_smart_proxy.proxy.api.routes import ROUTES
 from llama_smart_proxy.proxy.api.state import Proxy
 from llama_smart_proxy.proxy.chat import Observer
 from llama_smart_proxy.proxy.config import Config
+from llama_smart_proxy.proxy.fetching import Fetcher, Pages
 from llama_smart_proxy.proxy.http.running import Running
+from llama_smart_proxy.proxy.knowledge.reading.reader import DocumentReader
 from llama_smart_proxy.proxy.metrics import Metrics
 from llama_smart_proxy.proxy.middleware.afterwards import Afterwards
 from llama_smart_proxy.proxy.middleware.chain import Chain
@@ -54,6 +56,7 @@ class Lasting:
     chats: Chats = field(default_factory=Chats)
     reloads: Reloads = field(default_factory=Reloads)
     counters: Counters = field(default_factory=Counters)
+    pages: Pages = field(default_factory=lambda: Pages(Fetcher(), DocumentReader()))
     tracing: Tracing | None = None
 
     @property
@@ -115,11 +118,16 @@ class Generation:
             latest,
             Access(config.server),
             lasting.metrics,
+            pages=lasting.pages,
+            fetcher=Fetcher(allow_private=config.knowledge.allow_private),
         )
         self.dispatcher = Dispatcher(self.proxy, [*parts.registry.observers, *lasting.observers], lasting.counters)
+        self._add_routes(parts.registry)
+
+    def _add_routes(self, registry: Registry) -> None:
         for method, path, handler, scope, pages, loads in ROUTES:
             self.dispatcher.add([method], path, handler, scope, pages=pages, loads=loads)
-        for path, endpoint in parts.registry.endpoints.items():
+        for path, endpoint in registry.endpoints.items():
             handle = EndpointHandler(endpoint).handle
             self.dispatcher.add(endpoint.methods, path, handle, endpoint.scope, endpoint.dialect, loads=True)
 
@@ -149,6 +157,7 @@ class Generation:
         await self.proxy.inspection.close()
         await self.proxy.afterwards.close()
         await self.plugins.close()
+        await self.proxy.fetcher.close()
         await self.router.close()
 
 

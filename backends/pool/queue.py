@@ -75,6 +75,11 @@ class ModelQueue:
         return self.model.title or self.model.name
 
     @property
+    def helper(self) -> bool:
+        """Whether it is for a place beside those of other models."""
+        return self.model.helper
+
+    @property
     def length(self) -> int:
         """How many requests wait for it."""
         return len(self.slot_waiters) + len(self.question_waiters) + len(self.later_waiters)
@@ -189,6 +194,10 @@ class Place:
     @property
     def pinned(self) -> bool:
         return self.queue.model.pinned and not self.queue.removed
+
+    @property
+    def helper(self) -> bool:
+        return self.queue.helper
 
     @property
     def awaited(self) -> bool:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
+from pydantic import AfterValidator, Field, SecretStr
 
-from llama_smart_proxy.proxy.config import shapes
 from llama_smart_proxy.proxy.config.section import Section
 
 
@@ -24,19 +22,19 @@ def _index_url(secret: SecretStr) -> SecretStr:
     return secret
 
 
-def _host(text: str) -> str:
-    try:
-        if "/" in text:
-            ip_network(text)
-        elif not text or (any(sign in text for sign in ":@?# ") and not _is_address(text)):
-            raise ValueError
-    except ValueError:
-        raise ValueError("must be the name of a host, an address, or a network such as 10.1.0.0/16") from None
-    return text
+MINILM = "minilm"
+"""The name of the embedding model that is there without configuration."""
 
 
-def _is_address(text: str) -> bool:
-    return bool(ip_address(text))
+def _private(entries: list[str]) -> list[str]:
+    from llama_smart_proxy.proxy.fetching.guard import Private  # with what it imports, only for who requires it
+
+    for entry in entries:
+        try:
+            Private([entry])
+        except ValueError:
+            raise ValueError(f"{entry!r} must be a host such as docs.lan, or a network such as 10.1.0.0/16") from None
+    return entries
 
 
 class WatchedFolder(Section):
@@ -61,9 +59,14 @@ class KnowledgeConfig(Section):
         description="URL of a Postgres with pgvector (postgresql://) or a Qdrant server (qdrant://, qdrants:// with "
         "TLS) that is searched, in place of this process.",
     )
-    allow_private: Annotated[list[Annotated[str, AfterValidator(_host)]], BeforeValidator(shapes.comma_list)] = Field(
+    allow_private: Annotated[list[str], AfterValidator(_private)] = Field(
         default_factory=list,
-        description="Names, addresses and networks of hosts that are not public and whose pages an administrator may "
-        "add.",
+        description="Hosts and networks, such as docs.lan or 10.1.0.0/16, from which pages are added although their "
+        "addresses are not public. Pages of web searches never come from there.",
     )
     max_file_mib: int = Field(default=100, ge=1, description="Largest document, in MiB.")
+
+    @property
+    def embedder(self) -> str:
+        """The name of the model that makes vectors."""
+        return self.embedding_model or MINILM

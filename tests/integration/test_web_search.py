@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any, cast
 from urllib.parse import parse_qs, urlsplit
 
 import orjson
 import pytest
+from pydantic import ValidationError
 
-from llama_smart_proxy import Context
 from llama_smart_proxy.agents.rag.web import Web, WebOptions, WebUnavailable
-from tests.support.toxic import Request, head, plain, raw_upstream
+from llama_smart_proxy.agents.rag.web.breaker import State
+from llama_smart_proxy.agents.rag.web.engines import Ddgs
+from tests.support.agent_context import agent_context
+from tests.support.harness import until
+from tests.support.toxic import RawUpstream, Request, Script, head, plain, raw_upstream
 
-NO_PAGES = cast(Context, None)
 RESULTS = [
     {"url": "http://one.example/", "title": "Other", "content": "Nothing of that."},
     {"url": "http://two.example/", "title": "Kiwis", "content": "Kiwis  are\nbirds of New Zealand."},
@@ -32,7 +41,7 @@ async def asked(script: bytes, **options: Any) -> tuple[Any, list[Request]]:
     async with raw_upstream(script) as searxng:
         web = Web(WebOptions(searxng_host=f"http://127.0.0.1:{searxng.port}", web_pages=0, **options))
         try:
-            return await web.search("are  kiwis birds?", NO_PAGES), searxng.requests
+            return await web.search("are  kiwis birds?", agent_context()), searxng.requests
         except WebUnavailable as exc:
             return str(exc), searxng.requests
         finally:
@@ -75,4 +84,154 @@ async def test_an_engine_that_does_not_work_is_named_with_its_reason(script: byt
 
 async def test_without_an_engine_a_search_names_the_settings() -> None:
     with pytest.raises(WebUnavailable, match="no web search is configured: set searxng_host, or web: ddgs"):
-        await Web(WebOptions()).search("x", NO_PAGES)
+        await Web(WebOptions()).search("x", agent_context())
+
+
+# -- several engines, failures, and what is remembered -----------------------------------------------------------------
+
+
+@asynccontextmanager
+async def searching(
+    script: Script = b"", clock: Callable[[], float] = time.monotonic, **options: Any
+) -> AsyncIterator[tuple[Web, RawUpstream]]:
+    async with raw_upstream(script) as searxng:
+        host = f"http://127.0.0.1:{searxng.port}"
+        web = Web(WebOptions(**{"searxng_host": host, "web_pages": 0, **options}), clock=clock)
+        try:
+            yield web, searxng
+        finally:
+            await web.close()
+
+
+@pytest.fixture
+def ddgs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The package ddgs, stood in for."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "fakes" / "packages"))
+    monkeypatch.delitem(sys.modules, "ddgs", raising=False)
+    module = importlib.import_module("ddgs")
+    yield module
+    module.gate.set()
+    del sys.modules["ddgs"]
+
+
+async def test_engines_are_tried_in_the_order_of_the_configuration(ddgs: Any) -> None:
+    options: dict[str, Any] = {"web": ["ddgs", "searxng"], "searxng_safesearch": 2, "cache_ttl": 0}
+    async with searching(answer({"results": RESULTS}), **options) as (web, searxng):
+        assert [found.url for found in await web.search("kiwis", agent_context())] == ["http://found.example/"]
+        assert searxng.requests == [] and ddgs.calls[0][1:] == ("kiwis", {"safesearch": "on", "max_results": 20})
+        for query in ("nothing", "broken"):
+            found = await web.search(query, agent_context())
+            assert {passage.url for passage in found} == {"http://one.example/", "http://two.example/"}
+        searxng.script = answer({"results": []})
+        assert await web.search("broken ", agent_context()) == [], "one of them works, and there is nothing"
+
+
+async def test_a_thread_that_nothing_waits_for_takes_its_place_until_it_ends(ddgs: Any) -> None:
+    async with searching(web="ddgs", web_timeout_s=0.2) as (web, _):
+        for _ in range(4):
+            with pytest.raises(WebUnavailable, match=r"found nothing within 0\.1 seconds"):
+                await web.search("slow", agent_context())
+        with pytest.raises(WebUnavailable, match="4 searches of ddgs have not ended yet"):
+            await web.search("kiwis", agent_context())
+        ddgs.gate.set()
+        engine = cast(Ddgs, web._engines["ddgs"])
+        await until(lambda: engine.running == 0)
+        assert len(ddgs.calls) == 4
+
+
+async def test_a_failure_of_ddgs_does_not_repeat_the_query(ddgs: Any) -> None:
+    async with searching(web="ddgs") as (web, _):
+        assert await web.search("nothing", agent_context()) == []
+        with pytest.raises(WebUnavailable, match=r"ddgs has failed \(TimeoutError\)$"):
+            await web.search("broken", agent_context())
+
+
+async def test_without_the_package_ddgs_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ddgs", None)
+    async with searching(web="ddgs") as (web, _):
+        with pytest.raises(WebUnavailable, match=r"pip install 'llama-smart-proxy\[web\]'"):
+            await web.search("kiwis", agent_context())
+
+
+async def test_an_engine_that_fails_is_left_alone_and_tried_again() -> None:
+    now_s = 0.0
+    async with searching(
+        head(500, [("Content-Length", "0")]),
+        lambda: now_s,
+        circuit_breaker_failure_threshold=2,
+        circuit_breaker_recovery_timeout=60,
+        circuit_breaker_success_threshold=1,
+    ) as (web, searxng):
+        for number in range(4):
+            with pytest.raises(WebUnavailable, match="answered 500" if number < 2 else "tried again in 60 seconds"):
+                await web.search(f"query {number}", agent_context())
+        assert len(searxng.requests) == 2
+        searxng.script, now_s = answer({"results": RESULTS}), 60.0
+        assert await web.search("kiwis", agent_context())
+        assert web.breakers["searxng"].state(now_s) is State.CLOSED and len(searxng.requests) == 3
+
+
+async def test_an_engine_that_limits_requests_is_left_alone_for_as_long_as_it_asks() -> None:
+    now_s = 0.0
+    busy = head(429, [("Retry-After", "120"), ("Content-Length", "0")])
+    async with searching(busy, lambda: now_s) as (web, searxng):
+        for message in ("limits requests", "tried again in 120 seconds"):
+            with pytest.raises(WebUnavailable, match=message):
+                await web.search("kiwis", agent_context())
+        assert len(searxng.requests) == 1
+
+
+async def test_a_search_is_remembered_for_some_time() -> None:
+    now_s = 0.0
+    async with searching(answer({"results": RESULTS}), lambda: now_s, cache_ttl=100) as (web, searxng):
+        first = await web.search("Kiwis  birds", agent_context())
+        assert await web.search("kiwis birds", agent_context()) == first and len(searxng.requests) == 1
+        now_s = 100.0
+        await web.search("kiwis birds", agent_context())
+        assert len(searxng.requests) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "urls"),
+    [
+        ({"web_allow_domains": ["two.example"]}, ["http://two.example/"]),
+        ({"web_allow_domains": ["*.EXAMPLE"], "web_deny_domains": ["two.example"]}, ["http://one.example/"]),
+        ({"web_deny_domains": ["example"]}, []),
+        ({"web_passages": 1}, ["http://two.example/"]),
+    ],
+)
+async def test_domains_are_allowed_and_denied(options: Any, urls: list[str]) -> None:
+    async with searching(answer({"results": RESULTS}), **options) as (web, _):
+        assert [passage.url for passage in await web.search("kiwis birds", agent_context())] == urls
+
+
+@pytest.mark.parametrize(
+    ("given", "engines", "is_off"),
+    [
+        ({}, [], False),
+        ({"searxng_host": "localhost:8888/"}, ["searxng"], False),
+        ({"web": False, "searxng_host": "http://s"}, [], True),
+        ({"web": "off", "searxng_host": "http://s"}, [], True),
+        ({"web": True, "searxng_host": "http://s"}, ["searxng"], False),
+        ({"web": "ddgs"}, ["ddgs"], False),
+        ({"web": "ddgs, searxng", "searxng_host": "http://s"}, ["ddgs", "searxng"], False),
+    ],
+)
+def test_the_option_web_names_engines_or_is_off(given: Any, engines: list[str], is_off: bool) -> None:
+    options = WebOptions(**given)
+    assert (options.engines, options.web_is_off) == (engines, is_off)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"web": "searxng"}, "requires searxng_host"),
+        ({"web": "google"}, "'off', 'searxng' or 'ddgs'"),
+        ({"searxng_host": "ftp://s"}, "must be the URL of a SearXNG"),
+        ({"web_deny_domains": ["http://x.example/"]}, "must be a domain"),
+        ({"web_timeout_s": 21}, "less than or equal to 20"),
+    ],
+)
+def test_options_that_cannot_be_used_are_named(given: Any, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        WebOptions(**given)

@@ -109,10 +109,11 @@ class Ddgs:
 
     def __init__(self, options: WebOptions) -> None:
         self._options = options
-        self._running = 0
+        self.running = 0
+        """Threads that have not ended."""
 
     async def search(self, query: str, timeout_s: float) -> list[Result]:
-        if self._running >= MAX_THREADS:
+        if self.running >= MAX_THREADS:
             raise EngineFailed(f"{MAX_THREADS} searches of ddgs have not ended yet")
         safe = ("off", "moderate", "on")[self._options.searxng_safesearch]
         work = partial(_ddgs, query, safe, max(1, int(timeout_s)))
@@ -121,8 +122,8 @@ class Ddgs:
                 found = await self._in_thread(work)
         except TimeoutError:
             raise EngineFailed(f"ddgs found nothing within {timeout_s:g} seconds") from None
-        if isinstance(found, Exception):
-            raise EngineFailed(f"ddgs: {found}") from None
+        if isinstance(found, EngineFailed):
+            raise found
         return _results(found, "href", "body")
 
     def _in_thread(self, work: Callable[[], Any]) -> asyncio.Future[Any]:
@@ -131,7 +132,7 @@ class Ddgs:
         result: asyncio.Future[Any] = loop.create_future()
 
         def settle(value: Any) -> None:
-            self._running -= 1
+            self.running -= 1
             if not result.done():
                 result.set_result(value)
 
@@ -140,8 +141,11 @@ class Ddgs:
             with suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(settle, value)
 
-        threading.Thread(target=run, name="web search", daemon=True).start()
-        self._running += 1
+        try:
+            threading.Thread(target=run, name="web search", daemon=True).start()
+        except RuntimeError:
+            raise EngineFailed("the system refused to start another thread for ddgs") from None
+        self.running += 1
         return result
 
     async def close(self) -> None:
@@ -156,7 +160,9 @@ def _ddgs(query: str, safe: str, timeout_s: int) -> Any:
     try:
         return DDGS(timeout=timeout_s).text(query, safesearch=safe, max_results=MOST_RESULTS)
     except Exception as exc:  # a library that asks many servers: anything can be raised
-        return exc
+        if str(exc) == "No results found.":
+            return []
+        return EngineFailed(f"ddgs has failed ({type(exc).__name__})")  # what it says may contain the query
 
 
 def _results(items: Any, url_field: str, text_field: str) -> list[Result]:

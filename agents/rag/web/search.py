@@ -29,6 +29,8 @@ MAX_QUERY = 500
 CACHE_BYTES = 4 * 2**20
 ENGINE_SHARE = 0.5
 """Of the time for a search, what its engines may take; the rest is for the pages."""
+GRADING_S = 3.0
+"""Seconds at least for grading what was found."""
 NONE_CONFIGURED = "no web search is configured: set searxng_host, or web: ddgs, in the options of the agent"
 _ENGINES: dict[str, Callable[[WebOptions], Engine]] = {"searxng": SearXNG, "ddgs": Ddgs}
 
@@ -55,13 +57,14 @@ class Web:
 
     async def search(self, query: str, ctx: Context) -> list[Passage]:
         """The best passages for `query`, of the pages that were found, or of their snippets where a page cannot be read
-        in time. Takes `web_timeout_s` at most. Raises: WebUnavailable."""
+        in time. Takes `web_timeout_s` at most, and a moment to grade them. Raises: WebUnavailable."""
         options, query = self.options, " ".join(query.split())[:MAX_QUERY]
         ends_s = time.monotonic() + options.web_timeout_s
         results = self._permitted(await self._results(query))
         pages = await self._pages([result.url for result in results[: options.web_pages]], ends_s, ctx)
         passages = [passage for result in results for passage in _passages(result, pages.get(result.url))]
-        return (await graded(query, passages, ctx))[: options.web_passages]
+        left_s = max(ends_s - time.monotonic(), GRADING_S)
+        return (await graded(query, passages, ctx, left_s))[: options.web_passages]
 
     async def close(self) -> None:
         """Close the connections of all engines."""
@@ -71,7 +74,7 @@ class Web:
     # -- engines -------------------------------------------------------------------------------------------------------
 
     async def _results(self, query: str) -> list[Result]:
-        """What the first engine that works has found. Raises: WebUnavailable."""
+        """What the first engine that finds anything has found. Raises: WebUnavailable, if none works."""
         if not self._engines:
             raise WebUnavailable(NONE_CONFIGURED)
         known = self._searches.get(query.casefold())
@@ -84,12 +87,15 @@ class Web:
                 found = await self._asked(name, engine, query, timeout_s)
             except EngineFailed as exc:
                 problems.append(str(exc))
-                logger.warning("web search: %s", exc)
-            else:
+                logger.warning("web search: %s", str(exc))  # it contains nothing of the query
+                continue
+            if found:
                 size = sum(len(result.url) + len(result.title) + len(result.snippet) + 500 for result in found)
                 self._searches.put(query.casefold(), found, 4 * size)
                 return found
-        raise WebUnavailable(f"the web could not be searched: {'; '.join(problems)}")
+        if len(problems) == len(self._engines):
+            raise WebUnavailable(f"the web could not be searched: {'; '.join(problems)}")
+        return []
 
     async def _asked(self, name: str, engine: Engine, query: str, timeout_s: float) -> list[Result]:
         breaker = self.breakers[name]
@@ -125,7 +131,7 @@ class Web:
                 async with asyncio.timeout(self.options.web_page_timeout_s):
                     read[url] = await ctx.page(url)
             except (FetchError, TimeoutError) as exc:
-                logger.info("a page that was found is not read: %s", exc or "it took too long")
+                logger.info("a page that was found is not read: %s", str(exc) or "it took too long")
 
         try:
             async with asyncio.timeout(ends_s - time.monotonic()):

@@ -8,46 +8,56 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from functools import lru_cache
 from zlib import crc32
 
 _WORD = re.compile(r"[^\W_]+")
+_LETTERS = bytes(byte if chr(byte).isalnum() else 32 for byte in range(128)).ljust(256)
+"""ASCII's letters and digits, and blanks for all else."""
 _IDEOGRAPHS = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af]+")
 """Scripts that are written without spaces, or whose words have endings: they are cut into pairs of characters."""
 LONGEST = 40
-"""Characters of a word that count: base64 and the like have no use for a search."""
+"""Bytes of a word that count: base64 and the like have no use for a search."""
+KEPT = 100_000
+"""Words whose terms are remembered."""
 
 
 def terms(text: str) -> list[int]:
     """The terms of a text, in order, each below 2**32."""
-    words = _WORD.findall(text.lower())
-    if text.isascii():
-        return [term(word) for word in words]
-    return [term(part) for word in words for part in _parts(word)]
+    lower = text.lower()
+    if lower.isascii():
+        words = lower.encode().translate(_LETTERS).split()
+    else:
+        words = [part.encode(errors="replace") for word in _WORD.findall(lower) for part in _parts(word)]
+    if len(_known) > KEPT:
+        _known.clear()
+    return list(map(_known.__getitem__, words))
 
 
-@lru_cache(maxsize=1 << 16)
-def term(word: str) -> int:
-    """The term of one word in lower case."""
-    return crc32(stem(word[:LONGEST]).encode())
+class _Terms(dict[bytes, int]):
+    def __missing__(self, word: bytes) -> int:
+        term = self[word] = crc32(stem(word[:LONGEST]))
+        return term
 
 
-def stem(word: str) -> str:
-    """A word without its English endings; other languages keep theirs."""
+_known = _Terms()
+
+
+def stem(word: bytes) -> bytes:
+    """A word in lower case without its English endings; other languages keep theirs."""
     if len(word) < 4 or not word.isascii():
         return word
     for ending, instead in _ENDINGS:
         if word.endswith(ending) and len(word) - len(ending) >= 3:
             word = word[: len(word) - len(ending)] + instead
             break
-    if len(word) > 3 and word[-1] == word[-2] and word[-1] not in "aeiouls":
+    if len(word) > 3 and word[-1] == word[-2] and word[-1] not in b"aeiouls":
         word = word[:-1]
-    return word[:-1] if len(word) > 3 and word[-1] == "e" else word
+    return word[:-1] if len(word) > 3 and word[-1:] == b"e" else word
 
 
 _ENDINGS = (
-    ("sses", "ss"), ("ies", "y"), ("ied", "y"), ("ings", ""), ("ing", ""), ("edly", ""), ("ed", ""), ("ss", "ss"),
-    ("us", "us"), ("is", "is"), ("s", ""),
+    (b"sses", b"ss"), (b"ies", b"y"), (b"ied", b"y"), (b"ings", b""), (b"ing", b""), (b"edly", b""), (b"ed", b""),
+    (b"ss", b"ss"), (b"us", b"us"), (b"is", b"is"), (b"s", b""),
 )  # fmt: skip
 
 

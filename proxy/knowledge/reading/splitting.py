@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from llama_smart_proxy.proxy.knowledge.base import Chunking, Piece
 from llama_smart_proxy.proxy.knowledge.reading.parsed import Parsed, Section, missing
+from llama_smart_proxy.proxy.knowledge.reading.tables import long_tables
 
 if TYPE_CHECKING:
     from semantic_text_splitter import MarkdownSplitter, TextSplitter
@@ -26,8 +27,11 @@ TOKENS = 480
 """Tokens of a piece at most; embedding models such as MiniLM read 512 with their marks."""
 SINGLE = re.compile(r"[^\w\s]|[^\x00-\u024f\u1e00-\u1eff\s]|_")
 """Characters that are a token each: punctuation, and letters that are not Latin."""
-TRIPLE = re.compile(r"[\uac00-\ud7a3]")
-"""Syllables of Hangul are split in up to three letters, with a token each."""
+HANGUL = re.compile(r"[\uac00-\ud7a3]")
+"""Syllables that are split in two or three letters, with a token each."""
+DENSE = re.compile(r"\d|[bcdfghjklmnpqrstvwxz]{4}", re.IGNORECASE)
+ANY_WORD = re.compile(r"[^\W_]")
+NOT_WORDS = re.compile(r"[\W_]+")
 WORD = re.compile(r"[0-9A-Za-z\u00c0-\u024f\u1e00-\u1eff]+")
 
 
@@ -40,14 +44,15 @@ def pieces(document: Parsed, name: str, chunking: Chunking) -> Iterator[Piece]:
         room = max(1, chunking.characters - len(prefix))
         limit = max(TOKENS, chunking.characters * TOKENS // 900) - tokens(prefix)
         for part in _parts(text, room, min(chunking.overlap, room // 2), limit, is_markdown):
-            yield Piece(prefix + part, heading)
+            if ANY_WORD.search(part):
+                yield Piece(prefix + part, heading)
 
 
 def heading_path(title: str, path: Sequence[str], room: int) -> str:
     """The title and the headings below it, on one line of at most `room` characters; the outer ones are left out first,
     but for the title."""
     title = " ".join(title.split())
-    if path and path[0].casefold() == title.casefold():
+    while path and f" {_words(path[0])} " in f" {_words(title)} ":
         path = path[1:]
     parts = [_shortened(part, MAX_PART) for part in (title, *path) if part]
     text = SEPARATOR.join(parts)
@@ -59,14 +64,26 @@ def heading_path(title: str, path: Sequence[str], room: int) -> str:
     return _shortened(text, room)
 
 
+def _words(text: str) -> str:
+    return " ".join(NOT_WORDS.sub(" ", text.casefold()).split())
+
+
 def _shortened(text: str, room: int) -> str:
     return text if len(text) <= room else text[: max(0, room - 1)].rstrip() + "…"
 
 
 def tokens(text: str) -> int:
     """An upper estimate of the tokens that an embedding model with a vocabulary of English makes of `text`."""
-    words = sum(1 + (len(word) - 1) // 3 for word in WORD.findall(text))
-    return words + len(SINGLE.findall(text)) + 2 * len(TRIPLE.findall(text))
+    words = sum(map(_word_tokens, WORD.findall(text)))
+    return words + len(SINGLE.findall(text)) + 3 * len(HANGUL.findall(text)) // 2
+
+
+def _word_tokens(word: str) -> int:
+    if DENSE.search(word):  # it is no word, and has a token for one or two characters
+        if len(word) < 8 and not word.isdigit():
+            return len(word)
+        return (3 * len(word) + 3) // 4 - (1 < len(word) < 4)
+    return 1 + (len(word) - 1) // (4 if word.isascii() else 2)
 
 
 def _joined(sections: Iterable[Section], tiny: int, limit: int) -> Iterator[Section]:
@@ -102,11 +119,15 @@ def _join(one: Section, other: Section) -> Section | None:
 
 def _parts(text: str, room: int, overlap: int, limit: int, is_markdown: bool) -> Iterator[str]:
     """`text` in parts of at most `room` characters and `limit` tokens."""
-    if len(text) > room:
-        for part in _splitter(is_markdown, room, overlap).chunks(text):
-            yield from _parts_by_tokens(part, limit, is_markdown)
-    elif text:
+    if len(text) <= room:
         yield from _parts_by_tokens(text, limit, is_markdown)
+        return
+    for segment, head in long_tables(text, room) if is_markdown else [(text, "")]:
+        space = room - len(head)
+        chunks = [segment] if len(segment) <= space else _splitter(is_markdown, space, overlap).chunks(segment)
+        for chunk in chunks:
+            for part in _parts_by_tokens(chunk, limit - tokens(head), is_markdown):
+                yield head + part
 
 
 def _parts_by_tokens(text: str, limit: int, is_markdown: bool) -> Iterator[str]:
@@ -124,6 +145,6 @@ def _parts_by_tokens(text: str, limit: int, is_markdown: bool) -> Iterator[str]:
 def _splitter(is_markdown: bool, room: int, overlap: int) -> MarkdownSplitter | TextSplitter:
     try:
         from semantic_text_splitter import MarkdownSplitter, TextSplitter
-    except ImportError as exc:
+    except ImportError as exc:  # what fits in one piece requires nothing
         raise missing("rag", "A document of more than one piece") from exc
     return MarkdownSplitter(room, overlap) if is_markdown else TextSplitter(room, overlap)
