@@ -23,6 +23,8 @@ from llama_smart_proxy.proxy.chat import Observer
 from llama_smart_proxy.proxy.config import Config
 from llama_smart_proxy.proxy.fetching import Fetcher, Pages
 from llama_smart_proxy.proxy.http.running import Running
+from llama_smart_proxy.proxy.knowledge.base import Viewer
+from llama_smart_proxy.proxy.knowledge.knowledge import Knowledge
 from llama_smart_proxy.proxy.knowledge.reading.reader import DocumentReader
 from llama_smart_proxy.proxy.metrics import Metrics
 from llama_smart_proxy.proxy.middleware.afterwards import Afterwards
@@ -50,6 +52,7 @@ class Lasting:
     downloads: Downloads
     pool: Pool
     metrics: Metrics
+    knowledge: Knowledge
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     conversations: Conversations = field(default_factory=Conversations)
     running: Running = field(default_factory=Running)
@@ -118,6 +121,7 @@ class Generation:
             latest,
             Access(config.server),
             lasting.metrics,
+            library=lasting.knowledge.seen_by(Viewer()),
             pages=lasting.pages,
             fetcher=Fetcher(allow_private=config.knowledge.allow_private),
         )
