@@ -53,7 +53,7 @@ async def put_source(http: web.BaseRequest) -> web.Response:
     if "url" in http.query:
         url = http.query["url"]
         page = await _fetched(http, url)
-        file = library.incoming / secrets.token_hex(16)
+        file = (await library.incoming()) / secrets.token_hex(16)
         try:
             await run_in_thread(partial(file.write_bytes, page.data))
             member = await library.add_source(collection.id, url, file, page.media_type)
@@ -63,7 +63,7 @@ async def put_source(http: web.BaseRequest) -> web.Response:
         source = http.query.get("source", "")
         if not source or len(source) > LONGEST or not source.isprintable():
             raise BadRequest(f"source must be a path or a URL of at most {LONGEST} characters", param="source")
-        async with uploaded(http, library.incoming, settings.max_file_mib, is_form=False) as upload:
+        async with uploaded(http, await library.incoming(), settings.max_file_mib, is_form=False) as upload:
             member = await library.add_source(collection.id, source, upload.path, upload.media_type)
     document = shape(http, collection, member) if member is not None else None
     return web.json_response({"changed": member is not None, "document": document})
@@ -71,14 +71,16 @@ async def put_source(http: web.BaseRequest) -> web.Response:
 
 async def _fetched(http: web.BaseRequest, url: str) -> Page:
     """The page at `url`. Hosts of `knowledge.allow_private` are for administrators. Raises: BadRequest."""
-    settings = http[PROXY].config.knowledge
-    fetcher = Fetcher(allow_private=settings.allow_private if viewer_of(http).is_admin else ())
+    proxy = http[PROXY]
+    limits = Limits(max_bytes=proxy.config.knowledge.max_file_mib * 2**20, total_s=FETCH_S)
+    fetcher = proxy.fetcher if viewer_of(http).is_admin else Fetcher()
     try:
-        return await fetcher.get(url, limits=Limits(max_bytes=settings.max_file_mib * 2**20, total_s=FETCH_S))
+        return await fetcher.get(url, limits=limits)
     except FetchError as exc:
         raise BadRequest(f"the page cannot be fetched: {exc}", code="not_fetched", param="url") from None
     finally:
-        await fetcher.close()
+        if fetcher is not proxy.fetcher:
+            await fetcher.close()
 
 
 def shape(http: web.BaseRequest, collection: Collection, member: Member) -> Json:
