@@ -63,7 +63,7 @@ async def done(library: Library, collection: str) -> Collection:
 
 async def uploaded(library: Library, name: str, text: str) -> str:
     """The id of a new document."""
-    file = library.incoming / f"{name}.part"
+    file = await library.incoming() / f"{name}.part"
     file.write_text(text)
     return (await library.upload(file, name)).id
 
