@@ -218,7 +218,7 @@ async def test_what_a_crash_has_left_behind_is_removed(tmp_path: Path) -> None:
                 (tmp_path / "knowledge" / name).write_text("x")
         async with staged(server, tmp_path) as stage:
             await stage.library.documents()
-            assert stage.kept == before and list(stage.library.incoming.iterdir()) == []
+            assert stage.kept == before and list((await stage.library.incoming()).iterdir()) == []
 
 
 async def test_a_batch_that_is_cancelled_and_a_collection_that_is_deleted_are_not_added(stage: Stage) -> None:
