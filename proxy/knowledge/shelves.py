@@ -80,7 +80,8 @@ class Shelves:
 
     async def _ready(self, kept: Kept, identity: str, dimensions: int) -> None:
         async with self._making:
-            index = self._index = self._index or await run_in_thread(self._make)
+            index = self._index or await run_in_thread(self._make)
+            self._index = index
         name = kept.collection.id
         shelf = self._shelves.setdefault(name, _Shelf())
         async with shelf.lock:
@@ -106,7 +107,7 @@ class Shelves:
         return await self._database.run(work)
 
     async def change(self, changes: Sequence[Change]) -> None:
-        """Follow changes that the catalogue has. Where that fails, the collection is filled again with its next search."""
+        """Follow changes that the catalogue has. Where that fails, the next search fills the collection again."""
         for change in changes:
             shelf = self._shelves.get(change.collection)
             if shelf is None or self._index is None:
