@@ -23,8 +23,8 @@ MAX_PART = 80
 """Characters of one heading in a path."""
 TITLE_PARTS = re.compile(r" [|\u00b7\u2013\u2014-] |: ")
 LONG_ENOUGH = 8
-"""A heading that is one of these parts of the title ("Setup | Manual") is not repeated, nor is one of so many characters
-anywhere in it."""
+"""A heading that is one of these parts of the title ("Setup | Manual") is not repeated, nor is one of so many
+characters anywhere in it."""
 TINY = 5
 """A piece of less than this fraction of the limit is joined with its neighbours."""
 TOKENS = 440

@@ -36,16 +36,17 @@ def main(argv: list[str]) -> None:
     logging.disable(logging.CRITICAL)  # libraries describe documents in the log
     source, sink = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr  # what a library prints is no frame
-    while (request := received(source)) is not None and (content := received(source)) is not None:
+    while (request := received(source)) is not None:
         _renew(limits)
-        if not _answer(orjson.loads(request), content, sink, limits):
+        if not _answer(orjson.loads(request), source, sink, limits):
             break
 
 
-def _answer(request: Json, content: bytes, sink: BinaryIO, limits: Limits) -> bool:
+def _answer(request: Json, source: BinaryIO, sink: BinaryIO, limits: Limits) -> bool:
     """Write the pieces of one document. False if this process is not to read another one."""
     outcome: Json = {}
     try:
+        content = received(source) or b""
         if path := request["path"]:
             content = _content(path)
         chunking = Chunking(request["characters"], request["overlap"])
