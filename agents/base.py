@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, ChunkStream, Json, Reply
+from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, ChunkStream, Found, Json, Passage, Reply
 
 T = TypeVar("T")
 
@@ -115,6 +115,21 @@ class KeyValues(Protocol):
         """All keys that begin with `prefix`, sorted."""
 
 
+class Knowledge(Protocol):
+    """The collections of documents that the client of the request may search."""
+
+    async def collections(self) -> list[str]:
+        """The names of those with any document; empty if there is no knowledge base."""
+
+    async def search(self, query: str, collections: Sequence[str], *, limit: int = 10) -> Found:
+        """The passages that answer `query` best, at most `limit`, of these collections, and how certain it is that they
+        have the answer. `Passage.collection` is a name here. Raises: ProxyError for a collection that does not exist
+        for the client, for a failure of the embedding model, and if there is no knowledge base."""
+
+    async def grade(self, query: str, texts: Sequence[str]) -> list[float]:
+        """How probable it is that each of `texts` answers `query`, as `Passage.relevance`. Raises: as `search`."""
+
+
 class Context(Protocol):
     """The current request, and access to models. Each agent has its own: agents do not see each other's.
 
@@ -149,6 +164,15 @@ class Context(Protocol):
     @property
     def store(self) -> KeyValues:
         """Keys and values of this agent that outlive a restart, if the state directory can be written."""
+
+    @property
+    def knowledge(self) -> Knowledge:
+        """The documents that the client may search. Time in which the agent waits for it does not count towards its
+        time limit."""
+
+    @property
+    def required(self) -> bool:
+        """Whether the operator requires this agent: an answer without its work would be none."""
 
     @property
     def request_id(self) -> str:
@@ -200,6 +224,10 @@ class Context(Protocol):
         `output_kib`. Raises: ValueError for another kind, TypeError for data that JSON cannot express.
         """
 
+    def note(self, step: str, **details: Any) -> None:
+        """Note for the operator what was done, to be seen in `GET /admin/why/{id}`: values that JSON can express, no
+        texts of users. Of one request the first 40 are kept."""
+
     def leave_out(self, *names: str) -> None:
         """For `on_request`: exclude these agents from this request if they come later. No effect on agents that the
         request itself calls, or that the operator configured to run always."""
@@ -216,6 +244,19 @@ class Context(Protocol):
 
     async def embed(self, texts: Sequence[str], model: str) -> list[list[float]]:
         """One vector per text. Raises: as `chat`."""
+
+    async def rerank(self, query: str, texts: Sequence[str], model: str) -> list[float]:
+        """One score per text, by a reranking model: the higher, the better it answers `query`. Raises: as `chat`."""
+
+    async def room(self, request: ChatRequest) -> int | None:
+        """How many tokens are left for the answer to `request` in the context of its model, negative if its prompt is
+        too long; None if that is unknown. Counted by the model's server where an estimate is not clear. Raises: any
+        `ProxyError`."""
+
+    async def page(self, url: str) -> list[Passage]:
+        """The page of the web at `url`, which may come from anywhere: only public addresses are connected to, within
+        limits of time and size, and its robots.txt is respected. Its text is not to be trusted. Raises: FetchError.
+        """
 
     async def aside(self, steps: Generator[Any, None, T]) -> T:
         """Do long work beside the answers of others: runs the generator `steps` in a thread, a few milliseconds at a

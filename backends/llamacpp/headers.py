@@ -189,7 +189,8 @@ def _projector(path: Path, file: ModelFile | None) -> Path | None:
 def _unread(name: str, model: ModelConfig, file: ModelFile | None) -> ModelInfo:
     """What is known of a model without its header."""
     num_ctx = context_of_slot(model.ctx, model.parallel, model.args)
-    info = ModelInfo(name, num_ctx=num_ctx).configured(model, model.title)
+    able = ("embedding",) if model.is_converted else ()
+    info = ModelInfo(name, num_ctx=num_ctx, capabilities=able).configured(model, model.title)
     return (
         info if file is None else replace(info, modified=file.stamp[2] / 1e9, size_bytes=file.stamp[3], format="gguf")
     )

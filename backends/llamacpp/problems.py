@@ -13,7 +13,7 @@ from llama_smart_proxy.backends.base import Problem
 from llama_smart_proxy.backends.llamacpp.command import EMBEDDED, server_command
 from llama_smart_proxy.backends.threads import within
 from llama_smart_proxy.backends.weights import hub_cache
-from llama_smart_proxy.backends.weights.files import locate, resolve
+from llama_smart_proxy.backends.weights.files import check, locate
 from llama_smart_proxy.proxy.config import Config, ModelConfig, missing_paths
 from llama_smart_proxy.proxy.errors import ConfigError, StartFailed
 
@@ -64,7 +64,7 @@ def _model_problems(where: str, name: str, model: ModelConfig) -> Iterator[Probl
             yield Problem(f"{where}.repo", "is not in the local Hugging Face cache, and HF_HUB_OFFLINE is set")
         return
     try:
-        resolve(name, model)
+        check(name, model)
     except StartFailed as exc:
         source = "path" if model.path is not None else "package"
         yield Problem(f"{where}.{source}", exc.message.removeprefix(f"Model '{name}': "))

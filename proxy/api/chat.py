@@ -232,7 +232,8 @@ class Chat:
         calls = self._side_calls(scope, depth, priority_of(self.task), route.model)
         facts = RequestFacts(
             self.http.headers, self.http.path.rstrip("/"), self.http[RECORD].request_id, route.model.kind, selection,
-            chat, asked_model=asked_model, store=self.proxy.store, wait=self.wait,
+            chat, asked_model=asked_model, store=self.proxy.store, wait=self.wait, library=self.proxy.library,
+            pages=self.proxy.pages,
         )  # fmt: skip
         contexts = [AgentContext(active, facts, scope, calls) for active in selection.chain]
         try:
@@ -247,7 +248,8 @@ class Chat:
             for ctx in contexts:
                 spent_s, now = ctx.timer.spent_s, time.monotonic()
                 ctx.active.plugin.counts.spent_s += spent_s
-                self.http[RECORD].note(StepKind.AGENT, now - spent_s, now, agent=ctx.active.plugin.name)
+                noted: Json = {"notes": ctx.notes} if ctx.notes else {}
+                self.http[RECORD].note(StepKind.AGENT, now - spent_s, now, agent=ctx.active.plugin.name, **noted)
 
     def _side_calls(self, scope: Scope, depth: int, priority: Priority, model: Model) -> SideCalls:
         router = self.proxy.router.including(model)

@@ -73,6 +73,11 @@ class ApiKeyConfig(Section):
     agents: Annotated[list[str], BeforeValidator(shapes.comma_list)] | None = Field(
         default=None, description="Names of the only agents that it may call; those that always run still do."
     )
+    collections: Annotated[list[str], BeforeValidator(shapes.comma_list)] | None = Field(
+        default=None,
+        description="Names or patterns (* and ?) of the only collections of the operator that it may search; default: "
+        "all.",
+    )
     requests_per_minute: int | None = Field(default=None, ge=1, description="Most requests in a minute; default: any.")
     tokens_per_minute: int | None = Field(
         default=None, ge=1, description="Most tokens in a minute, of prompts and answers; default: any."
@@ -97,6 +102,8 @@ class ApiKeyConfig(Section):
         self.name = self.name or f"key-{self._digest.hex()[:8]}"
         if self.is_admin and self.models is not None:
             raise ValueError("scope admin is for all models; leave out models")
+        if self.is_admin and self.collections is not None:
+            raise ValueError("scope admin is for all collections; leave out collections")
         return self
 
     @property

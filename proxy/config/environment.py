@@ -1,8 +1,8 @@
 """Settings from outside the file: `LSP_*` variables, those of the replaced projects, and command line flags.
 
 `LSP_SERVER__PORT=8080` sets `server.port`: two underscores separate levels. Names of models and remotes are matched
-ignoring case and characters that a variable name cannot contain: `LSP_MODELS__SMOLLM2_EMBED__CTX` sets the `ctx` of
-`smollm2-embed`.
+ignoring case and characters that a variable name cannot contain: `LSP_MODELS__QWEN3_SMALL__CTX` sets the `ctx` of
+`qwen3-small`.
 """
 
 from __future__ import annotations

@@ -18,6 +18,8 @@ from llama_smart_proxy.proxy.config.section import Section
 
 BackendName = Literal["llama.cpp", "ollama"]
 RunnerName = Literal["llama.cpp", "ollama", "command"]
+EMBEDDING_FLAGS = {"--embedding", "--embeddings"}
+RERANKING_FLAGS = {"--rerank", "--reranking"}
 Port = Annotated[int, Field(ge=1, le=65535)]
 
 
@@ -25,6 +27,12 @@ class PoolConfig(Section):
     """The llama-server processes: their number, ports and time limits."""
 
     size: int = Field(default=2, ge=1, description="Most llama-server processes that live at one time.")
+    helpers: int = Field(
+        default=1,
+        ge=0,
+        description="Most processes of helpers (models for embeddings and reranking) that live beside those; neither "
+        "makes room for the other. 0: they are like other models.",
+    )
     host: str = Field(default="127.0.0.1", description="Loopback address the processes listen on.")
     port_start: Port = Field(default=11600, description="First port given to a process.")
     port_end: Port | None = Field(default=None, description="Last port given to a process; by default port_start + 99.")
@@ -111,12 +119,18 @@ class ModelConfig(CardConfig, CommandConfig):
 
     path: Path | None = Field(default=None, description="GGUF file on disk.")
     package: str | None = Field(
-        default=None, description="Installed Python package that contains the GGUF named by `file`."
+        default=None, description="Installed Python package that contains the weights named by `file`."
     )
-    file: str | None = Field(default=None, description="File name of the GGUF inside `package`.")
+    file: str | None = Field(
+        default=None,
+        description="File inside `package`: a GGUF, or the .safetensors of a BERT embedding model, of which a GGUF is "
+        "made once.",
+    )
     repo: str | None = Field(default=None, description="Hugging Face repository, such as org/name-GGUF.")
     variant: str | None = Field(
-        default=None, description="Which file of `repo`: a quantisation such as Q4_K_M, a file name, or a pattern."
+        default=None,
+        description="Which file of `repo`: a quantisation such as Q4_K_M, a file name, or a pattern. What to make of "
+        "safetensors: Q8_0 or F16.",
     )
     title: str | None = Field(
         default=None,
@@ -164,6 +178,11 @@ class ModelConfig(CardConfig, CommandConfig):
     )
     preload: bool = Field(default=False, description="Load it when the proxy starts.")
     pinned: bool = Field(default=False, description="Never evict it to make room for another model.")
+    helper: bool | None = Field(
+        default=None,
+        description="Whether it has one of the places of server_pool.helpers; by default models for embeddings and "
+        "reranking do.",
+    )
     resumable_streams: bool = Field(
         default=False,
         description="Let clients resume a stream by X-Conversation-Id and /v1/stream of llama-server, which then "
@@ -177,6 +196,21 @@ class ModelConfig(CardConfig, CommandConfig):
     def has_source(self) -> bool:
         """Whether any field that names weights is set."""
         return any((self.path, self.package, self.file, self.repo, self.variant))
+
+    @property
+    def is_converted(self) -> bool:
+        """Whether its GGUF file is made of safetensors, and so is an embedding model's."""
+        return self.package is not None and (self.file or "").endswith(".safetensors")
+
+    @property
+    def embeds(self) -> bool:
+        """Whether its source or its flags show that it makes vectors in place of texts."""
+        return self.is_converted or not EMBEDDING_FLAGS.isdisjoint(self.args)
+
+    @property
+    def reranks(self) -> bool:
+        """Whether its flags show that it ranks documents in place of writing texts."""
+        return not RERANKING_FLAGS.isdisjoint(self.args)
 
 
 class LlamaCppConfig(Section):

@@ -30,6 +30,8 @@ class Splitter(Protocol):
 
     @property
     def rest(self) -> bytes: ...
+    @property
+    def held(self) -> int: ...
     def push(self, data: bytes) -> bytes: ...
     def split(self, whole: bytes) -> list[bytes]: ...
     def has_content(self, whole: bytes) -> bool: ...
@@ -49,6 +51,11 @@ class LineSplitter:
     def rest(self) -> bytes:
         """The bytes of the incomplete line."""
         return bytes(self._held)
+
+    @property
+    def held(self) -> int:
+        """The length of `rest`."""
+        return len(self._held)
 
     def push(self, data: bytes) -> bytes:
         """All lines that `data` completes; may be empty. Raises: FrameTooLong."""
@@ -91,6 +98,11 @@ class EventSplitter:
     def rest(self) -> bytes:
         """The bytes of the incomplete event."""
         return bytes(self._held)
+
+    @property
+    def held(self) -> int:
+        """The length of `rest`."""
+        return len(self._held)
 
     def push(self, data: bytes) -> bytes:
         """All events that `data` completes; may be empty. Raises: FrameTooLong."""

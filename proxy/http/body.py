@@ -14,8 +14,8 @@ from __future__ import annotations
 import codecs
 import json
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -120,16 +120,23 @@ async def offload(http: web.BaseRequest, work: Callable[[A], R], value: A) -> R:
 
 
 async def _upload(http: web.BaseRequest, max_bytes: int) -> bytes:
-    if http.headers.get("Expect", "").lower() == "100-continue" and http.transport is not None:
-        http.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")  # curl waits for it before it sends a large body
-    connection = http.protocol
     raw = bytearray()
-    with connection.receiving_body(http.content) if isinstance(connection, FrontConnection) else nullcontext():
-        async for piece in http.content.iter_any():  # http.read() would keep a copy as long as the request lives
+    async with aclosing(arriving(http)) as pieces:
+        async for piece in pieces:
             raw += piece
             if len(raw) > max_bytes:
                 raise _too_large(max_bytes)
     return bytes(raw)
+
+
+async def arriving(http: web.BaseRequest) -> AsyncGenerator[bytes, None]:
+    """The body in pieces, as it arrives, within the limits of time. `http.read()` would keep a copy of it all."""
+    if http.headers.get("Expect", "").lower() == "100-continue" and http.transport is not None:
+        http.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")  # curl waits for it before it sends a large body
+    connection = http.protocol
+    with connection.receiving_body(http.content) if isinstance(connection, FrontConnection) else nullcontext():
+        async for piece in http.content.iter_any():
+            yield piece
 
 
 def _parse_compressed(raw: bytes, coding: str, max_bytes: int) -> Body:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -78,6 +79,17 @@ class Embedder(Protocol):
 
     async def embed(self, texts: Sequence[str], *, background: bool = False) -> Vectors:
         """One vector per text. In the `background` it yields to the questions of people. Raises: ProxyError."""
+
+
+class Ranker(Embedder, Protocol):
+    """An embedder that may have a reranking model as well."""
+
+    @property
+    def reranks(self) -> bool:
+        """Whether one is configured."""
+
+    async def rerank(self, query: str, texts: Sequence[str]) -> list[float]:
+        """The score of each text for `query`, the higher the better, without bounds. Raises: ProxyError."""
 
 
 class Row(NamedTuple):
@@ -188,13 +200,27 @@ class Member:
     pieces: int = 0
     attributes: Mapping[str, Any] = field(default_factory=dict)
     chunking: Chunking = Chunking()
+    batch: str = ""
+    """The id that `attach` was called with, for files that were added together."""
 
 
 @dataclass(frozen=True, slots=True)
 class Viewer:
-    """Who uses the knowledge base: the name of the API key; whether it may see all; and the names of collections of
-    others that it may search (None: all that the operator made). It always has those that it made itself."""
+    """Who uses the knowledge base: `client` owns what it makes there, and is empty for the operator; `is_admin` may see
+    and change all; `collections` are names or patterns (* and ?) of those of the operator that it may search (None: all
+    of them). Those of other clients do not exist for it."""
 
     client: str = ""
     is_admin: bool = True
-    collections: frozenset[str] | None = None
+    collections: tuple[str, ...] | None = None
+
+    def may_change(self, owner: str) -> bool:
+        """Whether it may change what `owner` has made."""
+        return self.is_admin or owner == self.client
+
+    def may_search(self, owner: str, name: str) -> bool:
+        """Whether the collection `name` of `owner` exists for it."""
+        if self.may_change(owner):
+            return True
+        allowed = self.collections is None or any(fnmatchcase(name, pattern) for pattern in self.collections)
+        return not owner and allowed

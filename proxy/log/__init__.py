@@ -75,6 +75,7 @@ def configure(level: str, wanted: str = "auto", *, with_content: bool = True) ->
     handler = _Handler(Writer(fd, encoding, lambda lost: _lost(form, lost)), form, with_content)
     logging.basicConfig(handlers=[handler], force=True)
     logging.getLogger("asyncio").setLevel("WARNING")
+    logging.getLogger("gguf").setLevel("WARNING")
     logging.raiseExceptions = False  # a log that cannot be written must not disturb the stream being served
     access.with_content = with_content
     set_level(level)

@@ -10,20 +10,26 @@ from functools import cached_property
 from typing import Any, TypeVar, cast
 
 from llama_smart_proxy.agents.base import About
-from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, ChunkStream, Json, Reply, fold
+from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, ChunkStream, Json, Passage, Reply, fold
 from llama_smart_proxy.proxy.errors import AgentError
+from llama_smart_proxy.proxy.fetching import FetchError, Pages
 from llama_smart_proxy.proxy.http.aside import Worker, in_thread
 from llama_smart_proxy.proxy.http.headers import is_credential
+from llama_smart_proxy.proxy.knowledge.library import Library
 from llama_smart_proxy.proxy.middleware.chain import ActiveAgent, Selection
+from llama_smart_proxy.proxy.middleware.knowledge import KnowledgeView
 from llama_smart_proxy.proxy.middleware.scope import HookTimer, Scope
 from llama_smart_proxy.proxy.middleware.side_calls import SideCalls
 from llama_smart_proxy.proxy.store import KeyValues, Store
+from llama_smart_proxy.proxy.stream.tokens import room_for
 from llama_smart_proxy.proxy.stream.waiting import KINDS, Wait
 
 T = TypeVar("T")
 
 ASIDE_S = 0.004
 """Seconds of long work before a pause in which others go on."""
+MAX_NOTES = 40
+"""Most notes of an agent that are kept of one request."""
 
 
 class RequestFacts:
@@ -41,12 +47,16 @@ class RequestFacts:
         asked_model: str = "",
         store: Store | None = None,
         wait: Wait | None = None,
+        library: Library | None = None,
+        pages: Pages | None = None,
     ) -> None:
         self._all_headers = headers
         self.request = request or ChatRequest({})
         self.asked_model = asked_model
         self.store = store or Store(None)
         self.wait = wait
+        self.library = library
+        self.pages = pages
         self._users = self.request.body.get("user"), self.request.body.get("metadata")
         self.api = api
         self.request_id = request_id
@@ -87,6 +97,7 @@ class AgentContext:
         self._event_bytes = 0
         self.failed = False
         self.leaves_out: set[str] = set()
+        self.notes: list[Json] = []
         self._facts = facts
         self._calls = calls
 
@@ -111,6 +122,14 @@ class AgentContext:
     @cached_property
     def store(self) -> KeyValues:
         return KeyValues(self._facts.store, self.name)
+
+    @cached_property
+    def knowledge(self) -> KnowledgeView:
+        return KnowledgeView(self._facts.library, self.timer)
+
+    @property
+    def required(self) -> bool:
+        return self.active.settings.required
 
     @property
     def headers(self) -> Mapping[str, str]:
@@ -137,6 +156,10 @@ class AgentContext:
             message = f"sent over {self.output_limit // 1024} KiB of events"
             raise AgentError(self.name, message, code="agent_output")
 
+    def note(self, step: str, **details: Any) -> None:
+        if len(self.notes) < MAX_NOTES:
+            self.notes.append({"step": step, **details})
+
     def leave_out(self, *names: str) -> None:
         self.leaves_out.update(names)
 
@@ -151,6 +174,20 @@ class AgentContext:
     async def embed(self, texts: Sequence[str], model: str) -> list[list[float]]:
         with self.timer.awaiting_model():
             return await self._calls.embed(self.name, texts, model)
+
+    async def rerank(self, query: str, texts: Sequence[str], model: str) -> list[float]:
+        with self.timer.awaiting_model():
+            return await self._calls.rerank(self.name, query, texts, model)
+
+    async def room(self, request: ChatRequest) -> int | None:
+        with self.timer.awaiting_model():
+            return await room_for((await self._calls.router.resolve(request.model)).model, request)
+
+    async def page(self, url: str) -> list[Passage]:
+        if self._facts.pages is None:
+            raise FetchError("this proxy reads no pages", refused=True)
+        with self.timer.awaiting_model():  # it ends, and it is not the agent's fault how long a server takes
+            return await self._facts.pages.passages(url)
 
     async def aside(self, steps: Generator[Any, None, T]) -> T:
         with self.timer.awaiting_model():  # it ends: each step does, and it is not the agent's fault how long it waits

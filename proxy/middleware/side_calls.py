@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
 from functools import partial
 
-from llama_smart_proxy.backends.base import Priority, UpstreamRequest
+from llama_smart_proxy.backends.base import Model, Priority, UpstreamRequest
 from llama_smart_proxy.backends.http.turns import breathe
 from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, Json
 from llama_smart_proxy.proxy.config import LimitsConfig
@@ -24,7 +24,8 @@ from llama_smart_proxy.proxy.http.body import serialise
 from llama_smart_proxy.proxy.middleware.scope import Scope
 from llama_smart_proxy.proxy.models.router import Router
 from llama_smart_proxy.proxy.stream.answer import ModelAnswer
-from llama_smart_proxy.proxy.stream.embeddings import embed
+from llama_smart_proxy.proxy.stream.embeddings import PostJson, embed
+from llama_smart_proxy.proxy.stream.rerank import rerank
 from llama_smart_proxy.proxy.stream.upstream import ANSWER_LIMIT, JSON_HEADERS, fetch_json
 
 logger = logging.getLogger(__name__)
@@ -80,24 +81,35 @@ class SideCalls:
 
     async def embed(self, agent: str, texts: Sequence[str], model: str) -> list[list[float]]:
         """One vector per text. Raises: as a side call."""
+        async with self._posting(agent, model) as (found, post):
+            return (await embed(found, EmbeddingRequest(list(texts)), post)).vectors
+
+    async def rerank(self, agent: str, query: str, texts: Sequence[str], model: str) -> list[float]:
+        """One score per text. Raises: as a side call."""
+        async with self._posting(agent, model) as (found, post):
+            return await rerank(found.name, query, texts, post)
+
+    @asynccontextmanager
+    async def _posting(self, agent: str, name: str) -> AsyncIterator[tuple[Model, PostJson]]:
+        """The model of that name, and a function that posts a JSON body to a path of its server, as a side call."""
         self._count_call(agent)
         bounded: _BoundedWait | None = None
         try:
             async with self.semaphore, asyncio.timeout(self.limits.side_call_s) as limit:
-                route = await self.router.resolve(model)
+                model = (await self.router.resolve(name)).model
                 bounded = _BoundedWait(limit)
 
                 async def post(path: str, body: Json) -> Json:
                     assert bounded is not None
-                    prepared = route.model.prepare(body)
+                    prepared = model.prepare(body)
                     request = self._request(path, body, prepared)
                     self.waiting.add(bounded)
                     try:
-                        return await fetch_json(route.model, request, partial(self.waiting.discard, bounded))
+                        return await fetch_json(model, request, partial(self.waiting.discard, bounded))
                     finally:
                         self.waiting.discard(bounded)
 
-                return (await embed(route.model, EmbeddingRequest(list(texts)), post)).vectors
+                yield model, post
         except TimeoutError:
             if bounded is not None and bounded.failure is not None:
                 raise bounded.failure from None

@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
-from llama_smart_proxy.proxy.store.schema import MIGRATIONS, Row, Sql, Unavailable, statements
+from llama_smart_proxy.proxy.store.schema import STATE, Row, Schema, Sql, Unavailable
 
 if TYPE_CHECKING:
     import asyncpg
@@ -42,10 +42,11 @@ _TYPES = (
 
 
 class Postgres:
-    """The database at `url`, with tables in the schema `llama_smart_proxy`. A `schema.Database`."""
+    """The database at `url`, with tables in a namespace of their own. A `schema.Database`."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, schema: Schema = STATE) -> None:
         self._url = url
+        self._schema = schema
         parts = urlsplit(url)
         self.place = f"{parts.hostname or 'localhost'}{parts.path}"
         self._connection: asyncpg.Connection | None = None
@@ -112,7 +113,7 @@ class Postgres:
         try:
             sql = _Connection(self._loop.run_until_complete(_connected(self._url)), self._loop)
             self._connection = sql.connection
-            _prepare(sql)
+            _prepare(sql, self._schema)
         except Exception as exc:
             raise self._unavailable(exc) from exc
         if self._down:
@@ -165,22 +166,22 @@ async def _connected(url: str) -> asyncpg.Connection:
     return await asyncpg.connect(url, timeout=CONNECT_S, command_timeout=COMMAND_S)
 
 
-def _prepare(sql: _Connection) -> None:
+def _prepare(sql: _Connection, schema: Schema) -> None:
     """Make the tables that are missing. Raises: Unavailable if they are of a newer version."""
     sql.run(f"BEGIN; SELECT pg_advisory_xact_lock({LOCK})")
     try:
-        if sql.execute("SELECT to_regnamespace('llama_smart_proxy') IS NULL") == [(True,)]:
-            sql.run("CREATE SCHEMA llama_smart_proxy")  # only then: it requires a right, also with IF NOT EXISTS
-        sql.run("SET search_path TO llama_smart_proxy")
+        if sql.execute("SELECT to_regnamespace(?) IS NULL", (schema.namespace,)) == [(True,)]:
+            sql.run(f"CREATE SCHEMA {schema.namespace}")  # only then: it requires a right, also with IF NOT EXISTS
+        sql.run(f"SET search_path TO {schema.namespace}")
         sql.run("CREATE TABLE IF NOT EXISTS version (number BIGINT)")
         found = sql.execute("SELECT number FROM version")
         version = found[0][0] if found else 0
-        if version > len(MIGRATIONS):
+        if version > schema.version:
             raise Unavailable("a newer version of the proxy has made its tables")
-        for statement in statements(version):
+        for statement in schema.statements(version):
             sql.run(_translated(statement))
-        if version < len(MIGRATIONS):
-            sql.run(f"DELETE FROM version; INSERT INTO version VALUES ({len(MIGRATIONS)})")
+        if version < schema.version:
+            sql.run(f"DELETE FROM version; INSERT INTO version VALUES ({schema.version})")
         sql.run("COMMIT")
     except BaseException:
         with suppress(Exception):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
@@ -59,6 +60,26 @@ class Unavailable(Exception):
     """The database cannot be used now; the message contains no credentials."""
 
 
-def statements(version: int) -> list[str]:
-    """What leads from this version of the schema to the present one."""
-    return [text for migration in MIGRATIONS[version:] for text in map(str.strip, migration.split(";")) if text]
+@dataclass(frozen=True, slots=True)
+class Schema:
+    """The tables of one database: its `file` in the state directory, or its `namespace` in Postgres. Without `memory`,
+    a file that cannot be used makes it `Unavailable`, and nothing is kept in memory instead."""
+
+    file: str
+    namespace: str
+    migrations: Sequence[str]
+    memory: bool = True
+
+    @property
+    def version(self) -> int:
+        """The present one."""
+        return len(self.migrations)
+
+    def statements(self, version: int) -> list[str]:
+        """What leads from this version of the schema to the present one."""
+        later = self.migrations[version:]
+        return [text for migration in later for text in map(str.strip, migration.split(";")) if text]
+
+
+STATE = Schema("state.db", "llama_smart_proxy", MIGRATIONS)
+"""What the proxy remembers: values, usage and requests."""

@@ -12,16 +12,17 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llama_smart_proxy.proxy.store.schema import MIGRATIONS, Row, Sql, Unavailable, statements
+from llama_smart_proxy.proxy.store.schema import STATE, Row, Schema, Sql, Unavailable
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-FILE = "state.db"
+FILE = STATE.file
 BUSY_S = 5.0
 """Longest wait in seconds for another process that writes to the file."""
 _BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
@@ -45,8 +46,9 @@ def state_dir(configured: Path | None, environ: Mapping[str, str]) -> Path | Non
 class SQLite:
     """The file in `folder`, or the memory if that is None. A `schema.Database`."""
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, schema: Schema = STATE) -> None:
         self._folder = folder
+        self._schema = schema
         self._connection: _Connection | None = None
 
     def transaction(self, work: Callable[[Sql], T], *, essential: bool) -> T:
@@ -55,7 +57,7 @@ class SQLite:
             return _transaction(self._opened(), work)
         except sqlite3.DatabaseError as exc:
             if _is_busy(exc):
-                raise Unavailable(f"another process keeps {FILE} locked: {exc}") from exc
+                raise Unavailable(f"another process keeps {self._schema.file} locked: {exc}") from exc
             if self._folder is None or not self._recover(exc, essential):
                 raise
         return _transaction(self._opened(), work)
@@ -63,7 +65,9 @@ class SQLite:
     def exists(self) -> bool:
         """As `Database.exists`."""
         with suppress(OSError):  # it cannot be known, as in a folder of others
-            return self._connection is not None or (self._folder is not None and (self._folder / FILE).exists())
+            return self._connection is not None or (
+                self._folder is not None and (self._folder / self._schema.file).exists()
+            )
         return True
 
     def close(self) -> None:
@@ -81,8 +85,8 @@ class SQLite:
         damaged = type(exc) is sqlite3.DatabaseError  # "file is not a database", "disk image is malformed"
         if not damaged and (not isinstance(exc, sqlite3.OperationalError) or "syntax" in str(exc)):
             return False
-        if not damaged and not essential:
-            raise Unavailable(f"{FILE} cannot be written (setting state_dir): {exc}") from exc
+        if not damaged and not (essential and self._schema.memory):
+            raise self._unavailable(exc) from exc
         self.close()
         if damaged:
             self._set_aside(exc)
@@ -93,27 +97,33 @@ class SQLite:
     def _opened(self) -> _Connection:
         if self._connection is None:
             try:
-                self._connection = _connect(self._folder)
+                self._connection = _connect(self._folder, self._schema)
             except (OSError, sqlite3.OperationalError, _Newer) as exc:
                 if isinstance(exc, sqlite3.OperationalError) and _is_busy(exc):
                     raise
                 self._use_memory(exc)
-                self._connection = _connect(None)
+                self._connection = _connect(None, self._schema)
         return self._connection
 
+    def _unavailable(self, exc: BaseException) -> Unavailable:
+        return Unavailable(f"{self._schema.file} cannot be used (setting state_dir): {exc}")
+
     def _use_memory(self, exc: BaseException) -> None:
+        """Raises: Unavailable if that is not allowed."""
+        if not self._schema.memory:
+            raise self._unavailable(exc) from exc
         logger.warning("the state cannot be kept in %s, only in memory (setting state_dir): %s", self._folder, exc)
         self._folder = None
 
     def _set_aside(self, exc: BaseException) -> None:
         assert self._folder is not None
-        file = self._folder / FILE
-        aside = file.with_name(f"{FILE}.damaged-{time.strftime('%Y%m%d-%H%M%S')}")
+        file = self._folder / self._schema.file
+        aside = file.with_name(f"{file.name}.damaged-{time.strftime('%Y%m%d-%H%M%S')}")
         logger.warning("%s is damaged (%s), and now called %s; a new one is begun", file, exc, aside.name)
         try:
             file.rename(aside)
             for suffix in ("-wal", "-shm"):
-                file.with_name(FILE + suffix).unlink(missing_ok=True)
+                file.with_name(file.name + suffix).unlink(missing_ok=True)
         except OSError as failure:
             self._use_memory(failure)
 
@@ -140,32 +150,32 @@ def _is_busy(exc: sqlite3.Error) -> bool:
     return getattr(exc, "sqlite_errorcode", 0) & 0xFF in _BUSY
 
 
-def _connect(folder: Path | None) -> _Connection:
+def _connect(folder: Path | None, schema: Schema) -> _Connection:
     """Raises: OSError, sqlite3.Error, _Newer."""
     if folder is not None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        os.close(os.open(folder / FILE, os.O_RDWR | os.O_CREAT, 0o600))
-    target = ":memory:" if folder is None else str(folder / FILE)
+        os.close(os.open(folder / schema.file, os.O_RDWR | os.O_CREAT, 0o600))
+    target = ":memory:" if folder is None else str(folder / schema.file)
     connection = sqlite3.connect(target, timeout=BUSY_S, isolation_level=None)
     opened = _Connection(connection)
     try:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = NORMAL")
-        _transaction(opened, _migrate)
+        _transaction(opened, partial(_migrate, schema))
     except BaseException:
         connection.close()
         raise
     return opened
 
 
-def _migrate(sql: Sql) -> None:
+def _migrate(schema: Schema, sql: Sql) -> None:
     ((version,),) = sql.execute("PRAGMA user_version")
-    if version > len(MIGRATIONS):
-        raise _Newer(f"a newer version of the proxy has written {FILE}")
-    for statement in statements(version):
+    if version > schema.version:
+        raise _Newer(f"a newer version of the proxy has written {schema.file}")
+    for statement in schema.statements(version):
         sql.execute(statement)
-    if version < len(MIGRATIONS):
-        sql.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+    if version < schema.version:
+        sql.execute(f"PRAGMA user_version = {schema.version}")
 
 
 def _transaction(sql: _Connection, work: Callable[[Sql], T]) -> T:

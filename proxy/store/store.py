@@ -17,7 +17,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 from llama_smart_proxy.proxy.store.postgres import Postgres
-from llama_smart_proxy.proxy.store.schema import Database, Sql, Unavailable
+from llama_smart_proxy.proxy.store.schema import STATE, Database, Schema, Sql, Unavailable
 from llama_smart_proxy.proxy.store.sqlite import SQLite
 
 logger = logging.getLogger(__name__)
@@ -32,12 +32,12 @@ MAX_JOBS = 1000
 
 
 class Store:
-    """The Postgres at `url`, or else the file in `folder`, or the memory if that is None too. `run` may be called from
-    any event loop."""
+    """The tables of `schema`: in the Postgres at `url`, or else the file in `folder`, or the memory if that is None
+    too. `run` may be called from any event loop."""
 
-    def __init__(self, folder: Path | None, url: str = "") -> None:
+    def __init__(self, folder: Path | None, url: str = "", schema: Schema = STATE) -> None:
         self.is_remote = bool(url)
-        self._database: Database = Postgres(url) if url else SQLite(folder)
+        self._database: Database = Postgres(url, schema) if url else SQLite(folder, schema)
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._delayed: list[tuple[float, Callable[[], None]]] = []
         self._thread: threading.Thread | None = None

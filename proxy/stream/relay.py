@@ -52,6 +52,8 @@ _STREAMS: dict[str, type[EventSplitter] | type[LineSplitter]] = {
     "text/event-stream": EventSplitter,
     "application/x-ndjson": LineSplitter,
 }
+LONGEST_SIGN = 64 * 1024
+"""An unfinished frame of more bytes is a part of the answer, and neither a comment nor an announcement."""
 PROGRESS = b'"prompt_progress"'
 Unstreamed = Callable[[UpstreamResponse], Awaitable[web.StreamResponse]]
 """Answers a request for a stream although the server's answer, of which nothing was read yet, is none, or one for a
@@ -317,8 +319,9 @@ class _FrameSink:
             except FrameTooLong:
                 self._failure = frame_too_long()
                 return False
-        frames = self._splitter.rest + data
-        if self._splitter.has_content(frames):
+        long = self._splitter.held > LONGEST_SIGN  # looked at again with each piece, it would cost quadratic time
+        frames = data if long else self._splitter.rest + data
+        if long or self._splitter.has_content(frames):
             self._response.begun = True
             if not self._dialect.is_announcement(frames):
                 self._response.begin()

@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llama_smart_proxy.agents.base import About, Agent, Context, Options
+    from llama_smart_proxy.agents.base import About, Agent, Context, Knowledge, Options
     from llama_smart_proxy.agents.substitution import substitute
     from llama_smart_proxy.proxy.chat import (
         BackgroundKind,
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
         UpstreamFailed,
         UpstreamRefused,
     )
+    from llama_smart_proxy.proxy.fetching import Fetcher, FetchError, TimedCache
+    from llama_smart_proxy.proxy.knowledge.reading.strips import strips
 
 __all__ = [
     "About",
@@ -51,8 +53,11 @@ __all__ = [
     "Chunk",
     "ChunkStream",
     "Context",
+    "FetchError",
+    "Fetcher",
     "Found",
     "Json",
+    "Knowledge",
     "ModelNotFound",
     "Options",
     "Overloaded",
@@ -60,6 +65,7 @@ __all__ = [
     "ProxyError",
     "Reply",
     "StartFailed",
+    "TimedCache",
     "UpstreamFailed",
     "UpstreamRefused",
     "background_kind",
@@ -68,11 +74,19 @@ __all__ = [
     "last_user_message",
     "replay",
     "say",
+    "strips",
     "substitute",
     "text_of",
 ]
 
-_MODULES = ("agents.base", "proxy.chat", "proxy.errors", "agents.substitution")
+_MODULES = (
+    "agents.base",
+    "proxy.chat",
+    "proxy.errors",
+    "agents.substitution",
+    "proxy.fetching",
+    "proxy.knowledge.reading.strips",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -19,7 +19,7 @@ import uvloop
 from llama_smart_proxy.proxy.knowledge.base import Chunking, Piece, Unreadable
 from llama_smart_proxy.proxy.knowledge.reading.limits import Limits
 from llama_smart_proxy.proxy.knowledge.reading.reader import DocumentReader
-from tests.support.documents import endless_page
+from tests.support.formats import endless_page
 from tests.support.harness import PATIENCE_S, ROOT, environment, until
 
 MANUAL = "# Manual\n\nIntroduction.\n\n## Setup\n\n" + "Run the installer and restart. " * 10

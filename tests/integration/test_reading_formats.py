@@ -12,7 +12,7 @@ import uvloop
 
 from llama_smart_proxy.proxy.knowledge.base import Piece, Unreadable
 from llama_smart_proxy.proxy.knowledge.reading.reader import DocumentReader
-from tests.support import documents
+from tests.support import formats
 
 Read = Callable[..., list[Piece]]
 LONG = "The text of this part says what it says. " * 12
@@ -59,7 +59,7 @@ def test_the_bookmarks_of_a_pdf_are_its_headings(read: Read) -> None:
     ]
     pages += ["Page header\nmore"] * 4
     bookmarks = [("Introduction", 0, 0), ("Part one", 0, 0), ("Details", 1, 1)]
-    pieces = read(documents.pdf(pages, bookmarks, title="The manual"))
+    pieces = read(formats.pdf(pages, bookmarks, title="The manual"))
     assert list(dict.fromkeys(piece.heading for piece in pieces)) == [
         "The manual > Introduction",
         "The manual > Part one",
@@ -70,13 +70,13 @@ def test_the_bookmarks_of_a_pdf_are_its_headings(read: Read) -> None:
 
 
 def test_office_files_keep_headings_and_tables(read: Read) -> None:
-    word = documents.docx(("Heading1", "Manual"), ("Heading2", "Setup"), ("", LONG))
+    word = formats.docx(("Heading1", "Manual"), ("Heading2", "Setup"), ("", LONG))
     assert [(piece.heading, LONG.strip() in piece.text) for piece in read(word)] == [("Manual > Setup", True)]
-    table = read(documents.xlsx([["item", "price", None], ["nut", 1, None]]), "prices.xlsx")
+    table = read(formats.xlsx([["item", "price", None], ["nut", 1, None]]), "prices.xlsx")
     assert table == [
         Piece("prices.xlsx > Prices\n\n| item | price |\n| --- | --- |\n| nut | 1 |", "prices.xlsx > Prices")
     ]
-    assert [piece.heading for piece in read(documents.slides("One", "Two"), "s")] == [
+    assert [piece.heading for piece in read(formats.slides("One", "Two"), "s")] == [
         "s > One",
         "s > Two",
     ]
@@ -85,7 +85,7 @@ def test_office_files_keep_headings_and_tables(read: Read) -> None:
 @pytest.mark.parametrize(
     ("content", "name", "text"),
     [
-        (documents.pdf(["Hello"]), "a.txt", "Hello"),
+        (formats.pdf(["Hello"]), "a.txt", "Hello"),
         (b" <!-- x -->\n<HTML><body><p>Hello there", "a.pdf", "Hello there"),
         (b"Hello", "a.docx", "Hello"),
         (b"Hello", "a.html", "Hello"),
@@ -101,20 +101,20 @@ def test_the_media_type_counts_where_the_name_says_nothing(read: Read) -> None:
 
 
 HOSTILE = {
-    "encrypted": (documents.pdf(["x"], password="secret"), "is encrypted"),
-    "scanned": (documents.pdf(["", ""]), "contains no text; scanned pages require OCR"),
-    "truncated PDF": (documents.pdf(["x"])[:200], "is a damaged PDF"),
+    "encrypted": (formats.pdf(["x"], password="secret"), "is encrypted"),
+    "scanned": (formats.pdf(["", ""]), "contains no text; scanned pages require OCR"),
+    "truncated PDF": (formats.pdf(["x"])[:200], "is a damaged PDF"),
     "PDF of junk": (b"%PDF-1.7\n" + os.urandom(20_000), "is a damaged PDF"),
-    "pages in a circle": (documents.raw_pdf(b"").replace(b"[3 0 R]", b"[2 0 R]"), "is a damaged PDF"),
-    "PDF bomb": (documents.pdf_bomb(), "PDF"),
+    "pages in a circle": (formats.raw_pdf(b"").replace(b"[3 0 R]", b"[2 0 R]"), "is a damaged PDF"),
+    "PDF bomb": (formats.pdf_bomb(), "PDF"),
     "truncated archive": (
-        documents.archive("[Content_Types].xml", "word/document.xml")[:-30],
+        formats.archive("[Content_Types].xml", "word/document.xml")[:-30],
         "is a damaged Office file",
     ),
-    "empty Word file": (documents.archive("[Content_Types].xml", "word/document.xml"), "is a damaged docx"),
-    "zip bomb": (documents.archive("[Content_Types].xml", "xl/a", claimed=2**31), "unpacks to more than 256 MiB"),
-    "many files": (documents.archive("[Content_Types].xml", *(f"ppt/{n}" for n in range(20_001))), "unpacks to more"),
-    "archive": (documents.archive("a.txt"), "is an archive"),
+    "empty Word file": (formats.archive("[Content_Types].xml", "word/document.xml"), "is a damaged docx"),
+    "zip bomb": (formats.archive("[Content_Types].xml", "xl/a", claimed=2**31), "unpacks to more than 256 MiB"),
+    "many files": (formats.archive("[Content_Types].xml", *(f"ppt/{n}" for n in range(20_001))), "unpacks to more"),
+    "archive": (formats.archive("a.txt"), "is an archive"),
     "binary": (os.urandom(50_000), "is a binary file"),
     "image": (b"\x89PNG\r\n\x1a\n" + b"\0" * 99, "is an image"),
     "old Word file": (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + b"\0" * 99, "save it as docx"),

@@ -206,10 +206,10 @@ class RawUpstream:
 
 
 @asynccontextmanager
-async def raw_upstream(script: Script = b"", *, port: int = 0) -> AsyncIterator[RawUpstream]:
+async def raw_upstream(script: Script = b"", *, port: int = 0, host: str = "127.0.0.1") -> AsyncIterator[RawUpstream]:
     """A running `RawUpstream`. A script that raised fails the test."""
     upstream = RawUpstream(script)
-    server = await asyncio.get_running_loop().create_server(lambda: Link(upstream), "127.0.0.1", port, backlog=1024)
+    server = await asyncio.get_running_loop().create_server(lambda: Link(upstream), host, port, backlog=1024)
     upstream.port = int(server.sockets[0].getsockname()[1])
     try:
         yield upstream

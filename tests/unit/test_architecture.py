@@ -22,11 +22,22 @@ OURS = "llama_smart_proxy."
 MAX_FILE, MAX_FUNCTION = 400, 40
 
 ROOMS: list[set[str]] = [
-    {"proxy", "proxy.errors", "proxy.chat", "proxy.log", "proxy.store", "proxy.knowledge", "backends.journal"},
+    {
+        "proxy",
+        "proxy.errors",
+        "proxy.chat",
+        "proxy.log",
+        "proxy.store",
+        "proxy.fetching",
+        "proxy.knowledge.base",
+        "backends.http.resolver",
+        "backends.journal",
+        "backends.threads",
+    },
     {"proxy.config", "proxy.dialects"},
     {"agents"},
     {"backends"},
-    {"proxy.access", "proxy.http", "proxy.metrics", "proxy.models", "proxy.tracing"},
+    {"proxy.access", "proxy.http", "proxy.knowledge", "proxy.metrics", "proxy.models", "proxy.tracing"},
     {"proxy.stream"},
     {"proxy.middleware"},
     {"proxy.api"},
@@ -58,6 +69,9 @@ TASK_MAKERS = {
     "backends/pool/watch.py",  # a closer look at a silent server
     "backends/pool/pool.py",  # loads that nobody waits for, and the shutdown
     "backends/weights/downloads.py",  # one for all who wait
+    "proxy/knowledge/ingestion.py",  # the work on the queue of documents
+    "proxy/knowledge/shelves.py",  # filling an index, for all who search it
+    "proxy/knowledge/watch.py",  # looks at watched folders
     "proxy/api/conversations.py",  # requests for resumable streams that have lost their client
     "proxy/http/response.py",  # waiting for a slow client
     "proxy/middleware/afterwards.py",  # hooks after a request

@@ -62,7 +62,7 @@ def test_every_page_is_linked_from_the_readme() -> None:
 
 
 def test_the_readme_is_short() -> None:
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 950
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1000
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,13 +16,15 @@ from llama_smart_proxy.agents.parallel.merging import normalised
 from llama_smart_proxy.agents.think import Think
 from llama_smart_proxy.agents.think import _Reasoning as Reasoning
 from llama_smart_proxy.proxy.chat import ChatRequest, Chunk, Json
-from llama_smart_proxy.proxy.dialects import anthropic, ollama, openai, responses
+from llama_smart_proxy.proxy.dialects import OPENAI, anthropic, ollama, openai, responses
 from llama_smart_proxy.proxy.dialects.embeddings import OLLAMA_EMBED, Embedded
+from llama_smart_proxy.proxy.dialects.framing import EventSplitter
 from llama_smart_proxy.proxy.errors import BadRequest
 from llama_smart_proxy.proxy.http.body import parse_body
 from llama_smart_proxy.proxy.log.redaction import redacted
 from llama_smart_proxy.proxy.stream import embeddings
 from llama_smart_proxy.proxy.stream.decoder import StreamDecoder
+from llama_smart_proxy.proxy.stream.relay import _FrameSink
 from llama_smart_proxy.proxy.stream.tool_calls import CallSequence
 
 Work = Callable[[], object]
@@ -107,6 +110,13 @@ def _answer(first: bytes, piece: bytes, count: int) -> Work:
     return lambda: [decoder.feed(first), *(decoder.feed(piece) for _ in range(count))]
 
 
+def _relayed(piece: bytes, count: int) -> Work:
+    """The beginning of a relayed answer, in pieces none of which completes a frame."""
+    response: Any = SimpleNamespace(begun=False, begin=lambda: None)
+    sink = _FrameSink(response, EventSplitter(), OPENAI, lambda: None)
+    return lambda: [sink.start(piece, None) for _ in range(count)]
+
+
 def _calls(count: int) -> Work:
     sequence = CallSequence(waits=True)
     sequence.pass_on([{"index": 0, "id": "a", "function": {"name": "f", "arguments": '{"a":"'}}])
@@ -128,6 +138,7 @@ ANSWERS: dict[str, tuple[int, Callable[[int], Work]]] = {
     "a vote for marks between letters": (100_000, lambda n: lambda: normalised("x" + "!" * n + "x")),
     "arguments with braces, and a call that waits for their end": (20_000, _calls),
     "blank lines in front": (40_000, lambda n: _answer(b"\n" * 65_535, b"\n\n", n)),
+    "a first frame without an end": (3_200, lambda n: _relayed(b"\0" * 4_096, n)),
     "comments behind the end": (150_000, lambda n: _answer(b"data: [DONE]\n\n" + b":\n\n" * n, b"", 0)),
 }
 
