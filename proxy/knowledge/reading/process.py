@@ -28,6 +28,7 @@ START = (
 INHERITED = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TZ")
 """What programs require of the environment. It contains no secrets."""
 MIB = 1024 * 1024
+MAX_REASON = 500
 
 
 class Worker:
@@ -64,7 +65,7 @@ class Worker:
                 else:
                     self._end()
         if error := outcome.get("error"):
-            raise Unreadable(error)
+            raise Unreadable(str(error)[:MAX_REASON])
         return found
 
     async def close(self) -> None:
@@ -173,7 +174,11 @@ class _Link(asyncio.SubprocessProtocol):
             end = start + HEAD.size + length
             if end > len(self._data):
                 break
-            self._message(orjson.loads(self._data[start + HEAD.size : end]))
+            try:
+                self._message(orjson.loads(self._data[start + HEAD.size : end]))
+            except (ValueError, TypeError):  # a document has taken it over
+                self.kill()
+                return
             start = end
         del self._data[:start]
 
@@ -186,7 +191,7 @@ class _Link(asyncio.SubprocessProtocol):
 
     def _message(self, message: list[list[str]] | Json) -> None:
         if not isinstance(message, dict):
-            self._found += [Piece(text, heading) for text, heading in message]
+            self._found += [Piece(str(text), str(heading)) for text, heading in message]
         elif not self._answer.done():
             self._answer.set_result((self._found, message))
 

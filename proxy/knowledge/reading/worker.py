@@ -34,8 +34,8 @@ def main(argv: list[str]) -> None:
     _tie_to(int(argv[1]))
     _confine(limits)
     logging.disable(logging.CRITICAL)  # libraries describe documents in the log
-    source, sink = sys.stdin.buffer, sys.stdout.buffer
-    sys.stdout = sys.stderr  # what a library prints is no frame
+    source, sink = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints is no frame
     while (request := received(source)) is not None:
         _renew(limits)
         if not _answer(orjson.loads(request), source, sink, limits):
