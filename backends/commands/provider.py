@@ -19,9 +19,9 @@ KIND = "command"
 class CommandModel(SpawnedModel):
     """`Model` for one whose server is started by a command."""
 
-    def __init__(self, pool: Pool, name: str, config: ModelConfig, passthrough: Sequence[str]) -> None:
+    def __init__(self, pool: Pool, name: str, config: ModelConfig, passthrough: Sequence[str], *, helper: bool) -> None:
         self.launcher = CommandLauncher.of(name, config, passthrough)
-        pooled = PoolModel(name, self.launcher, **settings_of(config))
+        pooled = PoolModel(name, self.launcher, helper=helper, **settings_of(config))
         super().__init__(pool, pooled, kind=KIND, aliases=config.aliases)
         self.config = config
         self.filters = config.filters
@@ -52,13 +52,16 @@ class Commands(SpawnedProvider):
     def create(cls, config: Config, services: Services) -> Commands | None:
         own = {name: model for name, model in config.models.items() if config.backend_of(name) == KIND}
         passthrough = config.passthrough
-        models = [CommandModel(services.pool, name, model, passthrough) for name, model in own.items()]
+        models = [
+            CommandModel(services.pool, name, model, passthrough, helper=config.is_helper(name, model))
+            for name, model in own.items()
+        ]
         return cls(services.pool, models, services.before(cls.section)) if models else None
 
     async def start(self) -> None:
         """Begin to load the models marked `preload`, pinned ones first, at most as many as the pool has places."""
-        for model in self._to_load[: self._pool.size]:
-            self._pool.begin_load(model.model)
+        for model in self._pool.first([model.model for model in self._to_load]):
+            self._pool.begin_load(model)
 
     async def problems(self) -> Sequence[Problem]:
         """Commands whose program is missing."""

@@ -181,15 +181,16 @@ def pool_model(
     unauthenticated: bool = False,
     sockets: SocketFolder | None = None,
     passthrough: Sequence[str] = (),
+    helper: bool = False,
 ) -> PoolModel:
-    """A configured model as the pool knows it; the other arguments are those of its launcher."""
+    """A configured model as the pool knows it; the other arguments but `helper` are those of its launcher."""
     how: dict[str, Any] = {"unauthenticated": unauthenticated, "sockets": sockets, "passthrough": passthrough}
     launcher = LlamaCppLauncher(name, model, server, default_args, **how)
     source = None
     if model.repo is not None:
         download = hub.download_name(model.repo, model.variant)
         source = Source(download, partial(locate, name, model), hub.work(model.repo, model.variant))
-    return PoolModel(name, launcher, source=source, **settings_of(model))
+    return PoolModel(name, launcher, source=source, helper=helper, **settings_of(model))
 
 
 def _size(gguf: Path) -> int:

@@ -90,8 +90,8 @@ class LlamaCpp(BaseProvider):
         is in `models_dir`, unless that does not answer."""
         self._started = True
         await self._look_at_folder()
-        for spawned in self._to_load[: self._pool.size]:
-            self._pool.begin_load(spawned.model)
+        for model in self._pool.first([spawned.model for spawned in self._to_load]):
+            self._pool.begin_load(model)
 
     # -- models ----------------------------------------------------------------------------------------------------
 
@@ -257,6 +257,7 @@ class LlamaCpp(BaseProvider):
             unauthenticated=settings.allow_unauthenticated,
             sockets=self._sockets,
             passthrough=self._config.passthrough,
+            helper=self._config.is_helper(name, model),
         )
         remove = self._remove if cached else None
         return LlamaCppModel(self._pool, pooled, model, self._headers, remove, aliases=aliases)

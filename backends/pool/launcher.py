@@ -218,8 +218,8 @@ class PoolModel:
     `keep_alive_s`: seconds that its process stays loaded when idle, None for the pool's default. A pinned model is
     never stopped to make room. A model without `source` requires no download. `title` is its name for people, empty
     for `name`. `concurrent` is the most requests that occupy slots of its server, None for all slots. The time limits
-    are those of its process, None for the pool's. `born` is greater for one that was made later: of two with the same
-    name, that one applies.
+    are those of its process, None for the pool's. A `helper` has a place beside those of other models. `born` is
+    greater for one that was made later: of two with the same name, that one applies.
     """
 
     name: str
@@ -231,6 +231,7 @@ class PoolModel:
     concurrent: int | None = None
     load_timeout_s: float | None = None
     stop_timeout_s: float | None = None
+    helper: bool = False
     born: int = field(default_factory=lambda: next(_serial), compare=False)
 
     def same(self, other: PoolModel) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from llama_smart_proxy.backends.pool.backoff import Backoff
 from llama_smart_proxy.backends.pool.instance import State
 from llama_smart_proxy.backends.pool.launcher import PoolModel, latest_born
-from llama_smart_proxy.backends.pool.placement import surplus
+from llama_smart_proxy.backends.pool.placement import Area, surplus
 from llama_smart_proxy.backends.pool.queue import ModelQueue, Place
 
 logger = logging.getLogger(__name__)
@@ -55,11 +55,11 @@ class Models:
         return _replaces(queue, model)
 
 
-def retire_surplus(places: Sequence[Place], size: int) -> None:
-    """Let the processes above the size accept no more requests."""
+def retire_surplus(places: Sequence[Place], area: Area) -> None:
+    """Let the processes above the size of an area accept no more requests."""
     now = asyncio.get_running_loop().time()
-    for place in surplus(places, size):
-        logger.info("%s: accepts no more requests: server_pool.size is %d", place.queue.name, size)
+    for place in surplus(area.of(places), area.size):
+        logger.info("%s: accepts no more requests: server_pool.%s is %d", place.queue.name, area.setting, area.size)
         place.retire(now)
 
 

@@ -21,7 +21,14 @@ class Target(Protocol):
         """Whether its last process still exists; the next one is started after that."""
 
 
-class Running(Protocol):
+class Helping(Protocol):
+    """A model that is a `helper`, or not; or its process."""
+
+    @property
+    def helper(self) -> bool: ...
+
+
+class Running(Helping, Protocol):
     """A process of the pool. `awaited`: requests wait for its model, `awaited_urgently`: not only background prompts.
     `draining`: it accepts no requests, to make room for another model; `unloading`: neither, as it was requested to
     stop; `closed_since`: when that began."""
@@ -49,6 +56,32 @@ class Running(Protocol):
 
 
 R = TypeVar("R", bound=Running)
+H = TypeVar("H", bound=Helping)
+
+
+@dataclass(frozen=True, slots=True)
+class Area:
+    """Places that models of one kind compete for, and no other: helpers, or the rest; all models if `helpers` is None.
+    There are `size` of them, by the `setting` of the pool."""
+
+    size: int
+    setting: str
+    helpers: bool | None = None
+
+    def has(self, model: Helping) -> bool:
+        """Whether it is for this one."""
+        return self.helpers is None or model.helper is self.helpers
+
+    def of(self, models: Iterable[H]) -> list[H]:
+        """Those that it is for."""
+        return [model for model in models if self.has(model)]
+
+
+def areas_of(size: int, helpers: int) -> Sequence[Area]:
+    """The areas of a pool with `size` places, and beside them `helpers` for those; with 0 they have none."""
+    if not helpers:
+        return [Area(size, "size")]
+    return [Area(size, "size", False), Area(helpers, "helpers", True)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,10 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection, Iterable
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 from llama_smart_proxy.backends.base import UpstreamRequest
@@ -41,7 +42,8 @@ LOAD = UpstreamRequest("GET", "/", slot=False)
 
 
 class Pool:
-    """At most `size` server processes, one for a model, started on demand and evicted when idle.
+    """At most `size` server processes, and `helpers` beside them, one for a model, started on demand and evicted when
+    idle.
 
     Requests for a model are served in the order of their arrival, background prompts after all others; a model that is
     loading or busy delays no other. One that is not on this machine is fetched, once for all requests that wait, before
@@ -60,11 +62,6 @@ class Pool:
         self._closer: asyncio.Task[None] | None = None
         self.sockets = SocketFolder()
         """For the processes that are reached by unix sockets."""
-
-    @property
-    def size(self) -> int:
-        """Most processes that live at one time."""
-        return self._scheduler.config.size
 
     def configure(self, config: PoolConfig, models: Iterable[PoolModel] | None = None) -> list[str]:
         """Replace the size, the limits and the models. See `Scheduler.configure`."""
@@ -121,7 +118,7 @@ class Pool:
 
     async def _wait(self, queue: ModelQueue, request: UpstreamRequest) -> Lease:
         """Wait in the queue; return with the lease taken."""
-        with journaled(queue, self._scheduler.places, request):
+        with journaled(queue, self._scheduler.rivals(queue), request):
             waiter = self._scheduler.enqueue(queue, request)
             try:
                 with described(request.progress, lambda: Wait(waiter, queue, self._scheduler, self.times)):
@@ -191,13 +188,13 @@ class Pool:
             message = f"Model '{name}' was unloaded while it was loading."
             queue.fail_all(lambda: Overloaded(message, code="unloaded"))
         place.retire(asyncio.get_running_loop().time())
-        self._scheduler.check_idle(place)
+        self._scheduler.idling.check(place)
         if place.leases == 0:
             await place.instance.wait_stopped()
 
     def set_keep_alive(self, model: PoolModel, seconds: float) -> None:
-        """Keep the process of `model` for `seconds` when idle; infinity is for ever. See `Scheduler.set_keep_alive`."""
-        self._scheduler.set_keep_alive(self._scheduler.queue(model), seconds)
+        """Keep the process of `model` for `seconds` when idle; infinity is for ever. See `Idling.set_keep_alive`."""
+        self._scheduler.idling.set_keep_alive(self._scheduler.queue(model), seconds)
 
     def expires_at(self, name: str) -> float | None:
         """When `name` will be unloaded if no request arrives, in seconds since 1970; infinity is never, None not
@@ -207,7 +204,7 @@ class Pool:
         return time.time() + left_s if left_s is not None else None
 
     def _left_s(self, queue: ModelQueue) -> float | None:
-        at = self._scheduler.expires_at(queue.place) if queue.place is not None else None
+        at = self._scheduler.idling.expires_at(queue.place) if queue.place is not None else None
         return at - asyncio.get_running_loop().time() if at is not None else None
 
     def state(self, name: str) -> str:
@@ -217,11 +214,19 @@ class Pool:
 
     def fitting(self, names: Collection[str]) -> list[list[str]]:
         """Models of the pool in groups that can be loaded at one time; first those that are loaded."""
-        loaded = [name for name in names if self.state(name) == "loaded"]
-        order = [*loaded, *sorted(set(names) - set(loaded))]
-        pinned = sum(place.pinned and place.queue.name not in names for place in self._scheduler.places)
-        room = max(1, self.size - pinned)
-        return [order[start : start + room] for start in range(0, len(order), room)]
+        groups: list[list[str]] = []
+        for area in self._scheduler.areas():
+            own = [name for name in names if area.helpers in (None, self._scheduler.is_helper(name))]
+            order = sorted(dict.fromkeys(own), key=lambda name: "" if self.state(name) == "loaded" else name)
+            others = [place for place in area.of(self._scheduler.places) if place.queue.name not in names]
+            room = max(1, area.size - sum(place.pinned for place in others))
+            parts = [order[start : start + room] for start in range(0, len(order), room)]
+            groups = [[*(one or ()), *(other or ())] for one, other in zip_longest(groups, parts)]
+        return groups
+
+    def first(self, models: Sequence[PoolModel]) -> list[PoolModel]:
+        """The first of them, as many as there are places."""
+        return [model for area in self._scheduler.areas() for model in area.of(models)[: area.size]]
 
     def failed(self, name: str) -> str | None:
         """Why the last process of `name` could not start or crashed; None when it did not."""

@@ -10,14 +10,27 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import partial
 
 from llama_smart_proxy.backends.base import Priority, UpstreamRequest
+from llama_smart_proxy.backends.pool import batches
+from llama_smart_proxy.backends.pool.idling import Idling
 from llama_smart_proxy.backends.pool.instance import STALLED, Instance, State
 from llama_smart_proxy.backends.pool.launcher import PoolModel
 from llama_smart_proxy.backends.pool.models import Models, retire_surplus
 from llama_smart_proxy.backends.pool.news import News
-from llama_smart_proxy.backends.pool.placement import Evict, Limits, Never, Start, Wait, decide, plan_drains
+from llama_smart_proxy.backends.pool.placement import (
+    Area,
+    Evict,
+    Limits,
+    Never,
+    Start,
+    Wait,
+    areas_of,
+    decide,
+    plan_drains,
+)
 from llama_smart_proxy.backends.pool.ports import Ports
 from llama_smart_proxy.backends.pool.queue import Lease, ModelQueue, Place, Slot, Waiter
 from llama_smart_proxy.backends.pool.waited import note_eviction, note_load_begin, note_load_end
@@ -40,7 +53,8 @@ NOT_THE_MODELS_FAULT = ("spawn_failed", "no_free_port")
 
 
 class Scheduler:
-    """The queues of the models, and the places of the pool that are taken, at most `config.size` at any time.
+    """The queues of the models, and the places of the pool that are taken: at most `config.size` at any time, beside
+    them at most `config.helpers` of helpers. No model makes room for one of the other kind.
 
     `quiet` is set when, after `closing` was set, no request waits and none holds a lease any more. `halt()` ends all
     scheduling.
@@ -57,7 +71,8 @@ class Scheduler:
         self._models = Models()
         self._swap_timer: asyncio.TimerHandle | None = None
         self._halted = False
-        self._reserved = False  # a person waits for a place
+        self._reserved: set[Area] = set()  # where a person waits for a place
+        self.idling = Idling(config.keep_alive)
 
     def configure(self, config: PoolConfig, models: Iterable[PoolModel] | None = None) -> list[str]:
         """Replace the size and all limits for what comes next, and with `models` the models that there are. Returns the
@@ -70,14 +85,16 @@ class Scheduler:
         """
         self._ports.move(config.host, config.ports)
         self.config = config
+        self.idling.keep_alive_s = config.keep_alive
         replaced = []
         if models is not None:
             self._models = Models.of(models)
             replaced = [queue.name for queue in self.queues.values() if self._models.redefine(queue)]
-        retire_surplus(self.places, config.size)
+        for area in self.areas():
+            retire_surplus(self.places, area)
         self.schedule()
         for place in list(self.places):
-            self.check_idle(place)
+            self.idling.check(place)
         return replaced
 
     def queue(self, model: PoolModel) -> ModelQueue:
@@ -98,6 +115,19 @@ class Scheduler:
         """Seconds after which a background prompt is treated like a person's request."""
         return AGED_SHARE * self.config.queue_timeout_s
 
+    def rivals(self, queue: ModelQueue) -> list[Place]:
+        """The places that a model gets one of: those of helpers, or of the others."""
+        return [place for area in self.areas() if area.has(queue) for place in area.of(self.places)]
+
+    def is_helper(self, name: str) -> bool:
+        """Whether the model of that name is one, as far as it is known."""
+        model = self.queues.get(name) or self._models.by_name.get(name)
+        return model is not None and model.helper
+
+    def areas(self) -> Sequence[Area]:
+        """Where there are places."""
+        return areas_of(self.config.size, self.config.helpers)
+
     # -- events ----------------------------------------------------------------------------------------------------
 
     def enqueue(self, queue: ModelQueue, request: UpstreamRequest) -> Waiter:
@@ -110,6 +140,9 @@ class Scheduler:
             waiter.timers.append(loop.call_at(task.since + self.aged_s, self._promote, queue, waiter))
             if task.hold_s:
                 waiter.timers.append(loop.call_at(task.since + task.hold_s, self.schedule))
+        elif request.priority is Priority.BATCH:
+            waiter.timers.append(loop.call_later(self.aged_s, self._promote, queue, waiter))
+            waiter.timers.append(loop.call_later(batches.PATIENCE_S + CLOCK_S, self.schedule))
         self._news.waiting(queue)
         self.schedule()
         return waiter
@@ -120,7 +153,7 @@ class Scheduler:
             return False
         if request.priority is Priority.PERSON or not request.slot:
             return True
-        return not queue.later_waiters and self._admits_later(place, request)
+        return not queue.later_waiters and self._admits_later(place, request, 0.0)
 
     def leave(self, queue: ModelQueue, waiter: Waiter) -> None:
         """The request waits no more, with or without a lease."""
@@ -130,7 +163,7 @@ class Scheduler:
         if queue.forget(waiter):
             self.schedule()
             if queue.place is not None:
-                self.check_idle(queue.place)
+                self.idling.check(queue.place)
         self._news.waiting(queue)
 
     def release(self, lease: Lease) -> None:
@@ -138,7 +171,7 @@ class Scheduler:
         lease.place.release(lease, asyncio.get_running_loop().time())
         if self.closing or self.queued:
             self.schedule()
-        self.check_idle(lease.place)
+        self.idling.check(lease.place)
 
     def _expire(self, queue: ModelQueue, waiter: Waiter) -> None:
         """`queue_timeout_s` is over. While the model loads, only `load_timeout_s` counts."""
@@ -172,7 +205,7 @@ class Scheduler:
             self._note_failure(queue, place, instance.error, now)
         self._news.changed(queue)
         self.schedule()
-        self.check_idle(place)
+        self.idling.check(place)
 
     def _note_failure(self, queue: ModelQueue, place: Place, error: StartFailed, now: float) -> None:
         queue.error = error
@@ -224,17 +257,20 @@ class Scheduler:
         place = queue.place
         if place is None or queue.slot_waiters:
             return
+        now = asyncio.get_running_loop().time()
         for waiter in sorted(queue.later_waiters, key=lambda waiter: waiter.request.priority):
-            if place.has_room(True) and self._admits_later(place, waiter.request):
+            if place.has_room(True) and self._admits_later(place, waiter.request, now - waiter.since):
                 del queue.later_waiters[waiter]
                 if not waiter.future.done():
                     waiter.future.set_result(place.take(waiter.request))
 
-    def _admits_later(self, place: Place, request: UpstreamRequest) -> bool:
+    def _admits_later(self, place: Place, request: UpstreamRequest, waited_s: float) -> bool:
         """Whether nothing speaks against a background prompt in a free slot: a person who waits for a place that this
-        one may have to make, or one whose request is to be expected."""
-        if self._reserved and not place.pinned:
+        one may have to make, or one whose request is to be expected; and against a batch, people who are served."""
+        if not place.pinned and any([area.has(place) for area in self._reserved]):
             return False
+        if request.priority is Priority.BATCH:
+            return batches.may_begin(place, self.places, self.queues.values(), waited_s)
         task = request.task
         held = task is not None and asyncio.get_running_loop().time() < task.since + task.hold_s - CLOCK_S
         return not held  # also with slots to spare: its prompt would delay the one that is to be expected
@@ -249,33 +285,37 @@ class Scheduler:
         for task in place.breakable(asyncio.get_running_loop().time() - self.aged_s)[: max(0, missing)]:
             task.break_off()
 
-    def _clear(self, needed: int, now: float) -> None:
+    def _clear(self, places: Sequence[Place], needed: int, now: float) -> None:
         """Break off the background prompts of as many processes as there are models that people wait for and that have
         no place."""
         if not needed or self.closing:
             return
         since = now - self.aged_s
-        cleared = [place for place in self.places if place.can_be_cleared(since)]
+        cleared = [place for place in places if place.can_be_cleared(since)]
         for place in sorted(cleared, key=lambda place: (not place.broken, place.released_at))[:needed]:
             for task in place.breakable(since):
                 task.break_off()
 
     def _place(self) -> None:
-        """Find a place for every model that requests wait for and that has no process: those that people wait for
-        first, then the longest starved."""
-        now = asyncio.get_running_loop().time()
+        """Find a place for every model that requests wait for and that has no process."""
         cold = [queue for queue in self.queues.values() if queue.length and queue.cold]
+        self._reserved.clear()
+        self._set_swap_timer(min([self._place_in(area, area.of(cold)) for area in self.areas()]))
+
+    def _place_in(self, area: Area, cold: Sequence[ModelQueue]) -> float:
+        """The models of one area: those that people wait for first, then the longest starved. Returns when to decide
+        anew."""
+        now = asyncio.get_running_loop().time()
         promised = 0
         grace_ends = math.inf
         starved: list[ModelQueue] = []
-        self._reserved = False
         for queue in sorted(cold, key=lambda queue: (not queue.urgent, queue.starved_since)):
-            if self._reserved and not queue.urgent:
+            if area in self._reserved and not queue.urgent:
                 break
             if queue.error is not None and (wait_s := queue.backoff.wait_s(now)) > 0:
                 queue.refuse(queue.error, 503, wait_s)
                 continue
-            match decide(queue, self.places, Limits(self.config.size, promised, queue.urgent)):
+            match decide(queue, area.of(self.places), Limits(area.size, promised, queue.urgent)):
                 case Start():
                     self._start(queue)
                     continue
@@ -288,15 +328,20 @@ class Scheduler:
                 case Evict(victims):
                     promised += len(victims)
                     for victim in victims:
-                        victim.queue.evicted_at = now
-                        victim.queue.evictions += 1
-                        note_eviction(queue, victim, now)
-                        victim.stop(f"making room for {queue.name}")
+                        self._evict(victim, queue, now)
                 case Never():
-                    queue.fail_all(self._all_pinned)
-            self._reserved |= queue.urgent
-        self._clear(len(starved), now)
-        self._drain(starved, now, grace_ends)
+                    queue.fail_all(partial(_all_pinned, area))
+            if queue.urgent:
+                self._reserved.add(area)
+        places = area.of(self.places)
+        self._clear(places, len(starved), now)
+        return min(self._drain(places, starved, now), grace_ends)
+
+    def _evict(self, victim: Place, queue: ModelQueue, now: float) -> None:
+        victim.queue.evicted_at = now
+        victim.queue.evictions += 1
+        note_eviction(queue, victim, now)
+        victim.stop(f"making room for {queue.name}")
 
     def _grace_s(self, queue: ModelQueue) -> float:
         """A background prompt evicts a model no sooner than it would be drained for a person."""
@@ -314,8 +359,8 @@ class Scheduler:
         instance.start(f"{queue.length} waiting")
         self._news.starting(queue)
 
-    def _drain(self, starved: list[ModelQueue], now: float, grace_ends: float) -> None:
-        plan = plan_drains([queue.starved_since for queue in starved], self.places, self.config.swap_after_s, now)
+    def _drain(self, places: Sequence[Place], starved: list[ModelQueue], now: float) -> float:
+        plan = plan_drains([queue.starved_since for queue in starved], places, self.config.swap_after_s, now)
         for place in plan.end:
             place.draining = False
             place.queue.changed(place.queue)
@@ -326,7 +371,7 @@ class Scheduler:
             place.closed_since = now
             place.queue.changed(place.queue)
             logger.info("%s: accepts no more requests: another model waits for its place", place.queue.name)
-        self._set_swap_timer(min(plan.again_at, grace_ends))
+        return plan.again_at
 
     def _set_swap_timer(self, due: float) -> None:
         if self._swap_timer is not None:
@@ -335,59 +380,7 @@ class Scheduler:
         if due < math.inf:
             self._swap_timer = asyncio.get_running_loop().call_at(due, self.schedule)
 
-    def _all_pinned(self) -> Overloaded:
-        places = f"all {self.config.size} places (server_pool.size)"
-        return Overloaded(f"No model can be stopped: {places} are held by pinned models.", retry_after_s=60)
 
-    # -- idle instances --------------------------------------------------------------------------------------------
-
-    def set_keep_alive(self, queue: ModelQueue, seconds: float) -> None:
-        """A request sets how long this model stays once it is idle again: 0 not at all, infinity for ever. To be called
-        before that request is served, or after; for an idle one the count starts now.
-
-        The last one wins, until the process is stopped or fails: the next one begins with the configured time again. A
-        pinned model stays in any case.
-        """
-        queue.keep_alive_s = seconds
-        place = queue.place
-        if seconds > 0 and place is not None and place.state is State.READY and not place.leases:
-            place.released_at = asyncio.get_running_loop().time()
-            self.check_idle(place)
-
-    def expires_at(self, place: Place) -> float | None:
-        """When it will be stopped if no request arrives from now on, in loop time: infinity for never, None when it is
-        not ready. One in use counts as released now; one that is to be unloaded is overdue."""
-        if place.state is not State.READY:
-            return None
-        now = asyncio.get_running_loop().time()
-        if place.unloading:
-            return now
-        return (now if place.leases else place.released_at) + self._keep_alive_s(place)
-
-    def check_idle(self, place: Place) -> None:
-        """Stop it if it is not in use and to be unloaded, or set the timer that does so after its time to live."""
-        if place.in_use or place.state not in (State.READY, State.STARTING):
-            return
-        keep_alive_s = self._keep_alive_s(place)
-        if place.unloading:
-            place.stop("unloaded")
-        elif place.state is State.READY and keep_alive_s <= 0:
-            place.stop("not kept alive")
-        elif place.state is State.READY and keep_alive_s < math.inf:
-            due = place.released_at + keep_alive_s
-            if place.idle_timer is None or place.idle_timer.when() > due:
-                place.cancel_idle_timer()
-                place.idle_timer = asyncio.get_running_loop().call_at(due, self._idle_timer_fired, place)
-
-    def _idle_timer_fired(self, place: Place) -> None:
-        """Requests do not set the timer anew, as that would cost each of them: so its time may not have come yet."""
-        place.idle_timer = None
-        idle_s = asyncio.get_running_loop().time() - place.released_at
-        if not place.in_use and place.state is State.READY and idle_s >= self._keep_alive_s(place) - 0.001:
-            place.stop(f"idle for {idle_s:.1f} s")
-        else:
-            self.check_idle(place)
-
-    def _keep_alive_s(self, place: Place) -> float:
-        own = place.keep_alive_s
-        return self.config.keep_alive if own is None else own
+def _all_pinned(area: Area) -> Overloaded:
+    places = f"all {area.size} places (server_pool.{area.setting})"
+    return Overloaded(f"No model can be stopped: {places} are held by pinned models.", retry_after_s=60)

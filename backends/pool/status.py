@@ -39,6 +39,7 @@ def described(queue: ModelQueue) -> dict[str, object]:
         "port": instance.port or None,
         "cmd": shlex.join(without_secret_values(instance.argv)) or None,
         "leases": place.leases,
+        "helper": queue.helper,
         "slots": {"busy": place.generating, "total": len(place.slots)},
         "loaded_s": round(now - place.ready_at, 1) if math.isfinite(place.ready_at) else None,
         "idle_s": round(idle_s, 1) if math.isfinite(idle_s) and not place.leases else None,

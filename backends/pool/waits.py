@@ -22,7 +22,8 @@ class Standing(Protocol):
 
     config: PoolConfig
     queues: dict[str, ModelQueue]
-    places: list[Place]
+
+    def rivals(self, queue: ModelQueue) -> list[Place]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +44,17 @@ class Wait:
             before = self.queue.ahead(self.waiter) + 1
             return timed(f"Waiting, {before} before you", spent_s, _turn_s(place, before, now))
         load_s = self.times.typical_s(self.queue.name)
+        places = self.standing.rivals(self.queue)
         if place is not None:  # it makes room for another one
-            first = [queue for queue in self.standing.queues.values() if queue.length and queue.cold]
+            first = [
+                queue
+                for queue in self.standing.queues.values()
+                if queue.length and queue.cold and queue.helper is self.queue.helper
+            ]
             if rivals := [queue for queue in first if queue is not self.queue]:
                 return timed(f"Waiting for a place: {self._named(rivals, 'comes', 'come')} first", spent_s)
-        elif not any(map(_makes_room, self.standing.places)):
-            busy = [place for place in self.standing.places if not place.pinned]
+        elif not any(map(_makes_room, places)):
+            busy = [place for place in places if not place.pinned]
             left = [self._end_s(place, now) for place in busy]
             left_s = min((seconds for seconds in left if seconds is not None), default=None)
             queues = [place.queue for place in busy]

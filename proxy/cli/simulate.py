@@ -31,6 +31,10 @@ def run(path: Path | None) -> int:
     return asyncio.run(_until_signal(_simulate(config, path)))
 
 
+Ask = Callable[[aiohttp.ClientSession, str], Awaitable[str]]
+"""Sends a request to a model; returns what to print."""
+
+
 class StepFailed(Exception):
     """A step did not return the expected result."""
 
@@ -100,8 +104,12 @@ async def _steps(session: aiohttp.ClientSession, config: Config, process: asynci
             await step("chat, streamed", lambda: _stream(session, chats[0]))
         if embedder:
             await step("embedding", lambda: _embed(session, embedder))
-        if chats and (embedder or chats[1:]):
-            await step("model swap", lambda: _swap(session, chats, embedder))
+            if chats and config.helpers and config.is_helper(embedder, config.models[embedder]):
+                await step("helper beside it", lambda: _both(session, chats[0], embedder))
+            elif chats:
+                await step("model swap", lambda: _swap(session, chats[0], embedder, _embed))
+        if chats[1:]:
+            await step("model swap", lambda: _swap(session, chats[0], chats[1], _chat))
         await step("health", lambda: _healthy(session))
     for name in [*([] if chats else ["chat"]), *([] if embedder else ["embedding"])]:
         _print(name, "skip", f"{'':9}  no such model is configured")
@@ -172,19 +180,24 @@ async def _embed(session: aiohttp.ClientSession, model: str) -> str:
     return f"{model}: {len(answer['data'][0]['embedding'])} dimensions"
 
 
-async def _swap(session: aiohttp.ClientSession, chats: list[str], embedder: str | None) -> str:
-    """Request a second model, check that it has replaced the first one, and request the first again."""
-    if embedder:
-        await _embed(session, embedder)
-    else:
-        await _chat(session, chats[1])
-    second = embedder or chats[1]
+async def _both(session: aiohttp.ClientSession, chat: str, helper: str) -> str:
+    """Request a model and a helper, check that neither has replaced the other."""
+    await _chat(session, chat)
+    await _embed(session, helper)
+    await _chat(session, chat)
     held = await _loaded(session)
-    _expect(held == {second}, f"{second} was requested, but {', '.join(held) or 'nothing'} is loaded")
-    await _chat(session, chats[0])
-    held = await _loaded(session)
-    _expect(held == {chats[0]}, f"{chats[0]} was requested, but {', '.join(held) or 'nothing'} is loaded")
-    return f"{chats[0]} -> {second} -> {chats[0]}"
+    _expect(held >= {chat, helper}, f"{chat} and {helper} were requested, but {', '.join(held) or 'nothing'} is loaded")
+    return f"{chat} beside {helper}"
+
+
+async def _swap(session: aiohttp.ClientSession, first: str, second: str, ask: Ask) -> str:
+    """Request a second model by `ask`, check that it has replaced the first one, and request the first again."""
+    for model, other, request in ((second, first, ask), (first, second, _chat)):
+        await request(session, model)
+        held = await _loaded(session)
+        message = f"{model} was requested, but {', '.join(held) or 'nothing'} is loaded"
+        _expect(model in held and other not in held, message)
+    return f"{first} -> {second} -> {first}"
 
 
 async def _loaded(session: aiohttp.ClientSession) -> set[str]:

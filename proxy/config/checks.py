@@ -28,7 +28,7 @@ _OF_LLAMA_SERVER = ("args", "ctx", "parallel", "resumable_streams", "backend")
 _OF_COMMAND = (*CommandConfig.model_fields,)
 _OF_PROCESSES = (
     *("args", "env", "parallel", "concurrent", "keep_alive", "load_timeout_s", "stop_timeout_s"),
-    *("preload", "pinned", "resumable_streams", *_OF_COMMAND),
+    *("preload", "pinned", "helper", "resumable_streams", *_OF_COMMAND),
 )
 """Settings of a model that apply only to a process of the pool."""
 _SOURCES = ("backend", "path", "package", "file", "repo", "variant", "cmd", "url", "env")
@@ -187,17 +187,20 @@ def _port_problems(config: Config) -> Iterator[Problem]:
     pool = config.server_pool
     if pool.port_end is not None and pool.port_end < pool.port_start:
         yield Problem(("server_pool", "port_end"), f"is less than port_start ({pool.port_start})")
-    elif len(pool.ports) < pool.size:
-        message = f"{len(pool.ports)} ports ({pool.port_start}-{pool.port_end}) are too few for {pool.size} processes"
+    elif len(pool.ports) < (most := pool.size + config.helpers):
+        message = f"{len(pool.ports)} ports ({pool.port_start}-{pool.port_end}) are too few for {most} processes"
         yield Problem(("server_pool",), message)
 
 
 def _pin_problems(config: Config) -> Iterator[Problem]:
-    """Pinned models must leave at least one process for the others."""
-    local = [model for name, model in config.models.items() if config.backend_of(name) != "ollama"]
-    pinned = sum(model.pinned for model in local)
-    others = len(local) > pinned or config.llama_cpp.models_dir is not None
-    size = config.server_pool.size
-    if pinned > size or (pinned == size and others):
-        room = " and leave no room for the models that are not" if pinned == size else ""
-        yield Problem(("server_pool", "size"), f"{pinned} pinned models take all {size} processes{room}")
+    """Pinned models must leave at least one process for the others, and so must pinned helpers for other helpers."""
+    pool = config.server_pool
+    local = [(name, model) for name, model in config.models.items() if config.is_pooled(name)]
+    helping = [bool(pool.helpers) and config.is_helper(name, model) for name, model in local]
+    for setting, size, is_helper in (("size", pool.size, False), ("helpers", pool.helpers, True)):
+        models = [model for (_, model), helps in zip(local, helping, strict=True) if helps is is_helper]
+        pinned = sum(model.pinned for model in models)
+        others = len(models) > pinned or (not is_helper and config.llama_cpp.models_dir is not None)
+        if pinned > size or (pinned and pinned == size and others):
+            room = " and leave no room for the models that are not" if pinned == size else ""
+            yield Problem(("server_pool", setting), f"{pinned} pinned models take all {size} processes{room}")

@@ -19,6 +19,7 @@ from llama_smart_proxy.proxy.config.section import Section
 BackendName = Literal["llama.cpp", "ollama"]
 RunnerName = Literal["llama.cpp", "ollama", "command"]
 EMBEDDING_FLAGS = {"--embedding", "--embeddings"}
+RERANKING_FLAGS = {"--rerank", "--reranking"}
 Port = Annotated[int, Field(ge=1, le=65535)]
 
 
@@ -26,6 +27,12 @@ class PoolConfig(Section):
     """The llama-server processes: their number, ports and time limits."""
 
     size: int = Field(default=2, ge=1, description="Most llama-server processes that live at one time.")
+    helpers: int = Field(
+        default=1,
+        ge=0,
+        description="Most processes of helpers (models for embeddings and reranking) that live beside those; neither "
+        "makes room for the other. 0: they are like other models.",
+    )
     host: str = Field(default="127.0.0.1", description="Loopback address the processes listen on.")
     port_start: Port = Field(default=11600, description="First port given to a process.")
     port_end: Port | None = Field(default=None, description="Last port given to a process; by default port_start + 99.")
@@ -171,6 +178,11 @@ class ModelConfig(CardConfig, CommandConfig):
     )
     preload: bool = Field(default=False, description="Load it when the proxy starts.")
     pinned: bool = Field(default=False, description="Never evict it to make room for another model.")
+    helper: bool | None = Field(
+        default=None,
+        description="Whether it has one of the places of server_pool.helpers; by default models for embeddings and "
+        "reranking do.",
+    )
     resumable_streams: bool = Field(
         default=False,
         description="Let clients resume a stream by X-Conversation-Id and /v1/stream of llama-server, which then "
@@ -194,6 +206,11 @@ class ModelConfig(CardConfig, CommandConfig):
     def embeds(self) -> bool:
         """Whether its source or its flags show that it makes vectors in place of texts."""
         return self.is_converted or not EMBEDDING_FLAGS.isdisjoint(self.args)
+
+    @property
+    def reranks(self) -> bool:
+        """Whether its flags show that it ranks documents in place of writing texts."""
+        return not RERANKING_FLAGS.isdisjoint(self.args)
 
 
 class LlamaCppConfig(Section):

@@ -229,6 +229,23 @@ class Config(Section):
         named = self.backend == "ollama" or "ollama" in self.model_fields_set
         return named or any(self.backend_of(name) == "ollama" for name in self.models)
 
+    def is_helper(self, name: str, model: ModelConfig) -> bool:
+        """Whether the model has a place beside those of other models."""
+        if model.helper is not None:
+            return model.helper
+        used = {(used or "").lower() for used in (self.knowledge.embedder, self.knowledge.reranker)}
+        return model.embeds or model.reranks or not used.isdisjoint(own.lower() for own in (name, *model.aliases))
+
+    @property
+    def helpers(self) -> int:
+        """How many of the places for helpers the configured models can take."""
+        found = sum(self.is_helper(name, model) for name, model in self.models.items() if self.is_pooled(name))
+        return min(self.server_pool.helpers, found)
+
+    def is_pooled(self, name: str) -> bool:
+        """Whether the model runs in a process of the pool."""
+        return self.backend_of(name) != "ollama"
+
     def path_of(self, name: str) -> str:
         """The path of the model in the file: `models.m`, or `llama_cpp.models.m`."""
         return f"llama_cpp.models.{name}" if name in self.llama_cpp.models else f"models.{name}"

@@ -23,14 +23,14 @@ def queue_of(pool: Pool, name: str, model: FakeModel) -> ModelQueue:
 
 async def ask_for(pool: Pool, name: str, model: FakeModel, keep_alive: float, **fake: object) -> None:
     """One request that says how long the model shall stay."""
-    pool._scheduler.set_keep_alive(queue_of(pool, name, model), keep_alive)
+    pool._scheduler.idling.set_keep_alive(queue_of(pool, name, model), keep_alive)
     await ask(pool, name, model, **fake)
 
 
 def left_s(pool: Pool, name: str) -> float | None:
     """Seconds until the model is stopped."""
     place = pool._scheduler.queues[name].place
-    expires_at = pool._scheduler.expires_at(place) if place is not None else None
+    expires_at = pool._scheduler.idling.expires_at(place) if place is not None else None
     return None if expires_at is None else expires_at - asyncio.get_running_loop().time()
 
 
@@ -72,7 +72,7 @@ async def test_an_idle_model_may_be_told_too(fakes: Fakes) -> None:
     async with open_pool(fakes.config(keep_alive=LONG)) as pool:
         model = fakes.model()
         await pool.load(model.at("a"))
-        pool._scheduler.set_keep_alive(queue_of(pool, "a", model), 0.2)
+        pool._scheduler.idling.set_keep_alive(queue_of(pool, "a", model), 0.2)
         assert pool.state("a") == "loaded"
         await until(lambda: pool.state("a") == "unloaded", what="the unload")
 
@@ -145,7 +145,7 @@ async def test_when_a_model_expires_is_known_while_it_is_loaded(fakes: Fakes) ->
             await chat(instance, tokens=10, token_ms=40)
             now, place = asyncio.get_running_loop().time, pool._scheduler.queues["a"].place
             assert place is not None
-            before, expires_at = now(), pool._scheduler.expires_at(place)
+            before, expires_at = now(), pool._scheduler.idling.expires_at(place)
             assert expires_at is not None and before <= expires_at - LONG <= now()  # from now on, however long it takes
             await pool.unload("a")
             told_to_go = left_s(pool, "a")

@@ -35,7 +35,7 @@ class FakeModel(ModelConfig):
 
     def at(self, name: str) -> PoolModel:
         """It under a name, as the pool knows it."""
-        return pool_model(name, self, self._program)
+        return pool_model(name, self, self._program, helper=bool(self.helper))
 
     def run_by(self, program: Path) -> Self:
         """The same, served by the program that is there."""

@@ -48,10 +48,10 @@ def test_the_shipped_configuration_passes_every_step(tmp_path: Path) -> None:
     status, verdicts, said = simulate(None, tmp_path)
     assert status == 0, said
     assert list(verdicts) == [
-        *("proxy starts", "model list", "chat", "chat, streamed", "embedding", "model swap", "health")
+        *("proxy starts", "model list", "chat", "chat, streamed", "embedding", "helper beside it", "health")
     ]
     assert set(verdicts.values()) == {"pass"}
-    assert "smollm2 -> minilm -> smollm2" in said
+    assert "smollm2 beside minilm" in said
 
 
 @needs_llama_cpp

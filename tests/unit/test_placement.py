@@ -17,6 +17,7 @@ from llama_smart_proxy.backends.pool.placement import (
     Never,
     Start,
     Wait,
+    areas_of,
     choose_victim,
     decide,
     plan_drains,
@@ -38,6 +39,7 @@ class Standing:
     released_at: float = 0.0
     closed_since: float = math.inf
     awaited_urgently: bool = False
+    helper: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ standings = st.lists(
         ready_at=st.floats(0, 100),
         released_at=st.floats(0, 100),
         closed_since=st.floats(0, 100),
+        helper=st.booleans(),
     ),
     max_size=6,
 )
@@ -131,6 +134,22 @@ def test_every_decision_keeps_the_limits(running: list[Standing], size: int, pro
     else:
         assert len(running) >= size or ending
         assert decision.promised == (sum(process.state is State.STOPPING for process in running) > promised)
+
+
+@law(300)
+@given(standings, st.integers(1, 4), st.integers(0, 2), st.booleans())
+def test_nothing_is_decided_for_a_helper_about_other_models_nor_for_them_about_helpers(
+    running: list[Standing], size: int, helpers: int, helper: bool
+) -> None:
+    target = Standing(helper=helper)
+    [area] = [area for area in areas_of(size, helpers) if area.has(target)]
+    assert area.size == (helpers if helper and helpers else size)
+    others = [process for process in running if helpers and process.helper is not helper]
+    assert len(area.of(running)) + len(others) == len(running)
+    decision = decide(Cold(), area.of(running), Limits(area.size))
+    assert decision == decide(Cold(), [process for process in running if process not in others], Limits(area.size))
+    if isinstance(decision, Evict):
+        assert all(not helpers or process.helper is helper for process in decision.victims)
 
 
 # -- draining ----------------------------------------------------------------------------------------------------------

@@ -34,6 +34,15 @@ def _pdf(content: bytes) -> Parsed:
     return pdf.parse(content)
 
 
+def _office(kind: Kind) -> Callable[[bytes], Parsed]:
+    def parse(content: bytes) -> Parsed:
+        from llama_smart_proxy.proxy.knowledge.reading import office
+
+        return office.parse(content, kind)
+
+    return parse
+
+
 PARSERS: dict[Kind, Callable[[bytes], Parsed]] = {
     Kind.TEXT: lambda content: Parsed("", [Section((), decoded(content).strip())]),
     Kind.MARKDOWN: lambda content: headings.markdown(decoded(content)),
@@ -41,4 +50,8 @@ PARSERS: dict[Kind, Callable[[bytes], Parsed]] = {
     Kind.POD: lambda content: headings.pod(decoded(content)),
     Kind.HTML: _html,
     Kind.PDF: _pdf,
+    Kind.DOCX: _office(Kind.DOCX),
+    Kind.PPTX: _office(Kind.PPTX),
+    Kind.XLSX: _office(Kind.XLSX),
 }
+"""What makes sections from each kind; heavy packages are imported where they are used."""

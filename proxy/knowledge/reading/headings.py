@@ -71,9 +71,10 @@ def plain(heading: str) -> str:
 
 
 def parsed(lines: list[str], headings: Iterable[Heading], title: str = "", is_markdown: bool = False) -> Parsed:
-    """A document from its lines and headings. Without a `title`, a first heading above all others is that."""
+    """A document from its lines and headings. Without a `title`, the only heading of the first level is that,
+    if it is the first."""
     headings = [heading for heading in headings if heading.text]
-    if not title and headings and all(heading.level > headings[0].level for heading in headings[1:]):
+    if not title and headings and headings[0].level == 1 and all(heading.level > 1 for heading in headings[1:]):
         title = headings[0].text
     sections: list[Section] = []
     path: list[Heading] = []

@@ -1,19 +1,35 @@
-"""Makes sections from HTML: trafilatura finds the content, without menus and the like."""
+"""Makes sections from HTML: trafilatura finds what is content, the blocks of the page keep their structure.
+
+trafilatura alone loses headings, code blocks and, on pages of references, most of the text.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from llama_smart_proxy.proxy.knowledge.base import Unreadable
 from llama_smart_proxy.proxy.knowledge.reading import headings
+from llama_smart_proxy.proxy.knowledge.reading.blocks import Block, blocks_of
+from llama_smart_proxy.proxy.knowledge.reading.headings import Heading
 from llama_smart_proxy.proxy.knowledge.reading.parsed import Parsed, missing
 from llama_smart_proxy.proxy.knowledge.reading.text import cleaned
 
 if TYPE_CHECKING:
     from lxml.html import HtmlElement
 
-HEADING = re.compile(r"^#{1,6} ", re.M)
+WORD = re.compile(r"[^\W\u3040-\u30ff\u3400-\u9fff]+|[\u3040-\u30ff\u3400-\u9fff]")
+RUN = 3
+"""A block is compared by its runs of so many words."""
+COVERED = 0.5
+"""A block is content if so much of it has been found; and what has been found is believed if it is so much of all text
+outside of links."""
+
+CONTENTS = 8
+"""So many blocks of links in a row are a table of contents: it would be found for each question and answer none."""
 
 
 def parse(content: bytes) -> Parsed:
@@ -25,7 +41,54 @@ def parse(content: bytes) -> Parsed:
     tree: HtmlElement | None = trafilatura.load_html(content)
     if tree is None:
         raise Unreadable("contains no HTML")
-    title = " ".join((tree.findtext(".//title") or "").split())
-    found = trafilatura.extract(content, output_format="markdown", include_comments=False, favor_recall=True) or ""
-    document = headings.markdown(cleaned(found))
+    title = " ".join(cleaned(tree.findtext(".//title") or "").split())[: headings.MAX_HEADING]
+    blocks = blocks_of(tree)
+    found = ""
+    with suppress(Exception):  # of any kind, for odd pages: all blocks are content then
+        found = trafilatura.extract(tree, output_format="txt", include_comments=False, favor_recall=True) or ""
+    document = _document(_content(blocks, found))
     return Parsed(title or document.title, document.sections)
+
+
+def _content(blocks: Sequence[Block], found: str) -> list[Block]:
+    """The headings and those blocks that are in `found`; if too little of the text is, all but links; all, if there is
+    nothing but links."""
+    known = set(_runs(WORD.findall(found.casefold())))
+    prose = kept = 0
+    chosen: list[Block] = []
+    before = False  # whether the block before is content: it decides on a few words
+    for block in blocks:
+        words = WORD.findall(block.text.casefold())
+        if block.level:
+            chosen.append(block)
+            continue
+        runs = _runs(words)
+        before = sum(run in known for run in runs) >= COVERED * len(runs) if runs else before
+        prose += 0 if block.is_links else len(words)
+        if before:
+            kept += 0 if block.is_links else len(words)
+            chosen.append(block)
+    if prose == 0:  # an index
+        return list(blocks)
+    if kept < COVERED * prose:
+        return [block for block in blocks if block.level or not block.is_links]
+    groups = [(links, list(group)) for links, group in groupby(chosen, lambda block: block.is_links)]
+    return [block for links, group in groups if not links or len(group) < CONTENTS for block in group]
+
+
+def _runs(words: Sequence[str]) -> list[tuple[str, ...]]:
+    return list(zip(*(words[start:] for start in range(RUN)), strict=False))
+
+
+def _document(blocks: Iterable[Block]) -> Parsed:
+    lines: list[str] = []
+    found: list[Heading] = []
+    for block in blocks:
+        if block.level:
+            found.append(Heading(block.level, block.text.rstrip(" #¶§"), len(lines), len(lines) + 1))
+            lines.append(block.text)
+        else:
+            if lines and not block.continues:
+                lines.append("")
+            lines += block.text.split("\n")
+    return headings.parsed(lines, found, is_markdown=True)

@@ -46,24 +46,23 @@ class Worker:
         async with self._turn:
             self._stop_waiting()
             process = await self._running()
-            done = False
+            usable = False
             try:
                 async with asyncio.timeout(self._limits.time_s):
-                    found = await self._ask(process, framed(orjson.dumps(request)) + framed(content))
-                done = True
-                return found
+                    found, outcome = await self._ask(process, framed(orjson.dumps(request)) + framed(content))
+                usable = not outcome.get("last")
             except TimeoutError:
                 raise Unreadable(f"takes more than {self._limits.time_s:g} s to read") from None
             except (asyncio.IncompleteReadError, ConnectionError):
                 raise Unreadable(self._cause(await process.wait())) from None
-            except Unreadable:
-                done = True
-                raise
             finally:
-                if done:
+                if usable:
                     self._idle = asyncio.get_running_loop().call_later(self._limits.idle_s, self._end)
                 else:
                     self._end()
+        if error := outcome.get("error"):
+            raise Unreadable(error)
+        return found
 
     async def close(self) -> None:
         """End the process."""
@@ -94,7 +93,7 @@ class Worker:
         except OSError as exc:
             raise Unreadable(f"cannot be read: the system refused to start a process ({exc.strerror})") from exc
 
-    async def _ask(self, process: Process, request: bytes) -> list[Piece]:
+    async def _ask(self, process: Process, request: bytes) -> tuple[list[Piece], Json]:
         assert process.stdin is not None and process.stdout is not None
         process.stdin.write(request)
         found: list[Piece] = []
@@ -106,9 +105,7 @@ class Worker:
                 raise ConnectionError
             message = orjson.loads(await process.stdout.readexactly(length))
             if isinstance(message, dict):
-                if error := message.get("error"):
-                    raise Unreadable(error)
-                return found
+                return found, message
             found += [Piece(text, heading) for text, heading in message]
 
     def _cause(self, status: int) -> str:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from llama_smart_proxy.proxy.knowledge.base import Chunking, Piece
 from llama_smart_proxy.proxy.knowledge.reading.parsed import Parsed, Section, missing
+from llama_smart_proxy.proxy.knowledge.reading.tables import long_tables
 
 if TYPE_CHECKING:
     from semantic_text_splitter import MarkdownSplitter, TextSplitter
@@ -22,12 +23,19 @@ MAX_PART = 80
 """Characters of one heading in a path."""
 TINY = 5
 """A piece of less than this fraction of the limit is joined with its neighbours."""
-TOKENS = 480
-"""Tokens of a piece at most; embedding models such as MiniLM read 512 with their marks."""
+TOKENS = 440
+"""Tokens of a piece at most, by an estimate. Embedding models such as MiniLM read 512, with their marks; what is most
+dense has some more than estimated."""
+SLAB = 20_000
+"""Characters that are split at a time: a paragraph takes time in proportion to the square of its length."""
+FENCE = re.compile(r"^ {0,3}(?:```|~~~)", re.MULTILINE)
 SINGLE = re.compile(r"[^\w\s]|[^\x00-\u024f\u1e00-\u1eff\s]|_")
 """Characters that are a token each: punctuation, and letters that are not Latin."""
-TRIPLE = re.compile(r"[\uac00-\ud7a3]")
-"""Syllables of Hangul are split in up to three letters, with a token each."""
+HANGUL = re.compile(r"[\uac00-\ud7a3]")
+"""Syllables that are split in two or three letters, with a token each."""
+DENSE = re.compile(r"\d|[bcdfghjklmnpqrstvwxz]{4}", re.IGNORECASE)
+ANY_WORD = re.compile(r"[^\W_]")
+NOT_WORDS = re.compile(r"[\W_]+")
 WORD = re.compile(r"[0-9A-Za-z\u00c0-\u024f\u1e00-\u1eff]+")
 
 
@@ -40,14 +48,15 @@ def pieces(document: Parsed, name: str, chunking: Chunking) -> Iterator[Piece]:
         room = max(1, chunking.characters - len(prefix))
         limit = max(TOKENS, chunking.characters * TOKENS // 900) - tokens(prefix)
         for part in _parts(text, room, min(chunking.overlap, room // 2), limit, is_markdown):
-            yield Piece(prefix + part, heading)
+            if ANY_WORD.search(part):
+                yield Piece(prefix + part, heading)
 
 
 def heading_path(title: str, path: Sequence[str], room: int) -> str:
     """The title and the headings below it, on one line of at most `room` characters; the outer ones are left out first,
     but for the title."""
     title = " ".join(title.split())
-    if path and path[0].casefold() == title.casefold():
+    while path and f" {_words(path[0])} " in f" {_words(title)} ":
         path = path[1:]
     parts = [_shortened(part, MAX_PART) for part in (title, *path) if part]
     text = SEPARATOR.join(parts)
@@ -59,14 +68,26 @@ def heading_path(title: str, path: Sequence[str], room: int) -> str:
     return _shortened(text, room)
 
 
+def _words(text: str) -> str:
+    return " ".join(NOT_WORDS.sub(" ", text.casefold()).split())
+
+
 def _shortened(text: str, room: int) -> str:
     return text if len(text) <= room else text[: max(0, room - 1)].rstrip() + "…"
 
 
 def tokens(text: str) -> int:
     """An upper estimate of the tokens that an embedding model with a vocabulary of English makes of `text`."""
-    words = sum(1 + (len(word) - 1) // 3 for word in WORD.findall(text))
-    return words + len(SINGLE.findall(text)) + 2 * len(TRIPLE.findall(text))
+    words = sum(map(_word_tokens, WORD.findall(text)))
+    return words + len(SINGLE.findall(text)) + 3 * len(HANGUL.findall(text)) // 2
+
+
+def _word_tokens(word: str) -> int:
+    if DENSE.search(word):  # it is no word, and has a token for one or two characters
+        if len(word) < 8 and not word.isdigit():
+            return len(word)
+        return (3 * len(word) + 3) // 4 - (1 < len(word) < 4)
+    return 1 + (len(word) - 1) // (4 if word.isascii() else 2)
 
 
 def _joined(sections: Iterable[Section], tiny: int, limit: int) -> Iterator[Section]:
@@ -102,11 +123,31 @@ def _join(one: Section, other: Section) -> Section | None:
 
 def _parts(text: str, room: int, overlap: int, limit: int, is_markdown: bool) -> Iterator[str]:
     """`text` in parts of at most `room` characters and `limit` tokens."""
-    if len(text) > room:
-        for part in _splitter(is_markdown, room, overlap).chunks(text):
-            yield from _parts_by_tokens(part, limit, is_markdown)
-    elif text:
-        yield from _parts_by_tokens(text, limit, is_markdown)
+    for slab in _slabs(text, max(SLAB, 8 * room)):
+        for segment, head in long_tables(slab, room) if is_markdown else [(slab, "")]:
+            for part in _split(segment, room - len(head), overlap, is_markdown):
+                for small in _parts_by_tokens(part, limit - tokens(head), is_markdown):
+                    yield head + small
+
+
+def _split(text: str, room: int, overlap: int, is_markdown: bool) -> Sequence[str]:
+    return [text] if len(text) <= room else _splitter(is_markdown, room, overlap).chunks(text)
+
+
+def _slabs(text: str, size: int) -> Iterator[str]:
+    """`text` in large parts, which end with a paragraph if possible, and not inside of a block of code."""
+    start = 0
+    while len(text) - start > size:
+        middle, end = start + size // 2, start + size
+        fences = [fence.start() for fence in FENCE.finditer(text, start, end)]
+        if len(fences) % 2 and fences[-1] > middle:
+            end = fences[-1]
+        else:
+            places = (text.rfind(mark, middle, end) + len(mark) for mark in ("\n\n", "\n", " "))
+            end = next((place for place in places if place > middle), end)
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 def _parts_by_tokens(text: str, limit: int, is_markdown: bool) -> Iterator[str]:
@@ -116,14 +157,14 @@ def _parts_by_tokens(text: str, limit: int, is_markdown: bool) -> Iterator[str]:
         yield text
         return
     room = max(1, min(len(text) * limit // count, len(text) - 1))
-    for part in _splitter(is_markdown, room, 0).chunks(text):
+    for part in _split(text, room, 0, is_markdown):
         yield from _parts_by_tokens(part, limit, is_markdown)
 
 
-@cache
+@lru_cache(256)
 def _splitter(is_markdown: bool, room: int, overlap: int) -> MarkdownSplitter | TextSplitter:
     try:
         from semantic_text_splitter import MarkdownSplitter, TextSplitter
-    except ImportError as exc:
+    except ImportError as exc:  # what fits in one piece requires nothing
         raise missing("rag", "A document of more than one piece") from exc
     return MarkdownSplitter(room, overlap) if is_markdown else TextSplitter(room, overlap)

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import stat
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import orjson
 
+from llama_smart_proxy.proxy.chat import Json
 from llama_smart_proxy.proxy.knowledge.base import Chunking, Piece, Unreadable
 from llama_smart_proxy.proxy.knowledge.reading.documents import pieces_of
 from llama_smart_proxy.proxy.knowledge.reading.frames import FRAME_BYTES, framed, received
@@ -36,28 +38,37 @@ def main(argv: list[str]) -> None:
     sys.stdout = sys.stderr  # what a library prints is no frame
     while (request := received(source)) is not None and (content := received(source)) is not None:
         _renew(limits)
-        _answer(orjson.loads(request), content, sink, limits)
+        if not _answer(orjson.loads(request), content, sink, limits):
+            break
 
 
-def _answer(request: dict[str, Any], content: bytes, sink: BinaryIO, limits: Limits) -> None:
+def _answer(request: Json, content: bytes, sink: BinaryIO, limits: Limits) -> bool:
+    """Write the pieces of one document. False if this process is not to read another one."""
+    outcome: Json = {}
     try:
         if path := request["path"]:
             content = _content(path)
         chunking = Chunking(request["characters"], request["overlap"])
         pieces = pieces_of(content, request["name"], request["media_type"], chunking)
-        for frame in _frames(pieces, limits.text_mib * MIB, limits):
+        for frame in _frames(pieces, limits):
             sink.write(frame)
-        outcome = {}
     except Unreadable as exc:
-        outcome = {"error": str(exc)}
+        outcome["error"] = str(exc)
     except MemoryError:
-        sink.write(framed(orjson.dumps({"error": f"requires more than {limits.memory_mib} MiB of memory"})))
-        sink.flush()
-        sys.exit(1)
+        outcome = {"error": f"requires more than {limits.memory_mib} MiB of memory", "last": True}
     except Exception as exc:  # of a library, for a damaged document
-        outcome = {"error": f"is damaged or not supported ({type(exc).__name__})"}
+        outcome["error"] = f"is damaged or not supported ({type(exc).__name__})"
+    if _memory_used() > limits.memory_mib * MIB // 2:  # the next one would have less than it is promised
+        outcome["last"] = True
     sink.write(framed(orjson.dumps(outcome)))
     sink.flush()
+    return "last" not in outcome
+
+
+def _memory_used() -> int:
+    """The most memory that this process had, in bytes."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 def _content(path: str) -> bytes:
@@ -71,7 +82,8 @@ def _content(path: str) -> bytes:
         raise Unreadable(f"cannot be opened: {exc.strerror}") from exc
 
 
-def _frames(pieces: Iterable[Piece], room: int, limits: Limits) -> Iterator[bytes]:
+def _frames(pieces: Iterable[Piece], limits: Limits) -> Iterator[bytes]:
+    room = limits.text_mib * MIB
     batch: list[tuple[str, str]] = []
     size = 0
     for piece in pieces:
@@ -102,8 +114,6 @@ def _tie_to(parent: int) -> None:
 
 
 def _confine(limits: Limits) -> None:
-    import resource
-
     for which, most in (
         (resource.RLIMIT_AS, limits.memory_mib * MIB),
         (resource.RLIMIT_CORE, 0),
@@ -116,8 +126,6 @@ def _confine(limits: Limits) -> None:
 
 def _renew(limits: Limits) -> None:
     """Each document has its processor time, on top of what has been used."""
-    import resource
-
     used = resource.getrusage(resource.RUSAGE_SELF)
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
     with suppress(OSError, ValueError):
