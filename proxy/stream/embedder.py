@@ -15,6 +15,7 @@ from llama_smart_proxy.proxy.errors import BadRequest, ModelNotFound, UpstreamFa
 from llama_smart_proxy.proxy.http.body import serialise
 from llama_smart_proxy.proxy.models.router import Router
 from llama_smart_proxy.proxy.stream.embeddings import PostJson, embed
+from llama_smart_proxy.proxy.stream.rerank import rerank
 from llama_smart_proxy.proxy.stream.upstream import JSON_HEADERS, fetch_json
 
 if TYPE_CHECKING:
@@ -94,13 +95,7 @@ class PoolEmbedder:
         if config.knowledge.reranker is None:
             raise BadRequest("no reranking model is configured (setting knowledge.reranker)", code="no_reranker")
         model = (await router.resolve(config.knowledge.reranker)).model
-        body = {"model": model.name, "query": query, "documents": list(texts)}
-        answer = await _post(model, Priority.PERSON)("/v1/rerank", body)
-        try:
-            scores = {item["index"]: float(item["relevance_score"]) for item in answer["results"]}
-            return [scores[number] for number in range(len(texts))]
-        except (KeyError, TypeError, ValueError) as exc:
-            raise UpstreamFailed(f"{model.name} returned no score for each text", code="upstream_error") from exc
+        return await rerank(model.name, query, texts, _post(model, Priority.PERSON))
 
 
 def _post(model: Model, priority: Priority) -> PostJson:
