@@ -21,7 +21,10 @@ from llama_smart_proxy.proxy.api.routes import ROUTES
 from llama_smart_proxy.proxy.api.state import Proxy
 from llama_smart_proxy.proxy.chat import Observer
 from llama_smart_proxy.proxy.config import Config
+from llama_smart_proxy.proxy.fetching import Pages
 from llama_smart_proxy.proxy.http.running import Running
+from llama_smart_proxy.proxy.knowledge.base import Viewer
+from llama_smart_proxy.proxy.knowledge.knowledge import Knowledge
 from llama_smart_proxy.proxy.metrics import Metrics
 from llama_smart_proxy.proxy.middleware.afterwards import Afterwards
 from llama_smart_proxy.proxy.middleware.chain import Chain
@@ -48,6 +51,8 @@ class Lasting:
     downloads: Downloads
     pool: Pool
     metrics: Metrics
+    knowledge: Knowledge
+    pages: Pages
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     conversations: Conversations = field(default_factory=Conversations)
     running: Running = field(default_factory=Running)
@@ -115,11 +120,16 @@ class Generation:
             latest,
             Access(config.server),
             lasting.metrics,
+            pages=lasting.pages,
+            library=lasting.knowledge.seen_by(Viewer()),
         )
         self.dispatcher = Dispatcher(self.proxy, [*parts.registry.observers, *lasting.observers], lasting.counters)
+        self._add_routes(parts.registry)
+
+    def _add_routes(self, registry: Registry) -> None:
         for method, path, handler, scope, pages, loads in ROUTES:
             self.dispatcher.add([method], path, handler, scope, pages=pages, loads=loads)
-        for path, endpoint in parts.registry.endpoints.items():
+        for path, endpoint in registry.endpoints.items():
             handle = EndpointHandler(endpoint).handle
             self.dispatcher.add(endpoint.methods, path, handle, endpoint.scope, endpoint.dialect, loads=True)
 

@@ -52,6 +52,10 @@ class Access:
             raise AccessDenied(self._missing(grant, scope), status=403)
         return grant
 
+    def placed(self, http: web.BaseRequest, grant: Grant) -> Grant:
+        """`grant`, as `admit` returned it, where it matters whether the client is of this machine."""
+        return grant if self._keys else self._everyone or (ALL if is_local(http) else REMOTE)
+
     def _public(self, http: web.BaseRequest) -> Grant:
         """For an endpoint that everyone may use: a key shows more there, and a wrong one is none."""
         try:

@@ -233,6 +233,7 @@ class Chat:
         facts = RequestFacts(
             self.http.headers, self.http.path.rstrip("/"), self.http[RECORD].request_id, route.model.kind, selection,
             chat, asked_model=asked_model, store=self.proxy.store, wait=self.wait, library=self.proxy.library,
+            pages=self.proxy.pages,
         )  # fmt: skip
         contexts = [AgentContext(active, facts, scope, calls) for active in selection.chain]
         try:

@@ -17,6 +17,20 @@ _HEAD = 16 * 1024
 """Bytes in which the headers of a part are looked for."""
 
 
+def boundary_of(content_type: str) -> bytes:
+    """What separates the fields of a form. Raises: BadRequest if this header is not that of a form."""
+    header = Message()
+    header["Content-Type"] = content_type
+    try:
+        boundary = header.get_boundary("")
+        is_form = header.get_content_type() == "multipart/form-data"
+    except ValueError:  # both UTF-8 and other bytes
+        is_form = False
+    if not is_form or not boundary:
+        raise BadRequest("the request body must be multipart/form-data", code="invalid_form")
+    return boundary.encode("utf-8", "surrogateescape")
+
+
 class Form:
     """A form as a list of parts, each from behind the line break that follows its boundary to the next boundary."""
 
@@ -29,16 +43,7 @@ class Form:
     @classmethod
     def of(cls, content_type: str) -> Self:
         """An empty form with the boundary of this header. Raises: BadRequest if it is no form."""
-        header = Message()
-        header["Content-Type"] = content_type
-        try:
-            boundary = header.get_boundary("")
-            is_form = header.get_content_type() == "multipart/form-data"
-        except ValueError:  # both UTF-8 and other bytes
-            is_form = False
-        if not is_form or not boundary:
-            raise BadRequest("the request body must be multipart/form-data", code="invalid_form")
-        return cls(boundary.encode("utf-8", "surrogateescape"))
+        return cls(boundary_of(content_type))
 
     def parse(self, body: bytes) -> Self:
         """Read `body`. Raises: BadRequest if it is not a complete form, or has over `MAX_PARTS` fields."""

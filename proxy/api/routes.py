@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from llama_smart_proxy.proxy.api import admin, control, llama_server, requests, router_mode
+from llama_smart_proxy.proxy.api import (
+    admin,
+    control,
+    files,
+    llama_server,
+    requests,
+    router_mode,
+    sources,
+    vector_store_files,
+    vector_stores,
+)
 from llama_smart_proxy.proxy.api import ollama as ollama_api
 from llama_smart_proxy.proxy.api.dispatcher import Handler
 from llama_smart_proxy.proxy.api.events import events
@@ -15,6 +25,8 @@ from llama_smart_proxy.proxy.http.origins import Pages
 from llama_smart_proxy.proxy.http.scopes import Scope
 
 PUBLIC, INFERENCE, ADMIN = Scope.PUBLIC, Scope.INFERENCE, Scope.ADMIN
+_STORE = "/v1/vector_stores/{id}"
+_FILE, _BATCH = f"{_STORE}/files/{{file}}", f"{_STORE}/file_batches/{{batch}}"
 _BLOB = "/api/blobs/{digest:sha256:[0-9a-f]{64}}"
 
 
@@ -85,4 +97,28 @@ ROUTES = [
         for method in ("GET", "POST")
     ),
     Route("DELETE", "/mcp", llama_server.use_tools, ADMIN, Pages.LOCAL),
+    # the knowledge base: what a client may see and change there, `Library` decides
+    Route("POST", "/v1/files", files.create, INFERENCE),
+    Route("GET", "/v1/files", files.list_files, INFERENCE),
+    Route("GET", "/v1/files/{id}", files.show, INFERENCE),
+    Route("DELETE", "/v1/files/{id}", files.delete, INFERENCE),
+    Route("GET", "/v1/files/{id}/content", files.content, INFERENCE),
+    Route("POST", "/v1/vector_stores", vector_stores.create, INFERENCE),
+    Route("GET", "/v1/vector_stores", vector_stores.list_stores, INFERENCE),
+    Route("GET", _STORE, vector_stores.show, INFERENCE),
+    Route("POST", _STORE, vector_stores.update, INFERENCE),
+    Route("DELETE", _STORE, vector_stores.delete, INFERENCE),
+    Route("POST", f"{_STORE}/search", vector_stores.search, INFERENCE),
+    Route("POST", f"{_STORE}/files", vector_store_files.create, INFERENCE),
+    Route("GET", f"{_STORE}/files", vector_store_files.list_files, INFERENCE),
+    Route("GET", _FILE, vector_store_files.show, INFERENCE),
+    Route("POST", _FILE, vector_store_files.update, INFERENCE),
+    Route("DELETE", _FILE, vector_store_files.delete, INFERENCE),
+    Route("GET", f"{_FILE}/content", vector_store_files.content, INFERENCE),
+    Route("POST", f"{_STORE}/file_batches", vector_store_files.create_batch, INFERENCE),
+    Route("GET", _BATCH, vector_store_files.show_batch, INFERENCE),
+    Route("POST", f"{_BATCH}/cancel", vector_store_files.cancel_batch, INFERENCE),
+    Route("GET", f"{_BATCH}/files", vector_store_files.list_batch, INFERENCE),
+    Route("GET", "/knowledge/{collection:.+}", sources.list_sources, INFERENCE),
+    Route("PUT", "/knowledge/{collection:.+}", sources.put_source, INFERENCE),
 ]

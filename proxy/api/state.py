@@ -14,6 +14,7 @@ from llama_smart_proxy.proxy.access.policy import Access
 from llama_smart_proxy.proxy.api.conversations import Conversations
 from llama_smart_proxy.proxy.api.reloads import Reloads
 from llama_smart_proxy.proxy.config import Config
+from llama_smart_proxy.proxy.fetching import Pages
 from llama_smart_proxy.proxy.http.running import Running
 from llama_smart_proxy.proxy.knowledge.library import Library
 from llama_smart_proxy.proxy.metrics import Metrics
@@ -83,6 +84,8 @@ class Proxy:
     grant: Grant = ALL
     library: Library | None = None
     """The knowledge base, as the clients with `grant` see it."""
+    pages: Pages | None = None
+    """Pages that web searches find."""
 
     def seen_by(self, grant: Grant) -> Proxy:
         """The same proxy for the clients that have this grant: with the models and agents that exist for them. The
@@ -93,7 +96,8 @@ class Proxy:
             now = self.latest()
             return now.seen_by(now.access.successor(grant))
 
-        return replace(self, grant=grant, router=router, chain=chain, latest=latest)
+        library = self.library.seen_by(grant.viewer) if self.library is not None else None
+        return replace(self, grant=grant, router=router, chain=chain, latest=latest, library=library)
 
     @property
     def goes_on(self) -> bool:

@@ -22,6 +22,7 @@ from llama_smart_proxy.proxy.chat.extensions import (
     first_problem,
     is_kept,
     kept,
+    own_fields,
     without_extensions,
 )
 from llama_smart_proxy.proxy.chat.fold import Fold, Reply, fold, replay
@@ -54,6 +55,7 @@ __all__ = [
     "is_kept",
     "kept",
     "last_user_message",
+    "own_fields",
     "replay",
     "say",
     "text_of",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 
 from llama_smart_proxy.proxy.chat.extensions import Json
+from llama_smart_proxy.proxy.chat.sources import sources_list
 from llama_smart_proxy.proxy.chat.status import status_line
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -145,6 +146,12 @@ class Chunk:
         """A new chunk with a line of reasoning about what the user waits for. In front of the answer's own reasoning it
         is removed from the chat when that is sent again, so that no model gets it."""
         return Chunk.of(reasoning=status_line(text))
+
+    @staticmethod
+    def sources(lines: Iterable[str]) -> Chunk:
+        """A new chunk with a list of sources, to be yielded at the end of an answer; each line begins as `[1] ...`. It
+        is removed from the chat when that is sent again, so that no model gets it."""
+        return Chunk.of(sources_list(lines))
 
     @staticmethod
     def ending(finish_reason: str = "stop", *, index: int = 0) -> Chunk:

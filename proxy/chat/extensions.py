@@ -24,6 +24,12 @@ class Extensions(Json):
         self.problem = problem
 
 
+def own_fields(source: Json) -> Json:
+    """The fields `x_...` of a chunk or a `chat.completion`: what agents have added to the end of an answer for clients
+    of every API."""
+    return {name: value for name, value in source.items() if name.startswith("x_")}
+
+
 def attach(target: Json, dialect: str, fields: Mapping[str, Any], problem: Exception | None = None) -> Json:
     """Attach `fields` to `target` as extensions, unless there are none and no `problem`. Returns `target`."""
     if fields or problem is not None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from llama_smart_proxy.proxy.chat import Json
 from llama_smart_proxy.proxy.cli import remote
+from llama_smart_proxy.proxy.cli.kb import kb_command
 from llama_smart_proxy.proxy.cli.remote import Remote, RemoteError, at
 from llama_smart_proxy.proxy.cli.tables import NONE, duration, print_json, print_table, size
 from llama_smart_proxy.proxy.cli.usage import usage_command
@@ -180,6 +181,7 @@ def _reload(proxy: Remote, args: argparse.Namespace) -> int:
 
 ACTIONS: dict[str, Callable[[Remote, argparse.Namespace], int]] = {
     "usage": usage_command,
+    "kb": kb_command,
     "ps": _ps,
     "load": _load,
     "unload": _unload,

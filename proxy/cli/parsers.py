@@ -30,10 +30,21 @@ COMMANDS = {
     "reload": "Let the running proxy read its configuration again. An invalid one changes nothing; exit status 1.",
     "key": "Make an API key: `key new` prints it once, and what the configuration gets of it.",
     "usage": "Print how many requests, errors and tokens there were, by API key, model and day.",
+    "kb": "Add documents to the knowledge base of the running proxy, list, remove and search them, and measure how "
+    "well questions find them.",
     "help": "Describe the program, or one command.",
 }
-REMOTE = ("ps", "load", "unload", "logs", "why", "events", "reload", "usage")
+REMOTE = ("ps", "load", "unload", "logs", "why", "events", "reload", "usage", "kb")
 """The commands that ask or change the running proxy."""
+KB_ACTIONS = {
+    "add": "Add files, folders and web pages. What has not changed since the last time is not sent again.",
+    "list": "List collections, or the documents of one of them.",
+    "rm": "Remove a collection, or one document of it.",
+    "search": "Print the passages that answer a question best.",
+    "eval": "Measure how often the right document, or a passage with the right answer, is found.",
+}
+COLLECTION = "default"
+"""The collection of who names none."""
 STATUSES = (
     "Exit status: 0 done, 1 refused or failed, 2 wrong command line or configuration, 3 no proxy is running there, "
     "4 the API key is missing or not sufficient, 130 interrupted."
@@ -66,11 +77,12 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     commands["help"].add_argument("topic", metavar="COMMAND", nargs="?", choices=COMMANDS, help="one of the commands")
     commands["check"].add_argument("--argv", metavar="MODEL", help="print the command line of the model's llama-server")
     commands["check"].add_argument("--strict", action="store_true", help="exit status 2 for warnings, too")
-    for name in ("serve", "check", "pull", "simulate", *REMOTE):
+    remote = [*(commands[name] for name in REMOTE if name != "kb"), *_kb_actions(commands["kb"])]
+    for command in (*(commands[name] for name in ("serve", "check", "pull", "simulate")), *remote):
         found = f"{', '.join(CONFIG_FILES[:-1])} or {CONFIG_FILES[-1]} in the current folder"
-        commands[name].add_argument("--config", metavar="FILE", help=f"default: $LSP_CONFIG, else {found}")
-    for name in REMOTE:
-        _add_remote(commands[name])
+        command.add_argument("--config", metavar="FILE", help=f"default: $LSP_CONFIG, else {found}")
+    for command in remote:
+        _add_remote(command)
     for name in ("load", "unload", "logs"):
         commands[name].add_argument("model", metavar="MODEL", help="name of the model")
     commands["load"].add_argument("--no-wait", action="store_true", help="return while it loads")
@@ -95,3 +107,29 @@ def _add_usage(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--by", default="key,model,day", metavar="COLUMNS", help=by)
     parser.add_argument("--since", metavar="DAY", help="the first day, such as 2026-01-31")
     parser.add_argument("--until", metavar="DAY", help="the last day")
+
+
+def _kb_actions(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    """The parsers of what `kb` does."""
+    parser.epilog = "`llama-smart-proxy kb ACTION --help` describes one action."
+    group = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    actions = {name: group.add_parser(name, help=text, description=text) for name, text in KB_ACTIONS.items()}
+    add, rm, search = actions["add"], actions["rm"], actions["search"]
+    add.add_argument(
+        "paths", metavar="PATH|URL", nargs="+", help="a file, a folder with all that is below it, or a page"
+    )
+    skipped = "names of the only files that are added from folders, such as '*.md'; may be repeated"
+    add.add_argument("--pattern", metavar="GLOB", action="append", default=[], help=skipped)
+    waits = "wait until all is read and can be found (the default), and name what is not readable"
+    add.add_argument("--wait", action=argparse.BooleanOptionalAction, default=True, help=waits)
+    for action in (add, search, actions["eval"]):
+        named = f"name or id of a collection; default: {COLLECTION}"
+        action.add_argument("--collection", metavar="NAME", default=COLLECTION, help=named)
+    actions["list"].add_argument("collection", metavar="COLLECTION", nargs="?", help="list the documents of this one")
+    rm.add_argument("collection", metavar="COLLECTION", help="name or id of the collection")
+    rm.add_argument("document", metavar="DOCUMENT", nargs="?", help="name, path, URL or id of one document in it")
+    search.add_argument("query", metavar="QUERY", help="what is looked for")
+    search.add_argument("--limit", metavar="N", type=int, default=5, help="so many passages (5)")
+    lines = 'lines of JSON: {"question": ..., "document": ...} or {"question": ..., "answer": ...}'
+    actions["eval"].add_argument("file", metavar="FILE", help=lines)
+    return [*actions.values()]

@@ -12,9 +12,9 @@ import os
 import ssl
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import quote, urlsplit
 
 from llama_smart_proxy.proxy import __version__
@@ -26,6 +26,7 @@ CONNECT_S = 10.0
 """Seconds in which a connection must be made."""
 ANSWER_S = 60.0
 """Seconds in which an answer must begin, where a command does not wait for more."""
+PIECE_BYTES = 256 * 1024
 _ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 """Addresses to listen on that are every interface, and what to connect to there."""
 
@@ -39,6 +40,10 @@ class RemoteError(Exception):
         self.message = message
         self.status = status
         self.error = error or {}
+
+
+class Unreadable(Exception):
+    """Why a file cannot be read."""
 
 
 class Remote:
@@ -71,6 +76,11 @@ class Remote:
         with self._open(method, path, body, timeout_s) as response:
             return _parsed(_read(response), self.url)
 
+    def send(self, method: str, path: str, file: BinaryIO, size: int) -> Any:
+        """The JSON of an answer to the `size` bytes of `file`. Raises: Unreadable."""
+        with self._open(method, path, _Content(file, size), ANSWER_S) as response:
+            return _parsed(_read(response), self.url)
+
     def text(self, path: str) -> str:
         """The text of an answer to GET."""
         with self._open("GET", path, None, ANSWER_S) as response:
@@ -90,21 +100,44 @@ class Remote:
         """Raises: RemoteError, also for an answer that is none of success."""
         kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
         connection = kind(self._host, self._port, timeout=CONNECT_S)
-        data, headers = None, dict(self._headers)
-        if body is not None:
+        data: Any = None
+        headers = dict(self._headers)
+        if isinstance(body, _Content):
+            data, headers["Content-Length"] = body.pieces(), str(body.size)
+        elif body is not None:
             data, headers["Content-Type"] = json.dumps(body).encode(), "application/json"
         try:
             with _explained(self.url, CONNECT_S):
                 connection.connect()
             connection.sock.settimeout(timeout_s)
             with _explained(self.url, timeout_s):
-                connection.request(method, self._folder + path, data, headers)
+                with suppress(BrokenPipeError, ConnectionResetError):  # it has answered before it had all of the body
+                    connection.request(method, self._folder + path, data, headers)
                 response = connection.getresponse()
             if not 200 <= response.status < 300:
                 raise _refused(response, self.url, has_key="Authorization" in headers)
             yield response
         finally:
             connection.close()
+
+
+class _Content(NamedTuple):
+    """The body of a request: so many bytes of a file."""
+
+    file: BinaryIO
+    size: int
+
+    def pieces(self) -> Iterator[bytes]:
+        left = self.size
+        while left:
+            try:
+                data = self.file.read(min(left, PIECE_BYTES))
+            except OSError as exc:
+                raise Unreadable(_reason(exc)) from exc
+            if not data:
+                raise Unreadable("it became shorter while it was read")
+            left -= len(data)
+            yield data
 
 
 @contextmanager

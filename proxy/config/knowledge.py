@@ -26,6 +26,17 @@ MINILM = "minilm"
 """The name of the embedding model that is there without configuration."""
 
 
+def _private(entries: list[str]) -> list[str]:
+    from llama_smart_proxy.proxy.fetching.guard import Private  # with what it imports, only for who requires it
+
+    for entry in entries:
+        try:
+            Private([entry])
+        except ValueError:
+            raise ValueError(f"{entry!r} must be a host such as docs.lan, or a network such as 10.1.0.0/16") from None
+    return entries
+
+
 class WatchedFolder(Section):
     """A folder whose documents are in a collection."""
 
@@ -47,6 +58,11 @@ class KnowledgeConfig(Section):
         default=None,
         description="URL of a Postgres with pgvector (postgresql://) or a Qdrant server (qdrant://, qdrants:// with "
         "TLS) that is searched, in place of this process.",
+    )
+    allow_private: Annotated[list[str], AfterValidator(_private)] = Field(
+        default_factory=list,
+        description="Hosts and networks, such as docs.lan or 10.1.0.0/16, from which pages are added although their "
+        "addresses are not public. Pages of web searches never come from there.",
     )
     max_file_mib: int = Field(default=100, ge=1, description="Largest document, in MiB.")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,18 @@ IGNORED: tuple[Loc, ...] = (
     ("library_log_levels",),
     ("proxy_host_url",),
 )
+AGENT_MOVED: dict[str, dict[str, tuple[str, ...]]] = {
+    "rag": {"rag_threshold": ("upper",), "timeout": ("time_s",), "llm_model": ("grader_model", "rewrite_model")}
+}
+"""Options of agents that have other names here."""
+AGENT_IMPLIED = {("rag", "llm_model"): ("grader", "llm")}
+"""Options of agents that stood for another one as well, and its value."""
+AGENT_IGNORED = {
+    ("rag", "lightrag_host"): "documents are in the proxy's own knowledge base: llama-smart-proxy kb add PATH",
+    ("rag", "lightrag_api_key"): "documents are in the proxy's own knowledge base: llama-smart-proxy kb add PATH",
+    ("rag", "ollama_base_url"): "models are those of this proxy",
+}
+"""Options of agents that have no effect, and why."""
 PLUGINS = "plugins"
 """The folder where llama-smart-proxy had its plugins, beside its configuration."""
 DEFAULT_PLUGINS = "src/plugins"
@@ -74,7 +86,34 @@ def translate(data: dict[str, Any], moved: Callable[[Loc, Loc], None]) -> list[P
                 if _put(data, new, [value] if new == ("agents_dirs",) else value):
                     moved(new, old)
             remarks.append(Problem(old, f"is now called {' and '.join(map(dotted, news))}"))
-    return remarks
+    return remarks + [remark for loc, name, options in _agents(data) for remark in _renamed(loc, name, options)]
+
+
+def _agents(data: Mapping[str, Any]) -> Iterator[tuple[Loc, str, dict[str, Any]]]:
+    """Path, name and options of each entry in `agents`, of all models and of one."""
+    models = data.get("models")
+    places: list[tuple[Loc, Any]] = [((), data)]
+    places += [(("models", name), model) for name, model in models.items()] if isinstance(models, dict) else []
+    for loc, holder in places:
+        entries = holder.get("agents") if isinstance(holder, dict) else None
+        for number, entry in enumerate(entries if isinstance(entries, list) else ()):
+            for name, options in entry.items() if isinstance(entry, dict) else ():
+                if isinstance(options, dict):
+                    yield (*loc, "agents", number, name), name, options
+
+
+def _renamed(loc: Loc, name: str, options: dict[str, Any]) -> Iterator[Problem]:
+    for old, news in AGENT_MOVED.get(name, {}).items():
+        if old in options:
+            value = options.pop(old)
+            implied = AGENT_IMPLIED.get((name, old))
+            for new, given in (*((new, value) for new in news), *((implied,) if implied is not None else ())):
+                options.setdefault(new, given)
+            also = f", with {implied[0]}: {implied[1]}" if implied is not None else ""
+            yield Problem((*loc, old), f"is now called {' and '.join(news)}{also}")
+    for (agent, old), why in AGENT_IGNORED.items():
+        if agent == name and options.pop(old, None) is not None:
+            yield Problem((*loc, old), f"has no effect here and can be removed: {why}")
 
 
 def _matches(data: Any, pattern: Loc) -> list[Loc]:

@@ -15,6 +15,7 @@ from yarl import URL
 
 from llama_smart_proxy.proxy import __version__
 from llama_smart_proxy.proxy.fetching.guard import NOT_PUBLIC, PORTS, AddressRefused, Guard, Private, Refused, parsed
+from llama_smart_proxy.proxy.fetching.names import Names
 
 PRODUCT = "llama-smart-proxy"
 USER_AGENT = f"{PRODUCT}/{__version__}"
@@ -146,7 +147,7 @@ class Fetcher:
         if private not in self._sessions:
             connector = aiohttp.TCPConnector(
                 socket_factory=Guard(self._private.networks, open=private),
-                resolver=self._resolver or aiohttp.ThreadedResolver(),
+                resolver=self._resolver or Names(),
                 use_dns_cache=False,
                 force_close=True,
             )
@@ -181,12 +182,12 @@ async def _limited(answer: aiohttp.ClientResponse, max_bytes: int) -> bytes:
     Raises: FetchError, as soon as it is larger.
     """
     if (answer.content_length or 0) > max_bytes:
-        raise FetchError(_too_large(max_bytes), status=answer.status)
+        raise FetchError(_too_large(max_bytes))
     data = bytearray()
     async for piece in answer.content.iter_any():
         data += piece
         if len(data) > max_bytes:
-            raise FetchError(_too_large(max_bytes), status=answer.status)
+            raise FetchError(_too_large(max_bytes))
     return bytes(data)
 
 

@@ -119,7 +119,10 @@ class Guard:
 
 
 class Private:
-    """Hosts that are not public and may be fetched all the same: names, addresses, and networks (`10.1.0.0/16`)."""
+    """Hosts that are not public and may be fetched all the same: names, addresses, and networks (`10.1.0.0/16`).
+
+    Raises: ValueError.
+    """
 
     def __init__(self, entries: Iterable[str] = ()) -> None:
         self.names: set[str] = set()
@@ -128,8 +131,16 @@ class Private:
             if "/" in entry:
                 self.networks.append(ipaddress.ip_network(entry))
             else:
-                self.names.add((URL.build(scheme="http", host=entry).raw_host or "").lower().removesuffix("."))
+                self.names.add(_host(entry))
 
     def names_host(self, url: URL) -> bool:
         """Whether the host of `url` is one of the names."""
         return (url.raw_host or "").lower().removesuffix(".") in self.names
+
+
+def _host(entry: str) -> str:
+    """A name or address as it is in parsed URLs. Raises: ValueError."""
+    url = parsed(f"http://[{entry}]/" if entry.count(":") > 1 else f"http://{entry}/")
+    if url.explicit_port is not None or url.raw_path_qs != "/" or "#" in entry:
+        raise Refused("no host")
+    return (url.raw_host or "").lower().removesuffix(".")

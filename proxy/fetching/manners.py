@@ -55,13 +55,17 @@ class Manners:
         except Refused as exc:
             raise FetchError(str(exc), refused=True) from None
         async with self._turn(url.raw_authority.lower()) as host:
+            pause_s = self._pause_s
             try:
                 return await self._fetcher.get(str(url), before=self._permit)
             except FetchError as exc:
+                pause_s = 0.0 if exc.refused else pause_s
                 if exc.status in _BUSY:
                     rest_s = DEFAULT_REST_S if exc.retry_after_s is None else exc.retry_after_s
                     host.rests_until_s = time.monotonic() + rest_s
                 raise
+            finally:
+                host.next_s = time.monotonic() + pause_s
 
     @asynccontextmanager
     async def _turn(self, name: str) -> AsyncIterator[_Host]:
@@ -74,10 +78,7 @@ class Manners:
                     rest_s = host.rests_until_s - now
                     raise FetchError(f"its server has asked for no request for {rest_s:.0f} seconds", refused=True)
                 await asyncio.sleep(max(0.0, host.next_s - now))
-                try:
-                    yield host
-                finally:
-                    host.next_s = time.monotonic() + self._pause_s
+                yield host
         finally:
             host.users -= 1
             self._forget_some()

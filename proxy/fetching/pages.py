@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-import tempfile
-from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
+
+from yarl import URL
 
 from llama_smart_proxy.proxy.chat.passage import Passage
 from llama_smart_proxy.proxy.fetching.cache import TimedCache
@@ -19,15 +17,8 @@ TTL_S = 900.0
 CACHE_BYTES = 16 * 2**20
 MAX_PASSAGES = 200
 """Of one page: what comes after them is not used."""
-MOST_READ = 2
-"""Pages that are read at one time, as one process reads them and documents wait for it, too."""
-_SUFFIXES = {
-    "text/plain": ".txt",
-    "text/markdown": ".md",
-    "text/x-markdown": ".md",
-    "application/json": ".json",
-    "application/pdf": ".pdf",
-}
+READ_S = 8.0
+"""Seconds for reading a page, or waiting for others to be read."""
 _CHARSET = re.compile(
     r"(us-ascii|utf-(8|16(le|be)?)|iso-8859-[0-9]{1,2}|windows-125[0-9]|koi8-[ru]|shift_jis|euc-(jp|kr)|gb(k|2312|18030)|big5)"
 )
@@ -38,12 +29,11 @@ class Pages:
     """Reads pages by URL. They come from a web search, so no address that is not public is connected to, robots.txt is
     respected, and a host gets one request at a time. What was read is remembered for a while."""
 
-    def __init__(self, fetcher: Fetcher, reader: Callable[[], Reader], *, pause_s: float = 0.5) -> None:
+    def __init__(self, fetcher: Fetcher, reader: Reader, *, pause_s: float = 0.5) -> None:
         self._fetcher = fetcher
         self._reader = reader
         self._manners = Manners(fetcher, pause_s=pause_s)
         self._read: TimedCache[list[Passage]] = TimedCache(TTL_S, CACHE_BYTES)
-        self._at_once = asyncio.Semaphore(MOST_READ)
 
     async def passages(self, url: str) -> list[Passage]:
         """The passages of the page at `url`, in order. Raises: FetchError."""
@@ -55,28 +45,30 @@ class Pages:
         return known
 
     async def close(self) -> None:
-        """Close all connections."""
+        """Close all connections, and end the process that reads."""
         await self._fetcher.close()
+        await self._reader.close()
 
     async def _passages(self, page: Page) -> list[Passage]:
-        async with self._at_once:
-            with tempfile.TemporaryDirectory(prefix="page-") as folder:
-                file = Path(folder) / f"page{_SUFFIXES.get(page.media_type, '.html')}"
-                _save(page, file)
-                try:
-                    pieces = await self._reader().read(file, file.name, page.media_type)
-                except Unreadable as exc:
-                    raise FetchError(f"it cannot be read: {exc}") from None
+        name = f"Page ({URL(page.url).host})"  # no suffix, which would count before the media type
+        try:
+            async with asyncio.timeout(READ_S):
+                pieces = await self._reader.page(_content(page), name, page.media_type)
+        except TimeoutError:
+            raise FetchError(f"it was not read within {READ_S:g} seconds") from None
+        except Unreadable as exc:
+            raise FetchError(f"it {exc}") from None
         return [
             Passage(piece.text, page.url, heading=piece.heading, number=number, url=page.url)
             for number, piece in enumerate(pieces[:MAX_PASSAGES])
         ]
 
 
-def _save(page: Page, file: Path) -> None:
-    """Write it, in UTF-8 if its header declares a charset: that takes precedence over what the page itself says."""
-    data = page.data
-    if page.media_type != "application/pdf" and _CHARSET.fullmatch(page.charset):
-        with suppress(LookupError):
-            data = data.decode(page.charset, "replace").encode("utf-8-sig", "replace")
-    file.write_bytes(data)
+def _content(page: Page) -> bytes:
+    """In UTF-8, if its header declares a charset: that takes precedence over what the page itself says."""
+    if page.media_type == "application/pdf" or not _CHARSET.fullmatch(page.charset):
+        return page.data
+    try:
+        return page.data.decode(page.charset, "replace").encode("utf-8-sig", "replace")
+    except LookupError:  # an ISO 8859 that does not exist
+        return page.data

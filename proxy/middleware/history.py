@@ -8,6 +8,7 @@ from typing import Any
 
 from llama_smart_proxy.proxy.chat import Json
 from llama_smart_proxy.proxy.chat.chunk import REASONING
+from llama_smart_proxy.proxy.chat.sources import SOURCES_MARK, without_sources
 from llama_smart_proxy.proxy.chat.status import STATUS_MARK, without_status
 from llama_smart_proxy.proxy.dialects.base import ClientCodec, TextPlace
 from llama_smart_proxy.proxy.errors import ERROR_TEXT, MAX_ERROR_TEXT, without_error_text
@@ -32,8 +33,8 @@ class History:
 
 
 def may_hold_commands(codec: ClientCodec, body: Json) -> bool:
-    """Whether any text of this undecoded body begins with a slash, or ends with an error of ours, or any reasoning
-    begins with a status line. Cheap; True may be a false positive."""
+    """Whether any text of this undecoded body begins with a slash, or has an error or a list of sources of ours, or any
+    reasoning begins with a status line. Cheap; True may be a false positive."""
     messages = codec.messages(body)
     if messages is None:
         return codec.user_text(body).startswith("/")
@@ -52,7 +53,7 @@ def _is_suspect(message: Any) -> bool:
 
 
 def _is_marked(text: str) -> bool:
-    return text.startswith("/") or ERROR_TEXT in text[-LONGEST_ERROR:]
+    return text.startswith("/") or ERROR_TEXT in text[-LONGEST_ERROR:] or SOURCES_MARK in text
 
 
 def read_history(codec: ClientCodec, body: Json, commands: Commands) -> History:
@@ -60,7 +61,8 @@ def read_history(codec: ClientCodec, body: Json, commands: Commands) -> History:
 
     Commands are taken out of the user's texts, as they were when these were new: else the model would not find the
     prompt that it has cached, and would read them. A command that no model answered goes together with its answer, and
-    so do errors that were shown as a part of an answer, and status lines in front of its reasoning.
+    so do errors that were shown as a part of an answer, lists of sources below it, and status lines in front of its
+    reasoning.
     """
     messages = codec.messages(body)
     history = History()
@@ -83,7 +85,7 @@ def read_history(codec: ClientCodec, body: Json, commands: Commands) -> History:
                 next(following)
         elif called is not None and called.action is None and place is not None:
             kept.append(_with_text(message, place, called.rest))
-        elif (clean := _without_status(_without_error(message))) is not message:
+        elif (clean := _without_status(_without_end(message))) is not message:
             kept.append(clean)
         else:
             kept.append(message)
@@ -127,20 +129,24 @@ def _with_text(message: Json, place: TextPlace, text: str) -> Json:
     return {**message, "content": changed}
 
 
-def _without_error(message: Json) -> Json:
-    """`message`, or a copy without the error that ends it."""
+def _without_end(message: Json) -> Json:
+    """`message`, or a copy without the error and the list of sources that end it."""
     if message.get("role") != "assistant":
         return message
     content = message.get("content") or ""
     if isinstance(content, str):
-        return message if (text := without_error_text(content)) == content else {**message, "content": text}
+        return message if (text := _clean(content)) == content else {**message, "content": text}
     if not isinstance(content, list):
         return message
     *before, last = content
     given = last.get("text") if isinstance(last, dict) else None
-    if not isinstance(given, str) or (clean := without_error_text(given)) == given:
+    if not isinstance(given, str) or (clean := _clean(given)) == given:
         return message
     return {**message, "content": [*before, {**last, "text": clean}] if clean or not before else before}
+
+
+def _clean(text: str) -> str:
+    return without_sources(without_error_text(text))
 
 
 def _has_status(message: Json) -> bool:

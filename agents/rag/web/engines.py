@@ -43,7 +43,7 @@ class Result:
 class Engine(Protocol):
     """A search engine."""
 
-    async def search(self, query: str, timeout_s: float) -> list[Result]:
+    async def search(self, query: str, options: WebOptions, timeout_s: float) -> list[Result]:
         """The pages for `query`, best first. Raises: EngineFailed."""
 
     async def close(self) -> None:
@@ -56,13 +56,11 @@ class SearXNG:
     Source: docs.searxng.org/dev/search_api.html; 403 unless `json` is listed in settings.yml.
     """
 
-    def __init__(self, options: WebOptions) -> None:
-        self._options = options
-        self._url = URL(options.searxng_host) / "search"
+    def __init__(self, host: str) -> None:
+        self._url = URL(host) / "search"
         self._fetcher = Fetcher(allow_private=[self._url.host or ""])
 
-    async def search(self, query: str, timeout_s: float) -> list[Result]:
-        options = self._options
+    async def search(self, query: str, options: WebOptions, timeout_s: float) -> list[Result]:
         given: dict[str, str | int] = {
             "q": query,
             "format": "json",
@@ -107,22 +105,22 @@ def _of_searxng(body: Any) -> list[Result]:
 class Ddgs:
     """Public search engines, by the package ddgs. Each search is in a thread of its own, as it blocks."""
 
-    def __init__(self, options: WebOptions) -> None:
-        self._options = options
-        self._running = 0
+    def __init__(self) -> None:
+        self.running = 0
+        """Threads that have not ended."""
 
-    async def search(self, query: str, timeout_s: float) -> list[Result]:
-        if self._running >= MAX_THREADS:
+    async def search(self, query: str, options: WebOptions, timeout_s: float) -> list[Result]:
+        if self.running >= MAX_THREADS:
             raise EngineFailed(f"{MAX_THREADS} searches of ddgs have not ended yet")
-        safe = ("off", "moderate", "on")[self._options.searxng_safesearch]
+        safe = ("off", "moderate", "on")[options.searxng_safesearch]
         work = partial(_ddgs, query, safe, max(1, int(timeout_s)))
         try:
             async with asyncio.timeout(timeout_s):
                 found = await self._in_thread(work)
         except TimeoutError:
             raise EngineFailed(f"ddgs found nothing within {timeout_s:g} seconds") from None
-        if isinstance(found, Exception):
-            raise EngineFailed(f"ddgs: {found}") from None
+        if isinstance(found, EngineFailed):
+            raise found
         return _results(found, "href", "body")
 
     def _in_thread(self, work: Callable[[], Any]) -> asyncio.Future[Any]:
@@ -131,7 +129,7 @@ class Ddgs:
         result: asyncio.Future[Any] = loop.create_future()
 
         def settle(value: Any) -> None:
-            self._running -= 1
+            self.running -= 1
             if not result.done():
                 result.set_result(value)
 
@@ -140,8 +138,11 @@ class Ddgs:
             with suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(settle, value)
 
-        threading.Thread(target=run, name="web search", daemon=True).start()
-        self._running += 1
+        try:
+            threading.Thread(target=run, name="web search", daemon=True).start()
+        except RuntimeError:
+            raise EngineFailed("the system refused to start another thread for ddgs") from None
+        self.running += 1
         return result
 
     async def close(self) -> None:
@@ -156,7 +157,9 @@ def _ddgs(query: str, safe: str, timeout_s: int) -> Any:
     try:
         return DDGS(timeout=timeout_s).text(query, safesearch=safe, max_results=MOST_RESULTS)
     except Exception as exc:  # a library that asks many servers: anything can be raised
-        return exc
+        if str(exc) == "No results found.":
+            return []
+        return EngineFailed(f"ddgs has failed ({type(exc).__name__})")  # what it says may contain the query
 
 
 def _results(items: Any, url_field: str, text_field: str) -> list[Result]:

@@ -53,7 +53,9 @@ class WebOptions(Options):
     searxng_categories: str = Field(default="general", max_length=200, description="Categories, separated by commas.")
     web_pages: int = Field(default=4, ge=0, le=10, description="Most pages read per search; 0 uses snippets alone.")
     web_passages: int = Field(default=6, ge=1, le=50, description="Most passages that a search returns.")
-    web_timeout_s: Seconds = Field(default=15.0, le=20, description="Seconds for a search with its pages, at most 20.")
+    web_timeout_s: float = Field(
+        default=15.0, gt=0, le=20, description="Seconds for a search with its pages, at most 20."
+    )
     web_page_timeout_s: Seconds = Field(default=10.0, description="Seconds for one page.")
     web_allow_domains: list[Domain] = Field(default_factory=list, description="If set, no other results are used.")
     web_deny_domains: list[Domain] = Field(default_factory=list, description="Results that are not used.")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from llama_smart_proxy import Context, Passage
+from llama_smart_proxy import Context, Passage, ProxyError
+
+logger = logging.getLogger(__name__)
 
 _WORD = re.compile(r"\w+")
-MOST_GRADED = 64
+MOST_GRADED = 24
 """Passages that are graded by their meaning: the ones with most words of the query."""
 
 
@@ -22,8 +26,20 @@ def overlap(query: str, texts: Sequence[str]) -> list[float]:
     return [sum(weights[word] for word in found) / total for found in contained]
 
 
-async def graded(query: str, passages: Sequence[Passage], ctx: Context) -> list[Passage]:
-    """The passages with their `score` and `relevance`, the best first."""
+async def graded(query: str, passages: Sequence[Passage], ctx: Context, timeout_s: float) -> list[Passage]:
+    """The passages with their `score` and `relevance`, the best first: by their meaning where there is an embedding
+    model that answers in time, else by the words of the query that they have."""
     scores = overlap(query, [f"{passage.document} {passage.text}" for passage in passages])
-    ranked = [replace(passage, score=score, relevance=score) for passage, score in zip(passages, scores, strict=True)]
-    return sorted(ranked, key=lambda passage: -passage.score)
+    ranked = _ranked(passages, scores)
+    try:
+        async with asyncio.timeout(timeout_s):
+            most = ranked[:MOST_GRADED]
+            return _ranked(most, await ctx.knowledge.grade(query, [passage.text for passage in most]))
+    except (ProxyError, TimeoutError) as exc:
+        logger.info("passages of the web are ranked by words: %s", str(exc) or "grading them took too long")
+        return ranked
+
+
+def _ranked(passages: Sequence[Passage], scores: Sequence[float]) -> list[Passage]:
+    found = [replace(passage, score=score, relevance=score) for passage, score in zip(passages, scores, strict=True)]
+    return sorted(found, key=lambda passage: -passage.score)

@@ -10,7 +10,7 @@ from typing import Any
 
 import orjson
 
-from llama_smart_proxy.proxy.chat import EXTENSIONS, ChatRequest, Json, Timing, extensions_of
+from llama_smart_proxy.proxy.chat import EXTENSIONS, ChatRequest, Json, Timing, extensions_of, own_fields
 from llama_smart_proxy.proxy.dialects.anthropic.blocks import input_of
 from llama_smart_proxy.proxy.dialects.anthropic.dialect import ANTHROPIC
 from llama_smart_proxy.proxy.dialects.anthropic.shape import NAME
@@ -46,6 +46,7 @@ class MessageWriter:
         self._calls: dict[int, int] = {}  # tool call index -> block index
         self._finish = "stop"
         self._extensions: Json = {}
+        self._besides: Json = {}
 
     def chunk(self, chunk: Json) -> bytes:
         if usage := chunk.get("usage"):
@@ -61,7 +62,9 @@ class MessageWriter:
                 written += self._text("text", text)
             for call in delta.get("tool_calls") or ():
                 written += self._call(call)
-            self._finish = choice.get("finish_reason") or self._finish
+            if finish := choice.get("finish_reason"):
+                self._finish = finish
+                self._besides |= own_fields(chunk)
         return written
 
     def adopt(self, chunk: Json) -> None:
@@ -70,7 +73,8 @@ class MessageWriter:
     def end(self) -> bytes:
         written = (b"" if self._begun else self._begin({})) + self._close()
         delta = _stop(self._finish, bool(self._calls), self._extensions)
-        written += _event({"type": "message_delta", "delta": delta, "usage": _usage(self._usage)})
+        last = {"type": "message_delta", "delta": delta, "usage": _usage(self._usage)}
+        written += _event(last | self._besides)
         return written + _event({"type": "message_stop"})
 
     def error(self, exc: ProxyError) -> bytes:
@@ -83,7 +87,7 @@ class MessageWriter:
             choice.get("finish_reason"), bool(choice["message"].get("tool_calls")), extensions_of(completion, NAME)
         )
         message = self._message(completion, content, completion.get("usage") or self._usage)
-        return orjson.dumps(message | ended)
+        return orjson.dumps(message | ended | own_fields(completion))
 
     def _message(self, source: Json, content: list[Json], usage: Json) -> Json:
         return {

@@ -12,7 +12,7 @@ from typing import Any
 
 import orjson
 
-from llama_smart_proxy.proxy.chat import ChatRequest, Json, Timing, extensions_of
+from llama_smart_proxy.proxy.chat import ChatRequest, Json, Timing, extensions_of, own_fields
 from llama_smart_proxy.proxy.dialects.ollama.dialect import error_line
 from llama_smart_proxy.proxy.dialects.ollama.fields import NAME, restore_spelling
 from llama_smart_proxy.proxy.dialects.ollama.messages import arguments_object
@@ -77,6 +77,7 @@ class OllamaWriter:
         of_calls: Json = {name: fields.pop(name) for name in ("message", "tool_calls") if calls and name in fields}
         if choice.get("finish_reason"):
             self._last["finish_reason"] = choice["finish_reason"]
+            self._held |= own_fields(chunk)
         if choice.get("finish_reason") or not (content or thinking):
             self._held |= fields
             fields = {}
@@ -107,7 +108,7 @@ class OllamaWriter:
         message = choice["message"]
         self._last = {name: completion[name] for name in ("usage", "timings") if completion.get(name)}
         self._last["finish_reason"] = choice.get("finish_reason")
-        self._held = dict(extensions_of(completion, NAME))
+        self._held = {**extensions_of(completion, NAME), **own_fields(completion)}
         self._logprobs = list((choice.get("logprobs") or {}).get("content") or ())
         fields: Json = {"thinking": message["reasoning_content"]} if message.get("reasoning_content") else {}
         if message.get("tool_calls"):

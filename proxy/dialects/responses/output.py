@@ -74,6 +74,7 @@ class TextItem:
         self._form: Form | None = None
         self._pieces: list[str] = []
         self._logprobs: list[Json] = []
+        self._annotations: list[Json] = []
         self._head = b""  # of the next delta, up to its number
 
     def begin(self) -> bytes:
@@ -91,6 +92,17 @@ class TextItem:
         number = self._events.number
         self._events.number = number + 1
         return b'%b%b%d,"delta":%b}\n\n' % (written, self._head, number, orjson.dumps(text))
+
+    def annotate(self, annotations: list[Json]) -> bytes:
+        """The events for annotations of the current part; none if that is no text of the answer."""
+        if self._form is not TEXT:
+            return b""
+        written, kind = b"", f"{TEXT.events}.annotation.added"
+        for annotation in annotations:
+            number = len(self._annotations)
+            written += self._events.write(kind, **self._where, annotation_index=number, annotation=annotation)
+            self._annotations.append(annotation)
+        return written
 
     def end(self, status: str = "completed") -> bytes:
         """The events that end the item."""
@@ -113,7 +125,7 @@ class TextItem:
 
     def _turn(self, form: Form) -> bytes:
         written = self._end_part()
-        self._form, self._pieces, self._logprobs = form, [], []
+        self._form, self._pieces, self._logprobs, self._annotations = form, [], [], []
         self.item[form.place].append(form.part)
         written += self._events.write(f"{form.parts}.added", **self._where, part=form.part)
         kind = f"{form.events}.delta"
@@ -122,8 +134,9 @@ class TextItem:
         return written
 
     def _part(self, form: Form) -> Json:
-        logprobs = {"logprobs": self._logprobs} if "logprobs" in form.part else {}
-        return {**form.part, **logprobs, form.key: "".join(self._pieces)}
+        own = {"logprobs": self._logprobs, "annotations": self._annotations}
+        given = {name: value for name, value in own.items() if name in form.part}
+        return {**form.part, **given, form.key: "".join(self._pieces)}
 
     def _end_part(self) -> bytes:
         if (form := self._form) is None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import orjson
 
-from llama_smart_proxy.proxy.chat import ChatRequest, Json, Timing
+from llama_smart_proxy.proxy.chat import ChatRequest, Json, Timing, own_fields
 from llama_smart_proxy.proxy.dialects.responses.dialect import error_fields
 from llama_smart_proxy.proxy.dialects.responses.output import (
     REASONING,
@@ -88,7 +88,10 @@ class ResponseWriter:
                 written += self._said(REFUSAL, text)
             for call in delta.get("tool_calls") or ():
                 written += self._called(call)
-            self._finish = choice.get("finish_reason") or self._finish
+            if finish := choice.get("finish_reason"):
+                self._finish = finish
+                self._response |= own_fields(chunk)
+                written += self._annotated(delta.get("annotations"))
         return written
 
     def adopt(self, chunk: Json) -> None:
@@ -136,6 +139,14 @@ class ResponseWriter:
             self._items.append(item)
             written += item.begin()
         return written + item.add(form, text, _logprobs(logprobs, self._alternatives) if logprobs else None)
+
+    def _annotated(self, annotations: Any) -> bytes:
+        """The events for the annotations of the text, which are flat in this API."""
+        if self._text is None or not isinstance(annotations, list):
+            return b""
+        found = (one for one in annotations if isinstance(one, dict))
+        kinds = [(kind, one.get(kind)) for one in found if isinstance(kind := one.get("type"), str)]
+        return self._text.annotate([{"type": kind, **fields} for kind, fields in kinds if isinstance(fields, dict)])
 
     def _called(self, call: Json) -> bytes:
         number, function = call.get("index", len(self._calls)), call.get("function") or {}

@@ -12,16 +12,15 @@ from numpy.typing import NDArray
 
 from llama_smart_proxy.proxy.knowledge.base import Hit, Row
 from llama_smart_proxy.proxy.knowledge.index import matrix, postings
-from llama_smart_proxy.proxy.knowledge.index.fusion import fuse
+from llama_smart_proxy.proxy.knowledge.index.fusion import hits
 from llama_smart_proxy.proxy.knowledge.index.growing import Growing
-from llama_smart_proxy.proxy.knowledge.index.matrix import top
 
 if TYPE_CHECKING:
     from llama_smart_proxy.proxy.knowledge.base import Vector
 
 DEPTH = 100
 """How many pieces of each of the two searches are compared, at least."""
-SLICE = 256
+SLICE = 512
 """Pieces that are added in one step: a search may be answered, and the event loop runs, between two."""
 DEAD = 0.25
 """The share of removed pieces above which their memory is released."""
@@ -76,12 +75,16 @@ class LocalIndex:
         """What the pieces take in memory."""
         return sum(known.bytes for known in self._collections.values())
 
+    def state(self, collection: str) -> State:
+        """What a search of a collection would use now."""
+        return self._collections[collection].state
+
     async def close(self) -> None:
         """As `Index.close`."""
         self._collections.clear()
 
 
-class _State(NamedTuple):
+class State(NamedTuple):
     """A collection at one time, for a search: row by row its vector, its text, its piece, its file's number, and
     whether it is there still."""
 
@@ -106,7 +109,7 @@ class _Collection:
         self._pieces = Growing(np.int64)
         self._file_of = Growing(np.int32)
         self._alive = Growing(np.bool_)
-        self._state = self._published()
+        self.state = self._published()
 
     @property
     def bytes(self) -> int:
@@ -117,6 +120,7 @@ class _Collection:
     def add(self, rows: Sequence[Row]) -> None:
         last = list({row.piece: row for row in rows}.values())
         with self._writing:
+            self.stamp = None
             for at in range(0, len(last), SLICE):
                 some = last[at : at + SLICE]
                 self._postings.add([row.text for row in some])
@@ -125,10 +129,11 @@ class _Collection:
                 self._pieces.add([row.piece for row in some])
                 self._file_of.add([self._files.setdefault(row.file, len(self._files)) for row in some])
                 self._alive.add([True] * len(some))
-                self._state = self._published()
+                self.state = self._published()
 
     def remove(self, pieces: Sequence[int]) -> None:
         with self._writing:
+            self.stamp = None
             self._bury(pieces)
 
     def compact(self) -> None:
@@ -141,23 +146,23 @@ class _Collection:
             self._matrix, self._postings = self._matrix.rows(kept), self._postings.rows(kept)
             for part in (self._pieces, self._file_of, self._alive):
                 part.keep(kept)
-            self._state = self._published()
+            self.state = self._published()
 
     def search(self, query: str, vector: Vector, limit: int, files: frozenset[str] | None) -> list[Hit]:
-        state = self._state
+        state = self.state
         allowed = state.alive.copy()
         if files is not None:
             allowed &= np.isin(state.files, [self._files[file] for file in files if file in self._files])
         depth = max(DEPTH, 2 * limit)
-        lexical = state.postings.scores(query)
-        lexical[~allowed] = 0
-        by_text = top(lexical, depth)
-        rows, _ = state.matrix.nearest(vector, depth, allowed)
-        rows = np.union1d(rows, by_text[lexical[by_text] > 0])
-        return _hits(state.pieces[rows], state.matrix.cosines(vector, rows), lexical[rows], limit)
+        nearest, _ = state.matrix.nearest(vector, depth, allowed)
+        entries = state.postings.entries(query)
+        rows = np.union1d(nearest, state.postings.best(entries, depth, allowed))
+        dense, lexical = state.matrix.cosines(vector, rows), state.postings.scores(entries, rows)
+        found = zip(state.pieces[rows].tolist(), dense.tolist(), lexical.tolist(), strict=True)
+        return hits(list(found), limit)
 
-    def _published(self) -> _State:
-        return _State(
+    def _published(self) -> State:
+        return State(
             self._matrix.snapshot(),
             self._postings.snapshot(),
             self._pieces.values,
@@ -170,11 +175,3 @@ class _Collection:
         known = self._pieces.values
         if len(known) and pieces and min(pieces) <= known.max():  # those of the catalogue only grow
             self._alive.values[np.isin(known, pieces)] = False
-
-
-def _hits(pieces: NDArray[np.int64], dense: NDArray[np.float32], lexical: NDArray[np.float32], limit: int) -> list[Hit]:
-    scores = fuse(dense, lexical)
-    return [
-        Hit(int(pieces[at]), float(scores[at]), float(dense[at]), float(lexical[at]) if lexical[at] > 0 else None)
-        for at in top(scores, limit)
-    ]

@@ -1,0 +1,71 @@
+"""Proxies with a knowledge base, whose embedding model is a double that counts words (`tests/fakes/embedder.py`)."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import openai
+
+from tests.fakes import embedder
+from tests.support.harness import Proxy, ports, session_proxy
+from tests.support.raw_client import Answer, ask, request
+
+ADMIN, ANN, BOB = "key-of-the-admin-1234567890", "key-of-ann-12345678901234567", "key-of-bob-12345678901234567"
+KEYS: list[dict[str, Any]] = [
+    {"name": "root", "key": ADMIN, "scopes": ["admin"]},
+    {"name": "ann", "key": ANN},
+    {"name": "bob", "key": BOB, "collections": ["open-*"]},
+]
+PUMPS = """# Pump
+
+## Reset
+
+Hold the red button for seven seconds to reset the pump.
+
+## Weight
+
+The pump weighs twelve kilograms.
+"""
+CATS = "# Cats\n\nA cat sleeps sixteen hours a day and hunts at dawn.\n"
+
+
+def knowing(folder: Path, **fields: Any) -> dict[str, Any]:
+    """A configuration with an embedding model, whose state is in `folder`. The model does not answer while the file
+    `gate` is in that folder."""
+    program = [sys.executable, "-S", embedder.__file__, "--gate", str(folder / "gate")]
+    return {
+        "models": {"words": {"cmd": f"{shlex.join(program)} --port ${{PORT}}"}},
+        "server_pool": {"size": 1, **ports()},
+        "state_dir": str(folder / "state"),
+        "knowledge": {"embedding_model": "words", "max_file_mib": 1},
+        **fields,
+    }
+
+
+@contextmanager
+def knowing_proxy(folder: Path, **fields: Any) -> Iterator[Proxy]:
+    """Such a proxy, with the keys `KEYS`."""
+    with session_proxy(knowing(folder, server={"api_keys": KEYS}, **fields)) as proxy:
+        yield proxy
+
+
+def client_of(proxy: Proxy, key: str = ADMIN) -> openai.OpenAI:
+    """OpenAI's client with this key."""
+    http = openai.DefaultHttpxClient(verify=False)  # certificates take longer to read than most tests
+    return openai.OpenAI(base_url=f"{proxy.url}/v1", api_key=key, max_retries=0, timeout=60, http_client=http)
+
+
+async def asked(proxy: Proxy, method: str, path: str, body: bytes | dict[str, Any] | None = None) -> Answer:
+    """The answer to a request of the administrator."""
+    headers = [("Authorization", f"Bearer {ADMIN}")]
+    return await ask(proxy.port, request(method, path, body, headers=headers, close=True), method=method)
+
+
+def files_below(folder: Path, chosen: Callable[[Path], bool] = lambda file: True) -> list[Path]:
+    """All files in and below it."""
+    return sorted(file for file in folder.rglob("*") if file.is_file() and chosen(file))
