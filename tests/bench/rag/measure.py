@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from llama_smart_proxy.agents.rag.loop import Verdict, verdict_of
 from llama_smart_proxy.proxy.knowledge.base import Hit, Row
 from llama_smart_proxy.proxy.knowledge.index.local import LocalIndex
 from llama_smart_proxy.proxy.knowledge.index.postings import Postings
+from llama_smart_proxy.proxy.knowledge.relevance import Calibration, confidence, evidence
 
-DEPTH = 10
+SHOWN, DEPTH = 10, 100
+"""Pieces whose ranks count, and pieces that each method finds."""
+COLLECTION = "c"
 RRF = 60
 """The constant of reciprocal rank fusion. Source: Cormack, Clarke and Buettcher, SIGIR 2009."""
 Floats = NDArray[np.float32]
@@ -37,28 +40,32 @@ class Pool:
 
     def __init__(self, texts: Sequence[str], vectors: Floats) -> None:
         self.texts, self.vectors = texts, vectors
-        self._index = LocalIndex()
-        postings = Postings()
-        postings.add(list(texts))
-        self._postings = postings.snapshot()
+        self.index = LocalIndex()
+        self._postings = Postings()
 
     async def fill(self) -> None:
         """Add all pieces. To be called once."""
-        await self._index.open("c", self.vectors.shape[1], "")
+        self._postings.add(self.texts)
+        await self.index.open(COLLECTION, self.vectors.shape[1], "")
         pairs = zip(self.texts, self.vectors, strict=True)
-        await self._index.add("c", [Row(at, str(at), text, vector) for at, (text, vector) in enumerate(pairs)])
-        await self._index.settle("c", "filled")
+        rows = [Row(at, str(at), text, vector) for at, (text, vector) in enumerate(pairs)]
+        await self.index.add(COLLECTION, rows)
+        await self.index.settle(COLLECTION, "filled")
 
-    async def found(self, question: Question, without: frozenset[int] = frozenset()) -> list[Hit]:
-        """What the knowledge base finds; `without` some pieces."""
-        hits = await self._index.search("c", question.text, question.vector, 100)
-        return [hit for hit in hits if hit.piece not in without]
+    async def found(self, question: Question) -> list[Hit]:
+        """What the knowledge base finds."""
+        return await self.index.search(COLLECTION, question.text, question.vector, DEPTH)
 
-    def lexical(self, question: Question) -> Floats:
-        return self._postings.scores(question.text)
+    def by_words(self, question: Question) -> list[int]:
+        """The best pieces by BM25."""
+        postings = self._postings.snapshot()
+        entries = postings.entries(question.text)
+        rows = postings.best(entries, DEPTH, np.ones(len(self.texts), np.bool_))
+        return [int(row) for row in rows[np.argsort(-postings.scores(entries, rows))]]
 
-    def dense(self, question: Question) -> Floats:
-        return self.vectors @ question.vector
+    def by_vector(self, question: Question) -> list[int]:
+        """The best pieces by cosine."""
+        return [int(row) for row in np.argsort(-(self.vectors @ question.vector))[:DEPTH]]
 
 
 def rank(order: Iterable[int], gold: frozenset[int]) -> float:
@@ -67,29 +74,33 @@ def rank(order: Iterable[int], gold: frozenset[int]) -> float:
 
 async def methods(pool: Pool, questions: Sequence[Question]) -> dict[str, Ranks]:
     """The ranks by each method."""
-    ranks: dict[str, list[float]] = {name: [] for name in ("BM25", "dense", "RRF", "fusion")}
+    ranks: dict[str, list[float]] = {}
     for question in questions:
-        lexical, dense = pool.lexical(question), pool.dense(question)
-        by_text, by_vector = np.argsort(-lexical)[:100], np.argsort(-dense)[:100]
-        reciprocal: dict[int, float] = {}
-        for order in (by_text, by_vector):
-            for at, piece in enumerate(order.tolist(), 1):
-                reciprocal[piece] = reciprocal.get(piece, 0.0) + 1 / (RRF + at)
-        orders: dict[str, Iterable[int]] = {
-            "BM25": by_text.tolist(),
-            "dense": by_vector.tolist(),
-            "RRF": sorted(reciprocal, key=lambda piece: -reciprocal[piece]),
+        by_words, by_vector = pool.by_words(question), pool.by_vector(question)
+        orders = {
+            "BM25": by_words,
+            "dense": by_vector,
+            "RRF": reciprocal(by_words, by_vector),
             "fusion": [hit.piece for hit in await pool.found(question)],
         }
         for name, order in orders.items():
-            ranks[name].append(rank(order, question.gold))
+            ranks.setdefault(name, []).append(rank(order, question.gold))
     return {name: np.array(found) for name, found in ranks.items()}
+
+
+def reciprocal(*orders: Sequence[int]) -> list[int]:
+    """The order by reciprocal rank fusion."""
+    scores: dict[int, float] = {}
+    for order in orders:
+        for at, piece in enumerate(order, 1):
+            scores[piece] = scores.get(piece, 0.0) + 1 / (RRF + at)
+    return sorted(scores, key=lambda piece: -scores[piece])
 
 
 def figures(ranks: Ranks) -> dict[str, float]:
     """hit@1, 5 and 10, and the mean reciprocal rank of the first ten."""
-    hits = {f"hit@{depth}": float((ranks <= depth).mean()) for depth in (1, 5, DEPTH)}
-    return hits | {"MRR@10": float(np.where(ranks <= DEPTH, 1 / ranks, 0).mean())}
+    hits = {f"hit@{depth}": float((ranks <= depth).mean()) for depth in (1, 5, SHOWN)}
+    return hits | {"MRR@10": float(np.where(ranks <= SHOWN, 1 / ranks, 0).mean())}
 
 
 def auc(positive: Sequence[float], negative: Sequence[float]) -> float:
@@ -104,30 +115,34 @@ def auc(positive: Sequence[float], negative: Sequence[float]) -> float:
     return float(ahead / (len(positive) * len(negative)))
 
 
-Signal = Callable[[Question, Sequence[Hit]], float]
+class Trigger:
+    """What shows that an answer is there: by name a value for each question."""
+
+    def __init__(self, pool: Pool, calibration: Calibration) -> None:
+        self._pool = pool
+        self._calibration = calibration
+
+    async def values(self, questions: Sequence[Question], *, gold: bool) -> dict[str, list[float]]:
+        """With the answers in the pool (`gold`), or as if they were not there."""
+        found: dict[str, list[float]] = {}
+        for question in questions:
+            hits = [hit for hit in await self._pool.found(question) if gold or hit.piece not in question.gold]
+            cosines = sorted((hit.dense or 0.0 for hit in hits), reverse=True)
+            evidences = [evidence(question.text, self._pool.texts[hit.piece], hit.dense or 0.0) for hit in hits]
+            signals = {
+                "best cosine": cosines[0],
+                "margin to the fifth": cosines[0] - cosines[4],
+                "confidence": confidence(evidences[:SHOWN], self._calibration),
+            }
+            for name, value in signals.items():
+                found.setdefault(name, []).append(value)
+        return found
 
 
-def top_cosine(question: Question, hits: Sequence[Hit]) -> float:
-    """The greatest cosine of what was found."""
-    return max((hit.dense for hit in hits if hit.dense is not None), default=0.0)
-
-
-def margin(question: Question, hits: Sequence[Hit]) -> float:
-    """By how much the greatest cosine exceeds the fifth."""
-    cosines = sorted((hit.dense for hit in hits if hit.dense is not None), reverse=True)
-    return cosines[0] - cosines[4] if len(cosines) > 4 else 0.0
-
-
-async def signals(
-    pool: Pool, questions: Sequence[Question], known: Mapping[str, Signal], *, gold: bool
-) -> dict[str, list[float]]:
-    """The values of each signal, with the answers in the pool (`gold`), or without them."""
-    values: dict[str, list[float]] = {name: [] for name in known}
-    for question in questions:
-        hits = await pool.found(question, frozenset() if gold else question.gold)
-        for name, signal in known.items():
-            values[name].append(signal(question, hits))
-    return values
+def actions(values: Sequence[float], *, lower: float, upper: float) -> dict[str, float]:
+    """The share of each action."""
+    verdicts = [str(verdict_of(value, lower=lower, upper=upper)) for value in values]
+    return {name: verdicts.count(name) / len(verdicts) for name in map(str, Verdict)}
 
 
 def table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
@@ -138,8 +153,3 @@ def table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
         cells = [f"{row[head]:.3f}" if isinstance(row.get(head), float) else str(row.get(head, "")) for head in heads]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def run(pool: Pool) -> None:
-    """Fill it."""
-    asyncio.run(pool.fill())
