@@ -96,10 +96,8 @@ class Sample(NamedTuple):
 async def measured(index: Index, collection: str, embedder: Embedder, samples: Sequence[Sample]) -> Calibration:
     """The calibration of a collection, by up to `SAMPLED` of its pieces, taken by chance. Raises: ProxyError."""
     asked = [(sample.piece, text) for sample in samples[:SAMPLED] if (text := question_of(sample))]
-    off = [
-        max(cosines, default=0.0) for cosines in await _cosines(index, collection, embedder, [(0, q) for q in OTHER])
-    ]
-    near = [max(cosines) for cosines in await _cosines(index, collection, embedder, asked) if cosines]
+    other = [(-ADJACENT - 1, question) for question in OTHER]  # of no piece
+    off, near = [await _best(index, collection, embedder, questions) for questions in (other, asked)]
     return calibrated(off, near)
 
 
