@@ -17,6 +17,8 @@ from llama_smart_proxy import Fetcher, FetchError
 from llama_smart_proxy.agents.rag.web.options import WebOptions
 
 MOST_RESULTS = 20
+MOST_LISTED = 200
+"""Of what an engine sends, so much is looked at."""
 MAX_SNIPPET = 1000
 MAX_TITLE = 300
 MAX_THREADS = 4
@@ -165,7 +167,7 @@ def _ddgs(query: str, safe: str, timeout_s: int) -> Any:
 def _results(items: Any, url_field: str, text_field: str) -> list[Result]:
     """Those of `items` that have the right form, each URL once."""
     found: dict[str, Result] = {}
-    for item in items if isinstance(items, list) else ():
+    for item in items[:MOST_LISTED] if isinstance(items, list) else ():
         url = item.get(url_field) if isinstance(item, dict) else None
         if isinstance(url, str) and host_of(url) and len(found) < MOST_RESULTS:
             title = _line(item.get("title"), MAX_TITLE) or url
