@@ -20,7 +20,7 @@ PORTS = frozenset({80, 443, 8080, 8443})
 MAX_URL = 4096
 RECEIVED_BYTES = 64 * 1024
 """Of a page that wait in the kernel: what is read at once is parsed at once, while all others wait."""
-NOT_PUBLIC = "its address is not a public one"
+NOT_PUBLIC = "its address is not a public one, and knowledge.allow_private does not list its host"
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 

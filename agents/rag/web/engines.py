@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -156,6 +157,8 @@ def _ddgs(query: str, safe: str, timeout_s: int) -> Any:
         from ddgs import DDGS
     except ImportError:
         return EngineFailed("not installed; web: ddgs requires pip install 'llama-smart-proxy[web]'")
+    for name in ("ddgs", "primp"):  # which log queries
+        logging.getLogger(name).setLevel(logging.WARNING)
     try:
         return DDGS(timeout=timeout_s).text(query, safesearch=safe, max_results=MOST_RESULTS)
     except Exception as exc:  # a library that asks many servers: anything can be raised
