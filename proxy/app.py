@@ -19,9 +19,14 @@ from llama_smart_proxy.backends.weights.downloads import Downloads
 from llama_smart_proxy.proxy.api.state import Proxy
 from llama_smart_proxy.proxy.config import Config
 from llama_smart_proxy.proxy.dialects import Dialect
+from llama_smart_proxy.proxy.fetching import Fetcher, Pages
 from llama_smart_proxy.proxy.generation import Generation, Lasting, Parts
+from llama_smart_proxy.proxy.knowledge.knowledge import Knowledge
+from llama_smart_proxy.proxy.knowledge.reading.reader import DocumentReader
 from llama_smart_proxy.proxy.metrics import Metrics
+from llama_smart_proxy.proxy.models.router import Router
 from llama_smart_proxy.proxy.store import History, ProxyMemory, Store, state_dir
+from llama_smart_proxy.proxy.stream.embedder import PoolEmbedder
 from llama_smart_proxy.proxy.tracing import tracing_for
 
 logger = logging.getLogger(__name__)
@@ -38,14 +43,17 @@ class App:
     def __init__(self, config: Config) -> None:
         parts = Parts.of(config)
         url = config.store.get_secret_value() if config.store is not None else ""
-        store = Store(state_dir(config.state_dir, os.environ), url)
+        folder = state_dir(config.state_dir, os.environ)
+        store = Store(folder, url)
         history = History(store, most=config.history.requests, days=config.history.days)
         feed = Feed()
         downloads = Downloads(feed)
         pool = Pool(config.server_pool, downloads, LoadTimes(feed, ProxyMemory(store)))
         metrics = Metrics(lambda name: any(model.name == name for model in self.proxy.router.models()), pool.totals)
         tracing = tracing_for(config, os.environ)
-        self.lasting = Lasting(store, history, feed, downloads, pool, metrics, tracing=tracing)
+        knowledge = Knowledge(folder, url, config.knowledge, PoolEmbedder(self._models), DocumentReader())
+        pages = Pages(Fetcher(), DocumentReader())  # one of its own: a page does not wait for documents that are added
+        self.lasting = Lasting(store, history, feed, downloads, pool, metrics, knowledge, pages, tracing=tracing)
         self.generation = Generation(config, parts, self.lasting, self._latest)
         self.followers: list[Callable[[Config], None]] = []
         self._ending: dict[Generation, asyncio.Task[None]] = {}
@@ -59,6 +67,9 @@ class App:
     def ending(self) -> int:
         """How many earlier configurations requests still use."""
         return len(self._ending)
+
+    def _models(self) -> tuple[Config, Router]:
+        return self.generation.config, self.generation.router
 
     def _latest(self) -> Proxy:
         return self.generation.proxy
@@ -80,6 +91,7 @@ class App:
         self.generation.dispatcher.hosts.learn_own()
         await self.generation.start()
         await self.generation.plugins.start()
+        await self.lasting.knowledge.start()
 
     async def prepared(self, config: Config) -> Generation:
         """The generation of a new configuration, ready to apply. Until it does, nothing has changed.
@@ -102,6 +114,7 @@ class App:
         before, config = self.generation, generation.config
         replaced = self.lasting.pool.configure(config.server_pool, generation.pooled)
         self.generation = generation
+        self.lasting.knowledge.configure(config.knowledge)
         for follow in self.followers:
             follow(config)
         try:
@@ -123,6 +136,7 @@ class App:
     async def close(self) -> None:
         """Stop agents, processes and connections. If it is cancelled, what is to be stored is."""
         try:
+            await self.lasting.knowledge.close()
             await self._close_generations()
         finally:
             self.lasting.store.close()

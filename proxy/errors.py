@@ -82,6 +82,15 @@ class ModelNotFound(ProxyError):
         self.brief = self.message.removesuffix(f"; {hint}")
 
 
+class NotFound(ProxyError):
+    """There is no such collection or document for the client."""
+
+    longest = 2000
+    status = 404
+    kind = "not_found_error"
+    code = "not_found"
+
+
 class AccessDenied(ProxyError):
     """The client's API key is missing or unknown (401), or is not for this (403). `code` is `invalid_api_key` or
     `insufficient_scope`."""

@@ -14,7 +14,7 @@ from llama_smart_proxy.agents.rag.options import RagOptions
 from llama_smart_proxy.agents.rag.web import Web, WebUnavailable
 
 KEPT_SHARE = 0.5
-"""Passages below this share of `lower` are not used, even beside better ones."""
+"""Passages below this share of `lower`, and of the best one, are not used beside that."""
 WORTH_REWRITING = 0.5
 """Below this share of `lower` the collections are about something else, and another query would not help."""
 CANDIDATES = 2
@@ -215,9 +215,9 @@ class Session:
         return verdict_of(found.confidence, lower=self._config.lower, upper=self._config.upper)
 
     def _usable(self, found: Found) -> list[Passage]:
-        least = self._config.lower * KEPT_SHARE
         best, *others = found.passages[: self._config.max_documents]
-        return [best, *(passage for passage in others if passage.relevance >= least)]
+        least = max(self._config.lower, best.relevance) * KEPT_SHARE
+        return [best, *(passage for passage in others if passage.relevance > least)]
 
     # -- decisions ---------------------------------------------------------------------------------------------------
 

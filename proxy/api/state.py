@@ -96,7 +96,8 @@ class Proxy:
             now = self.latest()
             return now.seen_by(now.access.successor(grant))
 
-        return replace(self, grant=grant, router=router, chain=chain, latest=latest)
+        library = self.library.seen_by(grant.viewer) if self.library is not None else None
+        return replace(self, grant=grant, router=router, chain=chain, latest=latest, library=library)
 
     @property
     def goes_on(self) -> bool:

@@ -81,6 +81,17 @@ class Embedder(Protocol):
         """One vector per text. In the `background` it yields to the questions of people. Raises: ProxyError."""
 
 
+class Ranker(Embedder, Protocol):
+    """An embedder that may have a reranking model as well."""
+
+    @property
+    def reranks(self) -> bool:
+        """Whether one is configured."""
+
+    async def rerank(self, query: str, texts: Sequence[str]) -> list[float]:
+        """The score of each text for `query`, the higher the better, without bounds. Raises: ProxyError."""
+
+
 class Row(NamedTuple):
     """A piece in the index: its number in the catalogue, its file's id, its text, and its vector."""
 

@@ -1,0 +1,122 @@
+"""Vectors and relevance of texts for the knowledge base, by models of the proxy."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from llama_smart_proxy.backends.base import Model, Priority, UpstreamRequest
+from llama_smart_proxy.proxy.chat import Json
+from llama_smart_proxy.proxy.config import Config
+from llama_smart_proxy.proxy.dialects.embeddings import EmbeddingRequest
+from llama_smart_proxy.proxy.errors import BadRequest, ModelNotFound, UpstreamFailed
+from llama_smart_proxy.proxy.http.body import serialise
+from llama_smart_proxy.proxy.models.router import Router
+from llama_smart_proxy.proxy.stream.embeddings import PostJson, embed
+from llama_smart_proxy.proxy.stream.upstream import JSON_HEADERS, fetch_json
+
+if TYPE_CHECKING:
+    from llama_smart_proxy.proxy.knowledge.base import Vectors
+
+DEFAULT = "minilm"
+"""The embedding model where none is configured."""
+AT_ONCE = 8
+"""Most texts in one request."""
+KNOWN_S = 10.0
+"""Seconds until it is looked again whether the model's file is another one."""
+
+
+class PoolEmbedder:
+    """A `Ranker` with the models of the configuration that is current; `latest` returns it with its router."""
+
+    def __init__(self, latest: Callable[[], tuple[Config, Router]]) -> None:
+        self._latest = latest
+        self._known: tuple[Router, str, float, str] | None = None
+
+    async def identity(self) -> str:
+        """As `Embedder.identity`. Raises: as `embed`."""
+        config, router = self._latest()
+        name = config.knowledge.embedding_model or DEFAULT
+        now = time.monotonic()
+        if self._known is None or self._known[:2] != (router, name) or now - self._known[2] > KNOWN_S:
+            model = await self._model()
+            self._known = router, name, now, await _identity_of(model)
+        return self._known[3]
+
+    async def embed(self, texts: Sequence[str], *, background: bool = False) -> Vectors:
+        """As `Embedder.embed`."""
+        import numpy as np
+
+        model = await self._model()
+        post = _post(model, Priority.BATCH if background else Priority.PERSON)
+        found: list[list[float]] = []
+        for at in range(0, len(texts), AT_ONCE):
+            some = list(texts[at : at + AT_ONCE])
+            vectors = (await embed(model, EmbeddingRequest(some), post)).vectors
+            if len(vectors) != len(some):
+                raise UpstreamFailed(f"{model.name} returned {len(vectors)} vectors for {len(some)} texts")
+            found += vectors
+        try:
+            result = np.asarray(found, np.float32)
+            lengths = np.linalg.norm(result, axis=1, keepdims=True)
+        except ValueError as exc:
+            raise UpstreamFailed(f"{model.name} returned vectors of different lengths") from exc
+        if not np.isfinite(lengths).all():
+            raise UpstreamFailed(f"{model.name} returned vectors that are not numbers")
+        normal: Vectors = result / np.maximum(lengths, 1e-12)
+        return normal
+
+    async def _model(self) -> Model:
+        """Raises: ModelNotFound, BadRequest."""
+        config, router = self._latest()
+        name = config.knowledge.embedding_model
+        try:
+            return (await router.resolve(name or DEFAULT, pull=name is not None)).model
+        except ModelNotFound as exc:
+            if name is not None:
+                raise
+            hint = f"add one called {DEFAULT}, or name one by the setting knowledge.embedding_model"
+            raise ModelNotFound("there is no embedding model", hint=hint) from exc
+
+    @property
+    def reranks(self) -> bool:
+        """Whether a reranking model is configured."""
+        return self._latest()[0].knowledge.reranker is not None
+
+    async def rerank(self, query: str, texts: Sequence[str]) -> list[float]:
+        """The score of each text for `query` by the reranking model; a higher one is better, without bounds.
+
+        Raises: BadRequest if none is configured; ProxyError of the model.
+        """
+        config, router = self._latest()
+        if config.knowledge.reranker is None:
+            raise BadRequest("no reranking model is configured (setting knowledge.reranker)", code="no_reranker")
+        model = (await router.resolve(config.knowledge.reranker)).model
+        body = {"model": model.name, "query": query, "documents": list(texts)}
+        answer = await _post(model, Priority.PERSON)("/v1/rerank", body)
+        try:
+            scores = {item["index"]: float(item["relevance_score"]) for item in answer["results"]}
+            return [scores[number] for number in range(len(texts))]
+        except (KeyError, TypeError, ValueError) as exc:
+            raise UpstreamFailed(f"{model.name} returned no score for each text", code="upstream_error") from exc
+
+
+def _post(model: Model, priority: Priority) -> PostJson:
+    async def post(path: str, body: Json) -> Json:
+        prepared = model.prepare(body)
+        request = UpstreamRequest(
+            "POST", path, serialise(body), JSON_HEADERS, wait=True, priority=priority, prepared=prepared
+        )
+        return await fetch_json(model, request)
+
+    return post
+
+
+async def _identity_of(model: Model) -> str:
+    """Of a file: its name, size and metadata, as it may be moved; else what its server reports as its digest."""
+    info = await model.info()
+    content = repr(sorted(info.metadata.items())) if info.metadata else info.digest
+    mark = hashlib.sha256(content.encode(errors="replace")).hexdigest()[:12] if content else ""
+    return f"{model.name} {info.size_bytes} {mark}"
