@@ -11,7 +11,7 @@ import pytest
 from aiohttp.abc import AbstractResolver, ResolveResult
 
 from llama_smart_proxy.proxy.fetching import Fetcher, FetchError, Limits
-from tests.integration.test_fetching import HTML, LOCAL, PAGE, canaries, fetching
+from tests.support.fetched import HTML, LOCAL, PAGE, canaries, fetching
 from tests.support.harness import until
 from tests.support.toxic import LAST_CHUNK, Link, Request, chunk, head, raw_upstream
 
