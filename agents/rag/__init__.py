@@ -39,22 +39,17 @@ class Rag(Agent):
     class Config(RagOptions):
         """The options of `rag` in the configuration."""
 
-    def __init__(self, config: Rag.Config) -> None:
+    def __init__(self, config: RagOptions) -> None:
         super().__init__(config)
-        self._web: Web | None = None
-
-    async def start(self) -> None:
-        self._web = Web(self.config)
+        self.web = Web(config)
 
     async def close(self) -> None:
-        if self._web is not None:
-            await self._web.close()
+        await self.web.close()
 
     async def on_request(self, request: ChatRequest, ctx: Context) -> ChunkStream | None:
         if not _applies(request):
             return None
-        assert self._web is not None  # it has been started
-        outcome = await Session(request, ctx, self._web).run()
+        outcome = await Session(request, ctx, self.web).run()
         if outcome.failures and not outcome.passages and ctx.required:
             raise UpstreamFailed("; ".join(outcome.reasons), status=503, code="no_context")
         sources = await _injected(request, ctx, prompt.numbered(outcome.passages), outcome)

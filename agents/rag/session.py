@@ -79,7 +79,7 @@ class Session:
             self._failed(f"the collections cannot be listed: {exc.message}", exc)
         if not self._collections:
             self.outcome.reasons.append("there is no collection with documents")
-        web = self._web.available and not self._config.web_is_off
+        web = bool(self._web.engines(self._config))
         self._now = replace(self._now, has_own=bool(self._collections), has_web=web)
 
     async def _search(self) -> None:
@@ -241,7 +241,7 @@ class Session:
         outcome.verdict = min(verdicts, key=order.index, default=Verdict.INCORRECT)
         if outcome.verdict is not Verdict.CORRECT and self._config.web_is_off:
             outcome.reasons.append("the web is switched off")
-        elif outcome.verdict is not Verdict.CORRECT and not self._web.available:
+        elif outcome.verdict is not Verdict.CORRECT and not self._web.engines(self._config):
             outcome.reasons.append("no web search is configured")
         if not outcome.passages and verdicts:
             outcome.reasons.insert(0, "nothing relevant was found")

@@ -30,7 +30,9 @@ async def create(http: web.BaseRequest) -> web.Response:
     """`POST /v1/files`: a form with `file` and `purpose`. Raises: as `uploaded`; BadRequest for another purpose, or for
     `expires_after`, as files stay until they are deleted."""
     library = library_of(http)
-    async with uploaded(http, library.incoming, http[PROXY].config.knowledge.max_file_mib, is_form=True) as upload:
+    async with uploaded(
+        http, await library.incoming(), http[PROXY].config.knowledge.max_file_mib, is_form=True
+    ) as upload:
         if not upload.has_file:
             raise BadRequest("the form has no file: it belongs into the field file", param="file")
         purpose = upload.fields.get("purpose", "")

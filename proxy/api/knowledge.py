@@ -27,6 +27,8 @@ LONGEST_TEXT = 256
 MOST_DAYS = 365
 TOKEN = 4
 """Characters that count as one token, by which OpenAI measures chunks."""
+MOST_CURSORS = 1000
+"""Pages of lists that are remembered."""
 LEAST_TOKENS, MOST_TOKENS = 100, 4096
 
 
@@ -64,7 +66,7 @@ def text(body: Mapping[str, Any], name: str, longest: int = LONGEST_TEXT) -> str
         return None
     if not isinstance(value, str) or len(value) > longest:
         raise BadRequest(f"{name} must be a text of at most {longest} characters", param=name)
-    if not value.replace("\n", "").isprintable():
+    if not value.isprintable():
         raise BadRequest(f"{name} has characters that cannot be shown", param=name)
     return value
 
@@ -149,14 +151,16 @@ def page(
     limit = _limit(http.query.get("limit", str(default)), most)
     start, end = 0, len(items)
     if after := http.query.get("after"):
-        start = _place(items, name, after, "after") + 1
+        start = _place(items, name, after, _next.get((http.path, order, after)), "after")
     if before := http.query.get("before"):
-        end = _place(items, name, before, "before")
+        end = _place(items, name, before, None, "before") - 1
         start = start if after else max(0, end - limit)
     chosen = items[start : min(end, start + limit)]
     has_more = start > 0 if before and not after else start + limit < end
     data = [shape(item) for item in chosen]
     first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
+    if has_more and data and start + limit < len(items):
+        _remember((http.path, order, data[-1]["id"]), name(items[start + limit]))
     return web.json_response({"object": "list", "data": data, "first_id": first, "last_id": last, "has_more": has_more})
 
 
@@ -166,11 +170,24 @@ def _limit(given: str, most: int) -> int:
     return int(given)
 
 
-def _place(items: Sequence[T], name: Callable[[T], str], wanted: str, which: str) -> int:
-    for place, item in enumerate(items):
-        if name(item) == wanted:
-            return place
-    raise BadRequest(f"{which}={wanted[:100]!r}: the list has no such id, or has it no more", param=which)
+def _place(items: Sequence[T], name: Callable[[T], str], wanted: str, following: str | None, which: str) -> int:
+    """The place behind the item `wanted`, or, if there is none any more, that of `following`. Raises: BadRequest."""
+    names = [name(item) for item in items]
+    for known, behind in ((wanted, 1), (following, 0)):
+        if known in names:
+            return names.index(known) + behind
+    raise BadRequest(f"the list has no {wanted[:100]!r}, or has it no more", param=which)
+
+
+def _remember(cursor: tuple[str, str, str], following: str) -> None:
+    """Clients delete what a page has, and then ask for the page behind its last item."""
+    _next[cursor] = following
+    if len(_next) > MOST_CURSORS:
+        del _next[next(iter(_next))]
+
+
+_next: dict[tuple[str, str, str], str] = {}
+"""By the path, the order and the last id of a page: the id that follows."""
 
 
 def seconds(time_s: float) -> int:

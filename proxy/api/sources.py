@@ -3,19 +3,26 @@ a folder, such as `llama-smart-proxy kb`."""
 
 from __future__ import annotations
 
+import secrets
+from functools import partial
+
 import orjson
 from aiohttp import web
 
-from llama_smart_proxy.proxy.api.knowledge import library_of, param, source_for
+from llama_smart_proxy.backends.threads import run_in_thread
+from llama_smart_proxy.proxy.api.knowledge import library_of, param, source_for, viewer_of
 from llama_smart_proxy.proxy.api.state import PROXY
 from llama_smart_proxy.proxy.api.uploads import uploaded
 from llama_smart_proxy.proxy.chat import Json
 from llama_smart_proxy.proxy.errors import BadRequest
+from llama_smart_proxy.proxy.fetching import Fetcher, FetchError, Limits, Page
 from llama_smart_proxy.proxy.http.response import ResponseWriter
 from llama_smart_proxy.proxy.knowledge.base import Collection, Member
 
 LONGEST = 4096
 """Characters of a path or a URL."""
+FETCH_S = 60.0
+"""Seconds for a page."""
 LINES = 500
 """Lines that are sent at once."""
 
@@ -36,20 +43,43 @@ async def list_sources(http: web.BaseRequest) -> web.StreamResponse:
 
 
 async def put_source(http: web.BaseRequest) -> web.Response:
-    """`PUT /knowledge/{collection}?source=`: adds or replaces what came from `source`; the body is its content.
-    `changed` is false if it was the same before. It is read later, as for all who add documents.
+    """`PUT /knowledge/{collection}?source=`: adds or replaces what came from `source`; the body is its content. With
+    `?url=` in its place the page there is fetched. `changed` is false if it was the same before. It is read later.
 
-    Raises: as `uploaded`; BadRequest.
+    Raises: as `uploaded`; BadRequest, also for a page that cannot be fetched.
     """
-    library, collection = library_of(http), await library_of(http).collection(param(http, "collection"))
-    source = http.query.get("source", "")
-    if not source or len(source) > LONGEST or not source.isprintable():
-        raise BadRequest(f"source must be a path or a URL of at most {LONGEST} characters", param="source")
-    async with uploaded(http, library.incoming, http[PROXY].config.knowledge.max_file_mib, is_form=False) as upload:
-        member = await library.add_source(collection.id, source, upload.path, upload.media_type)
-    return web.json_response(
-        {"changed": member is not None, "document": shape(http, collection, member) if member is not None else None}
-    )
+    library, settings = library_of(http), http[PROXY].config.knowledge
+    collection = await library.collection(param(http, "collection"))
+    if "url" in http.query:
+        url = http.query["url"]
+        page = await _fetched(http, url)
+        file = (await library.incoming()) / secrets.token_hex(16)
+        try:
+            await run_in_thread(partial(file.write_bytes, page.data))
+            member = await library.add_source(collection.id, url, file, page.media_type)
+        finally:
+            file.unlink(missing_ok=True)
+    else:
+        source = http.query.get("source", "")
+        if not source or len(source) > LONGEST or not source.isprintable():
+            raise BadRequest(f"source must be a path or a URL of at most {LONGEST} characters", param="source")
+        async with uploaded(http, await library.incoming(), settings.max_file_mib, is_form=False) as upload:
+            member = await library.add_source(collection.id, source, upload.path, upload.media_type)
+    document = shape(http, collection, member) if member is not None else None
+    return web.json_response({"changed": member is not None, "document": document})
+
+
+async def _fetched(http: web.BaseRequest, url: str) -> Page:
+    """The page at `url`. Hosts of `knowledge.allow_private` are for administrators. Raises: BadRequest."""
+    proxy = http[PROXY]
+    limits = Limits(max_bytes=proxy.config.knowledge.max_file_mib * 2**20, total_s=FETCH_S)
+    fetcher = Fetcher(allow_private=proxy.config.knowledge.allow_private if viewer_of(http).is_admin else ())
+    try:
+        return await fetcher.get(url, limits=limits)
+    except FetchError as exc:
+        raise BadRequest(f"the page cannot be fetched: {exc}", code="not_fetched", param="url") from None
+    finally:
+        await fetcher.close()
 
 
 def shape(http: web.BaseRequest, collection: Collection, member: Member) -> Json:

@@ -23,7 +23,7 @@ from llama_smart_proxy.proxy.api.knowledge import (
 from llama_smart_proxy.proxy.api.state import PROXY
 from llama_smart_proxy.proxy.chat import Json
 from llama_smart_proxy.proxy.chat.passage import Found, Passage
-from llama_smart_proxy.proxy.errors import BadRequest
+from llama_smart_proxy.proxy.errors import BadRequest, ProxyError
 from llama_smart_proxy.proxy.http.body import read_json
 from llama_smart_proxy.proxy.knowledge import filters
 from llama_smart_proxy.proxy.knowledge.base import Collection, Counts
@@ -44,8 +44,12 @@ async def create(http: web.BaseRequest) -> web.Response:
     for file in files:
         await library.document(file)
     made = await library.create(name, metadata=metadata, days=kept_days)
-    for file in files:
-        await library.attach(made.id, file, chunking=how)
+    try:
+        for file in files:
+            await library.attach(made.id, file, chunking=how)
+    except ProxyError:  # it has just been deleted
+        await library.delete(made.id)
+        raise
     return web.json_response(shape(await library.collection(made.id) if files else made))
 
 

@@ -192,12 +192,16 @@ class Ingestion:
         return pieces
 
     async def _failed(self, job: Job, reason: str) -> None:
-        logger.warning("document %s cannot be added: %s", job.document.name, reason)
         await self._database.run(partial(queue.fail, job=job, reason=reason))
+        self.count_failed(job.document.name, reason)
+        self._on_step()
+
+    def count_failed(self, name: str, reason: str) -> None:
+        """A file cannot be read."""
+        logger.warning("document %s cannot be added: %s", name, reason)
         if self._totals is not None:
             self._totals.files += 1
             self._totals.failed += 1
-        self._on_step()
 
     async def _apart(self, readings: Sequence[_Reading], identity: str) -> None:
         """Embed each file alone: one of them has a text that is refused."""

@@ -37,11 +37,10 @@ class Library:
         """The same for another client."""
         return Library(self._knowledge, viewer)
 
-    @property
-    def incoming(self) -> Path:
+    async def incoming(self) -> Path:
         """The folder for files that are being received, to be passed to `upload` or `add_source`. It is on the same
-        disk as the documents, and emptied at start."""
-        return self._knowledge.contents.incoming
+        disk as the documents, and emptied before the first use of the knowledge base."""
+        return (await self._opened()).contents.incoming
 
     # -- collections ---------------------------------------------------------------------------------------------------
 
@@ -147,7 +146,7 @@ class Library:
         the same as before."""
         kept = await self._own(collection)
         document = await add_source(
-            await self._opened(), kept, source, file, media_type, move=file.parent == self.incoming
+            await self._opened(), kept, source, file, media_type, move=file.parent == await self.incoming()
         )
         return await self.member(kept.collection.id, document) if document else None
 
@@ -230,10 +229,15 @@ class Library:
     def _may_search(self, collection: Collection) -> bool:
         return self._viewer.may_search(collection.owner, collection.name)
 
+    def _may_name(self, collection: Collection, name: str) -> bool:
+        """Those of other clients are not meant by their name, also by who may see them: anyone could make one that is
+        called as the operator's is."""
+        return name == collection.id or collection.owner in ("", self._viewer.client)
+
     async def _seen(self, name: str) -> Kept:
         """The collection that the viewer may search: of several with this name its own, or the newest."""
         rows = await (await self._opened()).database.run(partial(catalogue.named, name=name))
-        found = [kept for kept in rows if self._may_search(kept.collection)]
+        found = [kept for kept in rows if self._may_search(kept.collection) and self._may_name(kept.collection, name)]
         if not found:
             raise NotFound(f"there is no collection {name!r}", param="collection")
         own = [kept for kept in found if kept.collection.owner == self._viewer.client]

@@ -71,6 +71,7 @@ TASK_MAKERS = {
     "backends/weights/downloads.py",  # one for all who wait
     "proxy/knowledge/ingestion.py",  # the work on the queue of documents
     "proxy/knowledge/shelves.py",  # filling an index, for all who search it
+    "proxy/knowledge/watch.py",  # looks at watched folders
     "proxy/api/conversations.py",  # requests for resumable streams that have lost their client
     "proxy/http/response.py",  # waiting for a slow client
     "proxy/middleware/afterwards.py",  # hooks after a request
