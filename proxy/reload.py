@@ -28,7 +28,16 @@ logger = logging.getLogger(__name__)
 
 LOOK_S = 0.5
 """Interval in seconds in which files are looked at for changes: network and bind mounts report none."""
-FIXED = ("server.host", "server.port", "state_dir", "store", "log_format", "log_content", "telemetry.otlp")
+FIXED = (
+    "server.host",
+    "server.port",
+    "state_dir",
+    "store",
+    "log_format",
+    "log_content",
+    "telemetry.otlp",
+    "knowledge.index",
+)
 """The settings that apply when the proxy starts, and not when it reads its configuration again."""
 
 LISTED = ("models", "llama_cpp.models", "remotes", "agents")

@@ -38,6 +38,14 @@ class Change(NamedTuple):
     removed: Sequence[int]
 
 
+class Source(NamedTuple):
+    """A document that came from a path or URL: its id, the state of the file, and why it is not readable."""
+
+    document: str
+    stamp: str
+    error: str
+
+
 class Taken(NamedTuple):
     """A piece that was found, as it is in the catalogue."""
 
@@ -77,6 +85,12 @@ def named(sql: Sql, name: str) -> list[Kept]:
     query = f"SELECT {COLLECTION} FROM collections c WHERE c.id = ? OR c.name = ? ORDER BY c.serial DESC"
     rows = sorted(sql.execute(query, (name, name)), key=lambda row: bool(row[1] != name))
     return [kept_of(row, _states(sql, row[0])) for row in rows]
+
+
+def of_operator(sql: Sql, name: str) -> Kept:
+    """The operator's collection of this name, which is made if there is none."""
+    found = [kept for kept in named(sql, name) if not kept.collection.owner]
+    return found[0] if found else create(sql, name, "", {}, None)
 
 
 def _states(sql: Sql, serial: int) -> list[tuple[str, int, int]]:
@@ -123,15 +137,15 @@ def expired(sql: Sql, now_s: float) -> list[Kept]:
 
 def add_document(
     sql: Sql, name: str, size: int, digest: str, *, owner: str = "", purpose: str = "assistants",
-    media_type: str = "", source: str = "", collection: int = 0,
+    media_type: str = "", source: str = "", collection: int = 0, stamp: str = "",
 ) -> tuple[int, Document]:  # fmt: skip
     """A new document, and its number."""
     values = (f"file-{secrets.token_hex(12)}", name, size, time.time(), digest, owner, purpose, media_type, source)
     query = (
-        "INSERT INTO documents (id, name, bytes, created_s, digest, owner, purpose, media_type, source, collection) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING serial"
+        "INSERT INTO documents (id, name, bytes, created_s, digest, owner, purpose, media_type, source, "
+        "collection, stamp) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING serial"
     )
-    ((serial,),) = sql.execute(query, (*values, collection))
+    ((serial,),) = sql.execute(query, (*values, collection, stamp))
     return serial, document_of((serial, *values))
 
 
@@ -158,16 +172,26 @@ def from_source(sql: Sql, collection: int, source: str) -> tuple[int, Document] 
     return (rows[0][0], document_of(rows[0])) if rows else None
 
 
-def sources(sql: Sql, collection: int, prefix: str) -> dict[str, str]:
-    """The documents that came to a collection from sources that begin with `prefix`: their ids by source."""
-    query = "SELECT source, id FROM documents WHERE collection = ? AND substr(source, 1, ?) = ?"
-    return {source: name for source, name in sql.execute(query, (collection, len(prefix), prefix))}
+def sources(sql: Sql, collection: int, prefix: str) -> dict[str, Source]:
+    """The documents that came to a collection from sources that begin with `prefix`, by source."""
+    query = (
+        "SELECT d.source, d.id, d.stamp, m.error FROM documents d "
+        "LEFT JOIN members m ON m.document = d.serial WHERE d.collection = ? AND substr(d.source, 1, ?) = ?"
+    )
+    rows = sql.execute(query, (collection, len(prefix), prefix))
+    return {source: Source(name, stamp, error or "") for source, name, stamp, error in rows}
 
 
-def replace_document(sql: Sql, serial: int, size: int, digest: str, media_type: str) -> None:
+def set_stamp(sql: Sql, collection: int, source: str, stamp: str) -> None:
+    """Note the state of the file that a document came from."""
+    query = "UPDATE documents SET stamp = ? WHERE collection = ? AND source = ?"
+    sql.execute(query, (stamp, collection, source))
+
+
+def replace_document(sql: Sql, serial: int, size: int, digest: str, media_type: str, stamp: str) -> None:
     """Another content of a document: it is added again wherever it is."""
-    values = (size, digest, media_type, serial)
-    sql.execute("UPDATE documents SET bytes = ?, digest = ?, media_type = ? WHERE serial = ?", values)
+    query = "UPDATE documents SET bytes = ?, digest = ?, media_type = ?, stamp = ? WHERE serial = ?"
+    sql.execute(query, (size, digest, media_type, stamp, serial))
     query = "UPDATE members SET status = ?, error = '', bytes = ? WHERE document = ?"
     sql.execute(query, (Status.IN_PROGRESS.value, size, serial))
 
@@ -236,6 +260,13 @@ def member(sql: Sql, collection: int, document: str) -> KeptMember | None:
 def set_attributes(sql: Sql, member: int, attributes: Mapping[str, Any]) -> None:
     """Replace a member's attributes."""
     sql.execute("UPDATE members SET attributes = ? WHERE serial = ?", (_json(attributes), member))
+
+
+def set_status(sql: Sql, collection: int, document: str, status: Status, error: str) -> None:
+    """Set the state of a member."""
+    query = "UPDATE members SET status = ?, error = ? WHERE collection = ? AND document = "
+    values = (status.value, error, collection, document)
+    sql.execute(f"{query} (SELECT serial FROM documents WHERE id = ?)", values)
 
 
 def cancel(sql: Sql, collection: int, batch: str) -> None:

@@ -10,6 +10,7 @@ import os
 import secrets
 from collections.abc import Collection
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,12 +34,14 @@ class Contents:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    @property
+    @cached_property
     def incoming(self) -> Path:
-        """A folder for files that are to be taken."""
+        """A folder for files that are to be taken. What an earlier run has left there is removed at first."""
         folder = self._folder / "incoming"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        os.chmod(self._folder, 0o700)  # what `mkdir` makes on its way has other rights
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        for file in folder.iterdir():
+            file.unlink(missing_ok=True)
         return folder
 
     def path(self, digest: str) -> Path:
@@ -73,10 +76,10 @@ class Contents:
         """Remove what a crash has left behind: all but the contents with these digests. With none in use, only files
         that were being written: the database may be a new one in place of one that was damaged."""
         with suppress(OSError):
-            for file in [*self._folder.iterdir(), *(self._folder / "incoming").glob("*")]:
-                is_new = file.suffix == _NEW or file.parent != self._folder
-                if file.is_file() and (is_new or (used and file.name not in used)):
-                    file.unlink(missing_ok=True)
+            left = [file for file in self._folder.iterdir() if file.is_file() and file.name not in used]
+            for file in left if used else [file for file in left if file.suffix == _NEW]:
+                file.unlink(missing_ok=True)
+            _ = self.incoming
 
 
 def digest_of(file: Path) -> tuple[str, int]:

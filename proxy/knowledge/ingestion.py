@@ -75,6 +75,8 @@ class Ingestion:
         on_step: Callable[[], None],
     ) -> None:
         self.max_file_bytes = 100 * 2**20
+        self.problem = ""
+        """Why nothing is added for now, such as a model that does not answer; empty while all is well."""
         self._database = database
         self._contents = contents
         self._reader = reader
@@ -105,8 +107,8 @@ class Ingestion:
             try:
                 await self._outdated()
                 while await self._step():
-                    self._retry_s = FIRST_RETRY_S
-                wait_s = None
+                    self._retry_s, self.problem = FIRST_RETRY_S, ""
+                wait_s, self.problem = None, ""
             except ProxyError as exc:
                 wait_s = self._later(exc.message)
             except Exception as exc:  # of the database, the disk, an index: nothing may end this for good
@@ -120,6 +122,7 @@ class Ingestion:
 
     def _later(self, reason: str) -> float:
         wait_s, self._retry_s = self._retry_s, min(self._retry_s * 2, LAST_RETRY_S)
+        self.problem = reason
         logger.warning("documents wait for %.0f s before they are added: %s", wait_s, reason)
         return wait_s
 
@@ -192,12 +195,16 @@ class Ingestion:
         return pieces
 
     async def _failed(self, job: Job, reason: str) -> None:
-        logger.warning("document %s cannot be added: %s", job.document.name, reason)
         await self._database.run(partial(queue.fail, job=job, reason=reason))
+        self.count_failed(job.document.name, reason)
+        self._on_step()
+
+    def count_failed(self, name: str, reason: str) -> None:
+        """A file cannot be read."""
+        logger.warning("document %s cannot be added: %s", name, reason)
         if self._totals is not None:
             self._totals.files += 1
             self._totals.failed += 1
-        self._on_step()
 
     async def _apart(self, readings: Sequence[_Reading], identity: str) -> None:
         """Embed each file alone: one of them has a text that is refused."""

@@ -4,15 +4,14 @@ earlier run has left to do."""
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llama_smart_proxy.backends.threads import run_in_thread
-from llama_smart_proxy.proxy.config.knowledge import KnowledgeConfig
-from llama_smart_proxy.proxy.errors import ConfigError, Overloaded, ProxyError
+from llama_smart_proxy.proxy.errors import ConfigError, Overloaded
 from llama_smart_proxy.proxy.knowledge import catalogue
 from llama_smart_proxy.proxy.knowledge.base import Index, Ranker, Reader, Viewer
 from llama_smart_proxy.proxy.knowledge.catalogue import Change
@@ -23,9 +22,11 @@ from llama_smart_proxy.proxy.knowledge.ingestion import Ingestion
 from llama_smart_proxy.proxy.knowledge.library import Library
 from llama_smart_proxy.proxy.knowledge.shelves import Shelves
 from llama_smart_proxy.proxy.knowledge.tables import SCHEMA, Kept, KeptMember
+from llama_smart_proxy.proxy.knowledge.watch import Watcher
 from llama_smart_proxy.proxy.store import Sql
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from llama_smart_proxy.proxy.config.knowledge import KnowledgeConfig
 
 
 class Knowledge:
@@ -38,12 +39,14 @@ class Knowledge:
         self.config = config
         self.embedder = embedder
         self._folder = folder
+        self._contents = Contents(folder / FOLDER) if folder is not None else None
         self._url = url
         self._index_url = config.index.get_secret_value() if config.index is not None else ""
         self._reader = reader
         self._opening = asyncio.Lock()
         self._opened: Opened | None = None
         self._closed = False
+        self._watcher = Watcher(self)
 
     def seen_by(self, viewer: Viewer) -> Library:
         """As one client sees it."""
@@ -52,9 +55,9 @@ class Knowledge:
     @property
     def contents(self) -> Contents:
         """The contents of documents. Raises: Overloaded if there is no folder for them."""
-        if self._folder is None:
+        if self._contents is None:
             raise Overloaded("there is no folder for the knowledge base (setting state_dir)", code="no_knowledge")
-        return Contents(self._folder / FOLDER)
+        return self._contents
 
     async def opened(self) -> Opened:
         """What it consists of, once it is open. Raises: Overloaded."""
@@ -71,26 +74,27 @@ class Knowledge:
         used = await opened.database.run(catalogue.digests)
         await run_in_thread(partial(contents.clear, used))
         opened.configure(self.config)
+        self._watcher.wake()  # for collections that expire
         return opened
 
     async def start(self) -> None:
-        """Go on with what an earlier run has begun."""
-        if self._folder is None or not any((self._folder / name).exists() for name in (FOLDER, SCHEMA.file)):
-            return
-        try:
-            await self.opened()
-        except ProxyError as exc:
-            logger.warning("%s", exc.message)
+        """Begin to follow the watched folders, and go on with what an earlier run has begun."""
+        left = self._folder is not None and any((self._folder / name).exists() for name in (FOLDER, SCHEMA.file))
+        if left or self.config.watch:
+            self._watcher.wake()
 
     def configure(self, config: KnowledgeConfig) -> None:
         """Follow the configuration."""
         self.config = config
         if self._opened is not None:
             self._opened.configure(config)
+        if self._opened is not None or config.watch:
+            self._watcher.wake()
 
     async def close(self) -> None:
         """End all work; what is in the queue stays there."""
         self._closed = True
+        await self._watcher.close()
         if self._opened is not None:
             await self._opened.close()
         await self._reader.close()
@@ -178,6 +182,6 @@ class Opened:
 
 def _index_at(url: str) -> Index:
     try:
-        return make_index()
+        return make_index(url)
     except ConfigError as exc:
         raise Overloaded("; ".join(exc.problems), code="no_knowledge") from exc

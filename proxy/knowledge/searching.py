@@ -64,12 +64,20 @@ class Searching:
 
 
 def _merged(results: Sequence[Sequence[Hit]]) -> list[Hit]:
-    """The hits of all collections, the best first. Scores are relative to the best of their collection: they are
-    lowered where that is less similar to the query than the best of another one."""
-    tops = [max((hit.dense or 0.0 for hit in hits), default=0.0) for hits in results]
-    best = max(tops, default=0.0)
-    shares = [max(0.0, top) / best if best > 0 else 1.0 for top in tops]
-    hits = [hit._replace(score=hit.score * share) for hits, share in zip(results, shares, strict=True) for hit in hits]
+    """The hits of all collections, the best first. Scores are relative to those of the same search: they are computed
+    again over all of them."""
+    hits = [hit for hits in results for hit in hits]
+    if len(results) < 2 or not hits:
+        return hits
+    import numpy as np
+
+    from llama_smart_proxy.proxy.knowledge.index.fusion import fuse
+
+    scores = fuse(
+        np.array([math.nan if hit.dense is None else hit.dense for hit in hits], np.float32),
+        np.array([0.0 if hit.lexical is None else hit.lexical for hit in hits], np.float32),
+    )
+    hits = [hit._replace(score=float(score)) for hit, score in zip(hits, scores, strict=True)]
     return sorted(hits, key=lambda hit: -hit.score)
 
 

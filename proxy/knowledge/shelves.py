@@ -51,6 +51,7 @@ class Shelves:
 
     def __init__(self, make: Callable[[], Index], database: Database) -> None:
         self._make = make
+        self._making = asyncio.Lock()
         self._index: Index | None = None
         self._database = database
         self._shelves: dict[str, _Shelf] = {}
@@ -75,15 +76,15 @@ class Shelves:
         return await self._index.search(name, query, vector, limit, files)
 
     async def _ready(self, kept: Kept, identity: str, dimensions: int) -> None:
-        if self._index is None:
-            self._index = await run_in_thread(self._make)
+        async with self._making:
+            index = self._index = self._index or await run_in_thread(self._make)
         name = kept.collection.id
         shelf = self._shelves.setdefault(name, _Shelf())
         async with shelf.lock:
             if shelf.identity != identity:
-                await self._fill(self._index, name, shelf, identity, dimensions)
+                await self._fill(index, name, shelf, identity, dimensions)
             elif not shelf.is_settled:
-                await self._index.settle(name, _stamp(shelf))
+                await index.settle(name, _stamp(shelf))
             shelf.is_settled = True
 
     async def _fill(self, index: Index, name: str, shelf: _Shelf, identity: str, dimensions: int) -> None:

@@ -1,50 +1,96 @@
-"""Adds what came from paths and URLs."""
+"""Adds and removes what came from paths and URLs."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from llama_smart_proxy.backends.threads import run_in_thread
 from llama_smart_proxy.proxy.knowledge import catalogue
-from llama_smart_proxy.proxy.knowledge.contents import Spooled
+from llama_smart_proxy.proxy.knowledge.base import Status
+from llama_smart_proxy.proxy.knowledge.catalogue import Change
 from llama_smart_proxy.proxy.knowledge.tables import Kept
 from llama_smart_proxy.proxy.store import Sql
 
 if TYPE_CHECKING:
     from llama_smart_proxy.proxy.knowledge.knowledge import Opened
 
+REMOVED_AT_ONCE = 100
+"""Documents that are removed in one transaction."""
 
-async def add_source(opened: Opened, kept: Kept, source: str, file: Path, media_type: str, *, move: bool) -> str:
-    """Add or replace what came to a collection from `source`; `file` is copied, or moved. Returns the document's id;
-    empty if its content is the same as before. Raises: OSError."""
+
+async def add_source(
+    opened: Opened, kept: Kept, source: str, file: Path, media_type: str, *, move: bool, stamp: str = ""
+) -> str:
+    """Add or replace what came to a collection from `source`; `file` is copied, or moved, and `stamp` its state.
+    Returns the document's id; empty if its content is the same as before. Raises: OSError."""
     spooled = await run_in_thread(partial(opened.contents.take, file, move=move))
     async with opened.writing:
         before = await opened.database.run(partial(catalogue.from_source, collection=kept.serial, source=source))
         if before is not None and before[1].digest == spooled.digest:
             await run_in_thread(partial(spooled.file.unlink, missing_ok=True))
+            work = partial(catalogue.set_stamp, collection=kept.serial, source=source, stamp=stamp)
+            await opened.database.run(work)
             return ""
         await run_in_thread(partial(opened.contents.keep, spooled))
-        document = await opened.database.run(
-            partial(_added, kept=kept, source=source, spooled=spooled, kind=media_type)
-        )
+        content = _Content(spooled.size, spooled.digest, media_type, stamp)
+        document = await opened.database.run(partial(_added, kept=kept, source=source, content=content))
         if before is not None:
             await opened.remove([before[1].digest])
     opened.added()
     return document
 
 
-def _added(sql: Sql, kept: Kept, source: str, spooled: Spooled, kind: str) -> str:
+async def fail_source(opened: Opened, kept: Kept, source: str, size: int, reason: str, stamp: str) -> None:
+    """Note that what is to come from `source` cannot be read; what came from it before stays."""
+
+    def work(sql: Sql) -> str:
+        before = catalogue.from_source(sql, kept.serial, source)
+        digest = before[1].digest if before is not None else ""
+        document = _added(sql, kept, source, _Content(size, digest, "", stamp))
+        catalogue.set_status(sql, kept.serial, document, Status.FAILED, reason)
+        return document
+
+    async with opened.writing:
+        await opened.database.run(work)
+    opened.ingestion.count_failed(name_of(source), reason)
+    opened.step()
+
+
+async def remove_sources(opened: Opened, documents: Sequence[str]) -> None:
+    """Remove documents, by id, from wherever they are."""
+    for at in range(0, len(documents), REMOVED_AT_ONCE):
+        some = documents[at : at + REMOVED_AT_ONCE]
+        async with opened.writing:
+            changes, digests = await opened.database.run(partial(_removed, documents=some))
+            await opened.remove(digests)
+        await opened.changed(changes)
+
+
+def _removed(sql: Sql, documents: Sequence[str]) -> tuple[list[Change], list[str]]:
+    found = [known for name in documents if (known := catalogue.document(sql, name)) is not None]
+    changes = [change for serial, _ in found for change in catalogue.delete_document(sql, serial)]
+    return changes, [document.digest for _, document in found]
+
+
+class _Content(NamedTuple):
+    size: int
+    digest: str
+    media_type: str
+    stamp: str
+
+
+def _added(sql: Sql, kept: Kept, source: str, content: _Content) -> str:
     before = catalogue.from_source(sql, kept.serial, source)
     if before is not None:
-        serial, document = before
-        catalogue.replace_document(sql, serial, spooled.size, spooled.digest, kind)
-        return document.id
+        catalogue.replace_document(sql, before[0], *content)
+        return before[1].id
     serial, document = catalogue.add_document(
-        sql, name_of(source), spooled.size, spooled.digest,
-        owner=kept.collection.owner, media_type=kind, source=source, collection=kept.serial,
+        sql, name_of(source), content.size, content.digest, owner=kept.collection.owner,
+        media_type=content.media_type, source=source, collection=kept.serial, stamp=content.stamp,
     )  # fmt: skip
     catalogue.attach(sql, kept.serial, serial, None, None)
     return document.id

@@ -26,7 +26,8 @@ SCHEMA = Schema(
         CREATE UNIQUE INDEX collections_by_id ON collections (id);
         CREATE TABLE documents (
             serial INTEGER PRIMARY KEY, id TEXT, name TEXT, bytes INTEGER, created_s REAL, digest TEXT, owner TEXT,
-            purpose TEXT, media_type TEXT, source TEXT, collection INTEGER
+            purpose TEXT, media_type TEXT, source TEXT, collection INTEGER,
+            stamp TEXT
         );
         CREATE UNIQUE INDEX documents_by_id ON documents (id);
         CREATE INDEX documents_by_digest ON documents (digest);
@@ -50,7 +51,8 @@ SCHEMA = Schema(
     ),
     memory=False,
 )
-"""`documents.collection` is the one that a document came to by `source`, 0 for an upload. `members.version` is the one
+"""`documents.collection` is the one that a document came to by `source`, 0 for an upload, and `documents.stamp` changes
+with a watched file. `members.version` is the one
 that is found, 0 for none, and `identity` that of its vectors. `versions.key` is what its pieces depend on. `stamp`
 counts the changes of what is found in a collection. Vectors are of 16-bit floats, the lowest byte first."""
 

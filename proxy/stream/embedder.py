@@ -73,7 +73,7 @@ class PoolEmbedder:
         config, router = self._latest()
         name = config.knowledge.embedding_model
         try:
-            return (await router.resolve(name or DEFAULT)).model
+            return (await router.resolve(name or DEFAULT, pull=name is not None)).model
         except ModelNotFound as exc:
             if name is not None:
                 raise

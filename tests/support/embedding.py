@@ -19,13 +19,13 @@ DIMENSIONS = 64
 
 class EmbeddingServer:
     """`texts` are all that were embedded. It answers with the status `fails`, refuses texts that contain `refuses`, and
-    answers nothing while `gate` is clear."""
+    answers nothing while `gate` is clear: `waiting` are the requests that wait for it."""
 
     def __init__(self) -> None:
         self.port = 0
         self.texts: list[str] = []
         self.batches: list[int] = []
-        self.fails = 0
+        self.fails = self.failed = self.waiting = 0
         self.refuses = "\0"
         self.gate = asyncio.Event()
         self.gate.set()
@@ -39,8 +39,11 @@ class EmbeddingServer:
     async def embeddings(self, request: web.Request) -> web.Response:
         """`POST /v1/embeddings`."""
         body = await request.json()
+        self.waiting += 1
         await self.gate.wait()
+        self.waiting -= 1
         if self.fails:
+            self.failed += 1
             return web.json_response({"error": {"message": "down"}}, status=self.fails)
         if any(self.refuses in text for text in body["input"]):
             return web.json_response({"error": {"message": "bad input"}}, status=400)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from typing import Any, ClassVar
 import pytest
 
 from llama_smart_proxy.proxy.cli.main import main
-from tests.support.harness import ROOT, Proxy, environment, until
+from tests.support.harness import ROOT, Proxy, environment, free_port, running_proxy, until
 from tests.support.knowledge import ADMIN, ANN, CATS, PUMPS, asked, client_of, knowing_proxy
 
 
@@ -149,6 +150,26 @@ async def test_what_was_stopped_by_ctrl_c_is_continued_by_the_same_command(
     assert answer["unchanged"] >= 10 and answer["added"] + answer["unchanged"] == 60
     documents = [json.loads(line) for line in kb("list", "d", "--json").splitlines()]
     assert len(documents) == 60 and {document["status"] for document in documents} == {"completed"}
+
+
+async def test_what_documents_wait_for_is_printed(tmp_path: Path) -> None:
+    config = {
+        "remotes": {"gone": {"url": f"http://127.0.0.1:{free_port()}", "models": ["words"]}},
+        "knowledge": {"embedding_model": "words"},
+        "state_dir": str(tmp_path / "state"),
+    }
+    tree(tmp_path, a_md="Good.")
+    async with running_proxy(config) as proxy:
+        process = started([sys.executable, "-m", "llama_smart_proxy", "kb", "add", str(tmp_path / "a.md")], proxy)
+        try:
+            assert process.stderr is not None
+            line = await asyncio.to_thread(process.stderr.readline)
+            assert line.startswith(b"reading waits: ") and b"cannot connect to" in line
+            process.send_signal(signal.SIGINT)
+            await asyncio.to_thread(process.communicate)
+        finally:
+            process.kill()
+        assert process.returncode == 130
 
 
 def test_no_wait_returns_while_documents_are_read(kb: Kb, folder: Path, tmp_path: Path) -> None:

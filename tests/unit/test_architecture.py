@@ -29,7 +29,7 @@ ROOMS: list[set[str]] = [
         "proxy.log",
         "proxy.store",
         "proxy.fetching",
-        "proxy.knowledge.base",
+        "proxy.knowledge",
         "backends.http.resolver",
         "backends.journal",
         "backends.threads",
@@ -37,7 +37,7 @@ ROOMS: list[set[str]] = [
     {"proxy.config", "proxy.dialects"},
     {"agents"},
     {"backends"},
-    {"proxy.access", "proxy.http", "proxy.knowledge", "proxy.metrics", "proxy.models", "proxy.tracing"},
+    {"proxy.access", "proxy.http", "proxy.metrics", "proxy.models", "proxy.tracing"},
     {"proxy.stream"},
     {"proxy.middleware"},
     {"proxy.api"},
@@ -71,6 +71,7 @@ TASK_MAKERS = {
     "backends/weights/downloads.py",  # one for all who wait
     "proxy/knowledge/ingestion.py",  # the work on the queue of documents
     "proxy/knowledge/shelves.py",  # filling an index, for all who search it
+    "proxy/knowledge/watch.py",  # looks at watched folders
     "proxy/api/conversations.py",  # requests for resumable streams that have lost their client
     "proxy/http/response.py",  # waiting for a slow client
     "proxy/middleware/afterwards.py",  # hooks after a request

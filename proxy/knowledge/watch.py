@@ -1,0 +1,195 @@
+"""Looks after the knowledge base now and then: it follows the folders that are watched, and removes collections that
+have been out of use for longer than they are kept.
+
+Folders are polled, as network and bind mounts report no changes. Only files whose time, size or inode has changed are
+read. Links are not followed: a folder that others write to would show them any file of the proxy's user.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import stat
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llama_smart_proxy.backends.threads import run_in_thread
+from llama_smart_proxy.proxy.errors import ProxyError
+from llama_smart_proxy.proxy.knowledge import catalogue
+from llama_smart_proxy.proxy.knowledge.sources import add_source, fail_source, remove_sources
+from llama_smart_proxy.proxy.knowledge.tables import Kept
+from llama_smart_proxy.proxy.store import Sql
+
+if TYPE_CHECKING:
+    from llama_smart_proxy.proxy.config.knowledge import WatchedFolder
+    from llama_smart_proxy.proxy.knowledge.knowledge import Knowledge, Opened
+
+logger = logging.getLogger(__name__)
+
+INTERVAL_S = 2.0
+"""Shortest time in seconds between two looks at the folders; a look that takes long is made more seldom."""
+SHARE = 20
+"""The time between two looks is at least so many times that of a look."""
+EXPIRY_S = 60.0
+_TEMPORARY = (".part", ".tmp", ".crdownload", ".swp", "~")
+
+
+@dataclass(slots=True)
+class Seen:
+    """The documents below a folder: their stamps by path, and the folders that cannot be read, with the reason."""
+
+    files: dict[str, str] = field(default_factory=dict)
+    unreadable: dict[str, str] = field(default_factory=dict)
+
+    def misses(self, path: str) -> bool:
+        """Whether there is certainly no such file."""
+        return path not in self.files and not any(path.startswith(f"{folder}{os.sep}") for folder in self.unreadable)
+
+
+def look(folder: Path) -> Seen:
+    """The documents in and below `folder`. Blocks on the disk."""
+    seen = Seen()
+    left = [str(folder)]
+    while left:
+        current = left.pop()
+        try:
+            with os.scandir(current) as entries:
+                for entry in entries:
+                    if entry.name.startswith((".", "~$")) or entry.name.endswith(_TEMPORARY):
+                        continue
+                    if entry.is_dir(follow_symlinks=False):
+                        left.append(entry.path)
+                    elif entry.is_file(follow_symlinks=False) and entry.path.isprintable():
+                        seen.files[entry.path] = _stamp(entry.stat(follow_symlinks=False))
+        except OSError as exc:
+            seen.unreadable[current] = exc.strerror or type(exc).__name__
+    return seen
+
+
+def stamp_of(file: str) -> str:
+    """Different after a change of a file; empty if it is no regular one, or gone. Blocks on the disk."""
+    try:
+        found = os.stat(file, follow_symlinks=False)
+    except OSError:
+        return ""
+    return _stamp(found) if stat.S_ISREG(found.st_mode) else ""
+
+
+def _stamp(found: os.stat_result) -> str:
+    return f"{found.st_mtime_ns} {found.st_size} {found.st_ino}"
+
+
+class Watcher:
+    """The looks after `knowledge`, in a task of its own, which begins with the first `wake`."""
+
+    def __init__(self, knowledge: Knowledge) -> None:
+        self._knowledge = knowledge
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._problems: dict[str, str] = {}
+        self._devices: dict[str, int] = {}
+        self._expired_s = 0.0
+
+    def wake(self) -> None:
+        """Look now."""
+        self._wake.set()
+        if self._task is None or self._task.done():
+            self._task = asyncio.get_running_loop().create_task(self._run(), name="looks at watched folders")
+
+    async def close(self) -> None:
+        """End it."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+    async def _run(self) -> None:
+        while True:
+            self._wake.clear()
+            began_s = time.monotonic()
+            try:
+                await self._look_after()
+                self._remark("", "")
+            except ProxyError as exc:
+                self._remark("", exc.message)
+            except Exception as exc:  # of the disk or the database: the next look may succeed
+                logger.error("the watched folders were not looked at", exc_info=exc)
+            pause_s = max(INTERVAL_S, SHARE * (time.monotonic() - began_s)) if self._folders else EXPIRY_S
+            try:
+                async with asyncio.timeout(pause_s):
+                    await self._wake.wait()
+            except TimeoutError:
+                continue
+
+    @property
+    def _folders(self) -> Sequence[WatchedFolder]:
+        return self._knowledge.config.watch
+
+    async def _look_after(self) -> None:
+        opened = await self._knowledge.opened()
+        if time.monotonic() - self._expired_s > EXPIRY_S or not self._expired_s:
+            self._expired_s = time.monotonic()
+            for kept in await opened.database.run(partial(catalogue.expired, now_s=time.time())):
+                logger.info("the collection %s has been out of use for %s days, and is removed", *_expired(kept))
+                await opened.delete(kept)
+        for folder in self._folders:
+            await self._follow(opened, folder)
+
+    async def _follow(self, opened: Opened, folder: WatchedFolder) -> None:
+        path = folder.path.expanduser().absolute()
+        seen = await run_in_thread(partial(look, path))
+        for unreadable, reason in seen.unreadable.items():
+            self._remark(unreadable, f"the folder {unreadable} cannot be read (setting knowledge.watch): {reason}")
+        if str(path) in seen.unreadable or not await self._is_there(path, seen):
+            return
+        kept = await opened.database.run(partial(catalogue.of_operator, name=folder.collection))
+        known = await opened.database.run(partial(catalogue.sources, collection=kept.serial, prefix=f"{path}{os.sep}"))
+        if gone := [known[source].document for source in known if seen.misses(source)]:
+            await remove_sources(opened, gone)
+        for file, stamp in seen.files.items():
+            if file not in known or known[file].stamp != stamp:
+                await _add(opened, kept, file, stamp, known)
+
+    async def _is_there(self, path: Path, seen: Seen) -> bool:
+        """Whether this is the folder that it was: one whose disk is not mounted is empty, and nothing is removed."""
+        device = (await run_in_thread(path.stat)).st_dev
+        if seen.files:
+            self._devices[str(path)] = device
+        return self._devices.get(str(path), device) == device
+
+    def _remark(self, subject: str, problem: str) -> None:
+        if problem and self._problems.get(subject) != problem:
+            logger.warning("%s", problem)
+        self._problems[subject] = problem
+
+
+def _expired(kept: Kept) -> tuple[str, int | None]:
+    return kept.collection.name, kept.collection.days
+
+
+async def _add(opened: Opened, kept: Kept, file: str, stamp: str, known: Mapping[str, catalogue.Source]) -> None:
+    """Add or replace a document, unless it is being written just now: the next look finds it again."""
+    size = int(stamp.split()[1])
+    if size > opened.ingestion.max_file_bytes:
+        reason = f"it is larger than {opened.ingestion.max_file_bytes >> 20} MiB (setting knowledge.max_file_mib)"
+        await fail_source(opened, kept, file, size, reason, stamp)
+        return
+    try:
+        await add_source(opened, kept, file, Path(file), "", move=False, stamp=stamp)
+    except FileNotFoundError:
+        return
+    except OSError as exc:  # it may be readable at the next look, with the same stamp
+        reason = f"it cannot be read: {exc.strerror}"
+        if file not in known or known[file].error != reason:
+            await fail_source(opened, kept, file, size, reason, "")
+        return
+    if await run_in_thread(partial(stamp_of, file)) != stamp:
+        await opened.database.run(partial(_unstamp, collection=kept.serial, source=file))
+
+
+def _unstamp(sql: Sql, collection: int, source: str) -> None:
+    catalogue.set_stamp(sql, collection, source, "")
