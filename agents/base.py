@@ -123,8 +123,8 @@ class Knowledge(Protocol):
 
     async def search(self, query: str, collections: Sequence[str], *, limit: int = 10) -> Found:
         """The passages that answer `query` best, at most `limit`, of these collections, and how certain it is that they
-        have the answer. Raises: ProxyError for a collection that does not exist for the client, for a failure of the
-        embedding model, and if there is no knowledge base."""
+        have the answer. `Passage.collection` is a name here. Raises: ProxyError for a collection that does not exist
+        for the client, for a failure of the embedding model, and if there is no knowledge base."""
 
     async def grade(self, query: str, texts: Sequence[str]) -> list[float]:
         """How probable it is that each of `texts` answers `query`, as `Passage.relevance`. Raises: as `search`."""

@@ -19,6 +19,7 @@ from llama_smart_proxy.backends.weights.downloads import Downloads
 from llama_smart_proxy.proxy.api.state import Proxy
 from llama_smart_proxy.proxy.config import Config
 from llama_smart_proxy.proxy.dialects import Dialect
+from llama_smart_proxy.proxy.fetching import Fetcher, Pages
 from llama_smart_proxy.proxy.generation import Generation, Lasting, Parts
 from llama_smart_proxy.proxy.knowledge.knowledge import Knowledge
 from llama_smart_proxy.proxy.knowledge.reading.reader import DocumentReader
@@ -51,7 +52,8 @@ class App:
         metrics = Metrics(lambda name: any(model.name == name for model in self.proxy.router.models()), pool.totals)
         tracing = tracing_for(config, os.environ)
         knowledge = Knowledge(folder, url, config.knowledge, PoolEmbedder(self._models), DocumentReader())
-        self.lasting = Lasting(store, history, feed, downloads, pool, metrics, knowledge, tracing=tracing)
+        pages = Pages(Fetcher(), DocumentReader())  # one of its own: a page does not wait for documents that are added
+        self.lasting = Lasting(store, history, feed, downloads, pool, metrics, knowledge, pages, tracing=tracing)
         self.generation = Generation(config, parts, self.lasting, self._latest)
         self.followers: list[Callable[[Config], None]] = []
         self._ending: dict[Generation, asyncio.Task[None]] = {}

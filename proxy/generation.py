@@ -21,11 +21,10 @@ from llama_smart_proxy.proxy.api.routes import ROUTES
 from llama_smart_proxy.proxy.api.state import Proxy
 from llama_smart_proxy.proxy.chat import Observer
 from llama_smart_proxy.proxy.config import Config
-from llama_smart_proxy.proxy.fetching import Fetcher, Pages
+from llama_smart_proxy.proxy.fetching import Pages
 from llama_smart_proxy.proxy.http.running import Running
 from llama_smart_proxy.proxy.knowledge.base import Viewer
 from llama_smart_proxy.proxy.knowledge.knowledge import Knowledge
-from llama_smart_proxy.proxy.knowledge.reading.reader import DocumentReader
 from llama_smart_proxy.proxy.metrics import Metrics
 from llama_smart_proxy.proxy.middleware.afterwards import Afterwards
 from llama_smart_proxy.proxy.middleware.chain import Chain
@@ -53,13 +52,13 @@ class Lasting:
     pool: Pool
     metrics: Metrics
     knowledge: Knowledge
+    pages: Pages
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     conversations: Conversations = field(default_factory=Conversations)
     running: Running = field(default_factory=Running)
     chats: Chats = field(default_factory=Chats)
     reloads: Reloads = field(default_factory=Reloads)
     counters: Counters = field(default_factory=Counters)
-    pages: Pages = field(default_factory=lambda: Pages(Fetcher(), DocumentReader()))
     tracing: Tracing | None = None
 
     @property
@@ -121,9 +120,8 @@ class Generation:
             latest,
             Access(config.server),
             lasting.metrics,
-            library=lasting.knowledge.seen_by(Viewer()),
             pages=lasting.pages,
-            fetcher=Fetcher(allow_private=config.knowledge.allow_private),
+            library=lasting.knowledge.seen_by(Viewer()),
         )
         self.dispatcher = Dispatcher(self.proxy, [*parts.registry.observers, *lasting.observers], lasting.counters)
         self._add_routes(parts.registry)
@@ -161,7 +159,6 @@ class Generation:
         await self.proxy.inspection.close()
         await self.proxy.afterwards.close()
         await self.plugins.close()
-        await self.proxy.fetcher.close()
         await self.router.close()
 
 

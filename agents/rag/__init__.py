@@ -39,8 +39,9 @@ class Rag(Agent):
     class Config(RagOptions):
         """The options of `rag` in the configuration."""
 
-    async def start(self) -> None:
-        self.web = Web(self.config)
+    def __init__(self, config: RagOptions) -> None:
+        super().__init__(config)
+        self.web = Web(config)
 
     async def close(self) -> None:
         await self.web.close()

@@ -30,10 +30,16 @@ def citations(text: str, sources: Sequence[Source]) -> list[tuple[int, int, Sour
     ]
 
 
+def web_url(source: Source) -> str:
+    """The URL of a source on the web; empty for a document, which may have come from a path of this machine."""
+    url = source.passage.url
+    return url if url.startswith(("http://", "https://")) else ""
+
+
 def location(source: Source) -> str:
-    """The URL of a source; of an uploaded document, its path in the API of this proxy."""
+    """The URL of a source; of another document, its path in the API of this proxy."""
     passage = source.passage
-    return passage.url or (f"/v1/files/{passage.document_id}/content" if passage.document_id else "")
+    return web_url(source) or (f"/v1/files/{passage.document_id}/content" if passage.document_id else "")
 
 
 def described(source: Source, cited: bool) -> Json:
@@ -43,7 +49,7 @@ def described(source: Source, cited: bool) -> Json:
         "id": source.number,
         "title": source.name,
         "document": passage.document,
-        "url": passage.url,
+        "url": web_url(source),
         "collection": passage.collection,
         "file_id": passage.document_id,
         "heading": passage.heading,
@@ -67,7 +73,7 @@ def listed(sources: Sequence[Source]) -> list[str]:
     """The lines of the list below an answer."""
     shown = []
     for source in sources:
-        url = source.passage.url
+        url = web_url(source)
         shown.append(f"[{source.number}] {source.name}" + (f" ({url})" if url and url != source.name else ""))
     return shown
 
@@ -75,7 +81,7 @@ def listed(sources: Sequence[Source]) -> list[str]:
 def event_of(source: Source) -> Json:
     """The source for Open WebUI, which takes `[1]` for the first one with an id of its own (`metadata.source`). Source:
     Open WebUI 0.12.4, Citations.svelte."""
-    url = source.passage.url
+    url = web_url(source)
     shown: Json = {"source": url or f"{source.number}: {source.name}", "name": source.name}
     return {
         "source": {"name": source.name, **({"url": url} if url else {})},

@@ -46,7 +46,7 @@ class Source:
         heading = " ".join(self.passage.heading.split())
         document = " ".join(self.passage.document.split())
         shown = f"{document} > {heading}" if document and heading and heading != document else heading or document
-        return (shown or self.passage.url or "source")[:MAX_NAME]
+        return (shown or "source")[:MAX_NAME]
 
 
 def numbered(passages: Iterable[Passage]) -> list[Source]:

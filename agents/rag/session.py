@@ -14,7 +14,7 @@ from llama_smart_proxy.agents.rag.options import RagOptions
 from llama_smart_proxy.agents.rag.web import Web, WebUnavailable
 
 KEPT_SHARE = 0.5
-"""Passages below this share of `lower` are not used, even beside better ones."""
+"""Passages below this share of `lower`, and of the best one, are not used beside that."""
 WORTH_REWRITING = 0.5
 """Below this share of `lower` the collections are about something else, and another query would not help."""
 CANDIDATES = 2
@@ -82,7 +82,7 @@ class Session:
             self._failed(f"the collections cannot be listed: {exc.message}", exc)
         if not self._collections:
             self.outcome.reasons.append("there is no collection with documents")
-        web = self._web.available and not self._config.web_is_off
+        web = bool(self._web.engines(self._config))
         self._now = replace(self._now, has_own=bool(self._collections), has_web=web)
 
     async def _search(self) -> None:
@@ -215,9 +215,9 @@ class Session:
         return verdict_of(found.confidence, lower=self._config.lower, upper=self._config.upper)
 
     def _usable(self, found: Found) -> list[Passage]:
-        least = self._config.lower * KEPT_SHARE
         best, *others = found.passages[: self._config.max_documents]
-        return [best, *(passage for passage in others if passage.relevance >= least)]
+        least = max(self._config.lower, best.relevance) * KEPT_SHARE
+        return [best, *(passage for passage in others if passage.relevance > least)]
 
     # -- decisions ---------------------------------------------------------------------------------------------------
 
@@ -246,7 +246,7 @@ class Session:
         outcome.verdict = min(verdicts, key=order.index, default=Verdict.INCORRECT)
         if outcome.verdict is not Verdict.CORRECT and self._config.web_is_off:
             outcome.reasons.append("the web is switched off")
-        elif outcome.verdict is not Verdict.CORRECT and not self._web.available:
+        elif outcome.verdict is not Verdict.CORRECT and not self._web.engines(self._config):
             outcome.reasons.append("no web search is configured")
         if not outcome.passages and verdicts:
             outcome.reasons.insert(0, "nothing relevant was found")

@@ -158,13 +158,15 @@ class ModelQueue:
 @dataclass(eq=False, slots=True)
 class Slot:
     """One of the requests that a server processes in parallel, `since` when; `task` is the background prompt that it
-    processes, if it does. `last` is the last request it served: its prompt is what the server's cache may hold.
+    processes, if it does, and `priority` that of its request. `last` is the last request it served: its prompt is what
+    the server's cache may hold.
 
     `since` is 0 for a request that was granted it and is not served yet."""
 
     busy: bool = False
     since: float = 0.0
     task: Task | None = None
+    priority: Priority = Priority.PERSON
     last: UpstreamRequest | None = None
 
 
@@ -265,7 +267,7 @@ class Place:
             return Lease(self, None)
         index = next(index for index, slot in enumerate(self.slots) if not slot.busy)
         slot = self.slots[index]
-        slot.busy, slot.task, slot.since = True, request.task, 0.0
+        slot.busy, slot.task, slot.priority, slot.since = True, request.task, request.priority, 0.0
         return Lease(self, index)
 
     def release(self, lease: Lease, now: float) -> None:

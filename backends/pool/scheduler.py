@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 
 from llama_smart_proxy.backends.base import Priority, UpstreamRequest
+from llama_smart_proxy.backends.pool import batches
 from llama_smart_proxy.backends.pool.idling import Idling
 from llama_smart_proxy.backends.pool.instance import STALLED, Instance, State
 from llama_smart_proxy.backends.pool.launcher import PoolModel
@@ -139,6 +140,9 @@ class Scheduler:
             waiter.timers.append(loop.call_at(task.since + self.aged_s, self._promote, queue, waiter))
             if task.hold_s:
                 waiter.timers.append(loop.call_at(task.since + task.hold_s, self.schedule))
+        elif request.priority is Priority.BATCH:
+            waiter.timers.append(loop.call_later(self.aged_s, self._promote, queue, waiter))
+            waiter.timers.append(loop.call_later(batches.PATIENCE_S + CLOCK_S, self.schedule))
         self._news.waiting(queue)
         self.schedule()
         return waiter
@@ -149,7 +153,7 @@ class Scheduler:
             return False
         if request.priority is Priority.PERSON or not request.slot:
             return True
-        return not queue.later_waiters and self._admits_later(place, request)
+        return not queue.later_waiters and self._admits_later(place, request, 0.0)
 
     def leave(self, queue: ModelQueue, waiter: Waiter) -> None:
         """The request waits no more, with or without a lease."""
@@ -253,17 +257,20 @@ class Scheduler:
         place = queue.place
         if place is None or queue.slot_waiters:
             return
+        now = asyncio.get_running_loop().time()
         for waiter in sorted(queue.later_waiters, key=lambda waiter: waiter.request.priority):
-            if place.has_room(True) and self._admits_later(place, waiter.request):
+            if place.has_room(True) and self._admits_later(place, waiter.request, now - waiter.since):
                 del queue.later_waiters[waiter]
                 if not waiter.future.done():
                     waiter.future.set_result(place.take(waiter.request))
 
-    def _admits_later(self, place: Place, request: UpstreamRequest) -> bool:
+    def _admits_later(self, place: Place, request: UpstreamRequest, waited_s: float) -> bool:
         """Whether nothing speaks against a background prompt in a free slot: a person who waits for a place that this
-        one may have to make, or one whose request is to be expected."""
+        one may have to make, or one whose request is to be expected; and against a batch, people who are served."""
         if not place.pinned and any([area.has(place) for area in self._reserved]):
             return False
+        if request.priority is Priority.BATCH:
+            return batches.may_begin(place, self.places, self.queues.values(), waited_s)
         task = request.task
         held = task is not None and asyncio.get_running_loop().time() < task.since + task.hold_s - CLOCK_S
         return not held  # also with slots to spare: its prompt would delay the one that is to be expected

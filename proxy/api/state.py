@@ -14,7 +14,7 @@ from llama_smart_proxy.proxy.access.policy import Access
 from llama_smart_proxy.proxy.api.conversations import Conversations
 from llama_smart_proxy.proxy.api.reloads import Reloads
 from llama_smart_proxy.proxy.config import Config
-from llama_smart_proxy.proxy.fetching import Fetcher, Pages
+from llama_smart_proxy.proxy.fetching import Pages
 from llama_smart_proxy.proxy.http.running import Running
 from llama_smart_proxy.proxy.knowledge.library import Library
 from llama_smart_proxy.proxy.metrics import Metrics
@@ -86,8 +86,6 @@ class Proxy:
     """The knowledge base, as the clients with `grant` see it."""
     pages: Pages | None = None
     """Pages that web searches find."""
-    fetcher: Fetcher = field(default_factory=Fetcher)
-    """For pages that are added to the knowledge base: `knowledge.allow_private` holds for it."""
 
     def seen_by(self, grant: Grant) -> Proxy:
         """The same proxy for the clients that have this grant: with the models and agents that exist for them. The

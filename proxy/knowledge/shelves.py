@@ -77,7 +77,9 @@ class Shelves:
 
     async def _ready(self, kept: Kept, identity: str, dimensions: int) -> None:
         async with self._making:
-            index = self._index = self._index or await run_in_thread(self._make)
+            if self._index is None:
+                self._index = await run_in_thread(self._make)
+            index = self._index
         name = kept.collection.id
         shelf = self._shelves.setdefault(name, _Shelf())
         async with shelf.lock:

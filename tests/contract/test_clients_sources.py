@@ -45,7 +45,8 @@ async def test_openais_chats(proxy: Proxy) -> None:
         chunks = [one async for one in await client.chat.completions.create(model="m", messages=QUESTION, stream=True)]
     message = whole.choices[0].message
     assert message.content == LISTED == "".join(one.choices[0].delta.content or "" for one in chunks)
-    (note,) = message.annotations or ()
+    assert message.annotations
+    (note,) = message.annotations
     assert (note.url_citation.url, note.url_citation.title) == (PAGE["url"], "Kiwis")
     assert ANSWER[note.url_citation.start_index : note.url_citation.end_index] == "[1]"
     for holder in (whole, chunks[-1]):

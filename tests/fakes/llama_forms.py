@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import time
-import zlib
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,19 +24,6 @@ def steering(body: dict[str, Any]) -> dict[str, Any]:
     if isinstance(text, list):
         text = next((part["text"] for part in text if "text" in part), "")
     return dict(json.loads(text)["fake"]) if str(text).startswith('{"fake"') else {}
-
-
-def vectors(body: dict[str, Any], *, by_words: bool) -> list[dict[str, Any]]:
-    """The `data` of embeddings: how often words of each kind are in a text, or one and the same vector."""
-    found = [_word_vector(text) for text in body["input"]] if by_words else [[0.6, 0.8]]
-    return [{"object": "embedding", "index": index, "embedding": vector} for index, vector in enumerate(found)]
-
-
-def _word_vector(text: str) -> list[float]:
-    vector = [0.01] * 256
-    for word in re.findall(r"\w{3,}", str(text).lower()):
-        vector[zlib.crc32(word[:5].encode()) % 256] += 1
-    return vector
 
 
 def data(value: object) -> bytes:

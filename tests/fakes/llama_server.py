@@ -26,7 +26,6 @@ The environment switches manners on, most easily through a model's `env:`:
     FAKE_EXIT=3 | SIGSEGV    ends so at start; `3@loaded`: once ready instead
     FAKE_NEVER=nobind|mute|503   never becomes healthy: does not listen | accepts and stays silent | loads for ever
     FAKE_TOKENS=8 FAKE_TOKEN_MS=0    tokens of an answer, and the pause before each
-    FAKE_EMBED=1             vectors by words: texts with the same words are near each other
     FAKE_ECHO=1              repeats the last message, word for word         FAKE_STRICT=1    refuses an n over -np
     FAKE_ANSWER=text         in place of tokens             FAKE_IF=[[words, text], ...]   if the last message has them
     FAKE_DIE_AFTER=n         SIGKILLs itself after n tokens of an answer
@@ -54,7 +53,7 @@ import sys
 import threading
 import time
 
-from tests.fakes.llama_forms import FORMS, Texts, steering, vectors
+from tests.fakes.llama_forms import FORMS, Texts, steering
 from tests.fakes.manners import ENV, bound, die, fork_grandchild, log, manner, report, say, spam
 
 TYPE_CHECKING = False
@@ -247,12 +246,12 @@ class Answer:
     def __init__(self, connection: Connection, path: str, body: dict[str, Any]) -> None:
         steer = steering(body)
         self.connection = connection
-        self.vectors = vectors(body, by_words="FAKE_EMBED" in ENV) if path == "/v1/embeddings" else None
+        self.embedding = path == "/v1/embeddings"
         self.stream = bool(body.get("stream"))
         self.tokens = int(steer.get("tokens", min(int(ENV.get("FAKE_TOKENS", 8)), body.get("max_tokens") or 1 << 30)))
         self.token_s = float(steer.get("token_ms", ENV.get("FAKE_TOKEN_MS", 0))) / 1000
         self.stall_after = int(steer.get("stall_after", -1))
-        self.die_after = int(steer.get("die_after", -1 if self.vectors else manner("DIE_AFTER") or -1))
+        self.die_after = int(steer.get("die_after", -1 if self.embedding else manner("DIE_AFTER") or -1))
         self.cut = manner("CUT")
         self.error_after = int(steer.get("error_after", manner("INBAND_ERROR") or -1))
         self.refusal = steer.get("refuse")
@@ -302,8 +301,9 @@ class Answer:
             if index == self.error_after:
                 return connection.refuse(500, "fake failure", "server_error")
             self.token(index)
-        if self.vectors:
-            return connection.reply(200, {"object": "list", "model": connection.server.alias, "data": self.vectors})
+        if self.embedding:
+            data = [{"object": "embedding", "index": 0, "embedding": [0.6, 0.8]}]
+            return connection.reply(200, {"object": "list", "model": connection.server.alias, "data": data})
         if reset_after_headers:
             connection.head(200, "Content-Type: application/json", "Content-Length: 1000")
             connection.reset()

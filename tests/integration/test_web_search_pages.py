@@ -41,7 +41,7 @@ async def web_site(link: Link, request: Request) -> None:
 
 
 @asynccontextmanager
-async def the_web() -> AsyncIterator[tuple[RawUpstream, RawUpstream, AgentContext]]:
+async def the_web(**options: float) -> AsyncIterator[tuple[RawUpstream, RawUpstream, AgentContext]]:
     """A SearXNG, the site whose pages it finds, and a context to search them."""
     async with raw_upstream(web_site) as site, raw_upstream() as searxng, reading() as pages:
         results = [
@@ -49,20 +49,17 @@ async def the_web() -> AsyncIterator[tuple[RawUpstream, RawUpstream, AgentContex
             for name in PAGES
         ]
         searxng.script = sent(orjson.dumps({"results": results}), "application/json")
-        yield searxng, site, agent_context(pages)
-
-
-def web_of(searxng: RawUpstream, **options: float) -> Web:
-    return Web(WebOptions.model_validate({"searxng_host": f"http://127.0.0.1:{searxng.port}", **options}))
+        host = f"http://127.0.0.1:{searxng.port}"
+        yield searxng, site, agent_context(pages, WebOptions.model_validate({"searxng_host": host, **options}))
 
 
 @pytest.mark.parametrize(
     "limit", [{"web_page_timeout_s": 1.0}, pytest.param({"web_timeout_s": 4.0}, marks=pytest.mark.full)]
 )
 async def test_pages_that_cannot_be_read_in_time_are_replaced_by_their_snippets(limit: dict[str, float]) -> None:
-    async with the_web() as (searxng, site, ctx):
+    async with the_web(**limit, web_pages=5, web_passages=20) as (_, site, ctx):
         await ctx.page(f"http://127.0.0.1:{site.port}/page")  # it is remembered, however slow this machine is
-        web = web_of(searxng, **limit, web_pages=5, web_passages=20)
+        web = Web(ctx.config)
         try:
             passages = await web.search("what do kiwis eat", ctx)
         finally:
@@ -80,8 +77,8 @@ async def test_pages_that_cannot_be_read_in_time_are_replaced_by_their_snippets(
 async def test_a_search_whose_client_leaves_ends_all_that_it_began(
     where: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with the_web() as (searxng, site, ctx):
-        web = web_of(searxng, web_pages=5)
+    async with the_web(web_pages=5) as (searxng, site, ctx):
+        web = Web(ctx.config)
         asked = searxng if where == "search" else site
         if where != "page":
             asked.script = silent

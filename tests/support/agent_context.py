@@ -5,6 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any, cast
 
+from pydantic import BaseModel
+
 from llama_smart_proxy import Agent
 from llama_smart_proxy.agents.loader import AgentSource
 from llama_smart_proxy.proxy.config import AgentConfig, LimitsConfig
@@ -16,11 +18,11 @@ from llama_smart_proxy.proxy.middleware.plugins import Plugin
 from llama_smart_proxy.proxy.middleware.scope import Scope
 
 
-def agent_context(pages: Pages | None = None) -> AgentContext:
-    """The context of an agent, in a proxy without models and knowledge, that reads these pages."""
+def agent_context(pages: Pages | None = None, options: BaseModel | None = None) -> AgentContext:
+    """The context of an agent with these options, in a proxy without models and knowledge that reads these pages."""
     settings = AgentConfig(name="scripted")
     plugin = Plugin("scripted", settings, AgentSource("scripted"), True)
     agent = Agent(Agent.Config())
-    active = ActiveAgent(plugin, LoadedAgent(agent), agent.config, settings, explicit=True)
+    active = ActiveAgent(plugin, LoadedAgent(agent), options or agent.config, settings, explicit=True)
     calls = cast(Any, SimpleNamespace(limits=LimitsConfig()))
     return AgentContext(active, RequestFacts({}, "", "", "", Selection(), pages=pages), Scope(), calls)

@@ -1,54 +1,50 @@
-"""Documents to be searched: a proxy with models that embed by words, and folders that it watches."""
+"""Documents for the agent rag: a proxy over the fake llama-server, with collections that are filled over HTTP."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+import shlex
+import sys
+from collections.abc import Mapping
 from typing import Any
+from urllib.parse import quote
 
+from tests.fakes import embedder
+from tests.support import raw_client
 from tests.support.e2e_support import Fakes
-from tests.support.harness import Proxy, session_proxy
+from tests.support.harness import Proxy, until
 
 MANUAL = {
-    "server.md": (
-        "# Server\n\n## Ports\n\nThe zebra proxy listens on port 11555. The setting zebra_port sets another one.\n\n"
-        "## Logs\n\nThe giraffe log is written to the folder giraffe_logs, and is rotated each night.\n"
-    ),
-    "install.md": (
-        "# Install\n\n## Linux\n\nInstall the walrus package with the command walrus-get on Linux.\n\n"
-        "## Windows\n\nInstall the walrus package with the walrus wizard on Windows.\n"
-    ),
+    "ports.md": "# Ports\n\nThe zebra proxy listens on port 11555. The setting zebra_port sets another one.\n",
+    "logs.md": "# Logs\n\nThe giraffe log is written to the folder giraffe_logs, and is rotated each night.\n",
+    "linux.md": "# Linux\n\nInstall the walrus package with the command walrus-get on Linux.\n",
+    "windows.md": "# Windows\n\nInstall the walrus package with the walrus wizard on Windows.\n",
 }
 """Documents with words that no others have."""
 
 
-def write_documents(folder: Path, documents: Mapping[str, str] = MANUAL) -> Path:
-    """Write documents, by their names, into `folder`."""
-    folder.mkdir(exist_ok=True)
+def with_documents(fakes: Fakes, models: Mapping[str, Any], **config: Any) -> dict[str, Any]:
+    """The configuration of a proxy with these models, an embedding model that counts words, and the agent `rag`. The
+    embedding model does not answer while the file `gate` is in the folder of the fakes."""
+    program = [sys.executable, "-S", embedder.__file__, "--gate", str(fakes.folder / "gate")]
+    words = {"cmd": f"{shlex.join(program)} --port ${{PORT}}"}
+    whole = fakes.config({"words": words, **models}, size=6, keep_alive=-1)
+    folder = str(fakes.folder / "state")
+    return whole | {"state_dir": folder, "knowledge": {"embedding_model": "words"}, "agents": ["rag"], **config}
+
+
+async def add_documents(proxy: Proxy, collection: str, documents: Mapping[str, str] = MANUAL) -> None:
+    """Add documents, by their names, to a new collection; returns once they have been read."""
+    made = await raw_client.post(proxy.port, "/v1/vector_stores", {"name": collection})
+    store = f"/v1/vector_stores/{made.json()['id']}"
     for name, text in documents.items():
-        (folder / name).write_text(text)
-    return folder
+        path = f"/knowledge/{collection}?source={quote(f'/documents/{name}')}"
+        request = raw_client.request("PUT", path, text.encode(), close=True)
+        answer = await raw_client.ask(proxy.port, request, method="PUT")
+        assert answer.status == 200, answer.body
 
+    async def read() -> bool:
+        counts = (await raw_client.get(proxy.port, store)).json()["file_counts"]
+        assert counts["failed"] == 0, counts
+        return bool(counts["completed"] == len(documents))
 
-def knowing(fakes: Fakes, collections: Mapping[str, Mapping[str, str]], **config: Any) -> dict[str, Any]:
-    """The configuration of a proxy with these collections of documents, the model `m`, which answers as a request
-    says, and `embed`."""
-    watch = [
-        {"path": str(write_documents(fakes.folder / f"documents-{name}", documents)), "collection": name}
-        for name, documents in collections.items()
-    ]
-    models = {
-        "m": fakes.model(fields={"parallel": 4}),
-        "embed": fakes.model(EMBED=1, fields={"parallel": 4}),
-        **config.pop("models", {}),
-    }
-    whole = fakes.config(models, size=4, keep_alive=-1)
-    return whole | {"knowledge": {"embedding_model": "embed", "watch": watch}, "agents": ["rag"], **config}
-
-
-@contextmanager
-def knowing_proxy(fakes: Fakes, **config: Any) -> Iterator[Proxy]:
-    """A proxy with the collection `manual`, for many tests."""
-    with session_proxy(knowing(fakes, {"manual": MANUAL}, **config)) as proxy:
-        yield proxy
+    await until(read, what="the documents have been read")

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
 from tests.support import raw_client
 from tests.support.agent_clients import RESPONSES, WAYS, Way
-from tests.support.documents import MANUAL, knowing
-from tests.support.e2e_support import CHAT, PIXEL, WEATHER, Fakes
+from tests.support.documents import add_documents, with_documents
+from tests.support.e2e_support import CHAT, PIXEL, WEATHER, Fakes, instance
 from tests.support.harness import Proxy, session_proxy, until
 
 WHOLE = Way(CHAT, stream=False)
 PORT = "Which port does the zebra proxy listen on?"
 ANSWER = "It is 11555 [1]."
-LIST = "\n\n\U0001f4da Sources:\n- [1] server.md > Server > Ports"
+LIST = "\n\n\U0001f4da Sources:\n- [1] ports.md > Ports"
 TITLE = "### Task:\nGenerate a concise, 3-5 word title with an emoji summarizing the chat history.\nWhich zebra port?"
 
 
@@ -28,6 +28,7 @@ class Stage:
 
     proxy: Proxy
     fakes: Fakes
+    filled: list[bool] = field(default_factory=list)
 
     def sent(self) -> dict[str, Any]:
         """The last body that a model got to answer."""
@@ -42,31 +43,33 @@ class Stage:
         return dict(answer.json())
 
 
-@pytest.fixture(scope="session")
-def knowing_stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+@pytest.fixture(scope="module")
+def knowing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     fakes = Fakes(tmp_path_factory.mktemp("rag"))
-    rules = json.dumps([["doc_1", '{"doc_1": 0.95, "doc_2": 0.01}'], ["search query", "zebra proxy port"]])
+    judged = json.dumps([["doc_1", '{"doc_1": 0.95, "doc_2": 0.01}'], ["search query", "zebra proxy port"]])
     models = {
         "m": fakes.model(fields={"parallel": 4}, ANSWER=ANSWER),
-        "judge": fakes.model(IF=rules, ANSWER="I cannot say."),
-        "manuals": {"model": "m", "agents": [{"rag": {"collection": ["manual"], "sources": "field"}}]},
+        "judge": fakes.model(IF=judged, ANSWER="I cannot say."),
+        "manuals": {
+            "model": "m",
+            "agents": [{"rag": {"collection": ["manual"], "sources": "field", "max_documents": 1}}],
+        },
+        "hasty": {"model": "m", "agents": [{"rag": {"time_s": 0.2}}]},
+        "needs": {"model": "m", "agents": [{"rag": {"required": True, "time_s": 0.2}}]},
     }
-    agents = ["parallel", {"redact": {"patterns": ["email"]}}, {"rag": {"grader_model": "judge"}}]
-    config = knowing(fakes, {"manual": MANUAL, "other": {"kiwi.md": "Kiwis are birds."}}, models=models, agents=agents)
-    with session_proxy(config) as proxy:
+    agents = ["parallel", {"redact": {"patterns": ["email"]}}, {"rag": {"grader_model": "judge", "max_documents": 1}}]
+    with session_proxy(with_documents(fakes, models, agents=agents)) as proxy:
         yield Stage(proxy, fakes)
 
 
 @pytest.fixture
-async def rag(knowing_stage: Stage) -> Stage:
-    """The stage, once its documents have been read."""
-
-    async def found() -> bool:
-        answer = await knowing_stage.asked(f"/rag {PORT}")
-        return [source["document"] for source in answer["x_sources"]][-1:] == ["server.md"]
-
-    await until(found, what="the documents have been read")
-    return knowing_stage
+async def rag(knowing: Stage) -> Stage:
+    """The stage, with its documents."""
+    if not knowing.filled:
+        await add_documents(knowing.proxy, "manual")
+        await add_documents(knowing.proxy, "other", {"kiwi.md": "# Kiwis\n\nKiwis are birds of New Zealand.\n"})
+        knowing.filled.append(True)
+    return knowing
 
 
 async def test_the_model_gets_the_sources_and_every_client_a_list_of_those_cited(rag: Stage) -> None:
@@ -86,7 +89,7 @@ async def test_the_last_frame_of_every_api_has_the_sources(rag: Stage, path: str
     (last,) = [frame for frame in frames if "x_sources" in json.dumps(frame)][-1:]
     for holder in (last.get("response", last) if path == RESPONSES else last, whole):
         (source, *_) = [source for source in holder["x_sources"] if source["cited"]]
-        assert (source["title"], source["document"]) == ("server.md > Server > Ports", "server.md")
+        assert (source["title"], source["document"]) == ("ports.md > Ports", "ports.md")
         assert source["collection"] == "manual" and source["id"] == 1 and source["relevance"] > 0
         assert holder["x_rag"]["verdict"] in ("correct", "ambiguous")
     if path == CHAT:
@@ -95,8 +98,8 @@ async def test_the_last_frame_of_every_api_has_the_sources(rag: Stage, path: str
 
 
 async def test_an_unrelated_question_gets_no_context_and_says_so(rag: Stage) -> None:
-    answer = await rag.asked("/rag trace=on Who won the chess championship?")
-    assert rag.sent()["messages"] == [{"role": "user", "content": "Who won the chess championship?"}]
+    answer = await rag.asked("/rag trace=on Xylophones everywhere")
+    assert rag.sent()["messages"] == [{"role": "user", "content": "Xylophones everywhere"}]
     assert answer["x_sources"] == [] and "nothing relevant was found" in answer["x_rag"]["reasons"]
     message = answer["choices"][0]["message"]
     assert (
@@ -189,3 +192,38 @@ async def test_the_operator_sees_every_decision_and_no_text(rag: Stage) -> None:
     assert [note["step"] for note in step["notes"]] == ["retrieve", "inject"]
     assert step["notes"][0]["confidence"] > 0.3 and step["notes"][1]["sources"] >= 1
     assert "zebra" not in json.dumps(why)
+
+
+async def test_an_embedding_model_that_does_not_answer_leaves_an_answer_without_context(rag: Stage) -> None:
+    gate = rag.fakes.folder / "gate"
+    gate.touch()
+    try:
+        answer = await rag.asked(PORT, model="hasty")
+        assert rag.sent()["messages"] == [{"role": "user", "content": PORT}] and answer["x_sources"] == []
+        assert any("over 0.2 s" in reason for reason in answer["x_rag"]["reasons"])
+        said = await WHOLE.ask(rag.proxy, WHOLE.body(PORT, model="needs"))
+        assert said.status == 503 and "over 0.2 s (time_s)" in (said.error or "")
+    finally:
+        gate.unlink()
+
+
+@pytest.mark.parametrize("way", [Way(CHAT, stream=True), WHOLE], ids=["stream", "whole"])
+async def test_a_search_ends_with_its_client(rag: Stage, way: Way) -> None:
+    async def searching() -> bool:
+        requests = (await raw_client.get(rag.proxy.port, "/running")).json()["requests"]
+        return bool(requests)
+
+    async def over() -> bool:
+        return not await searching() and (await instance(rag.proxy, "words")).get("busy", 0) == 0
+
+    gate, before = rag.fakes.folder / "gate", len(rag.fakes.events("request"))
+    gate.touch()
+    try:
+        async with raw_client.connected(rag.proxy.port) as client:
+            await client.send(raw_client.request("POST", CHAT, way.body(f"/rag {PORT}")))
+            await until(searching, what="the request is under way")
+            client.leave()
+        await until(over, what="nothing of it is left, though the embedding model has not answered")
+        assert len(rag.fakes.events("request")) == before, "the model was not asked"
+    finally:
+        gate.unlink()

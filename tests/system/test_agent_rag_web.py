@@ -12,7 +12,7 @@ import pytest
 
 from tests.support import raw_client
 from tests.support.agent_clients import Way
-from tests.support.documents import knowing
+from tests.support.documents import with_documents
 from tests.support.e2e_support import CHAT, Fakes
 from tests.support.harness import Proxy, free_port, session_proxy, until
 from tests.support.toxic import Link, RawUpstream, Request, plain, raw_upstream
@@ -71,7 +71,7 @@ def searching(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Proxy,
     options |= {"searxng_safesearch": 2}
     for name in ("needs", "grades", "rewrites"):
         models[name]["agents"][0]["rag"] |= options
-    with session_proxy(knowing(fakes, {}, models=models, agents=["parallel", {"rag": options}])) as proxy:
+    with session_proxy(with_documents(fakes, models, agents=["parallel", {"rag": options}])) as proxy:
         yield proxy, fakes, port
 
 

@@ -43,7 +43,7 @@ class Result:
 class Engine(Protocol):
     """A search engine."""
 
-    async def search(self, query: str, timeout_s: float) -> list[Result]:
+    async def search(self, query: str, options: WebOptions, timeout_s: float) -> list[Result]:
         """The pages for `query`, best first. Raises: EngineFailed."""
 
     async def close(self) -> None:
@@ -56,13 +56,11 @@ class SearXNG:
     Source: docs.searxng.org/dev/search_api.html; 403 unless `json` is listed in settings.yml.
     """
 
-    def __init__(self, options: WebOptions) -> None:
-        self._options = options
-        self._url = URL(options.searxng_host) / "search"
+    def __init__(self, host: str) -> None:
+        self._url = URL(host) / "search"
         self._fetcher = Fetcher(allow_private=[self._url.host or ""])
 
-    async def search(self, query: str, timeout_s: float) -> list[Result]:
-        options = self._options
+    async def search(self, query: str, options: WebOptions, timeout_s: float) -> list[Result]:
         given: dict[str, str | int] = {
             "q": query,
             "format": "json",
@@ -107,15 +105,14 @@ def _of_searxng(body: Any) -> list[Result]:
 class Ddgs:
     """Public search engines, by the package ddgs. Each search is in a thread of its own, as it blocks."""
 
-    def __init__(self, options: WebOptions) -> None:
-        self._options = options
+    def __init__(self) -> None:
         self.running = 0
         """Threads that have not ended."""
 
-    async def search(self, query: str, timeout_s: float) -> list[Result]:
+    async def search(self, query: str, options: WebOptions, timeout_s: float) -> list[Result]:
         if self.running >= MAX_THREADS:
             raise EngineFailed(f"{MAX_THREADS} searches of ddgs have not ended yet")
-        safe = ("off", "moderate", "on")[self._options.searxng_safesearch]
+        safe = ("off", "moderate", "on")[options.searxng_safesearch]
         work = partial(_ddgs, query, safe, max(1, int(timeout_s)))
         try:
             async with asyncio.timeout(timeout_s):

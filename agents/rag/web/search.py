@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from llama_smart_proxy import Context, FetchError, Passage, TimedCache
 from llama_smart_proxy.agents.rag.web.breaker import Breaker
@@ -32,115 +32,131 @@ ENGINE_SHARE = 0.5
 GRADING_S = 3.0
 """Seconds at least for grading what was found."""
 NONE_CONFIGURED = "no web search is configured: set searxng_host, or web: ddgs, in the options of the agent"
-_ENGINES: dict[str, Callable[[WebOptions], Engine]] = {"searxng": SearXNG, "ddgs": Ddgs}
+OF_CACHE = ("searxng_host", "searxng_safesearch", "searxng_language", "searxng_categories")
+"""Options that change what a search finds."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """An engine, and whether it works."""
+
+    engine: Engine
+    breaker: Breaker
 
 
 class Web:
-    """Searches the web with the configured engines. One object serves all requests concurrently."""
+    """Searches the web. One object serves all requests concurrently, each with the options of its own context: those of
+    its model and of its command may differ from `options`, which are the agent's own. They may name another SearXNG,
+    but no ddgs if the agent's own do not, and nothing if these are `web: off`."""
 
     def __init__(self, options: WebOptions, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self.options = options
+        self._own = options
         self._clock = clock
-        self._engines: dict[str, Engine] = {name: _ENGINES[name](options) for name in options.engines}
-        self.breakers = {
-            name: Breaker(
-                options.circuit_breaker_failures, options.circuit_breaker_recovery_s, options.circuit_breaker_successes
-            )
-            for name in self._engines
-        }
+        self._known: dict[str, _Known] = {}
+        """By the URL of a SearXNG, and `ddgs`."""
         self._searches: TimedCache[list[Result]] = TimedCache(options.cache_ttl, CACHE_BYTES, clock=clock)
 
-    @property
-    def available(self) -> bool:
-        """Whether any engine is configured."""
-        return bool(self._engines)
+    def engines(self, options: WebOptions) -> list[str]:
+        """The names of the engines that a request with these options may use, in order; empty for none."""
+        if self._own.web_is_off:
+            return []
+        return [name for name in options.engines if name != "ddgs" or "ddgs" in self._own.web]
 
     async def search(self, query: str, ctx: Context) -> list[Passage]:
         """The best passages for `query`, of the pages that were found, or of their snippets where a page cannot be read
         in time. Takes `web_timeout_s` at most, and a moment to grade them. Raises: WebUnavailable."""
-        options, query = self.options, " ".join(query.split())[:MAX_QUERY]
+        options: WebOptions = ctx.config
+        query = " ".join(query.split())[:MAX_QUERY]
         ends_s = time.monotonic() + options.web_timeout_s
-        results = self._permitted(await self._results(query))
-        pages = await self._pages([result.url for result in results[: options.web_pages]], ends_s, ctx)
+        results = _permitted(await self._results(query, options), options)
+        urls = [result.url for result in results[: options.web_pages]]
+        pages = await _pages(urls, ends_s - time.monotonic(), ctx)
         passages = [passage for result in results for passage in _passages(result, pages.get(result.url))]
         left_s = max(ends_s - time.monotonic(), GRADING_S)
         return (await graded(query, passages, ctx, left_s))[: options.web_passages]
 
     async def close(self) -> None:
         """Close the connections of all engines."""
-        for engine in self._engines.values():
-            await engine.close()
+        for known in self._known.values():
+            await known.engine.close()
 
-    # -- engines -------------------------------------------------------------------------------------------------------
-
-    async def _results(self, query: str) -> list[Result]:
+    async def _results(self, query: str, options: WebOptions) -> list[Result]:
         """What the first engine that finds anything has found. Raises: WebUnavailable, if none works."""
-        if not self._engines:
+        names = self.engines(options)
+        if not names:
             raise WebUnavailable(NONE_CONFIGURED)
-        known = self._searches.get(query.casefold())
-        if known is not None:
-            return known
+        key = (query.casefold(), *names, *(getattr(options, name) for name in OF_CACHE))
+        if (remembered := self._searches.get(key)) is not None:
+            return remembered
         problems = []
-        timeout_s = self.options.web_timeout_s * ENGINE_SHARE / len(self._engines)
-        for name, engine in self._engines.items():
+        timeout_s = options.web_timeout_s * ENGINE_SHARE / len(names)
+        for name in names:
             try:
-                found = await self._asked(name, engine, query, timeout_s)
+                found = await self._asked(name, query, options, timeout_s)
             except EngineFailed as exc:
                 problems.append(str(exc))
                 logger.warning("web search: %s", str(exc))  # it contains nothing of the query
                 continue
             if found:
                 size = sum(len(result.url) + len(result.title) + len(result.snippet) + 500 for result in found)
-                self._searches.put(query.casefold(), found, 4 * size)
+                self._searches.put(key, found, 4 * size)
                 return found
-        if len(problems) == len(self._engines):
+        if len(problems) == len(names):
             raise WebUnavailable(f"the web could not be searched: {'; '.join(problems)}")
         return []
 
-    async def _asked(self, name: str, engine: Engine, query: str, timeout_s: float) -> list[Result]:
-        breaker = self.breakers[name]
-        ticket = breaker.begin(self._clock())
+    async def _asked(self, name: str, query: str, options: WebOptions, timeout_s: float) -> list[Result]:
+        known = self._engine(name, options)
+        ticket = known.breaker.begin(self._clock())
         if ticket is None:
-            wait_s = breaker.retry_s(self._clock())
+            wait_s = known.breaker.retry_s(self._clock())
             raise EngineFailed(f"{name} has failed repeatedly and is tried again in {wait_s:.0f} seconds")
         try:
-            found = await engine.search(query, timeout_s)
+            found = await known.engine.search(query, options, timeout_s)
         except EngineFailed as exc:
-            breaker.failed(ticket, self._clock(), exc.rest_s)
+            known.breaker.failed(ticket, self._clock(), exc.rest_s)
             raise
         except BaseException:
-            breaker.abandoned(ticket, self._clock())
+            known.breaker.abandoned(ticket, self._clock())
             raise
-        breaker.succeeded(ticket, self._clock())
+        known.breaker.succeeded(ticket, self._clock())
         return found
 
-    # -- pages ---------------------------------------------------------------------------------------------------------
+    def _engine(self, name: str, options: WebOptions) -> _Known:
+        key = options.searxng_host if name == "searxng" else name
+        if key not in self._known:
+            own = self._own
+            breaker = Breaker(
+                own.circuit_breaker_failures, own.circuit_breaker_recovery_s, own.circuit_breaker_successes
+            )
+            self._known[key] = _Known(SearXNG(key) if name == "searxng" else Ddgs(), breaker)
+        return self._known[key]
 
-    def _permitted(self, results: list[Result]) -> list[Result]:
-        allow, deny = self.options.web_allow_domains, self.options.web_deny_domains
-        return [
-            result for result in results if not _below(result.url, deny) and (not allow or _below(result.url, allow))
-        ]
 
-    async def _pages(self, urls: list[str], ends_s: float, ctx: Context) -> dict[str, list[Passage]]:
-        """The passages of those pages that could be read in time, by URL."""
-        read: dict[str, list[Passage]] = {}
+def _permitted(results: list[Result], options: WebOptions) -> list[Result]:
+    allow, deny = options.web_allow_domains, options.web_deny_domains
+    return [result for result in results if not _below(result.url, deny) and (not allow or _below(result.url, allow))]
 
-        async def one(url: str) -> None:
-            try:
-                async with asyncio.timeout(self.options.web_page_timeout_s):
-                    read[url] = await ctx.page(url)
-            except (FetchError, TimeoutError) as exc:
-                logger.info("a page that was found is not read: %s", str(exc) or "it took too long")
 
+async def _pages(urls: list[str], limit_s: float, ctx: Context) -> dict[str, list[Passage]]:
+    """The passages of those pages that could be read in time, by URL."""
+    read: dict[str, list[Passage]] = {}
+
+    async def one(url: str) -> None:
         try:
-            async with asyncio.timeout(ends_s - time.monotonic()):
-                for result in await asyncio.gather(*map(one, urls), return_exceptions=True):
-                    if isinstance(result, BaseException):
-                        raise result
-        except TimeoutError:
-            logger.info("%d of %d pages were read in time", len(read), len(urls))
-        return read
+            async with asyncio.timeout(ctx.config.web_page_timeout_s):
+                read[url] = await ctx.page(url)
+        except (FetchError, TimeoutError) as exc:
+            logger.info("a page that was found is not read: %s", str(exc) or "it took too long")
+
+    try:
+        async with asyncio.timeout(limit_s):
+            for result in await asyncio.gather(*map(one, urls), return_exceptions=True):
+                if isinstance(result, BaseException):
+                    raise result
+    except TimeoutError:
+        logger.info("%d of %d pages were read in time", len(read), len(urls))
+    return read
 
 
 def _passages(result: Result, pieces: list[Passage] | None) -> list[Passage]:

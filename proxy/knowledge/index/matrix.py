@@ -18,6 +18,8 @@ EXACT = 50_000
 """Rows up to which all cosines are computed."""
 RESCORED = 3000
 """Rows of which the cosine is computed in a larger collection."""
+SAMPLE = 65_536
+"""Rows, about, that the number of differing signs is chosen by which so many rows do not exceed."""
 _ONE = 32767
 _STEP = 512
 
@@ -73,9 +75,11 @@ class Snapshot(NamedTuple):
         for number, signs in enumerate(self.signs):
             part = differing[number * BLOCK : (number + 1) * BLOCK]
             np.bitwise_count(signs[:, : len(part)] ^ asked).sum(axis=0, dtype=np.uint16, out=part)
-        differing[~allowed] = 0xFFFF
-        upto = np.bincount(differing[allowed], minlength=1).cumsum()
-        return np.flatnonzero(differing <= np.searchsorted(upto, RESCORED))
+        if not allowed.all():
+            differing[~allowed] = 0xFFFF
+        step = 1 + self.size // SAMPLE
+        upto = np.bincount(differing[::step], minlength=1).cumsum()
+        return np.flatnonzero(differing <= np.searchsorted(upto, RESCORED / step))
 
 
 class Matrix:

@@ -6,6 +6,7 @@ masks them.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Sequence
 from itertools import chain, pairwise
@@ -18,13 +19,16 @@ from numpy.typing import NDArray
 
 from llama_smart_proxy.proxy.knowledge.index.growing import Growing
 from llama_smart_proxy.proxy.knowledge.index.matrix import top
-from llama_smart_proxy.proxy.knowledge.index.words import terms
+from llama_smart_proxy.proxy.knowledge.index.words import question_terms, terms
 
 K1, B = 1.2, 0.75
 """BM25's usual values: how soon more of the same word counts no more, and how much a long text is worth less."""
 SCANNED = 100_000
 """Rows that are read to find the best ones. Words that most texts have are read only for those."""
 
+STEP, PAUSE_S = 32, 5e-5
+"""Texts after which this thread rests, and for how many seconds: splitting them holds the interpreter's lock, which the
+event loop then gets at once, and not after its limit of 5 ms."""
 MOVED = 300_000
 """Rows that are copied at a time when segments are merged."""
 
@@ -65,7 +69,7 @@ class Snapshot(NamedTuple):
 
     def entries(self, query: str) -> list[Entry]:
         """The terms of a query that any rows have, the rarest first."""
-        asked = sorted(Counter(terms(query)).items())
+        asked = sorted(Counter(question_terms(query)).items())
         words = np.array([word for word, _ in asked], np.uint32)
         places = [segment.places(words) for segment in self.segments]
         entries = []
@@ -133,7 +137,10 @@ class Postings:
 
     def add(self, texts: Sequence[str]) -> None:
         """Append rows."""
-        found = [terms(text) for text in texts]
+        found: list[list[int]] = []
+        for at in range(0, len(texts), STEP):
+            found += map(terms, texts[at : at + STEP])
+            time.sleep(PAUSE_S)
         lengths = np.fromiter(map(len, found), np.int64, len(found))
         words = np.fromiter(chain.from_iterable(found), np.uint64, int(lengths.sum()))
         first = len(self._lengths.values)

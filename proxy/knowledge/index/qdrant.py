@@ -22,7 +22,7 @@ from llama_smart_proxy.proxy.errors import UpstreamFailed
 from llama_smart_proxy.proxy.knowledge.base import Hit, Row
 from llama_smart_proxy.proxy.knowledge.index.fusion import hits
 from llama_smart_proxy.proxy.knowledge.index.postings import K1, B
-from llama_smart_proxy.proxy.knowledge.index.words import terms
+from llama_smart_proxy.proxy.knowledge.index.words import question_terms, terms
 
 if TYPE_CHECKING:
     from llama_smart_proxy.proxy.knowledge.base import Vector
@@ -101,7 +101,7 @@ class QdrantIndex:
         """As `Index.search`."""
         if files is not None and not files:
             return []
-        asked = Counter(terms(query))
+        asked = Counter(question_terms(query))
         queries: list[tuple[Any, str]] = [(vector.tolist(), "dense")]
         if asked:
             queries.append(({"indices": list(asked), "values": [float(times) for times in asked.values()]}, "words"))

@@ -33,6 +33,12 @@ def terms(text: str) -> list[int]:
     return list(map(_known.__getitem__, words))
 
 
+def question_terms(question: str) -> list[int]:
+    """The terms of a question, without the words that only make it one, unless there are no others."""
+    found = terms(question)
+    return [term for term in found if term not in _QUESTION] or found
+
+
 class _Terms(dict[bytes, int]):
     def __missing__(self, word: bytes) -> int:
         term = self[word] = crc32(stem(word[:LONGEST]))
@@ -70,3 +76,16 @@ def _parts(word: str) -> Iterator[str]:
         yield from (run[0][at : at + 2] for at in range(max(1, len(run[0]) - 1)))
     if last < len(word):
         yield word[last:]
+
+
+_QUESTION = frozenset(
+    terms(
+        "a about all also am an and any anyone are as at be been being but by can could did do does doing "
+        "done for from get give had has have having help hers here him his how i if in into is it its just "
+        "know let like make may me might mine must my need no not of on one or other our out over please "
+        "shall she should show since so some such tell than that the their them then there these they this "
+        "those to too under up us use used using very want was way we were what when where which while who "
+        "whom whose why will with without would you your"
+    )
+)
+"""English words of questions: texts that answer one do not contain them more often than others."""

@@ -41,7 +41,7 @@ def parse(content: bytes) -> Parsed:
     """The sections of a PDF. Raises: Unreadable."""
     try:
         import pypdf
-        from pypdf.errors import PyPdfError
+        from pypdf.errors import LimitReachedError, PyPdfError
     except ImportError as exc:
         raise missing("rag", "PDF") from exc
     try:
@@ -49,6 +49,8 @@ def parse(content: bytes) -> Parsed:
         if file.is_encrypted and not _opened(file):
             raise Unreadable("is encrypted; a copy without a password can be read")
         pages = _without_margins([page.split("\n") for page in _texts(file)])
+    except LimitReachedError as exc:
+        raise Unreadable("unpacks to more than the PDF reader accepts") from exc
     except PyPdfError as exc:
         raise Unreadable("is a damaged PDF") from exc
     if not any(line.strip() for page in pages for line in page):

