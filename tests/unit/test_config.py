@@ -105,7 +105,7 @@ def test_config_of_the_second_seed_means_what_it_said(tmp_path: Path) -> None:
     assert len(config.warnings) == 9
 
 
-AGENTS = '"agents": ["rag", "parallel"]'
+AGENTS = '"agents": ["mine", "parallel"]'
 
 
 @pytest.mark.parametrize(
@@ -115,17 +115,18 @@ AGENTS = '"agents": ["rag", "parallel"]'
         ("config.yaml", "", "", 0),
         ("config.json", "{", "// mine\n{", 0),
         ("config.json", AGENTS, f'{AGENTS}, "log_level": "info"', 2),
-        ("config.json", '"rag"', '{"rag": {"required": true}}', 2),
-        ("config.yaml", README_OF_FIRST_SEED, "backend: ollama\nagents: [rag, parallel]", 2),
+        ("config.json", '"mine"', '{"mine": {"required": true}}', 2),
+        ("config.yaml", README_OF_FIRST_SEED, "backend: ollama\nagents: [mine, parallel]", 2),
     ],
 )
 def test_an_agent_that_does_not_exist_is_a_warning_only_in_a_file_of_the_old_form(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, old: str, new: str, status: int
 ) -> None:
-    (tmp_path / name).write_text(README_OF_FIRST_SEED.replace(old, new, 1))
+    text = README_OF_FIRST_SEED.replace('"rag"', '"mine"')
+    (tmp_path / name).write_text(text.replace(old, new, 1) if old != README_OF_FIRST_SEED else new)
     assert check_command(tmp_path / name, {}) == status
     label = "warning: " if status == 0 else f"{tmp_path / name}: "
-    assert f"{label}agents.0: unknown agent rag; known agents: example, help, parallel" in capsys.readouterr().err
+    assert f"{label}agents.0: unknown agent mine; known agents: example, help, parallel" in capsys.readouterr().err
 
 
 def test_a_plugin_that_is_switched_off_is_a_warning_in_a_file_of_the_old_form(
