@@ -310,6 +310,8 @@ async def test_clients_see_their_own_and_the_operators_collections(stage: Stage)
             await refused
     with pytest.raises(BadRequest, match="not changed"):
         await alice.attach("shared", document)
+    with pytest.raises(NotFound):  # others could call theirs as the operator's is called
+        await admin.attach("mine", document)
     await admin.attach(mine.id, document)
 
 
