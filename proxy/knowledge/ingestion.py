@@ -77,6 +77,8 @@ class Ingestion:
         on_step: Callable[[], None],
     ) -> None:
         self.max_file_bytes = 100 * 2**20
+        self.problem = ""
+        """Why nothing is added for now, such as a model that does not answer; empty while all is well."""
         self._database = database
         self._contents = contents
         self._reader = reader
@@ -107,8 +109,8 @@ class Ingestion:
             try:
                 await self._outdated()
                 while await self._step():
-                    self._retry_s = FIRST_RETRY_S
-                wait_s = None
+                    self._retry_s, self.problem = FIRST_RETRY_S, ""
+                wait_s, self.problem = None, ""
             except ProxyError as exc:
                 wait_s = self._later(exc.message)
             except Exception as exc:  # of the database, the disk, an index: nothing may end this for good
@@ -122,6 +124,7 @@ class Ingestion:
 
     def _later(self, reason: str) -> float:
         wait_s, self._retry_s = self._retry_s, min(self._retry_s * 2, LAST_RETRY_S)
+        self.problem = reason
         logger.warning("documents wait for %.0f s before they are added: %s", wait_s, reason)
         return wait_s
 

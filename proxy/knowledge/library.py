@@ -206,6 +206,10 @@ class Library:
             await stepped.wait()
             await asyncio.sleep(CHANGES_S)
 
+    async def problem(self) -> str:
+        """Why nothing that is in progress is added for now; empty if it is."""
+        return (await self._opened()).ingestion.problem
+
     # -- searches ------------------------------------------------------------------------------------------------------
 
     async def search(

@@ -13,6 +13,7 @@ from llama_smart_proxy.proxy.chat.passage import Found, Passage
 from llama_smart_proxy.proxy.knowledge import catalogue
 from llama_smart_proxy.proxy.knowledge.base import Hit, Ranker
 from llama_smart_proxy.proxy.knowledge.catalogue import Taken
+from llama_smart_proxy.proxy.knowledge.relevance import COMPARED, confidence, evidence, relevance
 from llama_smart_proxy.proxy.knowledge.tables import Kept
 
 if TYPE_CHECKING:
@@ -34,18 +35,29 @@ class Searching:
     ) -> Found:
         """As `Library.search`."""
         reranks = rerank and self._ranker.reranks
-        depth = max(limit, RERANKED) if reranks else limit
+        depth = max(limit, RERANKED if reranks else COMPARED)
         identity = await self._ranker.identity()
         vector = (await self._ranker.embed([query]))[0]
         search = partial(self._opened.shelves.search, identity=identity, query=query, vector=vector)
-        results = await asyncio.gather(*(search(kept, limit=depth, files=documents) for kept in found))
-        hits = _merged(results)[:depth]
-        taken = await self._opened.database.run(partial(catalogue.taken, pieces=[hit.piece for hit in hits]))
-        passages = [_passage(hit, taken[hit.piece]) for hit in hits if hit.piece in taken]
+        every = await asyncio.gather(*(search(kept, limit=depth, files=documents) for kept in found))
+        results = _comparable(every)
+        pieces = [hit.piece for hits in results for hit in hits]
+        taken = await self._opened.database.run(partial(catalogue.taken, pieces=pieces))
+        passages, surest = list[Passage](), 0.0
+        for kept, hits in zip(found, results, strict=True):
+            calibration = await self._opened.calibrations.of(kept, identity)
+            there = [hit for hit in hits if hit.piece in taken]
+            seen = [evidence(query, taken[hit.piece].text, hit.dense or 0.0) for hit in there]
+            surest = max(surest, confidence(seen, calibration))
+            passages += [
+                _passage(hit, taken[hit.piece], relevance(one, calibration))
+                for hit, one in zip(there, seen, strict=True)
+            ]
+        passages.sort(key=lambda passage: -passage.score)
         if reranks and passages:
-            passages = await self._reranked(query, passages)
-        confidence = max((passage.relevance for passage in passages), default=0.0)
-        return Found(passages[:limit], confidence)
+            passages = await self._reranked(query, passages[:depth])
+            surest = max(surest, passages[0].relevance)
+        return Found(passages[:limit], surest)
 
     async def _reranked(self, query: str, passages: Sequence[Passage]) -> list[Passage]:
         scores = await self._ranker.rerank(query, [passage.text for passage in passages])
@@ -59,37 +71,30 @@ class Searching:
         """As `Library.grade`."""
         if not texts:
             return []
+        calibration = self._opened.calibrations.any(await self._ranker.identity())
         vectors = await self._ranker.embed([query, *texts])
-        return [_relevance(float(cosine)) for cosine in vectors[1:] @ vectors[0]]
+        cosines = [float(cosine) for cosine in vectors[1:] @ vectors[0]]
+        return [
+            relevance(evidence(query, text, cosine), calibration) for text, cosine in zip(texts, cosines, strict=True)
+        ]
 
 
-def _merged(results: Sequence[Sequence[Hit]]) -> list[Hit]:
-    """The hits of all collections, the best first. Scores are relative to those of the same search: they are computed
-    again over all of them."""
-    hits = [hit for hits in results for hit in hits]
-    if len(results) < 2 or not hits:
-        return hits
-    import numpy as np
+def _comparable(results: Sequence[Sequence[Hit]]) -> Sequence[Sequence[Hit]]:
+    """The hits of several collections with scores over all of them: an index scores those of one collection."""
+    if len(results) < 2:
+        return results
+    from llama_smart_proxy.proxy.knowledge.index.fusion import hits as fused
 
-    from llama_smart_proxy.proxy.knowledge.index.fusion import fuse
-
-    scores = fuse(
-        np.array([math.nan if hit.dense is None else hit.dense for hit in hits], np.float32),
-        np.array([0.0 if hit.lexical is None else hit.lexical for hit in hits], np.float32),
-    )
-    hits = [hit._replace(score=float(score)) for hit, score in zip(hits, scores, strict=True)]
-    return sorted(hits, key=lambda hit: -hit.score)
+    every = [(hit.piece, hit.dense, hit.lexical) for hits in results for hit in hits]
+    scores = {hit.piece: hit.score for hit in fused(every, len(every))} if every else {}
+    return [[hit._replace(score=scores[hit.piece]) for hit in hits] for hits in results]
 
 
-def _passage(hit: Hit, taken: Taken) -> Passage:
+def _passage(hit: Hit, taken: Taken, relevant: float) -> Passage:
     return Passage(
         taken.text, taken.document, taken.heading, taken.number, taken.collection, taken.document_id, taken.source,
-        hit.score, _relevance(hit.dense or 0.0), taken.attributes,
+        hit.score, relevant, taken.attributes,
     )  # fmt: skip
-
-
-def _relevance(cosine: float) -> float:
-    return min(1.0, max(0.0, cosine))
 
 
 def _sigmoid(score: float) -> float:

@@ -10,7 +10,7 @@ from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from llama_smart_proxy.backends.base import Model, Priority, UpstreamRequest
+from llama_smart_proxy.backends.base import Feature, Model, Priority, UpstreamRequest
 from llama_smart_proxy.backends.threads import run_in_thread
 from llama_smart_proxy.proxy.chat import Json
 from llama_smart_proxy.proxy.config import Config
@@ -124,6 +124,9 @@ def _post(model: Model, priority: Priority) -> PostJson:
 async def _identity_of(model: Model) -> str:
     """Of a file: its name, size and metadata, as it may be moved; else what its server reports as its digest."""
     info = await model.info()
+    if not info.metadata and Feature.LOADING in model.features:
+        await model.load()  # its file is made, or downloaded, at its first use
+        info = await model.info()
     content = repr(sorted(info.metadata.items())) if info.metadata else info.digest
     mark = hashlib.sha256(content.encode(errors="replace")).hexdigest()[:12] if content else ""
     return f"{model.name} {info.size_bytes} {mark}"

@@ -310,6 +310,8 @@ async def test_clients_see_their_own_and_the_operators_collections(stage: Stage)
             await refused
     with pytest.raises(BadRequest, match="not changed"):
         await alice.attach("shared", document)
+    with pytest.raises(NotFound):  # others could call theirs as the operator's is called
+        await admin.attach("mine", document)
     await admin.attach(mine.id, document)
 
 
@@ -335,3 +337,22 @@ async def test_what_is_not_used_is_not_opened(tmp_path: Path) -> None:
         tasks = [task.get_name() for task in asyncio.all_tasks()]
         assert "ingestion of documents" not in tasks and "looks at watched folders" not in tasks
         assert not {"knowledge", "knowledge.db"} & set(os.listdir(tmp_path))
+
+
+async def test_a_collection_is_measured_after_its_first_search_and_keeps_that(stage: Stage) -> None:
+    library = stage.library
+    kept = await library.create("m")
+    texts = {f"f{number}": f"# Subject {number} of animals\n\nThe zebra{number} lives here." for number in range(30)}
+    await attached(library, "m", **texts)
+    await done(library, "m")
+    opened = await stage.app.lasting.knowledge.opened()
+    await library.search("zebra7", ["m"])
+
+    async def measured() -> bool:
+        return bool(await opened.database.run(catalogue.calibrations))
+
+    await until(measured)
+    ((_, _, pieces, off, near),) = await opened.database.run(catalogue.calibrations)
+    assert pieces == 30 and off < near
+    await library.delete(kept.id)
+    assert await opened.database.run(catalogue.calibrations) == []

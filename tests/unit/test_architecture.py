@@ -69,6 +69,7 @@ TASK_MAKERS = {
     "backends/pool/watch.py",  # a closer look at a silent server
     "backends/pool/pool.py",  # loads that nobody waits for, and the shutdown
     "backends/weights/downloads.py",  # one for all who wait
+    "proxy/knowledge/calibrating.py",  # measurements of collections
     "proxy/knowledge/ingestion.py",  # the work on the queue of documents
     "proxy/knowledge/shelves.py",  # filling an index, for all who search it
     "proxy/knowledge/watch.py",  # looks at watched folders
@@ -340,7 +341,9 @@ def test_tasks_are_started_only_by_those_who_end_them() -> None:
 
 
 def test_processes_are_started_in_one_place() -> None:
-    makers = re.compile(r"subprocess\.\w+|os\.(system|popen|fork\w*|spawn\w+|posix_spawn\w*)|.*create_subprocess_\w+")
+    makers = re.compile(
+        r"subprocess\.\w+|os\.(system|popen|fork\w*|spawn\w+|posix_spawn\w*)|.*create_subprocess_\w+|.*subprocess_(exec|shell)"
+    )
     sites = [(module.path, called) for module in ours() for _, called in calls(module) if makers.fullmatch(called)]
     assert {path for path, _ in sites} <= PROCESS_MAKERS
     assert [called for path, called in sites if path == "backends/pool/spawn.py"] == ["subprocess.Popen"]
