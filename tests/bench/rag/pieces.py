@@ -61,7 +61,7 @@ def build(folder: Path, report: Callable[[str], None] = print) -> None:
 
 
 class Lists:
-    """Recognises pieces that contain a question, such as tables of contents: they would be found in place of answers."""
+    """Recognises pieces that contain a question, such as tables of contents: they would be found, not the answers."""
 
     def __init__(self, questions: Iterable[str]) -> None:
         self._questions: dict[tuple[str, ...], list[str]] = {}
