@@ -77,9 +77,12 @@ class Rag(Agent):
                 pieces.append(text)
             if chunk.finish_reason and not ended:
                 ended = True
-                yield _with_sources(chunk, "".join(pieces), sources, outcome, ctx)
-                if lines := _list_of("".join(pieces), sources, chunk, ctx):
-                    yield Chunk.sources(lines)
+                lines = _list_of("".join(pieces), sources, chunk, ctx)
+                listed = [Chunk.sources(lines)] if lines else []
+                last = _with_sources(chunk, "".join(pieces), sources, outcome, ctx)
+                # The proxy sends the end behind the list; but of several choices, each is over with its end.
+                for one in (*listed, last) if (ctx.request.body.get("n") or 1) != 1 else (last, *listed):
+                    yield one
                 continue
             yield chunk
 

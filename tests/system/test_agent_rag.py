@@ -159,6 +159,10 @@ async def test_parts_tools_and_json_stay_as_they_are(rag: Stage) -> None:
     assert second == image and text["text"].endswith(PORT) and rag.sent()["tools"] == [WEATHER]
     answer = await rag.asked(f"/rag {PORT}", response_format={"type": "json_object"})
     assert answer["choices"][0]["message"]["content"] == ANSWER and answer["x_sources"]
+    ollama = Way("/api/chat", stream=False)
+    assert (await ollama.ask(rag.proxy, ollama.body(f"/rag {PORT}", format="json"))).text == ANSWER
+    answer = await rag.asked(f"/rag {PORT}", n=2)
+    assert [choice["message"]["content"].count("Sources:") for choice in answer["choices"]] == [1, 1]
     answer = await rag.asked(f"/rag sources=off {PORT}")
     assert answer["choices"][0]["message"]["content"] == ANSWER and "x_sources" not in answer
 
