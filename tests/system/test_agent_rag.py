@@ -12,9 +12,10 @@ import pytest
 from tests.support import raw_client
 from tests.support.agent_clients import RESPONSES, WAYS, Way
 from tests.support.documents import add_documents, with_documents
-from tests.support.e2e_support import CHAT, PIXEL, WEATHER, Fakes, instance
-from tests.support.harness import Proxy, session_proxy, until
+from tests.support.e2e_support import CHAT, PIXEL, WEATHER, Fakes, fakes, instance
+from tests.support.harness import Proxy, running_proxy, session_proxy, until
 
+__all__ = ["fakes"]
 WHOLE = Way(CHAT, stream=False)
 PORT = "Which port does the zebra proxy listen on?"
 ANSWER = "It is 11555 [1]."
@@ -231,3 +232,21 @@ async def test_a_search_ends_with_its_client(rag: Stage, way: Way) -> None:
         assert len(rag.fakes.events("request")) == before, "the model was not asked"
     finally:
         gate.unlink()
+
+
+async def test_a_client_is_answered_from_the_collections_of_its_key_alone(fakes: Fakes) -> None:
+    keys: list[dict[str, Any]] = [
+        {"name": "root", "key": "key-of-root-0123456789", "scopes": ["admin", "inference"]},
+        {"name": "ann", "key": "key-of-ann-01234567890", "collections": ["manual"]},
+        {"name": "bob", "key": "key-of-bob-01234567890", "collections": ["other"]},
+    ]
+    config = with_documents(fakes, {"m": fakes.model(ANSWER=ANSWER)}, server={"api_keys": keys})
+    async with running_proxy(config) as proxy:
+        await add_documents(proxy, "manual", key=keys[0]["key"])
+        for key, found in zip(keys, (True, True, False), strict=True):
+            headers = [("Authorization", f"Bearer {key['key']}")]
+            answer = (await raw_client.post(proxy.port, CHAT, WHOLE.body(f"/rag {PORT}"), headers=headers)).json()
+            assert bool(answer["x_sources"]) is found, key["name"]
+        named = WHOLE.body(f"/rag collection=manual {PORT}")
+        answer = await raw_client.post(proxy.port, CHAT, named, headers=headers)
+        assert answer.status == 400 and "none" in answer.json()["error"]["message"], "as if there were none"
