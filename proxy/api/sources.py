@@ -71,11 +71,10 @@ async def put_source(http: web.BaseRequest) -> web.Response:
 
 async def _fetched(http: web.BaseRequest, url: str) -> Page:
     """The page at `url`. Hosts of `knowledge.allow_private` are for administrators. Raises: BadRequest."""
-    proxy = http[PROXY]
-    limits = Limits(max_bytes=proxy.config.knowledge.max_file_mib * 2**20, total_s=FETCH_S)
-    fetcher = Fetcher(allow_private=proxy.config.knowledge.allow_private if viewer_of(http).is_admin else ())
+    settings = http[PROXY].config.knowledge
+    fetcher = Fetcher(allow_private=settings.allow_private if viewer_of(http).is_admin else ())
     try:
-        return await fetcher.get(url, limits=limits)
+        return await fetcher.get(url, limits=Limits(max_bytes=settings.max_file_mib * 2**20, total_s=FETCH_S))
     except FetchError as exc:
         raise BadRequest(f"the page cannot be fetched: {exc}", code="not_fetched", param="url") from None
     finally:

@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
+import orjson
 from aiohttp import web
 
 from llama_smart_proxy.proxy.api.knowledge import TOKEN, chunking, ids, library_of, page, pairs, param, seconds
@@ -14,8 +15,12 @@ from llama_smart_proxy.proxy.api.vector_stores import MOST_FILES, counts
 from llama_smart_proxy.proxy.chat import Json
 from llama_smart_proxy.proxy.errors import BadRequest
 from llama_smart_proxy.proxy.http.body import read_json
+from llama_smart_proxy.proxy.http.response import ResponseWriter
 from llama_smart_proxy.proxy.knowledge.base import Chunking, Counts, Member, Status
 from llama_smart_proxy.proxy.knowledge.library import Library
+
+PIECES = 200
+"""Pieces of a file that are sent at once."""
 
 
 async def create(http: web.BaseRequest) -> web.Response:
@@ -60,13 +65,21 @@ async def delete(http: web.BaseRequest) -> web.Response:
     return web.json_response({"id": file, "object": "vector_store.file.deleted", "deleted": True})
 
 
-async def content(http: web.BaseRequest) -> web.Response:
-    """`GET /v1/vector_stores/{id}/files/{file}/content`: the texts of its pieces."""
+async def content(http: web.BaseRequest) -> web.StreamResponse:
+    """`GET /v1/vector_stores/{id}/files/{file}/content`: the texts of its pieces, sent in several writes."""
     pieces = await library_of(http).pieces(param(http, "id"), param(http, "file"))
-    data = [{"type": "text", "text": piece} for piece in pieces]
-    return web.json_response(
-        {"object": "vector_store.file_content.page", "data": data, "has_more": False, "next_page": None}
-    )
+    response = ResponseWriter(http, http[PROXY].config.server.send_stall_s)
+    response.open(200, [("Content-Type", "application/json; charset=utf-8")])
+    response.begin()
+    if http.method != "HEAD":
+        start, end = b'{"object":"vector_store.file_content.page","data":[', b'],"has_more":false,"next_page":null}'
+        response.feed(start)
+        for place in range(0, len(pieces), PIECES):
+            some = [orjson.dumps({"type": "text", "text": piece}) for piece in pieces[place : place + PIECES]]
+            if not response.feed((b"," if place else b"") + b",".join(some)):
+                await response.drained()
+        response.feed(end)
+    return await response.finish()
 
 
 # -- batches -----------------------------------------------------------------------------------------------------------

@@ -60,8 +60,12 @@ async def list_stores(http: web.BaseRequest) -> web.Response:
 
 
 async def show(http: web.BaseRequest) -> web.Response:
-    """`GET /v1/vector_stores/{id}`; here and below, the name of a collection does as well as its id."""
-    return web.json_response(shape(await library_of(http).collection(param(http, "id"))))
+    """`GET /v1/vector_stores/{id}`; here and below, the name of a collection does as well as its id. While files wait
+    for something, such as an embedding model that does not answer, `x_problem` says for what."""
+    library = library_of(http)
+    collection = await library.collection(param(http, "id"))
+    problem = await library.problem() if collection.counts.in_progress else ""
+    return web.json_response(shape(collection) | ({"x_problem": problem} if problem else {}))
 
 
 async def update(http: web.BaseRequest) -> web.Response:

@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 from llama_smart_proxy.proxy.chat import Json
 from llama_smart_proxy.proxy.cli.remote import FAILED, Remote, RemoteError, Unreadable, at
 from llama_smart_proxy.proxy.cli.tables import print_json
+from llama_smart_proxy.proxy.log import shown
 
 INTERRUPTED = 130
 LINE_S = 10.0
 """How often progress is printed where there is no terminal."""
-POLL_S = 0.5
+FIRST_POLL_S, LAST_POLL_S = 0.02, 0.5
 PIECE_BYTES = 2**20
 SKIPPED = {"__pycache__", "node_modules"}
 """Folders without documents, besides hidden ones."""
@@ -176,13 +177,18 @@ def _why(exc: Exception) -> str:
 
 def _wait(proxy: Remote, collection: str, outcome: Outcome, show: _Lines) -> None:
     """Return when nothing is in progress, with what could not be read among `unreadable`."""
-    path, most = at("v1", "vector_stores", collection), 0
-    while left := proxy.ask("GET", path)["file_counts"]["in_progress"]:
+    path, most, known = at("v1", "vector_stores", collection), 0, ""
+    pause_s = FIRST_POLL_S
+    while left := (answer := proxy.ask("GET", path))["file_counts"]["in_progress"]:
         if left > most:
             most = left
             show.begin("reading", most)
         show.step(most - left)
-        time.sleep(POLL_S)
+        if (problem := answer.get("x_problem", "")) not in ("", known):
+            known = problem
+            print(f"reading waits: {shown(problem)}", file=sys.stderr, flush=True)
+        time.sleep(pause_s)
+        pause_s = min(pause_s * 2, LAST_POLL_S)
     if most:
         show.step(most)
     show.end()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import fcntl
 import json
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,7 +21,7 @@ from typing import Any, ClassVar
 import pytest
 
 from llama_smart_proxy.proxy.cli.main import main
-from tests.support.harness import ROOT, Proxy, environment, until
+from tests.support.harness import ROOT, Proxy, environment, free_port, running_proxy, until
 from tests.support.knowledge import ADMIN, ANN, CATS, PUMPS, asked, client_of, knowing_proxy
 
 
@@ -57,9 +61,9 @@ def kb(known: Proxy, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     return Kb(capsys)
 
 
-def started(argv: list[str], proxy: Proxy) -> subprocess.Popen[bytes]:
+def started(argv: list[str], proxy: Proxy, stderr: int = subprocess.PIPE) -> subprocess.Popen[bytes]:
     env = environment({"LSP_URL": proxy.url, "LSP_API_KEY": ADMIN})
-    return subprocess.Popen(argv, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(argv, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=stderr)
 
 
 def tree(folder: Path, **files: str) -> Path:
@@ -149,6 +153,42 @@ async def test_what_was_stopped_by_ctrl_c_is_continued_by_the_same_command(
     assert answer["unchanged"] >= 10 and answer["added"] + answer["unchanged"] == 60
     documents = [json.loads(line) for line in kb("list", "d", "--json").splitlines()]
     assert len(documents) == 60 and {document["status"] for document in documents} == {"completed"}
+
+
+async def test_a_terminal_shows_a_bar(known: Proxy, tmp_path: Path) -> None:
+    tree(tmp_path, **{f"n{number}_md": f"Number {number}." for number in range(3)})
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    process = started([sys.executable, "-m", "llama_smart_proxy", "kb", "add", str(tmp_path)], known, stderr=theirs)
+    try:
+        out, _ = await asyncio.to_thread(process.communicate)
+        shown = os.read(ours, 100_000)
+    finally:
+        process.kill()
+        os.close(ours)
+        os.close(theirs)
+    assert process.returncode == 0 and out.startswith(b"3 added")
+    assert b"adding: 100%" in shown and b"3/3" in shown
+
+
+async def test_what_documents_wait_for_is_printed(tmp_path: Path) -> None:
+    config = {
+        "remotes": {"gone": {"url": f"http://127.0.0.1:{free_port()}", "models": ["words"]}},
+        "knowledge": {"embedding_model": "words"},
+        "state_dir": str(tmp_path / "state"),
+    }
+    tree(tmp_path, a_md="Good.")
+    async with running_proxy(config) as proxy:
+        process = started([sys.executable, "-m", "llama_smart_proxy", "kb", "add", str(tmp_path / "a.md")], proxy)
+        try:
+            assert process.stderr is not None
+            line = await asyncio.to_thread(process.stderr.readline)
+            assert line.startswith(b"reading waits: ") and b"cannot connect to" in line
+            process.send_signal(signal.SIGINT)
+            await asyncio.to_thread(process.communicate)
+        finally:
+            process.kill()
+        assert process.returncode == 130
 
 
 def test_no_wait_returns_while_documents_are_read(kb: Kb, folder: Path, tmp_path: Path) -> None:
