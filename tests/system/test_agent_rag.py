@@ -13,7 +13,8 @@ from tests.support import raw_client
 from tests.support.agent_clients import RESPONSES, WAYS, Way
 from tests.support.documents import add_documents, with_documents
 from tests.support.e2e_support import CHAT, PIXEL, WEATHER, Fakes, fakes, instance
-from tests.support.harness import Proxy, running_proxy, session_proxy, until
+from tests.support.harness import Proxy, free_port, running_proxy, session_proxy, until
+from tests.support.toxic import plain, raw_upstream
 
 __all__ = ["fakes"]
 WHOLE = Way(CHAT, stream=False)
@@ -25,10 +26,12 @@ TITLE = "### Task:\nGenerate a concise, 3-5 word title with an emoji summarizing
 
 @dataclass(frozen=True)
 class Stage:
-    """The model `m` answers with `ANSWER`; `manuals` is `m` with this agent and the one collection."""
+    """The model `m` answers with `ANSWER`. `manuals` is `m` with this agent and one collection; `both` has a search engine
+    at `engine_port` as well."""
 
     proxy: Proxy
     fakes: Fakes
+    engine_port: int
     filled: list[bool] = field(default_factory=list)
 
     def sent(self) -> dict[str, Any]:
@@ -48,7 +51,10 @@ class Stage:
 def knowing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     fakes = Fakes(tmp_path_factory.mktemp("rag"))
     judged = json.dumps([["doc_1", '{"doc_1": 0.95, "doc_2": 0.01}'], ["search query", "zebra proxy port"]])
+    engine_port = free_port()
+    web = {"searxng_host": f"http://127.0.0.1:{engine_port}", "web_pages": 0, "upper": 0.99, "max_documents": 2}
     models = {
+        "both": {"model": "m", "agents": [{"rag": web}]},
         "m": fakes.model(fields={"parallel": 4}, ANSWER=ANSWER),
         "judge": fakes.model(IF=judged, ANSWER="I cannot say."),
         "manuals": {
@@ -60,7 +66,7 @@ def knowing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     }
     agents = ["parallel", {"redact": {"patterns": ["email"]}}, {"rag": {"grader_model": "judge", "max_documents": 1}}]
     with session_proxy(with_documents(fakes, models, agents=agents)) as proxy:
-        yield Stage(proxy, fakes)
+        yield Stage(proxy, fakes, engine_port)
 
 
 @pytest.fixture
@@ -180,6 +186,16 @@ async def test_a_collection_can_be_named_and_must_exist(rag: Stage) -> None:
     assert (await rag.asked(f"/rag collection=other {PORT}"))["x_sources"] == []
     said = await WHOLE.ask(rag.proxy, WHOLE.body(f"/rag collection=nothing {PORT}"))
     assert said.status == 400 and "nothing" in (said.error or "") and "manual" in (said.error or "")
+
+
+async def test_doubtful_passages_are_used_together_with_the_web(rag: Stage) -> None:
+    page = {"url": "http://zebra.example/", "title": "Zebras", "content": "The port of the zebra proxy on the web."}
+    async with raw_upstream(plain(json.dumps({"results": [page]}).encode()), port=rag.engine_port) as engine:
+        answer = await rag.asked(PORT, model="both")
+        assert [source["title"] for source in answer["x_sources"]] == ["ports.md > Ports", "Zebras"]
+        assert len(engine.requests) == 1 and answer["x_rag"]["verdict"] == "ambiguous"
+    answer = await rag.asked(PORT, model="both")
+    assert [source["title"] for source in answer["x_sources"]][:1] == ["ports.md > Ports"], "without the web as well"
 
 
 async def test_a_model_grades_if_it_can_and_scores_count_if_not(rag: Stage) -> None:
