@@ -26,8 +26,8 @@ TITLE = "### Task:\nGenerate a concise, 3-5 word title with an emoji summarizing
 
 @dataclass(frozen=True)
 class Stage:
-    """The model `m` answers with `ANSWER`. `manuals` is `m` with this agent and one collection; `both` has a search engine
-    at `engine_port` as well."""
+    """The model `m` answers with `ANSWER`. `manuals` is `m` with this agent and one collection; `both` has a search
+    engine at `engine_port` as well."""
 
     proxy: Proxy
     fakes: Fakes
@@ -127,6 +127,7 @@ async def test_contexts_do_not_add_up_and_lists_do_not_come_back(rag: Stage) -> 
     second = rag.sent()["messages"]
     assert len(first) == 1 and [message["content"] for message in second[:3]] == ["Be brief.", PORT, ANSWER]
     assert "giraffe_logs" in second[3]["content"] and json.dumps(second).count("<sources>") == 1
+    assert "Sources:" in chat[2]["content"]
     chat[3]["content"] = "Thanks!"
     await raw_client.post(rag.proxy.port, CHAT, {"model": "m", "messages": chat})
     assert [message["content"] for message in rag.sent()["messages"]] == ["Be brief.", PORT, ANSWER, "Thanks!"]
@@ -256,13 +257,18 @@ async def test_a_client_is_answered_from_the_collections_of_its_key_alone(fakes:
         {"name": "ann", "key": "key-of-ann-01234567890", "collections": ["manual"]},
         {"name": "bob", "key": "key-of-bob-01234567890", "collections": ["other"]},
     ]
-    config = with_documents(fakes, {"m": fakes.model(ANSWER=ANSWER)}, server={"api_keys": keys})
+    models = {"m": fakes.model(ANSWER=ANSWER), "on": {"model": "m", "agents": ["rag"]}}
+    models["named"] = {"model": "m", "agents": [{"rag": {"collection": ["manual"]}}]}
+    config = with_documents(fakes, models, server={"api_keys": keys}, slash_commands=False)
     async with running_proxy(config) as proxy:
         await add_documents(proxy, "manual", key=keys[0]["key"])
         for key, found in zip(keys, (True, True, False), strict=True):
             headers = [("Authorization", f"Bearer {key['key']}")]
-            answer = (await raw_client.post(proxy.port, CHAT, WHOLE.body(f"/rag {PORT}"), headers=headers)).json()
+            said = [{"role": "user", "content": PORT}, {"role": "assistant", "content": ANSWER + LIST}]
+            body = {"model": "on", "messages": [*said, {"role": "user", "content": PORT}]}
+            answer = (await raw_client.post(proxy.port, CHAT, body, headers=headers)).json()
             assert bool(answer["x_sources"]) is found, key["name"]
-        named = WHOLE.body(f"/rag collection=manual {PORT}")
+            assert fakes.generated()[-1]["messages"][1]["content"] == ANSWER, "without slash commands too"
+        named = {"model": "named", "messages": [{"role": "user", "content": PORT}]}
         answer = await raw_client.post(proxy.port, CHAT, named, headers=headers)
         assert answer.status == 400 and "none" in answer.json()["error"]["message"], "as if there were none"
