@@ -13,7 +13,6 @@ import subprocess
 import sys
 import termios
 import threading
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,19 +21,7 @@ import pytest
 
 from llama_smart_proxy.proxy.cli.main import main
 from tests.support.harness import ROOT, Proxy, environment, free_port, running_proxy, until
-from tests.support.knowledge import ADMIN, ANN, CATS, PUMPS, asked, client_of, knowing_proxy
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("kb_cli")
-
-
-@pytest.fixture(scope="module")
-def known(folder: Path) -> Iterator[Proxy]:
-    settings = {"embedding_model": "words", "max_file_mib": 1, "allow_private": ["127.0.0.1"]}
-    with knowing_proxy(folder, knowledge=settings) as proxy:
-        yield proxy
+from tests.support.knowledge import ADMIN, ANN, CATS, PUMPS, asked, client_of
 
 
 class Kb:
@@ -130,10 +117,10 @@ def test_each_file_that_cannot_be_read_is_named_with_its_reason_and_stops_nothin
 
 
 async def test_what_was_stopped_by_ctrl_c_is_continued_by_the_same_command(
-    kb: Kb, known: Proxy, folder: Path, tmp_path: Path
+    kb: Kb, known: Proxy, known_folder: Path, tmp_path: Path
 ) -> None:
     tree(tmp_path, **{f"n{number:03}_md": f"Number {number}." for number in range(60)})
-    (folder / "gate").touch()  # nothing is embedded for now
+    (known_folder / "gate").touch()  # nothing is embedded for now
     argv = [sys.executable, "-m", "llama_smart_proxy", "kb", "add", str(tmp_path), "--collection", "d"]
     process = started(argv, known)
 
@@ -147,7 +134,7 @@ async def test_what_was_stopped_by_ctrl_c_is_continued_by_the_same_command(
         out, err = process.communicate()
     finally:
         process.kill()
-        (folder / "gate").unlink()
+        (known_folder / "gate").unlink()
     assert (process.returncode, out) == (130, b"") and b"run the same command to continue" in err
     answer = kb.json("add", str(tmp_path), "--collection", "d")
     assert answer["unchanged"] >= 10 and answer["added"] + answer["unchanged"] == 60
@@ -191,15 +178,15 @@ async def test_what_documents_wait_for_is_printed(tmp_path: Path) -> None:
         assert process.returncode == 130
 
 
-def test_no_wait_returns_while_documents_are_read(kb: Kb, folder: Path, tmp_path: Path) -> None:
+def test_no_wait_returns_while_documents_are_read(kb: Kb, known_folder: Path, tmp_path: Path) -> None:
     tree(tmp_path, a_md="Good.")
-    (folder / "gate").touch()
+    (known_folder / "gate").touch()
     try:
         out = kb("add", str(tmp_path), "--collection", "e", "--no-wait")
         assert out == "1 added, 0 changed, 0 unchanged, 0 not readable; they are being read now\n"
         assert json.loads(kb("list", "e", "--json"))["status"] == "in_progress"
     finally:
-        (folder / "gate").unlink()
+        (known_folder / "gate").unlink()
     assert kb.json("add", str(tmp_path), "--collection", "e")["unchanged"] == 1
     assert json.loads(kb("list", "e", "--json"))["status"] == "completed"
 
