@@ -141,6 +141,17 @@ def test_a_batch_is_uploaded_polled_and_listed(client: openai.OpenAI) -> None:
     assert client.vector_stores.files.retrieve(named, vector_store_id=store.id).attributes == {"kind": "cat"}
 
 
+def test_of_files_one_of_which_does_not_exist_none_is_added(client: openai.OpenAI) -> None:
+    file, store = upload(client), client.vector_stores.create()
+    stores = {one.id for one in client.vector_stores.list()}
+    with pytest.raises(openai.NotFoundError):
+        client.vector_stores.file_batches.create(store.id, file_ids=[file, "file-none"])
+    with pytest.raises(openai.NotFoundError):
+        client.vector_stores.create(file_ids=[file, "file-none"])
+    assert client.vector_stores.files.list(store.id).data == []
+    assert {one.id for one in client.vector_stores.list()} == stores
+
+
 def test_a_search_is_filtered_and_ranked(client: openai.OpenAI) -> None:
     pump, cats = upload(client), upload(client, "cats.md", CATS)
     store = client.vector_stores.create(file_ids=[pump, cats], chunking_strategy={"type": "auto"})
