@@ -40,7 +40,8 @@ class RagOptions(WebOptions):
         default=None, description="The model for `grader: llm` or `rerank`; the chat's own for `llm`."
     )
     rewrite_model: str | None = Field(
-        default=None, description="The model that makes other queries; the chat's own where a round needs one."
+        default=None,
+        description="The model that makes queries; else a rule, and the chat's own in need.",
     )
     max_query_length: int = Field(default=500, ge=20, description="Most characters of a query.")
     default_relevance_score: float = Field(

@@ -15,8 +15,6 @@ from llama_smart_proxy.agents.rag.web import Web, WebUnavailable
 
 KEPT_SHARE = 0.5
 """Passages below this share of `lower`, and of the best one, are not used beside that."""
-WORTH_REWRITING = 0.5
-"""Below this share of `lower` the collections are about something else, and another query would not help."""
 CANDIDATES = 2
 """Passages that are graded, for each that may be used."""
 
@@ -49,7 +47,6 @@ class Session:
         self._collections: list[str] = []
         self._own: list[Passage] = []
         self._pages: list[Passage] = []
-        self._best = 0.0
         self._began = time.perf_counter()
         self.outcome = Outcome(query=self._query)
 
@@ -100,7 +97,6 @@ class Session:
             self._now = replace(self._now, has_own=False)
             return
         verdict = self._verdict(found)
-        self._best = found.confidence
         self._own = self._usable(found) if verdict is not Verdict.INCORRECT else []
         self._now = replace(self._now, own=verdict)
         self._decided(
@@ -148,11 +144,10 @@ class Session:
         return queries.cheap_rewrites(self._question, self._earlier, self._config.max_query_length)
 
     def _rewriter(self, *, next_round: bool) -> str | None:
-        """The model to be asked for another query, if any."""
-        if self._config.rewrite_model:
-            return self._config.rewrite_model
-        near = self._now.has_web or self._best >= self._config.lower * WORTH_REWRITING
-        return self._request.model if next_round and near else None
+        """The model to be asked for another query, if any. The chat's own is asked only where the web has found
+        nothing: a call of it takes as long as an answer, and the documents may just be about something else."""
+        needed = next_round and self._now.has_web
+        return self._config.rewrite_model or (self._request.model if needed else None)
 
     async def _rewrite_by_model(self, model: str) -> bool:
         """Returns whether the model has made a new query. Its failure is no reason to fail."""

@@ -87,12 +87,16 @@ def write_gguf(weights: Path, target: Path, variant: str) -> None:
 
 
 def read_safetensors(path: Path) -> dict[str, NDArray[np.float32]]:
-    """The tensors of a safetensors file by name, mapped from the disk: a length, JSON of that length, then the data."""
+    """The tensors of a safetensors file by name, mapped from the disk: a length, JSON of that length, then the data.
+    Raises: `NotConvertible`."""
     import numpy as np
 
-    with path.open("rb") as file:
-        (length,) = HEADER_LENGTH.unpack(file.read(HEADER_LENGTH.size))
-        header = json.loads(file.read(length))
+    try:
+        with path.open("rb") as file:
+            (length,) = HEADER_LENGTH.unpack(file.read(HEADER_LENGTH.size))
+            header = json.loads(file.read(min(length, path.stat().st_size)))
+    except (struct.error, ValueError) as error:
+        raise NotConvertible(f"{path} is no safetensors file") from error
     data = np.memmap(path, mode="r", offset=HEADER_LENGTH.size + length)
     found = {}
     for name, entry in header.items():

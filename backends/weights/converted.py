@@ -5,7 +5,6 @@ Everything here blocks on the disk: call it in a thread.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import importlib.util
 import logging
@@ -18,8 +17,6 @@ from llama_smart_proxy.backends.weights import bert
 from llama_smart_proxy.backends.weights.stamps import stamp_of
 
 logger = logging.getLogger(__name__)
-
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Unwritable(Exception):
@@ -62,10 +59,9 @@ def made(source: Path, variant: str) -> Path:
         if not path.exists():
             _write(source, path, variant)
     except OSError as error:
-        remedy = "; it is written to llama-smart-proxy in $XDG_CACHE_HOME or ~/.cache" if error.errno in FULL else ""
-        raise Unwritable(
-            f"cannot convert {source.name}: {error.filename or folder()}: {error.strerror}{remedy}"
-        ) from error
+        reason = error.strerror or "No space left on device"  # numpy gives none when not all could be written
+        where = f"{error.filename or folder()}: {reason}; XDG_CACHE_HOME sets another folder"
+        raise Unwritable(f"cannot convert {source.name}: {where}") from error
     except (ImportError, bert.NotConvertible) as error:
         raise Unwritable(f"cannot convert {source.name}: {error}") from error
     return path

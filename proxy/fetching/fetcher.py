@@ -14,6 +14,7 @@ from aiohttp.abc import AbstractResolver
 from yarl import URL
 
 from llama_smart_proxy.proxy import __version__
+from llama_smart_proxy.proxy.fetching.connector import Connector
 from llama_smart_proxy.proxy.fetching.guard import NOT_PUBLIC, PORTS, AddressRefused, Guard, Private, Refused, parsed
 from llama_smart_proxy.proxy.fetching.names import Names
 
@@ -106,7 +107,7 @@ class Fetcher:
         except aiohttp.ClientConnectorError as exc:
             refused = isinstance(exc.os_error, AddressRefused)
             raise FetchError(NOT_PUBLIC if refused else "its server cannot be reached", refused=refused) from None
-        except (aiohttp.ClientError, OSError, ValueError) as exc:
+        except (aiohttp.ClientError, aiohttp.EofStream, OSError, ValueError) as exc:
             raise FetchError(f"its server did not send a valid answer ({type(exc).__name__})") from None
 
     async def _follow(
@@ -122,7 +123,7 @@ class Fetcher:
             moved = await self._ask(url, private, accept, limits)
             if isinstance(moved, Page):
                 return moved
-            url = _next(url, moved)
+            url = following(url, moved)
         raise FetchError(f"it redirects more than {limits.redirects} times")
 
     async def _ask(self, url: URL, private: bool, accept: Collection[str], limits: Limits) -> Page | str:
@@ -145,12 +146,8 @@ class Fetcher:
     def _session(self, private: bool) -> aiohttp.ClientSession:
         """The one for this kind of host. It is made when it is first used: it belongs to the event loop."""
         if private not in self._sessions:
-            connector = aiohttp.TCPConnector(
-                socket_factory=Guard(self._private.networks, open=private),
-                resolver=self._resolver or Names(),
-                use_dns_cache=False,
-                force_close=True,
-            )
+            guard = Guard(self._private.networks, open=private)
+            connector = Connector(guard, self._resolver or Names())
             self._sessions[private] = aiohttp.ClientSession(
                 connector=connector, cookie_jar=aiohttp.DummyCookieJar(), trust_env=False
             )
@@ -163,17 +160,17 @@ class Fetcher:
         self._sessions.clear()
 
 
-def _next(url: URL, location: str) -> URL:
+def following(url: URL, location: str) -> URL:
     """Where a redirect leads. Raises: Refused."""
     try:
-        following = parsed(str(url.join(URL(location))))
+        target = parsed(str(url.join(URL(location))))
     except Refused:
         raise
     except ValueError:
         raise Refused("it redirects to a URL that is not valid") from None
-    if url.scheme == "https" and following.scheme == "http":
+    if url.scheme == "https" and target.scheme == "http":
         raise Refused("it redirects from https to http")
-    return following
+    return target
 
 
 async def _limited(answer: aiohttp.ClientResponse, max_bytes: int) -> bytes:

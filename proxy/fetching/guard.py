@@ -18,7 +18,9 @@ from yarl import URL
 PORTS = frozenset({80, 443, 8080, 8443})
 """Where web pages are; mail, databases and control ports are elsewhere."""
 MAX_URL = 4096
-NOT_PUBLIC = "its address is not a public one"
+RECEIVED_BYTES = 64 * 1024
+"""Of a page that wait in the kernel: what is read at once is parsed at once, while all others wait."""
+NOT_PUBLIC = "its address is not a public one, and knowledge.allow_private does not list its host"
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -115,7 +117,9 @@ class Guard:
         family, kind, protocol, _, address = info
         if family not in (socket.AF_INET, socket.AF_INET6) or not self.permits(address[0]):
             raise AddressRefused(NOT_PUBLIC)
-        return socket.socket(family, kind, protocol)
+        made = socket.socket(family, kind, protocol)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVED_BYTES)
+        return made
 
 
 class Private:

@@ -11,6 +11,7 @@ from urllib.robotparser import RobotFileParser
 
 from yarl import URL
 
+from llama_smart_proxy.backends.threads import run_in_thread
 from llama_smart_proxy.proxy.fetching.cache import TimedCache
 from llama_smart_proxy.proxy.fetching.fetcher import PRODUCT, Fetcher, FetchError, Limits, Page
 from llama_smart_proxy.proxy.fetching.guard import Refused, parsed
@@ -99,7 +100,7 @@ class Manners:
         if rules is None:
             rules, size = await self._rules(origin)
             self._robots.put(origin, rules, size)
-        if not rules.can_fetch(PRODUCT, str(url)):
+        if not await run_in_thread(lambda: rules.can_fetch(PRODUCT, str(url))):
             raise FetchError("its robots.txt does not permit it", refused=True)
         delay_s = float(rules.crawl_delay(PRODUCT) or 0)
         if delay_s > MAX_DELAY_S:
@@ -119,5 +120,5 @@ class Manners:
             text = NOTHING if exc.status is None or exc.status in _BUSY or exc.status >= 500 else ""
         else:
             text = page.data.decode("utf-8", "replace") if page.media_type == "text/plain" else ""
-        rules.parse(text.splitlines())
+        await run_in_thread(lambda: rules.parse(text.splitlines()))  # half a second for the longest
         return rules, 1000 + 10 * len(text)

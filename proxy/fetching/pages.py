@@ -57,7 +57,7 @@ class Pages:
         except TimeoutError:
             raise FetchError(f"it was not read within {READ_S:g} seconds") from None
         except Unreadable as exc:
-            raise FetchError(f"it {exc}") from None
+            raise FetchError(f"it cannot be read ({exc})") from None
         return [
             Passage(piece.text, page.url, heading=piece.heading, number=number, url=page.url)
             for number, piece in enumerate(pieces[:MAX_PASSAGES])

@@ -34,6 +34,7 @@ STORED_AT_ONCE = 256
 """Pieces of a file that are stored in one transaction, and embedded again after a kill at worst."""
 FILES_AT_ONCE = 8
 """Most files that are embedded and stored together, while they have fewer than `BATCH` pieces."""
+HARMLESS = "text"
 FIRST_RETRY_S, LAST_RETRY_S = 1.0, 60.0
 _OF_THE_TEXT = frozenset({400, 413, 422})
 """The statuses with which a server refuses a text that it would also refuse the next time."""
@@ -175,6 +176,12 @@ class Ingestion:
             except Unreadable as exc:
                 await self._failed(job, str(exc))
                 continue
+            except ProxyError:  # as when no process can be started
+                raise
+            except Exception as exc:  # a defect of the reader: the other files go on
+                logger.error("document %s cannot be read", job.document.name, exc_info=exc)
+                await self._failed(job, f"reading it failed: {type(exc).__name__}")
+                continue
             version, stored = await self._database.run(partial(queue.begin, job=job, identity=identity))
             if version:
                 readings.append(_Reading(job, version, stored, pieces[stored:]))
@@ -183,6 +190,8 @@ class Ingestion:
     async def _pieces(self, job: Job) -> list[Piece]:
         """Raises: Unreadable."""
         document = job.document
+        if not document.digest:
+            raise Unreadable("its content is not there")
         if document.bytes > self.max_file_bytes:
             raise Unreadable(f"it is larger than {self.max_file_bytes >> 20} MiB (setting knowledge.max_file_mib)")
         file = self._contents.path(document.digest)
@@ -192,7 +201,7 @@ class Ingestion:
             raise Unreadable(f"its content cannot be read: {exc.strerror}") from exc
         if not pieces:
             raise Unreadable("there is no text in it")
-        return pieces
+        return [Piece(_storable(piece.text), _storable(piece.heading)) for piece in pieces]
 
     async def _failed(self, job: Job, reason: str) -> None:
         await self._database.run(partial(queue.fail, job=job, reason=reason))
@@ -218,6 +227,7 @@ class Ingestion:
             except (BadRequest, UpstreamRefused) as exc:
                 if exc.status not in _OF_THE_TEXT:
                     raise
+                await self._embedder.embed([HARMLESS], background=True)  # raises if it refuses any text
                 await self._failed(reading.job, f"the embedding model refuses it: {exc.message}")
 
     async def _embed(self, readings: Sequence[_Reading], identity: str) -> None:
@@ -249,6 +259,11 @@ class Ingestion:
         changes = await self._database.run(work)
         self._on_step()
         await self._on_change(changes)
+
+
+def _storable(text: str) -> str:
+    """Without what databases refuse."""
+    return text if text.isascii() and "\0" not in text else text.replace("\0", " ").encode(errors="replace").decode()
 
 
 def _staged(batch: Sequence[tuple[int, int, Piece]], vectors: Vectors) -> list[Staged]:

@@ -4,6 +4,8 @@ earlier run has left to do."""
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import os
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -27,6 +29,8 @@ from llama_smart_proxy.proxy.store import Sql
 
 if TYPE_CHECKING:
     from llama_smart_proxy.proxy.config.knowledge import KnowledgeConfig
+
+LOCK = "knowledge.lock"
 
 
 class Knowledge:
@@ -59,6 +63,11 @@ class Knowledge:
             raise Overloaded("there is no folder for the knowledge base (setting state_dir)", code="no_knowledge")
         return self._contents
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it is in use."""
+        return self._opened is not None
+
     async def opened(self) -> Opened:
         """What it consists of, once it is open. Raises: Overloaded."""
         if self._opened is None:
@@ -71,8 +80,12 @@ class Knowledge:
         if self._closed or self._folder is None:
             raise Overloaded("the proxy is shutting down")
         opened = Opened(self._folder, self._url, contents, self._index_url, self._reader, self.embedder)
-        used = await opened.database.run(catalogue.digests)
-        await run_in_thread(partial(contents.clear, used))
+        try:
+            used = await opened.database.run(catalogue.digests)
+            await run_in_thread(partial(contents.clear, used))
+        except BaseException:
+            await opened.close()
+            raise
         opened.configure(self.config)
         self._watcher.wake()  # for collections that expire
         return opened
@@ -106,6 +119,7 @@ class Opened:
     def __init__(
         self, folder: Path, url: str, contents: Contents, index_url: str, reader: Reader, embedder: Ranker
     ) -> None:
+        self._lock = _locked(folder)
         self.database = Database(folder, url)
         self.contents = contents
         self.shelves = Shelves(partial(_index_at, index_url), self.database)
@@ -168,7 +182,7 @@ class Opened:
         """Remove those of these contents that no document has any more; to be called with `writing` held."""
 
         def unused(sql: Sql) -> list[str]:
-            return [digest for digest in digests if not catalogue.is_used(sql, digest)]
+            return [digest for digest in digests if digest and not catalogue.is_used(sql, digest)]
 
         for digest in await self.database.run(unused):
             await run_in_thread(partial(self.contents.remove, digest))
@@ -178,6 +192,26 @@ class Opened:
         await self.ingestion.close()
         await self.shelves.close()
         self.database.close()
+        os.close(self._lock)
+
+
+def _locked(folder: Path) -> int:
+    """The open file by which this process is the only one that has the knowledge base in `folder` open.
+
+    Raises: Overloaded if another one has it.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as exc:
+        raise Overloaded(f"the knowledge base cannot be kept (setting state_dir): {exc}", code="no_knowledge") from exc
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as exc:
+        os.close(file)
+        reason = "another proxy has the knowledge base of this state_dir open; it can be used there"
+        raise Overloaded(reason, code="no_knowledge") from exc
+    return file
 
 
 def _index_at(url: str) -> Index:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_smart_proxy.backends.threads import run_in_thread
 from llama_smart_proxy.proxy.chat.passage import Found
-from llama_smart_proxy.proxy.errors import BadRequest, NotFound
+from llama_smart_proxy.proxy.errors import BadRequest, NotFound, Overloaded
 from llama_smart_proxy.proxy.knowledge import catalogue
 from llama_smart_proxy.proxy.knowledge.base import Addition, Chunking, Collection, Document, Member, Status, Viewer
 from llama_smart_proxy.proxy.knowledge.searching import Searching
@@ -87,7 +88,8 @@ class Library:
     async def upload(self, file: Path, name: str, *, purpose: str = "assistants", media_type: str = "") -> Document:
         """Keep a document. `file` is moved into the knowledge base."""
         opened = await self._opened()
-        spooled = await run_in_thread(partial(opened.contents.take, file, move=True))
+        with _keeping():
+            spooled = await run_in_thread(partial(opened.contents.take, file, move=True))
         work = partial(
             catalogue.add_document, name=name, size=spooled.size, digest=spooled.digest,
             owner=self._viewer.client, purpose=purpose, media_type=media_type,
@@ -107,7 +109,10 @@ class Library:
 
     async def content(self, document: str) -> Path:
         """The file with its content."""
-        return self._knowledge.contents.path((await self.document(document)).digest)
+        found = await self.document(document)
+        if not found.digest:
+            raise NotFound(f"the content of {found.name!r} could not be read", param="file_id")
+        return self._knowledge.contents.path(found.digest)
 
     async def delete_document(self, document: str) -> None:
         """Remove a document, also from all collections."""
@@ -145,15 +150,18 @@ class Library:
                 catalogue.attach(sql, kept.serial, serial, attributes, chunking, batch)
 
         await opened.database.run(work)
+        await opened.use([kept.serial])
         opened.added()
 
     async def add_source(self, collection: str, source: str, file: Path, media_type: str = "") -> Member | None:
         """Add or replace what came from the path or URL `source`, whose content `file` has; None if its content is
         the same as before."""
         kept = await self._own(collection)
-        document = await add_source(
-            await self._opened(), kept, source, file, media_type, move=file.parent == await self.incoming()
-        )
+        opened = await self._opened()
+        with _keeping():
+            document = await add_source(
+                opened, kept, source, file, media_type, move=file.parent == opened.contents.incoming
+            )
         return await self.member(kept.collection.id, document) if document else None
 
     async def members(self, collection: str, status: Status | None = None, batch: str = "") -> list[Member]:
@@ -285,6 +293,15 @@ class Library:
 
 def _no_collection(name: str) -> NotFound:
     return NotFound(f"there is no collection {name!r}", param="collection")
+
+
+@contextmanager
+def _keeping() -> Iterator[None]:
+    """Raises: Overloaded if the disk does not take a content."""
+    try:
+        yield
+    except OSError as exc:
+        raise Overloaded(f"the document cannot be kept: {exc.strerror}", code="not_kept") from exc
 
 
 def _checked(days: int | None) -> int | None:

@@ -4,12 +4,13 @@ from then on."""
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from llama_smart_proxy.backends.threads import run_in_thread
-from llama_smart_proxy.proxy.errors import Overloaded
+from llama_smart_proxy.proxy.errors import Overloaded, ProxyError
 from llama_smart_proxy.proxy.knowledge import catalogue, queue
 from llama_smart_proxy.proxy.knowledge.base import Hit, Index, Row
 from llama_smart_proxy.proxy.knowledge.catalogue import Change
@@ -18,6 +19,8 @@ from llama_smart_proxy.proxy.knowledge.tables import Kept
 
 if TYPE_CHECKING:
     from llama_smart_proxy.proxy.knowledge.base import Vector
+
+logger = logging.getLogger(__name__)
 
 PAGE = 1000
 """Pieces that are read from the catalogue at a time."""
@@ -105,7 +108,7 @@ class Shelves:
         return await self._database.run(work)
 
     async def change(self, changes: Sequence[Change]) -> None:
-        """Follow changes that the catalogue has. Raises: as the methods of `Index`."""
+        """Follow changes that the catalogue has. Where that fails, the next search fills the collection again."""
         for change in changes:
             shelf = self._shelves.get(change.collection)
             if shelf is None or self._index is None:
@@ -113,7 +116,11 @@ class Shelves:
             async with shelf.lock:
                 if shelf.identity:
                     shelf.is_settled = False
-                    await self._follow(self._index, change)
+                    try:
+                        await self._follow(self._index, change)
+                    except ProxyError as exc:
+                        logger.warning("the index does not follow: %s", exc.message)
+                        shelf.identity = ""
                     shelf.follow(change.stamp)
 
     async def _follow(self, index: Index, change: Change) -> None:

@@ -28,19 +28,18 @@ async def add_source(
     """Add or replace what came to a collection from `source`; `file` is copied, or moved, and `stamp` its state.
     Returns the document's id; empty if its content is the same as before. Raises: OSError."""
     spooled = await run_in_thread(partial(opened.contents.take, file, move=move))
+    content = _Content(spooled.size, spooled.digest, media_type, stamp)
     async with opened.writing:
-        before = await opened.database.run(partial(catalogue.from_source, collection=kept.serial, source=source))
-        if before is not None and before[1].digest == spooled.digest:
+        before = await opened.database.run(partial(_unchanged, kept=kept, source=source, content=content))
+        if before.document and before.digest == spooled.digest:
             await run_in_thread(partial(spooled.file.unlink, missing_ok=True))
-            work = partial(catalogue.set_stamp, collection=kept.serial, source=source, stamp=stamp)
-            await opened.database.run(work)
-            return ""
-        await run_in_thread(partial(opened.contents.keep, spooled))
-        content = _Content(spooled.size, spooled.digest, media_type, stamp)
-        document = await opened.database.run(partial(_added, kept=kept, source=source, content=content))
-        if before is not None:
-            await opened.remove([before[1].digest])
-    opened.added()
+            document = before.document if before.is_queued else ""
+        else:
+            await run_in_thread(partial(opened.contents.keep, spooled))
+            document = await opened.database.run(partial(_added, kept=kept, source=source, content=content))
+            await opened.remove([before.digest])
+    if document:
+        opened.added()
     return document
 
 
@@ -74,6 +73,30 @@ def _removed(sql: Sql, documents: Sequence[str]) -> tuple[list[Change], list[str
     found = [known for name in documents if (known := catalogue.document(sql, name)) is not None]
     changes = [change for serial, _ in found for change in catalogue.delete_document(sql, serial)]
     return changes, [document.digest for _, document in found]
+
+
+class _Before(NamedTuple):
+    """What came from a source before: its document's id, the digest of its content, and whether it is added again."""
+
+    document: str = ""
+    digest: str = ""
+    is_queued: bool = False
+
+
+def _unchanged(sql: Sql, kept: Kept, source: str, content: _Content) -> _Before:
+    """What came from `source` before. If it has the same content, that is noted; one that has failed is tried again."""
+    found = catalogue.from_source(sql, kept.serial, source)
+    if found is None:
+        return _Before()
+    serial, document = found
+    if document.digest != content.digest:
+        return _Before(document.id, document.digest)
+    catalogue.set_stamp(sql, kept.serial, source, content.stamp)
+    known = catalogue.member(sql, kept.serial, document.id)
+    again = known is None or known.member.status in (Status.FAILED, Status.CANCELLED)
+    if again:
+        catalogue.attach(sql, kept.serial, serial, None, None)
+    return _Before(document.id, document.digest, again)
 
 
 class _Content(NamedTuple):

@@ -12,11 +12,11 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from llama_smart_proxy.backends.threads import run_in_thread
 from llama_smart_proxy.proxy.errors import ProxyError
@@ -39,11 +39,20 @@ EXPIRY_S = 60.0
 _TEMPORARY = (".part", ".tmp", ".crdownload", ".swp", "~")
 
 
+class Found(NamedTuple):
+    """A file: its path, its size in bytes, and a text that is different after a change."""
+
+    path: str
+    size: int
+    stamp: str
+
+
 @dataclass(slots=True)
 class Seen:
-    """The documents below a folder: their stamps by path, and the folders that cannot be read, with the reason."""
+    """The documents below a folder, by the names of their sources, and the folders that cannot be read, with the
+    reason."""
 
-    files: dict[str, str] = field(default_factory=dict)
+    files: dict[str, Found] = field(default_factory=dict)
     unreadable: dict[str, str] = field(default_factory=dict)
 
     def misses(self, path: str) -> bool:
@@ -64,11 +73,17 @@ def look(folder: Path) -> Seen:
                         continue
                     if entry.is_dir(follow_symlinks=False):
                         left.append(entry.path)
-                    elif entry.is_file(follow_symlinks=False) and entry.path.isprintable():
-                        seen.files[entry.path] = _stamp(entry.stat(follow_symlinks=False))
+                    elif entry.is_file(follow_symlinks=False):
+                        found = entry.stat(follow_symlinks=False)
+                        seen.files[_source(entry.path)] = Found(entry.path, found.st_size, _stamp(found))
         except OSError as exc:
             seen.unreadable[current] = exc.strerror or type(exc).__name__
     return seen
+
+
+def _source(path: str) -> str:
+    """A path may have bytes that are no text."""
+    return path.encode(errors="backslashreplace").decode()
 
 
 def stamp_of(file: str) -> str:
@@ -93,6 +108,7 @@ class Watcher:
         self._task: asyncio.Task[None] | None = None
         self._problems: dict[str, str] = {}
         self._devices: dict[str, int] = {}
+        self._followed: set[str] = set()
         self._expired_s = 0.0
 
     def wake(self) -> None:
@@ -118,7 +134,10 @@ class Watcher:
                 self._remark("", exc.message)
             except Exception as exc:  # of the disk or the database: the next look may succeed
                 logger.error("the watched folders were not looked at", exc_info=exc)
-            pause_s = max(INTERVAL_S, SHARE * (time.monotonic() - began_s)) if self._folders else EXPIRY_S
+            is_open = self._knowledge.is_open
+            pause_s = (
+                max(INTERVAL_S, SHARE * (time.monotonic() - began_s)) if self._folders or not is_open else EXPIRY_S
+            )
             try:
                 async with asyncio.timeout(pause_s):
                     await self._wake.wait()
@@ -147,12 +166,16 @@ class Watcher:
         if str(path) in seen.unreadable or not await self._is_there(path, seen):
             return
         kept = await opened.database.run(partial(catalogue.of_operator, name=folder.collection))
-        known = await opened.database.run(partial(catalogue.sources, collection=kept.serial, prefix=f"{path}{os.sep}"))
+        prefix = f"{_source(str(path))}{os.sep}"
+        known = await opened.database.run(partial(catalogue.sources, collection=kept.serial, prefix=prefix))
         if gone := [known[source].document for source in known if seen.misses(source)]:
             await remove_sources(opened, gone)
-        for file, stamp in seen.files.items():
-            if file not in known or known[file].stamp != stamp:
-                await _add(opened, kept, file, stamp, known)
+        is_first = prefix not in self._followed
+        self._followed.add(prefix)
+        for source, found in seen.files.items():
+            before = known.get(source)
+            if before is None or before.stamp != found.stamp or (is_first and before.error):
+                await _add(opened, kept, source, found, before.error if before is not None else "")
 
     async def _is_there(self, path: Path, seen: Seen) -> bool:
         """Whether this is the folder that it was: one whose disk is not mounted is empty, and nothing is removed."""
@@ -171,24 +194,23 @@ def _expired(kept: Kept) -> tuple[str, int | None]:
     return kept.collection.name, kept.collection.days
 
 
-async def _add(opened: Opened, kept: Kept, file: str, stamp: str, known: Mapping[str, catalogue.Source]) -> None:
-    """Add or replace a document, unless it is being written just now: the next look finds it again."""
-    size = int(stamp.split()[1])
-    if size > opened.ingestion.max_file_bytes:
-        reason = f"it is larger than {opened.ingestion.max_file_bytes >> 20} MiB (setting knowledge.max_file_mib)"
-        await fail_source(opened, kept, file, size, reason, stamp)
-        return
-    try:
-        await add_source(opened, kept, file, Path(file), "", move=False, stamp=stamp)
-    except FileNotFoundError:
-        return
-    except OSError as exc:  # it may be readable at the next look, with the same stamp
-        reason = f"it cannot be read: {exc.strerror}"
-        if file not in known or known[file].error != reason:
-            await fail_source(opened, kept, file, size, reason, "")
-        return
-    if await run_in_thread(partial(stamp_of, file)) != stamp:
-        await opened.database.run(partial(_unstamp, collection=kept.serial, source=file))
+async def _add(opened: Opened, kept: Kept, source: str, found: Found, error: str) -> None:
+    """Add or replace a document, unless it is being written just now: the next look finds it again. One that cannot be
+    read has no stamp, as it may be readable then without a change; `error` is why it could not be before."""
+    limit = opened.ingestion.max_file_bytes
+    reason = f"it is larger than {limit >> 20} MiB (setting knowledge.max_file_mib)" if found.size > limit else ""
+    if not reason:
+        try:
+            await add_source(opened, kept, source, Path(found.path), "", move=False, stamp=found.stamp)
+        except FileNotFoundError:
+            return
+        except OSError as exc:
+            reason = f"it cannot be read: {exc.strerror}"
+    if reason:
+        if reason != error:
+            await fail_source(opened, kept, source, found.size, reason, "")
+    elif await run_in_thread(partial(stamp_of, found.path)) != found.stamp:
+        await opened.database.run(partial(_unstamp, collection=kept.serial, source=source))
 
 
 def _unstamp(sql: Sql, collection: int, source: str) -> None:

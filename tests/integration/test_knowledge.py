@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from llama_smart_proxy.proxy.app import App
-from llama_smart_proxy.proxy.errors import BadRequest, NotFound
+from llama_smart_proxy.proxy.errors import BadRequest, NotFound, Overloaded
 from llama_smart_proxy.proxy.knowledge import catalogue
 from llama_smart_proxy.proxy.knowledge.base import Addition, Collection, Status, Viewer
 from llama_smart_proxy.proxy.knowledge.library import Library
@@ -167,6 +167,40 @@ async def test_an_embedding_model_that_is_down_fails_no_file(stage: Stage) -> No
     assert (await library.collection("m")).counts.in_progress == 1
     stage.server.fails = 0
     assert (await done(library, "m")).counts.completed == 1
+
+
+async def test_a_model_that_refuses_every_text_fails_no_file(stage: Stage) -> None:
+    library = stage.library
+    await library.create("m")
+    stage.server.refuses = ""
+    await attached(library, "m", zebra=ZEBRA)
+    await until(lambda: stage.server.refused > 3)
+    assert (await library.collection("m")).counts.in_progress == 1
+    stage.server.refuses = "walrus"
+    assert (await done(library, "m")).counts.completed == 1
+
+
+async def test_what_has_failed_is_tried_again_when_it_is_added_again(stage: Stage, tmp_path: Path) -> None:
+    library = stage.library
+    await library.create("m")
+    stage.server.refuses = "zebra"
+    (file := tmp_path / "zebra.md").write_text(ZEBRA)
+    assert await library.add_source("m", "/zebra.md", file) is not None
+    assert (await done(library, "m")).counts.failed == 1
+    stage.server.refuses = "walrus"
+    assert await library.add_source("m", "/zebra.md", file) is not None
+    assert (await done(library, "m")).counts.completed == 1
+    assert await library.add_source("m", "/zebra.md", file) is None
+
+
+async def test_one_proxy_at_a_time_has_the_knowledge_base_open(tmp_path: Path) -> None:
+    async with embedding_server() as server:
+        async with staged(server, tmp_path) as first, staged(server, tmp_path) as second:
+            await first.library.create("m")
+            with pytest.raises(Overloaded, match="another proxy"):
+                await second.library.create("m")
+        async with staged(server, tmp_path) as third:
+            assert len(await third.library.collections()) == 1
 
 
 async def test_pieces_are_embedded_in_batches_of_eight_at_most_over_files(stage: Stage) -> None:

@@ -79,7 +79,8 @@ async def test_odd_entries_of_a_folder_stop_nothing(stage: Stage, tmp_path: Path
     (docs / "half.part").write_text("half")
     (docs / "empty.md").write_text("")
     (docs / "good.md").write_text("good")
-    await seen(stage, empty=Status.FAILED, good=Status.COMPLETED)
+    (docs / os.fsdecode(b"caf\xe9.md")).write_text("coffee")
+    await seen(stage, empty=Status.FAILED, good=Status.COMPLETED, **{"caf\\udce9": Status.COMPLETED})
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
@@ -121,6 +122,6 @@ async def test_a_folder_that_is_gone_takes_no_documents_with_it(stage: Stage, tm
 
 
 def test_below_a_folder_that_cannot_be_read_no_file_is_missing() -> None:
-    found = watch.Seen({"/d/a": "1"}, {"/d/sub": "Permission denied"})
+    found = watch.Seen({"/d/a": watch.Found("/d/a", 1, "1")}, {"/d/sub": "Permission denied"})
     missing = [path for path in ("/d/a", "/d/b", "/d/sub/c", "/d/subway") if found.misses(path)]
     assert missing == ["/d/b", "/d/subway"]

@@ -145,11 +145,15 @@ async def test_a_thread_that_nothing_waits_for_takes_its_place_until_it_ends(ddg
         assert len(ddgs.calls) == 4
 
 
-async def test_a_failure_of_ddgs_does_not_repeat_the_query(ddgs: Any) -> None:
+async def test_what_ddgs_says_of_a_query_is_in_no_message_and_no_log(
+    ddgs: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
     async with searching(web="ddgs") as search:
         assert await search("nothing") == []
         with pytest.raises(WebUnavailable, match=r"ddgs has failed \(TimeoutError\)$"):
             await search("broken")
+    assert "broken" not in caplog.text and "ddgs has failed" in caplog.text
 
 
 async def test_without_the_package_ddgs_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

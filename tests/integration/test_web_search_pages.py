@@ -13,8 +13,8 @@ import pytest
 
 from llama_smart_proxy.agents.rag.web import Web, WebOptions
 from llama_smart_proxy.proxy.middleware.context import AgentContext
-from tests.integration.test_fetching_pages import MISSING, path_of, reading, sent
 from tests.support.agent_context import agent_context
+from tests.support.fetched import MISSING, path_of, reading, sent
 from tests.support.harness import until
 from tests.support.toxic import Link, RawUpstream, Request, raw_upstream
 

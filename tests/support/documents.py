@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -22,12 +23,16 @@ MANUAL = {
 """Documents with words that no others have."""
 
 
+def embedding_model(folder: Path) -> dict[str, Any]:
+    """A model that counts words, and does not answer while the file `gate` is in `folder`."""
+    program = [sys.executable, "-S", embedder.__file__, "--gate", str(folder / "gate")]
+    return {"cmd": f"{shlex.join(program)} --port ${{PORT}}"}
+
+
 def with_documents(fakes: Fakes, models: Mapping[str, Any], **config: Any) -> dict[str, Any]:
     """The configuration of a proxy with these models, an embedding model that counts words, and the agent `rag`. The
     embedding model does not answer while the file `gate` is in the folder of the fakes."""
-    program = [sys.executable, "-S", embedder.__file__, "--gate", str(fakes.folder / "gate")]
-    words = {"cmd": f"{shlex.join(program)} --port ${{PORT}}"}
-    whole = fakes.config({"words": words, **models}, size=6, keep_alive=-1)
+    whole = fakes.config({"words": embedding_model(fakes.folder), **models}, size=6, keep_alive=-1)
     folder = str(fakes.folder / "state")
     return whole | {"state_dir": folder, "knowledge": {"embedding_model": "words"}, "agents": ["rag"], **config}
 

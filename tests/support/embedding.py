@@ -25,7 +25,7 @@ class EmbeddingServer:
         self.port = 0
         self.texts: list[str] = []
         self.batches: list[int] = []
-        self.fails = self.failed = self.waiting = 0
+        self.fails = self.failed = self.refused = self.waiting = 0
         self.refuses = "\0"
         self.gate = asyncio.Event()
         self.gate.set()
@@ -46,6 +46,7 @@ class EmbeddingServer:
             self.failed += 1
             return web.json_response({"error": {"message": "down"}}, status=self.fails)
         if any(self.refuses in text for text in body["input"]):
+            self.refused += 1
             return web.json_response({"error": {"message": "bad input"}}, status=400)
         self.texts += body["input"]
         self.batches.append(len(body["input"]))

@@ -26,6 +26,7 @@ import psutil
 from tests.support import raw_client
 from tests.support.nursery import AVAILABLE, Born, Nursery
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads wait for each other by spinning
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 60.0
 """How long a test waits for what takes a moment: nothing is lost by patience where it comes, even on a busy machine."""

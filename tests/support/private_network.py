@@ -1,11 +1,12 @@
-"""A program for a network namespace of its own: tries to fetch from listeners on private addresses there, and prints
-which connections they got, for a fetcher as it is and for one that may."""
+"""A program for a network namespace of its own: fetches from listeners on private addresses there, with a fetcher as it
+is and with one that may."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import subprocess
+from pathlib import Path
 
 from llama_smart_proxy.proxy.fetching import Fetcher, FetchError
 
@@ -20,22 +21,23 @@ ADDRESSES = [
     "fec0::1",
 ]
 PORT = 8080
+_ANY = ("0.0.0.0", "::") if Path("/proc/net/if_inet6").exists() else ("0.0.0.0",)
 MORE = ["[::ffff:10.1.2.3]", "[64:ff9b::10.1.2.3]", "[2002:0a01:0203::1]", "0xa010203", "167838211", "10.1.515"]
 
 
-async def main() -> None:
-    """Print the connections of both fetchers, as JSON."""
+async def main(addresses: list[str]) -> None:
+    """Print these addresses and those where each fetcher has connected to, as JSON."""
     connections: list[str] = []
 
     async def heard(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connections.append(writer.get_extra_info("sockname")[0])
         writer.close()
 
-    servers = [await asyncio.start_server(heard, host, PORT) for host in ("0.0.0.0", "::")]
-    found = []
+    servers = [await asyncio.start_server(heard, host, PORT) for host in _ANY]
+    found = [addresses]
     for allowed in ([], ["0.0.0.0/0", "::/0"]):
         fetcher = Fetcher(allow_private=allowed)
-        for host in [*(f"[{address}]" if ":" in address else address for address in ADDRESSES), *MORE]:
+        for host in [*(f"[{address}]" if ":" in address else address for address in addresses), *MORE]:
             try:
                 await fetcher.get(f"http://{host}:{PORT}/")
             except FetchError:
@@ -50,6 +52,5 @@ async def main() -> None:
 
 if __name__ == "__main__":
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
-    for address in ADDRESSES:
-        subprocess.run(["ip", "address", "add", address, "dev", "lo"], check=True)
-    asyncio.run(main())
+    add = ("ip", "address", "add")
+    asyncio.run(main([address for address in ADDRESSES if not subprocess.run([*add, address, "dev", "lo"]).returncode]))

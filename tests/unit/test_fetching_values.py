@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from llama_smart_proxy.proxy.config.knowledge import KnowledgeConfig
 from llama_smart_proxy.proxy.fetching.cache import TimedCache
+from llama_smart_proxy.proxy.fetching.fetcher import following
 from llama_smart_proxy.proxy.fetching.guard import DENIED, Guard, Private, Refused, is_public, parsed
 from tests.support.laws import law
 
@@ -105,6 +106,25 @@ def test_any_text_is_a_url_that_stays_the_same_or_is_refused(text: str) -> None:
         return
     assert url.scheme in ("http", "https") and url.raw_host and url.user is None
     assert parsed(str(url)) == url
+
+
+@pytest.mark.parametrize(
+    ("base", "location", "url"),
+    [
+        ("https://a.example/b/c", "d", "https://a.example/b/d"),
+        ("https://a.example/b", "//c.example/", "https://c.example/"),
+        ("http://a.example/b", "https://a.example/b#x", "https://a.example/b"),
+        ("https://a.example/", "http://a.example/", None),
+        ("https://a.example/", "ftp://a.example/", None),
+        ("https://a.example/", "http://[", None),
+    ],
+)
+def test_a_redirect_leads_to_a_url_but_not_from_https_to_http(base: str, location: str, url: str | None) -> None:
+    if url is None:
+        with pytest.raises(Refused):
+            following(parsed(base), location)
+    else:
+        assert str(following(parsed(base), location)) == url
 
 
 def test_exceptions_are_hosts_and_networks() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,6 +18,8 @@ from llama_smart_proxy import Fetcher, FetchError
 from llama_smart_proxy.agents.rag.web.options import WebOptions
 
 MOST_RESULTS = 20
+MOST_LISTED = 200
+"""Of what an engine sends, so much is looked at."""
 MAX_SNIPPET = 1000
 MAX_TITLE = 300
 MAX_THREADS = 4
@@ -154,6 +157,8 @@ def _ddgs(query: str, safe: str, timeout_s: int) -> Any:
         from ddgs import DDGS
     except ImportError:
         return EngineFailed("not installed; web: ddgs requires pip install 'llama-smart-proxy[web]'")
+    for name in ("ddgs", "primp"):  # which log queries
+        logging.getLogger(name).setLevel(logging.WARNING)
     try:
         return DDGS(timeout=timeout_s).text(query, safesearch=safe, max_results=MOST_RESULTS)
     except Exception as exc:  # a library that asks many servers: anything can be raised
@@ -165,7 +170,7 @@ def _ddgs(query: str, safe: str, timeout_s: int) -> Any:
 def _results(items: Any, url_field: str, text_field: str) -> list[Result]:
     """Those of `items` that have the right form, each URL once."""
     found: dict[str, Result] = {}
-    for item in items if isinstance(items, list) else ():
+    for item in items[:MOST_LISTED] if isinstance(items, list) else ():
         url = item.get(url_field) if isinstance(item, dict) else None
         if isinstance(url, str) and host_of(url) and len(found) < MOST_RESULTS:
             title = _line(item.get("title"), MAX_TITLE) or url

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from llama_smart_proxy import Context, FetchError, Passage, TimedCache
+from llama_smart_proxy import Context, FetchError, Passage, ProxyError, TimedCache
 from llama_smart_proxy.agents.rag.web.breaker import Breaker
 from llama_smart_proxy.agents.rag.web.engines import (
     Ddgs,
@@ -29,8 +29,8 @@ MAX_QUERY = 500
 CACHE_BYTES = 4 * 2**20
 ENGINE_SHARE = 0.5
 """Of the time for a search, what its engines may take; the rest is for the pages."""
-GRADING_S = 3.0
-"""Seconds at least for grading what was found."""
+GRADING_SHARE = 0.2
+"""What grading may take."""
 NONE_CONFIGURED = "no web search is configured: set searxng_host, or web: ddgs, in the options of the agent"
 OF_CACHE = ("searxng_host", "searxng_safesearch", "searxng_language", "searxng_categories")
 """Options that change what a search finds."""
@@ -64,16 +64,16 @@ class Web:
 
     async def search(self, query: str, ctx: Context) -> list[Passage]:
         """The best passages for `query`, of the pages that were found, or of their snippets where a page cannot be read
-        in time. Takes `web_timeout_s` at most, and a moment to grade them. Raises: WebUnavailable."""
+        in time. Takes `web_timeout_s` at most. Raises: WebUnavailable."""
         options: WebOptions = ctx.config
         query = " ".join(query.split())[:MAX_QUERY]
         ends_s = time.monotonic() + options.web_timeout_s
         results = _permitted(await self._results(query, options), options)
         urls = [result.url for result in results[: options.web_pages]]
-        pages = await _pages(urls, ends_s - time.monotonic(), ctx)
+        grading_s = options.web_timeout_s * GRADING_SHARE
+        pages = await _pages(urls, ends_s - grading_s - time.monotonic(), ctx)
         passages = [passage for result in results for passage in _passages(result, pages.get(result.url))]
-        left_s = max(ends_s - time.monotonic(), GRADING_S)
-        return (await graded(query, passages, ctx, left_s))[: options.web_passages]
+        return (await graded(query, passages, ctx, ends_s - time.monotonic()))[: options.web_passages]
 
     async def close(self) -> None:
         """Close the connections of all engines."""
@@ -146,7 +146,7 @@ async def _pages(urls: list[str], limit_s: float, ctx: Context) -> dict[str, lis
         try:
             async with asyncio.timeout(ctx.config.web_page_timeout_s):
                 read[url] = await ctx.page(url)
-        except (FetchError, TimeoutError) as exc:
+        except (FetchError, ProxyError, TimeoutError) as exc:
             logger.info("a page that was found is not read: %s", str(exc) or "it took too long")
 
     try:

@@ -15,12 +15,13 @@ from llama_smart_proxy.proxy.knowledge.base import Unreadable
 from llama_smart_proxy.proxy.knowledge.reading import headings
 from llama_smart_proxy.proxy.knowledge.reading.blocks import Block, blocks_of
 from llama_smart_proxy.proxy.knowledge.reading.headings import Heading
-from llama_smart_proxy.proxy.knowledge.reading.parsed import Parsed, missing
-from llama_smart_proxy.proxy.knowledge.reading.text import cleaned
+from llama_smart_proxy.proxy.knowledge.reading.parsed import Parsed, Section, missing
+from llama_smart_proxy.proxy.knowledge.reading.text import cleaned, decoded
 
 if TYPE_CHECKING:
     from lxml.html import HtmlElement
 
+TAG = re.compile(r"<[a-zA-Z!/][^<>]{0,2000}>")
 WORD = re.compile(r"[^\W\u3040-\u30ff\u3400-\u9fff]+|[\u3040-\u30ff\u3400-\u9fff]")
 RUN = 3
 """A block is compared by its runs of so many words."""
@@ -39,6 +40,11 @@ def parse(content: bytes) -> Parsed:
     except ImportError as exc:
         raise missing("rag", "HTML") from exc
     tree: HtmlElement | None = trafilatura.load_html(content)
+    if tree is None:  # only a part of a page, or none
+        text = decoded(content)
+        if not TAG.search(text):
+            return Parsed("", [Section((), text.strip())])
+        tree = trafilatura.load_html(f"<html><body>{text}</body></html>")
     if tree is None:
         raise Unreadable("contains no HTML")
     title = " ".join(cleaned(tree.findtext(".//title") or "").split())[: headings.MAX_HEADING]

@@ -8,10 +8,11 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
 import sys
-from asyncio.subprocess import DEVNULL, PIPE, Process
 from contextlib import suppress
 from dataclasses import asdict
+from typing import cast
 
 import orjson
 
@@ -26,6 +27,8 @@ START = (
 )
 INHERITED = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TZ")
 """What programs require of the environment. It contains no secrets."""
+MIB = 1024 * 1024
+MAX_REASON = 500
 
 
 class Worker:
@@ -34,7 +37,8 @@ class Worker:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._turn = asyncio.Lock()
-        self._process: Process | None = None
+        self._link: _Link | None = None
+        self._ending: set[_Link] = set()
         self._idle: asyncio.TimerHandle | None = None
 
     async def pieces(self, request: Json, content: bytes = b"") -> list[Piece]:
@@ -45,76 +49,61 @@ class Worker:
         """
         async with self._turn:
             self._stop_waiting()
-            process = await self._running()
+            link = await self._running()
             usable = False
             try:
                 async with asyncio.timeout(self._limits.time_s):
-                    found, outcome = await self._ask(process, framed(orjson.dumps(request)) + framed(content))
+                    found, outcome = await link.ask(framed(orjson.dumps(request)) + framed(content))
                 usable = not outcome.get("last")
             except TimeoutError:
                 raise Unreadable(f"takes more than {self._limits.time_s:g} s to read") from None
-            except (asyncio.IncompleteReadError, ConnectionError):
-                raise Unreadable(self._cause(await process.wait())) from None
+            except ConnectionError:
+                raise Unreadable(self._cause(link.status)) from None
             finally:
                 if usable:
                     self._idle = asyncio.get_running_loop().call_later(self._limits.idle_s, self._end)
                 else:
                     self._end()
         if error := outcome.get("error"):
-            raise Unreadable(error)
+            raise Unreadable(str(error)[:MAX_REASON])
         return found
 
     async def close(self) -> None:
-        """End the process."""
+        """End the process. A document that is being read is unreadable."""
         self._stop_waiting()
-        process = self._process
         self._end()
-        if process:
-            await process.wait()
+        await asyncio.gather(*(link.ended for link in self._ending))
 
-    async def _running(self) -> Process:
-        if self._process is None or self._process.returncode is not None:
+    async def _running(self) -> _Link:
+        if self._link is None or not self._link.lives:
             self._end()
-            self._process = await self._start()
-        return self._process
+            self._link = await self._start()
+        return self._link
 
-    async def _start(self) -> Process:
+    async def _start(self) -> _Link:
         limits = orjson.dumps(asdict(self._limits)).decode()
+        room = self._limits.text_mib * MIB + 2 * MAX_FRAME
         try:
-            return await asyncio.create_subprocess_exec(
+            _, link = await asyncio.get_running_loop().subprocess_exec(
+                lambda: _Link(room),
                 *(sys.executable, "-I", "-c", START, limits, str(os.getpid()), *_import_paths()),
-                stdin=PIPE,
-                stdout=PIPE,
-                stderr=DEVNULL,
+                stderr=subprocess.DEVNULL,
                 env={name: os.environ[name] for name in INHERITED if name in os.environ},
                 cwd="/",
                 start_new_session=True,
             )
         except OSError as exc:
             raise Unreadable(f"cannot be read: the system refused to start a process ({exc.strerror})") from exc
+        return link
 
-    async def _ask(self, process: Process, request: bytes) -> tuple[list[Piece], Json]:
-        assert process.stdin is not None and process.stdout is not None
-        process.stdin.write(request)
-        found: list[Piece] = []
-        room = self._limits.text_mib * 1024 * 1024 + 2 * MAX_FRAME
-        while True:
-            (length,) = HEAD.unpack(await process.stdout.readexactly(HEAD.size))
-            room -= length
-            if length > MAX_FRAME or room < 0:
-                raise ConnectionError
-            message = orjson.loads(await process.stdout.readexactly(length))
-            if isinstance(message, dict):
-                return found, message
-            found += [Piece(text, heading) for text, heading in message]
-
-    def _cause(self, status: int) -> str:
+    def _cause(self, status: int | None) -> str:
         if status == -signal.SIGXCPU:
             return f"takes more than {self._limits.processor_s} s of processor time to read"
-        if status < 0:
+        how = "was ended" if status is None else f"ended with status {status}"
+        if status is not None and status < 0:
             with suppress(ValueError):
-                return f"cannot be read: the process that read it was ended by {signal.Signals(-status).name}"
-        return f"cannot be read: the process that read it ended with status {status}"
+                how = f"was ended by {signal.Signals(-status).name}"
+        return f"cannot be read: the process that read it {how}"
 
     def _stop_waiting(self) -> None:
         if self._idle:
@@ -122,11 +111,93 @@ class Worker:
             self._idle = None
 
     def _end(self) -> None:
-        process, self._process = self._process, None
-        if process and process.stdin:
-            process.stdin.close()
-            with suppress(ProcessLookupError):
-                process.kill()
+        link, self._link = self._link, None
+        if link and not link.ended.done():
+            self._ending.add(link)
+            link.ended.add_done_callback(lambda _: self._ending.discard(link))
+            link.kill()
+
+
+class _Link(asyncio.SubprocessProtocol):
+    """The connection to one process, until that has ended."""
+
+    def __init__(self, room: int) -> None:
+        loop = asyncio.get_running_loop()
+        self.ended: asyncio.Future[None] = loop.create_future()
+        """Done when it is reaped and its pipes are closed."""
+        self._answer: asyncio.Future[tuple[list[Piece], Json]] = loop.create_future()
+        self._found: list[Piece] = []
+        self._data = bytearray()
+        self._most = room
+        self._room = room
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.SubprocessTransport, transport)
+
+    @property
+    def status(self) -> int | None:
+        """Its exit status, or minus the number of a signal; None while it lives."""
+        return self._transport.get_returncode()
+
+    @property
+    def lives(self) -> bool:
+        """Whether it has not ended, as the system has it at this moment: before its end is reported."""
+        if self.status is not None or self.ended.done() or not hasattr(os, "waitid"):
+            return self.status is None and not self.ended.done()
+        try:
+            return os.waitid(os.P_PID, self._transport.get_pid(), os.WEXITED | os.WNOWAIT | os.WNOHANG) is None
+        except ChildProcessError:  # the event loop has reaped it
+            return False
+
+    async def ask(self, request: bytes) -> tuple[list[Piece], Json]:
+        """Send a request; its pieces, and the last message. Raises: ConnectionError."""
+        self._answer = asyncio.get_running_loop().create_future()
+        self._found, self._room = [], self._most
+        self._input.write(request)
+        return await self._answer
+
+    def kill(self) -> None:
+        """It is to end at once."""
+        self._input.close()
+        with suppress(ProcessLookupError):
+            self._transport.kill()
+
+    def pipe_data_received(self, fd: int, data: bytes) -> None:
+        self._data += data
+        self._room -= len(data)
+        start = 0
+        while start + HEAD.size <= len(self._data):
+            (length,) = HEAD.unpack_from(self._data, start)
+            if length > MAX_FRAME or self._room < 0:
+                self.kill()
+                return
+            end = start + HEAD.size + length
+            if end > len(self._data):
+                break
+            try:
+                self._message(orjson.loads(self._data[start + HEAD.size : end]))
+            except (ValueError, TypeError):  # a document has taken it over
+                self.kill()
+                return
+            start = end
+        del self._data[:start]
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport.close()
+        if not self._answer.done():
+            self._answer.set_exception(ConnectionError())
+            self._answer.exception()  # it may be that no document is being read
+        self.ended.set_result(None)
+
+    def _message(self, message: list[list[str]] | Json) -> None:
+        if not isinstance(message, dict):
+            self._found += [Piece(str(text), str(heading)) for text, heading in message]
+        elif not self._answer.done():
+            self._answer.set_result((self._found, message))
+
+    @property
+    def _input(self) -> asyncio.WriteTransport:
+        return cast(asyncio.WriteTransport, self._transport.get_pipe_transport(0))
 
 
 def _import_paths() -> list[str]:

@@ -21,6 +21,10 @@ SEPARATOR = " > "
 GAP = "\n\n"
 MAX_PART = 80
 """Characters of one heading in a path."""
+TITLE_PARTS = re.compile(r" [|\u00b7\u2013\u2014-] |: ")
+LONG_ENOUGH = 8
+"""A heading that is one of these parts of the title ("Setup | Manual") is not repeated, nor is one of so many
+characters anywhere in it."""
 TINY = 5
 """A piece of less than this fraction of the limit is joined with its neighbours."""
 TOKENS = 440
@@ -56,7 +60,7 @@ def heading_path(title: str, path: Sequence[str], room: int) -> str:
     """The title and the headings below it, on one line of at most `room` characters; the outer ones are left out first,
     but for the title."""
     title = " ".join(title.split())
-    while path and f" {_words(path[0])} " in f" {_words(title)} ":
+    while path and _repeats(path[0], title):
         path = path[1:]
     parts = [_shortened(part, MAX_PART) for part in (title, *path) if part]
     text = SEPARATOR.join(parts)
@@ -66,6 +70,11 @@ def heading_path(title: str, path: Sequence[str], room: int) -> str:
     if len(text) > room and len(parts) > 1:
         text = SEPARATOR.join(_shortened(part, (room - len(SEPARATOR)) // 2) for part in parts)
     return _shortened(text, room)
+
+
+def _repeats(heading: str, title: str) -> bool:
+    one, other = _words(heading), _words(title)
+    return one in map(_words, TITLE_PARTS.split(title)) or (len(one) >= LONG_ENOUGH and f" {one} " in f" {other} ")
 
 
 def _words(text: str) -> str:

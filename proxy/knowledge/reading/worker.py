@@ -34,18 +34,19 @@ def main(argv: list[str]) -> None:
     _tie_to(int(argv[1]))
     _confine(limits)
     logging.disable(logging.CRITICAL)  # libraries describe documents in the log
-    source, sink = sys.stdin.buffer, sys.stdout.buffer
-    sys.stdout = sys.stderr  # what a library prints is no frame
-    while (request := received(source)) is not None and (content := received(source)) is not None:
+    source, sink = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints is no frame
+    while (request := received(source)) is not None:
         _renew(limits)
-        if not _answer(orjson.loads(request), content, sink, limits):
+        if not _answer(orjson.loads(request), source, sink, limits):
             break
 
 
-def _answer(request: Json, content: bytes, sink: BinaryIO, limits: Limits) -> bool:
+def _answer(request: Json, source: BinaryIO, sink: BinaryIO, limits: Limits) -> bool:
     """Write the pieces of one document. False if this process is not to read another one."""
     outcome: Json = {}
     try:
+        content = received(source) or b""
         if path := request["path"]:
             content = _content(path)
         chunking = Chunking(request["characters"], request["overlap"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from typing import Any
 
@@ -19,6 +20,7 @@ class DDGS:
 
     def text(self, query: str, **options: Any) -> list[dict[str, str]]:
         """Pages for `query`. Raises: an exception, if it finds nothing."""
+        logging.getLogger("ddgs.ddgs").info("Error in engine %s: %r", "x", f"https://search.example/?q={query}")
         calls.append((self.timeout, query, options))
         if query == "slow":
             gate.wait(60)
