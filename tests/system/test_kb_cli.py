@@ -249,10 +249,9 @@ def test_a_page_is_fetched_by_the_proxy_and_added_again_when_it_has_changed(
             page, gone = (f"http://127.0.0.1:{site.server_port}/{name}" for name in ("page", "gone"))
             answer = kb.json("add", page, gone, "http://10.0.0.1/", "--collection", "pages", status=1)
             assert answer["added"] == 1
-            assert answer["unreadable"] == {
-                gone: "the page cannot be fetched: its server answered 404",
-                "http://10.0.0.1/": "the page cannot be fetched: its address is not a public one",
-            }
+            assert answer["unreadable"].keys() == {gone, "http://10.0.0.1/"}
+            assert answer["unreadable"][gone] == "the page cannot be fetched: its server answered 404"
+            assert "its address is not a public one" in answer["unreadable"]["http://10.0.0.1/"]
             assert kb("search", "almanac", "--collection", "pages").startswith(f"1. {page} (")
             assert kb.json("add", page, "--collection", "pages")["unchanged"] == 1
             Site.text = "The second edition of the almanac."
@@ -260,7 +259,7 @@ def test_a_page_is_fetched_by_the_proxy_and_added_again_when_it_has_changed(
             assert "second edition" in kb("search", "almanac", "--collection", "pages")
             monkeypatch.setenv("LSP_API_KEY", ANN)  # private hosts are for administrators
             refused = kb.json("add", page, "--collection", "own", status=1)["unreadable"]
-            assert refused == {page: f"the page cannot be fetched: port {site.server_port} is not fetched"}
+            assert refused.keys() == {page} and "is not fetched" in refused[page]
         finally:
             site.shutdown()
 
