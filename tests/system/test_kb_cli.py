@@ -100,19 +100,22 @@ def test_each_file_that_cannot_be_read_is_named_with_its_reason_and_stops_nothin
     tree(tmp_path, a_md="Good.", z_md="Good, too.")
     (tmp_path / "broken.pdf").write_bytes(b"%PDF-1.7\nnothing")
     (tmp_path / "large.txt").write_bytes(b"x" * (2**20 + 1))
+    with (tmp_path / "huge.txt").open("wb") as file:
+        file.truncate(2**33)
     (tmp_path / "na\nme.md").write_text("x")
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "gone.md").symlink_to(tmp_path / "nowhere")
     answer = kb.json("add", str(tmp_path), str(tmp_path / "missing.md"), "--collection", "c", status=1)
     assert (answer["added"], answer["complete"]) == (3, True)
     reasons = {source.removeprefix(f"{tmp_path}/"): reason for source, reason in answer["unreadable"].items()}
-    assert reasons.keys() == {"broken.pdf", "large.txt", "na\nme.md", "pipe", "gone.md", "missing.md"}
-    assert "knowledge.max_file_mib" in reasons["large.txt"] and reasons["pipe"] == "it is no file"
+    assert reasons.keys() == {"broken.pdf", "large.txt", "huge.txt", "na\nme.md", "pipe", "gone.md", "missing.md"}
+    assert "knowledge.max_file_mib" in reasons["large.txt"] and reasons["huge.txt"] == reasons["large.txt"]
+    assert reasons["pipe"] == "it is no file"
     assert reasons["missing.md"] == reasons["gone.md"] == "No such file or directory"
     assert reasons["broken.pdf"]
     out = kb("add", str(tmp_path), "--collection", "c", status=1)
     assert f"{tmp_path}/large.txt: the file is larger than 1 MiB" in out
-    assert out.endswith("0 added, 0 changed, 3 unchanged, 5 not readable\n")
+    assert out.endswith("0 added, 0 changed, 3 unchanged, 6 not readable\n")
     assert reasons["broken.pdf"] in kb("list", "c")
 
 
