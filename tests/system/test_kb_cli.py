@@ -275,6 +275,7 @@ def test_a_page_is_fetched_by_the_proxy_and_added_again_when_it_has_changed(
         (["list", "none"], 1, "'none'"),
         (["search", "x", "--collection", "none"], 1, "'none'"),
         (["search", "", "--collection", "none"], 1, "query must be"),
+        (["add", "/nowhere", "--collection", "a/b"], 2, "a/b: no path can have this name"),
         (["eval", "/nowhere.jsonl"], 2, "/nowhere.jsonl: No such file"),
         (["add", "/nowhere", "--url", "127.0.0.1:1"], 3, "no proxy is running at"),
         (["add", "/nowhere", "--key", "wrong"], 4, "is not accepted"),
