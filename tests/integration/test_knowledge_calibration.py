@@ -31,7 +31,8 @@ async def test_a_collection_of_some_size_is_measured_once_and_its_measure_is_kep
 ) -> None:
     async with embedding_server() as server:
         async with running_app(settings(server, tmp_path)) as app:
-            assert (library := app.proxy.library) is not None
+            library = app.proxy.library
+            assert library is not None
             await filled(library, sections)
             before = await library.search("At how many bar does valve 7 close?", ["pumps"])
             assert before.confidence > 0 and before.passages[0].relevance > 0
@@ -41,7 +42,8 @@ async def test_a_collection_of_some_size_is_measured_once_and_its_measure_is_kep
                     pass
         asked = len(server.texts)
         async with running_app(settings(server, tmp_path)) as app:
-            assert (library := app.proxy.library) is not None
+            library = app.proxy.library
+            assert library is not None
             again = await library.search("At how many bar does valve 7 close?", ["pumps"])
             assert len(server.texts) == asked + 1, "only the query"
             assert (again == before) == (sections < 100)
