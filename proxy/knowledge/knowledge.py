@@ -186,6 +186,8 @@ class Opened:
         def unused(sql: Sql) -> list[str]:
             return [digest for digest in digests if digest and not catalogue.is_used(sql, digest)]
 
+        if not any(digests):
+            return
         for digest in await self.database.run(unused):
             await run_in_thread(partial(self.contents.remove, digest))
 
