@@ -158,6 +158,10 @@ async def test_collections_are_apart_and_gone_when_they_are_dropped(place: Place
     await index.drop(other)
     await index.drop(other)
     assert await index.search(other, "9", vector(9, 7), 10) == []
+    await index.add(other, [row(10, dimensions=7)])
+    await index.remove(other, [9])
+    await index.settle(other, "2")
+    assert await index.search(other, "9", vector(9, 7), 10) == []
     assert sorted(await place.found(1)) == [1, 2]
     assert await index.search("never-opened", "9", vector(9), 10) == []
 

@@ -62,6 +62,10 @@ WHERE piece IN (SELECT piece FROM near UNION SELECT piece FROM said)
 """
 
 
+class _Dropped(UpstreamFailed):
+    """The table is missing."""
+
+
 class PostgresIndex:
     """An `Index` at `url`. It connects with the first use, and again after each failure."""
 
@@ -107,7 +111,8 @@ class PostgresIndex:
                 await _unsettle(sql, collection)
                 await sql.executemany(query, values, timeout=FILL_S)
 
-            await self._do(work)
+            with suppress(_Dropped):
+                await self._do(work)
 
     async def remove(self, collection: str, pieces: Sequence[int]) -> None:
         """As `Index.remove`."""
@@ -116,7 +121,8 @@ class PostgresIndex:
             await _unsettle(sql, collection)
             await sql.execute(f"DELETE FROM {_table(collection)} WHERE piece = ANY($1)", list(pieces), timeout=FILL_S)
 
-        await self._do(work)
+        with suppress(_Dropped):
+            await self._do(work)
 
     async def settle(self, collection: str, stamp: str) -> None:
         """As `Index.settle`."""
@@ -171,6 +177,8 @@ class PostgresIndex:
                 return await self._transaction(work)
             except (asyncpg.PostgresConnectionError, asyncpg.InterfaceError, ConnectionError):
                 return await self._transaction(work)
+        except asyncpg.UndefinedTableError as exc:
+            raise _Dropped("The collection is not in the index any more.") from exc
         except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as exc:
             raise self._failed(exc) from exc
 
