@@ -204,6 +204,14 @@ class Member:
     """The id that `attach` was called with, for files that were added together."""
 
 
+class Addition(NamedTuple):
+    """A document that is to be added to a collection; None: as before, or the defaults."""
+
+    document: str
+    attributes: Mapping[str, Any] | None = None
+    chunking: Chunking | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Viewer:
     """Who uses the knowledge base: `client` owns what it makes there, and is empty for the operator; `is_admin` may see

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from functools import partial
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from llama_smart_proxy.backends.base import Feature, Model, Priority, UpstreamRequest
+from llama_smart_proxy.backends.threads import run_in_thread
 from llama_smart_proxy.proxy.chat import Json
 from llama_smart_proxy.proxy.config import Config
 from llama_smart_proxy.proxy.dialects.embeddings import EmbeddingRequest
-from llama_smart_proxy.proxy.errors import BadRequest, ModelNotFound, UpstreamFailed
+from llama_smart_proxy.proxy.errors import BadRequest, ModelNotFound, Overloaded, UpstreamFailed
 from llama_smart_proxy.proxy.http.body import serialise
 from llama_smart_proxy.proxy.models.router import Router
 from llama_smart_proxy.proxy.stream.embeddings import PostJson, embed
@@ -46,8 +50,7 @@ class PoolEmbedder:
 
     async def embed(self, texts: Sequence[str], *, background: bool = False) -> Vectors:
         """As `Embedder.embed`."""
-        import numpy as np
-
+        np = await _numpy()
         model = await self._model()
         post = _post(model, Priority.BATCH if background else Priority.PERSON)
         found: list[list[float]] = []
@@ -95,6 +98,15 @@ class PoolEmbedder:
             raise BadRequest("no reranking model is configured (setting knowledge.reranker)", code="no_reranker")
         model = (await router.resolve(config.knowledge.reranker)).model
         return await rerank(model.name, query, texts, _post(model, Priority.PERSON))
+
+
+async def _numpy() -> Any:
+    """The module, which takes some 100 ms to be imported. Raises: Overloaded if it is missing."""
+    try:
+        return sys.modules.get("numpy") or await run_in_thread(partial(import_module, "numpy"))
+    except ImportError as exc:
+        reason = "the knowledge base requires the package numpy; pip install 'llama-smart-proxy[rag]'"
+        raise Overloaded(reason, code="no_knowledge") from exc
 
 
 def beside_a_question(slots: int | None) -> int:

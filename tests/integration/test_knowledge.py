@@ -16,7 +16,7 @@ import pytest
 from llama_smart_proxy.proxy.app import App
 from llama_smart_proxy.proxy.errors import BadRequest, NotFound, Overloaded
 from llama_smart_proxy.proxy.knowledge import catalogue
-from llama_smart_proxy.proxy.knowledge.base import Collection, Status, Viewer
+from llama_smart_proxy.proxy.knowledge.base import Addition, Collection, Status, Viewer
 from llama_smart_proxy.proxy.knowledge.library import Library
 from tests.support.embedding import EmbeddingServer, embedding_server, running_app, settings
 from tests.support.harness import until
@@ -262,7 +262,7 @@ async def test_a_batch_that_is_cancelled_and_a_collection_that_is_deleted_are_no
     stage.server.gate.clear()
     documents = [await uploaded(library, f"{name}.md", ZEBRA) for name in "abc"]
     for name, document in zip("abc", documents, strict=True):
-        await library.attach(name, document, batch="batch")
+        await library.attach_all(name, [Addition(document)], "batch")
     await until(lambda: stage.server.waiting)
     await library.cancel("a", "batch")
     await library.delete("b")

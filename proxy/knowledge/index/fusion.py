@@ -27,7 +27,8 @@ def fuse(dense: NDArray[np.float32], lexical: NDArray[np.float32]) -> NDArray[np
     cosines = np.nan_to_num(dense, nan=float(np.nanmin(dense)) if not np.isnan(dense).all() else 0.0)
     texts = np.nan_to_num(lexical, nan=0.0)
     scores = np.maximum(cosines, 0) + LEXICAL * texts / max(float(texts.max()), 1e-6)
-    return np.minimum(scores / (1 + LEXICAL), 1).astype(np.float32)
+    fused: NDArray[np.float32] = np.minimum(scores / (1 + LEXICAL), 1).astype(np.float32)
+    return fused
 
 
 def hits(found: Sequence[tuple[int, float | None, float | None]], limit: int) -> list[Hit]:
