@@ -68,9 +68,9 @@ class Session:
     # -- steps -------------------------------------------------------------------------------------------------------
 
     async def _begin(self) -> None:
-        if self._query != " ".join(self._question.split()) and self._earlier:
+        if self._earlier and queries.follows_on(queries.normalised(self._question)):
             self._decided("query", "the question is searched for with the one before it", by="rule")
-        if self._earlier and self._config.rewrite_model and queries.follows_on(self._question):
+        if self._earlier and self._config.rewrite_model and queries.follows_on(queries.normalised(self._question)):
             await self._rewrite_by_model(self._config.rewrite_model)
         try:
             known = await self._ctx.knowledge.collections()

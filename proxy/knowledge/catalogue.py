@@ -116,6 +116,8 @@ def delete(sql: Sql, serial: int) -> list[str]:
     sql.execute("DELETE FROM versions WHERE member IN (SELECT serial FROM members WHERE collection = ?)", (serial,))
     sql.execute("DELETE FROM members WHERE collection = ?", (serial,))
     rows = sql.execute("DELETE FROM documents WHERE collection = ? RETURNING digest", (serial,))
+    query = "DELETE FROM calibrations WHERE collection = (SELECT id FROM collections WHERE serial = ?)"
+    sql.execute(query, (serial,))
     sql.execute("DELETE FROM collections WHERE serial = ?", (serial,))
     return [digest for (digest,) in rows]
 

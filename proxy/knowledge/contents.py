@@ -64,8 +64,12 @@ class Contents:
                 file.unlink(missing_ok=True)
 
     def keep(self, spooled: Spooled) -> None:
-        """Keep a content that was taken. Raises: OSError."""
-        os.replace(spooled.file, self.path(spooled.digest))
+        """Keep a content that was taken; it may be kept already. Raises: OSError."""
+        try:
+            os.replace(spooled.file, self.path(spooled.digest))
+        except FileNotFoundError:
+            if not self.path(spooled.digest).exists():
+                raise
 
     def remove(self, digest: str) -> None:
         """Remove a content, if it is there."""

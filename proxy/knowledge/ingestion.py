@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llama_smart_proxy.proxy.errors import BadRequest, ProxyError, UpstreamRefused
@@ -41,7 +42,7 @@ _OF_THE_TEXT = frozenset({400, 413, 422})
 
 
 class _Reading(NamedTuple):
-    """A file that has been read: its version, the pieces that are stored already, and the others."""
+    """A file that has been read: its version, how many of its pieces are stored already, and all of them."""
 
     job: Job
     version: int
@@ -163,29 +164,24 @@ class Ingestion:
 
     async def _read(self, identity: str) -> list[_Reading]:
         """The next files, until they have enough pieces for a batch. Those that cannot be read have failed."""
-        readings: list[_Reading] = []
-        seen: list[int] = []
-        while len(seen) < FILES_AT_ONCE and sum(len(reading.pieces) for reading in readings) < BATCH:
-            jobs = await self._database.run(partial(queue.jobs, limit=1, without=seen))
-            if not jobs:
+        found: list[tuple[Job, Sequence[Piece]]] = []
+        for job in await self._database.run(partial(queue.jobs, limit=FILES_AT_ONCE)):
+            if sum(len(pieces) for _, pieces in found) >= BATCH:
                 break
-            job = jobs[0]
-            seen.append(job.member)
             try:
-                pieces = await self._pieces(job)
+                found.append((job, await self._pieces(job)))
             except Unreadable as exc:
                 await self._failed(job, str(exc))
-                continue
             except ProxyError:  # as when no process can be started
                 raise
             except Exception as exc:  # a defect of the reader: the other files go on
                 logger.error("document %s cannot be read", job.document.name, exc_info=exc)
                 await self._failed(job, f"reading it failed: {type(exc).__name__}")
-                continue
-            version, stored = await self._database.run(partial(queue.begin, job=job, identity=identity))
-            if version:
-                readings.append(_Reading(job, version, stored, pieces[stored:]))
-        return readings
+
+        def begin(sql: Sql) -> list[_Reading]:
+            return [_Reading(job, *queue.begin(sql, job, identity), pieces) for job, pieces in found]
+
+        return [reading for reading in await self._database.run(begin) if reading.version]
 
     async def _pieces(self, job: Job) -> list[Piece]:
         """Raises: Unreadable."""
@@ -201,7 +197,7 @@ class Ingestion:
             raise Unreadable(f"its content cannot be read: {exc.strerror}") from exc
         if not pieces:
             raise Unreadable("there is no text in it")
-        return [Piece(_storable(piece.text), _storable(piece.heading)) for piece in pieces]
+        return pieces
 
     async def _failed(self, job: Job, reason: str) -> None:
         await self._database.run(partial(queue.fail, job=job, reason=reason))
@@ -221,9 +217,8 @@ class Ingestion:
             version, stored = await self._database.run(partial(queue.begin, job=reading.job, identity=identity))
             if not version:
                 continue
-            left = reading.pieces[stored - reading.stored :]
             try:
-                await self._embed([_Reading(reading.job, version, stored, left)], identity)
+                await self._embed([reading._replace(version=version, stored=stored)], identity)
             except (BadRequest, UpstreamRefused) as exc:
                 if exc.status not in _OF_THE_TEXT:
                     raise
@@ -232,23 +227,26 @@ class Ingestion:
 
     async def _embed(self, readings: Sequence[_Reading], identity: str) -> None:
         """Embed and store files. Raises: ProxyError; what is stored by then stays."""
-        pending = [
-            (reading.version, number, piece)
+        pending = (
+            (reading.version, number, Piece(*map(_storable, reading.pieces[number])))
             for reading in readings
-            for number, piece in enumerate(reading.pieces, reading.stored)
-        ]
+            for number in range(reading.stored, len(reading.pieces))
+        )
         rows: list[Staged] = []
-        for at in range(0, len(pending), BATCH):
-            batch = pending[at : at + BATCH]
+        while batch := list(islice(pending, BATCH)):
             vectors = await self._embedder.embed([piece.text for _, _, piece in batch], background=True)
             rows += _staged(batch, vectors)
+            self._count_pieces(len(batch))
             if len(rows) >= STORED_AT_ONCE:
                 some, rows = rows, []
                 await self._database.run(partial(queue.store, rows=some))
         await self._complete(readings, rows, identity)
         if self._totals is not None:
             self._totals.files += len(readings)
-            self._totals.pieces += len(pending)
+
+    def _count_pieces(self, number: int) -> None:
+        if self._totals is not None:
+            self._totals.pieces += number
 
     async def _complete(self, readings: Sequence[_Reading], rows: Sequence[Staged], identity: str) -> None:
         def work(sql: Sql) -> list[Change]:

@@ -16,6 +16,7 @@ from llama_smart_proxy.backends.threads import run_in_thread
 from llama_smart_proxy.proxy.errors import ConfigError, Overloaded
 from llama_smart_proxy.proxy.knowledge import catalogue
 from llama_smart_proxy.proxy.knowledge.base import Index, Ranker, Reader, Viewer
+from llama_smart_proxy.proxy.knowledge.calibration import Calibrations
 from llama_smart_proxy.proxy.knowledge.catalogue import Change
 from llama_smart_proxy.proxy.knowledge.contents import FOLDER, Contents
 from llama_smart_proxy.proxy.knowledge.database import Database
@@ -124,6 +125,7 @@ class Opened:
         self.contents = contents
         self.shelves = Shelves(partial(_index_at, index_url), self.database)
         self.ingestion = Ingestion(self.database, contents, reader, embedder, self.shelves.change, self.step)
+        self.calibrations = Calibrations(self.database, embedder)
         self.writing = asyncio.Lock()
         """Held while a content and its document come or go."""
         self.next_step = asyncio.Event()
@@ -184,11 +186,14 @@ class Opened:
         def unused(sql: Sql) -> list[str]:
             return [digest for digest in digests if digest and not catalogue.is_used(sql, digest)]
 
+        if not any(digests):
+            return
         for digest in await self.database.run(unused):
             await run_in_thread(partial(self.contents.remove, digest))
 
     async def close(self) -> None:
         """End all work."""
+        await self.calibrations.close()
         await self.ingestion.close()
         await self.shelves.close()
         self.database.close()

@@ -6,7 +6,7 @@ what is stored for it then is dropped.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from llama_smart_proxy.proxy.knowledge.base import Chunking, Document, Status
@@ -40,12 +40,10 @@ class Staged(NamedTuple):
     vector: bytes
 
 
-def jobs(sql: Sql, limit: int, without: Iterable[int] = ()) -> list[Job]:
-    """The next members that are to be read, but for these."""
-    left_out = set(without)
+def jobs(sql: Sql, limit: int) -> list[Job]:
+    """The next members that are to be read."""
     query = f"SELECT {_JOB} FROM {MEMBERS} WHERE m.status = ? ORDER BY m.serial LIMIT ?"
-    rows = sql.execute(query, (Status.IN_PROGRESS.value, limit + len(left_out)))
-    return [_job(row) for row in rows if row[0] not in left_out][:limit]
+    return [_job(row) for row in sql.execute(query, (Status.IN_PROGRESS.value, limit))]
 
 
 def _job(row: tuple[Any, ...]) -> Job:

@@ -13,9 +13,11 @@ from llama_smart_proxy.proxy.chat.passage import Found, Passage
 from llama_smart_proxy.proxy.knowledge import catalogue
 from llama_smart_proxy.proxy.knowledge.base import Hit, Ranker
 from llama_smart_proxy.proxy.knowledge.catalogue import Taken
+from llama_smart_proxy.proxy.knowledge.relevance import COMPARED, confidence, evidence, relevance
 from llama_smart_proxy.proxy.knowledge.tables import Kept
 
 if TYPE_CHECKING:
+    from llama_smart_proxy.proxy.knowledge.base import Vector
     from llama_smart_proxy.proxy.knowledge.knowledge import Opened
 
 RERANKED = 50
@@ -34,18 +36,31 @@ class Searching:
     ) -> Found:
         """As `Library.search`."""
         reranks = rerank and self._ranker.reranks
-        depth = max(limit, RERANKED) if reranks else limit
+        depth = max(limit, RERANKED if reranks else COMPARED)
         identity = await self._ranker.identity()
         vector = (await self._ranker.embed([query]))[0]
-        search = partial(self._opened.shelves.search, identity=identity, query=query, vector=vector)
-        results = await asyncio.gather(*(search(kept, limit=depth, files=documents) for kept in found))
-        hits = _merged(results)[:depth]
-        taken = await self._opened.database.run(partial(catalogue.taken, pieces=[hit.piece for hit in hits]))
-        passages = [_passage(hit, taken[hit.piece]) for hit in hits if hit.piece in taken]
+        results = await asyncio.gather(*(self._in(kept, identity, query, vector, depth, documents) for kept in found))
+        passages = sorted((passage for each, _ in results for passage in each), key=lambda passage: -passage.score)
+        trust = max((each for _, each in results), default=0.0)
         if reranks and passages:
-            passages = await self._reranked(query, passages)
-        confidence = max((passage.relevance for passage in passages), default=0.0)
-        return Found(passages[:limit], confidence)
+            passages = await self._reranked(query, passages[:depth])
+            trust = max(passage.relevance for passage in passages)
+        return Found(passages[:limit], trust)
+
+    async def _in(
+        self, kept: Kept, identity: str, query: str, vector: Vector, limit: int, documents: frozenset[str] | None
+    ) -> tuple[list[Passage], float]:
+        """The passages of one collection, and the confidence that they have the answer."""
+        hits = await self._opened.shelves.search(kept, identity, query, vector, limit, documents)
+        taken = await self._opened.database.run(partial(catalogue.taken, pieces=[hit.piece for hit in hits]))
+        calibration = await self._opened.calibrations.of(kept, identity, _Shelf(self._opened, kept, identity))
+        known = [(hit, taken[hit.piece]) for hit in hits if hit.piece in taken]
+        seen = [evidence(query, found.text, hit.dense or 0.0) for hit, found in known]
+        passages = [
+            _passage(hit.score, found, relevance(each, calibration))
+            for (hit, found), each in zip(known, seen, strict=True)
+        ]
+        return passages, confidence(seen, calibration)
 
     async def _reranked(self, query: str, passages: Sequence[Passage]) -> list[Passage]:
         scores = await self._ranker.rerank(query, [passage.text for passage in passages])
@@ -60,36 +75,27 @@ class Searching:
         if not texts:
             return []
         vectors = await self._ranker.embed([query, *texts])
-        return [_relevance(float(cosine)) for cosine in vectors[1:] @ vectors[0]]
+        calibration = self._opened.calibrations.last
+        found = zip(texts, vectors[1:] @ vectors[0], strict=True)
+        return [relevance(evidence(query, text, float(cosine)), calibration) for text, cosine in found]
 
 
-def _merged(results: Sequence[Sequence[Hit]]) -> list[Hit]:
-    """The hits of all collections, the best first. Scores are relative to those of the same search: they are computed
-    again over all of them."""
-    hits = [hit for hits in results for hit in hits]
-    if len(results) < 2 or not hits:
-        return hits
-    import numpy as np
+class _Shelf:
+    """A collection, to be measured."""
 
-    from llama_smart_proxy.proxy.knowledge.index.fusion import fuse
+    def __init__(self, opened: Opened, kept: Kept, identity: str) -> None:
+        self._opened, self._kept, self._identity = opened, kept, identity
 
-    scores = fuse(
-        np.array([math.nan if hit.dense is None else hit.dense for hit in hits], np.float32),
-        np.array([0.0 if hit.lexical is None else hit.lexical for hit in hits], np.float32),
-    )
-    hits = [hit._replace(score=float(score)) for hit, score in zip(hits, scores, strict=True)]
-    return sorted(hits, key=lambda hit: -hit.score)
+    async def search(self, collection: str, query: str, vector: Vector, limit: int) -> list[Hit]:
+        """As `Index.search`."""
+        return await self._opened.shelves.search(self._kept, self._identity, query, vector, limit, None)
 
 
-def _passage(hit: Hit, taken: Taken) -> Passage:
+def _passage(score: float, taken: Taken, relevant: float) -> Passage:
     return Passage(
         taken.text, taken.document, taken.heading, taken.number, taken.collection, taken.document_id, taken.source,
-        hit.score, _relevance(hit.dense or 0.0), taken.attributes,
+        score, relevant, taken.attributes,
     )  # fmt: skip
-
-
-def _relevance(cosine: float) -> float:
-    return min(1.0, max(0.0, cosine))
 
 
 def _sigmoid(score: float) -> float:

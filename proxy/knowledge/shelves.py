@@ -18,7 +18,7 @@ from llama_smart_proxy.proxy.knowledge.database import Database
 from llama_smart_proxy.proxy.knowledge.tables import Kept
 
 if TYPE_CHECKING:
-    from llama_smart_proxy.proxy.knowledge.base import Vector
+    from llama_smart_proxy.proxy.knowledge.base import Vector, Vectors
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,8 @@ class Shelves:
         if not await index.open(name, dimensions, f"{identity} {stamp}"):
             after = (0, -1)
             while rows := await self._page(name, identity, after):
-                await index.add(name, [Row(row[0], row[1], row[2], _vector(row[3])) for row in rows])
+                vectors = _vectors([row[3] for row in rows])
+                await index.add(name, [Row(row[0], row[1], row[2], at) for row, at in zip(rows, vectors, strict=True)])
                 after = rows[-1][4], rows[-1][5]
             await index.settle(name, f"{identity} {stamp}")
         shelf.identity = identity
@@ -132,7 +133,8 @@ class Shelves:
             rows = await self._database.run(work)
             if not rows:
                 return
-            found = [Row(piece, change.file, text, _vector(vector)) for piece, text, vector, _ in rows]
+            vectors = _vectors([row[2] for row in rows])
+            found = [Row(row[0], change.file, row[1], vector) for row, vector in zip(rows, vectors, strict=True)]
             await index.add(change.collection, found)
             after = rows[-1][3]
 
@@ -156,7 +158,8 @@ def _stamp(shelf: _Shelf) -> str:
     return f"{shelf.identity} {shelf.stamp}"
 
 
-def _vector(data: bytes) -> Vector:
+def _vectors(data: Sequence[bytes]) -> Vectors:
+    """Of texts as they are in the catalogue."""
     import numpy as np
 
-    return np.frombuffer(data, "<f2").astype(np.float32)
+    return np.frombuffer(b"".join(data), "<f2").astype(np.float32).reshape(len(data), -1)

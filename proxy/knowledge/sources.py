@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlsplit
 
 from llama_smart_proxy.backends.threads import run_in_thread
 from llama_smart_proxy.proxy.knowledge import catalogue
-from llama_smart_proxy.proxy.knowledge.base import Status
+from llama_smart_proxy.proxy.knowledge.base import Document, Status
 from llama_smart_proxy.proxy.knowledge.catalogue import Change
 from llama_smart_proxy.proxy.knowledge.tables import Kept
 from llama_smart_proxy.proxy.store import Sql
@@ -28,19 +28,22 @@ async def add_source(
     """Add or replace what came to a collection from `source`; `file` is copied, or moved, and `stamp` its state.
     Returns the document's id; empty if its content is the same as before. Raises: OSError."""
     spooled = await run_in_thread(partial(opened.contents.take, file, move=move))
-    content = _Content(spooled.size, spooled.digest, media_type, stamp)
+
+    def work(sql: Sql) -> _Outcome:
+        content = _Content(spooled.size, spooled.digest, media_type, stamp)
+        before, again = _unchanged(sql, kept, source, content)
+        if before is not None and before.digest == spooled.digest:
+            spooled.file.unlink(missing_ok=True)
+            return _Outcome(before.id if again else "")
+        opened.contents.keep(spooled)
+        return _Outcome(_added(sql, kept, source, content), before.digest if before is not None else "")
+
     async with opened.writing:
-        before = await opened.database.run(partial(_unchanged, kept=kept, source=source, content=content))
-        if before.document and before.digest == spooled.digest:
-            await run_in_thread(partial(spooled.file.unlink, missing_ok=True))
-            document = before.document if before.is_queued else ""
-        else:
-            await run_in_thread(partial(opened.contents.keep, spooled))
-            document = await opened.database.run(partial(_added, kept=kept, source=source, content=content))
-            await opened.remove([before.digest])
-    if document:
+        outcome = await opened.database.run(work)
+        await opened.remove([outcome.replaced])
+    if outcome.document:
         opened.added()
-    return document
+    return outcome.document
 
 
 async def fail_source(opened: Opened, kept: Kept, source: str, size: int, reason: str, stamp: str) -> None:
@@ -75,28 +78,26 @@ def _removed(sql: Sql, documents: Sequence[str]) -> tuple[list[Change], list[str
     return changes, [document.digest for _, document in found]
 
 
-class _Before(NamedTuple):
-    """What came from a source before: its document's id, the digest of its content, and whether it is added again."""
+class _Outcome(NamedTuple):
+    """The id of the document that is added now, and the digest of the content that it had before, each if there is."""
 
-    document: str = ""
-    digest: str = ""
-    is_queued: bool = False
+    document: str
+    replaced: str = ""
 
 
-def _unchanged(sql: Sql, kept: Kept, source: str, content: _Content) -> _Before:
-    """What came from `source` before. If it has the same content, that is noted; one that has failed is tried again."""
+def _unchanged(sql: Sql, kept: Kept, source: str, content: _Content) -> tuple[Document | None, bool]:
+    """What came from `source` before. If it has the same content, its stamp is noted, and one that has failed is tried
+    again: then True."""
     found = catalogue.from_source(sql, kept.serial, source)
-    if found is None:
-        return _Before()
+    if found is None or found[1].digest != content.digest:
+        return (found[1] if found is not None else None), False
     serial, document = found
-    if document.digest != content.digest:
-        return _Before(document.id, document.digest)
     catalogue.set_stamp(sql, kept.serial, source, content.stamp)
     known = catalogue.member(sql, kept.serial, document.id)
     again = known is None or known.member.status in (Status.FAILED, Status.CANCELLED)
     if again:
         catalogue.attach(sql, kept.serial, serial, None, None)
-    return _Before(document.id, document.digest, again)
+    return document, again
 
 
 class _Content(NamedTuple):

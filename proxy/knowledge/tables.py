@@ -48,6 +48,9 @@ SCHEMA = Schema(
         );
         CREATE UNIQUE INDEX chunks_by_version ON chunks (version, number);
         """,
+        """
+        CREATE TABLE calibrations (collection TEXT PRIMARY KEY, identity TEXT, pieces INTEGER, off REAL, near REAL);
+        """,
     ),
     memory=False,
 )

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import stat
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,7 +22,6 @@ from llama_smart_proxy.proxy.errors import ProxyError
 from llama_smart_proxy.proxy.knowledge import catalogue
 from llama_smart_proxy.proxy.knowledge.sources import add_source, fail_source, remove_sources
 from llama_smart_proxy.proxy.knowledge.tables import Kept
-from llama_smart_proxy.proxy.store import Sql
 
 if TYPE_CHECKING:
     from llama_smart_proxy.proxy.config.knowledge import WatchedFolder
@@ -36,6 +34,8 @@ INTERVAL_S = 2.0
 SHARE = 20
 """The time between two looks is at least so many times that of a look."""
 EXPIRY_S = 60.0
+AT_ONCE = 8
+"""Most files that are read at one time."""
 _TEMPORARY = (".part", ".tmp", ".crdownload", ".swp", "~")
 
 
@@ -84,15 +84,6 @@ def look(folder: Path) -> Seen:
 def _source(path: str) -> str:
     """A path may have bytes that are no text."""
     return path.encode(errors="backslashreplace").decode()
-
-
-def stamp_of(file: str) -> str:
-    """Different after a change of a file; empty if it is no regular one, or gone. Blocks on the disk."""
-    try:
-        found = os.stat(file, follow_symlinks=False)
-    except OSError:
-        return ""
-    return _stamp(found) if stat.S_ISREG(found.st_mode) else ""
 
 
 def _stamp(found: os.stat_result) -> str:
@@ -172,10 +163,15 @@ class Watcher:
             await remove_sources(opened, gone)
         is_first = prefix not in self._followed
         self._followed.add(prefix)
-        for source, found in seen.files.items():
-            before = known.get(source)
-            if before is None or before.stamp != found.stamp or (is_first and before.error):
-                await _add(opened, kept, source, found, before.error if before is not None else "")
+        errors = {source: before.error for source, before in known.items()}
+        changed = [
+            (source, found)
+            for source, found in seen.files.items()
+            if source not in known or known[source].stamp != found.stamp or (is_first and errors[source])
+        ]
+        for at in range(0, len(changed), AT_ONCE):
+            some = changed[at : at + AT_ONCE]
+            await asyncio.gather(*(_add(opened, kept, source, found, errors.get(source, "")) for source, found in some))
 
     async def _is_there(self, path: Path, seen: Seen) -> bool:
         """Whether this is the folder that it was: one whose disk is not mounted is empty, and nothing is removed."""
@@ -195,8 +191,8 @@ def _expired(kept: Kept) -> tuple[str, int | None]:
 
 
 async def _add(opened: Opened, kept: Kept, source: str, found: Found, error: str) -> None:
-    """Add or replace a document, unless it is being written just now: the next look finds it again. One that cannot be
-    read has no stamp, as it may be readable then without a change; `error` is why it could not be before."""
+    """Add or replace a document; one that is being written has another stamp at the next look. One that cannot be read
+    has no stamp, as it may be readable then without a change; `error` is why it could not be before."""
     limit = opened.ingestion.max_file_bytes
     reason = f"it is larger than {limit >> 20} MiB (setting knowledge.max_file_mib)" if found.size > limit else ""
     if not reason:
@@ -206,12 +202,5 @@ async def _add(opened: Opened, kept: Kept, source: str, found: Found, error: str
             return
         except OSError as exc:
             reason = f"it cannot be read: {exc.strerror}"
-    if reason:
-        if reason != error:
-            await fail_source(opened, kept, source, found.size, reason, "")
-    elif await run_in_thread(partial(stamp_of, found.path)) != found.stamp:
-        await opened.database.run(partial(_unstamp, collection=kept.serial, source=source))
-
-
-def _unstamp(sql: Sql, collection: int, source: str) -> None:
-    catalogue.set_stamp(sql, collection, source, "")
+    if reason and reason != error:
+        await fail_source(opened, kept, source, found.size, reason, "")

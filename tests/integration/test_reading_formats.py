@@ -47,6 +47,14 @@ def test_a_page_keeps_its_structure_and_loses_its_menus(read: Read) -> None:
     assert not any(word in text for word in ("Menu", "script", "Imprint"))
 
 
+def test_short_terms_stay_with_their_definitions_and_rows_without_a_head_have_none(read: Read) -> None:
+    terms = "".join(f"<dt>Term {n}<dd>This is the definition of number {n}." for n in range(9))
+    rows = "".join(f"<tr><td>thing {n}<td>{n}00 dollars" for n in range(9))
+    text = read(f"<!doctype html><body><dl>{terms}</dl><table>{rows}</table>".encode())[0].text
+    assert all(f"Term {n}\n\nThis is the definition of number {n}." in text for n in range(9))
+    assert "| thing 0 | 000 dollars |\n| thing 1 | 100 dollars |" in text
+
+
 def test_a_page_of_links_is_read_if_there_is_nothing_else(read: Read) -> None:
     [piece] = read(f"<!doctype html><title>Index</title><body>{MANY}".encode())
     assert "Another page 8" in piece.text
@@ -73,9 +81,7 @@ def test_office_files_keep_headings_and_tables(read: Read) -> None:
     word = formats.docx(("Heading1", "Manual"), ("Heading2", "Setup"), ("", LONG))
     assert [(piece.heading, LONG.strip() in piece.text) for piece in read(word)] == [("Manual > Setup", True)]
     table = read(formats.xlsx([["item", "price", None], ["nut", 1, None]]), "prices.xlsx")
-    assert table == [
-        Piece("prices.xlsx > Prices\n\n| item | price |\n| --- | --- |\n| nut | 1 |", "prices.xlsx > Prices")
-    ]
+    assert table == [Piece("prices.xlsx > Prices\n\n| item | price |\n|---|---|\n| nut | 1 |", "prices.xlsx > Prices")]
     assert [piece.heading for piece in read(formats.slides("One", "Two"), "s")] == [
         "s > One",
         "s > Two",

@@ -28,7 +28,7 @@ class Chats:
 def config(folder: Path, server: EmbeddingServer, watched: Path) -> dict[str, Any]:
     """A proxy with a chat model for all clients at once, and with a watched folder, which need not exist."""
     fakes = Fakes(folder)
-    model = fakes.model(TOKENS=4, fields={"args": ["--parallel", str(CLIENTS)]})
+    model = fakes.model(TOKENS=4, TOKEN_MS=50, fields={"args": ["--parallel", str(CLIENTS)]})
     knowledge = {"embedding_model": "words", "watch": [{"path": str(watched), "collection": "load"}]}
     return {
         **fakes.config({"m": model}),

@@ -74,6 +74,7 @@ TASK_MAKERS = {
     "proxy/knowledge/watch.py",  # looks at watched folders
     "proxy/api/conversations.py",  # requests for resumable streams that have lost their client
     "proxy/http/response.py",  # waiting for a slow client
+    "proxy/knowledge/calibration.py",  # the measurement of a collection, ended with the knowledge base
     "proxy/middleware/afterwards.py",  # hooks after a request
     "proxy/middleware/passage.py",  # a read of an answer, for a task of an agent
     "proxy/middleware/scope.py",  # a request with agents, and whatever they start

@@ -124,9 +124,29 @@ def test_scripts_without_spaces_are_searched_by_pairs_of_characters() -> None:
     assert first > second > third == 0
 
 
-def test_a_score_that_is_not_known_counts_as_the_worst_and_the_best_of_both_is_first() -> None:
-    fused = fuse(np.array([0.9, 0.5, np.nan, 0.1], np.float32), np.array([8, np.nan, 9, 1], np.float32))
-    assert fused.argmax() == 0 and ((fused >= 0) & (fused <= 1)).all()
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("dense", "lexical", "order"),
+    [
+        ([0.9, 0.5, NAN, 0.1], [8, NAN, 9, 1], [0, 1, 2, 3]),
+        ([0.60, 0.55, 0.40], [1, 9, 0], [1, 0, 2]),
+        ([0.60, 0.55, 0.40], [0, 0, 9], [0, 1, 2]),
+        ([0.3, 0.2], [0, 0], [0, 1]),
+        ([NAN, NAN], [1, 2], [1, 0]),
+        ([-0.3, -0.2, -0.9], [1, NAN, NAN], [0, 1, 2]),
+        ([1.0], [7], [0]),
+        ([], [], []),
+    ],
+    ids=["best of both", "text decides", "far is far", "no text", "text alone", "no likeness", "one", "none"],
+)
+def test_the_fused_score_ranks_and_stays_between_0_and_1(
+    dense: list[float], lexical: list[float], order: list[int]
+) -> None:
+    fused = fuse(np.array(dense, np.float32), np.array(lexical, np.float32))
+    assert np.argsort(-fused, kind="stable").tolist() == order
+    assert ((fused >= 0) & (fused <= 1)).all()
 
 
 async def test_what_is_removed_often_takes_no_memory() -> None:
