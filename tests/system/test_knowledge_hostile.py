@@ -158,6 +158,18 @@ async def test_sources_are_names_and_not_paths_of_the_proxy(known: Proxy, known_
     assert all(file.is_relative_to(known_folder / "state") for file in set(files_below(known_folder)) - set(before))
 
 
+async def test_one_source_that_is_sent_many_times_at_once_is_one_document(known: Proxy) -> None:
+    made = (await asked(known, "POST", "/v1/vector_stores", {"name": "same"})).json()["id"]
+    path = f"/knowledge/{made}?source=/same.md"
+    answers = await asyncio.gather(*(asked(known, "PUT", path, f"Number {n}.".encode()) for n in range(20)))
+    assert {answer.status for answer in answers} == {200}
+    [line] = (await asked(known, "GET", f"/knowledge/{made}")).body.splitlines()
+    file = json.loads(line)["id"]
+    content = (await asked(known, "GET", f"/v1/files/{file}/content")).body
+    assert content in {f"Number {n}.".encode() for n in range(20)}
+    assert (await asked(known, "PUT", path, content)).json() == {"changed": False, "document": None}
+
+
 async def test_a_head_has_what_a_get_has_without_its_body(known: Proxy) -> None:
     with client_of(known) as client:
         file = client.files.create(file=("a.txt", b"12345"), purpose="user_data").id
