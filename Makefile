@@ -8,7 +8,7 @@ bin := .venv/bin
 # Without bytecode, every process that a test starts would compile all of its modules again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help run test test-unit test-full lint fix check bench simulate dist install-service uninstall-service clean FORCE
+.PHONY: help run test test-unit test-full lint fix check bench eval-rag simulate dist install-service uninstall-service clean FORCE
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -44,6 +44,9 @@ check: lint test ## lint, then test
 bench: .venv/dev ## measure the relay against a direct connection and nginx; writes build/bench.json
 	@mkdir -p build
 	$(bin)/python -m tests.bench --json build/bench.json
+
+eval-rag: .venv/dev ## measure retrieval on questions of Debian's documentation; PIECES=0 for the small set alone
+	OPENBLAS_NUM_THREADS=1 $(bin)/python -m tests.bench.rag --json build/eval-rag.json $(if $(PIECES),--pieces $(PIECES))
 
 simulate: .venv/run ## start the proxy on a free port, use it for real, print what passed
 	$(bin)/llama-smart-proxy simulate $(config)

@@ -15,10 +15,11 @@ from tests.support import harness
 from tests.support.e2e_support import matrix
 from tests.support.gguf_fixture import tiny_models
 from tests.support.harness import Proxy, free_port, session_proxy
+from tests.support.knowledge import known, known_folder
 from tests.support.stages import chain, recorded, scripted, served, stage
 from tests.support.toxic import RawUpstream, raw_upstream
 
-__all__ = ["chain", "recorded", "scripted", "served", "stage", "tiny_models"]  # fixtures
+__all__ = ["chain", "known", "known_folder", "recorded", "scripted", "served", "stage", "tiny_models"]  # fixtures
 LOG_TAIL = 8000
 """Characters of a proxy's log shown for a failed test."""
 # How long an example takes says nothing on a busy machine. But for `search`, everyone gets the same examples.

@@ -13,6 +13,8 @@ from llama_smart_proxy import (
     ProxyError,
     UpstreamFailed,
     background_kind,
+    first_text_part,
+    without_sources,
 )
 from llama_smart_proxy.agents.rag import citing, prompt
 from llama_smart_proxy.agents.rag.options import RagOptions
@@ -52,6 +54,7 @@ class Rag(Agent):
         outcome = await Session(request, ctx, self.web).run()
         if outcome.failures and not outcome.passages and ctx.required:
             raise UpstreamFailed("; ".join(outcome.reasons), status=503, code="no_context")
+        _remove_lists(request)
         sources = await _injected(request, ctx, prompt.numbered(outcome.passages), outcome)
         ctx.state["outcome"], ctx.state["sources"] = outcome, sources
         ctx.note("inject", sources=len(sources), verdict=str(outcome.verdict), rounds=outcome.rounds)
@@ -77,9 +80,12 @@ class Rag(Agent):
                 pieces.append(text)
             if chunk.finish_reason and not ended:
                 ended = True
-                yield _with_sources(chunk, "".join(pieces), sources, outcome, ctx)
-                if lines := _list_of("".join(pieces), sources, chunk, ctx):
-                    yield Chunk.sources(lines)
+                lines = _list_of("".join(pieces), sources, chunk, ctx)
+                listed = [Chunk.sources(lines)] if lines else []
+                last = _with_sources(chunk, "".join(pieces), sources, outcome, ctx)
+                # The proxy sends the end behind the list; but of several choices, each is over with its end.
+                for one in (*listed, last) if (ctx.request.body.get("n") or 1) != 1 else (last, *listed):
+                    yield one
                 continue
             yield chunk
 
@@ -88,6 +94,17 @@ def _applies(request: ChatRequest) -> bool:
     """Whether there is a question of a person. Chat UIs ask for titles and tags with prompts of their own."""
     text = request.last_user_text
     return bool(text.strip()) and background_kind(text) is None and background_kind(request.system) is None
+
+
+def _remove_lists(request: ChatRequest) -> None:
+    """Remove the lists of sources below earlier answers. The proxy does so in every chat, but not without slash
+    commands."""
+    for message in request.messages:
+        content = message.get("content") if message.get("role") == "assistant" else None
+        if isinstance(content, str):
+            message["content"] = without_sources(content)
+        elif isinstance(content, list) and content and first_text_part(content[-1:]) is not None:
+            content[-1]["text"] = without_sources(content[-1]["text"])
 
 
 async def _injected(

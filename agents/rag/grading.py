@@ -72,6 +72,11 @@ def as_probabilities(scores: Sequence[float]) -> list[float]:
     return [1 / (1 + math.exp(-min(max(score, -60.0), 60.0))) for score in scores]
 
 
+def any_of(probabilities: Sequence[float]) -> float:
+    """The probability that at least one of several texts has the answer, if they do not depend on each other."""
+    return 1 - math.prod(1 - min(max(probability, 0.0), 1.0) for probability in probabilities)
+
+
 def regraded(passages: Sequence[Passage], grades: Sequence[float]) -> Found:
     """The passages with new grades, the best first."""
     graded = [replace(one, relevance=grade) for one, grade in zip(passages, grades, strict=True)]

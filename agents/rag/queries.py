@@ -10,6 +10,8 @@ from llama_smart_proxy import ChatRequest, Json, text_of
 
 FEW_WORDS = 2
 """A question with no more words than that is about something said before, if there is anything before."""
+LOOKED_AT = 10_000
+"""Characters at the beginning and at the end of a text that may be a part of the query."""
 CARRIED = 300
 """Characters of an earlier question that are put in front of one that follows."""
 TURNS = 4
@@ -44,6 +46,13 @@ def follows_on(question: str) -> bool:
     return len(words) <= _POINTING_WORDS and _POINTERS.search(question) is not None
 
 
+def normalised(question: str) -> str:
+    """A question on one line; of a very long text its beginning and its end."""
+    if len(question) > 2 * LOOKED_AT:
+        question = f"{question[:LOOKED_AT]} {question[-LOOKED_AT:]}"
+    return " ".join(question.split())
+
+
 def earlier_questions(request: ChatRequest) -> list[str]:
     """The user's texts before the last one, the newest first; a text completion has none."""
     users = [text_of(message.get("content")) for message in request.messages if message.get("role") == "user"]
@@ -52,8 +61,13 @@ def earlier_questions(request: ChatRequest) -> list[str]:
 
 def self_contained(question: str, earlier: Sequence[str], longest: int) -> str:
     """The query for a question: with the last earlier one that is understood by itself, if it follows on."""
-    query = " ".join(question.split())
-    return _with_earlier(query, earlier, longest) if earlier and follows_on(query) else query[:longest].strip()
+    query = normalised(question)
+    if earlier and follows_on(query):
+        return _with_earlier(query, earlier, longest)
+    if len(query) <= longest:
+        return query
+    half = longest // 2  # of a text with a question, most have that at its beginning or at its end
+    return f"{query[: half - 1].rstrip()} {query[-half:].lstrip()}"
 
 
 def _with_earlier(query: str, earlier: Sequence[str], longest: int) -> str:
@@ -64,7 +78,7 @@ def _with_earlier(query: str, earlier: Sequence[str], longest: int) -> str:
 
 def cheap_rewrites(question: str, earlier: Sequence[str], longest: int) -> list[str]:
     """Other queries for a question that cost nothing: with the question before it, if there is one."""
-    query = " ".join(question.split())
+    query = normalised(question)
     return [_with_earlier(query, earlier, longest)] if earlier else []
 
 

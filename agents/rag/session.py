@@ -13,8 +13,11 @@ from llama_smart_proxy.agents.rag.loop import Do, Situation, Verdict, begins_rou
 from llama_smart_proxy.agents.rag.options import RagOptions
 from llama_smart_proxy.agents.rag.web import Web, WebUnavailable
 
-KEPT_SHARE = 0.5
-"""Passages below this share of `lower`, and of the best one, are not used beside that."""
+KEPT_SHARE = 0.25
+"""Passages below this share of the relevance of the best one are not used beside that. How high it is says little: of
+several good ones, each is improbable to be the one that has the answer."""
+STRIP_SHARE = 0.5
+"""The same for the parts of a passage, for `refine: grade`."""
 CANDIDATES = 2
 """Passages that are graded, for each that may be used."""
 
@@ -68,9 +71,9 @@ class Session:
     # -- steps -------------------------------------------------------------------------------------------------------
 
     async def _begin(self) -> None:
-        if self._query != " ".join(self._question.split()) and self._earlier:
+        if self._earlier and queries.follows_on(queries.normalised(self._question)):
             self._decided("query", "the question is searched for with the one before it", by="rule")
-        if self._earlier and self._config.rewrite_model and queries.follows_on(self._question):
+        if self._earlier and self._config.rewrite_model and queries.follows_on(queries.normalised(self._question)):
             await self._rewrite_by_model(self._config.rewrite_model)
         try:
             known = await self._ctx.knowledge.collections()
@@ -114,8 +117,8 @@ class Session:
             self._failed(f"the web cannot be searched: {exc}", exc)
             self._now = replace(self._now, has_web=False)
             return
-        best = max((page.relevance for page in pages), default=0.0)
-        found, _ = await self._graded(Found(pages[: self._config.max_documents * CANDIDATES], best))
+        most = pages[: self._config.max_documents * CANDIDATES]
+        found, _ = await self._graded(Found(most, grading.any_of([page.relevance for page in most])))
         verdict = self._verdict(found)
         self._pages = self._usable(found) if verdict is not Verdict.INCORRECT else []
         self._now = replace(self._now, pages=verdict)
@@ -186,7 +189,8 @@ class Session:
             texts = strips(passage.text)
             try:
                 grades = dict(zip(texts, await self._ctx.knowledge.grade(self._query, texts), strict=True))
-                grade = lambda strip: float(grades[strip] >= self._config.lower)  # noqa: E731
+                least = max(grades.values(), default=0.0) * STRIP_SHARE
+                grade = lambda strip: float(grades[strip] >= least)  # noqa: E731
             except ProxyError as exc:
                 self.outcome.reasons.append(f"passages could not be refined: {exc.message}")
         return replace(passage, text=refining.refined(self._query, passage.heading, passage.text, grade))
@@ -211,8 +215,7 @@ class Session:
 
     def _usable(self, found: Found) -> list[Passage]:
         best, *others = found.passages[: self._config.max_documents]
-        least = max(self._config.lower, best.relevance) * KEPT_SHARE
-        return [best, *(passage for passage in others if passage.relevance > least)]
+        return [best, *(passage for passage in others if passage.relevance > best.relevance * KEPT_SHARE)]
 
     # -- decisions ---------------------------------------------------------------------------------------------------
 

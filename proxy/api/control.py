@@ -154,6 +154,7 @@ async def _entry(name: str, model: Model | None, instance: Mapping[str, Any]) ->
         "backend": model.kind if model is not None else "",
         "queue": instance.get("queue", 0),
         "slots": instance.get("slots"),
+        "helper": bool(instance.get("helper")),
         "loaded_s": instance.get("loaded_s"),
         "idle_s": instance.get("idle_s"),
         "expires_in_s": None if expires_in_s is None else round(max(0.0, expires_in_s), 1),

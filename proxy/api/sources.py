@@ -21,6 +21,8 @@ from llama_smart_proxy.proxy.knowledge.base import Collection, Member
 
 LONGEST = 4096
 """Characters of a path or a URL."""
+PAGE_BYTES = 16 * 2**20
+"""Largest page, which is in memory while it is received."""
 FETCH_S = 60.0
 """Seconds for a page."""
 LINES = 500
@@ -74,7 +76,9 @@ async def _fetched(http: web.BaseRequest, url: str) -> Page:
     settings = http[PROXY].config.knowledge
     fetcher = Fetcher(allow_private=settings.allow_private if viewer_of(http).is_admin else ())
     try:
-        return await fetcher.get(url, limits=Limits(max_bytes=settings.max_file_mib * 2**20, total_s=FETCH_S))
+        return await fetcher.get(
+            url, limits=Limits(max_bytes=min(settings.max_file_mib * 2**20, PAGE_BYTES), total_s=FETCH_S)
+        )
     except FetchError as exc:
         raise BadRequest(f"the page cannot be fetched: {exc}", code="not_fetched", param="url") from None
     finally:

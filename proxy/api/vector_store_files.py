@@ -16,7 +16,7 @@ from llama_smart_proxy.proxy.chat import Json
 from llama_smart_proxy.proxy.errors import BadRequest
 from llama_smart_proxy.proxy.http.body import read_json
 from llama_smart_proxy.proxy.http.response import ResponseWriter
-from llama_smart_proxy.proxy.knowledge.base import Chunking, Counts, Member, Status
+from llama_smart_proxy.proxy.knowledge.base import Addition, Counts, Member, Status
 from llama_smart_proxy.proxy.knowledge.library import Library
 
 PIECES = 200
@@ -26,17 +26,17 @@ PIECES = 200
 async def create(http: web.BaseRequest) -> web.Response:
     """`POST /v1/vector_stores/{id}/files`: adds `file_id`; answers at once, `in_progress`."""
     library, body = library_of(http), await read_json(http, http[PROXY].max_body_bytes)
-    file, attributes, how = _entry(body)
+    file, attributes, how = _addition(body)
     member = await library.attach(param(http, "id"), file, attributes=attributes, chunking=how)
     return web.json_response(shape(member))
 
 
-def _entry(body: Any) -> tuple[str, Json | None, Chunking | None]:
+def _addition(body: Any) -> Addition:
     """A file to be added, its attributes, and how it is split."""
     file = body.get("file_id") if isinstance(body, dict) else None
     if not isinstance(file, str) or not file:
         raise BadRequest("file_id must be the id of a file", param="file_id")
-    return file, pairs(body, "attributes"), chunking(body)
+    return Addition(file, pairs(body, "attributes"), chunking(body))
 
 
 async def list_files(http: web.BaseRequest) -> web.Response:
@@ -94,19 +94,16 @@ async def create_batch(http: web.BaseRequest) -> web.Response:
     files = body.get("files")
     if files is None:
         attributes, how = pairs(body, "attributes"), chunking(body)
-        entries = [(file, attributes, how) for file in ids(body, "file_ids", MOST_FILES)]
+        additions = [Addition(file, attributes, how) for file in ids(body, "file_ids", MOST_FILES)]
     elif isinstance(files, list) and len(files) <= MOST_FILES:
-        entries = list({entry[0]: entry for entry in map(_entry, files)}.values())
+        additions = list({addition.document: addition for addition in map(_addition, files)}.values())
     else:
         raise BadRequest(f"files must be a list of at most {MOST_FILES} objects", param="files")
-    if not entries:
+    if not additions:
         raise BadRequest("a batch requires at least one file", param="file_ids")
     collection = await library.collection(param(http, "id"))
-    for file, _, _ in entries:
-        await library.document(file)
     batch = f"vsfb_{secrets.token_hex(12)}"
-    for file, attributes, how in entries:
-        await library.attach(collection.id, file, attributes=attributes, chunking=how, batch=batch)
+    await library.attach_all(collection.id, additions, batch)
     return await _answer(library, collection.id, batch)
 
 

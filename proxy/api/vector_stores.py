@@ -26,7 +26,7 @@ from llama_smart_proxy.proxy.chat.passage import Found, Passage
 from llama_smart_proxy.proxy.errors import BadRequest, ProxyError
 from llama_smart_proxy.proxy.http.body import read_json
 from llama_smart_proxy.proxy.knowledge import filters
-from llama_smart_proxy.proxy.knowledge.base import Collection, Counts
+from llama_smart_proxy.proxy.knowledge.base import Addition, Collection, Counts
 from llama_smart_proxy.proxy.knowledge.library import Library
 
 MOST_FILES = 2000
@@ -41,13 +41,10 @@ async def create(http: web.BaseRequest) -> web.Response:
     library, body = library_of(http), await read_json(http, http[PROXY].max_body_bytes)
     name, metadata, kept_days = text(body, "name") or "", pairs(body, "metadata", str), days(body)
     files, how = ids(body, "file_ids", MOST_FILES), chunking(body)
-    for file in files:
-        await library.document(file)
     made = await library.create(name, metadata=metadata, days=kept_days)
     try:
-        for file in files:
-            await library.attach(made.id, file, chunking=how)
-    except ProxyError:  # it has just been deleted
+        await library.attach_all(made.id, [Addition(file, chunking=how) for file in files])
+    except ProxyError:
         await library.delete(made.id)
         raise
     return web.json_response(shape(await library.collection(made.id) if files else made))

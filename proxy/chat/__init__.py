@@ -29,6 +29,7 @@ from llama_smart_proxy.proxy.chat.fold import Fold, Reply, fold, replay
 from llama_smart_proxy.proxy.chat.passage import Found, Passage
 from llama_smart_proxy.proxy.chat.record import Observer, RequestRecord, Timing
 from llama_smart_proxy.proxy.chat.request import ChatRequest, first_text_part, last_user_message, text_of
+from llama_smart_proxy.proxy.chat.sources import without_sources
 
 __all__ = [
     "BACKGROUND_PROMPTS",
@@ -60,4 +61,5 @@ __all__ = [
     "say",
     "text_of",
     "without_extensions",
+    "without_sources",
 ]

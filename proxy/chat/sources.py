@@ -6,13 +6,18 @@ import re
 from collections.abc import Iterable
 
 SOURCES_MARK = "\n\n\U0001f4da Sources:\n"
-"""Above the list. Looking for it costs nothing in a text without characters beyond the first 65,536 of Unicode."""
+"""Above the list."""
 _LINES = re.compile(r"(?:- \[\d+\] [^\n]*(?:\n+|\Z))+")
 
 
 def sources_list(lines: Iterable[str]) -> str:
     """The text for these lines, each of which begins with a number in square brackets."""
     return SOURCES_MARK + "\n".join(f"- {' '.join(line.split())}" for line in lines)
+
+
+def may_have_sources(text: str) -> bool:
+    """Whether the last line of a text looks like one of such a list. Cheap; True may be a false positive."""
+    return text.startswith("- [", text.rfind("\n", 0, -1) + 1)
 
 
 def without_sources(text: str) -> str:

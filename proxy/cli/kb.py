@@ -23,6 +23,9 @@ SHOWN = 500
 
 def kb_command(proxy: Remote, args: argparse.Namespace) -> int:
     """Run the action `args.action`. Returns the exit status. Raises: RemoteError."""
+    name = args.collection or ""
+    if "/" in name or name in (".", ".."):
+        raise RemoteError(f"{name}: no path can have this name; `llama-smart-proxy kb list` shows ids", 2)
     return _ACTIONS[args.action](proxy, args)
 
 

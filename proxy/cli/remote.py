@@ -9,6 +9,7 @@ import argparse
 import http.client
 import json
 import os
+import select
 import ssl
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -100,18 +101,17 @@ class Remote:
         """Raises: RemoteError, also for an answer that is none of success."""
         kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
         connection = kind(self._host, self._port, timeout=CONNECT_S)
-        data: Any = None
-        headers = dict(self._headers)
-        if isinstance(body, _Content):
-            data, headers["Content-Length"] = body.pieces(), str(body.size)
-        elif body is not None:
+        data, headers = None, dict(self._headers)
+        if body is not None and not isinstance(body, _Content):
             data, headers["Content-Type"] = json.dumps(body).encode(), "application/json"
         try:
             with _explained(self.url, CONNECT_S):
                 connection.connect()
             connection.sock.settimeout(timeout_s)
             with _explained(self.url, timeout_s):
-                with suppress(BrokenPipeError, ConnectionResetError):  # it has answered before it had all of the body
+                if isinstance(body, _Content):
+                    body.send(connection, method, self._folder + path, headers, may_end_early=not self._secure)
+                else:
                     connection.request(method, self._folder + path, data, headers)
                 response = connection.getresponse()
             if not 200 <= response.status < 300:
@@ -127,7 +127,22 @@ class _Content(NamedTuple):
     file: BinaryIO
     size: int
 
-    def pieces(self) -> Iterator[bytes]:
+    def send(
+        self, connection: http.client.HTTPConnection, method: str, path: str, headers: Mapping[str, str], *,
+        may_end_early: bool,
+    ) -> None:  # fmt: skip
+        """Send the request, or as much of it as is required for an answer. `may_end_early`: what comes back is one."""
+        connection.putrequest(method, path, skip_accept_encoding=True)
+        for name, value in {**headers, "Content-Length": str(self.size)}.items():
+            connection.putheader(name, value)
+        connection.endheaders()
+        with suppress(BrokenPipeError, ConnectionResetError):
+            for piece in self._pieces():
+                if may_end_early and select.select([connection.sock], [], [], 0)[0]:
+                    return
+                connection.send(piece)
+
+    def _pieces(self) -> Iterator[bytes]:
         left = self.size
         while left:
             try:

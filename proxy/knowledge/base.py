@@ -114,7 +114,8 @@ class Hit(NamedTuple):
 class Index(Protocol):
     """The pieces of all collections, to be searched. It may be made again from the catalogue at any time.
 
-    All methods may be called while others run. Raises: UpstreamFailed, where a server is used and cannot be reached.
+    All methods may be called while others run; changes of a collection that was dropped do nothing. Raises:
+    UpstreamFailed, where a server is used and cannot be reached.
     """
 
     async def open(self, collection: str, dimensions: int, stamp: str) -> bool:
@@ -202,6 +203,14 @@ class Member:
     chunking: Chunking = Chunking()
     batch: str = ""
     """The id that `attach` was called with, for files that were added together."""
+
+
+class Addition(NamedTuple):
+    """A document that is to be added to a collection; None: as before, or the defaults."""
+
+    document: str
+    attributes: Mapping[str, Any] | None = None
+    chunking: Chunking | None = None
 
 
 @dataclass(frozen=True, slots=True)

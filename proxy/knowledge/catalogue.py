@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from random import Random
 from typing import Any, NamedTuple
 
 import orjson
@@ -117,7 +116,8 @@ def delete(sql: Sql, serial: int) -> list[str]:
     sql.execute("DELETE FROM versions WHERE member IN (SELECT serial FROM members WHERE collection = ?)", (serial,))
     sql.execute("DELETE FROM members WHERE collection = ?", (serial,))
     rows = sql.execute("DELETE FROM documents WHERE collection = ? RETURNING digest", (serial,))
-    sql.execute("DELETE FROM calibrations WHERE collection = ?", (serial,))
+    query = "DELETE FROM calibrations WHERE collection = (SELECT id FROM collections WHERE serial = ?)"
+    sql.execute(query, (serial,))
     sql.execute("DELETE FROM collections WHERE serial = ?", (serial,))
     return [digest for (digest,) in rows]
 
@@ -132,34 +132,6 @@ def expired(sql: Sql, now_s: float) -> list[Kept]:
     """The collections that have been out of use for longer than they are kept."""
     query = f"SELECT {COLLECTION} FROM collections c WHERE c.days IS NOT NULL AND c.used_s + c.days * 86400.0 < ?"
     return [kept_of(row, ()) for row in sql.execute(query, (now_s,))]
-
-
-def calibrations(sql: Sql) -> list[tuple[Any, ...]]:
-    """Number of the collection, identity of the model, pieces, and the two values, of all that were measured."""
-    return sql.execute("SELECT collection, identity, pieces, off, near FROM calibrations")
-
-
-def set_calibration(sql: Sql, serial: int, values: tuple[str, int, float, float]) -> None:
-    """Keep the calibration of a collection."""
-    sql.execute("DELETE FROM calibrations WHERE collection = ?", (serial,))
-    query = "INSERT INTO calibrations (collection, identity, pieces, off, near) VALUES (?, ?, ?, ?, ?)"
-    sql.execute(query, (serial, *values))
-
-
-def count_pieces(sql: Sql, serial: int) -> int:
-    """The pieces of a collection that are found."""
-    query = "SELECT coalesce(sum(pieces), 0) FROM members WHERE collection = ? AND version > 0"
-    return int(sql.execute(query, (serial,))[0][0])
-
-
-def samples(sql: Sql, serial: int, count: int, chance: Random) -> list[tuple[Any, ...]]:
-    """Number, heading and text of some pieces of a collection, of members taken by chance."""
-    query = "SELECT version, pieces FROM members WHERE collection = ? AND version > 0 AND pieces > 0"
-    found = sql.execute(query, (serial,))
-    chosen = chance.choices(found, [pieces for _, pieces in found], k=count) if found else []
-    wanted = {(version, chance.randrange(pieces)) for version, pieces in chosen}
-    query = "SELECT id, heading, text FROM chunks WHERE version = ? AND number = ?"
-    return [row for each in sorted(wanted) for row in sql.execute(query, each)]
 
 
 # -- documents ---------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from llama_smart_proxy.backends.threads import run_in_thread
 from llama_smart_proxy.proxy.errors import ConfigError, Overloaded
 from llama_smart_proxy.proxy.knowledge import catalogue
 from llama_smart_proxy.proxy.knowledge.base import Index, Ranker, Reader, Viewer
-from llama_smart_proxy.proxy.knowledge.calibrating import Calibrations
+from llama_smart_proxy.proxy.knowledge.calibration import Calibrations
 from llama_smart_proxy.proxy.knowledge.catalogue import Change
 from llama_smart_proxy.proxy.knowledge.contents import FOLDER, Contents
 from llama_smart_proxy.proxy.knowledge.database import Database
@@ -124,8 +124,8 @@ class Opened:
         self.database = Database(folder, url)
         self.contents = contents
         self.shelves = Shelves(partial(_index_at, index_url), self.database)
-        self.calibrations = Calibrations(self.database, self.shelves, embedder)
         self.ingestion = Ingestion(self.database, contents, reader, embedder, self.shelves.change, self.step)
+        self.calibrations = Calibrations(self.database, embedder)
         self.writing = asyncio.Lock()
         """Held while a content and its document come or go."""
         self.next_step = asyncio.Event()
@@ -193,8 +193,8 @@ class Opened:
 
     async def close(self) -> None:
         """End all work."""
-        await self.ingestion.close()
         await self.calibrations.close()
+        await self.ingestion.close()
         await self.shelves.close()
         self.database.close()
         os.close(self._lock)

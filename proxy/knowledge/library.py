@@ -13,7 +13,7 @@ from llama_smart_proxy.backends.threads import run_in_thread
 from llama_smart_proxy.proxy.chat.passage import Found
 from llama_smart_proxy.proxy.errors import BadRequest, NotFound, Overloaded
 from llama_smart_proxy.proxy.knowledge import catalogue
-from llama_smart_proxy.proxy.knowledge.base import Chunking, Collection, Document, Member, Status, Viewer
+from llama_smart_proxy.proxy.knowledge.base import Addition, Chunking, Collection, Document, Member, Status, Viewer
 from llama_smart_proxy.proxy.knowledge.searching import Searching
 from llama_smart_proxy.proxy.knowledge.sources import add_source
 from llama_smart_proxy.proxy.knowledge.tables import Kept, KeptMember
@@ -132,20 +132,26 @@ class Library:
         *,
         attributes: Mapping[str, Any] | None = None,
         chunking: Chunking | None = None,
-        batch: str = "",
     ) -> Member:
-        """Add a document to a collection; it is read, embedded and indexed later, without the caller. `batch` is any
-        id, by which `members` and `cancel` find it."""
-        kept, (serial, _) = await self._own(collection), await self._document(document)
-        opened = await self._opened()
-        work = partial(
-            catalogue.attach, collection=kept.serial, document=serial,
-            attributes=attributes, chunking=chunking, batch=batch,
-        )  # fmt: skip
+        """Add a document to a collection; it is read, embedded and indexed later, without the caller."""
+        await self.attach_all(collection, [Addition(document, attributes, chunking)])
+        return await self.member(collection, document)
+
+    async def attach_all(self, collection: str, additions: Sequence[Addition], batch: str = "") -> None:
+        """Add documents to a collection, or none of them if one does not exist. `batch` is any id, by which `members`
+        and `cancel` find them."""
+        kept, opened = await self._own(collection), await self._opened()
+
+        def work(sql: Sql) -> None:
+            if not catalogue.named(sql, kept.collection.id):  # it has just been deleted
+                raise _no_collection(collection)
+            for name, attributes, chunking in additions:
+                serial, _ = self._visible(catalogue.document(sql, name), name)
+                catalogue.attach(sql, kept.serial, serial, attributes, chunking, batch)
+
         await opened.database.run(work)
         await opened.use([kept.serial])
         opened.added()
-        return await self.member(kept.collection.id, document)
 
     async def add_source(self, collection: str, source: str, file: Path, media_type: str = "") -> Member | None:
         """Add or replace what came from the path or URL `source`, whose content `file` has; None if its content is
@@ -251,7 +257,7 @@ class Library:
         rows = await (await self._opened()).database.run(partial(catalogue.named, name=name))
         found = [kept for kept in rows if self._may_search(kept.collection) and self._may_name(kept.collection, name)]
         if not found:
-            raise NotFound(f"there is no collection {name!r}", param="collection")
+            raise _no_collection(name)
         own = [kept for kept in found if kept.collection.owner == self._viewer.client]
         return found[0] if found[0].collection.id == name or not own else own[0]
 
@@ -268,6 +274,9 @@ class Library:
 
     async def _document(self, name: str) -> tuple[int, Document]:
         found = await (await self._opened()).database.run(partial(catalogue.document, name=name))
+        return self._visible(found, name)
+
+    def _visible(self, found: tuple[int, Document] | None, name: str) -> tuple[int, Document]:
         if found is None or not self._viewer.may_change(found[1].owner):
             raise NotFound(f"there is no file {name!r}", param="file_id")
         return found
@@ -280,6 +289,10 @@ class Library:
         if found is None:
             raise NotFound(f"there is no file {document!r} in the collection {kept.collection.name!r}", param="file_id")
         return found
+
+
+def _no_collection(name: str) -> NotFound:
+    return NotFound(f"there is no collection {name!r}", param="collection")
 
 
 @contextmanager

@@ -13,10 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp
 from statistics import fmean, median
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from llama_smart_proxy.proxy.knowledge.base import Embedder, Index
+from llama_smart_proxy.proxy.knowledge.base import Embedder, Hit
 from llama_smart_proxy.proxy.knowledge.index.words import question_terms, terms
+
+if TYPE_CHECKING:
+    from llama_smart_proxy.proxy.knowledge.base import Vector
 
 COMPARED = 10
 """How many of the best passages `confidence` compares."""
@@ -85,6 +88,13 @@ def _sigmoid(value: float) -> float:
 # -- the measurement of a collection -----------------------------------------------------------------------------------
 
 
+class Searched(Protocol):
+    """The part of an `Index` that a measurement uses."""
+
+    async def search(self, collection: str, query: str, vector: Vector, limit: int) -> list[Hit]:
+        """As `Index.search`."""
+
+
 class Sample(NamedTuple):
     """A piece of a collection: its number, the path of its headings, its text."""
 
@@ -93,7 +103,7 @@ class Sample(NamedTuple):
     text: str
 
 
-async def measured(index: Index, collection: str, embedder: Embedder, samples: Sequence[Sample]) -> Calibration:
+async def measured(index: Searched, collection: str, embedder: Embedder, samples: Sequence[Sample]) -> Calibration:
     """The calibration of a collection, by up to `SAMPLED` of its pieces, taken by chance. Raises: ProxyError."""
     asked = [(sample.piece, text) for sample in samples[:SAMPLED] if (text := question_of(sample))]
     other = [(-ADJACENT - 1, question) for question in OTHER]  # of no piece
@@ -116,7 +126,7 @@ def question_of(sample: Sample) -> str:
     return " ".join(re.split(r"(?<=[.!?])\s", body, maxsplit=1)[0].split())[:LONGEST]
 
 
-async def _best(index: Index, collection: str, embedder: Embedder, asked: Sequence[tuple[int, str]]) -> list[float]:
+async def _best(index: Searched, collection: str, embedder: Embedder, asked: Sequence[tuple[int, str]]) -> list[float]:
     """For each piece and its question the best cosine of the other pieces, if there are any."""
     vectors = await embedder.embed([question for _, question in asked], background=True) if asked else ()
     found = []

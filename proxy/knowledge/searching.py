@@ -17,6 +17,7 @@ from llama_smart_proxy.proxy.knowledge.relevance import COMPARED, confidence, ev
 from llama_smart_proxy.proxy.knowledge.tables import Kept
 
 if TYPE_CHECKING:
+    from llama_smart_proxy.proxy.knowledge.base import Vector
     from llama_smart_proxy.proxy.knowledge.knowledge import Opened
 
 RERANKED = 50
@@ -38,26 +39,28 @@ class Searching:
         depth = max(limit, RERANKED if reranks else COMPARED)
         identity = await self._ranker.identity()
         vector = (await self._ranker.embed([query]))[0]
-        search = partial(self._opened.shelves.search, identity=identity, query=query, vector=vector)
-        every = await asyncio.gather(*(search(kept, limit=depth, files=documents) for kept in found))
-        results = _comparable(every)
-        pieces = [hit.piece for hits in results for hit in hits]
-        taken = await self._opened.database.run(partial(catalogue.taken, pieces=pieces))
-        passages, surest = list[Passage](), 0.0
-        for kept, hits in zip(found, results, strict=True):
-            calibration = await self._opened.calibrations.of(kept, identity)
-            there = [hit for hit in hits if hit.piece in taken]
-            seen = [evidence(query, taken[hit.piece].text, hit.dense or 0.0) for hit in there]
-            surest = max(surest, confidence(seen, calibration))
-            passages += [
-                _passage(hit, taken[hit.piece], relevance(one, calibration))
-                for hit, one in zip(there, seen, strict=True)
-            ]
-        passages.sort(key=lambda passage: -passage.score)
+        results = await asyncio.gather(*(self._in(kept, identity, query, vector, depth, documents) for kept in found))
+        passages = sorted((passage for each, _ in results for passage in each), key=lambda passage: -passage.score)
+        trust = max((each for _, each in results), default=0.0)
         if reranks and passages:
             passages = await self._reranked(query, passages[:depth])
-            surest = max(surest, passages[0].relevance)
-        return Found(passages[:limit], surest)
+            trust = max(passage.relevance for passage in passages)
+        return Found(passages[:limit], trust)
+
+    async def _in(
+        self, kept: Kept, identity: str, query: str, vector: Vector, limit: int, documents: frozenset[str] | None
+    ) -> tuple[list[Passage], float]:
+        """The passages of one collection, and the confidence that they have the answer."""
+        hits = await self._opened.shelves.search(kept, identity, query, vector, limit, documents)
+        taken = await self._opened.database.run(partial(catalogue.taken, pieces=[hit.piece for hit in hits]))
+        calibration = await self._opened.calibrations.of(kept, identity, _Shelf(self._opened, kept, identity))
+        known = [(hit, taken[hit.piece]) for hit in hits if hit.piece in taken]
+        seen = [evidence(query, found.text, hit.dense or 0.0) for hit, found in known]
+        passages = [
+            _passage(hit.score, found, relevance(each, calibration))
+            for (hit, found), each in zip(known, seen, strict=True)
+        ]
+        return passages, confidence(seen, calibration)
 
     async def _reranked(self, query: str, passages: Sequence[Passage]) -> list[Passage]:
         scores = await self._ranker.rerank(query, [passage.text for passage in passages])
@@ -71,29 +74,27 @@ class Searching:
         """As `Library.grade`."""
         if not texts:
             return []
-        calibration = self._opened.calibrations.any(await self._ranker.identity())
         vectors = await self._ranker.embed([query, *texts])
-        cosines = [float(cosine) for cosine in vectors[1:] @ vectors[0]]
-        return [
-            relevance(evidence(query, text, cosine), calibration) for text, cosine in zip(texts, cosines, strict=True)
-        ]
+        calibration = self._opened.calibrations.last
+        found = zip(texts, vectors[1:] @ vectors[0], strict=True)
+        return [relevance(evidence(query, text, float(cosine)), calibration) for text, cosine in found]
 
 
-def _comparable(results: Sequence[Sequence[Hit]]) -> Sequence[Sequence[Hit]]:
-    """The hits of several collections with scores over all of them: an index scores those of one collection."""
-    if len(results) < 2:
-        return results
-    from llama_smart_proxy.proxy.knowledge.index.fusion import hits as fused
+class _Shelf:
+    """A collection, to be measured."""
 
-    every = [(hit.piece, hit.dense, hit.lexical) for hits in results for hit in hits]
-    scores = {hit.piece: hit.score for hit in fused(every, len(every))} if every else {}
-    return [[hit._replace(score=scores[hit.piece]) for hit in hits] for hits in results]
+    def __init__(self, opened: Opened, kept: Kept, identity: str) -> None:
+        self._opened, self._kept, self._identity = opened, kept, identity
+
+    async def search(self, collection: str, query: str, vector: Vector, limit: int) -> list[Hit]:
+        """As `Index.search`."""
+        return await self._opened.shelves.search(self._kept, self._identity, query, vector, limit, None)
 
 
-def _passage(hit: Hit, taken: Taken, relevant: float) -> Passage:
+def _passage(score: float, taken: Taken, relevant: float) -> Passage:
     return Passage(
         taken.text, taken.document, taken.heading, taken.number, taken.collection, taken.document_id, taken.source,
-        hit.score, relevant, taken.attributes,
+        score, relevant, taken.attributes,
     )  # fmt: skip
 
 

@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 from llama_smart_proxy.backends.threads import run_in_thread
 from llama_smart_proxy.proxy.errors import Overloaded, ProxyError
 from llama_smart_proxy.proxy.knowledge import catalogue, queue
-from llama_smart_proxy.proxy.knowledge.base import Embedder, Hit, Index, Row
+from llama_smart_proxy.proxy.knowledge.base import Hit, Index, Row
 from llama_smart_proxy.proxy.knowledge.catalogue import Change
 from llama_smart_proxy.proxy.knowledge.database import Database
 from llama_smart_proxy.proxy.knowledge.tables import Kept
 
 if TYPE_CHECKING:
     from llama_smart_proxy.proxy.knowledge.base import Vector, Vectors
-    from llama_smart_proxy.proxy.knowledge.relevance import Calibration, Sample
 
 logger = logging.getLogger(__name__)
 
@@ -78,13 +77,6 @@ class Shelves:
         task.result()
         assert self._index is not None
         return await self._index.search(name, query, vector, limit, files)
-
-    async def measured(self, kept: Kept, embedder: Embedder, samples: Sequence[Sample]) -> Calibration:
-        """The calibration of a collection that has been searched. Raises: as `Index.search`; ProxyError of a model."""
-        from llama_smart_proxy.proxy.knowledge.relevance import measured
-
-        assert self._index is not None
-        return await measured(self._index, kept.collection.id, embedder, samples)
 
     async def _ready(self, kept: Kept, identity: str, dimensions: int) -> None:
         async with self._making:

@@ -49,16 +49,15 @@ SCHEMA = Schema(
         CREATE UNIQUE INDEX chunks_by_version ON chunks (version, number);
         """,
         """
-        CREATE TABLE calibrations (collection INTEGER, identity TEXT, pieces INTEGER, off REAL, near REAL);
-        CREATE INDEX calibrations_by_collection ON calibrations (collection);
+        CREATE TABLE calibrations (collection TEXT PRIMARY KEY, identity TEXT, pieces INTEGER, off REAL, near REAL);
         """,
     ),
     memory=False,
 )
 """`documents.collection` is the one that a document came to by `source`, 0 for an upload, and `documents.stamp` changes
-with a watched file. `members.version` is the one that is found, 0 for none, and `identity` that of its vectors.
-`versions.key` is what its pieces depend on. `stamp` counts the changes of what is found in a collection, and
-`calibrations` are of its state with so many pieces. Vectors are of 16-bit floats, the lowest byte first."""
+with a watched file. `members.version` is the one
+that is found, 0 for none, and `identity` that of its vectors. `versions.key` is what its pieces depend on. `stamp`
+counts the changes of what is found in a collection. Vectors are of 16-bit floats, the lowest byte first."""
 
 COLLECTION = "c.serial, c.id, c.name, c.owner, c.created_s, c.used_s, c.metadata, c.days, c.stamp"
 DOCUMENT = "d.serial, d.id, d.name, d.bytes, d.created_s, d.digest, d.owner, d.purpose, d.media_type, d.source"

@@ -8,7 +8,7 @@ from typing import Any
 
 from llama_smart_proxy.proxy.chat import Json
 from llama_smart_proxy.proxy.chat.chunk import REASONING
-from llama_smart_proxy.proxy.chat.sources import SOURCES_MARK, without_sources
+from llama_smart_proxy.proxy.chat.sources import may_have_sources, without_sources
 from llama_smart_proxy.proxy.chat.status import STATUS_MARK, without_status
 from llama_smart_proxy.proxy.dialects.base import ClientCodec, TextPlace
 from llama_smart_proxy.proxy.errors import ERROR_TEXT, MAX_ERROR_TEXT, without_error_text
@@ -53,7 +53,7 @@ def _is_suspect(message: Any) -> bool:
 
 
 def _is_marked(text: str) -> bool:
-    return text.startswith("/") or ERROR_TEXT in text[-LONGEST_ERROR:] or SOURCES_MARK in text
+    return text.startswith("/") or ERROR_TEXT in text[-LONGEST_ERROR:] or may_have_sources(text)
 
 
 def read_history(codec: ClientCodec, body: Json, commands: Commands) -> History:

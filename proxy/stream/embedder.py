@@ -25,8 +25,6 @@ from llama_smart_proxy.proxy.stream.upstream import JSON_HEADERS, fetch_json
 if TYPE_CHECKING:
     from llama_smart_proxy.proxy.knowledge.base import Vectors
 
-DEFAULT = "minilm"
-"""The embedding model where none is configured."""
 AT_ONCE = 8
 """Most texts in one request."""
 KNOWN_S = 10.0
@@ -43,7 +41,7 @@ class PoolEmbedder:
     async def identity(self) -> str:
         """As `Embedder.identity`. Raises: as `embed`."""
         config, router = self._latest()
-        name = config.knowledge.embedding_model or DEFAULT
+        name = config.knowledge.embedder
         now = time.monotonic()
         if self._known is None or self._known[:2] != (router, name) or now - self._known[2] > KNOWN_S:
             model = await self._model()
@@ -56,8 +54,9 @@ class PoolEmbedder:
         model = await self._model()
         post = _post(model, Priority.BATCH if background else Priority.PERSON)
         found: list[list[float]] = []
-        for at in range(0, len(texts), AT_ONCE):
-            some = list(texts[at : at + AT_ONCE])
+        at_once = beside_a_question(await model.slots()) if background else AT_ONCE
+        for at in range(0, len(texts), at_once):
+            some = list(texts[at : at + at_once])
             vectors = (await embed(model, EmbeddingRequest(some), post)).vectors
             if len(vectors) != len(some):
                 raise UpstreamFailed(f"{model.name} returned {len(vectors)} vectors for {len(some)} texts")
@@ -77,11 +76,11 @@ class PoolEmbedder:
         config, router = self._latest()
         name = config.knowledge.embedding_model
         try:
-            return (await router.resolve(name or DEFAULT, pull=name is not None)).model
+            return (await router.resolve(config.knowledge.embedder, pull=name is not None)).model
         except ModelNotFound as exc:
             if name is not None:
                 raise
-            hint = f"add one called {DEFAULT}, or name one by the setting knowledge.embedding_model"
+            hint = f"add one called {config.knowledge.embedder}, or name one by the setting knowledge.embedding_model"
             raise ModelNotFound("there is no embedding model", hint=hint) from exc
 
     @property
@@ -108,6 +107,11 @@ async def _numpy() -> Any:
     except ImportError as exc:
         reason = "the knowledge base requires the package numpy; pip install 'llama-smart-proxy[rag]'"
         raise Overloaded(reason, code="no_knowledge") from exc
+
+
+def beside_a_question(slots: int | None) -> int:
+    """How many texts a batch has: its server takes a slot for each of them, and one stays free if there are several."""
+    return AT_ONCE if slots is None else max(1, min(AT_ONCE, slots - 1))
 
 
 def _post(model: Model, priority: Priority) -> PostJson:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         replay,
         say,
         text_of,
+        without_sources,
     )
     from llama_smart_proxy.proxy.errors import (
         AgentError,
@@ -77,6 +78,7 @@ __all__ = [
     "strips",
     "substitute",
     "text_of",
+    "without_sources",
 ]
 
 _MODULES = (

@@ -10,13 +10,7 @@ import openai
 import pytest
 
 from tests.support.harness import Proxy
-from tests.support.knowledge import ADMIN, ANN, BOB, CATS, PUMPS, client_of, knowing_proxy
-
-
-@pytest.fixture(scope="module")
-def known(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
-    with knowing_proxy(tmp_path_factory.mktemp("vector_stores")) as proxy:
-        yield proxy
+from tests.support.knowledge import ADMIN, ANN, BOB, CATS, PUMPS, client_of
 
 
 @pytest.fixture
@@ -52,14 +46,16 @@ def test_a_file_comes_back_as_it_was_uploaded(client: openai.OpenAI) -> None:
         client.files.content(made.id)
 
 
-def test_files_are_listed_by_purpose_and_in_pages(client: openai.OpenAI) -> None:
-    ids = [upload(client, f"{number}.txt", "x", "evals") for number in range(5)]
-    assert [file.id for file in client.files.list(purpose="evals")] == ids[::-1]
-    pages = [*client.files.list(purpose="evals", limit=2, order="asc").iter_pages()]
-    assert [[file.id for file in page.data] for page in pages] == [ids[:2], ids[2:4], ids[4:]]
-    assert [page.has_more for page in pages] == [True, True, False]
-    answer = client.files.with_raw_response.list(purpose="evals", limit=2).http_response.json()
-    assert (answer["first_id"], answer["last_id"], answer["object"]) == (ids[4], ids[3], "list")
+def test_files_are_listed_by_purpose_and_in_pages(known: Proxy) -> None:
+    with client_of(known, BOB) as client:  # for whom those of other tests do not exist
+        upload(client)
+        ids = [upload(client, f"{number}.txt", "x", "evals") for number in range(5)]
+        assert [file.id for file in client.files.list(purpose="evals")] == ids[::-1]
+        pages = [*client.files.list(purpose="evals", limit=2, order="asc").iter_pages()]
+        assert [[file.id for file in page.data] for page in pages] == [ids[:2], ids[2:4], ids[4:]]
+        assert [page.has_more for page in pages] == [True, True, False]
+        answer = client.files.with_raw_response.list(purpose="evals", limit=2).http_response.json()
+        assert (answer["first_id"], answer["last_id"], answer["object"]) == (ids[4], ids[3], "list")
 
 
 @pytest.mark.parametrize("purpose", ["assistants", "batch", "fine-tune", "vision", "user_data", "evals"])
@@ -143,6 +139,17 @@ def test_a_batch_is_uploaded_polled_and_listed(client: openai.OpenAI) -> None:
     second = client.vector_stores.file_batches.create_and_poll(store.id, files=files)
     assert second.id != batch.id and second.file_counts.total == 1
     assert client.vector_stores.files.retrieve(named, vector_store_id=store.id).attributes == {"kind": "cat"}
+
+
+def test_of_files_one_of_which_does_not_exist_none_is_added(client: openai.OpenAI) -> None:
+    file, store = upload(client), client.vector_stores.create()
+    stores = {one.id for one in client.vector_stores.list()}
+    with pytest.raises(openai.NotFoundError):
+        client.vector_stores.file_batches.create(store.id, file_ids=[file, "file-none"])
+    with pytest.raises(openai.NotFoundError):
+        client.vector_stores.create(file_ids=[file, "file-none"])
+    assert client.vector_stores.files.list(store.id).data == []
+    assert {one.id for one in client.vector_stores.list()} == stores
 
 
 def test_a_search_is_filtered_and_ranked(client: openai.OpenAI) -> None:

@@ -33,6 +33,7 @@ class Handler(BaseHTTPRequestHandler):
     """`GET` of anything, and embeddings of a text or a list of texts."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # headers and body are two writes
     gate: ClassVar[Path | None] = None
 
     def do_GET(self) -> None:

@@ -16,7 +16,7 @@ import pytest
 from llama_smart_proxy.proxy.app import App
 from llama_smart_proxy.proxy.errors import BadRequest, NotFound, Overloaded
 from llama_smart_proxy.proxy.knowledge import catalogue
-from llama_smart_proxy.proxy.knowledge.base import Collection, Status, Viewer
+from llama_smart_proxy.proxy.knowledge.base import Addition, Collection, Status, Viewer
 from llama_smart_proxy.proxy.knowledge.library import Library
 from tests.support.embedding import EmbeddingServer, embedding_server, running_app, settings
 from tests.support.harness import until
@@ -262,7 +262,7 @@ async def test_a_batch_that_is_cancelled_and_a_collection_that_is_deleted_are_no
     stage.server.gate.clear()
     documents = [await uploaded(library, f"{name}.md", ZEBRA) for name in "abc"]
     for name, document in zip("abc", documents, strict=True):
-        await library.attach(name, document, batch="batch")
+        await library.attach_all(name, [Addition(document)], "batch")
     await until(lambda: stage.server.waiting)
     await library.cancel("a", "batch")
     await library.delete("b")
@@ -337,22 +337,3 @@ async def test_what_is_not_used_is_not_opened(tmp_path: Path) -> None:
         tasks = [task.get_name() for task in asyncio.all_tasks()]
         assert "ingestion of documents" not in tasks and "looks at watched folders" not in tasks
         assert not {"knowledge", "knowledge.db"} & set(os.listdir(tmp_path))
-
-
-async def test_a_collection_is_measured_after_its_first_search_and_keeps_that(stage: Stage) -> None:
-    library = stage.library
-    kept = await library.create("m")
-    texts = {f"f{number}": f"# Subject {number} of animals\n\nThe zebra{number} lives here." for number in range(30)}
-    await attached(library, "m", **texts)
-    await done(library, "m")
-    opened = await stage.app.lasting.knowledge.opened()
-    await library.search("zebra7", ["m"])
-
-    async def measured() -> bool:
-        return bool(await opened.database.run(catalogue.calibrations))
-
-    await until(measured)
-    ((_, _, pieces, off, near),) = await opened.database.run(catalogue.calibrations)
-    assert pieces == 30 and off < near
-    await library.delete(kept.id)
-    assert await opened.database.run(catalogue.calibrations) == []

@@ -59,6 +59,20 @@ async def test_what_a_key_may_search_follows_its_configuration(tmp_path: Path) -
         assert await names(port, ann) == {"of-ann"}
 
 
+async def test_what_adds_documents_counts_for_the_limits_of_a_key_and_what_reads_does_not(tmp_path: Path) -> None:
+    server = {"api_keys": [{"name": "ann", "key": ANN, "requests_per_minute": 3}]}
+    key = ("x-api-key", ANN)
+    async with served_here({"state_dir": str(tmp_path), "server": server}) as (_, port):
+        assert (await asked(port, "POST", "/v1/vector_stores", {"name": "a"}, key)).status == 200
+        for _ in range(5):
+            assert (await asked(port, "GET", "/knowledge/a", None, key)).status == 200
+        assert (await asked(port, "PUT", "/knowledge/a?source=/1", b"text", key)).status == 200
+        assert (await asked(port, "POST", "/v1/files", {}, key)).status == 400  # no form, and a request all the same
+        for method, path in (("PUT", "/knowledge/a?source=/2"), ("POST", "/v1/files")):
+            answer = await asked(port, method, path, b"text", key)
+            assert (answer.status, answer.error["code"]) == (429, "rate_limit_exceeded")
+
+
 ROUTES = [
     ("POST", "/v1/files"),
     ("GET", "/v1/files"),

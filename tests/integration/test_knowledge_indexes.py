@@ -126,11 +126,11 @@ async def test_a_piece_that_is_added_again_is_replaced(place: Place) -> None:
 
 
 async def test_what_is_removed_is_not_found_and_the_rest_is(place: Place) -> None:
-    index = await place.filled(rows(*range(1, 60)))
-    await index.remove(place.name, [*range(1, 50), 777])
+    index = await place.filled(rows(*range(1, 700)))
+    await index.remove(place.name, [*range(1, 690), 777])
     await index.remove(place.name, [])
     await index.settle(place.name, "2")
-    assert sorted(await place.found(5, 100)) == [*range(50, 60)]
+    assert sorted(await place.found(5, 10, query="anything")) == [*range(690, 700)]
     await index.add(place.name, rows(5))
     await index.settle(place.name, "3")
     assert (await place.found(5))[0] == 5
@@ -157,6 +157,10 @@ async def test_collections_are_apart_and_gone_when_they_are_dropped(place: Place
     assert sorted(await place.found(1)) == [1, 2]
     await index.drop(other)
     await index.drop(other)
+    assert await index.search(other, "9", vector(9, 7), 10) == []
+    await index.add(other, [row(10, dimensions=7)])
+    await index.remove(other, [9])
+    await index.settle(other, "2")
     assert await index.search(other, "9", vector(9, 7), 10) == []
     assert sorted(await place.found(1)) == [1, 2]
     assert await index.search("never-opened", "9", vector(9), 10) == []

@@ -11,6 +11,7 @@ import pytest
 from llama_smart_proxy.backends.base import Priority, UpstreamRequest
 from llama_smart_proxy.backends.pool import batches
 from llama_smart_proxy.backends.pool.pool import Pool
+from llama_smart_proxy.proxy.stream.embedder import beside_a_question
 from tests.support.harness import until
 from tests.support.pools import CHAT, FakeModel, Fakes, open_pool
 
@@ -92,3 +93,8 @@ async def test_on_a_server_with_one_slot_batches_take_turns_with_people(
             await until(lambda: any(entry["queue"] == 2 for entry in pool.status()))
         await asyncio.gather(batch, person)
         assert order == ["person", "batch"]
+
+
+@pytest.mark.parametrize(("slots", "texts"), [(None, 8), (1, 1), (2, 1), (4, 3), (16, 8)])
+def test_a_batch_has_fewer_texts_than_its_server_has_slots(slots: int | None, texts: int) -> None:
+    assert beside_a_question(slots) == texts

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,13 @@ def is_worker(process: psutil.Process) -> bool:
 def workers() -> list[psutil.Process]:
     """The workers that live."""
     return [*filter(is_worker, psutil.Process().children())]
+
+
+def kill(worker: psutil.Process) -> None:
+    """Returns once it has ended; the event loop need not know it yet."""
+    worker.kill()
+    with suppress(ChildProcessError):  # reaped already
+        os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
 
 
 async def stopped(reader: DocumentReader) -> psutil.Process:
@@ -97,11 +105,10 @@ async def test_the_process_has_limits_and_nothing_of_ours(
 
 
 async def test_a_process_that_was_killed_is_replaced(reader: DocumentReader) -> None:
-    for _ in range(3):
+    for _ in range(2):
         assert await reader.page(b"Text.", "a") == TEXT
         [worker] = workers()
-        worker.kill()
-        await until(lambda: not workers())
+        kill(worker)
     assert await reader.page(b"Text.", "a") == TEXT
 
 
@@ -188,12 +195,11 @@ async def _killed_again_and_again() -> tuple[int, int]:
     """How many file descriptors were open before and after some processes were killed."""
     reader = DocumentReader()
     counts = []
-    for times in (1, 4):
+    for times in (1, 3):
         for _ in range(times):
             await reader.page(b"Text.", "a")
             [worker] = workers()
-            worker.kill()
-            await until(lambda: not workers())
+            kill(worker)
         await reader.page(b"Text.", "a")
         await reader.close()
         await until(lambda: not psutil.Process().children())
@@ -202,7 +208,9 @@ async def _killed_again_and_again() -> tuple[int, int]:
 
 
 @LINUX
-@pytest.mark.parametrize("factory", [uvloop.new_event_loop, asyncio.new_event_loop])
+@pytest.mark.parametrize(
+    "factory", [uvloop.new_event_loop, pytest.param(asyncio.new_event_loop, marks=pytest.mark.full)]
+)
 def test_no_descriptor_is_lost(factory: Callable[[], asyncio.AbstractEventLoop]) -> None:
     with asyncio.Runner(loop_factory=factory) as runner:
         ask: Coroutine[Any, Any, tuple[int, int]] = _killed_again_and_again()
@@ -224,5 +232,6 @@ def test_the_process_ends_with_the_proxy() -> None:
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT, env=environment()) as proxy:
         assert proxy.stdout is not None and proxy.stdout.readline() == b"ready\n"
         [worker] = psutil.Process(proxy.pid).children()
+        worker.suspend()  # so that it does not notice the end of its input
         proxy.kill()
     assert psutil.wait_procs([worker], timeout=PATIENCE_S)[1] == []

@@ -37,18 +37,22 @@ def with_documents(fakes: Fakes, models: Mapping[str, Any], **config: Any) -> di
     return whole | {"state_dir": folder, "knowledge": {"embedding_model": "words"}, "agents": ["rag"], **config}
 
 
-async def add_documents(proxy: Proxy, collection: str, documents: Mapping[str, str] = MANUAL) -> None:
+async def add_documents(
+    proxy: Proxy, collection: str, documents: Mapping[str, str] = MANUAL, *, key: str = "none"
+) -> None:
     """Add documents, by their names, to a new collection; returns once they have been read."""
-    made = await raw_client.post(proxy.port, "/v1/vector_stores", {"name": collection})
+    headers = [("Authorization", f"Bearer {key}")]
+    made = await raw_client.post(proxy.port, "/v1/vector_stores", {"name": collection}, headers=headers)
     store = f"/v1/vector_stores/{made.json()['id']}"
     for name, text in documents.items():
         path = f"/knowledge/{collection}?source={quote(f'/documents/{name}')}"
-        request = raw_client.request("PUT", path, text.encode(), close=True)
+        request = raw_client.request("PUT", path, text.encode(), headers=headers, close=True)
         answer = await raw_client.ask(proxy.port, request, method="PUT")
         assert answer.status == 200, answer.body
 
     async def read() -> bool:
-        counts = (await raw_client.get(proxy.port, store)).json()["file_counts"]
+        request = raw_client.request("GET", store, headers=headers, close=True)
+        counts = (await raw_client.ask(proxy.port, request, method="GET")).json()["file_counts"]
         assert counts["failed"] == 0, counts
         return bool(counts["completed"] == len(documents))
 

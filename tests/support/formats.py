@@ -53,8 +53,8 @@ def raw_pdf(stream: bytes, more: bytes = b"") -> bytes:
 
 
 def pdf_bomb() -> bytes:
-    """A page whose content is compressed twice, and 400 MB without."""
-    packed = zlib.compress(zlib.compress(b"\0" * 1_000_000 * 400, 1))
+    """A page whose content is compressed twice, and 100 MB without."""
+    packed = zlib.compress(zlib.compress(b"\0" * 1_000_000 * 100, 1))
     return raw_pdf(packed, b"/Filter[/FlateDecode/FlateDecode]")
 
 

@@ -12,9 +12,11 @@ import pytest
 from tests.support import raw_client
 from tests.support.agent_clients import RESPONSES, WAYS, Way
 from tests.support.documents import add_documents, with_documents
-from tests.support.e2e_support import CHAT, PIXEL, WEATHER, Fakes, instance
-from tests.support.harness import Proxy, session_proxy, until
+from tests.support.e2e_support import CHAT, PIXEL, WEATHER, Fakes, fakes, instance
+from tests.support.harness import Proxy, free_port, running_proxy, session_proxy, until
+from tests.support.toxic import plain, raw_upstream
 
+__all__ = ["fakes"]
 WHOLE = Way(CHAT, stream=False)
 PORT = "Which port does the zebra proxy listen on?"
 ANSWER = "It is 11555 [1]."
@@ -24,10 +26,12 @@ TITLE = "### Task:\nGenerate a concise, 3-5 word title with an emoji summarizing
 
 @dataclass(frozen=True)
 class Stage:
-    """The model `m` answers with `ANSWER`; `manuals` is `m` with this agent and the one collection."""
+    """The model `m` answers with `ANSWER`. `manuals` is `m` with this agent and one collection; `both` has a search
+    engine at `engine_port` as well."""
 
     proxy: Proxy
     fakes: Fakes
+    engine_port: int
     filled: list[bool] = field(default_factory=list)
 
     def sent(self) -> dict[str, Any]:
@@ -47,7 +51,10 @@ class Stage:
 def knowing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     fakes = Fakes(tmp_path_factory.mktemp("rag"))
     judged = json.dumps([["doc_1", '{"doc_1": 0.95, "doc_2": 0.01}'], ["search query", "zebra proxy port"]])
+    engine_port = free_port()
+    web = {"searxng_host": f"http://127.0.0.1:{engine_port}", "web_pages": 0, "upper": 0.99, "max_documents": 2}
     models = {
+        "both": {"model": "m", "agents": [{"rag": web}]},
         "m": fakes.model(fields={"parallel": 4}, ANSWER=ANSWER),
         "judge": fakes.model(IF=judged, ANSWER="I cannot say."),
         "manuals": {
@@ -59,7 +66,7 @@ def knowing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     }
     agents = ["parallel", {"redact": {"patterns": ["email"]}}, {"rag": {"grader_model": "judge", "max_documents": 1}}]
     with session_proxy(with_documents(fakes, models, agents=agents)) as proxy:
-        yield Stage(proxy, fakes)
+        yield Stage(proxy, fakes, engine_port)
 
 
 @pytest.fixture
@@ -120,6 +127,7 @@ async def test_contexts_do_not_add_up_and_lists_do_not_come_back(rag: Stage) -> 
     second = rag.sent()["messages"]
     assert len(first) == 1 and [message["content"] for message in second[:3]] == ["Be brief.", PORT, ANSWER]
     assert "giraffe_logs" in second[3]["content"] and json.dumps(second).count("<sources>") == 1
+    assert "Sources:" in chat[2]["content"]
     chat[3]["content"] = "Thanks!"
     await raw_client.post(rag.proxy.port, CHAT, {"model": "m", "messages": chat})
     assert [message["content"] for message in rag.sent()["messages"]] == ["Be brief.", PORT, ANSWER, "Thanks!"]
@@ -159,6 +167,10 @@ async def test_parts_tools_and_json_stay_as_they_are(rag: Stage) -> None:
     assert second == image and text["text"].endswith(PORT) and rag.sent()["tools"] == [WEATHER]
     answer = await rag.asked(f"/rag {PORT}", response_format={"type": "json_object"})
     assert answer["choices"][0]["message"]["content"] == ANSWER and answer["x_sources"]
+    ollama = Way("/api/chat", stream=False)
+    assert (await ollama.ask(rag.proxy, ollama.body(f"/rag {PORT}", format="json"))).text == ANSWER
+    answer = await rag.asked(f"/rag {PORT}", n=2)
+    assert [choice["message"]["content"].count("Sources:") for choice in answer["choices"]] == [1, 1]
     answer = await rag.asked(f"/rag sources=off {PORT}")
     assert answer["choices"][0]["message"]["content"] == ANSWER and "x_sources" not in answer
 
@@ -175,6 +187,16 @@ async def test_a_collection_can_be_named_and_must_exist(rag: Stage) -> None:
     assert (await rag.asked(f"/rag collection=other {PORT}"))["x_sources"] == []
     said = await WHOLE.ask(rag.proxy, WHOLE.body(f"/rag collection=nothing {PORT}"))
     assert said.status == 400 and "nothing" in (said.error or "") and "manual" in (said.error or "")
+
+
+async def test_doubtful_passages_are_used_together_with_the_web(rag: Stage) -> None:
+    page = {"url": "http://zebra.example/", "title": "Zebras", "content": "The port of the zebra proxy on the web."}
+    async with raw_upstream(plain(json.dumps({"results": [page]}).encode()), port=rag.engine_port) as engine:
+        answer = await rag.asked(PORT, model="both")
+        assert [source["title"] for source in answer["x_sources"]] == ["ports.md > Ports", "Zebras"]
+        assert len(engine.requests) == 1 and answer["x_rag"]["verdict"] == "ambiguous"
+    answer = await rag.asked(PORT, model="both")
+    assert [source["title"] for source in answer["x_sources"]][:1] == ["ports.md > Ports"], "without the web as well"
 
 
 async def test_a_model_grades_if_it_can_and_scores_count_if_not(rag: Stage) -> None:
@@ -227,3 +249,26 @@ async def test_a_search_ends_with_its_client(rag: Stage, way: Way) -> None:
         assert len(rag.fakes.events("request")) == before, "the model was not asked"
     finally:
         gate.unlink()
+
+
+async def test_a_client_is_answered_from_the_collections_of_its_key_alone(fakes: Fakes) -> None:
+    keys: list[dict[str, Any]] = [
+        {"name": "root", "key": "key-of-root-0123456789", "scopes": ["admin", "inference"]},
+        {"name": "ann", "key": "key-of-ann-01234567890", "collections": ["manual"]},
+        {"name": "bob", "key": "key-of-bob-01234567890", "collections": ["other"]},
+    ]
+    models = {"m": fakes.model(ANSWER=ANSWER), "on": {"model": "m", "agents": ["rag"]}}
+    models["named"] = {"model": "m", "agents": [{"rag": {"collection": ["manual"]}}]}
+    config = with_documents(fakes, models, server={"api_keys": keys}, slash_commands=False)
+    async with running_proxy(config) as proxy:
+        await add_documents(proxy, "manual", key=keys[0]["key"])
+        for key, found in zip(keys, (True, True, False), strict=True):
+            headers = [("Authorization", f"Bearer {key['key']}")]
+            said = [{"role": "user", "content": PORT}, {"role": "assistant", "content": ANSWER + LIST}]
+            body = {"model": "on", "messages": [*said, {"role": "user", "content": PORT}]}
+            answer = (await raw_client.post(proxy.port, CHAT, body, headers=headers)).json()
+            assert bool(answer["x_sources"]) is found, key["name"]
+            assert fakes.generated()[-1]["messages"][1]["content"] == ANSWER, "without slash commands too"
+        named = {"model": "named", "messages": [{"role": "user", "content": PORT}]}
+        answer = await raw_client.post(proxy.port, CHAT, named, headers=headers)
+        assert answer.status == 400 and "none" in answer.json()["error"]["message"], "as if there were none"

@@ -26,8 +26,9 @@ PADDING = [
 def real(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
     folder = tmp_path_factory.mktemp("real")
     models = {"tiny": tiny(tiny_models["tiny-a"]), "words": embedding_model(folder)}
-    config = embedded(models, size=2, keep_alive=-1) | {"knowledge": {"embedding_model": "words"}}
-    config |= {"state_dir": str(folder / "state"), "agents": [{"rag": {"max_documents": 2}}]}
+    models["ranker"] = tiny(tiny_models["tiny-b"], "--reranking")
+    config = embedded(models, size=3, keep_alive=-1) | {"knowledge": {"embedding_model": "words"}}
+    config |= {"state_dir": str(folder / "state"), "agents": [{"rag": {"max_documents": 2, "grader_model": "ranker"}}]}
     with session_proxy(config) as proxy:
         yield proxy
 
@@ -70,3 +71,12 @@ async def test_what_does_not_fit_is_left_out_as_a_whole_and_the_chat_never_is(re
     assert len(one["x_sources"]) == 1 and any("does not fit" in reason for reason in one["x_rag"]["reasons"])
     none = await asked(real, [{"role": "user", "content": f"/rag zebra {'walrus ' * 240}"}], max_tokens=64)
     assert none["x_sources"] == [] and none["usage"]["prompt_tokens"] > 1600, "the question is whole"
+
+
+@needs_llama_cpp
+async def test_a_reranking_model_grades_if_it_is_configured(real: Proxy) -> None:
+    answer = await asked(real, [{"role": "user", "content": "/rag grader=rerank zebra walrus"}])
+    grades = [source["relevance"] for source in answer["x_sources"]]
+    assert not any("failed" in reason for reason in answer["x_rag"]["reasons"])
+    scored = await asked(real, [{"role": "user", "content": "/rag zebra walrus"}])
+    assert grades != [source["relevance"] for source in scored["x_sources"]]

@@ -59,6 +59,7 @@ def searching(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Proxy,
         "mute": fakes.model(fields={"parallel": 4}, WEDGED=str(fakes.folder / "log-of-models")),
         "needs": {"model": "m", "agents": [{"rag": {"required": True}}]},
         "grades": {"model": "m", "agents": [{"rag": {"grader": "llm", "grader_model": "mute"}}]},
+        "rephrases": {"model": "m", "agents": [{"rag": {"rewrite_model": "m"}}]},
         "rewrites": {"model": "m", "agents": [{"rag": {"rewrite_model": "mute"}}]},
     }
     (fakes.folder / "log-of-models").touch()
@@ -69,7 +70,7 @@ def searching(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Proxy,
         "circuit_breaker_failures": 99,
     }
     options |= {"searxng_safesearch": 2}
-    for name in ("needs", "grades", "rewrites"):
+    for name in ("needs", "grades", "rephrases", "rewrites"):
         models[name]["agents"][0]["rag"] |= options
     with session_proxy(with_documents(fakes, models, agents=["parallel", {"rag": options}])) as proxy:
         yield proxy, fakes, port
@@ -97,6 +98,30 @@ async def test_a_page_about_something_else_leads_to_another_query(web: Stage) ->
     assert answer["x_sources"] == [] and answer["x_rag"]["rounds"] == 2
     assert web.sent()["messages"] == [{"role": "user", "content": KIWI}]
     assert "another query, by a model" in answer["choices"][0]["message"]["reasoning_content"]
+
+
+async def test_a_question_that_follows_on_is_rephrased_by_the_configured_model(web: Stage) -> None:
+    chat = [
+        {"role": "user", "content": KIWI},
+        {"role": "assistant", "content": "They are."},
+        {"role": "user", "content": "and of Australia?"},
+    ]
+    await raw_client.post(web.proxy.port, CHAT, {"model": "rephrases", "messages": chat})
+    assert web.queries == ["kiwi taxonomy"]
+    asked = web.fakes.generated()[-2]["messages"][0]["content"]
+    assert f"user: {KIWI}\nassistant: They are.\nuser: and of Australia?" in asked
+    web.engine.requests.clear()
+    await raw_client.post(web.proxy.port, CHAT, {"model": "needs", "messages": chat})
+    assert web.queries == [f"{KIWI} and of Australia?"], "by a rule, without a model"
+
+
+async def test_open_webui_shows_the_sources_as_its_own(web: Stage) -> None:
+    body, headers = STREAM.body(f"/rag {KIWI}"), [("User-Agent", "Open WebUI")]
+    answer = await raw_client.post(web.proxy.port, CHAT, body, headers=headers)
+    events = [json.loads(line[6:]) for line in answer.body.splitlines() if line.startswith(b"data: {")]
+    (source,) = [event["event"]["data"] for event in events if event.get("event", {}).get("type") == "source"]
+    assert source["source"] == {"name": "Kiwis", "url": RESULT["url"]} and source["document"] == [RESULT["content"]]
+    assert "event" in events[0], "before the answer, so that [1] is known when it comes"
 
 
 async def test_without_the_web_it_says_so_and_searches_for_nothing(web: Stage) -> None:

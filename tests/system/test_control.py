@@ -79,6 +79,7 @@ async def test_a_model_is_loaded_and_unloaded_by_any_spelling_of_its_path(own: P
     assert (answer.status, answer.json()) == (200, {"success": True, "model": "org/b:x", "state": "loaded"})
     entry = (await running(own))["org/b:x"]
     assert entry["state"] == "ready" and entry["slots"]["busy"] == 0 and entry["pid"] and entry["rss_bytes"]
+    assert entry["helper"] is False
     assert "--temp 0 --hf-token '***'" in entry["cmd"] and entry["proxy"].endswith(f":{entry['port']}")
     assert 0 < entry["expires_in_s"] <= 600 and entry["ttl"] in range(1, 601)
     answer = await post(own, f"/admin/models/{path}/unload")

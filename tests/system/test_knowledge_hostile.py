@@ -5,26 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support.harness import Proxy, running_proxy, until
-from tests.support.knowledge import PUMPS, asked, client_of, files_below, knowing, knowing_proxy
+from tests.support.knowledge import ANN, PUMPS, asked, client_of, files_below, knowing
 from tests.support.raw_client import connected, request
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("knowledge_hostile")
-
-
-@pytest.fixture(scope="module")
-def known(folder: Path) -> Iterator[Proxy]:
-    with knowing_proxy(folder) as proxy:
-        yield proxy
 
 
 @pytest.fixture(scope="module")
@@ -148,16 +136,17 @@ async def test_no_query_is_a_program(known: Proxy, store: str, query: str) -> No
     ],
 )
 async def test_sources_that_are_none_are_refused_and_no_private_address_is_asked(
-    known: Proxy, store: str, query: str, status: int
+    known: Proxy, query: str, status: int
 ) -> None:
-    answer = await asked(known, "PUT", f"/knowledge/{store}?{query.format(port=known.port)}", b"x")
+    made = (await asked(known, "POST", "/v1/vector_stores", {"name": "empty"}, key=ANN)).json()["id"]
+    answer = await asked(known, "PUT", f"/knowledge/{made}?{query.format(port=known.port)}", b"x", key=ANN)
     assert (answer.status, answer.error["type"]) == (status, "invalid_request_error")
-    assert len((await asked(known, "GET", f"/knowledge/{store}")).body.splitlines()) == 1
+    assert (await asked(known, "GET", f"/knowledge/{made}", key=ANN)).body == b""
 
 
-async def test_sources_are_names_and_not_paths_of_the_proxy(known: Proxy, folder: Path) -> None:
+async def test_sources_are_names_and_not_paths_of_the_proxy(known: Proxy, known_folder: Path) -> None:
     await asked(known, "POST", "/v1/vector_stores", {"name": "odd"})
-    before = files_below(folder)
+    before = files_below(known_folder)
     sources = ["/etc/passwd", "../../../../tmp/evil", "C:\\x", "http://127.0.0.1/", "a" * 4000, "%", "?&=#", "."]
     for number, source in enumerate(sources):
         path = f"/knowledge/odd?source={''.join(f'%{byte:02x}' for byte in source.encode())}"
@@ -166,7 +155,19 @@ async def test_sources_are_names_and_not_paths_of_the_proxy(known: Proxy, folder
     listed = [json.loads(line) for line in (await asked(known, "GET", "/knowledge/odd")).body.splitlines()]
     assert {one["source"] for one in listed} == set(sources)
     assert all("/" not in one["name"] and one["name"] for one in listed if "://" not in one["source"])
-    assert all(file.is_relative_to(folder / "state") for file in set(files_below(folder)) - set(before))
+    assert all(file.is_relative_to(known_folder / "state") for file in set(files_below(known_folder)) - set(before))
+
+
+async def test_one_source_that_is_sent_many_times_at_once_is_one_document(known: Proxy) -> None:
+    made = (await asked(known, "POST", "/v1/vector_stores", {"name": "same"})).json()["id"]
+    path = f"/knowledge/{made}?source=/same.md"
+    answers = await asyncio.gather(*(asked(known, "PUT", path, f"Number {n}.".encode()) for n in range(20)))
+    assert {answer.status for answer in answers} == {200}
+    [line] = (await asked(known, "GET", f"/knowledge/{made}")).body.splitlines()
+    file = json.loads(line)["id"]
+    content = (await asked(known, "GET", f"/v1/files/{file}/content")).body
+    assert content in {f"Number {n}.".encode() for n in range(20)}
+    assert (await asked(known, "PUT", path, content)).json() == {"changed": False, "document": None}
 
 
 async def test_a_head_has_what_a_get_has_without_its_body(known: Proxy) -> None:
@@ -177,7 +178,7 @@ async def test_a_head_has_what_a_get_has_without_its_body(known: Proxy) -> None:
         assert (answer.status, answer.header("content-length"), answer.body) == (200, "5", body)
 
 
-async def test_what_is_deleted_while_it_is_added_is_gone_and_breaks_nothing(known: Proxy, folder: Path) -> None:
+async def test_what_is_deleted_while_it_is_added_is_gone_and_breaks_nothing(known: Proxy, known_folder: Path) -> None:
     made = (await asked(known, "POST", "/v1/vector_stores", {"name": "race"})).json()["id"]
     with client_of(known) as client:
         files = [client.files.create(file=(f"{n}.md", f"# {n}".encode()), purpose="assistants").id for n in range(30)]
@@ -198,15 +199,15 @@ async def test_what_is_deleted_while_it_is_added_is_gone_and_breaks_nothing(know
     assert (await counts())["total"] == 0
 
 
-async def test_a_collection_that_is_deleted_while_it_is_filled_leaves_nothing(known: Proxy, folder: Path) -> None:
+async def test_a_collection_that_is_deleted_while_it_is_filled_leaves_nothing(known: Proxy, known_folder: Path) -> None:
     made = (await asked(known, "POST", "/v1/vector_stores", {"name": "gone"})).json()["id"]
-    before = len(files_below(folder / "state" / "knowledge"))
+    before = len(files_below(known_folder / "state" / "knowledge"))
     puts = [asked(known, "PUT", f"/knowledge/{made}?source=/{n}.md", f"# Unique {n}".encode()) for n in range(30)]
     tasks = [asyncio.ensure_future(put) for put in puts]
     await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     assert (await asked(known, "DELETE", f"/v1/vector_stores/{made}")).status == 200
     assert {(await task).status for task in tasks} <= {200, 404}
-    await until(lambda: len(files_below(folder / "state" / "knowledge")) == before, what="the removal")
+    await until(lambda: len(files_below(known_folder / "state" / "knowledge")) == before, what="the removal")
 
 
 async def test_a_killed_proxy_keeps_no_half_upload(tmp_path: Path) -> None:

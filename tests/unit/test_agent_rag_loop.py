@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from llama_smart_proxy import ChatRequest, Found, Passage
-from llama_smart_proxy.agents.rag.grading import as_probabilities, grade_request, read_grades, regraded
+from llama_smart_proxy.agents.rag.grading import any_of, as_probabilities, grade_request, read_grades, regraded
 from llama_smart_proxy.agents.rag.loop import Do, Situation, Verdict, begins_round, next_step, verdict_of
 from llama_smart_proxy.agents.rag.queries import follows_on, read_query, rewriting, self_contained
 
@@ -111,7 +111,9 @@ def test_a_question_that_follows_on_is_searched_for_with_the_one_before(
 
 
 def test_a_long_question_is_cut_where_it_says_least() -> None:
-    assert len(self_contained("word " * 1000, [], 100)) <= 100
+    long = f"What is this? {'word ' * 100_000} Who wrote it?"
+    query = self_contained(long, [], 100)
+    assert len(query) <= 100 and query.startswith("What is this?") and query.endswith("Who wrote it?")
     assert self_contained("and on Windows?", ["About " + "x" * 1000], 40).endswith("and on Windows?")
 
 
@@ -173,6 +175,11 @@ def test_one_request_grades_all_passages_by_a_schema() -> None:
 )
 def test_scores_of_a_reranker_are_probabilities(scores: list[float], expected: list[float]) -> None:
     assert as_probabilities(scores) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("relevances", "confidence"), [([], 0), ([0.25], 0.25), ([0.5, 0.5], 0.75), ([0.1, 1.0], 1)])
+def test_pages_answer_if_any_of_them_does(relevances: list[float], confidence: float) -> None:
+    assert any_of(relevances) == pytest.approx(confidence)
 
 
 def test_new_grades_make_a_new_order_and_confidence() -> None:

@@ -69,12 +69,12 @@ TASK_MAKERS = {
     "backends/pool/watch.py",  # a closer look at a silent server
     "backends/pool/pool.py",  # loads that nobody waits for, and the shutdown
     "backends/weights/downloads.py",  # one for all who wait
-    "proxy/knowledge/calibrating.py",  # measurements of collections
     "proxy/knowledge/ingestion.py",  # the work on the queue of documents
     "proxy/knowledge/shelves.py",  # filling an index, for all who search it
     "proxy/knowledge/watch.py",  # looks at watched folders
     "proxy/api/conversations.py",  # requests for resumable streams that have lost their client
     "proxy/http/response.py",  # waiting for a slow client
+    "proxy/knowledge/calibration.py",  # the measurement of a collection, ended with the knowledge base
     "proxy/middleware/afterwards.py",  # hooks after a request
     "proxy/middleware/passage.py",  # a read of an answer, for a task of an agent
     "proxy/middleware/scope.py",  # a request with agents, and whatever they start

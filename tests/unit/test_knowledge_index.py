@@ -44,13 +44,13 @@ def test_the_nearest_vectors_are_found(
     monkeypatch: pytest.MonkeyPatch, exact: int, recall: float, dimensions: int
 ) -> None:
     monkeypatch.setattr(matrix, "EXACT", exact)
-    vectors = unit_rows(matrix.BLOCK + 5000, dimensions)
+    vectors = unit_rows(matrix.BLOCK + 1000, dimensions)
     kept = matrix.Matrix(dimensions)
     for part in np.array_split(vectors, 7):
         kept.add(part)
     allowed = np.arange(len(vectors)) % 3 > 0
     found = []
-    for query in unit_rows(20, dimensions, seed=2):
+    for query in unit_rows(8, dimensions, seed=2):
         rows, cosines = kept.snapshot().nearest(query, 10, allowed)
         expected = np.argsort(-(vectors @ query) + 9 * ~allowed)[:10]
         found.append(len({*rows} & {*expected}) / 10)
@@ -124,9 +124,40 @@ def test_scripts_without_spaces_are_searched_by_pairs_of_characters() -> None:
     assert first > second > third == 0
 
 
-def test_a_score_that_is_not_known_counts_as_the_worst_and_the_best_of_both_is_first() -> None:
-    fused = fuse(np.array([0.9, 0.5, np.nan, 0.1], np.float32), np.array([8, np.nan, 9, 1], np.float32))
-    assert fused.argmax() == 0 and ((fused >= 0) & (fused <= 1)).all()
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("dense", "lexical", "order"),
+    [
+        ([0.9, 0.5, NAN, 0.1], [8, NAN, 9, 1], [0, 1, 2, 3]),
+        ([0.60, 0.55, 0.40], [1, 9, 0], [1, 0, 2]),
+        ([0.60, 0.55, 0.40], [0, 0, 9], [0, 1, 2]),
+        ([0.3, 0.2], [0, 0], [0, 1]),
+        ([NAN, NAN], [1, 2], [1, 0]),
+        ([-0.3, -0.2, -0.9], [1, NAN, NAN], [0, 1, 2]),
+        ([1.0], [7], [0]),
+        ([], [], []),
+    ],
+    ids=["best of both", "text decides", "far is far", "no text", "text alone", "no likeness", "one", "none"],
+)
+def test_the_fused_score_ranks_and_stays_between_0_and_1(
+    dense: list[float], lexical: list[float], order: list[int]
+) -> None:
+    fused = fuse(np.array(dense, np.float32), np.array(lexical, np.float32))
+    assert np.argsort(-fused, kind="stable").tolist() == order
+    assert ((fused >= 0) & (fused <= 1)).all()
+
+
+async def test_a_piece_takes_two_bytes_for_a_component_one_bit_for_its_sign_and_five_bytes_for_a_word() -> None:
+    index = LocalIndex()
+    await index.open("c", 64, "")
+    texts = [" ".join(f"w{at * 7 + word}" for word in range(20)) for at in range(matrix.BLOCK)]
+    vectors = unit_rows(matrix.BLOCK, 64)
+    await index.add("c", [Row(1 + at, "f", text, vectors[at]) for at, text in enumerate(texts)])
+    different = 7 * matrix.BLOCK + 20
+    needed = matrix.BLOCK * (64 * 2 + 64 // 8 + 20 * 5) + different * 12
+    assert needed <= index.bytes <= needed + matrix.BLOCK * 24
 
 
 async def test_what_is_removed_often_takes_no_memory() -> None:

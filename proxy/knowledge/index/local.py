@@ -42,8 +42,9 @@ class LocalIndex:
 
     async def add(self, collection: str, rows: Sequence[Row]) -> None:
         """As `Index.add`."""
-        if rows:
-            await asyncio.to_thread(self._collections[collection].add, list(rows))
+        known = self._collections.get(collection)
+        if known is not None and rows:
+            await asyncio.to_thread(known.add, list(rows))
 
     async def remove(self, collection: str, pieces: Sequence[int]) -> None:
         """As `Index.remove`."""
@@ -53,9 +54,10 @@ class LocalIndex:
 
     async def settle(self, collection: str, stamp: str) -> None:
         """As `Index.settle`."""
-        known = self._collections[collection]
-        await asyncio.to_thread(known.compact)
-        known.stamp = stamp
+        known = self._collections.get(collection)
+        if known is not None:
+            await asyncio.to_thread(known.compact)
+            known.stamp = stamp
 
     async def drop(self, collection: str) -> None:
         """As `Index.drop`."""

@@ -35,6 +35,8 @@ DEPTH = 100
 """How many pieces of each of the two searches are compared, at least."""
 MAX_INDEXED = 2000
 """Longest vector that HNSW takes; longer ones are compared one by one. Source: pgvector, "HNSW"."""
+OLDEST = (0, 8)
+"""The first pgvector with iterative scans."""
 LOCK = 0x6C6C616D62
 """The advisory lock under which tables are made: several proxies may begin at the same time."""
 SCHEMA = "llama_smart_proxy_index"
@@ -58,6 +60,10 @@ WITH asked AS (SELECT replace(plainto_tsquery('english', $2)::text, '&', '|')::t
 SELECT piece, 1 - (vector <=> $1), ts_rank({table}.words, asked.words, 1) FROM {table}, asked
 WHERE piece IN (SELECT piece FROM near UNION SELECT piece FROM said)
 """
+
+
+class _Dropped(UpstreamFailed):
+    """The table is missing."""
 
 
 class PostgresIndex:
@@ -105,7 +111,8 @@ class PostgresIndex:
                 await _unsettle(sql, collection)
                 await sql.executemany(query, values, timeout=FILL_S)
 
-            await self._do(work)
+            with suppress(_Dropped):
+                await self._do(work)
 
     async def remove(self, collection: str, pieces: Sequence[int]) -> None:
         """As `Index.remove`."""
@@ -114,7 +121,8 @@ class PostgresIndex:
             await _unsettle(sql, collection)
             await sql.execute(f"DELETE FROM {_table(collection)} WHERE piece = ANY($1)", list(pieces), timeout=FILL_S)
 
-        await self._do(work)
+        with suppress(_Dropped):
+            await self._do(work)
 
     async def settle(self, collection: str, stamp: str) -> None:
         """As `Index.settle`."""
@@ -146,7 +154,9 @@ class PostgresIndex:
         async def work(sql: asyncpg.Connection) -> list[Any]:
             if await sql.fetchval("SELECT to_regclass($1)", table) is None:
                 return []
-            await sql.execute(f"SET LOCAL hnsw.ef_search = {min(depth, 1000)}")
+            # iterative: the nearest in the index may have been removed, and not been vacuumed yet
+            settings = f"SET LOCAL hnsw.ef_search = {min(depth, 1000)}; SET LOCAL hnsw.iterative_scan = strict_order"
+            await sql.execute(settings)
             return await sql.fetch(statement, *values)  # type: ignore[no-any-return]
 
         return hits([tuple(row) for row in await self._do(work)], limit)
@@ -167,6 +177,8 @@ class PostgresIndex:
                 return await self._transaction(work)
             except (asyncpg.PostgresConnectionError, asyncpg.InterfaceError, ConnectionError):
                 return await self._transaction(work)
+        except asyncpg.UndefinedTableError as exc:
+            raise _Dropped("The collection is not in the index any more.") from exc
         except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as exc:
             raise self._failed(exc) from exc
 
@@ -183,6 +195,9 @@ class PostgresIndex:
             try:
                 async with connection.transaction():
                     await connection.execute(_MADE)
+                version = await connection.fetchval("SELECT extversion FROM pg_extension WHERE extname = 'vector'")
+                if tuple(map(int, version.split(".")[:2])) < OLDEST:
+                    raise OSError(f"pgvector {version} is too old; needs {'.'.join(map(str, OLDEST))}")
             finally:
                 with suppress(Exception):
                     await connection.close(timeout=1.0)

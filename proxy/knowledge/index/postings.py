@@ -191,7 +191,8 @@ def _grouped(words: NDArray[np.uint32], rows: NDArray[np.uint32], counts: NDArra
 
 def _merged(first: Segment, second: Segment) -> Segment:
     """Both; the rows of `second` are above all of `first`."""
-    words = np.union1d(first.words, second.words)
+    words = np.sort(np.concatenate([first.words, second.words]))  # not `union1d`: it takes long, with the lock held
+    words = words[np.diff(words, prepend=words[:1] - np.uint32(1)) != 0]
     sizes = np.zeros((2, len(words)), np.int64)
     for number, segment in enumerate((first, second)):
         sizes[number, np.searchsorted(words, segment.words)] = np.diff(segment.starts)

@@ -85,7 +85,9 @@ class QdrantIndex:
         """As `Index.settle`."""
         name = _name(collection)
         known = await self._ask("GET", f"/{name}")
-        size = known["config"]["params"]["vectors"]["dense"]["size"] if known is not None else 0
+        if known is None:
+            return
+        size = known["config"]["params"]["vectors"]["dense"]["size"]
         point = {"id": MARKER, "vector": {}, "payload": {"dimensions": size, "stamp": stamp}}
         await self._change("PUT", f"/{name}/points?wait=true", {"points": [point]})
         self._settled.add(name)
@@ -140,8 +142,8 @@ class QdrantIndex:
             self._settled.discard(name)
 
     async def _change(self, method: str, path: str, body: Json | bytes | None = None) -> None:
-        if await self._ask(method, path, body, limit_s=FILL_S) is None and method != "DELETE":
-            raise self._failed("the collection is missing")
+        """What is done to a collection that is missing, does nothing."""
+        await self._ask(method, path, body, limit_s=FILL_S)
 
     async def _ask(self, method: str, path: str, body: Json | bytes | None = None, limit_s: float = 0.0) -> Any:
         """The result; None if there is no such thing. Sent again if the connection was cut, as by a restart of the

@@ -65,6 +65,7 @@ class _Walk:
         self._mark = ""  # of the list item that begins
         self._tables: list[bool] = []  # whether the rows of the tables that are open are lines
         self._cells: list[str] = []
+        self._heads = False  # whether one of them is a heading
         self._had: set[str] = set()  # what the block before was part of
 
     def text(self, text: str | None) -> None:
@@ -94,6 +95,7 @@ class _Walk:
         if self._in_row and tag in ("td", "th"):
             self._cells.append(" ".join("".join(self._text).split()).replace("|", "\\|"))
             self._text = []
+            self._heads = self._heads or tag == "th"
         elif self._in_row and tag == "tr":
             self._row()
         elif tag in BREAKING and (not self._in_row or tag == "table"):
@@ -140,8 +142,10 @@ class _Walk:
         self._text, self._linked = [], 0
         if any(cells):
             line = f"| {' | '.join(cells)} |"
-            first = "table" not in self._had
-            self._add(Block(line + "\n" + "|---" * len(cells) + "|" if first else line, 0, links), "table")
+            if self._heads and "table" not in self._had:
+                line += "\n" + "|---" * len(cells) + "|"
+            self._add(Block(line, 0, links), "table")
+        self._heads = False
 
     def _add(self, block: Block, part_of: str) -> None:
         self.blocks.append(block._replace(continues=bool(part_of) and part_of in self._had))

@@ -60,19 +60,17 @@ def _content(blocks: Sequence[Block], found: str) -> list[Block]:
     """The headings and those blocks that are in `found`; if too little of the text is, all but links; all, if there is
     nothing but links."""
     known = set(_runs(WORD.findall(found.casefold())))
+    states = [_is_found(block, known) for block in blocks]
     prose = kept = 0
     chosen: list[Block] = []
-    before = False  # whether the block before is content: it decides on a few words
-    for block in blocks:
-        words = WORD.findall(block.text.casefold())
-        if block.level:
-            chosen.append(block)
-            continue
-        runs = _runs(words)
-        before = sum(run in known for run in runs) >= COVERED * len(runs) if runs else before
-        prose += 0 if block.is_links else len(words)
-        if before:
-            kept += 0 if block.is_links else len(words)
+    before = False  # the state of the block before that has enough words for one
+    for block, state, after in zip(blocks, states, _following(states), strict=True):
+        before = before if state is None else state
+        is_content = before or (state is None and after and not block.is_links)
+        words = 0 if block.level or block.is_links else len(block.text)
+        prose += words
+        if block.level or is_content:
+            kept += words
             chosen.append(block)
     if prose == 0:  # an index
         return list(blocks)
@@ -80,6 +78,22 @@ def _content(blocks: Sequence[Block], found: str) -> list[Block]:
         return [block for block in blocks if block.level or not block.is_links]
     groups = [(links, list(group)) for links, group in groupby(chosen, lambda block: block.is_links)]
     return [block for links, group in groups if not links or len(group) < CONTENTS for block in group]
+
+
+def _is_found(block: Block, known: set[tuple[str, ...]]) -> bool | None:
+    """Whether the block is in the text with these runs of words; None if it has too few words, or is a heading."""
+    runs = [] if block.level else _runs(WORD.findall(block.text.casefold()))
+    return sum(run in known for run in runs) >= COVERED * len(runs) if runs else None
+
+
+def _following(states: Sequence[bool | None]) -> list[bool]:
+    """For each block, the state of the next one that has one."""
+    found: list[bool] = []
+    after = False
+    for state in reversed(states):
+        found.append(after)
+        after = after if state is None else state
+    return found[::-1]
 
 
 def _runs(words: Sequence[str]) -> list[tuple[str, ...]]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+OUT_OF_MEMORY = 3
+"""The exit status of a worker that has no more memory."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:

@@ -19,7 +19,7 @@ import orjson
 from llama_smart_proxy.proxy.chat import Json
 from llama_smart_proxy.proxy.knowledge.base import Piece, Unreadable
 from llama_smart_proxy.proxy.knowledge.reading.frames import HEAD, MAX_FRAME, framed
-from llama_smart_proxy.proxy.knowledge.reading.limits import Limits
+from llama_smart_proxy.proxy.knowledge.reading.limits import OUT_OF_MEMORY, Limits
 
 START = (
     "import sys; sys.path[:] = sys.argv[3:]; "
@@ -99,6 +99,8 @@ class Worker:
     def _cause(self, status: int | None) -> str:
         if status == -signal.SIGXCPU:
             return f"takes more than {self._limits.processor_s} s of processor time to read"
+        if status == OUT_OF_MEMORY:
+            return f"requires more than {self._limits.memory_mib} MiB of memory"
         how = "was ended" if status is None else f"ended with status {status}"
         if status is not None and status < 0:
             with suppress(ValueError):

@@ -21,7 +21,7 @@ from llama_smart_proxy.proxy.chat import Json
 from llama_smart_proxy.proxy.knowledge.base import Chunking, Piece, Unreadable
 from llama_smart_proxy.proxy.knowledge.reading.documents import pieces_of
 from llama_smart_proxy.proxy.knowledge.reading.frames import FRAME_BYTES, framed, received
-from llama_smart_proxy.proxy.knowledge.reading.limits import Limits
+from llama_smart_proxy.proxy.knowledge.reading.limits import OUT_OF_MEMORY, Limits
 
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS, SIGKILL = 1, 38, 9
 OOM_SCORE = b"800"
@@ -55,11 +55,14 @@ def _answer(request: Json, source: BinaryIO, sink: BinaryIO, limits: Limits) -> 
             sink.write(frame)
     except Unreadable as exc:
         outcome["error"] = str(exc)
-    except MemoryError:
-        outcome = {"error": f"requires more than {limits.memory_mib} MiB of memory", "last": True}
     except Exception as exc:  # of a library, for a damaged document
+        if isinstance(exc, MemoryError):
+            os._exit(OUT_OF_MEMORY)
         outcome["error"] = f"is damaged or not supported ({type(exc).__name__})"
-    if _memory_used() > limits.memory_mib * MIB // 2:  # the next one would have less than it is promised
+    used = _memory_used()
+    if "error" in outcome and used > 0.9 * limits.memory_mib * MIB:  # a library has hidden the cause
+        os._exit(OUT_OF_MEMORY)
+    if used > limits.memory_mib * MIB // 2:  # the next one would have less than it is promised
         outcome["last"] = True
     sink.write(framed(orjson.dumps(outcome)))
     sink.flush()
@@ -67,9 +70,12 @@ def _answer(request: Json, source: BinaryIO, sink: BinaryIO, limits: Limits) -> 
 
 
 def _memory_used() -> int:
-    """The most memory that this process had, in bytes."""
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
+    """The most address space that this process had, in bytes; 0 where it is unknown."""
+    with suppress(OSError), open("/proc/self/status", "rb") as status:
+        for line in status:
+            if line.startswith(b"VmPeak:"):
+                return int(line.split()[1]) * 1024
+    return 0
 
 
 def _content(path: str) -> bytes:

@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 
 from llama_smart_proxy.agents.rag.options import RagOptions
-from llama_smart_proxy.proxy.knowledge.base import Vectors as VectorArray
 from llama_smart_proxy.proxy.knowledge.relevance import Calibration, Sample, measured
-from tests.bench.rag.measure import COLLECTION, Pool, Question, Trigger, actions, auc, figures, methods, table
+from tests.bench.rag.measure import COLLECTION, Floats, Pool, Question, Trigger, actions, auc, figures, methods, table
 from tests.bench.rag.offtopic import QUESTIONS
 from tests.bench.rag.pieces import HELD, POOL, TUNE, build, load
 from tests.bench.rag.vectors import Vectors, served
@@ -62,7 +61,7 @@ class Evaluation:
             chosen = np.array([question.half in halves for question in questions])
             self._show(f"questions: {title}", {name: figures(found[chosen]) for name, found in ranks.items()})
 
-    async def _kept_ranks(self, vectors: VectorArray) -> None:
+    async def _kept_ranks(self, vectors: Floats) -> None:
         """With the question among the headings of its answer, as in the original documents."""
         others = max(max(question["gold"]) for question in self._questions) + 1
         texts = [*self._kept, *self._texts[others:]]
@@ -119,7 +118,7 @@ class Evaluation:
         self.report[title] = rows
         print(table(title, rows), end="\n\n", flush=True)
 
-    def _of(self, texts: Sequence[str]) -> VectorArray:
+    def _of(self, texts: Sequence[str]) -> Floats:
         return self._vectors.of(texts)
 
     # an `Embedder` for the calibration
@@ -127,7 +126,7 @@ class Evaluation:
     async def identity(self) -> str:
         return "minilm"
 
-    async def embed(self, texts: Sequence[str], *, background: bool = False) -> VectorArray:
+    async def embed(self, texts: Sequence[str], *, background: bool = False) -> Floats:
         return self._of(texts)
 
 

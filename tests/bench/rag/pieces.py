@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -24,6 +25,8 @@ POOL = 5760
 """Pieces of the small set: those of all answers, and others by chance."""
 TUNE, HELD = "tune", "held"
 """What is chosen by measurement is chosen by the first half, and reported for both."""
+GRAM = 3
+"""Words by which a question is recognised at first; no question is shorter."""
 WORKERS = 2
 
 
@@ -37,11 +40,12 @@ def build(folder: Path, report: Callable[[str], None] = print) -> None:
     chunks, gold = _of_answers(asked, with_question=False)
     kept, kept_gold = _of_answers(asked, with_question=True)
     known = {chunk["text"] for chunk in chunks}
+    lists = Lists(entry.question for entry in asked)
     others = []
     with ProcessPoolExecutor(WORKERS) as pool:
         for found in pool.map(_of_document, list(map(str, documents(root))), chunksize=8):
             for chunk in found:
-                if chunk["text"] not in known:
+                if chunk["text"] not in known and not lists.has(chunk["text"]):
                     known.add(chunk["text"])
                     others.append(chunk)
     others.sort(key=lambda chunk: _chance(chunk["text"]))
@@ -54,6 +58,27 @@ def build(folder: Path, report: Callable[[str], None] = print) -> None:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
     report(f"{len(chunks)} pieces, {len(kept)} of them of answers")
+
+
+class Lists:
+    """Recognises pieces that contain a question, such as tables of contents: they would be found, not the answers."""
+
+    def __init__(self, questions: Iterable[str]) -> None:
+        self._questions: dict[tuple[str, ...], list[str]] = {}
+        for question in questions:
+            words = _words(question)
+            self._questions.setdefault(tuple(words[:GRAM]), []).append(" ".join(words))
+
+    def has(self, text: str) -> bool:
+        """Whether a question is in it, regardless of case, spaces and punctuation."""
+        words = _words(text)
+        found = {gram for gram in zip(*(words[at:] for at in range(GRAM)), strict=False) if gram in self._questions}
+        line = f" {' '.join(words)} "
+        return any(f" {question} " in line for gram in found for question in self._questions[gram])
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
 
 
 def load(folder: Path, name: str) -> list[dict[str, Any]]:

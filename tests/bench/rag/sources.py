@@ -25,7 +25,7 @@ HTML = (
     "usr/share/doc/debian-reference*/docs/*.en.html",
 )
 LISTS = re.compile(
-    r"/(?:contents|genindex[^/]*|search|bookindex|py-modindex|faq/[^/]*)\.html$|/perlfaq\d?\.pod$|/RelNotes/"
+    r"/(?:contents|genindex[^/]*|search|bookindex|py-modindex|faq/[^/]*)\.html$|/perl(?:faq\d?|toc)\.pod$|/RelNotes/"
 )
 """What lists the questions, or is no text."""
 

@@ -32,13 +32,14 @@ class Vectors:
     """The vectors of texts; those that are not known are computed by a server that is started for them."""
 
     def __init__(self, folder: Path, report: Callable[[str], None] = print) -> None:
-        self._database = sqlite3.connect(folder / "vectors.db")
+        self._database = sqlite3.connect(folder / "vectors.db", timeout=120)
+        self._database.execute("PRAGMA journal_mode=WAL")  # one may read while another one writes
         self._database.execute("CREATE TABLE IF NOT EXISTS vectors (text BLOB PRIMARY KEY, vector BLOB) WITHOUT ROWID")
         self._report = report
 
     def of(self, texts: Sequence[str], threads: int = 1) -> NDArray[np.float32]:
         """Shape (texts, 384), each of length 1."""
-        missing = sorted({text for text in texts if self._known(text) is None}, key=len)
+        missing = list(dict.fromkeys(text for text in texts if self._known(text) is None))
         if missing:
             self._report(f"embedding {len(missing)} texts ...")
             with served(threads) as embed:
