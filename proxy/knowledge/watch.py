@@ -34,7 +34,7 @@ INTERVAL_S = 2.0
 SHARE = 20
 """The time between two looks is at least so many times that of a look."""
 EXPIRY_S = 60.0
-AT_ONCE = 8
+AT_ONCE = 2
 """Most files that are read at one time."""
 _TEMPORARY = (".part", ".tmp", ".crdownload", ".swp", "~")
 
@@ -170,8 +170,9 @@ class Watcher:
             if source not in known or known[source].stamp != found.stamp or (is_first and errors[source])
         ]
         for at in range(0, len(changed), AT_ONCE):
-            some = changed[at : at + AT_ONCE]
+            some, began_s = changed[at : at + AT_ONCE], time.monotonic()
             await asyncio.gather(*(_add(opened, kept, source, found, errors.get(source, "")) for source, found in some))
+            await asyncio.sleep(time.monotonic() - began_s)  # half of the time belongs to those who chat
 
     async def _is_there(self, path: Path, seen: Seen) -> bool:
         """Whether this is the folder that it was: one whose disk is not mounted is empty, and nothing is removed."""
