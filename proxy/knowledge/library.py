@@ -118,10 +118,7 @@ class Library:
         """Remove a document, also from all collections."""
         opened = await self._opened()
         serial, found = await self._document(document)
-        async with opened.writing:
-            changes = await opened.database.run(partial(catalogue.delete_document, serial=serial))
-            await opened.remove([found.digest])
-        await opened.changed(changes)
+        await opened.delete_document(serial, found.digest)
 
     # -- members -------------------------------------------------------------------------------------------------------
 

@@ -337,3 +337,20 @@ async def test_what_is_not_used_is_not_opened(tmp_path: Path) -> None:
         tasks = [task.get_name() for task in asyncio.all_tasks()]
         assert "ingestion of documents" not in tasks and "looks at watched folders" not in tasks
         assert not {"knowledge", "knowledge.db"} & set(os.listdir(tmp_path))
+
+
+async def test_the_index_follows_a_removal_whose_client_has_gone(stage: Stage) -> None:
+    collection = (await stage.library.create("kept")).id
+    zebras = "\n\n".join(f"## Zebra {number}\n\nThe zebra listens on port {number}." for number in range(40))
+    herd, _ = await attached(stage.library, collection, herd=zebras, other=WALRUS)
+    await done(stage.library, collection)
+    assert any("zebra" in text for text in await found(stage.library, "zebra port", collection))
+    opened = await stage.library._opened()
+    async with opened.shelves._shelves[collection].lock:  # as while another change is followed
+        removal = asyncio.create_task(stage.library.delete_document(herd))
+        while len(await stage.library.documents()) > 1:
+            pass
+        removal.cancel()
+        await asyncio.wait([removal])
+    await asyncio.gather(*opened._finishing)
+    assert await found(stage.library, "zebra port", collection)

@@ -72,6 +72,7 @@ TASK_MAKERS = {
     "proxy/knowledge/ingestion.py",  # the work on the queue of documents
     "proxy/knowledge/shelves.py",  # filling an index, for all who search it
     "proxy/knowledge/watch.py",  # looks at watched folders
+    "proxy/knowledge/knowledge.py",  # removals whose client may go meanwhile, ended with the knowledge base
     "proxy/api/conversations.py",  # requests for resumable streams that have lost their client
     "proxy/http/response.py",  # waiting for a slow client
     "proxy/knowledge/calibration.py",  # the measurement of a collection, ended with the knowledge base
