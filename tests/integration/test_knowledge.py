@@ -354,3 +354,20 @@ async def test_the_index_follows_a_removal_whose_client_has_gone(stage: Stage) -
         await asyncio.wait([removal])
     await asyncio.gather(*opened._finishing)
     assert await found(stage.library, "zebra port", collection)
+
+
+async def test_a_document_is_read_although_the_client_that_added_it_has_gone(stage: Stage) -> None:
+    collection = (await stage.library.create("kept")).id
+    document = await uploaded(stage.library, "zebra.md", ZEBRA)
+    opened = await stage.library._opened()
+    for steps in range(100):  # of the event loop, before its client goes
+        adding = asyncio.create_task(stage.library.attach(collection, document))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        adding.cancel()
+        await asyncio.wait([adding])
+        await opened.database.run(lambda sql: None)  # behind what was begun
+        if (await stage.library.collection(collection)).counts.total:
+            break
+    await done(stage.library, collection)
+    assert await found(stage.library, "zebra", collection)

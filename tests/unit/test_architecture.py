@@ -90,8 +90,7 @@ PROVIDERS = ("backends.llamacpp.provider", "backends.llamacpp.model", "backends.
 ASSEMBLY = {"proxy/app.py", "proxy/generation.py", "proxy/registry.py"}
 APIS = {"ollama", "openai", "openai-responses", "anthropic", "responses", "native", "llama.cpp", "remote"}
 APIS |= {"OLLAMA", "OPENAI", "ANTHROPIC", "RESPONSES", "NATIVE"}
-"""Names of APIs and of those who run models. What depends on them is said by a dialect or a model, and asked nowhere
-else; the configuration reads them."""
+"""Names of APIs and of those who run models: only a dialect, a model or the configuration depends on them."""
 MAY_COMPARE = ("proxy/dialects/", "proxy/config/", "backends/")
 PROCESS_MAKERS = {"backends/pool/spawn.py", "proxy/cli/simulate.py", "proxy/knowledge/reading/process.py"}
 
