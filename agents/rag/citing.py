@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from llama_smart_proxy import Json
 from llama_smart_proxy.agents.rag.prompt import Source
 
-_ONE = r"\[\s*(?:source\s*)?\d{1,3}(?:\s*[,;]\s*(?:source\s*)?\d{1,3})*\s*\]"
-_RUN = re.compile(rf"(?<![\w\])])(?:{_ONE})+(?!\()", re.IGNORECASE)
+_CITED = re.compile(r"\[\s*(?:source\s*)?\d{1,3}(?:\s*[,;]\s*(?:source\s*)?\d{1,3})*\s*\]", re.IGNORECASE)
+_RUN = re.compile(rf"(?<![\w\])])(?:{_CITED.pattern})+(?!\()", re.IGNORECASE)
 """Citations beside each other. What follows a word is an index in code, what `(` follows is a link."""
-_CITED = re.compile(_ONE, re.IGNORECASE)
 _NUMBER = re.compile(r"\d+")
 
 

@@ -11,7 +11,7 @@ from llama_smart_proxy import BadRequest, ChatRequest, Context, Found, Json, Pas
 from llama_smart_proxy.agents.rag import grading, queries, refining
 from llama_smart_proxy.agents.rag.loop import Do, Situation, Verdict, begins_round, next_step, verdict_of
 from llama_smart_proxy.agents.rag.options import RagOptions
-from llama_smart_proxy.agents.rag.web import Web, WebUnavailable
+from llama_smart_proxy.agents.rag.web import NONE_CONFIGURED, Web, WebUnavailable
 
 KEPT_SHARE = 0.25
 """Passages below this share of the relevance of the best one are not used beside that. How high it is says little: of
@@ -245,7 +245,7 @@ class Session:
         if outcome.verdict is not Verdict.CORRECT and self._config.web_is_off:
             outcome.reasons.append("the web is switched off")
         elif outcome.verdict is not Verdict.CORRECT and not self._web.engines(self._config):
-            outcome.reasons.append("no web search is configured")
+            outcome.reasons.append(NONE_CONFIGURED)
         if not outcome.passages and verdicts:
             outcome.reasons.insert(0, "nothing relevant was found")
 

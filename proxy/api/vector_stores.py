@@ -117,7 +117,7 @@ def _queries(body: Mapping[str, Any]) -> list[str]:
     good = all(isinstance(one, str) and len(one) <= LONGEST_QUERY and one.strip() for one in queries)
     if not good or not 0 < len(queries) <= MOST_QUERIES:
         most = f"at most {MOST_QUERIES} texts of at most {LONGEST_QUERY} characters"
-        raise BadRequest(f"query must be a text, or a list of {most}", param="query")
+        raise BadRequest(f"query must be a text that is not empty, or a list of {most}", param="query")
     return queries
 
 

@@ -24,6 +24,8 @@ SHOWN = 500
 def kb_command(proxy: Remote, args: argparse.Namespace) -> int:
     """Run the action `args.action`. Returns the exit status. Raises: RemoteError."""
     name = args.collection or ""
+    if args.collection == "" or getattr(args, "document", None) == "":
+        raise RemoteError("the name is empty; `llama-smart-proxy kb list` shows those that there are", 2)
     if "/" in name or name in (".", ".."):
         raise RemoteError(f"{name}: no path can have this name; `llama-smart-proxy kb list` shows ids", 2)
     return _ACTIONS[args.action](proxy, args)

@@ -91,9 +91,13 @@ def _collection(proxy: Remote, name: str) -> str:
 
 
 def _known(proxy: Remote, collection: str) -> dict[str, str]:
-    """The digests of what the collection has, by source."""
+    """The digests of what the collection has, by source; "" of what could not be read, which is tried again."""
     documents = map(json.loads, proxy.lines(at("knowledge", collection)))
-    return {document["source"]: document["digest"] for document in documents if document["source"]}
+    return {
+        document["source"]: "" if document["status"] == "failed" else document["digest"]
+        for document in documents
+        if document["source"]
+    }
 
 
 def walked(paths: Sequence[str], patterns: Sequence[str]) -> Iterator[Found]:

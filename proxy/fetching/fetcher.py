@@ -117,7 +117,8 @@ class Fetcher:
         for _ in range(limits.redirects + 1):
             private = private and self._private.names_host(url)
             if not private and self._ports is not None and url.port not in self._ports:
-                raise Refused(f"port {url.port} is not fetched")
+                permitted = " and ".join(map(str, sorted(self._ports)))
+                raise Refused(f"port {url.port} is not fetched from: pages come from ports {permitted}")
             if before is not None:
                 await before(url)
             moved = await self._ask(url, private, accept, limits)

@@ -39,7 +39,7 @@ UNICAST = ipaddress.ip_network("2000::/3")
 _HOST = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?)*\.?")
 _LABELS_OF_NUMBERS = re.compile(r"(0x[0-9a-f]*|[0-9]+)")
 _UNSAFE = re.compile(r"[\x00-\x20\x7f-\x9f\\]|\s")
-_USER = re.compile(r"[^/?#]*//[^/?#]*@")
+_USER = re.compile(r"\A[^/?#]*//[^/?#]*@")
 
 
 class Refused(ValueError):

@@ -7,10 +7,10 @@ import asyncio
 import fcntl
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from llama_smart_proxy.backends.threads import run_in_thread
 from llama_smart_proxy.proxy.errors import ConfigError, Overloaded
@@ -31,7 +31,11 @@ from llama_smart_proxy.proxy.store import Sql
 if TYPE_CHECKING:
     from llama_smart_proxy.proxy.config.knowledge import KnowledgeConfig
 
+T = TypeVar("T")
+
 LOCK = "knowledge.lock"
+FINISH_S = 2.0
+"""Time limit in seconds at the end for changes that have begun."""
 
 
 class Knowledge:
@@ -131,6 +135,7 @@ class Opened:
         self.next_step = asyncio.Event()
         """Set at the next change of the counts of any collection."""
         self._used: dict[int, float] = {}
+        self._finishing: set[asyncio.Task[Any]] = set()
 
     def configure(self, config: KnowledgeConfig) -> None:
         """Follow the configuration."""
@@ -160,8 +165,19 @@ class Opened:
             self._used |= dict.fromkeys(some, now_s)
             await self.database.run(partial(catalogue.use, serials=some, now_s=now_s))
 
+    async def finish(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of a change of catalogue, contents and index, which is completed also if the caller is cancelled:
+        the transaction would be committed all the same, and the others not follow it."""
+        task = asyncio.get_running_loop().create_task(work, name="changes the knowledge base")
+        self._finishing.add(task)
+        task.add_done_callback(self._finishing.discard)
+        return await asyncio.shield(task)
+
     async def delete(self, kept: Kept) -> None:
         """Remove a collection."""
+        await self.finish(self._delete(kept))
+
+    async def _delete(self, kept: Kept) -> None:
         async with self.writing:
             await self.remove(await self.database.run(partial(catalogue.delete, serial=kept.serial)))
         self.step()
@@ -169,6 +185,19 @@ class Opened:
 
     async def detach(self, found: KeptMember) -> None:
         """Remove a member; a document that came by its source has no other place."""
+        await self.finish(self._detach(found))
+
+    async def delete_document(self, serial: int, digest: str) -> None:
+        """Remove a document, also from all collections."""
+        await self.finish(self._delete_document(serial, digest))
+
+    async def _delete_document(self, serial: int, digest: str) -> None:
+        async with self.writing:
+            changes = await self.database.run(partial(catalogue.delete_document, serial=serial))
+            await self.remove([digest])
+        await self.changed(changes)
+
+    async def _detach(self, found: KeptMember) -> None:
         document = found.member.document
 
         def work(sql: Sql) -> list[Change]:
@@ -193,6 +222,10 @@ class Opened:
 
     async def close(self) -> None:
         """End all work."""
+        if self._finishing:
+            _, late = await asyncio.wait(self._finishing, timeout=FINISH_S)
+            for task in late:
+                task.cancel()
         await self.calibrations.close()
         await self.ingestion.close()
         await self.shelves.close()

@@ -118,10 +118,7 @@ class Library:
         """Remove a document, also from all collections."""
         opened = await self._opened()
         serial, found = await self._document(document)
-        async with opened.writing:
-            changes = await opened.database.run(partial(catalogue.delete_document, serial=serial))
-            await opened.remove([found.digest])
-        await opened.changed(changes)
+        await opened.delete_document(serial, found.digest)
 
     # -- members -------------------------------------------------------------------------------------------------------
 
@@ -149,9 +146,12 @@ class Library:
                 serial, _ = self._visible(catalogue.document(sql, name), name)
                 catalogue.attach(sql, kept.serial, serial, attributes, chunking, batch)
 
-        await opened.database.run(work)
+        async def attach() -> None:
+            await opened.database.run(work)
+            opened.added()
+
+        await opened.finish(attach())
         await opened.use([kept.serial])
-        opened.added()
 
     async def add_source(self, collection: str, source: str, file: Path, media_type: str = "") -> Member | None:
         """Add or replace what came from the path or URL `source`, whose content `file` has; None if its content is

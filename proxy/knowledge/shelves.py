@@ -117,11 +117,14 @@ class Shelves:
             async with shelf.lock:
                 if shelf.identity:
                     shelf.is_settled = False
+                    identity, shelf.identity = shelf.identity, ""  # stays so if this fails or is cancelled
                     try:
                         await self._follow(self._index, change)
+                        shelf.identity = identity
                     except ProxyError as exc:
                         logger.warning("the index does not follow: %s", exc.message)
-                        shelf.identity = ""
+                    except Exception as exc:  # of an index: the catalogue has the change all the same
+                        logger.error("the index does not follow", exc_info=exc)
                     shelf.follow(change.stamp)
 
     async def _follow(self, index: Index, change: Change) -> None:

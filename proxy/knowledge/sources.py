@@ -38,12 +38,15 @@ async def add_source(
         opened.contents.keep(spooled)
         return _Outcome(_added(sql, kept, source, content), before.digest if before is not None else "")
 
-    async with opened.writing:
-        outcome = await opened.database.run(work)
-        await opened.remove([outcome.replaced])
-    if outcome.document:
-        opened.added()
-    return outcome.document
+    async def add() -> str:
+        async with opened.writing:
+            outcome = await opened.database.run(work)
+            await opened.remove([outcome.replaced])
+        if outcome.document:
+            opened.added()
+        return outcome.document
+
+    return await opened.finish(add())
 
 
 async def fail_source(opened: Opened, kept: Kept, source: str, size: int, reason: str, stamp: str) -> None:

@@ -335,6 +335,7 @@ def _active(candidate: _Candidate) -> ActiveAgent:
         error = exc.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, error["loc"]))
         problem = error["msg"].removeprefix("Value error, ").replace("Input should", "should", 1)
-        raise BadRequest(f"option {where} of /{candidate.plugin.command}: {problem}", param=where) from None
+        option = f"option {where} of" if where else "options of"
+        raise BadRequest(f"{option} /{candidate.plugin.command}: {problem}", param=where or None) from None
     explicit = candidate.explicit or candidate.settings.required
     return ActiveAgent(candidate.plugin, candidate.plugin.loaded, config, candidate.settings, explicit)

@@ -337,3 +337,37 @@ async def test_what_is_not_used_is_not_opened(tmp_path: Path) -> None:
         tasks = [task.get_name() for task in asyncio.all_tasks()]
         assert "ingestion of documents" not in tasks and "looks at watched folders" not in tasks
         assert not {"knowledge", "knowledge.db"} & set(os.listdir(tmp_path))
+
+
+async def test_the_index_follows_a_removal_whose_client_has_gone(stage: Stage) -> None:
+    collection = (await stage.library.create("kept")).id
+    zebras = "\n\n".join(f"## Zebra {number}\n\nThe zebra listens on port {number}." for number in range(40))
+    herd, _ = await attached(stage.library, collection, herd=zebras, other=WALRUS)
+    await done(stage.library, collection)
+    assert any("zebra" in text for text in await found(stage.library, "zebra port", collection))
+    opened = await stage.library._opened()
+    async with opened.shelves._shelves[collection].lock:  # as while another change is followed
+        removal = asyncio.create_task(stage.library.delete_document(herd))
+        while len(await stage.library.documents()) > 1:
+            pass
+        removal.cancel()
+        await asyncio.wait([removal])
+    await asyncio.gather(*opened._finishing)
+    assert await found(stage.library, "zebra port", collection)
+
+
+async def test_a_document_is_read_although_the_client_that_added_it_has_gone(stage: Stage) -> None:
+    collection = (await stage.library.create("kept")).id
+    document = await uploaded(stage.library, "zebra.md", ZEBRA)
+    opened = await stage.library._opened()
+    for steps in range(100):  # of the event loop, before its client goes
+        adding = asyncio.create_task(stage.library.attach(collection, document))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        adding.cancel()
+        await asyncio.wait([adding])
+        await opened.database.run(lambda sql: None)  # behind what was begun
+        if (await stage.library.collection(collection)).counts.total:
+            break
+    await done(stage.library, collection)
+    assert await found(stage.library, "zebra", collection)

@@ -202,7 +202,7 @@ async def _killed_again_and_again() -> tuple[int, int]:
             kill(worker)
         await reader.page(b"Text.", "a")
         await reader.close()
-        await until(lambda: not psutil.Process().children())
+        await until(lambda: not workers())
         counts.append(len(os.listdir("/proc/self/fd")))
     return counts[0], counts[1]
 

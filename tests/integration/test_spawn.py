@@ -29,6 +29,7 @@ from llama_smart_proxy.backends.pool.orphans import OWNER
 from llama_smart_proxy.backends.pool.spawn import Child, spawn
 from llama_smart_proxy.proxy.cli import simulate
 from llama_smart_proxy.proxy.errors import StartFailed
+from llama_smart_proxy.proxy.knowledge.reading import process
 from tests.support.harness import PATIENCE_S, ROOT, until
 from tests.support.pools import Fakes, children, open_fds
 
@@ -182,7 +183,7 @@ def test_the_project_makes_processes_in_one_place() -> None:
                 if name in makers:
                     found.add(path.relative_to(ROOT).as_posix())
     starts_a_proxy = {place(simulate.run)}
-    assert found - starts_a_proxy == {place(spawn)}
+    assert found - starts_a_proxy == {place(spawn), place(process.Worker)}, "models, and the reader of documents"
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.harness import PATIENCE_S, free_port
+from tests.support.harness import PATIENCE_S, companions, free_port
 
 _numbers = count(1)
 FAST = ["-c", "fsync=off", "-c", "full_page_writes=off", "-c", "shared_buffers=8MB", "-c", "max_connections=20"]
@@ -63,6 +63,7 @@ class Server:
             [f"{self._binaries}/postgres", *words], cwd=self._folder, stderr=subprocess.DEVNULL, **self._as
         )
         self._process = process
+        companions.add(process.pid)
         ready = [f"{self._binaries}/pg_isready", "-q", "-h", "127.0.0.1", "-p", port, "-t", "5"]
         while subprocess.run(ready, check=False).returncode != 0:
             assert process.poll() is None, "postgres has ended"
@@ -72,6 +73,7 @@ class Server:
         if self._process is not None:
             self._process.send_signal(3)  # SIGQUIT: an immediate shutdown
             self._process.wait(PATIENCE_S)
+            companions.discard(self._process.pid)
             self._process = None
 
     def database(self) -> str:

@@ -130,6 +130,11 @@ async def test_without_the_web_it_says_so_and_searches_for_nothing(web: Stage) -
     assert answer["x_rag"]["reasons"] == ["there is no collection with documents", "the web is switched off"]
 
 
+async def test_options_that_do_not_fit_together_are_refused_by_their_command(web: Stage) -> None:
+    said = await WHOLE.ask(web.proxy, WHOLE.body(f"/rag grader=rerank {KIWI}"))
+    assert said.status == 400 and "options of /rag: grader: rerank requires grader_model" in (said.error or "")
+
+
 async def test_a_search_engine_that_fails_leaves_an_answer_that_says_so(web: Stage) -> None:
     web.engine.script = plain(b"{}", 500)
     answer = await web.asked(f"/rag {KIWI}")

@@ -115,7 +115,7 @@ def test_each_file_that_cannot_be_read_is_named_with_its_reason_and_stops_nothin
     assert reasons["broken.pdf"]
     out = kb("add", str(tmp_path), "--collection", "c", status=1)
     assert f"{tmp_path}/large.txt: the file is larger than 1 MiB" in out
-    assert out.endswith("0 added, 0 changed, 3 unchanged, 6 not readable\n")
+    assert out.endswith("0 added, 1 changed, 2 unchanged, 6 not readable\n"), "what cannot be read is tried again"
     assert reasons["broken.pdf"] in kb("list", "c")
 
 
@@ -262,7 +262,7 @@ def test_a_page_is_fetched_by_the_proxy_and_added_again_when_it_has_changed(
             assert "second edition" in kb("search", "almanac", "--collection", "pages")
             monkeypatch.setenv("LSP_API_KEY", ANN)  # private hosts are for administrators
             refused = kb.json("add", page, "--collection", "own", status=1)["unreadable"]
-            assert refused.keys() == {page} and "is not fetched" in refused[page]
+            assert refused.keys() == {page} and "is not fetched from" in refused[page]
         finally:
             site.shutdown()
 
@@ -276,6 +276,9 @@ def test_a_page_is_fetched_by_the_proxy_and_added_again_when_it_has_changed(
         (["search", "x", "--collection", "none"], 1, "'none'"),
         (["search", "", "--collection", "none"], 1, "query must be"),
         (["add", "/nowhere", "--collection", "a/b"], 2, "a/b: no path can have this name"),
+        (["add", "/nowhere", "--collection", ""], 2, "the name is empty"),
+        (["rm", ""], 2, "the name is empty"),
+        (["rm", "none", ""], 2, "the name is empty"),
         (["eval", "/nowhere.jsonl"], 2, "/nowhere.jsonl: No such file"),
         (["add", "/nowhere", "--url", "127.0.0.1:1"], 3, "no proxy is running at"),
         (["add", "/nowhere", "--key", "wrong"], 4, "is not accepted"),

@@ -72,6 +72,7 @@ TASK_MAKERS = {
     "proxy/knowledge/ingestion.py",  # the work on the queue of documents
     "proxy/knowledge/shelves.py",  # filling an index, for all who search it
     "proxy/knowledge/watch.py",  # looks at watched folders
+    "proxy/knowledge/knowledge.py",  # removals whose client may go meanwhile, ended with the knowledge base
     "proxy/api/conversations.py",  # requests for resumable streams that have lost their client
     "proxy/http/response.py",  # waiting for a slow client
     "proxy/knowledge/calibration.py",  # the measurement of a collection, ended with the knowledge base
@@ -89,8 +90,7 @@ PROVIDERS = ("backends.llamacpp.provider", "backends.llamacpp.model", "backends.
 ASSEMBLY = {"proxy/app.py", "proxy/generation.py", "proxy/registry.py"}
 APIS = {"ollama", "openai", "openai-responses", "anthropic", "responses", "native", "llama.cpp", "remote"}
 APIS |= {"OLLAMA", "OPENAI", "ANTHROPIC", "RESPONSES", "NATIVE"}
-"""Names of APIs and of those who run models. What depends on them is said by a dialect or a model, and asked nowhere
-else; the configuration reads them."""
+"""Names of APIs and of those who run models: only a dialect, a model or the configuration depends on them."""
 MAY_COMPARE = ("proxy/dialects/", "proxy/config/", "backends/")
 PROCESS_MAKERS = {"backends/pool/spawn.py", "proxy/cli/simulate.py", "proxy/knowledge/reading/process.py"}
 

@@ -21,6 +21,11 @@ REPEATS = (codes.MAX_REPEAT, codes.MIN_REPEAT)
 NESTED = {
     "backends.pool.causes._FOLDERS": "lines of a log of at most 300 characters, and folders end with a slash",
     "backends.weights.filenames._QUANTISATION": "names of files in a repository or folder, of 255 characters",
+    "agents.rag.citing._CITED": "numbers between brackets, of three digits, each begins behind a comma",
+    "agents.rag.citing._RUN": "citations, each of which begins with a bracket",
+    "proxy.chat.sources._LINES": "lines, each of which begins with a number in brackets",
+    "proxy.knowledge.reading.kinds.HTML_START": "the first 4096 bytes of a document",
+    "proxy.knowledge.reading.tables.RULE": "cells of dashes, each of which begins with a bar",
     "backends.weights.hub_http.FILE": "names of at most 512 characters, by `hub.parse_name`, and of files",
 }
 """Patterns with a repetition within another one, and why that does no harm."""

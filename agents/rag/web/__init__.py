@@ -2,6 +2,6 @@
 
 from llama_smart_proxy.agents.rag.web.engines import WebUnavailable
 from llama_smart_proxy.agents.rag.web.options import WebOptions
-from llama_smart_proxy.agents.rag.web.search import Web
+from llama_smart_proxy.agents.rag.web.search import NONE_CONFIGURED, Web
 
-__all__ = ["Web", "WebOptions", "WebUnavailable"]
+__all__ = ["NONE_CONFIGURED", "Web", "WebOptions", "WebUnavailable"]

@@ -11,9 +11,9 @@ from llama_smart_proxy.proxy.knowledge.reading.parsed import Parsed, Section
 FRONT_MATTER = re.compile(
     r"\A(?:---[ \t]*\n(.*?)^(?:---|\.\.\.)[ \t]*$\n?|\+\+\+[ \t]*\n(.*?)^\+\+\+[ \t]*$\n?)", re.M | re.S
 )
-TITLE = re.compile(r"""^title[ \t]*[:=][ \t]*(['"]?)(.+?)\1[ \t]*$""", re.M | re.I)
+TITLE = re.compile(r"^title[ \t]*+[:=](.*)", re.M | re.I)
 FENCE = re.compile(r" {0,3}(`{3,}|~{3,})(.*)")
-ATX = re.compile(r" {0,3}(#{1,6})(?:[ \t]+(.*?))?(?:[ \t]+#+)?[ \t]*")
+ATX = re.compile(r" {0,3}(#{1,6})(?:[ \t](.*))?")
 SETEXT = re.compile(r" {0,3}(=+|-+)[ \t]*")
 RULED = re.compile(r"([!-/:-@\[-`{-~])\1{2,}[ \t]*")
 POD_HEADING = re.compile(r"=head([1-6])[ \t]+(.*)")
@@ -39,7 +39,8 @@ def markdown(text: str) -> Parsed:
     title = ""
     if front:
         found = TITLE.search(front[1] or front[2] or "")
-        title = found[2].strip() if found else ""
+        title = found[1].strip() if found else ""
+        title = title[1:-1].strip() if title[:1] in ("'", '"') and title[:1] == title[-1:] else title
         text = text[front.end() :]
     lines = text.split("\n")
     return parsed(lines, _markdown_headings(lines), title, is_markdown=True)
@@ -101,9 +102,16 @@ def _markdown_headings(lines: list[str]) -> Iterator[Heading]:
             elif fence and mark.startswith(fence) and not match[2].strip():
                 fence = ""
         elif not fence and (found := ATX.fullmatch(line)):
-            yield Heading(len(found[1]), plain(found[2] or ""), number, number + 1)
+            yield Heading(len(found[1]), plain(_unclosed(found[2] or "")), number, number + 1)
         elif not fence and number and (found := SETEXT.fullmatch(line)) and _is_title(lines, number - 1):
             yield Heading(1 if "=" in line else 2, plain(lines[number - 1]), number - 1, number + 1)
+
+
+def _unclosed(text: str) -> str:
+    """The text of a heading without the row of `#` that may close it."""
+    text = text.strip()
+    opened = text.rstrip("#")
+    return opened.rstrip() if not opened or opened[-1].isspace() else text
 
 
 def _is_title(lines: list[str], number: int) -> bool:

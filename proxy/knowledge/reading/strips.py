@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-FENCE = re.compile(r"[ \t]*(```+|~~~+)")
+FENCE = re.compile(r"\A[ \t]*(```+|~~~+)")
 ITEM = re.compile(r"[ \t]*(?:[-*+•]|\d{1,3}[.)])[ \t]")
 ALONE = re.compile(r"[ \t]*(?:#{1,6}[ \t]|\||>)")
 """Starts of lines that go on in no other line: headings, rows of tables, quotations."""
