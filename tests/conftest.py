@@ -89,6 +89,13 @@ class Shared:
     upstream_port: int
 
 
+@pytest.fixture(autouse=True)
+def _earlier_programs() -> None:
+    """Set up behind the fixtures of the module, and before all others of the test."""
+    harness.earlier.clear()
+    harness.earlier.update(harness.direct_children())
+
+
 @pytest.fixture(scope="session")
 def shared() -> Iterator[Shared]:
     port = free_port()

@@ -42,6 +42,8 @@ _EMPTY_CACHE = tempfile.TemporaryDirectory(prefix="lsp-hf-", ignore_cleanup_erro
 _STATE = tempfile.TemporaryDirectory(prefix="lsp-state-", ignore_cleanup_errors=True)
 companions: set[int] = set()
 """Pids of other programs that tests have started, and whatever they count are not to count."""
+earlier: set[int] = set()
+"""The children of this process when the present test began, such as programs that the tests of a module share."""
 _NEVER = ("Traceback", "unhandled error", "was destroyed but it is pending", "was never retrieved", "never awaited")
 """What the log of a healthy proxy never holds."""
 
@@ -52,6 +54,15 @@ _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
 _WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 _ranges = count(os.getpid() % 100 * _WORKERS + _WORKER, _WORKERS)
 _singles = count(os.getpid() % 600 * _WORKERS + _WORKER, _WORKERS)
+
+
+def direct_children() -> set[int]:
+    """The direct children of this process, zombies too, as its threads have started them; cheap to ask."""
+    found: set[int] = set()
+    for file in Path("/proc/self/task").glob("*/children"):
+        with suppress(OSError):  # the thread has ended
+            found |= {int(pid) for pid in file.read_text().split()}
+    return found
 
 
 def free_port() -> int:

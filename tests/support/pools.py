@@ -78,11 +78,12 @@ class Fakes:
 
 
 def children() -> list[psutil.Process]:
-    """Living children of this process, zombies too; not the proxies that other tests share, and theirs."""
+    """Living children of this process, zombies too; not those of before the test, the proxies that other tests share,
+    and theirs."""
     shared = set(harness.companions)
-    for proxy in harness.proxies:
+    for pid in harness.earlier | {proxy.pid for proxy in harness.proxies}:
         with suppress(psutil.NoSuchProcess):
-            shared |= {proxy.pid, *(child.pid for child in psutil.Process(proxy.pid).children(recursive=True))}
+            shared |= {pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))}
     return [child for child in psutil.Process().children(recursive=True) if child.pid not in shared]
 
 
@@ -146,22 +147,17 @@ async def elapse(seconds: float) -> None:
             await asyncio.Event().wait()
 
 
-def live_children() -> set[int]:
-    """The direct children of this process, zombies too; cheap enough to be asked every few milliseconds."""
-    return {int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()}
-
-
 class Census:
     """Counts living children every few milliseconds, while it is entered, but for those that there were before, such as
     programs that other tests share; `most` is the highest count."""
 
     def __init__(self) -> None:
         self.most = 0
-        self._before = live_children()
+        self._before = harness.direct_children()
         self._handle: asyncio.TimerHandle | None = None
 
     def _count(self) -> None:
-        self.most = max(self.most, len(live_children() - self._before))
+        self.most = max(self.most, len(harness.direct_children() - self._before))
         self._handle = asyncio.get_running_loop().call_later(0.005, self._count)
 
     async def __aenter__(self) -> Census:
