@@ -39,14 +39,6 @@ def begin_in_thread(call: Callable[[], T]) -> asyncio.Future[T]:
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
 
-    def settle(result: T | None, error: BaseException | None) -> None:
-        if future.done():
-            return
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(result)  # type: ignore[arg-type]  # a T whenever there is no error
-
     def run() -> None:
         result: T | None = None
         error: BaseException | None = None
@@ -57,14 +49,31 @@ def begin_in_thread(call: Callable[[], T]) -> asyncio.Future[T]:
             error.__cause__ = exc
         except BaseException as exc:  # re-raised in the caller
             error = exc
-        with suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(settle, result, error)
+        settle(loop, future, result, error)
 
     try:
         threading.Thread(target=run, daemon=True).start()
     except RuntimeError as exc:
         raise StartFailed("The system refused to start another thread.", code="spawn_failed") from exc
     return future
+
+
+def settle(
+    loop: asyncio.AbstractEventLoop, future: asyncio.Future[Any], result: object, error: BaseException | None
+) -> None:
+    """From a thread: let `future` of `loop` have this result, or this error. Nothing if it is done or cancelled, or if
+    the loop is closed."""
+    with suppress(RuntimeError):  # the loop is closed
+        loop.call_soon_threadsafe(_settle, future, result, error)
+
+
+def _settle(future: asyncio.Future[Any], result: object, error: BaseException | None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(result)
+    else:
+        future.set_exception(error)
 
 
 def log_failure(logger: logging.Logger, task: asyncio.Task[Any]) -> None:

@@ -52,7 +52,7 @@ class App:
         metrics = Metrics(lambda name: any(model.name == name for model in self.proxy.router.models()), pool.totals)
         tracing = tracing_for(config, os.environ)
         knowledge = Knowledge(folder, url, config.knowledge, PoolEmbedder(self._models), DocumentReader())
-        pages = Pages(Fetcher(), DocumentReader())  # one of its own: a page does not wait for documents that are added
+        pages = Pages(Fetcher(), DocumentReader())
         self.lasting = Lasting(store, history, feed, downloads, pool, metrics, knowledge, pages, tracing=tracing)
         self.generation = Generation(config, parts, self.lasting, self._latest)
         self.followers: list[Callable[[Config], None]] = []

@@ -85,7 +85,7 @@ def _collection(proxy: Remote, name: str) -> str:
     try:
         return str(proxy.ask("GET", at("v1", "vector_stores", name))["id"])
     except RemoteError as exc:
-        if exc.error.get("code") not in ("not_found", "collection_not_found"):
+        if exc.error.get("code") != "not_found":
             raise
     return str(proxy.ask("POST", at("v1", "vector_stores"), {"name": name})["id"])
 
@@ -147,7 +147,7 @@ def _add(proxy: Remote, collection: str, found: Found, known: dict[str, str], ou
         outcome.added += answer["changed"] and source not in known
 
 
-_ENDING = ("rate_limit_exceeded", "storage_unavailable", "shutting_down", "collection_not_found", "insufficient_scope")
+_ENDING = ("rate_limit_exceeded", "storage_unavailable", "shutting_down", "insufficient_scope")
 """Codes of errors that the next file would get as well."""
 
 

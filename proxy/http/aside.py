@@ -15,10 +15,11 @@ import gc
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from itertools import count
 from queue import PriorityQueue
 from typing import Any, TypeVar
+
+from llama_smart_proxy.backends.threads import settle
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -74,19 +75,9 @@ def _do(loop: asyncio.AbstractEventLoop, result: asyncio.Future[R], work: Callab
         made = work(value), None
     except BaseException as exc:  # raised where the result is awaited
         made = None, exc
-    with suppress(RuntimeError):  # the loop is closed
-        loop.call_soon_threadsafe(_settle, result, *made)
+    settle(loop, result, *made)
     # or a failure would refer to itself by the frame of this call, which cannot be cleared while it is running
     del result, made
-
-
-def _settle(result: asyncio.Future[Any], value: object, error: BaseException | None) -> None:
-    if result.done():
-        return
-    if error is None:
-        result.set_result(value)
-    else:
-        result.set_exception(error)
 
 
 _worker = Worker()

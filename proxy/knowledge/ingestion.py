@@ -7,7 +7,6 @@ asked again, later and later, and no file fails by it.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -22,6 +21,7 @@ from llama_smart_proxy.proxy.knowledge.catalogue import Change
 from llama_smart_proxy.proxy.knowledge.contents import Contents
 from llama_smart_proxy.proxy.knowledge.database import Database
 from llama_smart_proxy.proxy.knowledge.queue import Job, Staged
+from llama_smart_proxy.proxy.knowledge.repeated import Repeated
 from llama_smart_proxy.proxy.store import Sql
 
 if TYPE_CHECKING:
@@ -85,42 +85,32 @@ class Ingestion:
         self._embedder = embedder
         self._on_change = on_change
         self._on_step = on_step
-        self._wake = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+        self._work = Repeated(self._queue_worked_off, "ingestion of documents")
         self._retry_s = FIRST_RETRY_S
         self._identity = ""
         self._totals: Totals | None = None
 
     def wake(self) -> None:
         """There is something in the queue, or the configuration has changed."""
-        self._wake.set()
-        if self._task is None or self._task.done():
-            self._task = asyncio.get_running_loop().create_task(self._run(), name="ingestion of documents")
+        self._work.wake()
 
     async def close(self) -> None:
         """End the work."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
+        await self._work.close()
 
-    async def _run(self) -> None:
-        while True:
-            self._wake.clear()
-            try:
-                await self._outdated()
-                while await self._step():
-                    self._retry_s, self.problem = FIRST_RETRY_S, ""
-                wait_s, self.problem = None, ""
-            except ProxyError as exc:
-                wait_s = self._later(exc.message)
-            except Exception as exc:  # of the database, the disk, an index: nothing may end this for good
-                logger.error("documents are not added now", exc_info=exc)
-                wait_s = self._later(type(exc).__name__)
-            try:
-                async with asyncio.timeout(wait_s):
-                    await self._wake.wait()
-            except TimeoutError:
-                continue
+    async def _queue_worked_off(self) -> float | None:
+        """The seconds after which it is to be tried again; None if nothing is left in the queue."""
+        try:
+            await self._outdated()
+            while await self._step():
+                self._retry_s, self.problem = FIRST_RETRY_S, ""
+            self.problem = ""
+            return None
+        except ProxyError as exc:
+            return self._later(exc.message)
+        except Exception as exc:  # of the database, the disk, an index: nothing may end this for good
+            logger.error("documents are not added now", exc_info=exc)
+            return self._later(type(exc).__name__)
 
     def _later(self, reason: str) -> float:
         wait_s, self._retry_s = self._retry_s, min(self._retry_s * 2, LAST_RETRY_S)

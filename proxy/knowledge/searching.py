@@ -53,7 +53,7 @@ class Searching:
         """The passages of one collection, and the confidence that they have the answer."""
         hits = await self._opened.shelves.search(kept, identity, query, vector, limit, documents)
         taken = await self._opened.database.run(partial(catalogue.taken, pieces=[hit.piece for hit in hits]))
-        calibration = await self._opened.calibrations.of(kept, identity, _Shelf(self._opened, kept, identity))
+        calibration = await self._opened.calibrations.of(kept, identity, _Measured(self._opened, kept, identity))
         known = [(hit, taken[hit.piece]) for hit in hits if hit.piece in taken]
         seen = [evidence(query, found.text, hit.dense or 0.0) for hit, found in known]
         passages = [
@@ -80,7 +80,7 @@ class Searching:
         return [relevance(evidence(query, text, float(cosine)), calibration) for text, cosine in found]
 
 
-class _Shelf:
+class _Measured:
     """A collection, to be measured."""
 
     def __init__(self, opened: Opened, kept: Kept, identity: str) -> None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from llama_smart_proxy.backends.threads import run_in_thread
 from llama_smart_proxy.proxy.errors import ProxyError
 from llama_smart_proxy.proxy.knowledge import catalogue
+from llama_smart_proxy.proxy.knowledge.repeated import Repeated
 from llama_smart_proxy.proxy.knowledge.sources import add_source, fail_source, remove_sources
 from llama_smart_proxy.proxy.knowledge.tables import Kept
 
@@ -95,8 +96,7 @@ class Watcher:
 
     def __init__(self, knowledge: Knowledge) -> None:
         self._knowledge = knowledge
-        self._wake = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+        self._looks = Repeated(self._looked, "looks at watched folders")
         self._problems: dict[str, str] = {}
         self._devices: dict[str, int] = {}
         self._followed: set[str] = set()
@@ -104,36 +104,25 @@ class Watcher:
 
     def wake(self) -> None:
         """Look now."""
-        self._wake.set()
-        if self._task is None or self._task.done():
-            self._task = asyncio.get_running_loop().create_task(self._run(), name="looks at watched folders")
+        self._looks.wake()
 
     async def close(self) -> None:
         """End it."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
+        await self._looks.close()
 
-    async def _run(self) -> None:
-        while True:
-            self._wake.clear()
-            began_s = time.monotonic()
-            try:
-                await self._look_after()
-                self._remark("", "")
-            except ProxyError as exc:
-                self._remark("", exc.message)
-            except Exception as exc:  # of the disk or the database: the next look may succeed
-                logger.error("the watched folders were not looked at", exc_info=exc)
-            is_open = self._knowledge.is_open
-            pause_s = (
-                max(INTERVAL_S, SHARE * (time.monotonic() - began_s)) if self._folders or not is_open else EXPIRY_S
-            )
-            try:
-                async with asyncio.timeout(pause_s):
-                    await self._wake.wait()
-            except TimeoutError:
-                continue
+    async def _looked(self) -> float:
+        """The seconds until the next look."""
+        began_s = time.monotonic()
+        try:
+            await self._look_after()
+            self._remark("", "")
+        except ProxyError as exc:
+            self._remark("", exc.message)
+        except Exception as exc:  # of the disk or the database: the next look may succeed
+            logger.error("the watched folders were not looked at", exc_info=exc)
+        if not self._folders and self._knowledge.is_open:
+            return EXPIRY_S
+        return max(INTERVAL_S, SHARE * (time.monotonic() - began_s))
 
     @property
     def _folders(self) -> Sequence[WatchedFolder]:

@@ -14,8 +14,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, TypeVar
+from typing import TypeVar
 
+from llama_smart_proxy.backends.threads import settle
 from llama_smart_proxy.proxy.store.postgres import Postgres
 from llama_smart_proxy.proxy.store.schema import STATE, Database, Schema, Sql, Unavailable
 from llama_smart_proxy.proxy.store.sqlite import SQLite
@@ -57,8 +58,7 @@ class Store:
                 result = self.do(work)
             except BaseException as exc:  # raised where it is awaited
                 error = exc
-            with suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(_settle, future, result, error)
+            settle(loop, future, result, error)
 
         self.submit(job)
         return await future
@@ -153,12 +153,3 @@ def _do(job: Callable[[], None]) -> None:
         job()
     except Exception as exc:  # without its thread, the store would answer nothing any more
         logger.error("the state could not be read or written", exc_info=exc)
-
-
-def _settle(future: asyncio.Future[Any], result: object, error: BaseException | None) -> None:
-    if future.done():
-        return
-    if error is None:
-        future.set_result(result)
-    else:
-        future.set_exception(error)

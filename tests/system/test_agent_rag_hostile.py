@@ -1,4 +1,4 @@
-"""The agent rag and a hostile web, in a running proxy: what a page says is data, and clients leave nothing open."""
+"""The agent rag and the web, in a running proxy: what a page says is data, and a client that leaves ends its search."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import orjson
+import pytest
 
 from tests.support import raw_client
 from tests.support.agent_clients import Way
@@ -100,3 +101,21 @@ async def test_many_clients_that_leave_leave_nothing_open() -> None:
         await until(lambda: all_of_it.searxng.open_links == 0)
         await until(lambda: proxy.fds() <= before)
         assert "destroyed" not in proxy.log
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+@pytest.mark.parametrize("where", ["search", "generate"])
+async def test_a_client_that_leaves_ends_what_its_question_began(where: str, streamed: bool) -> None:
+    async with world() as all_of_it:
+        proxy = all_of_it.proxy
+        waiting = all_of_it.searxng if where == "search" else all_of_it.model
+        waiting.script = silent
+        way = Way(CHAT, stream=streamed)
+        async with raw_client.connected(proxy.port) as client:
+            await client.send(raw_client.request("POST", CHAT, way.body("/rag What do kiwis eat?")))
+            await until(lambda: waiting.requests)
+            client.leave()
+        await waiting.links[0].gone()
+        await until(lambda: idle(proxy))
+        await until(lambda: all(link.closed for link in all_of_it.searxng.links))
+        assert "destroyed" not in proxy.log and len(all_of_it.model.requests) == (where == "generate")

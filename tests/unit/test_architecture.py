@@ -69,9 +69,8 @@ TASK_MAKERS = {
     "backends/pool/watch.py",  # a closer look at a silent server
     "backends/pool/pool.py",  # loads that nobody waits for, and the shutdown
     "backends/weights/downloads.py",  # one for all who wait
-    "proxy/knowledge/ingestion.py",  # the work on the queue of documents
     "proxy/knowledge/shelves.py",  # filling an index, for all who search it
-    "proxy/knowledge/watch.py",  # looks at watched folders
+    "proxy/knowledge/repeated.py",  # the work on the queue of documents, and looks at watched folders
     "proxy/knowledge/knowledge.py",  # removals whose client may go meanwhile, ended with the knowledge base
     "proxy/api/conversations.py",  # requests for resumable streams that have lost their client
     "proxy/http/response.py",  # waiting for a slow client
