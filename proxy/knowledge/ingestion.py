@@ -202,7 +202,9 @@ class Ingestion:
             self._totals.failed += 1
 
     async def _apart(self, readings: Sequence[_Reading], identity: str) -> None:
-        """Embed each file alone: one of them has a text that is refused."""
+        """Embed each file alone: one of them has a text that is refused, if the model refuses no harmless one, neither
+        before nor after it; else the model has failed, or has just recovered."""
+        await self._embedder.embed([HARMLESS], background=True)  # raises if it refuses any text
         for reading in readings:
             version, stored = await self._database.run(partial(queue.begin, job=reading.job, identity=identity))
             if not version:
@@ -212,7 +214,7 @@ class Ingestion:
             except (BadRequest, UpstreamRefused) as exc:
                 if exc.status not in _OF_THE_TEXT:
                     raise
-                await self._embedder.embed([HARMLESS], background=True)  # raises if it refuses any text
+                await self._embedder.embed([HARMLESS], background=True)
                 await self._failed(reading.job, f"the embedding model refuses it: {exc.message}")
 
     async def _embed(self, readings: Sequence[_Reading], identity: str) -> None:

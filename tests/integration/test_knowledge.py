@@ -180,6 +180,14 @@ async def test_a_model_that_refuses_every_text_fails_no_file(stage: Stage) -> No
     assert (await done(library, "m")).counts.completed == 1
 
 
+@pytest.mark.parametrize("requests", [1, 2, 3])
+async def test_a_model_that_recovers_at_any_moment_fails_no_file(stage: Stage, requests: int) -> None:
+    await stage.library.create("m")
+    stage.server.refuses_first = requests
+    await attached(stage.library, "m", zebra=ZEBRA)
+    assert (await done(stage.library, "m")).counts.completed == 1 and stage.server.refused == requests
+
+
 async def test_what_has_failed_is_tried_again_when_it_is_added_again(stage: Stage, tmp_path: Path) -> None:
     library = stage.library
     await library.create("m")

@@ -18,8 +18,9 @@ DIMENSIONS = 64
 
 
 class EmbeddingServer:
-    """`texts` are all that were embedded. It answers with the status `fails`, refuses texts that contain `refuses`, and
-    answers nothing while `gate` is clear: `waiting` are the requests that wait for it."""
+    """`texts` are all that were embedded. It answers with the status `fails`, refuses texts that contain `refuses` and,
+    whatever they have, the first `refuses_first` requests, and answers nothing while `gate` is clear: `waiting` are the
+    requests that wait for it."""
 
     def __init__(self) -> None:
         self.port = 0
@@ -27,6 +28,7 @@ class EmbeddingServer:
         self.batches: list[int] = []
         self.fails = self.failed = self.refused = self.waiting = 0
         self.refuses = "\0"
+        self.refuses_first = 0
         self.gate = asyncio.Event()
         self.gate.set()
 
@@ -45,7 +47,7 @@ class EmbeddingServer:
         if self.fails:
             self.failed += 1
             return web.json_response({"error": {"message": "down"}}, status=self.fails)
-        if any(self.refuses in text for text in body["input"]):
+        if self.refused < self.refuses_first or any(self.refuses in text for text in body["input"]):
             self.refused += 1
             return web.json_response({"error": {"message": "bad input"}}, status=400)
         self.texts += body["input"]
